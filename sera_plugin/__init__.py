@@ -1,0 +1,42 @@
+"""SeRA for Axolotl: self-reviewing and alignment with implicit reward margins.
+
+`plugins: [sera_plugin.SeraPlugin]` and `rl: sera` in an Axolotl configuration train a policy for
+T iterations, one per epoch. Between epochs the run keeps the preference pairs on which the
+policy's own implicit reward is most decided and adds pairs sampled from the policy itself (Ko et
+al., "SeRA: Self-Reviewing and Alignment of Large Language Models using Implicit Reward Margins",
+ICLR 2025).
+
+The map, in reading order:
+
+- `iteration`   Algorithm 1 on one screen
+- `rewards`, `selection`, `bootstrap`   the method: pure functions of arrays
+- `losses`      the direct alignment losses: pure functions of log-probabilities
+- `args`        the `sera:` block
+- `dataset`     from the host's rows to exact token ids
+- `schedule`    steps of iterations of unequal length
+- `policies`, `logprobs`, `sampling`   what needs the model: snapshots, scoring, sampling
+- `store`       the run directory
+- `trainer`     everything that touches the host's private seams
+- `plugin`, `cli`   the host's public hooks
+
+The names below are loaded on first use: the host imports this package while it reads the
+configuration, and an import error there would surface as a confusing message about `rl`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["SeraPlugin", "__version__"]
+
+if TYPE_CHECKING:
+    from sera_plugin.plugin import SeraPlugin
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SeraPlugin":
+        from sera_plugin.plugin import SeraPlugin
+
+        return SeraPlugin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""The host's public hooks, and nothing else.
+
+`register` sees the raw configuration before the host validates it. There `rl: sera` becomes the
+host's own `rl: dpo` with our trainer: every check, loader and dataset path that the host has for
+DPO then holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+from pydantic import ValidationError
+
+from sera_plugin.args import DEFAULT_BETA, SeraConfig
+
+TRAINER = "sera_plugin.trainer.SeraTrainer"
+_FIELDS = tuple(SeraConfig.model_fields)
+
+
+class SeraPlugin(BasePlugin):
+    """Adds `rl: sera` to Axolotl."""
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Turn `rl: sera` into what the host understands. Idempotent.
+
+        Raises:
+            ValueError: for anything in the configuration that SeRA cannot run with, naming the
+                key, the value, and what to do.
+        """
+        _log_like_the_host()
+        _reject_misplaced_keys(cfg)
+        already = cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER
+        if cfg.get("rl") != "sera" and not already:
+            beside = "a `sera:` block and " if cfg.get("sera") is not None else ""
+            raise ValueError(
+                f"the YAML has {beside}the plugin sera_plugin.SeraPlugin, but rl: {cfg.get('rl')}. "
+                "Set `rl: sera`, or remove the plugin line and the block."
+            )
+        config = _parse(cfg.get("sera"))
+        _reject_incompatible(cfg, config)
+        cfg["rl"] = "dpo"
+        cfg["trainer_cls"] = TRAINER
+        cfg["sera"] = config.model_dump(mode="json")
+        if cfg.get("num_epochs") is None:
+            cfg["num_epochs"] = 3
+        if cfg.get("rl_beta") is None and (cfg.get("trl") or {}).get("beta") is None:
+            cfg["rl_beta"] = DEFAULT_BETA[config.loss]
+
+    def get_input_args(self) -> str:
+        return "sera_plugin.args.SeraArgs"
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        from sera_plugin.trainer import keep_one_model_loaded
+
+        keep_one_model_loaded()
+
+
+def _log_like_the_host() -> None:
+    """The host configures the `axolotl` logger alone; ours writes where that writes."""
+    host, ours = logging.getLogger("axolotl"), logging.getLogger("sera_plugin")
+    ours.handlers, ours.propagate = host.handlers, not host.handlers
+    ours.setLevel(host.getEffectiveLevel())
+
+
+def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:
+    """The host drops unknown top-level keys without a word, so ours are looked for here."""
+    for key in cfg:
+        if key == "sera" or not isinstance(key, str):
+            continue
+        if key in _FIELDS and key not in _host_keys():
+            raise ValueError(
+                f"`{key}` stands beside the `sera:` block. Move it inside: `sera: {{{key}: ...}}`."
+            )
+        name = key.lower().replace("-", "_")
+        if name.startswith("sera_"):
+            inner = name.removeprefix("sera_")
+            close = difflib.get_close_matches(inner, _FIELDS, n=1, cutoff=0.6)
+            remedy = f"`sera: {{{close[0]}: ...}}`" if close else "the `sera:` block"
+            raise ValueError(f"`{key}` is not a key. Did you mean {remedy}?")
+        if key in _host_keys():
+            continue
+        if difflib.get_close_matches(name, ["sera"], n=1, cutoff=0.75):
+            raise ValueError(f"`{key}` is not a key. Did you mean `sera`?")
+        close = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(f"`{key}` is not a key. Did you mean `sera: {{{close[0]}: ...}}`?")
+
+
+def _host_keys() -> frozenset[str]:
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    return frozenset(AxolotlInputConfig.model_fields)
+
+
+def _parse(block: Any) -> SeraConfig:
+    if block is None:
+        block = {}
+    if not isinstance(block, Mapping):
+        raise ValueError(
+            f"sera: {block!r} is not a block of keys. Write `sera:` and indent its keys."
+        )
+    try:
+        return SeraConfig(**block)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(_readable, error.errors()))) from None
+
+
+def _readable(error: Any) -> str:
+    """One sentence a problem: the key, the value, what is allowed."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.5)
+        hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(_FIELDS)}."
+        return f"sera.{key} is not a key. {hint}"
+    if error["type"] == "value_error":
+        return f"sera.{error['msg'].removeprefix('Value error, ')}"
+    return f"sera.{key}: {error['input']!r} is not allowed: {error['msg']}"
+
+
+def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
+    """Refuse, before anything is loaded, what would fail late or be wrong in silence."""
+    epochs = cfg.get("num_epochs")
+    if epochs is not None and (float(epochs) != int(float(epochs)) or float(epochs) < 1):
+        raise ValueError(
+            f"num_epochs: {epochs} is not a whole number of iterations. rl: sera runs one "
+            "iteration per epoch; set num_epochs to 1, 2, 3, ..."
+        )
+    problems = {
+        "max_steps": "rl: sera needs whole epochs; remove max_steps and set num_epochs",
+        "streaming": "rl: sera scores the whole dataset each iteration; remove streaming",
+        "pretraining_dataset": "rl: sera needs preference pairs; use datasets",
+        "sample_packing": "preference pairs cannot be packed; remove sample_packing",
+        "dpo_use_liger_kernel": "the fused loss cannot take reference values as data, which "
+        "rl: sera relies on; remove dpo_use_liger_kernel",
+        "rl_adapter_ref_model": "rl: sera keeps no reference model; remove rl_adapter_ref_model",
+        "neftune_noise_alpha": "noise makes the policy differ from its own reference; remove "
+        "neftune_noise_alpha",
+        "relora": "rl: sera snapshots one adapter per iteration; remove relora",
+    }
+    for key, remedy in problems.items():
+        if cfg.get(key):
+            raise ValueError(f"{key}: {cfg[key]} does not work here: {remedy}.")
+    if (cfg.get("context_parallel_size") or 1) > 1:
+        raise ValueError(
+            f"context_parallel_size: {cfg['context_parallel_size']} does not work here: scoring "
+            "needs whole sequences; remove context_parallel_size."
+        )
+    _reject_loss_conflicts(cfg, config)
+
+
+def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
+    host_loss = cfg.get("dpo_loss_type")
+    if host_loss is not None and (
+        config.loss != "dpo" or (cfg.get("dpo_label_smoothing") and host_loss == ["sigmoid"])
+    ):
+        raise ValueError(
+            f"dpo_loss_type: {host_loss} and sera.loss: {config.loss} both name the loss. Keep "
+            "sera.loss for dpo, ipo, slic, robust and simpo, dpo_loss_type for any other."
+        )
+    smoothing = cfg.get("dpo_label_smoothing") or 0.0
+    if not 0.0 <= float(smoothing) < 0.5:
+        raise ValueError(
+            f"dpo_label_smoothing: {smoothing} is not a share of wrong labels. Set it from 0 to "
+            "below 0.5."
+        )
+    if host_loss is not None:
+        return
+    if config.loss == "robust" and not smoothing:
+        raise ValueError(
+            "sera.loss: robust corrects for a share of wrong labels, which is not given. Set "
+            "dpo_label_smoothing, for example to 0.1."
+        )
+    if smoothing and config.loss not in ("dpo", "robust"):
+        raise ValueError(
+            f"dpo_label_smoothing: {smoothing} has no meaning for sera.loss: {config.loss}. Remove "
+            "it, or set sera.loss to dpo or robust."
+        )
+    for key in ("simpo_gamma", "cpo_alpha"):
+        if cfg.get(key) is not None and config.loss != "simpo":
+            raise ValueError(
+                f"{key}: {cfg[key]} belongs to SimPO. Set sera.loss: simpo or remove it."
+            )
+    if cfg.get("dpo_use_weighting"):
+        raise ValueError(
+            "dpo_use_weighting: true needs one of the host's own losses. Set dpo_loss_type, for "
+            "example [sigmoid], beside it."
+        )

@@ -1,0 +1,144 @@
+"""Sampling inside the training process with transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from sera_plugin.logprobs import batches_by_length
+from sera_plugin.sampling import Candidate, SamplingSettings, TokenIds
+
+
+class TransformersSampler:
+    """Samples from the loaded model as it is now.
+
+    Args:
+        model: the policy; left in the mode (train or eval) it came in.
+        pad_id: padding token id.
+        token_budget: most tokens of one batch's prompts and candidates together.
+        autocast: the context training computes its loss in.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: Any,
+        pad_id: int,
+        token_budget: int,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.model = model
+        self.pad_id = pad_id
+        self.token_budget = token_budget
+        self.autocast = autocast
+
+    def sample(
+        self,
+        prompts: Sequence[TokenIds],
+        settings: SamplingSettings,
+        skip: Collection[int] = (),
+    ) -> Iterator[list[tuple[int, list[Candidate]]]]:
+        """See `CandidateSampler.sample`. A chunk is one batch of prompts of similar length."""
+        limits = [self._room(prompt, settings) for prompt in prompts]
+        # A prompt counts with all of its candidates at full length: memory is bounded beforehand.
+        sizes = [
+            (len(prompt) + limit) * settings.candidates
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            # Batches are planned over all rows, finished ones included: a row's random stream is
+            # its batch's, and must be the same when an interrupted call is made again.
+            for batch in batches_by_length(sizes, self.token_budget):
+                if all(row in skip for row in batch):
+                    continue
+                generated = self._generate(
+                    [prompts[i] for i in batch],
+                    [limits[i] for i in batch],
+                    settings,
+                    seed=_stream(settings.seed, batch[0]),
+                )
+                yield list(zip(batch, generated, strict=True))
+        finally:
+            self.model.train(was_training)
+
+    @staticmethod
+    def _room(prompt: TokenIds, settings: SamplingSettings) -> int:
+        room = settings.max_new_tokens
+        if settings.max_length is not None:
+            room = min(room, settings.max_length - len(prompt))
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens leaves no room to sample within "
+                f"sequence_len: {settings.max_length}"
+            )
+        return room
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        prompts: Sequence[TokenIds],
+        limits: Sequence[int],
+        settings: SamplingSettings,
+        seed: int,
+    ) -> list[list[Candidate]]:
+        device = next(self.model.parameters()).device
+        width = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
+        attention = torch.zeros_like(input_ids)
+        for line, prompt in enumerate(prompts):
+            input_ids[line, width - len(prompt) :] = torch.from_numpy(np.array(prompt))
+            attention[line, width - len(prompt) :] = 1
+        # Every field that shapes the distribution is set: a model's own generation_config (a
+        # top_k, a repetition penalty) would otherwise sample from another policy.
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=0,
+            min_p=None,
+            typical_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            num_beams=1,
+            num_return_sequences=settings.candidates,
+            max_new_tokens=max(limits),
+            min_new_tokens=None,
+            bos_token_id=self.model.config.get_text_config().bos_token_id,
+            eos_token_id=list(settings.end_ids),
+            pad_token_id=self.pad_id,
+            use_cache=True,
+        )
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), self.autocast():
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention.to(device),
+                generation_config=config,
+            )
+        sampled = output[:, width:].cpu().view(len(prompts), settings.candidates, -1).tolist()
+        return [
+            [_finish(ids, limit, settings.end_ids) for ids in group]
+            for group, limit in zip(sampled, limits, strict=True)
+        ]
+
+
+def _finish(ids: list[int], limit: int, end_ids: Sequence[int]) -> Candidate:
+    """Cut a generated row behind its end token, or at the prompt's own limit."""
+    for position, token in enumerate(ids[:limit]):
+        if token in end_ids:
+            return Candidate(ids[: position + 1], "stop")
+    return Candidate(ids[:limit], "length")
+
+
+def _stream(seed: int, row: int) -> int:
+    """A seed of its own for every batch, told by the first row in it."""
+    return (seed * 1_000_003 + row * 9_176 + 1) % 2**63

@@ -1,0 +1,72 @@
+"""Steps of a run whose epochs have unequal length. Arithmetic only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many optimizer steps each iteration takes.
+
+    Attributes:
+        pairs: |D_t| for t = 1..T.
+        batch_size: pairs per micro-batch, all processes together.
+        accumulation: micro-batches per optimizer step.
+        drop_last: whether the data loader drops an incomplete last micro-batch.
+    """
+
+    pairs: tuple[int, ...]
+    batch_size: int
+    accumulation: int
+    drop_last: bool = False
+
+    @classmethod
+    def plan(
+        cls,
+        total: int,
+        iterations: int,
+        kept: int,
+        bootstrapped: int,
+        batch_size: int,
+        accumulation: int,
+        drop_last: bool = False,
+    ) -> Schedule:
+        """|D_1| = N and |D_t| = k + k~ for t >= 2 (paper Algorithm 1)."""
+        sizes = (total,) + (kept + bootstrapped,) * (iterations - 1)
+        return cls(sizes, batch_size, accumulation, drop_last)
+
+    def batches(self, iteration: int) -> int:
+        """Micro-batches of iteration t (1-based)."""
+        rounding = math.floor if self.drop_last else math.ceil
+        return rounding(self.pairs[iteration - 1] / self.batch_size)
+
+    def steps(self, iteration: int) -> int:
+        """Optimizer steps of iteration t; an incomplete accumulation still makes a step."""
+        return math.ceil(self.batches(iteration) / self.accumulation)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(self.steps(t) for t in range(1, len(self.pairs) + 1))
+
+    def locate(self, global_step: int) -> tuple[int, int]:
+        """Where a run that has made `global_step` steps continues.
+
+        Returns:
+            (iteration, steps already made in it). At a boundary this is the next iteration with
+            0 steps; at the end of the run it is (T + 1, 0).
+        """
+        remaining = global_step
+        for iteration in range(1, len(self.pairs) + 1):
+            if remaining < self.steps(iteration):
+                return iteration, remaining
+            remaining -= self.steps(iteration)
+        return len(self.pairs) + 1, 0
+
+    def with_pairs(self, iteration: int, pairs: int) -> Schedule:
+        """The same schedule once |D_t| is known (fewer pairs than asked for may exist)."""
+        sizes = list(self.pairs)
+        sizes[iteration - 1] = pairs
+        return replace(self, pairs=tuple(sizes))

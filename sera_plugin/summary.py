@@ -1,0 +1,209 @@
+"""What an iteration did, in figures: summary.json and the `sera/*` metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sera_plugin.iteration import Method, Phases
+from sera_plugin.store import RunStore, TokenColumn
+
+_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def quantiles(values: npt.ArrayLike) -> dict[str, float] | None:
+    """Quantiles by name ("0.5" is the median), or None of nothing."""
+    array = np.asarray(values, dtype=np.float64)
+    if not array.size:
+        return None
+    return dict(zip(map(str, _QUANTILES), np.quantile(array, _QUANTILES).tolist(), strict=True))
+
+
+def jaccard(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
+    """|A and B| / |A or B| of two selections; 1 when both are empty."""
+    union = int((one | other).sum())
+    return 1.0 if union == 0 else int((one & other).sum()) / union
+
+
+def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -> dict[str, Any]:
+    """Read the iteration's finished phases and count.
+
+    Returns:
+        The content of summary.json before the iteration has trained.
+    """
+    offline = store.read(iteration, "offline")
+    assert offline is not None  # the first phase of every iteration
+    columns = {name: offline[name].to_numpy(zero_copy_only=False) for name in offline.column_names}
+    kept = columns.get("selected", np.ones(len(offline), dtype=bool))
+    summary: dict[str, Any] = {
+        "iteration": iteration,
+        "pairs": {
+            "offline": len(offline),
+            "kept": int(kept.sum()),
+            "dropped": int((~kept).sum()),
+            "bootstrapped_wanted": method.bootstrapped if iteration > 1 else 0,
+            "bootstrapped_found": 0,
+            "bootstrapped_kept": 0,
+            "trained": int(kept.sum()),
+        },
+        "lengths": {
+            "prompt": float(columns["prompt_length"].mean()),
+            "chosen": float(columns["chosen_length"].mean()),
+            "rejected": float(columns["rejected_length"].mean()),
+        },
+        "drift": _drift(iteration, store, columns),
+        "seconds": dict(phases.seconds),
+        "forwarded": {phase: dict(counts) for phase, counts in phases.forwarded.items()},
+    }
+    if iteration > 1:
+        margin = columns["margin"]
+        summary["margins"] = {
+            "offline": quantiles(margin),
+            "kept": quantiles(margin[kept]),
+            "dropped": quantiles(margin[~kept]),
+        }
+        summary["offline_accuracy"] = float((margin > 0).mean())
+    if iteration > 2:
+        before = store.read(iteration - 1, "offline")
+        assert before is not None
+        previous = before["selected"].to_numpy(zero_copy_only=False)
+        summary["jaccard_with_previous"] = jaccard(kept, previous)
+    if iteration > 1 and method.bootstrapped:
+        _add_bootstrapping(summary, iteration, store)
+    _add_evaluation(summary, iteration, method, store)
+    return summary
+
+
+def _drift(iteration: int, store: RunStore, columns: Mapping[str, Any]) -> dict[str, float]:
+    """Mean log pi_{t-1} - log pi_0 over the offline completions, in nats."""
+    return {
+        side: float((columns[f"{side}_logp"] - store.column(1, "offline", f"{side}_logp")).mean())
+        for side in ("chosen", "rejected")
+    }
+
+
+def _add_bootstrapping(summary: dict[str, Any], iteration: int, store: RunStore) -> None:
+    candidates = store.read(iteration, "candidates")
+    bootstrapped = store.read(iteration, "bootstrapped")
+    assert candidates is not None and bootstrapped is not None
+    selected = bootstrapped["selected"].to_numpy(zero_copy_only=False)
+    finish = np.asarray(candidates["finish_reason"].to_pylist())
+    lengths = TokenColumn(candidates["token_ids"]).lengths
+    metadata = bootstrapped.schema.metadata or {}
+    summary["samples"] = {
+        "prompts": len(set(candidates["row"].to_pylist())),
+        "sampled": len(candidates),
+        "unfinished": int((finish == "length").sum()),
+        **{name: int(metadata[name.encode()]) for name in ("duplicates", "ties", "too_few")},
+    }
+    summary["pairs"]["bootstrapped_found"] = len(bootstrapped)
+    summary["pairs"]["bootstrapped_kept"] = int(selected.sum())
+    summary["pairs"]["trained"] += int(selected.sum())
+    margin = bootstrapped["margin"].to_numpy()
+    summary["margins"]["bootstrapped"] = quantiles(margin[selected])
+    per_row: dict[tuple[int, int], int] = {
+        key: int(length)
+        for key, length in zip(
+            zip(candidates["row"].to_pylist(), candidates["candidate"].to_pylist(), strict=True),
+            lengths,
+            strict=True,
+        )
+    }
+    summary["lengths"]["sampled"] = float(lengths.mean())
+    for side in ("chosen", "rejected"):
+        chosen = [
+            per_row[row, index]
+            for row, index, keep in zip(
+                bootstrapped["row"].to_pylist(),
+                bootstrapped[f"{side}_candidate"].to_pylist(),
+                selected,
+                strict=True,
+            )
+            if keep
+        ]
+        summary["lengths"][f"bootstrapped_{side}"] = float(np.mean(chosen)) if chosen else None
+
+
+def _add_evaluation(
+    summary: dict[str, Any], iteration: int, method: Method, store: RunStore
+) -> None:
+    """Accuracy of the implicit reward on the held-out pairs (same reward as selection's)."""
+    current = store.read(iteration, "evaluation")
+    if current is None or iteration == 1:
+        return
+    rewards = []
+    for side in ("chosen", "rejected"):
+        logps = [
+            store.column(iteration - back, "evaluation", f"{side}_logp")
+            for back in range(len(method.weights(iteration)))
+        ]
+        lengths = current[f"{side}_length"].to_numpy()
+        rewards.append(method.reward(logps, iteration, lengths))
+    margin = rewards[0] - rewards[1]
+    summary["evaluation"] = {
+        "pairs": len(current),
+        "accuracy": float((margin > 0).mean()),
+        "margin": quantiles(margin),
+    }
+
+
+def metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The summary's numbers under `sera/...` names for the host's trackers."""
+    flat: dict[str, float] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{prefix}/{key}", inner)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[prefix] = float(value)
+
+    add("sera", summary)
+    return flat
+
+
+def describe_start(summary: Mapping[str, Any]) -> str:
+    """The log block before an iteration's first step: what it will train on."""
+    pairs: Mapping[str, int] = summary["pairs"]
+    lines = [
+        f"SeRA iteration {summary['iteration']}: trains on {pairs['trained']} pairs",
+        f"  offline: {pairs['kept']} of {pairs['offline']} pairs kept",
+    ]
+    if "margins" in summary:
+        lines[-1] += (
+            f", median margin {summary['margins']['offline']['0.5']:+.3f} nats, "
+            f"{summary['offline_accuracy']:.0%} agree with their label"
+        )
+    if "jaccard_with_previous" in summary:
+        lines[-1] += f", Jaccard with the last selection {summary['jaccard_with_previous']:.2f}"
+    if "samples" in summary:
+        samples = summary["samples"]
+        lines.append(
+            f"  sampled: {pairs['bootstrapped_kept']} of {pairs['bootstrapped_found']} pairs kept, "
+            f"from {samples['sampled']} samples ({samples['duplicates']} duplicate, "
+            f"{samples['unfinished']} unfinished, {samples['ties']} ties)"
+        )
+    if pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
+        lines.append(
+            f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "
+            "sera.candidates or sera.temperature, or lower sera.bootstrap_ratio"
+        )
+    if "evaluation" in summary:
+        lines.append(f"  held out: {summary['evaluation']['accuracy']:.0%} agree with their label")
+    return "\n".join(lines)
+
+
+def describe_end(summary: Mapping[str, Any]) -> str:
+    """The log block after an iteration's last step: what it cost."""
+    seconds = ", ".join(
+        f"{phase.replace('_', ' ')} {spent:.1f} s" for phase, spent in summary["seconds"].items()
+    )
+    drift = summary["drift"]
+    return (
+        f"SeRA iteration {summary['iteration']} is trained ({seconds})\n"
+        f"  it began {drift['chosen']:+.2f} (chosen) and {drift['rejected']:+.2f} (rejected) nats "
+        "per answer from the initial policy"
+    )

@@ -1,0 +1,774 @@
+"""The trainer: SeRA's iterations inside one `train()` call of the host.
+
+The only owner of private host seams. tests/test_host_seams.py pins the signature of each, so that
+a host upgrade fails there and not in the middle of somebody's run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate.utils import is_peft_model
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer
+
+from sera_plugin import __version__
+from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
+from sera_plugin.dataset import ChatTemplateCheck, report_rows, tokenize_rows
+from sera_plugin.iteration import Method, Pairs, Phases, prepare_iteration, score_pairs
+from sera_plugin.logprobs import forward_logps, score_sequences
+from sera_plugin.losses import PreferenceLoss
+from sera_plugin.policies import (
+    Snapshot,
+    load_policy,
+    restore_snapshot,
+    save_policy,
+    swapped_in,
+    take_snapshot,
+)
+from sera_plugin.rewards import FloatArray
+from sera_plugin.sampling import SamplingSettings
+from sera_plugin.sampling.transformers import TransformersSampler
+from sera_plugin.schedule import Schedule
+from sera_plugin.store import (
+    FORMAT_VERSION,
+    RunStore,
+    fingerprint,
+    make_table,
+    read_json,
+    write_json,
+    write_table,
+)
+from sera_plugin.summary import describe_end, describe_start, metrics, summarize
+
+LOG = logging.getLogger(__name__)
+
+#: Step-0 gate: how far policy and reference may differ when they are the same weights, as
+#: (loss, nats per token). Batches are padded differently for scoring and training, which moves
+#: low-precision sums a little.
+_GATE_FLOAT32 = (1e-3, 1e-3)
+_GATE_LOW_PRECISION = (0.1, 0.05)
+
+
+def keep_one_model_loaded() -> None:
+    """Stop the host from loading a reference model beside the policy for `rl: sera`.
+
+    axolotl 0.19 loads the model a second time for full fine-tuning before any trainer exists
+    (`axolotl.train.setup_reference_model`). Our reference is data. Safe to call more than once.
+    """
+    import axolotl.train as host
+
+    original = host.setup_reference_model
+    if getattr(original, "_sera", False):
+        return
+
+    def setup_reference_model(cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
+        return None if cfg.get("sera") else original(cfg, *args, **kwargs)
+
+    setup_reference_model._sera = True  # type: ignore[attr-defined]
+    host.setup_reference_model = setup_reference_model
+
+
+class SeraTrainer(AxolotlDPOTrainer):
+    """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
+
+    tag_names = ["axolotl", "sera", "dpo"]
+
+    def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
+        self.cfg: DictDefault = PluginManager.get_instance().cfg
+        self.config = SeraConfig(**self.cfg.sera)
+        self.loss = _resolve_loss(self.cfg, self.config, args.beta)
+        self.store = RunStore(args.output_dir)
+        self._method: Method | None = None
+        self._schedule: Schedule | None = None
+        self._iteration = 0
+        self._snapshots: dict[int, Snapshot] = {}
+        self._phases = Phases()
+        self._gate_result: dict[str, float] | None = None
+        self._gate_pending = False
+        self._offline_columns: dict[str, Any] = {}
+        self._model_end_ids = _end_ids(model, kwargs["processing_class"])
+
+        # References are columns of the data: no reference model, no forward pass for one.
+        args.precompute_ref_log_probs = True
+        if self.loss is not None:
+            args.loss_type = ["sigmoid"]
+        if self.config.restart_optimizer and self.cfg.warmup_steps is None:
+            # The host turned the ratio into steps of the whole run; an iteration has its own.
+            ratio = self.cfg.warmup_ratio
+            args.warmup_steps = 0.03 if ratio is None else float(ratio)
+        # The host's padding collator expects the columns of an older TRL; TRL's own pads as well.
+        kwargs.pop("data_collator", None)
+        args.pad_to_multiple_of = self.cfg.pad_to_multiple_of
+        continued = take_snapshot(model) if is_peft_model(model) else None
+
+        super().__init__(model, None, args=args, **kwargs)
+
+        if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "rl: sera runs in one process for now, without DeepSpeed or FSDP. Start it with "
+                "`axolotl train config.yaml --launcher python` on one GPU."
+            )
+        if is_peft_model(self.model):
+            self._tidy_adapters(continued)
+        self._pairs = Pairs.from_table(self.train_dataset.data.table)
+        self._eval_pairs = (
+            Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
+        )
+
+    def _tidy_adapters(self, continued: Snapshot | None) -> None:
+        """Undo what TRL does to adapters for a reference that we keep as data.
+
+        TRL copies a continued adapter to a second one named `ref`, which a resumed run then
+        restores instead of the policy; and it rounds adapters on a quantised base to bfloat16,
+        where updates of 5e-6 vanish. Ours stay in float32, bit for bit as they were loaded.
+        """
+        if "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(
+            self.model, "is_loaded_in_8bit", False
+        ):
+            for weight in self.model.parameters():
+                if weight.requires_grad:
+                    weight.data = weight.data.float()
+        if continued is not None:
+            restore_snapshot(self.model, continued)
+
+    # ------------------------------------------------------------------ data
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset:
+        if "prompt_ids" in dataset.column_names:
+            return dataset
+        types = [str(d.get("type")) for d in self.cfg.datasets or []]
+        from_template = any(kind.startswith("chat_template") for kind in types)
+        result = tokenize_rows(
+            tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair"),
+            processing_class,
+            self._model_end_ids,
+            self.cfg.sequence_len,
+            truncate=str(self.cfg.excess_length_strategy or "").lower() == "truncate",
+            template_check=ChatTemplateCheck(processing_class) if from_template else None,
+        )
+        report_rows(result, dataset_name)
+        columns = {
+            "row": np.arange(len(result.rows)),
+            "prompt_ids": result.prompt_ids,
+            "chosen_ids": result.chosen_ids,
+            "rejected_ids": result.rejected_ids,
+        }
+        if dataset_name == "train":
+            missing = [c for c in self.config.score_columns if c not in dataset.column_names]
+            if missing:
+                raise ValueError(
+                    f"sera.score_columns: {', '.join(missing)} not in the prepared dataset. It has "
+                    f"{', '.join(dataset.column_names)}."
+                )
+            kept = dataset.select(result.rows)
+            self._offline_columns = {c: kept[c][:] for c in self.config.score_columns}
+            self._end_ids = result.end_ids
+        return Dataset(InMemoryTable(make_table(columns)))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Dataset:
+        """TRL's hook: during __init__ nothing is scored, later a set passed to evaluate() is."""
+        if not hasattr(self, "_pairs"):
+            return dataset
+        context = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
+        with context:
+            return self._with_reference(Pairs.from_table(dataset.data.table))
+
+    def _with_reference(self, pairs: Pairs, logps: dict[str, FloatArray] | None = None) -> Dataset:
+        if logps is None:
+            logps = score_pairs(pairs, self._iteration - 1, self._score, "score_evaluation")
+        columns = {
+            "prompt_ids": list(pairs.prompt_ids),
+            "chosen_ids": list(pairs.chosen_ids),
+            "rejected_ids": list(pairs.rejected_ids),
+            "ref_chosen_logps": logps["chosen"],
+            "ref_rejected_logps": logps["rejected"],
+        }
+        return Dataset(InMemoryTable(make_table(columns)))
+
+    # -------------------------------------------------------------- one train() call
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`. Refuses to mix with another run's directory."""
+        self._open_run(resume_from_checkpoint)
+        # Before a checkpoint is loaded the weights are theta_0.
+        self._snapshots[0] = take_snapshot(self.model)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _open_run(self, resume_from_checkpoint: Any) -> None:
+        total = len(self._pairs)
+        self._method = Method(
+            config=self.config,
+            reference_free=self.loss is not None and self.loss.reference_free,
+            per_token=self._per_token,
+            total=total,
+        )
+        self._schedule = Schedule.plan(
+            total=total,
+            iterations=int(self.args.num_train_epochs),
+            kept=self._method.kept,
+            bootstrapped=self._method.bootstrapped,
+            batch_size=self.args.train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        for iteration in range(2, len(self._schedule.pairs) + 1):
+            done = self.store.summary(iteration).get("pairs", {}).get("trained")
+            if done is not None:
+                self._schedule = self._schedule.with_pairs(iteration, done)
+        description = self._describe_run()
+        if self.store.run_file.exists():
+            if not (resume_from_checkpoint or self.cfg.auto_resume_from_checkpoints):
+                raise ValueError(
+                    f"{self.store.root} holds an earlier run. Set another output_dir, remove that "
+                    "directory, or continue it with `auto_resume_from_checkpoints: true`."
+                )
+            _require_same_run(read_json(self.store.run_file), description)
+        else:
+            write_json(self.store.run_file, description)
+            write_table(
+                self.store.dataset_file,
+                make_table({**self.train_dataset[:], **self._offline_columns}),
+            )
+        LOG.info("%s", self._announcement())
+
+    @property
+    def _per_token(self) -> bool:
+        if self.loss is not None:
+            return self.loss.per_token
+        return any(loss in PER_TOKEN_HOST_LOSSES for loss in self.args.loss_type)
+
+    def _describe_run(self) -> dict[str, Any]:
+        """The content of run.json."""
+        columns = (self._pairs.prompt_ids, self._pairs.chosen_ids, self._pairs.rejected_ids)
+        packages = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
+        return {
+            "format_version": FORMAT_VERSION,
+            "versions": {
+                "sera_plugin": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in packages},
+            },
+            "config": _public_config(self.cfg),
+            "loss": _loss_name(self.loss, self.args.loss_type),
+            "beta": float(self.args.beta),
+            "per_token": self._per_token,
+            "pairs": len(self._pairs),
+            "evaluation_pairs": len(self._eval_pairs) if self._eval_pairs else 0,
+            "dataset_fingerprint": fingerprint(columns),
+            "end_ids": [int(token) for token in self._end_ids],
+            "seed": int(self.args.seed),
+        }
+
+    def _announcement(self) -> str:
+        """The log block at the start: settings, plan, files."""
+        schedule, config = self._schedule, self.config
+        assert schedule is not None and self._method is not None
+        lines = [
+            "SeRA run",
+            f"  loss {_loss_name(self.loss, self.args.loss_type)}, beta {self.args.beta}, "
+            f"{'per token' if self._per_token else 'summed over tokens'}",
+            f"  keep {config.selection_ratio:g} N, sample {config.bootstrap_ratio:g} N "
+            f"(R = {config.candidates}, temperature {config.temperature:g}, top_p "
+            f"{config.top_p:g}, up to {config.max_new_tokens} tokens), gamma {config.gamma:g}",
+            f"  N = {len(self._pairs)} pairs, {len(self._eval_pairs) if self._eval_pairs else 0} "
+            f"held out, seed {self.args.seed}",
+            "  optimizer and learning-rate schedule "
+            + ("restart every iteration" if config.restart_optimizer else "run on"),
+        ]
+        for iteration, pairs in enumerate(schedule.pairs, start=1):
+            what = "all offline pairs"
+            if iteration > 1:
+                what = f"{self._method.kept} kept + {self._method.bootstrapped} sampled"
+            lines.append(
+                f"  iteration {iteration}: {pairs} pairs ({what}), {schedule.steps(iteration)} "
+                f"steps, reference theta_{iteration - 1}"
+            )
+        lines.append(f"  {schedule.total_steps} steps in all; files go to {self.store.root}")
+        if config.bootstrap_ratio and len(schedule.pairs) > 1:
+            lines.append("  sampler: transformers, in the training process")
+        return "\n".join(lines)
+
+    # ---------------------------------------------------- seams: epochs of unequal length
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Totals over iterations of unequal length; see transformers 5.16 for the tuple."""
+        schedule = self._schedule
+        assert schedule is not None
+        values = list(super().set_initial_training_values(args, dataloader))
+        values[0] = len(schedule.pairs)
+        values[1] = schedule.steps(1)
+        values[3] = sum(schedule.pairs)
+        values[5] = schedule.batches(1)
+        values[6] = schedule.total_steps
+        return tuple(values)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Where a resumed run continues, counted in steps of unequal iterations."""
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        schedule = self._schedule
+        assert schedule is not None
+        if self.state.global_step:
+            iteration, steps = schedule.locate(self.state.global_step)
+            epochs = iteration - 1
+            batches = 0 if self.args.ignore_data_skip else steps * schedule.accumulation
+        return epochs, batches
+
+    def _run_epoch(
+        self,
+        model: Any,
+        epoch: int,
+        train_dataloader: Any,
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        **kwargs: Any,
+    ) -> None:
+        """One iteration: prepare D_t, then the host's own epoch over it."""
+        iteration = epoch + 1
+        resumed = kwargs.get("epochs_trained") == epoch and bool(
+            kwargs.get("steps_trained_in_current_epoch")
+        )
+        pairs = self._begin_iteration(iteration, resumed)
+        self.train_dataset = Dataset(InMemoryTable(pairs))
+        loader = self.get_train_dataloader()
+        self.callback_handler.train_dataloader = loader
+        self._gate_pending = not resumed
+        schedule = self._schedule
+        assert schedule is not None
+        with self._phases.timed("train"):
+            super()._run_epoch(
+                model=model,
+                epoch=epoch,
+                train_dataloader=loader,
+                steps_in_epoch=len(loader),
+                num_update_steps_per_epoch=schedule.steps(iteration),
+                **kwargs,
+            )
+        summary = self.store.summary(iteration)
+        summary["seconds"] = dict(self._phases.seconds)
+        summary["step_zero"] = self._gate_result
+        self.store.write_summary(iteration, summary)
+        Trainer.log(self, {"sera/seconds/train": summary["seconds"]["train"]})
+        LOG.info("%s", describe_end(summary))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""
+        if self._schedule is not None and self.config.restart_optimizer:
+            iteration, _ = self._schedule.locate(self.state.global_step)
+            num_training_steps = self._schedule.steps(min(iteration, len(self._schedule.pairs)))
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _restart_optimizer(self, steps: int) -> None:
+        """Fresh optimizer state and learning-rate schedule for a new arg-min."""
+        # Accelerate keeps every optimizer it has prepared and would unscale the old ones too.
+        self.accelerator._optimizers.clear()
+        self.optimizer = self.lr_scheduler = None
+        self.optimizer = self.accelerator.prepare(self.create_optimizer())
+        self.create_scheduler(num_training_steps=steps)
+        self.callback_handler.optimizer = self.optimizer
+        self.callback_handler.lr_scheduler = self.lr_scheduler
+
+    # ------------------------------------------------------------------ an iteration
+
+    def _begin_iteration(self, iteration: int, resumed: bool) -> pa.Table:
+        """Everything before the first step of iteration t; returns D_t."""
+        method, schedule = self._method, self._schedule
+        assert method is not None and schedule is not None
+        self._iteration = iteration
+        earlier = self.store.summary(iteration)
+        self._phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
+        self._gate_result = earlier.get("step_zero")
+        if not resumed:
+            self._save_policy(iteration)
+        pairs = prepare_iteration(
+            iteration,
+            method,
+            self._pairs,
+            self.store,
+            self._score,
+            TransformersSampler(
+                self.model, self._pad_id, self._token_budget, self.compute_loss_context_manager
+            ),
+            SamplingSettings(
+                candidates=self.config.candidates,
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                max_new_tokens=self.config.max_new_tokens,
+                max_length=self.cfg.sequence_len,
+                end_ids=tuple(self._end_ids),
+                seed=self.args.seed * 1_000 + iteration,
+            ),
+            self._phases,
+            self._sampling_progress,
+        )
+        self._refresh_evaluation(iteration)
+        if not earlier:
+            summary = summarize(iteration, method, self.store, self._phases)
+            self.store.write_summary(iteration, summary)
+            LOG.info("%s", describe_start(summary))
+            # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
+            Trainer.log(self, metrics(summary))
+        self._forget_policies(iteration)
+        self._schedule = schedule.with_pairs(iteration, pairs.num_rows)
+        self._announce_total(self._schedule.total_steps)
+        if self.config.restart_optimizer and iteration > 1 and not resumed:
+            self._restart_optimizer(self._schedule.steps(iteration))
+        return pairs
+
+    def _announce_total(self, total_steps: int) -> None:
+        """Fewer pairs than asked for may exist: keep the host's total and its bar true."""
+        if total_steps == self.state.max_steps:
+            return
+        self.state.max_steps = total_steps
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if isinstance(callback, ProgressCallback) and bar is not None:
+                bar.total = total_steps
+                bar.refresh()
+
+    def _refresh_evaluation(self, iteration: int) -> None:
+        """Reference values of the held-out pairs under theta_{t-1}."""
+        pairs = self._eval_pairs
+        if pairs is None:
+            return
+        table = self.store.read(iteration, "evaluation")
+        if table is None:
+            with self._phases.timed("score_evaluation"):
+                logps = score_pairs(pairs, iteration - 1, self._score, "score_evaluation")
+            table = make_table(
+                {
+                    "row": np.arange(len(pairs)),
+                    "chosen_length": pairs.chosen_ids.lengths,
+                    "rejected_length": pairs.rejected_ids.lengths,
+                    "chosen_logp": logps["chosen"],
+                    "rejected_logp": logps["rejected"],
+                }
+            )
+            write_table(self.store.table_file(iteration, "evaluation"), table)
+        logps = {side: table[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")}
+        self.eval_dataset = self._with_reference(pairs, logps)
+        # Persistent workers would go on serving the last iteration's reference values.
+        self._eval_dataloaders: dict[str, Any] = {}
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See TRL. An evaluation before the first iteration refers to the policy as it is."""
+        if eval_dataset is None and "ref_chosen_logps" not in self.eval_dataset.column_names:
+            assert self._eval_pairs is not None
+            self.eval_dataset = self._with_reference(self._eval_pairs)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    # ------------------------------------------------------------------ policies
+
+    def _save_policy(self, iteration: int) -> None:
+        """Keep theta_{t-1} on disk; of a base model that is fully fine-tuned, a pointer."""
+        self._snapshots[iteration - 1] = (
+            self._snapshots[0] if iteration == 1 else take_snapshot(self.model)
+        )
+        final = self.store.policy(iteration)
+        if final.exists():
+            return
+        partial = final.with_name(".policy.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        if iteration == 1 and not is_peft_model(self.model):
+            write_json(partial / "base_model.json", {"base_model": str(self.cfg.base_model)})
+        else:
+            save_policy(self.model, partial)
+            self.processing_class.save_pretrained(str(partial))
+        partial.rename(final)
+
+    def _snapshot(self, policy: int) -> Snapshot:
+        if policy not in self._snapshots:
+            self._snapshots[policy] = load_policy(self.model, self.store.policy(policy + 1))
+        return self._snapshots[policy]
+
+    def _forget_policies(self, iteration: int) -> None:
+        """Drop what no later iteration needs; adapters stay on disk, they are small."""
+        assert self._method is not None
+        oldest = iteration + 1 - len(self._method.weights(iteration + 1))
+        for policy in [p for p in self._snapshots if p < oldest]:
+            del self._snapshots[policy]
+        if is_peft_model(self.model) or self.config.keep_policies:
+            return
+        for policy in range(1, oldest):
+            directory = self.store.policy(policy + 1)
+            for file in directory.iterdir() if directory.exists() else ():
+                file.unlink()
+            if directory.exists():
+                directory.rmdir()
+
+    # ------------------------------------------------------------------ scoring
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self._tokenizer.pad_token_id)
+
+    @property
+    def _token_budget(self) -> int:
+        """Tokens per forward pass: at most 2^28 float32 logits (1 GiB) at a time."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return max(int(self.cfg.sequence_len or 0), min(16_384, 2**28 // vocabulary))
+
+    def _score(
+        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
+    ) -> FloatArray:
+        """The `Scorer` protocol: swap the policy in where it is not the current one."""
+        tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        self._phases.count(phase, len(prompts), tokens)
+        current = policy == self._iteration - 1
+        swap = nullcontext() if current else swapped_in(self.model, self._snapshot(policy))
+        bar = tqdm(
+            total=tokens,
+            unit="tok",
+            unit_scale=True,
+            desc=f"SeRA {self._iteration}: {phase.replace('_', ' ')} (theta_{policy})",
+            disable=self.args.disable_tqdm,
+        )
+        with swap, bar:
+            return score_sequences(
+                self.model,
+                prompts,
+                completions,
+                pad_id=self._pad_id,
+                token_budget=self._token_budget,
+                autocast=self.compute_loss_context_manager,
+                progress=bar.update,
+            )
+
+    def _sampling_progress(self, total: int, phase: str) -> Callable[[Any], None]:
+        bar = tqdm(
+            total=total,
+            unit="prompt",
+            desc=f"SeRA {self._iteration}: {phase}",
+            disable=self.args.disable_tqdm,
+        )
+        tokens = 0
+
+        def advance(chunk: Any) -> None:
+            nonlocal tokens
+            tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
+            bar.update(len(chunk))
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{tokens / elapsed:,.0f} tok/s" if elapsed else "")
+            if bar.n >= total:
+                bar.close()
+
+        return advance
+
+    # ------------------------------------------------------------------ the step
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's step. The host's own collects garbage and empties the cache in each one."""
+        loss: torch.Tensor = super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        if self.loss is None:
+            result = super()._compute_loss(model, inputs, return_outputs)
+            if self._gate_pending and self.model.training:
+                sides = {
+                    s: self._metrics["train"][f"logps/{s}"][-1] for s in ("chosen", "rejected")
+                }
+                self._check_step_zero(
+                    inputs, torch.tensor(sides["chosen"]), torch.tensor(sides["rejected"])
+                )
+            return result
+        mode = "train" if self.model.training else "eval"
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        mask = inputs["completion_mask"]
+        logps, outputs = forward_logps(
+            model, inputs["input_ids"], inputs["attention_mask"], mask, **extra
+        )
+        lengths = mask.sum(dim=1)
+        chosen_logps, rejected_logps = logps.chunk(2)
+        chosen_lengths, rejected_lengths = lengths.chunk(2)
+        chosen = self.loss.rewards(chosen_logps, inputs["ref_chosen_logps"], chosen_lengths)
+        rejected = self.loss.rewards(rejected_logps, inputs["ref_rejected_logps"], rejected_lengths)
+        loss = self.loss(chosen, rejected).mean()
+        if self._gate_pending and self.model.training:
+            self._check_step_zero(inputs, chosen_logps, rejected_logps, loss)
+        if self.loss.reference_free and self.cfg.cpo_alpha:
+            # CPO's NLL term: mean over the chosen tokens of the batch (Xu et al. 2024, Eq. 5).
+            loss = loss - self.cfg.cpo_alpha * chosen_logps.sum() / chosen_lengths.sum()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+        self._record(mode, inputs, chosen, rejected, chosen_logps, rejected_logps)
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(
+        self,
+        mode: str,
+        inputs: Any,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        chosen_logps: torch.Tensor,
+        rejected_logps: torch.Tensor,
+    ) -> None:
+        """TRL's metrics under TRL's names; one transfer from the device for all of them."""
+        beta = self.beta
+        values = torch.stack(
+            [
+                beta * chosen.mean(),
+                beta * rejected.mean(),
+                (chosen > rejected).float().mean(),
+                beta * (chosen - rejected).mean(),
+                chosen_logps.mean(),
+                rejected_logps.mean(),
+                inputs["attention_mask"].sum().float(),
+            ]
+        ).tolist()
+        names = (
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logps/chosen",
+            "logps/rejected",
+        )
+        for name, value in zip(names, values, strict=False):
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._total_train_tokens += int(values[-1])
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _check_step_zero(
+        self,
+        inputs: Any,
+        chosen_logps: torch.Tensor,
+        rejected_logps: torch.Tensor,
+        loss: torch.Tensor | None = None,
+    ) -> None:
+        """Before an iteration's first update the policy is its reference: the loss is known.
+
+        Compares the training forward with the stored log pi_{t-1}, and the loss with its value
+        there (ln 2 for DPO). Catches a reference of other weights, other tokens or another
+        precision before they cost a run.
+
+        Raises:
+            ValueError: with both figures, if they differ by more than rounding.
+        """
+        self._gate_pending = False
+        reference = torch.stack(
+            [inputs["ref_chosen_logps"].mean(), inputs["ref_rejected_logps"].mean()]
+        )
+        policy = (
+            torch.stack([chosen_logps.mean(), rejected_logps.mean()]).detach().to(reference.device)
+        )
+        tokens = inputs["completion_mask"].sum() / len(inputs["completion_mask"])
+        per_token = float(((policy - reference).abs() / tokens).max())
+        low = self.args.bf16 or self.args.fp16 or _low_precision(self.model)
+        loss_limit, token_limit = _GATE_LOW_PRECISION if low else _GATE_FLOAT32
+        result = {"nats_per_token": per_token}
+        failed = not per_token <= token_limit
+        if loss is not None and self.loss is not None:
+            lengths = inputs["completion_mask"].sum(dim=1).chunk(2)
+            sides = [
+                self.loss.rewards(ref, ref, length)
+                for ref, length in zip(
+                    (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]), lengths, strict=True
+                )
+            ]
+            expected = float(self.loss(*sides).mean())
+            result |= {"loss": loss.item(), "expected_loss": expected}
+            failed |= not abs(result["loss"] - expected) <= loss_limit
+        if failed:
+            raise ValueError(
+                f"step-0 gate of iteration {self._iteration}: before the first update policy and "
+                f"reference are the same weights, but {result} (allowed: {token_limit} nats per "
+                f"token, {loss_limit} in the loss). The reference would be wrong, so nothing was "
+                "trained. Usual causes: dropout or NEFTune noise in training, a kernel that "
+                "differs between training and evaluation, mixed precision with a model in another "
+                "type. Train with bf16 or float32 throughout, or report this with your YAML."
+            )
+        self._gate_result = {name: round(value, 6) for name, value in result.items()}
+
+
+def _resolve_loss(cfg: DictDefault, config: SeraConfig, beta: float) -> PreferenceLoss | None:
+    """SeRA's own loss, or None where `dpo_loss_type` asks for one of the host's."""
+    if cfg.dpo_loss_type:
+        return None
+    return PreferenceLoss(
+        kind=config.loss,
+        beta=float(beta),
+        label_smoothing=float(cfg.dpo_label_smoothing or 0.0),
+        simpo_gamma=float(cfg.simpo_gamma or 0.0),
+        per_token=config.loss == "simpo"
+        or (config.loss == "ipo" and config.ipo_reduction == "mean"),
+    )
+
+
+def _loss_name(loss: PreferenceLoss | None, host_types: Sequence[str]) -> str:
+    if loss is None:
+        return " + ".join(host_types)
+    smoothed = f" (label smoothing {loss.label_smoothing:g})" if loss.label_smoothing else ""
+    return loss.kind + smoothed
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end a turn: the tokenizer's eos, then the generation config's."""
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return [token for token in (tokenizer.eos_token_id, *listed) if token is not None]
+
+
+def _low_precision(model: torch.nn.Module) -> bool:
+    return any(
+        (p.is_floating_point() and p.dtype != torch.float32) or p.dtype == torch.uint8
+        for p in model.parameters()
+    )
+
+
+def _public_config(cfg: DictDefault) -> dict[str, Any]:
+    """The host's resolved configuration without secrets, as JSON-able values."""
+    secret = ("token", "_key", "secret", "password")
+    plain: dict[str, Any] = json.loads(json.dumps(dict(cfg), default=str))
+    return {
+        key: value
+        for key, value in plain.items()
+        if value is not None and not (isinstance(value, str) and key.endswith(secret))
+    }
+
+
+def _require_same_run(earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run whose data or method is another one's."""
+    changed = [
+        f"{key}: {earlier.get(key)!r} -> {now[key]!r}"
+        for key in ("dataset_fingerprint", "loss", "beta", "per_token", "seed", "end_ids")
+        if earlier.get(key) != now[key]
+    ]
+    for key in ("sera", "base_model", "adapter", "num_epochs", "sequence_len", "learning_rate"):
+        before, after = earlier["config"].get(key), now["config"].get(key)
+        if before != after:
+            changed.append(f"{key}: {before!r} -> {after!r}")
+    if changed:
+        raise ValueError(
+            "this run cannot continue the one in its output_dir, because these changed since it "
+            f"began: {'; '.join(changed)}. Restore them, or set another output_dir."
+        )
