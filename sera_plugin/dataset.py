@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-LOG = logging.getLogger(__name__)
+#: Below the host's own logger: it shows its own messages and, of others, only warnings.
+LOG = logging.getLogger("axolotl.sera")
 
 #: The host's `chat_template.*` strategies render a completion after this user message and cut it
 #: out again by string search (axolotl 0.19, prompt_strategies/dpo/chat_template.py).
@@ -104,6 +105,7 @@ def _texts(example: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
     if not all(_is_conversation(value) for value in values):
         kinds = ", ".join(type(value).__name__ for value in values)
         raise RowError(f"prompt, chosen, rejected must all be text or all messages, not {kinds}")
+    prompt: Any
     prompt, chosen, rejected = values
     text: str = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     completions = []
@@ -248,8 +250,8 @@ def tokenize_rows(
         ):
             result.inexact.append(row)
         # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
-        ids = [np.asarray(x, dtype=np.int32) for x in (prompt_ids, *answers)]
-        parsed.append((row, ids[0], ids[1], ids[2]))
+        arrays = [np.asarray(ids, dtype=np.int32) for ids in (prompt_ids, *answers)]
+        parsed.append((row, arrays[0], arrays[1], arrays[2]))
 
     ends = Counter(
         last
@@ -259,25 +261,25 @@ def tokenize_rows(
     )
     end = ends.most_common(1)[0][0] if ends else encoder.end_ids[0]
     result.end_ids = list(dict.fromkeys([end, *encoder.end_ids]))
-    for row, prompt_ids, *answers in parsed:
+    for row, prompt_array, *completions in parsed:
         completed = [
             ids if encoder.trailing_end(ids) is not None else np.append(ids, np.int32(end))
-            for ids in answers
+            for ids in completions
         ]
-        if max_length is not None and len(prompt_ids) + max(map(len, completed)) > max_length:
-            if not truncate or len(prompt_ids) >= max_length:
+        if max_length is not None and len(prompt_array) + max(map(len, completed)) > max_length:
+            if not truncate or len(prompt_array) >= max_length:
                 result.drop(row, f"longer than sequence_len: {max_length}")
                 continue
-            completed = [ids[: max_length - len(prompt_ids)] for ids in completed]
+            completed = [ids[: max_length - len(prompt_array)] for ids in completed]
         result.rows.append(row)
-        result.prompt_ids.append(prompt_ids)
+        result.prompt_ids.append(prompt_array)
         result.chosen_ids.append(completed[0])
         result.rejected_ids.append(completed[1])
     if not result.rows:
         reasons = "; ".join(f"{len(rows)} {why}" for why, rows in result.dropped.items())
         raise ValueError(
-            f"none of the {total} preference rows can be used ({reasons or 'the dataset is empty'}). "
-            "Check `datasets:` and `sequence_len` in the YAML."
+            f"none of the {total} preference rows can be used "
+            f"({reasons or 'the dataset is empty'}). Check `datasets:` and `sequence_len`."
         )
     return result
 

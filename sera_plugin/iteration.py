@@ -321,7 +321,11 @@ def training_pairs(
     if candidates is not None and bootstrapped is not None:
         token_ids = TokenColumn(candidates["token_ids"])
         first = dict(
-            zip(candidates["row"].to_numpy()[::per_prompt], range(0, len(token_ids), per_prompt))
+            zip(
+                candidates["row"].to_numpy()[::per_prompt],
+                range(0, len(token_ids), per_prompt),
+                strict=True,
+            )
         )
         reference = np.stack(candidates["logps"].to_numpy(zero_copy_only=False))[:, 0]
         selected = bootstrapped.filter(bootstrapped["selected"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ def forward_logps(
     """
     # Logits are needed from the first completion's predecessor on, and nowhere before.
     start = int(completion_mask.any(dim=0).int().argmax()) - 1
-    if _keeps_logits(type(_innermost(model))):
+    if "logits_to_keep" in inspect.signature(type(_innermost(model)).forward).parameters:
         model_inputs["logits_to_keep"] = input_ids.shape[1] - start
     output = model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **model_inputs
@@ -67,15 +66,10 @@ def forward_logps(
     return completion_logps(kept, labels, mask), output
 
 
-def _innermost(model: torch.nn.Module) -> torch.nn.Module:
+def _innermost(model: Any) -> Any:
     """The transformers model inside DDP and PEFT wrappers."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@lru_cache
-def _keeps_logits(kind: type[torch.nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:

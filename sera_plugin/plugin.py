@@ -8,7 +8,6 @@ DPO then holds.
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +31,6 @@ class SeraPlugin(BasePlugin):
             ValueError: for anything in the configuration that SeRA cannot run with, naming the
                 key, the value, and what to do.
         """
-        _log_like_the_host()
         _reject_misplaced_keys(cfg)
         already = cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER
         if cfg.get("rl") != "sera" and not already:
@@ -58,13 +56,6 @@ class SeraPlugin(BasePlugin):
         from sera_plugin.trainer import keep_one_model_loaded
 
         keep_one_model_loaded()
-
-
-def _log_like_the_host() -> None:
-    """The host configures the `axolotl` logger alone; ours writes where that writes."""
-    host, ours = logging.getLogger("axolotl"), logging.getLogger("sera_plugin")
-    ours.handlers, ours.propagate = host.handlers, not host.handlers
-    ours.setLevel(host.getEffectiveLevel())
 
 
 def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:

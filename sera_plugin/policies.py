@@ -1,7 +1,13 @@
-"""Snapshots of the trainable weights, swapped in place into the one loaded model."""
+"""Snapshots of the trainable weights, swapped in place into the one loaded model.
+
+The base model is loaded once. A policy is a copy of what training changes: an adapter, or all
+weights for full fine-tuning. `PolicyHistory` keeps those that the next iterations still need, in
+host memory and as `policy/` directories that PEFT, transformers and vLLM load.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sera_plugin.store import RunStore, write_json
 
 Snapshot = dict[str, Tensor]
 
@@ -48,29 +56,73 @@ def swapped_in(model: nn.Module, snapshot: Snapshot) -> Iterator[None]:
         restore_snapshot(model, current)
 
 
-def save_policy(model: Any, directory: Path) -> None:
-    """Save the model as PEFT, transformers and vLLM load it: an adapter, or whole weights.
+class PolicyHistory:
+    """theta_0, theta_1, ... of a run, by number.
 
-    Weights are written as safetensors. For a quantised base only the adapter is written, so the
-    base is never dequantised.
+    Args:
+        model: the one loaded model; a PEFT model for adapters.
+        store: the run directory.
+        base_model: the host's `base_model`, what a fully fine-tuned theta_0 is.
+        tokenizer: saved beside the weights, so that a policy loads on its own.
     """
-    model.save_pretrained(str(directory), safe_serialization=True)
 
+    def __init__(self, model: Any, store: RunStore, base_model: str, tokenizer: Any) -> None:
+        self.model = model
+        self.store = store
+        self.base_model = base_model
+        self.tokenizer = tokenizer
+        self.is_adapter = hasattr(model, "peft_config")
+        self._snapshots = {0: take_snapshot(model)}
 
-def load_policy(model: Any, directory: Path) -> Snapshot:
-    """Read a saved policy back as a snapshot of this model's trainable weights.
+    def keep_current(self, policy: int) -> None:
+        """The model is theta_policy now: keep it in memory and in iteration-XX/policy.
 
-    The model holds its own weights again afterwards.
-    """
-    current = take_snapshot(model)
-    try:
-        if hasattr(model, "peft_config"):
-            from peft import load_peft_weights, set_peft_model_state_dict
+        Weights are safetensors. Of a base model that is fully fine-tuned theta_0 is a pointer; on
+        a quantised base only the adapter is written, so the base is never dequantised.
+        """
+        if policy > 0:
+            self._snapshots[policy] = take_snapshot(self.model)
+        final = self.store.policy(policy + 1)
+        if final.exists():
+            return
+        partial = final.with_name(".policy.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        if policy == 0 and not self.is_adapter:
+            write_json(partial / "base_model.json", {"base_model": self.base_model})
+        else:
+            self.model.save_pretrained(str(partial))
+            self.tokenizer.save_pretrained(str(partial))
+        partial.rename(final)
 
-            # From host memory, so that no second adapter is ever on the accelerator.
-            set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
-            return take_snapshot(model)
-        saved = type(model).from_pretrained(str(directory), dtype="auto").state_dict()
-        return {name: saved[name] for name in current}
-    finally:
-        restore_snapshot(model, current)
+    @contextmanager
+    def at(self, policy: int) -> Iterator[None]:
+        """The model is theta_policy inside the block, and itself again afterwards."""
+        if policy not in self._snapshots:
+            self._snapshots[policy] = self._load(self.store.policy(policy + 1))
+        with swapped_in(self.model, self._snapshots[policy]):
+            yield
+
+    def forget_before(self, policy: int, on_disk: bool) -> None:
+        """Drop policies older than theta_policy; whole weights on disk too if asked."""
+        for old in [number for number in self._snapshots if number < policy]:
+            del self._snapshots[old]
+        if self.is_adapter or not on_disk:
+            return
+        for old in range(1, policy):
+            directory = self.store.policy(old + 1)
+            if directory.exists():
+                shutil.rmtree(directory)
+
+    def _load(self, directory: Path) -> Snapshot:
+        """Read a saved policy back (a resumed run); the model keeps its own weights."""
+        current = take_snapshot(self.model)
+        if not self.is_adapter:
+            saved = type(self.model).from_pretrained(str(directory), dtype="auto").state_dict()
+            return {name: saved[name] for name in current}
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        try:
+            set_peft_model_state_dict(self.model, load_peft_weights(str(directory), device="cpu"))
+            return take_snapshot(self.model)
+        finally:
+            restore_snapshot(self.model, current)

@@ -88,7 +88,8 @@ def _drift(iteration: int, store: RunStore, columns: Mapping[str, Any]) -> dict[
 def _add_bootstrapping(summary: dict[str, Any], iteration: int, store: RunStore) -> None:
     candidates = store.read(iteration, "candidates")
     bootstrapped = store.read(iteration, "bootstrapped")
-    assert candidates is not None and bootstrapped is not None
+    assert candidates is not None
+    assert bootstrapped is not None
     selected = bootstrapped["selected"].to_numpy(zero_copy_only=False)
     finish = np.asarray(candidates["finish_reason"].to_pylist())
     lengths = TokenColumn(candidates["token_ids"]).lengths

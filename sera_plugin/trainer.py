@@ -6,13 +6,10 @@ a host upgrade fails there and not in the middle of somebody's run.
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,42 +23,28 @@ from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer
 
-from sera_plugin import __version__
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.dataset import ChatTemplateCheck, report_rows, tokenize_rows
+from sera_plugin.gate import (
+    FLOAT32_LIMITS,
+    LOW_PRECISION_LIMITS,
+    check_step_zero,
+    low_precision,
+)
 from sera_plugin.iteration import Method, Pairs, Phases, prepare_iteration, score_pairs
 from sera_plugin.logprobs import forward_logps, score_sequences
 from sera_plugin.losses import PreferenceLoss
-from sera_plugin.policies import (
-    Snapshot,
-    load_policy,
-    restore_snapshot,
-    save_policy,
-    swapped_in,
-    take_snapshot,
-)
+from sera_plugin.policies import PolicyHistory, Snapshot, restore_snapshot, take_snapshot
 from sera_plugin.rewards import FloatArray
+from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.schedule import Schedule
-from sera_plugin.store import (
-    FORMAT_VERSION,
-    RunStore,
-    fingerprint,
-    make_table,
-    read_json,
-    write_json,
-    write_table,
-)
+from sera_plugin.store import RunStore, make_table, read_json, write_json, write_table
 from sera_plugin.summary import describe_end, describe_start, metrics, summarize
 
-LOG = logging.getLogger(__name__)
-
-#: Step-0 gate: how far policy and reference may differ when they are the same weights, as
-#: (loss, nats per token). Batches are padded differently for scoring and training, which moves
-#: low-precision sums a little.
-_GATE_FLOAT32 = (1e-3, 1e-3)
-_GATE_LOW_PRECISION = (0.1, 0.05)
+#: Below the host's own logger: it shows its own messages and, of others, only warnings.
+LOG = logging.getLogger("axolotl.sera")
 
 
 def keep_one_model_loaded() -> None:
@@ -86,7 +69,7 @@ def keep_one_model_loaded() -> None:
 class SeraTrainer(AxolotlDPOTrainer):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
-    tag_names = ["axolotl", "sera", "dpo"]
+    tag_names: ClassVar[list[str]] = ["axolotl", "sera", "dpo"]
 
     def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
         self.cfg: DictDefault = PluginManager.get_instance().cfg
@@ -96,7 +79,6 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._method: Method | None = None
         self._schedule: Schedule | None = None
         self._iteration = 0
-        self._snapshots: dict[int, Snapshot] = {}
         self._phases = Phases()
         self._gate_result: dict[str, float] | None = None
         self._gate_pending = False
@@ -126,9 +108,11 @@ class SeraTrainer(AxolotlDPOTrainer):
         if is_peft_model(self.model):
             self._tidy_adapters(continued)
         self._pairs = Pairs.from_table(self.train_dataset.data.table)
-        self._eval_pairs = (
-            Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
-        )
+        self._eval_pairs = self._held_out_pairs()
+
+    def _held_out_pairs(self) -> Pairs | None:
+        held_out: Dataset | None = self.eval_dataset
+        return Pairs.from_table(held_out.data.table) if held_out else None
 
     def _tidy_adapters(self, continued: Snapshot | None) -> None:
         """Undo what TRL does to adapters for a reference that we keep as data.
@@ -145,6 +129,11 @@ class SeraTrainer(AxolotlDPOTrainer):
             for weight in self.model.parameters():
                 if weight.requires_grad:
                     weight.data = weight.data.float()
+            # On a CPU bitsandbytes 0.50 repacks a layer's weights for good on its first forward
+            # pass in eval mode, and cannot train it afterwards. Scoring comes before training.
+            for module in self.model.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
         if continued is not None:
             restore_snapshot(self.model, continued)
 
@@ -210,7 +199,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         """See `transformers.Trainer.train`. Refuses to mix with another run's directory."""
         self._open_run(resume_from_checkpoint)
         # Before a checkpoint is loaded the weights are theta_0.
-        self._snapshots[0] = take_snapshot(self.model)
+        self._policies = PolicyHistory(
+            self.model, self.store, str(self.cfg.base_model), self.processing_class
+        )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _open_run(self, resume_from_checkpoint: Any) -> None:
@@ -234,78 +225,36 @@ class SeraTrainer(AxolotlDPOTrainer):
             done = self.store.summary(iteration).get("pairs", {}).get("trained")
             if done is not None:
                 self._schedule = self._schedule.with_pairs(iteration, done)
-        description = self._describe_run()
+        description = describe_run(
+            self.cfg,
+            _loss_name(self.loss, self.args.loss_type),
+            float(self.args.beta),
+            self._method,
+            self._pairs,
+            len(self._eval_pairs) if self._eval_pairs else 0,
+            self._end_ids,
+            int(self.args.seed),
+        )
         if self.store.run_file.exists():
             if not (resume_from_checkpoint or self.cfg.auto_resume_from_checkpoints):
                 raise ValueError(
                     f"{self.store.root} holds an earlier run. Set another output_dir, remove that "
                     "directory, or continue it with `auto_resume_from_checkpoints: true`."
                 )
-            _require_same_run(read_json(self.store.run_file), description)
+            require_same_run(read_json(self.store.run_file), description)
         else:
             write_json(self.store.run_file, description)
             write_table(
                 self.store.dataset_file,
                 make_table({**self.train_dataset[:], **self._offline_columns}),
             )
-        LOG.info("%s", self._announcement())
+        LOG.info("%s", announce(description, self.config, self._method, self._schedule, self.store))
 
     @property
     def _per_token(self) -> bool:
         if self.loss is not None:
             return self.loss.per_token
         return any(loss in PER_TOKEN_HOST_LOSSES for loss in self.args.loss_type)
-
-    def _describe_run(self) -> dict[str, Any]:
-        """The content of run.json."""
-        columns = (self._pairs.prompt_ids, self._pairs.chosen_ids, self._pairs.rejected_ids)
-        packages = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
-        return {
-            "format_version": FORMAT_VERSION,
-            "versions": {
-                "sera_plugin": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in packages},
-            },
-            "config": _public_config(self.cfg),
-            "loss": _loss_name(self.loss, self.args.loss_type),
-            "beta": float(self.args.beta),
-            "per_token": self._per_token,
-            "pairs": len(self._pairs),
-            "evaluation_pairs": len(self._eval_pairs) if self._eval_pairs else 0,
-            "dataset_fingerprint": fingerprint(columns),
-            "end_ids": [int(token) for token in self._end_ids],
-            "seed": int(self.args.seed),
-        }
-
-    def _announcement(self) -> str:
-        """The log block at the start: settings, plan, files."""
-        schedule, config = self._schedule, self.config
-        assert schedule is not None and self._method is not None
-        lines = [
-            "SeRA run",
-            f"  loss {_loss_name(self.loss, self.args.loss_type)}, beta {self.args.beta}, "
-            f"{'per token' if self._per_token else 'summed over tokens'}",
-            f"  keep {config.selection_ratio:g} N, sample {config.bootstrap_ratio:g} N "
-            f"(R = {config.candidates}, temperature {config.temperature:g}, top_p "
-            f"{config.top_p:g}, up to {config.max_new_tokens} tokens), gamma {config.gamma:g}",
-            f"  N = {len(self._pairs)} pairs, {len(self._eval_pairs) if self._eval_pairs else 0} "
-            f"held out, seed {self.args.seed}",
-            "  optimizer and learning-rate schedule "
-            + ("restart every iteration" if config.restart_optimizer else "run on"),
-        ]
-        for iteration, pairs in enumerate(schedule.pairs, start=1):
-            what = "all offline pairs"
-            if iteration > 1:
-                what = f"{self._method.kept} kept + {self._method.bootstrapped} sampled"
-            lines.append(
-                f"  iteration {iteration}: {pairs} pairs ({what}), {schedule.steps(iteration)} "
-                f"steps, reference theta_{iteration - 1}"
-            )
-        lines.append(f"  {schedule.total_steps} steps in all; files go to {self.store.root}")
-        if config.bootstrap_ratio and len(schedule.pairs) > 1:
-            lines.append("  sampler: transformers, in the training process")
-        return "\n".join(lines)
 
     # ---------------------------------------------------- seams: epochs of unequal length
 
@@ -400,13 +349,14 @@ class SeraTrainer(AxolotlDPOTrainer):
     def _begin_iteration(self, iteration: int, resumed: bool) -> pa.Table:
         """Everything before the first step of iteration t; returns D_t."""
         method, schedule = self._method, self._schedule
-        assert method is not None and schedule is not None
+        assert method is not None
+        assert schedule is not None
         self._iteration = iteration
         earlier = self.store.summary(iteration)
         self._phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
         self._gate_result = earlier.get("step_zero")
         if not resumed:
-            self._save_policy(iteration)
+            self._policies.keep_current(iteration - 1)
         pairs = prepare_iteration(
             iteration,
             method,
@@ -435,7 +385,9 @@ class SeraTrainer(AxolotlDPOTrainer):
             LOG.info("%s", describe_start(summary))
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             Trainer.log(self, metrics(summary))
-        self._forget_policies(iteration)
+        # Iteration t + 1 compares theta_t with as many policies as its reward weighs.
+        oldest = min(iteration - 1, iteration + 1 - len(method.weights(iteration + 1)))
+        self._policies.forget_before(oldest, on_disk=not self.config.keep_policies)
         self._schedule = schedule.with_pairs(iteration, pairs.num_rows)
         self._announce_total(self._schedule.total_steps)
         if self.config.restart_optimizer and iteration > 1 and not resumed:
@@ -484,45 +436,6 @@ class SeraTrainer(AxolotlDPOTrainer):
             self.eval_dataset = self._with_reference(self._eval_pairs)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    # ------------------------------------------------------------------ policies
-
-    def _save_policy(self, iteration: int) -> None:
-        """Keep theta_{t-1} on disk; of a base model that is fully fine-tuned, a pointer."""
-        self._snapshots[iteration - 1] = (
-            self._snapshots[0] if iteration == 1 else take_snapshot(self.model)
-        )
-        final = self.store.policy(iteration)
-        if final.exists():
-            return
-        partial = final.with_name(".policy.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        if iteration == 1 and not is_peft_model(self.model):
-            write_json(partial / "base_model.json", {"base_model": str(self.cfg.base_model)})
-        else:
-            save_policy(self.model, partial)
-            self.processing_class.save_pretrained(str(partial))
-        partial.rename(final)
-
-    def _snapshot(self, policy: int) -> Snapshot:
-        if policy not in self._snapshots:
-            self._snapshots[policy] = load_policy(self.model, self.store.policy(policy + 1))
-        return self._snapshots[policy]
-
-    def _forget_policies(self, iteration: int) -> None:
-        """Drop what no later iteration needs; adapters stay on disk, they are small."""
-        assert self._method is not None
-        oldest = iteration + 1 - len(self._method.weights(iteration + 1))
-        for policy in [p for p in self._snapshots if p < oldest]:
-            del self._snapshots[policy]
-        if is_peft_model(self.model) or self.config.keep_policies:
-            return
-        for policy in range(1, oldest):
-            directory = self.store.policy(policy + 1)
-            for file in directory.iterdir() if directory.exists() else ():
-                file.unlink()
-            if directory.exists():
-                directory.rmdir()
-
     # ------------------------------------------------------------------ scoring
 
     @property
@@ -542,7 +455,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         self._phases.count(phase, len(prompts), tokens)
         current = policy == self._iteration - 1
-        swap = nullcontext() if current else swapped_in(self.model, self._snapshot(policy))
+        swap = nullcontext() if current else self._policies.at(policy)
         bar = tqdm(
             total=tokens,
             unit="tok",
@@ -592,11 +505,11 @@ class SeraTrainer(AxolotlDPOTrainer):
         if self.loss is None:
             result = super()._compute_loss(model, inputs, return_outputs)
             if self._gate_pending and self.model.training:
-                sides = {
-                    s: self._metrics["train"][f"logps/{s}"][-1] for s in ("chosen", "rejected")
-                }
-                self._check_step_zero(
-                    inputs, torch.tensor(sides["chosen"]), torch.tensor(sides["rejected"])
+                recorded = self._metrics["train"]
+                self._pass_gate(
+                    inputs,
+                    torch.tensor(recorded["logps/chosen"][-1]),
+                    torch.tensor(recorded["logps/rejected"][-1]),
                 )
             return result
         mode = "train" if self.model.training else "eval"
@@ -612,7 +525,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         rejected = self.loss.rewards(rejected_logps, inputs["ref_rejected_logps"], rejected_lengths)
         loss = self.loss(chosen, rejected).mean()
         if self._gate_pending and self.model.training:
-            self._check_step_zero(inputs, chosen_logps, rejected_logps, loss)
+            self._pass_gate(inputs, chosen_logps, rejected_logps, loss)
         if self.loss.reference_free and self.cfg.cpo_alpha:
             # CPO's NLL term: mean over the chosen tokens of the batch (Xu et al. 2024, Eq. 5).
             loss = loss - self.cfg.cpo_alpha * chosen_logps.sum() / chosen_lengths.sum()
@@ -620,6 +533,20 @@ class SeraTrainer(AxolotlDPOTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
         self._record(mode, inputs, chosen, rejected, chosen_logps, rejected_logps)
         return (loss, outputs) if return_outputs else loss
+
+    def _pass_gate(
+        self,
+        inputs: Any,
+        chosen_logps: torch.Tensor,
+        rejected_logps: torch.Tensor,
+        loss: torch.Tensor | None = None,
+    ) -> None:
+        self._gate_pending = False
+        low = self.args.bf16 or self.args.fp16 or low_precision(self.model)
+        limits = LOW_PRECISION_LIMITS if low else FLOAT32_LIMITS
+        self._gate_result = check_step_zero(
+            inputs, chosen_logps, rejected_logps, limits, loss, self.loss
+        )
 
     def _record(
         self,
@@ -657,57 +584,6 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._total_train_tokens += int(values[-1])
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
-    def _check_step_zero(
-        self,
-        inputs: Any,
-        chosen_logps: torch.Tensor,
-        rejected_logps: torch.Tensor,
-        loss: torch.Tensor | None = None,
-    ) -> None:
-        """Before an iteration's first update the policy is its reference: the loss is known.
-
-        Compares the training forward with the stored log pi_{t-1}, and the loss with its value
-        there (ln 2 for DPO). Catches a reference of other weights, other tokens or another
-        precision before they cost a run.
-
-        Raises:
-            ValueError: with both figures, if they differ by more than rounding.
-        """
-        self._gate_pending = False
-        reference = torch.stack(
-            [inputs["ref_chosen_logps"].mean(), inputs["ref_rejected_logps"].mean()]
-        )
-        policy = (
-            torch.stack([chosen_logps.mean(), rejected_logps.mean()]).detach().to(reference.device)
-        )
-        tokens = inputs["completion_mask"].sum() / len(inputs["completion_mask"])
-        per_token = float(((policy - reference).abs() / tokens).max())
-        low = self.args.bf16 or self.args.fp16 or _low_precision(self.model)
-        loss_limit, token_limit = _GATE_LOW_PRECISION if low else _GATE_FLOAT32
-        result = {"nats_per_token": per_token}
-        failed = not per_token <= token_limit
-        if loss is not None and self.loss is not None:
-            lengths = inputs["completion_mask"].sum(dim=1).chunk(2)
-            sides = [
-                self.loss.rewards(ref, ref, length)
-                for ref, length in zip(
-                    (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]), lengths, strict=True
-                )
-            ]
-            expected = float(self.loss(*sides).mean())
-            result |= {"loss": loss.item(), "expected_loss": expected}
-            failed |= not abs(result["loss"] - expected) <= loss_limit
-        if failed:
-            raise ValueError(
-                f"step-0 gate of iteration {self._iteration}: before the first update policy and "
-                f"reference are the same weights, but {result} (allowed: {token_limit} nats per "
-                f"token, {loss_limit} in the loss). The reference would be wrong, so nothing was "
-                "trained. Usual causes: dropout or NEFTune noise in training, a kernel that "
-                "differs between training and evaluation, mixed precision with a model in another "
-                "type. Train with bf16 or float32 throughout, or report this with your YAML."
-            )
-        self._gate_result = {name: round(value, 6) for name, value in result.items()}
-
 
 def _resolve_loss(cfg: DictDefault, config: SeraConfig, beta: float) -> PreferenceLoss | None:
     """SeRA's own loss, or None where `dpo_loss_type` asks for one of the host's."""
@@ -736,39 +612,3 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     configured = getattr(generation, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return [token for token in (tokenizer.eos_token_id, *listed) if token is not None]
-
-
-def _low_precision(model: torch.nn.Module) -> bool:
-    return any(
-        (p.is_floating_point() and p.dtype != torch.float32) or p.dtype == torch.uint8
-        for p in model.parameters()
-    )
-
-
-def _public_config(cfg: DictDefault) -> dict[str, Any]:
-    """The host's resolved configuration without secrets, as JSON-able values."""
-    secret = ("token", "_key", "secret", "password")
-    plain: dict[str, Any] = json.loads(json.dumps(dict(cfg), default=str))
-    return {
-        key: value
-        for key, value in plain.items()
-        if value is not None and not (isinstance(value, str) and key.endswith(secret))
-    }
-
-
-def _require_same_run(earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to continue a run whose data or method is another one's."""
-    changed = [
-        f"{key}: {earlier.get(key)!r} -> {now[key]!r}"
-        for key in ("dataset_fingerprint", "loss", "beta", "per_token", "seed", "end_ids")
-        if earlier.get(key) != now[key]
-    ]
-    for key in ("sera", "base_model", "adapter", "num_epochs", "sequence_len", "learning_rate"):
-        before, after = earlier["config"].get(key), now["config"].get(key)
-        if before != after:
-            changed.append(f"{key}: {before!r} -> {after!r}")
-    if changed:
-        raise ValueError(
-            "this run cannot continue the one in its output_dir, because these changed since it "
-            f"began: {'; '.join(changed)}. Restore them, or set another output_dir."
-        )
