@@ -1,0 +1,72 @@
+"""The `sera:` block."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from sera_plugin.args import SeraConfig
+
+
+def test_defaults_are_the_papers():
+    config = SeraConfig()
+    assert (config.selection_ratio, config.bootstrap_ratio, config.gamma) == (0.7, 0.3, 0.3)
+    assert (config.candidates, config.temperature, config.top_p) == (4, 0.7, 0.95)
+    assert config.loss == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("selection_ratio", 1.1),
+        ("selection_ratio", -0.1),
+        ("bootstrap_ratio", -1),
+        ("gamma", 2),
+        ("candidates", 1),
+        ("temperature", 0),
+        ("top_p", 0),
+        ("max_new_tokens", 0),
+        ("loss", "kto"),
+        ("sampler", "magic"),
+        ("selecton_ratio", 0.7),
+    ],
+)
+def test_a_bad_value_names_its_key(key, value):
+    with pytest.raises(ValidationError, match=key):
+        SeraConfig(**{key: value})
+
+
+def test_pairs_per_prompt_follow_the_ratio():
+    assert SeraConfig(bootstrap_ratio=0).pairs_per_prompt == 1
+    assert SeraConfig(bootstrap_ratio=1.0).pairs_per_prompt == 1
+    assert SeraConfig(bootstrap_ratio=2.0).pairs_per_prompt == 2
+    with pytest.raises(ValidationError, match="Raise candidates to 6"):
+        SeraConfig(bootstrap_ratio=2.5)
+    assert SeraConfig(bootstrap_ratio=2.5, candidates=6).pairs_per_prompt == 3
+
+
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(ValidationError, match="nothing to train on"):
+        SeraConfig(selection_ratio=0, bootstrap_ratio=0)
+
+
+def test_summed_ipo_needs_ipo():
+    with pytest.raises(ValidationError, match="ipo_reduction"):
+        SeraConfig(ipo_reduction="sum")
+
+
+def test_the_block_cannot_change_after_parsing():
+    with pytest.raises(ValidationError, match="frozen"):
+        SeraConfig().gamma = 0.5
+
+
+def test_reading_the_configuration_loads_no_heavy_library():
+    code = (
+        "import sys, sera_plugin, sera_plugin.args, sera_plugin.cli, sera_plugin.demo\n"
+        "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.decode().strip() == "[]"

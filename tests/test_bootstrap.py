@@ -1,0 +1,81 @@
+"""How a prompt's candidates are paired."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sera_plugin.bootstrap import pair_candidates
+
+
+def pairs(candidates, rewards, pairs_per_prompt=1):
+    found = pair_candidates([candidates], [rewards], pairs_per_prompt)
+    return list(zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)), found
+
+
+def test_two_candidates_make_one_pair():
+    found, result = pairs("ab", [0.25, 1.0])
+    assert found == [(1, 0)]
+    assert result.margin.tolist() == [0.75]
+
+
+def test_best_is_paired_with_worst():
+    assert pairs("abcd", [0.1, 0.9, -0.5, 0.3])[0] == [(1, 2)]
+
+
+def test_six_candidates_make_three_nested_pairs():
+    # Ranked: 5 (6.0), 0 (5.0), 3 (4.0), 1 (3.0), 4 (2.0), 2 (1.0).
+    found, result = pairs("abcdef", [5.0, 3.0, 1.0, 4.0, 2.0, 6.0], 3)
+    assert found == [(5, 2), (0, 4), (3, 1)]
+    assert result.margin.tolist() == [5.0, 3.0, 1.0]
+
+
+def test_identical_candidates_count_once():
+    # "a" twice: two distinct remain, so one pair even if two are asked for.
+    found, result = pairs(["a", "a", "b"], [2.0, 2.0, 1.0], 2)
+    assert found == [(0, 2)]
+    assert result.duplicates == 1
+
+
+def test_fewer_than_two_distinct_candidates_give_no_pair():
+    found, result = pairs(["a", "a", "a", "a"], [1.0, 1.0, 1.0, 1.0])
+    assert found == []
+    assert (result.duplicates, result.too_few) == (3, 1)
+
+
+def test_equal_rewards_give_no_pair():
+    found, result = pairs("abcd", [1.0, 3.0, 3.0, 5.0], 2)
+    assert found == [(3, 0)]
+    assert result.ties == 1
+
+
+def test_a_reward_that_is_not_finite_is_named():
+    with pytest.raises(ValueError, match="candidate 1 of prompt 1 is nan"):
+        pair_candidates(["ab", "ab"], [[0.0, 1.0], [0.0, np.nan]])
+
+
+REWARDS = st.lists(st.integers(-99, 99), min_size=2, max_size=10, unique=True)
+
+
+@given(REWARDS, st.integers(1, 5))
+def test_pairs_are_disjoint_with_positive_margins(rewards, count):
+    found, result = pairs(range(len(rewards)), rewards, count)
+    used = [index for pair in found for index in pair]
+    assert len(used) == len(set(used))
+    assert len(found) == min(count, len(rewards) // 2)
+    assert (result.margin > 0).all()
+
+
+@given(REWARDS, st.data())
+def test_pairing_does_not_depend_on_the_order_of_candidates(rewards, data):
+    shuffled = data.draw(st.permutations(rewards))
+    one = {(rewards[c], rewards[r]) for c, r in pairs(rewards, rewards, 5)[0]}
+    other = {(shuffled[c], shuffled[r]) for c, r in pairs(shuffled, shuffled, 5)[0]}
+    assert one == other
+
+
+@given(REWARDS, st.integers(1, 4))
+def test_more_pairs_per_prompt_only_add_pairs(rewards, count):
+    assert set(pairs(rewards, rewards, count)[0]) <= set(pairs(rewards, rewards, count + 1)[0])

@@ -1,0 +1,41 @@
+"""Steps of epochs of unequal length."""
+
+from __future__ import annotations
+
+import pytest
+
+from sera_plugin.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("kept", "sampled", "pairs", "steps"),
+    [
+        # N = 10 in micro-batches of 2, two a step: ceil(5 / 2) = 3 steps for N.
+        (7, 3, (10, 10, 10), (3, 3, 3)),
+        (7, 0, (10, 7, 7), (3, 2, 2)),
+        (7, 20, (10, 27, 27), (3, 7, 7)),
+        (0, 10, (10, 10, 10), (3, 3, 3)),
+    ],
+)
+def test_iterations_have_their_own_length(kept, sampled, pairs, steps):
+    schedule = Schedule.plan(10, 3, kept, sampled, batch_size=2, accumulation=2)
+    assert schedule.pairs == pairs
+    assert tuple(schedule.steps(t) for t in (1, 2, 3)) == steps
+    assert schedule.total_steps == sum(steps)
+
+
+def test_drop_last_drops_the_incomplete_micro_batch():
+    schedule = Schedule((7,), batch_size=2, accumulation=2, drop_last=True)
+    assert (schedule.batches(1), schedule.steps(1)) == (3, 2)
+
+
+def test_every_global_step_is_located():
+    schedule = Schedule((10, 7, 27), batch_size=2, accumulation=2)
+    expected = [(t, s) for t in (1, 2, 3) for s in range(schedule.steps(t))] + [(4, 0)]
+    assert [schedule.locate(step) for step in range(schedule.total_steps + 1)] == expected
+
+
+def test_fewer_pairs_than_planned_change_only_their_iteration():
+    schedule = Schedule((10, 10, 10), batch_size=2, accumulation=1).with_pairs(2, 8)
+    assert schedule.pairs == (10, 8, 10)
+    assert schedule.total_steps == 14
