@@ -1,6 +1,16 @@
-"""Algorithm 1 against small fakes of our own protocols."""
+"""Algorithm 1 against fakes of the two protocols: a scorer and a candidate sampler.
+
+Three offline pairs. Every token id is a known completion; the scorer looks its log-probability up
+by policy, so each number below can be followed on paper.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,155 +20,355 @@ from sera_plugin.iteration import Method, Pairs, Phases, prepare_iteration
 from sera_plugin.sampling import Candidate, SamplingSettings
 from sera_plugin.store import RunStore, make_table
 
-N = 4
-SETTINGS = SamplingSettings(2, 1.0, 1.0, 8, None, (0,), seed=1)
+# log pi of (prompt token, completion's first token) under theta_0, theta_1, theta_2, in nats.
+LOGPS: dict[tuple[int, int], list[float]] = {
+    # chosen            rejected
+    (1, 11): [-10, -9, -8], (1, 12): [-10, -12, -15],
+    (2, 21): [-20, -21, -20], (2, 22): [-20, -20, -21],
+    (3, 31): [-30, -28, -29], (3, 32): [-30, -29, -31],
+    # candidates
+    (1, 13): [-5, -3, -2], (1, 14): [-5, -6, -6],
+    (2, 23): [-6, -6, -7], (2, 24): [-6, -5, -3],
+    (3, 33): [-7, -1, -9], (3, 34): [-7, -7, -7],
+}  # fmt: skip
+END = 99
+CANDIDATES = {
+    row: [[10 * prompt + 3, END], [10 * prompt + 4, END]] for row, prompt in enumerate((1, 2, 3))
+}
 
 
-class Scorer:
-    """log pi_p of a completion: p times its first token, minus its length."""
+class FakeScorer:
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str, int]] = []
+        self.broken: tuple[int, int] | None = None
 
-    def __init__(self):
-        self.calls = []
+    def __call__(
+        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
+    ) -> np.ndarray[Any, Any]:
+        self.calls.append((policy, phase, len(prompts)))
+        keys = [(int(p[0]), int(c[0])) for p, c in zip(prompts, completions, strict=True)]
+        return np.asarray([math.nan if k == self.broken else LOGPS[k][policy] for k in keys])
 
-    def __call__(self, policy, prompts, completions, phase):
-        self.calls.append((policy, phase))
-        return np.array([policy * float(ids[0]) - len(ids) for ids in completions])
 
-
-class Sampler:
-    """Candidates [row + 1] and [row + 5]; stops after `chunks` rows if told to."""
-
+class FakeSampler:
     name = "fake"
 
-    def __init__(self, chunks=N):
-        self.rows, self.chunks = [], chunks
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.fail_after = fail_after
+        self.sampled: list[int] = []
+        self.calls = 0
 
-    def sample(self, prompts, settings, skip=()):
-        for row in (row for row in range(len(prompts)) if row not in skip):
-            if len(self.rows) == self.chunks:
-                raise KeyboardInterrupt
-            self.rows.append(row)
-            yield [(row, [Candidate([row + 1, 0], "stop"), Candidate([row + 5, 0], "length")])]
+    def sample(
+        self, prompts: Sequence[Any], settings: SamplingSettings, skip: Collection[int] = ()
+    ) -> Iterator[list[tuple[int, list[Candidate]]]]:
+        self.calls += 1
+        # Last row first: the order of chunks is the sampler's own business.
+        for row in reversed(range(len(prompts))):
+            if row in skip:
+                continue
+            if len(self.sampled) == self.fail_after:
+                raise RuntimeError("the machine was taken away")
+            self.sampled.append(row)
+            yield [(row, [Candidate(ids, "stop") for ids in CANDIDATES[row]])]
+
+
+@dataclasses.dataclass
+class Run:
+    """One run directory with its fakes."""
+
+    directory: Path
+    config: SeraConfig = dataclasses.field(
+        default_factory=lambda: SeraConfig(selection_ratio=0.67, bootstrap_ratio=0.67, candidates=2)
+    )
+    reference_free: bool = False
+    per_token: bool = False
+    scorer: FakeScorer = dataclasses.field(default_factory=FakeScorer)
+    sampler: FakeSampler = dataclasses.field(default_factory=FakeSampler)
+    phases: Phases = dataclasses.field(default_factory=Phases)
+
+    @property
+    def store(self) -> RunStore:
+        return RunStore(self.directory)
+
+    @property
+    def method(self) -> Method:
+        return Method(self.config, self.reference_free, self.per_token, total=3)
+
+    def prepare(self, iteration: int) -> dict[str, list[Any]]:
+        pairs = Pairs.from_table(
+            make_table(
+                {
+                    "prompt_ids": [[1], [2, 2], [3]],
+                    "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
+                    "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
+                }
+            )
+        )
+        settings = SamplingSettings(self.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
+        table = prepare_iteration(
+            iteration,
+            self.method,
+            pairs,
+            self.store,
+            self.scorer,
+            self.sampler,
+            settings,
+            self.phases,
+        )
+        columns: dict[str, list[Any]] = table.to_pydict()
+        return columns
+
+    def offline(self, iteration: int) -> dict[str, list[Any]]:
+        return self.store.read(iteration, "offline").to_pydict()  # type: ignore[union-attr]
+
+    def table(self, iteration: int, name: str) -> dict[str, list[Any]]:
+        return self.store.read(iteration, name).to_pydict()  # type: ignore[union-attr]
 
 
 @pytest.fixture
-def pairs():
-    return Pairs.from_table(
-        make_table(
-            {
-                "prompt_ids": [[7]] * N,
-                # Margins at t = 2 (theta_1 against theta_0): chosen minus rejected first token.
-                "chosen_ids": [[9, 0], [5, 0], [4, 0], [8, 0]],
-                "rejected_ids": [[1, 0], [6, 0], [4, 0], [3, 0]],
-            }
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def firsts(columns: dict[str, list[Any]]) -> list[tuple[int, int, int]]:
+    """Pairs as the first tokens of prompt, chosen, rejected."""
+    return [
+        (p[0], c[0], r[0])
+        for p, c, r in zip(
+            columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True
         )
-    )
+    ]
 
 
-def method(**keys):
-    reference_free = keys.pop("reference_free", False)
-    config = SeraConfig(**({"selection_ratio": 0.5, "bootstrap_ratio": 0.5} | keys))
-    return Method(config, reference_free, per_token=reference_free, total=N)
+def assert_reference_is(policy: int, trained: dict[str, list[Any]]) -> None:
+    for side in ("chosen", "rejected"):
+        expected = [
+            LOGPS[prompt[0], ids[0]][policy]
+            for prompt, ids in zip(trained["prompt_ids"], trained[f"{side}_ids"], strict=True)
+        ]
+        assert trained[f"ref_{side}_logps"] == expected
 
 
-def prepare(iteration, pairs, store, scorer, sampler, **keys):
-    args = (method(**keys), pairs, store, scorer, sampler, SETTINGS, Phases())
-    return prepare_iteration(iteration, *args)
+def test_counts_are_rounded_shares_of_n() -> None:
+    method = Method(SeraConfig(), reference_free=False, per_token=False, total=9)
+    assert (method.kept, method.bootstrapped) == (6, 3)  # 6.3 and 2.7
+    method = Method(SeraConfig(bootstrap_ratio=2.0), False, False, total=9)
+    assert method.bootstrapped == 18
 
 
-def test_iteration_one_trains_on_everything_against_theta_zero(pairs, tmp_path):
-    scorer = Scorer()
-    result = prepare(1, pairs, RunStore(tmp_path), scorer, Sampler())
-    assert result.num_rows == N
-    assert result["ref_chosen_logps"].to_pylist() == [-2.0] * N
-    assert scorer.calls == [(0, "score_offline")]
+def test_iteration_one_trains_on_all_pairs_against_the_initial_policy(run: Run) -> None:
+    trained = run.prepare(1)
+    assert firsts(trained) == [(1, 11, 12), (2, 21, 22), (3, 31, 32)]
+    assert trained["chosen_ids"][1] == [21, 0, 0, END]
+    assert_reference_is(0, trained)
+    assert run.scorer.calls == [(0, "score_offline", 6)]
+    assert run.sampler.calls == 0
+    offline = run.offline(1)
+    assert "margin" not in offline
+    assert offline["row"] == [0, 1, 2]
+    assert offline["prompt_length"] == [1, 2, 1]
+    assert offline["chosen_length"] == [2, 4, 2]
+    assert offline["rejected_length"] == [2, 2, 4]
+    assert offline["chosen_logp"] == [-10, -20, -30]
+    assert offline["rejected_logp"] == [-10, -20, -30]
 
 
-def test_iteration_two_keeps_the_largest_margins_and_adds_sampled_pairs(pairs, tmp_path):
-    store, scorer, sampler = RunStore(tmp_path), Scorer(), Sampler()
-    prepare(1, pairs, store, scorer, sampler)
-    result = prepare(2, pairs, store, scorer, sampler)
-    offline = store.read(2, "offline")
-    assert offline["margin"].to_pylist() == [8.0, -1.0, 0.0, 5.0]
-    assert offline["selected"].to_pylist() == [True, False, False, True]
-    # Every prompt's candidates differ by 4: ties in margin, kept in row order.
-    bootstrapped = store.read(2, "bootstrapped")
-    assert bootstrapped["margin"].to_pylist() == [4.0] * N
-    assert bootstrapped["selected"].to_pylist() == [True, True, False, False]
-    assert result.num_rows == 4
-    assert result["chosen_ids"].to_pylist() == [[9, 0], [8, 0], [5, 0], [6, 0]]
-    assert result["rejected_ids"].to_pylist() == [[1, 0], [3, 0], [1, 0], [2, 0]]
-    # The reference is log pi_1: first token minus length.
-    assert result["ref_chosen_logps"].to_pylist() == [7.0, 6.0, 3.0, 4.0]
-    assert result["ref_rejected_logps"].to_pylist() == [-1.0, 1.0, -1.0, 0.0]
+def test_iteration_two_by_hand(run: Run) -> None:
+    """r = log pi_1 - log pi_0.
+
+    Offline: (-9 + 10) - (-12 + 10) = 3, (-21 + 20) - 0 = -1, (-28 + 30) - (-29 + 30) = 1;
+    round(0.67 * 3) = 2 kept: rows 0 and 2.
+    Candidates: row 0: 2, -1, margin 3; row 1: 0, 1, margin 1; row 2: 6, 0, margin 6;
+    round(0.67 * 3) = 2 kept: rows 0 and 2.
+    """
+    run.prepare(1)
+    trained = run.prepare(2)
+    offline = run.offline(2)
+    assert offline["chosen_reward"] == [1, -1, 2]
+    assert offline["rejected_reward"] == [-2, 0, 1]
+    assert offline["margin"] == [3, -1, 1]
+    assert offline["selected"] == [True, False, True]
+    assert offline["chosen_logp"] == [-9, -21, -28]
+
+    candidates = run.table(2, "candidates")
+    assert candidates["row"] == [0, 0, 1, 1, 2, 2]
+    assert candidates["candidate"] == [0, 1] * 3
+    assert candidates["token_ids"] == [ids for row in range(3) for ids in CANDIDATES[row]]
+    assert candidates["finish_reason"] == ["stop"] * 6
+    assert candidates["logps"] == [[-3, -5], [-6, -5], [-6, -6], [-5, -6], [-1, -7], [-7, -7]]
+    assert candidates["reward"] == [2, -1, 0, 1, 6, 0]
+
+    bootstrapped = run.table(2, "bootstrapped")
+    assert bootstrapped["row"] == [0, 1, 2]
+    assert bootstrapped["chosen_candidate"] == [0, 1, 0]
+    assert bootstrapped["rejected_candidate"] == [1, 0, 1]
+    assert bootstrapped["margin"] == [3, 1, 6]
+    assert bootstrapped["selected"] == [True, False, True]
+
+    assert len(trained["prompt_ids"]) == run.method.kept + run.method.bootstrapped == 4
+    assert firsts(trained) == [(1, 11, 12), (3, 31, 32), (1, 13, 14), (3, 33, 34)]
+    assert_reference_is(1, trained)
+    # Offline pairs once, under the current policy only; candidates under both.
+    assert run.scorer.calls[1:] == [
+        (1, "score_offline", 6),
+        (1, "score_candidates", 6),
+        (0, "score_candidates", 6),
+    ]
 
 
-def test_each_policy_scores_the_offline_pairs_once(pairs, tmp_path):
-    store, scorer = RunStore(tmp_path), Scorer()
-    for iteration in (1, 2, 3):
-        prepare(iteration, pairs, store, scorer, Sampler())
-    offline = [policy for policy, phase in scorer.calls if phase == "score_offline"]
-    candidates = [policy for policy, phase in scorer.calls if phase == "score_candidates"]
-    assert offline == [0, 1, 2]
-    assert candidates == [1, 0, 2, 1, 0]
+def test_iteration_three_has_the_ensemble(run: Run) -> None:
+    """r = 0.7 (log pi_2 - log pi_1) + 0.3 (log pi_1 - log pi_0).
+
+    Offline, chosen: 0.7 * 1 + 0.3 * 1 = 1, 0.7 * 1 - 0.3 = 0.4, -0.7 + 0.6 = -0.1;
+    rejected: -2.1 - 0.6 = -2.7, -0.7, -1.4 + 0.3 = -1.1; margins 3.7, 1.1, 1.0.
+    Candidates: row 0: 0.7 + 0.6 = 1.3 and -0.3, margin 1.6; row 1: -0.7 and 1.4 + 0.3 = 1.7,
+    margin 2.4; row 2: 0.7 * -8 + 0.3 * 6 = -3.8 and 0, margin 3.8 for the second.
+    """
+    for iteration in (1, 2):
+        run.prepare(iteration)
+    run.scorer.calls.clear()
+    trained = run.prepare(3)
+    assert run.offline(3)["margin"] == pytest.approx([3.7, 1.1, 1.0])
+    assert run.offline(3)["selected"] == [True, True, False]
+    assert run.table(3, "candidates")["reward"] == pytest.approx([1.3, -0.3, -0.7, 1.7, -3.8, 0])
+    assert run.table(3, "candidates")["logps"][4] == [-9, -1, -7]
+    assert run.table(3, "bootstrapped")["margin"] == pytest.approx([1.6, 2.4, 3.8])
+    assert firsts(trained) == [(1, 11, 12), (2, 21, 22), (2, 24, 23), (3, 34, 33)]
+    assert_reference_is(2, trained)
+    assert run.scorer.calls == [
+        (2, "score_offline", 6),
+        (2, "score_candidates", 6),
+        (1, "score_candidates", 6),
+        (0, "score_candidates", 6),
+    ]
 
 
-def test_the_ensemble_weighs_three_policies(pairs, tmp_path):
-    store = RunStore(tmp_path)
-    for iteration in (1, 2, 3):
-        prepare(iteration, pairs, store, Scorer(), Sampler(), gamma=0.25)
-    # theta_p scores p x token: 0.75 (2 - 1) + 0.25 (1 - 0) = 1 per unit of the first token.
-    np.testing.assert_allclose(store.column(3, "offline", "margin"), [8.0, -1.0, 0.0, 5.0])
+def test_per_token_margins_divide_each_side_by_its_own_length(tmp_path: Path) -> None:
+    """As at t = 2, over lengths 2 | 2, 4 | 2, 2 | 4: 1/2 + 2/2, -1/4 - 0, 2/2 - 1/4."""
+    run = Run(tmp_path, per_token=True)
+    run.prepare(1)
+    run.prepare(2)
+    assert run.offline(2)["margin"] == pytest.approx([1.5, -0.25, 0.75])
+    # All candidates have two tokens.
+    assert run.table(2, "bootstrapped")["margin"] == pytest.approx([1.5, 0.5, 3.0])
 
 
-def test_a_reference_free_loss_needs_no_earlier_policy_at_iteration_two(pairs, tmp_path):
-    store, scorer = RunStore(tmp_path), Scorer()
-    prepare(1, pairs, store, scorer, Sampler(), reference_free=True)
-    prepare(2, pairs, store, scorer, Sampler(), reference_free=True)
-    assert (0, "score_candidates") not in scorer.calls
-    # (9 - 2) / 2 - (1 - 2) / 2 = 4 per token
-    assert store.column(2, "offline", "margin")[0] == pytest.approx(4.0)
+def test_simpo_compares_with_no_earlier_policy_at_iteration_two(tmp_path: Path) -> None:
+    """r = log pi_1 / |y|: -9/2 + 12/2 = 1.5, -21/4 + 20/2 = 4.75, -28/2 + 29/4 = -6.75."""
+    run = Run(tmp_path, reference_free=True, per_token=True)
+    trained = run.prepare(2)  # no files of iteration 1 exist
+    assert {policy for policy, _, _ in run.scorer.calls} == {1}
+    assert run.offline(2)["margin"] == pytest.approx([1.5, 4.75, -6.75])
+    assert run.offline(2)["selected"] == [True, True, False]
+    assert run.table(2, "candidates")["logps"][0] == [-3]
+    assert_reference_is(1, trained)
 
 
-def test_finished_phases_are_read_back(pairs, tmp_path):
-    store, scorer, sampler = RunStore(tmp_path), Scorer(), Sampler()
-    prepare(1, pairs, store, scorer, sampler)
-    first = prepare(2, pairs, store, scorer, sampler)
-    again, silent = Scorer(), Sampler(chunks=0)
-    assert prepare(2, pairs, store, again, silent).equals(first)
-    assert again.calls == []
+def test_without_bootstrapping_nothing_is_sampled(tmp_path: Path) -> None:
+    run = Run(tmp_path, SeraConfig(selection_ratio=0.67, bootstrap_ratio=0))
+    run.prepare(1)
+    trained = run.prepare(2)
+    assert firsts(trained) == [(1, 11, 12), (3, 31, 32)]
+    assert run.sampler.calls == 0
+    assert run.store.read(2, "candidates") is None
 
 
-def test_interrupted_sampling_never_samples_a_row_twice(pairs, tmp_path):
-    store = RunStore(tmp_path)
-    prepare(1, pairs, store, Scorer(), Sampler())
-    with pytest.raises(KeyboardInterrupt):
-        prepare(2, pairs, store, Scorer(), Sampler(chunks=3))
-    rest = Sampler()
-    prepare(2, pairs, store, Scorer(), rest)
-    assert rest.rows == [3]
-    assert not store.samples(2).exists()
+def test_without_selection_only_sampled_pairs_are_trained(tmp_path: Path) -> None:
+    config = SeraConfig(selection_ratio=0, bootstrap_ratio=1, candidates=2)
+    run = Run(tmp_path, config)
+    run.prepare(1)
+    assert firsts(run.prepare(2)) == [(1, 13, 14), (2, 24, 23), (3, 33, 34)]
 
 
-def test_selection_only_samples_nothing(pairs, tmp_path):
-    store, silent = RunStore(tmp_path), Sampler(chunks=0)
-    prepare(1, pairs, store, Scorer(), silent, bootstrap_ratio=0)
-    assert prepare(2, pairs, store, Scorer(), silent, bootstrap_ratio=0).num_rows == 2
-    assert not store.table_file(2, "candidates").exists()
+def test_fewer_pairs_than_asked_for_are_all_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CANDIDATES, 0, [[13, END]] * 2)  # a duplicate
+    monkeypatch.setitem(CANDIDATES, 2, [[33, END]] * 2)
+    run.prepare(1)
+    trained = run.prepare(2)
+    assert firsts(trained) == [(1, 11, 12), (3, 31, 32), (2, 24, 23)]
+    metadata = run.store.read(2, "bootstrapped").schema.metadata  # type: ignore[union-attr]
+    assert metadata[b"duplicates"] == b"2"
+    assert metadata[b"too_few"] == b"2"
+    assert metadata[b"ties"] == b"0"
 
 
-def test_bootstrap_only_keeps_no_offline_pair(pairs, tmp_path):
-    store = RunStore(tmp_path)
-    keys = {"selection_ratio": 0.0, "bootstrap_ratio": 1.0}
-    prepare(1, pairs, store, Scorer(), Sampler(), **keys)
-    result = prepare(2, pairs, store, Scorer(), Sampler(), **keys)
-    assert result["chosen_ids"].to_pylist() == [[row + 5, 0] for row in range(N)]
+def test_no_sampled_pair_at_all_leaves_the_offline_ones(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for row in range(3):
+        monkeypatch.setitem(CANDIDATES, row, [CANDIDATES[row][0]] * 2)
+    run.prepare(1)
+    assert firsts(run.prepare(2)) == [(1, 11, 12), (3, 31, 32)]
+    assert run.table(2, "bootstrapped")["row"] == []
 
 
-def test_a_log_probability_that_is_not_finite_names_the_row(pairs, tmp_path):
-    def broken(policy, prompts, completions, phase):
-        return np.array([0.0, 0.0, np.nan, 0.0] * 2)
+@pytest.mark.parametrize("iteration", [1, 2, 3])
+def test_a_second_call_reads_everything_from_disk(run: Run, iteration: int) -> None:
+    for earlier in range(1, iteration):
+        run.prepare(earlier)
+    first = run.prepare(iteration)
+    files = {p: p.read_bytes() for p in run.store.root.rglob("*") if p.is_file()}
+    again = Run(run.directory)
+    assert again.prepare(iteration) == first
+    assert again.scorer.calls == []
+    assert again.sampler.calls == 0
+    assert {p: p.read_bytes() for p in run.store.root.rglob("*") if p.is_file()} == files
 
-    with pytest.raises(ValueError, match="chosen in row 2 is nan"):
-        prepare(1, pairs, RunStore(tmp_path), broken, Sampler())
-    assert not RunStore(tmp_path).table_file(1, "offline").exists()
+
+def test_interrupted_sampling_goes_on_where_it_stopped(run: Run) -> None:
+    run.prepare(1)
+    run.sampler = FakeSampler(fail_after=1)
+    with pytest.raises(RuntimeError, match="taken away"):
+        run.prepare(2)
+    assert run.sampler.sampled == [2]
+    assert run.store.read(2, "offline") is not None
+    assert run.store.read(2, "candidates") is None
+
+    resumed = Run(run.directory)
+    trained = resumed.prepare(2)
+    assert resumed.sampler.sampled == [1, 0]
+    assert [call for call in resumed.scorer.calls if call[1] == "score_offline"] == []
+    assert not resumed.store.samples(2).exists()
+
+    whole = Run(run.directory / "whole")
+    whole.prepare(1)
+    assert whole.prepare(2) == trained
+
+
+def test_a_crash_before_the_chunks_are_removed_does_no_harm(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.prepare(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "remove_samples", lambda *_: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            run.prepare(2)
+    resumed = Run(run.directory)
+    assert len(resumed.prepare(2)["prompt_ids"]) == 4
+    assert resumed.scorer.calls == []
+    assert resumed.sampler.calls == 0
+
+
+@pytest.mark.parametrize(("broken", "side"), [((2, 21), "chosen"), ((2, 22), "rejected")])
+def test_nan_of_an_offline_pair_names_row_and_side(
+    run: Run, broken: tuple[int, int], side: str
+) -> None:
+    run.scorer.broken = broken
+    with pytest.raises(ValueError, match=rf"{side} in row 1 is nan \(1 such.*learning_rate"):
+        run.prepare(1)
+    assert run.store.read(1, "offline") is None
+
+
+def test_nan_of_a_candidate_names_its_row(run: Run) -> None:
+    run.prepare(1)
+    run.scorer.broken = (3, 34)
+    with pytest.raises(ValueError, match="candidate in row 2 is nan"):
+        run.prepare(2)
+    assert run.store.read(2, "candidates") is None
+
+
+def test_sampled_sequences_and_tokens_are_counted(run: Run) -> None:
+    run.prepare(1)
+    run.prepare(2)
+    assert run.phases.forwarded["sample"] == {"sequences": 6, "tokens": 12}
+    assert set(run.phases.seconds) == {"score_offline", "select", "sample", "score_candidates"}

@@ -1,12 +1,19 @@
-"""The run directory's files."""
+"""The run directory: whole files, exact tokens, a fingerprint that means what it says."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sera_plugin import store as module
+from sera_plugin import store as store_module
 from sera_plugin.store import (
     RunStore,
     TokenColumn,
@@ -17,74 +24,286 @@ from sera_plugin.store import (
     write_table,
 )
 
+LISTS = pa.list_(pa.int32())
+token_lists = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size=8)
 
-def tokens(*lists):
-    return TokenColumn(pa.array(lists, pa.list_(pa.int32())))
+
+def column(lists: list[list[int]]) -> TokenColumn:
+    return TokenColumn(pa.array(lists, type=LISTS))
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_partial_one(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="Out of range"):
-        write_json(path, {"a": float("nan")})
+def samples(rows: list[int], tokens: int = 1, candidates: int = 2) -> pa.Table:
+    flat = [(row, index) for row in rows for index in range(candidates)]
+    return make_table(
+        {
+            "row": [row for row, _ in flat],
+            "candidate": [index for _, index in flat],
+            "token_ids": [[row, index][:tokens] for row, index in flat],
+            "finish_reason": ["stop"] * len(flat),
+        }
+    )
 
-    def fail(partial):
-        partial.write_text("half")
+
+# ------------------------------------------------------------------ whole files
+
+
+def test_a_failing_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(table: pa.Table, where: Path, **_: Any) -> None:
+        Path(where).write_bytes(b"half a file")
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
-        module._replace(path, fail)
-    assert read_json(path) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    monkeypatch.setattr(store_module.pq, "write_table", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_table(tmp_path / "offline.parquet", samples([0]))
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_content_gives_the_same_bytes(tmp_path):
-    table = make_table({"row": [0, 1], "token_ids": [[1, 2], []], "reward": [0.5, -1.0]})
-    write_table(tmp_path / "a", table)
-    write_table(tmp_path / "b", table)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+def test_a_failing_write_keeps_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "offline.parquet"
+    write_table(path, samples([0]))
+    before = path.read_bytes()
+
+    def full_disk(table: pa.Table, where: Path, **_: Any) -> None:
+        Path(where).write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store_module.pq, "write_table", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_table(path, samples([1]))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_column_types_are_the_formats():
+def test_the_file_appears_only_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "offline.parquet"
+    seen: list[bool] = []
+    original = pq.write_table
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        seen.append(path.exists())
+
+    monkeypatch.setattr(store_module.pq, "write_table", watched)
+    write_table(path, samples([0]))
+    assert seen == [False]
+    assert path.exists()
+
+
+def test_a_partial_file_of_a_killed_run_is_no_phase(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.append_samples(2, samples([0]))
+    left = store.table_file(2, "offline").with_name(".offline.parquet.partial")
+    left.write_bytes(b"half a file")
+    (store.samples(2) / ".000001.parquet.partial").write_bytes(b"half a file")
+    assert store.read(2, "offline") is None
+    found = store.read_samples(2)
+    assert found is not None
+    assert found["row"].to_pylist() == [0, 0]
+    store.append_samples(2, samples([1]))
+    store.remove_samples(2)
+    assert not store.samples(2).exists()
+
+
+def test_json_is_sorted_readable_and_refuses_nan(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "run.json"
+    write_json(path, {"b": 1, "a": "größer"})
+    text = path.read_text(encoding="utf-8")
+    assert text.index('"a": "größer"') < text.index('"b": 1')
+    assert read_json(path) == json.loads(text) == {"a": "größer", "b": 1}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": "größer", "b": 1}
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_table(tmp_path / "one.parquet", samples([3, 1, 2]))
+    write_table(tmp_path / "two.parquet", samples([3, 1, 2]))
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    write_json(tmp_path / "one.json", {"x": 1, "y": {"b": 2, "a": 3}})
+    write_json(tmp_path / "two.json", {"y": {"a": 3, "b": 2}, "x": 1})
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+# ------------------------------------------------------------------ token columns
+
+
+@given(lists=token_lists)
+def test_token_column_round_trip(lists: list[list[int]]) -> None:
+    tokens = column(lists)
+    assert [ids.tolist() for ids in tokens] == lists
+    assert tokens.lengths.tolist() == [len(ids) for ids in lists]
+    assert tokens.lengths.dtype == np.int32
+    assert len(tokens) == len(lists)
+    assert all(ids.dtype == np.int32 for ids in tokens)
+
+
+@given(lists=token_lists, first=st.integers(0, 8), last=st.integers(0, 8))
+def test_token_column_of_a_slice(lists: list[list[int]], first: int, last: int) -> None:
+    part = pa.array(lists, type=LISTS)[first : max(first, last)]
+    assert [ids.tolist() for ids in TokenColumn(part)] == part.to_pylist()
+    chunked = pa.chunked_array([pa.array(lists, type=LISTS)])[first : max(first, last)]
+    assert [ids.tolist() for ids in TokenColumn(chunked)] == chunked.to_pylist()
+
+
+@given(chunks=st.lists(token_lists, max_size=4), data=st.data())
+def test_token_column_of_several_sliced_chunks(
+    chunks: list[list[list[int]]], data: st.DataObject
+) -> None:
+    arrays = [pa.array(lists, type=LISTS) for lists in chunks]
+    sliced = [array[data.draw(st.integers(0, len(array))) :] for array in arrays]
+    chunked = pa.chunked_array(sliced, type=LISTS)
+    tokens = TokenColumn(chunked)
+    assert [ids.tolist() for ids in tokens] == chunked.to_pylist()
+    assert fingerprint([tokens]) == fingerprint([column(chunked.to_pylist())])
+
+
+def test_token_column_survives_parquet(tmp_path: Path) -> None:
+    lists = [[1, 2], [], [2**31 - 1], []]
+    write_table(tmp_path / "dataset.parquet", make_table({"prompt_ids": lists}))
+    read = TokenColumn(pq.read_table(tmp_path / "dataset.parquet")["prompt_ids"])
+    assert [ids.tolist() for ids in read] == lists
+
+
+def test_token_column_counts_from_the_end_as_a_sequence_does() -> None:
+    tokens = column([[1], [2, 3], [4]])
+    assert tokens[-1].tolist() == [4]
+    assert tokens[-2].tolist() == [2, 3]
+    with pytest.raises(IndexError):
+        tokens[3]
+
+
+# ------------------------------------------------------------------ fingerprint
+
+PROMPTS, CHOSEN, REJECTED = [[1, 2], [3]], [[4], [5, 6]], [[7], [8]]
+
+
+def test_fingerprint_is_stable_and_blind_to_storage() -> None:
+    one = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
+    padded = pa.array([[9, 9], *CHOSEN, [9]], type=LISTS)[1:3]
+    two = fingerprint([column(PROMPTS), TokenColumn(padded), column(REJECTED)])
+    assert one == two
+    assert len(one) == 64
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ([[1, 9], [3]], CHOSEN, REJECTED),
+        (PROMPTS, CHOSEN, [[7], [9]]),
+        # The same tokens in the same order with a boundary moved: within a column,
+        ([[1], [2, 3]], CHOSEN, REJECTED),
+        # between prompt and completion,
+        ([[1, 2], [3, 4]], [[], [5, 6]], REJECTED),
+        # and between columns.
+        (CHOSEN, PROMPTS, REJECTED),
+        (PROMPTS, REJECTED, CHOSEN),
+        ([*PROMPTS, []], [*CHOSEN, []], [*REJECTED, []]),
+    ],
+)
+def test_fingerprint_changes_with_any_token_and_any_boundary(changed: Any) -> None:
+    original = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
+    assert fingerprint(map(column, changed)) != original
+
+
+@given(lists=token_lists.filter(lambda lists: any(lists)), data=st.data())
+def test_fingerprint_sees_every_single_token(lists: list[list[int]], data: st.DataObject) -> None:
+    row = data.draw(st.sampled_from([i for i, ids in enumerate(lists) if ids]))
+    place = data.draw(st.integers(0, len(lists[row]) - 1))
+    changed = [list(ids) for ids in lists]
+    changed[row][place] ^= 1
+    assert fingerprint([column(changed)]) != fingerprint([column(lists)])
+
+
+# ------------------------------------------------------------------ tables and chunks
+
+
+def test_column_types_are_the_public_formats() -> None:
+    """DESIGN.md section 6 / docs/run-directory.md, column by column."""
+    columns: dict[str, tuple[Any, pa.DataType]] = {
+        "row": ([0], pa.int64()),
+        **{f"{name}_ids": ([[1]], LISTS) for name in ("prompt", "chosen", "rejected", "token")},
+        **{f"{name}_length": ([1], pa.int32()) for name in ("prompt", "chosen", "rejected")},
+        **{
+            name: ([1], pa.float64())
+            for name in (
+                "chosen_logp",
+                "rejected_logp",
+                "chosen_reward",
+                "rejected_reward",
+                "margin",
+                "reward",
+            )
+        },
+        "selected": ([True], pa.bool_()),
+        "candidate": ([0], pa.int32()),
+        "finish_reason": (["stop"], pa.string()),
+        "logps": ([[-1, -2]], pa.list_(pa.float64())),
+        "chosen_candidate": ([0], pa.int32()),
+        "rejected_candidate": ([1], pa.int32()),
+    }
+    columns["token_ids"] = columns.pop("token_ids")
+    table = make_table({name: values for name, (values, _) in columns.items()})
+    assert {f.name: f.type for f in table.schema} == {n: kind for n, (_, kind) in columns.items()}
+    empty = make_table({name: [] for name in columns})
+    assert empty.schema.types == table.schema.types
+
+
+def test_token_ids_may_come_as_arrays_and_other_columns_keep_their_type() -> None:
     table = make_table(
-        {"row": [0], "prompt_ids": [[1]], "chosen_length": [3], "margin": [1], "selected": [True]}
+        {"chosen_ids": [np.asarray([1, 2], dtype=np.int64), []], "score": [0.5, 1.5]}
     )
-    assert [str(field.type) for field in table.schema] == [
-        "int64",
-        "list<item: int32>",
-        "int32",
-        "double",
-        "bool",
-    ]
+    assert table["chosen_ids"].to_pylist() == [[1, 2], []]
+    assert table.schema.field("chosen_ids").type == LISTS
+    assert table.schema.field("score").type == pa.float64()
 
 
-def test_token_columns_read_slices_chunks_and_empty_lists():
-    one = pa.array([[9], [1, 2], [], [3]], pa.list_(pa.int32())).slice(1)
-    column = TokenColumn(pa.chunked_array([one, one.slice(1)]))
-    assert [ids.tolist() for ids in column] == [[1, 2], [], [3], [], [3]]
-    assert column.lengths.tolist() == [2, 0, 1, 0, 1]
+def test_places_are_the_public_formats(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    root = tmp_path / "sera"
+    assert store.run_file == root / "run.json"
+    assert store.dataset_file == root / "dataset.parquet"
+    assert store.policy(1) == root / "iteration-01" / "policy"
+    assert store.table_file(12, "offline") == root / "iteration-12" / "offline.parquet"
 
 
-def test_the_fingerprint_sees_tokens_and_boundaries():
-    assert fingerprint([tokens([1, 2], [3])]) == fingerprint([tokens([1, 2], [3])])
-    assert fingerprint([tokens([1, 2], [3])]) != fingerprint([tokens([1, 2], [4])])
-    assert fingerprint([tokens([1, 2], [3])]) != fingerprint([tokens([1], [2, 3])])
+def test_finished_chunks_are_read_in_order_and_removed(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    assert store.read_samples(2) is None
+    store.append_samples(2, samples([5, 1], tokens=2))
+    store.append_samples(2, samples([3], tokens=2))
+    found = store.read_samples(2)
+    assert found is not None
+    keys = list(zip(found["row"].to_pylist(), found["candidate"].to_pylist(), strict=True))
+    assert keys == [(1, 0), (1, 1), (3, 0), (3, 1), (5, 0), (5, 1)]
+    assert found["token_ids"].to_pylist() == [list(key) for key in keys]
+    assert store.read_samples(3) is None
+    store.remove_samples(2)
+    assert store.read_samples(2) is None
+    assert not store.samples(2).exists()
+    store.remove_samples(2)
 
 
-def test_samples_are_read_in_row_order_and_removed(tmp_path):
-    run = RunStore(tmp_path)
-    assert run.read_samples(2) is None
-    for row in (5, 0):
-        run.append_samples(2, make_table({"row": [row, row], "candidate": [1, 0]}))
-    found = run.read_samples(2)
-    assert found["row"].to_pylist() == [0, 0, 5, 5]
-    assert found["candidate"].to_pylist() == [0, 1, 0, 1]
-    run.remove_samples(2)
-    assert run.read_samples(2) is None
+def test_chunks_of_a_restarted_run_do_not_replace_earlier_ones(tmp_path: Path) -> None:
+    RunStore(tmp_path).append_samples(2, samples([0]))
+    RunStore(tmp_path).append_samples(2, samples([1]))
+    found = RunStore(tmp_path).read_samples(2)
+    assert found is not None
+    assert found["row"].to_pylist() == [0, 0, 1, 1]
 
 
-def test_a_phase_is_complete_when_its_file_exists(tmp_path):
-    run = RunStore(tmp_path)
-    assert run.read(3, "offline") is None
-    write_table(run.table_file(3, "offline"), make_table({"row": [0], "margin": [2.5]}))
-    np.testing.assert_array_equal(run.column(3, "offline", "margin"), [2.5])
+def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    assert store.read(1, "offline") is None
+    assert store.summary(1) == {}
+    table = make_table({"row": [0, 1], "chosen_logp": [-1.5, -2.5], "rejected_logp": [-3, -4]})
+    write_table(store.table_file(1, "offline"), table)
+    store.write_summary(1, {"kept": 2})
+    assert store.read(1, "offline").equals(table)  # type: ignore[union-attr]
+    assert store.column(1, "offline", "rejected_logp").tolist() == [-3.0, -4.0]
+    assert store.summary(1) == {"kept": 2}

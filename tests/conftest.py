@@ -1,0 +1,148 @@
+"""A small world to train in, and the real host to train with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+# Before the host is imported: it reads these at import time.
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_DISABLED", "true")
+
+import pytest
+import yaml
+
+DATA_TYPE = {
+    "field_prompt": "prompt",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "prompt_format": "<s> <|user|> {prompt} <|assistant|>",
+    "chosen_format": " {chosen}",
+    "rejected_format": " {rejected}",
+}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """The demo's model, barely trained, and 24 preference pairs with 6 held out."""
+    from sera_plugin.demo.base_model import load_model, respond, train_base_model
+    from sera_plugin.demo.run import make_pairs
+    from sera_plugin.demo.world import make_prompt
+
+    directory = tmp_path_factory.mktemp("world")
+    train_base_model(directory / "base", steps=40, batch_size=32)
+    random = Random(5)
+    prompts = [make_prompt(random) for _ in range(40)]
+    model, tokenizer = load_model(directory / "base")
+    first, second = (respond(model, tokenizer, prompts, seed=seed) for seed in (1, 2))
+    rows = make_pairs(prompts, first, second)
+    write_rows(directory / "train.jsonl", rows[:24])
+    write_rows(directory / "test.jsonl", rows[24:30])
+    return SimpleNamespace(base=directory / "base", directory=directory, rows=rows)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def base_config(world, tmp_path) -> dict:
+    """A YAML that trains in seconds on a CPU in float32; tests change what they are about."""
+    data = {"ds_type": "json", "split": "train", "type": dict(DATA_TYPE)}
+    return {
+        "base_model": str(world.base),
+        "plugins": ["sera_plugin.SeraPlugin"],
+        "rl": "sera",
+        "sera": {"max_new_tokens": 12, "temperature": 1.0},
+        "datasets": [{"path": str(world.directory / "train.jsonl"), **data}],
+        "test_datasets": [{"path": str(world.directory / "test.jsonl"), **data}],
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+        "output_dir": str(tmp_path / "out"),
+        "sequence_len": 48,
+        "num_epochs": 3,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "constant",
+        "optimizer": "adamw_torch",
+        "seed": 11,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "flash_attention": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "evals_per_epoch": 1,
+        "saves_per_epoch": 1,
+    }
+
+
+def adapter(**keys) -> dict:
+    """The keys that make a configuration a LoRA one."""
+    return {
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+        **keys,
+    }
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Parse a configuration with the real host, as every command does."""
+    from axolotl.integrations.base import PluginManager
+
+    # A process parses one configuration; tests parse many.
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    monkeypatch.setattr(PluginManager, "_cfg", None)
+
+    def parse(config: dict):
+        from axolotl.cli.config import load_cfg
+
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return load_cfg(str(path))
+
+    return parse
+
+
+@pytest.fixture
+def train(load, monkeypatch):
+    """`axolotl train` in this process; returns what happened."""
+
+    def run(config: dict) -> SimpleNamespace:
+        from axolotl.cli.args import TrainerCliArgs
+        from axolotl.common.datasets import load_preference_datasets
+        from axolotl.train import train as host_train
+
+        from sera_plugin.trainer import SeraTrainer
+
+        iterations = {}
+        begin = SeraTrainer._begin_iteration
+
+        def spy(self, iteration, resumed):
+            iterations[iteration] = begin(self, iteration, resumed)
+            return iterations[iteration]
+
+        monkeypatch.setattr(SeraTrainer, "_begin_iteration", spy)
+        cfg = load(config)
+        data = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+        model, _, trainer = host_train(cfg=cfg, dataset_meta=data)
+        monkeypatch.setattr(SeraTrainer, "_begin_iteration", begin)
+        return SimpleNamespace(
+            cfg=cfg,
+            model=model,
+            trainer=trainer,
+            training_pairs=iterations,
+            output=Path(cfg.output_dir),
+            run=Path(cfg.output_dir) / "sera",
+            history=trainer.state.log_history,
+        )
+
+    return run
