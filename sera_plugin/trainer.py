@@ -20,8 +20,9 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from datasets.table import InMemoryTable
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer, set_seed
 
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.dataset import ChatTemplateCheck, report_rows, tokenize_rows
@@ -96,7 +97,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         # The host's padding collator expects the columns of an older TRL; TRL's own pads as well.
         kwargs.pop("data_collator", None)
         args.pad_to_multiple_of = self.cfg.pad_to_multiple_of
-        continued = take_snapshot(model) if is_peft_model(model) else None
+        # TRL initialises a new adapter before the host has seeded anything.
+        set_seed(args.seed)
+        model, continued = self._continue_adapter(model, kwargs)
 
         super().__init__(model, None, args=args, **kwargs)
 
@@ -109,6 +112,17 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._tidy_adapters(continued)
         self._pairs = Pairs.from_table(self.train_dataset.data.table)
         self._eval_pairs = self._held_out_pairs()
+
+    def _continue_adapter(self, model: Any, kwargs: dict[str, Any]) -> tuple[Any, Snapshot | None]:
+        """Load the adapter in `lora_model_dir`, which axolotl 0.19 ignores for DPO.
+
+        Returns:
+            The model, and the loaded adapter's weights where there is one.
+        """
+        if self.cfg.lora_model_dir and not is_peft_model(model):
+            kwargs.pop("peft_config", None)
+            model = PeftModel.from_pretrained(model, self.cfg.lora_model_dir, is_trainable=True)
+        return model, take_snapshot(model) if is_peft_model(model) else None
 
     def _held_out_pairs(self) -> Pairs | None:
         held_out: Dataset | None = self.eval_dataset

@@ -1,0 +1,211 @@
+"""Short runs through the real host: every loss, every ratio, adapters, resuming, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import adapter, write_rows
+
+pytestmark = pytest.mark.slow
+
+
+def summary(result, iteration):
+    path = result.run / f"iteration-{iteration:02d}" / "summary.json"
+    return json.loads(path.read_text())
+
+
+def files(run: Path) -> dict[str, str]:
+    """Content hashes of the files whose content is ours."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.rglob("*.parquet")
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "block", "expected"),
+    [
+        ({"dpo_label_smoothing": 0.1}, {}, 0.693147),
+        ({"dpo_label_smoothing": 0.2}, {"loss": "robust"}, 0.693147),
+        ({}, {"loss": "slic"}, 1.0),
+        # (0 - 1 / (2 beta))^2 with the paper's beta of 1
+        ({}, {"loss": "ipo"}, 0.25),
+        ({}, {"loss": "ipo", "ipo_reduction": "sum"}, 0.25),
+        ({}, {"loss": "simpo"}, None),
+        ({"simpo_gamma": 0.5, "cpo_alpha": 0.1}, {"loss": "simpo"}, None),
+    ],
+    ids=["cdpo", "robust", "slic", "ipo", "ipo-sum", "simpo", "simpo-gamma-nll"],
+)
+def test_every_loss_trains_two_iterations(base_config, train, keys, block, expected):
+    base_config["sera"] |= block
+    result = train(base_config | keys | {"num_epochs": 2})
+    for iteration in (1, 2):
+        step_zero = summary(result, iteration)["step_zero"]
+        assert step_zero["loss"] == pytest.approx(step_zero["expected_loss"], abs=1e-4)
+        if expected is not None:
+            assert step_zero["loss"] == pytest.approx(expected, abs=1e-4)
+    offline = pq.read_table(result.run / "iteration-02/offline.parquet").to_pydict()
+    before = pq.read_table(result.run / "iteration-01/offline.parquet").to_pydict()
+    free, mean = block.get("loss") == "simpo", block.get("ipo_reduction", "mean") == "mean"
+    divide = free or (block.get("loss") == "ipo" and mean)
+    for side in ("chosen", "rejected"):
+        length = offline[f"{side}_length"][0] if divide else 1
+        ratio = offline[f"{side}_logp"][0] - (0 if free else before[f"{side}_logp"][0])
+        assert offline[f"{side}_reward"][0] == pytest.approx(ratio / length)
+
+
+def test_the_hosts_own_losses_train_through_dpo_loss_type(base_config, train):
+    base_config |= {"dpo_loss_type": ["apo_zero"], "num_epochs": 2}
+    result = train(base_config)
+    assert summary(result, 2)["step_zero"]["nats_per_token"] < 1e-4
+    # At zero margin: 1 - sigmoid(0) + sigmoid(0) = 1.
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert losses[0] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("selection", "bootstrap", "pairs"),
+    [(0.7, 0.0, 17), (0.7, 2.0, 65), (0.0, 1.0, 24), (1.0, 0.0, 24)],
+)
+def test_epochs_of_unequal_length_have_right_totals(
+    base_config, train, selection, bootstrap, pairs
+):
+    base_config["sera"] |= {"selection_ratio": selection, "bootstrap_ratio": bootstrap}
+    base_config |= {"num_epochs": 2, "lr_scheduler": "linear", "warmup_steps": 0}
+    result = train(base_config)
+    trained = result.training_pairs[2].num_rows
+    assert summary(result, 2)["pairs"]["trained"] == trained
+    if bootstrap <= 1.0:
+        assert trained == pairs
+    # Micro-batches of 4, two a step; N = 24 gives 3 steps.
+    steps = 3 + math.ceil(math.ceil(trained / 4) / 2)
+    assert result.trainer.state.global_step == result.trainer.state.max_steps == steps
+    rates = [entry["learning_rate"] for entry in result.history if "learning_rate" in entry]
+    # Each iteration starts at the peak and decays to the end of its own steps.
+    assert rates[0] == rates[3] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-3 / (steps - 3))
+    assert sum("eval_loss" in entry for entry in result.history) >= 1
+
+
+def test_one_schedule_runs_over_all_iterations_if_asked(base_config, train):
+    base_config["sera"] |= {"restart_optimizer": False, "bootstrap_ratio": 0.0}
+    base_config |= {"num_epochs": 2, "lr_scheduler": "linear", "warmup_steps": 0}
+    result = train(base_config)
+    rates = [entry["learning_rate"] for entry in result.history if "learning_rate" in entry]
+    assert rates == sorted(rates, reverse=True)
+    # 3 steps on 24 pairs, then 3 on 17.
+    assert rates[3] == pytest.approx(1e-3 * 3 / 6)
+
+
+def test_fewer_sampled_pairs_than_asked_for_are_used_and_said(base_config, train, world):
+    # One token a candidate leaves so few distinct ones that not every prompt gives two pairs.
+    base_config["sera"] |= {"bootstrap_ratio": 2.0, "max_new_tokens": 1, "temperature": 0.2}
+    result = train(base_config | {"num_epochs": 2})
+    pairs = summary(result, 2)["pairs"]
+    assert pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"] == 48
+    assert result.trainer.state.global_step == result.trainer.state.max_steps
+    assert pairs["trained"] == result.training_pairs[2].num_rows
+
+
+def test_the_same_seed_gives_the_same_run_directory(base_config, train, tmp_path):
+    one = train(base_config | adapter())
+    other = train(base_config | adapter() | {"output_dir": str(tmp_path / "again")})
+    assert files(one.run) == files(other.run)
+    assert len(files(one.run)) == 11
+    third = train(base_config | adapter() | {"output_dir": str(tmp_path / "seed"), "seed": 12})
+    assert files(one.run) != files(third.run)
+
+
+def test_a_continued_adapter_starts_where_it_ended(base_config, train, tmp_path, world):
+    first = train(base_config | adapter() | {"num_epochs": 1})
+    trained = load_file(first.output / "adapter_model.safetensors")
+    keys = {"lora_model_dir": str(first.output), "output_dir": str(tmp_path / "second")}
+    second = train(base_config | adapter(**keys) | {"num_epochs": 2})
+    start = load_file(second.run / "iteration-01/policy/adapter_model.safetensors")
+    assert start.keys() == trained.keys()
+    assert all(torch.equal(start[name], trained[name]) for name in trained)
+    assert list(second.model.peft_config) == ["default"]
+    assert summary(second, 2)["step_zero"]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+@pytest.mark.parametrize("keys", [{}, adapter()], ids=["full", "lora"])
+@pytest.mark.parametrize("stop", [1, 4], ids=["in-iteration-1", "in-iteration-2"])
+def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path, keys, stop):
+    base_config |= keys | {"save_steps": 1, "saves_per_epoch": None, "save_total_limit": 9}
+    whole = train(base_config)
+    cut = Path(shutil.copytree(whole.output, tmp_path / "cut"))
+    for checkpoint in cut.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > stop:
+            shutil.rmtree(checkpoint)
+    for iteration in range(2 if stop < 3 else 3, 4):
+        shutil.rmtree(cut / f"sera/iteration-{iteration:02d}")
+    resume = {"output_dir": str(cut), "auto_resume_from_checkpoints": True}
+    resumed = train(base_config | resume)
+    assert resumed.trainer.state.global_step == whole.trainer.state.global_step
+    assert files(resumed.run) == files(whole.run)
+    name = "adapter_model.safetensors" if keys else "model.safetensors"
+    mine, theirs = load_file(resumed.output / name), load_file(whole.output / name)
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_another_run_is_never_overwritten_or_continued_as_this_one(base_config, train, world):
+    base_config |= {"num_epochs": 1}
+    result = train(base_config)
+    before = files(result.run)
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        train(base_config)
+    base_config["sera"]["gamma"] = 0.5
+    with pytest.raises(ValueError, match=r"gamma.*Restore them"):
+        train(base_config | {"auto_resume_from_checkpoints": True})
+    assert files(result.run) == before
+
+
+def test_old_weights_are_removed_and_trackers_get_sera_metrics(base_config, train):
+    base_config |= {"num_epochs": 4}
+    result = train(base_config)
+    kept = sorted(path.parent.name for path in result.run.glob("*/policy"))
+    # Iteration 1 is a pointer to the base model; theta_1 is needed by no later iteration.
+    assert kept == ["iteration-01", "iteration-03", "iteration-04"]
+    names = {name for entry in result.history for name in entry}
+    for name in (
+        "sera/pairs/kept",
+        "sera/pairs/dropped",
+        "sera/pairs/bootstrapped_found",
+        "sera/pairs/bootstrapped_kept",
+        "sera/margins/offline/0.5",
+        "sera/samples/duplicates",
+        "sera/samples/ties",
+        "sera/samples/unfinished",
+        "sera/lengths/sampled",
+        "sera/drift/chosen",
+        "sera/seconds/sample",
+        "sera/seconds/train",
+        "rewards/margins",
+        "eval_rewards/accuracies",
+    ):
+        assert name in names
+
+
+def test_evaluation_refers_to_the_iterations_own_reference(base_config, train):
+    base_config |= {"num_epochs": 2, "eval_steps": 1, "evals_per_epoch": None}
+    result = train(base_config)
+    evaluated = pq.read_table(result.run / "iteration-02/evaluation.parquet").to_pydict()
+    assert result.trainer.eval_dataset["ref_chosen_logps"][:] == evaluated["chosen_logp"]
+    before = pq.read_table(result.run / "iteration-01/evaluation.parquet").to_pydict()
+    assert before["chosen_logp"] != evaluated["chosen_logp"]
+
+
+def test_one_pair_and_duplicate_pairs_train(base_config, train, world, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", world.rows[:1] * 2)
+    base_config["datasets"][0]["path"] = str(tmp_path / "rows.jsonl")
+    result = train(base_config | {"num_epochs": 2, "test_datasets": None, "evals_per_epoch": None})
+    assert result.training_pairs[1].num_rows == 2
