@@ -34,6 +34,7 @@ class SeraConfig(BaseModel):
     bootstrap_ratio: float = Field(
         0.3,
         ge=0.0,
+        le=32.0,
         description="k~ / N: how many pairs sampled from the current policy are added from "
         "iteration 2 on, relative to N. May exceed 1 (the paper's best-SeRA uses 2.0): a prompt "
         "gives up to candidates // 2 disjoint pairs. 0 turns sampling off.",

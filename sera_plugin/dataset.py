@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,22 +169,26 @@ class RowTokenizer:
         joint = self._encode(prompt + text)
         return joint[len(alone) :] if joint[: len(alone)] == alone else self._encode(text)
 
-    def trailing_end(self, ids: Sequence[int] | IntArray) -> int | None:
-        """The special token a completion ends with, or None."""
-        return int(ids[-1]) if len(ids) and int(ids[-1]) in self._special else None
-
-    def strip_end(self, ids: list[int]) -> list[int]:
-        """Leave one end token of several (`<|im_end|></s>`), and no white space behind it."""
-        cut = list(ids)
-        while len(cut) > 1 and not self.tokenizer.decode(cut[-1:]).strip():
-            if cut[-1] in self._special:
+    def tail(self, ids: Sequence[int]) -> list[int]:
+        """Positions of the special tokens a completion ends with, white space between ignored."""
+        positions: list[int] = []
+        for position in range(len(ids) - 1, -1, -1):
+            if ids[position] in self._special:
+                positions.insert(0, position)
+            elif self.tokenizer.decode([ids[position]]).strip():
                 break
-            cut.pop()
-        if self.trailing_end(cut) is None:
-            return list(ids)
-        while len(cut) > 1 and cut[-2] in self._special:
-            cut.pop()
-        return cut
+        return positions
+
+    def end_once(self, ids: list[int], turn_ends: Collection[int]) -> tuple[list[int], bool]:
+        """Cut behind the first token that ends the turn (`<|im_end|></s>`, a newline after it).
+
+        Returns:
+            The ids, and whether they end in such a token.
+        """
+        for position in self.tail(ids):
+            if ids[position] in turn_ends:
+                return ids[: position + 1], True
+        return ids, False
 
     def decodes_to(self, ids: Sequence[int], text: str) -> bool:
         """Whether the ids spell the text, white space aside."""
@@ -239,9 +243,7 @@ def tokenize_rows(
             result.drop(row, "completion corrupted by the host's chat_template strategy")
             continue
         prompt_ids = encoder.prompt(prompt)
-        answers = [
-            encoder.strip_end(encoder.completion(prompt, text)) for text in (chosen, rejected)
-        ]
+        answers = [encoder.completion(prompt, text) for text in (chosen, rejected)]
         if not all(answers) or not prompt_ids:
             result.drop(row, "prompt, chosen or rejected without tokens")
             continue
@@ -253,19 +255,13 @@ def tokenize_rows(
         arrays = [np.asarray(ids, dtype=np.int32) for ids in (prompt_ids, *answers)]
         parsed.append((row, arrays[0], arrays[1], arrays[2]))
 
-    ends = Counter(
-        last
-        for _, _, *answers in parsed
-        for ids in answers
-        if (last := encoder.trailing_end(ids)) is not None
-    )
-    end = ends.most_common(1)[0][0] if ends else encoder.end_ids[0]
-    result.end_ids = list(dict.fromkeys([end, *encoder.end_ids]))
+    end, *others = _turn_ends(encoder, parsed)
+    result.end_ids = [end, *others]
     for row, prompt_array, *completions in parsed:
-        completed = [
-            ids if encoder.trailing_end(ids) is not None else np.append(ids, np.int32(end))
-            for ids in completions
-        ]
+        completed = []
+        for ids in completions:
+            kept, ended = encoder.end_once(ids.tolist(), result.end_ids)
+            completed.append(np.asarray(kept if ended else [*kept, end], dtype=np.int32))
         if max_length is not None and len(prompt_array) + max(map(len, completed)) > max_length:
             if not truncate or len(prompt_array) >= max_length:
                 result.drop(row, f"longer than sequence_len: {max_length}")
@@ -282,6 +278,32 @@ def tokenize_rows(
             f"({reasons or 'the dataset is empty'}). Check `datasets:` and `sequence_len`."
         )
     return result
+
+
+def _turn_ends(
+    encoder: RowTokenizer, parsed: Sequence[tuple[int, IntArray, IntArray, IntArray]]
+) -> list[int]:
+    """The tokens that end a turn, the one to append to a completion without any first.
+
+    The model's own, and the special token that most other completions end with (`<|im_end|>` in
+    data made for another model). A special token that closes something else, such as a tool call,
+    is part of the answer.
+    """
+    ends: Counter[int] = Counter()
+    foreign: Counter[int] = Counter()
+    without = 0
+    for _, _, *completions in parsed:
+        for array in completions:
+            ids = array.tolist()
+            tail = [ids[position] for position in encoder.tail(ids)]
+            own = [token for token in tail if token in encoder.end_ids]
+            ends.update(own[:1])
+            if not own:
+                without += 1
+                foreign.update(tail[-1:])
+    ends.update({token: count for token, count in foreign.items() if 2 * count > without})
+    most_common = [token for token, _ in ends.most_common()]
+    return list(dict.fromkeys([*most_common, *encoder.end_ids]))
 
 
 def report_rows(result: TokenizedRows, name: str) -> None:

@@ -32,8 +32,9 @@ class SeraPlugin(BasePlugin):
                 key, the value, and what to do.
         """
         _reject_misplaced_keys(cfg)
-        already = cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER
-        if cfg.get("rl") != "sera" and not already:
+        if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER:
+            return  # a launched worker parses the resolved configuration again
+        if cfg.get("rl") != "sera":
             beside = "a `sera:` block and " if cfg.get("sera") is not None else ""
             raise ValueError(
                 f"the YAML has {beside}the plugin sera_plugin.SeraPlugin, but rl: {cfg.get('rl')}. "
@@ -116,7 +117,7 @@ def _readable(error: Any) -> str:
 def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     """Refuse, before anything is loaded, what would fail late or be wrong in silence."""
     epochs = cfg.get("num_epochs")
-    if epochs is not None and (float(epochs) != int(float(epochs)) or float(epochs) < 1):
+    if epochs is not None and not _is_count(epochs):
         raise ValueError(
             f"num_epochs: {epochs} is not a whole number of iterations. rl: sera runs one "
             "iteration per epoch; set num_epochs to 1, 2, 3, ..."
@@ -144,15 +145,24 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     _reject_loss_conflicts(cfg, config)
 
 
+def _is_count(value: Any) -> bool:
+    """Whether a YAML value is a whole number of at least 1 (3, 3.0 or "3")."""
+    try:
+        return float(value).is_integer() and float(value) >= 1
+    except (TypeError, ValueError):
+        return False
+
+
 def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     host_loss = cfg.get("dpo_loss_type")
-    if host_loss is not None and (
-        config.loss != "dpo" or (cfg.get("dpo_label_smoothing") and host_loss == ["sigmoid"])
-    ):
+    if host_loss is not None and "loss" in config.model_fields_set:
         raise ValueError(
             f"dpo_loss_type: {host_loss} and sera.loss: {config.loss} both name the loss. Keep "
             "sera.loss for dpo, ipo, slic, robust and simpo, dpo_loss_type for any other."
         )
+    beta = (cfg.get("trl") or {}).get("beta", cfg.get("rl_beta"))
+    if beta is not None and not float(beta) > 0:
+        raise ValueError(f"rl_beta: {beta} is no preference strength. Set it above 0, e.g. 0.2.")
     smoothing = cfg.get("dpo_label_smoothing") or 0.0
     if not 0.0 <= float(smoothing) < 0.5:
         raise ValueError(

@@ -102,6 +102,7 @@ class TokenColumn(Sequence[npt.NDArray[np.int32]]):
         return len(self.offsets) - 1
 
     def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
 import pytest
 from pydantic import ValidationError
 
-from sera_plugin.args import SeraConfig
+from sera_plugin.args import DEFAULT_BETA, SeraArgs, SeraConfig
 
 
 def test_defaults_are_the_papers():
@@ -66,6 +67,53 @@ def test_the_block_cannot_change_after_parsing():
 def test_reading_the_configuration_loads_no_heavy_library():
     code = (
         "import sys, sera_plugin, sera_plugin.args, sera_plugin.cli, sera_plugin.demo\n"
+        "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.decode().strip() == "[]"
+
+
+def test_default_betas_are_the_papers_and_cover_every_loss():
+    assert (DEFAULT_BETA["dpo"], DEFAULT_BETA["slic"], DEFAULT_BETA["ipo"]) == (0.2, 0.2, 1.0)
+    assert set(DEFAULT_BETA) == set(SeraConfig.model_json_schema()["properties"]["loss"]["enum"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["selection_ratio", "bootstrap_ratio", "gamma", "temperature"])
+def test_a_number_that_is_not_finite_names_its_key(key, value):
+    with pytest.raises(ValidationError, match=key):
+        SeraConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "candidates", "needed"), [(3.0, 4, 3), (2.1, 4, 3), (1.5, 2, 2), (1.5, 3, 2)]
+)
+def test_too_few_candidates_say_which_number_to_raise(ratio, candidates, needed):
+    with pytest.raises(ValidationError) as error:
+        SeraConfig(bootstrap_ratio=ratio, candidates=candidates)
+    assert f"bootstrap_ratio: {ratio} needs {needed} pairs per prompt" in str(error.value)
+    assert f"Raise candidates to {2 * needed}" in str(error.value)
+    assert f"lower bootstrap_ratio to {candidates // 2}" in str(error.value)
+    # Both remedies work.
+    assert SeraConfig(bootstrap_ratio=ratio, candidates=2 * needed).pairs_per_prompt == needed
+    assert SeraConfig(bootstrap_ratio=candidates // 2, candidates=candidates)
+
+
+def test_the_host_gets_an_optional_strict_block():
+    assert SeraArgs().sera is None
+    with pytest.raises(ValidationError, match="selecton_ratio"):
+        SeraArgs(sera={"selecton_ratio": 0.5})
+
+
+def test_dumping_and_parsing_again_changes_nothing():
+    config = SeraConfig(bootstrap_ratio=2, score_columns=["score"], loss="simpo")
+    assert SeraConfig(**config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("module", ["store", "schedule", "iteration"])
+def test_the_method_and_the_files_load_no_heavy_library(module):
+    code = (
+        f"import sys, sera_plugin.{module}\n"
         "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

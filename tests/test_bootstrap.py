@@ -79,3 +79,43 @@ def test_pairing_does_not_depend_on_the_order_of_candidates(rewards, data):
 @given(REWARDS, st.integers(1, 4))
 def test_more_pairs_per_prompt_only_add_pairs(rewards, count):
     assert set(pairs(rewards, rewards, count)[0]) <= set(pairs(rewards, rewards, count + 1)[0])
+
+
+def test_rewards_of_repeats_are_not_used():
+    # Batching may move a repeat's reward in its last digits: the first stands for both.
+    found, result = pairs("aabb", [1.0, 9.0, 0.0, -9.0], 2)
+    assert found == [(0, 2)]
+    assert result.margin.tolist() == [1.0]
+    assert (result.duplicates, result.too_few) == (2, 0)
+
+
+def test_the_middle_candidate_of_an_odd_number_stays_alone():
+    assert pairs("abc", [2.0, 1.0, 0.0], 3)[0] == [(0, 2)]
+
+
+def test_prompts_are_paired_separately_and_in_order():
+    found = pair_candidates(["ab", "cc", "ef"], [[1, 0], [1, 1], [-2, -1]])
+    assert found.prompt.tolist() == [0, 2]
+    assert found.chosen.tolist() == [0, 1]
+    assert found.margin.tolist() == [1.0, 1.0]
+    assert (found.duplicates, found.ties, found.too_few) == (1, 0, 1)
+
+
+def test_no_prompts_give_empty_columns_of_the_right_types():
+    found = pair_candidates([], [])
+    kinds = [c.dtype for c in (found.prompt, found.chosen, found.rejected, found.margin)]
+    assert kinds == [np.int64, np.int32, np.int32, np.float64]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([-1.0, 0.0, 1.0])), min_size=1),
+    st.integers(1, 5),
+)
+def test_repeats_and_ties_never_meet_in_a_pair(candidates, count):
+    answers, rewards = zip(*candidates, strict=True)
+    found, result = pairs(answers, rewards, count)
+    used = [answers[index] for pair in found for index in pair]
+    assert len(used) == len(set(used))
+    assert all(rewards[c] > rewards[r] for c, r in found)
+    possible = min(count, len(set(answers)) // 2)
+    assert len(found) + result.ties == possible

@@ -58,3 +58,20 @@ def test_no_dropped_margin_beats_a_kept_one(margins, data):
     assert selected.sum() == count
     if count < len(margins):
         assert np.asarray(margins)[selected].min() >= np.asarray(margins)[~selected].max()
+
+
+def test_several_broken_margins_are_counted():
+    with pytest.raises(ValueError, match=r"row 1 is inf \(2 such rows\).*learning_rate"):
+        select_largest([0.0, np.inf, np.nan], 1)
+
+
+def test_nothing_to_select_from():
+    assert select_largest([], 3).shape == (0,)
+
+
+@given(st.lists(st.floats(-50, 50), max_size=40, unique=True), st.data())
+def test_distinct_margins_keep_the_same_rows_in_any_order(margins, data):
+    count = data.draw(st.integers(0, 45))
+    order = data.draw(st.permutations(range(len(margins))))
+    moved = kept([margins[i] for i in order], count)
+    assert sorted(order[i] for i in moved) == kept(margins, count)

@@ -1,0 +1,452 @@
+"""From texts to exact token ids, with real tokenizers built here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+
+from sera_plugin.dataset import LOG, ChatTemplateCheck, report_rows, tokenize_rows
+
+SPECIAL = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|tool_end|>",
+]
+CORPUS = ["ab"] * 9 + ["hello world", "a user and an assistant say hi", "user assistant"] * 3
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build(add_bos: bool = False, metaspace: bool = False, lower: bool = False) -> Any:
+    """A byte-level BPE (or SentencePiece-like) tokenizer as transformers wraps it."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    if lower:
+        backend.normalizer = normalizers.Lowercase()
+    if metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.decoder = decoders.ByteLevel()
+    alphabet = [] if metaspace else pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL[3:],
+    )
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def adds_bos() -> Any:
+    return build(add_bos=True)
+
+
+def row(prompt: Any = "<|user|>hi<|assistant|>", chosen: Any = "hello", rejected: Any = "world"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def tokenize(tokenizer: Any, *rows: dict[str, Any], **options: Any) -> Any:
+    options = {"end_ids": [tokenizer.eos_token_id], "max_length": None, **options}
+    return tokenize_rows(list(rows), tokenizer, **options)
+
+
+def spelled(tokenizer: Any, ids: Any) -> str:
+    text: str = tokenizer.decode(
+        [int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def test_the_built_tokenizers_are_what_these_tests_need(plain: Any, adds_bos: Any) -> None:
+    assert plain("hi")["input_ids"] == plain("hi", add_special_tokens=False)["input_ids"]
+    assert adds_bos("hi")["input_ids"][0] == adds_bos.bos_token_id
+    assert len(plain("ab")["input_ids"]) == 1, "a and b must merge"
+    assert plain.convert_tokens_to_ids("<|im_end|>") in plain("x<|im_end|>")["input_ids"]
+
+
+# ------------------------------------------------------------------ beginnings
+
+
+@pytest.mark.parametrize("text", ["hi", "<s>hi", "<s><s>hi", "<s><s><s>hi"])
+def test_exactly_one_bos_where_the_tokenizer_adds_one(adds_bos: Any, text: str) -> None:
+    result = tokenize(adds_bos, row(prompt=text))
+    assert spelled(adds_bos, result.prompt_ids[0]) == "<s>hi"
+    for ids in (result.chosen_ids[0], result.rejected_ids[0]):
+        assert adds_bos.bos_token_id not in ids
+
+
+@pytest.mark.parametrize(("text", "one"), [("hi", "hi"), ("<s>hi", "<s>hi"), ("<s><s>hi", "<s>hi")])
+def test_no_bos_is_added_where_the_tokenizer_adds_none(plain: Any, text: str, one: str) -> None:
+    result = tokenize(plain, row(prompt=text))
+    assert spelled(plain, result.prompt_ids[0]) == one
+
+
+def test_tokens_do_not_merge_across_the_boundary(plain: Any) -> None:
+    result = tokenize(plain, row(prompt="xa", chosen="bx", rejected="x"))
+    assert spelled(plain, result.prompt_ids[0]) == "xa"
+    assert spelled(plain, result.chosen_ids[0]) == "bx</s>"
+    assert result.prompt_ids[0].tolist() == plain("xa")["input_ids"]
+    assert result.inexact == []
+
+
+@pytest.mark.parametrize("chosen", ["hello", " hello", "hello  world", "hello user"])
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_prompt_and_completion_spell_the_text(metaspace: bool, chosen: str) -> None:
+    tokenizer = build(metaspace=metaspace)
+    prompt = "<|user|>hi<|assistant|>"
+    result = tokenize(tokenizer, row(prompt=prompt, chosen=chosen))
+    both = np.concatenate([result.prompt_ids[0], result.chosen_ids[0]])
+    expected = tokenizer(prompt + chosen + "</s>", add_special_tokens=False)["input_ids"]
+    assert both.tolist() == expected
+
+
+# ------------------------------------------------------------------ ends
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("hello<|im_end|>", "hello<|im_end|>"),
+        ("hello</s>", "hello</s>"),
+        ("hello<|im_end|></s>", "hello<|im_end|>"),
+        ("hello<|im_end|><|im_end|>", "hello<|im_end|>"),
+        ("hello<|im_end|>\n", "hello<|im_end|>"),
+        ("hello<|im_end|> \n\n", "hello<|im_end|>"),
+        ("hello<|im_end|></s>\n", "hello<|im_end|>"),
+        ("hello<|im_end|>\n</s>", "hello<|im_end|>"),
+    ],
+)
+def test_exactly_one_end_token_and_nothing_behind_it(plain: Any, text: str, kept: str) -> None:
+    result = tokenize(plain, row(chosen=text, rejected="world<|im_end|>"))
+    assert spelled(plain, result.chosen_ids[0]) == kept
+
+
+def test_a_special_token_that_ends_no_turn_is_part_of_the_answer(plain: Any) -> None:
+    """A tool call closes with a special token of its own, and the turn ends behind it."""
+    ends = [plain.eos_token_id, plain.convert_tokens_to_ids("<|im_end|>")]
+    called = row(chosen="ab<|tool_end|><|im_end|>", rejected="ab<|tool_end|></s>")
+    result = tokenize(plain, called, row(chosen="ab<|tool_end|>"), end_ids=ends)
+    assert spelled(plain, result.chosen_ids[0]) == "ab<|tool_end|><|im_end|>"
+    assert spelled(plain, result.rejected_ids[0]) == "ab<|tool_end|></s>"
+    assert spelled(plain, result.chosen_ids[1]) in (
+        "ab<|tool_end|><|im_end|>",
+        "ab<|tool_end|></s>",
+    )
+
+
+def test_white_space_without_an_end_token_behind_it_stays(plain: Any) -> None:
+    result = tokenize(plain, row(chosen="hello\n"))
+    assert spelled(plain, result.chosen_ids[0]) == "hello\n</s>"
+
+
+def test_an_end_token_within_the_text_does_not_count(plain: Any) -> None:
+    result = tokenize(plain, row(chosen="hello<|im_end|>world"))
+    assert spelled(plain, result.chosen_ids[0]) == "hello<|im_end|>world</s>"
+
+
+def test_a_missing_end_becomes_the_datas_most_frequent_one(plain: Any) -> None:
+    rows = [
+        row(chosen="hello", rejected="world<|im_end|>"),
+        row(chosen="ab<|im_end|>", rejected="hi</s>"),
+    ]
+    result = tokenize(plain, *rows)
+    im_end = plain.convert_tokens_to_ids("<|im_end|>")
+    assert spelled(plain, result.chosen_ids[0]) == "hello<|im_end|>"
+    assert spelled(plain, result.rejected_ids[1]) == "hi</s>"
+    # The sampler stops at what ends completions in the data, and at the model's own end.
+    assert result.end_ids == [im_end, plain.eos_token_id]
+
+
+def test_without_any_end_in_the_data_it_is_the_eos(plain: Any) -> None:
+    im_end = plain.convert_tokens_to_ids("<|im_end|>")
+    result = tokenize(plain, row(), end_ids=[plain.eos_token_id, im_end, im_end])
+    assert spelled(plain, result.chosen_ids[0]) == "hello</s>"
+    assert spelled(plain, result.rejected_ids[0]) == "world</s>"
+    assert result.end_ids == [plain.eos_token_id, im_end]
+
+
+def test_a_tokenizer_without_eos_says_what_to_set(plain: Any) -> None:
+    with pytest.raises(ValueError, match=r"special_tokens: \{eos_token"):
+        tokenize(plain, row(), end_ids=[])
+
+
+# ------------------------------------------------------------------ rows
+
+
+def test_ids_are_int32_arrays_and_rows_are_named_by_their_place(plain: Any) -> None:
+    result = tokenize(plain, row(), row(chosen=""), row())
+    assert result.rows == [0, 2]
+    for column in (result.prompt_ids, result.chosen_ids, result.rejected_ids):
+        assert [ids.dtype for ids in column] == [np.int32, np.int32]
+
+
+def test_conversations_go_through_the_chat_template(plain: Any) -> None:
+    result = tokenize(
+        plain,
+        row(
+            prompt=[{"role": "user", "content": "hi"}],
+            chosen=[{"role": "assistant", "content": "hello"}],
+            rejected=[{"role": "assistant", "content": "world"}],
+        ),
+    )
+    assert spelled(plain, result.prompt_ids[0]) == "<|user|>hi<|assistant|>"
+    assert spelled(plain, result.chosen_ids[0]) == "hello<|im_end|>"
+    assert spelled(plain, result.rejected_ids[0]) == "world<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (row(chosen=""), "empty"),
+        (row(rejected=" \n"), "empty"),
+        (row(prompt=""), "empty"),
+        (row(chosen=None), "all be text or all messages, not str, NoneType, str"),
+        ({"prompt": "hi", "chosen": "ab"}, "NoneType"),
+        (row(chosen=[{"role": "assistant", "content": "hi"}]), "not str, list, str"),
+        (row(prompt=[], chosen=[], rejected=[]), "all be text or all messages"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_dropped_and_named(
+    plain: Any, bad: dict[str, Any], reason: str
+) -> None:
+    result = tokenize(plain, row(), bad, row(), bad)
+    assert result.rows == [0, 2]
+    [(why, rows)] = result.dropped.items()
+    assert reason in why
+    assert rows == [1, 3]
+
+
+def test_sequence_len_counts_prompt_longer_completion_and_end_token(plain: Any) -> None:
+    """prompt: <|user|> x <|assistant|> is 3; chosen x x </s> is 3; rejected y </s> is 2."""
+    example = row(prompt="<|user|>x<|assistant|>", chosen="xz", rejected="y")
+    assert tokenize(plain, example, max_length=6).rows == [0]
+    result = tokenize(plain, row(prompt="x", chosen="x", rejected="y"), example, max_length=5)
+    assert result.rows == [0]
+    assert result.dropped == {"longer than sequence_len: 5": [1]}
+
+
+def test_truncation_cuts_both_completions_to_the_room_the_prompt_leaves(plain: Any) -> None:
+    example = row(prompt="<|user|>x<|assistant|>", chosen="xzx", rejected="y")
+    result = tokenize(plain, example, max_length=5, truncate=True)
+    assert spelled(plain, result.prompt_ids[0]) == "<|user|>x<|assistant|>"
+    assert spelled(plain, result.chosen_ids[0]) == "xz"
+    assert spelled(plain, result.rejected_ids[0]) == "y</s>"
+    assert result.dropped == {}
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_even_when_truncating(plain: Any) -> None:
+    long = row(prompt="<|user|>x<|assistant|>")
+    short = row(prompt="x", chosen="x", rejected="y")
+    result = tokenize(plain, long, short, max_length=3, truncate=True)
+    assert result.rows == [1]
+    assert list(result.dropped.values()) == [[0]]
+
+
+def test_no_usable_row_is_an_error_with_the_counts(plain: Any) -> None:
+    rows = [row(chosen=""), row(rejected=""), row(chosen="hello world " * 9)]
+    with pytest.raises(ValueError, match=r"none of the 3 .*2 empty.*1 longer.*sequence_len"):
+        tokenize(plain, *rows, max_length=12)
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        tokenize(plain)
+
+
+def test_tokens_that_do_not_spell_their_text_are_noted_and_trained() -> None:
+    result = tokenize(build(lower=True), row(chosen="hello"), row(chosen="HELLO"))
+    assert result.rows == [0, 1]
+    assert result.inexact == [1]
+
+
+def test_ordinary_text_of_any_script_is_exact(plain: Any) -> None:
+    rows = [row(chosen=text, rejected=text[::-1]) for text in ordinary_texts(60)]
+    result = tokenize(plain, *rows)
+    assert result.inexact == []
+    assert result.dropped == {}
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f"{record.levelname} {record.getMessage()}")
+
+    handler = Keep()
+    LOG.addHandler(handler)
+    yield lines
+    LOG.removeHandler(handler)
+
+
+def test_the_log_names_the_first_rows_of_each_reason(plain: Any, logged: list[str]) -> None:
+    report_rows(tokenize(plain, row(), *[row(chosen="")] * 7), "train")
+    [line] = logged
+    assert line.startswith("WARNING train: dropped 7 row(s): empty")
+    assert "(rows 1, 2, 3, 4, 5, ...)" in line
+
+
+# ------------------------------------------------------------------ the host's chat_template
+
+
+WORDS = """
+The answer is probably forty two because user interfaces need an assistant to header
+größer naïve 東京 تم العثور שלום мир 🙂 👩‍👩‍👧 🇯🇵 é
+def f(x): return x>y && a|b <b>bold</b> {'role': 'user'} \\n `code` * - 1. <|x|> > >> | [[ ]]
+end eot im message
+"""
+
+
+def ordinary_texts(count: int) -> list[str]:
+    """Answers of several words: prose, scripts, emoji, code, markup."""
+    random = Random(7)
+    words = WORDS.split()
+    texts = ["> quoted answer", ">>> print(1)", "| a | b |\n|---|---|", "user: who am I?"]
+    while len(texts) < count:
+        joined = random.choice([" ", " ", "\n"]).join(
+            random.choices(words, k=random.randint(4, 30))
+        )
+        texts.append(f"No. {len(texts)} {joined} done.")
+    return texts[:count]
+
+
+class Host:
+    """The real `chat_template.default` strategy of the host with one of its own templates."""
+
+    def __init__(self, template: str) -> None:
+        from axolotl.prompt_strategies.dpo.chat_template import default
+        from axolotl.utils.chat_templates import get_chat_template
+        from axolotl.utils.dict import DictDefault
+
+        self.tokenizer = build()
+        self.tokenizer.chat_template = get_chat_template(template)
+        cfg = {"chat_template": template, "datasets": [{"type": "chat_template.default"}]}
+        self.transform, _ = default(DictDefault(cfg))
+        self.check = ChatTemplateCheck(self.tokenizer)
+        self.end = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}[template]
+
+    def rendered(self, chosen: str, rejected: str = "Fine, thanks.") -> dict[str, str]:
+        sample = {
+            "messages": [{"role": "user", "content": "How are you?"}],
+            "chosen": {"role": "assistant", "content": chosen},
+            "rejected": {"role": "assistant", "content": rejected},
+        }
+        result: dict[str, str] = self.transform(sample, tokenizer=self.tokenizer)
+        return result
+
+    def completion(self, content: str) -> str:
+        return self.rendered(content)["chosen"]
+
+
+@pytest.fixture(scope="module")
+def llama3() -> Host:
+    return Host("llama3")
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Host:
+    return Host("chatml")
+
+
+@pytest.mark.parametrize("content", ["user", "assistant", " hi ", " hi", "hi ", "hi\n", "a", ">"])
+def test_completions_the_host_corrupts_are_flagged(llama3: Host, content: str) -> None:
+    completion = llama3.completion(content)
+    assert completion != content.strip() + llama3.end, "the host no longer corrupts this one"
+    assert llama3.check.corrupted(completion)
+
+
+@pytest.mark.parametrize("content", ["user", "assistant", "[[dummy_message]]", "m"])
+def test_completions_found_too_early_are_flagged_in_chatml(chatml: Host, content: str) -> None:
+    completion = chatml.completion(content)
+    assert completion != content + chatml.end
+    assert chatml.check.corrupted(completion)
+
+
+def test_ordinary_completions_are_not_flagged(llama3: Host, chatml: Host) -> None:
+    for host in (llama3, chatml):
+        for text in ordinary_texts(200):
+            completion = host.completion(text)
+            assert completion == text + host.end
+            assert not host.check.corrupted(completion), text
+
+
+@pytest.mark.parametrize(
+    "text", ["\nOn a new line", "\n\n\nafter three", "  indented", "trailing "]
+)
+def test_white_space_that_the_template_keeps_is_not_flagged(chatml: Host, text: str) -> None:
+    completion = chatml.completion(text)
+    assert completion == text + chatml.end
+    assert not chatml.check.corrupted(completion)
+
+
+nasty = st.lists(
+    st.sampled_from(
+        ["\n", " ", ">", "|", "<|", "|>", "user", "assistant", "end", "eot", "_id", "im", "x", "é"]
+    ),
+    min_size=1,
+    max_size=5,
+).map("".join)
+
+
+@settings(deadline=None, max_examples=150)
+@given(content=nasty)
+def test_exactly_what_differs_from_answer_and_end_is_flagged(
+    llama3: Host, chatml: Host, content: str
+) -> None:
+    for host in (llama3, chatml):
+        completion = host.completion(content)
+        intact = completion == content + host.end
+        assert host.check.corrupted(completion) == (not intact), (content, completion)
+
+
+def test_corrupted_rows_are_dropped_and_named(llama3: Host) -> None:
+    rows = [
+        llama3.rendered("All is well."),
+        llama3.rendered("user"),
+        llama3.rendered("Splendid!", rejected=" spaced "),
+        llama3.rendered("Not bad at all."),
+    ]
+    result = tokenize(llama3.tokenizer, *rows, template_check=llama3.check)
+    assert result.rows == [0, 3]
+    [(why, dropped)] = result.dropped.items()
+    assert "chat_template" in why
+    assert dropped == [1, 2]
+    assert spelled(llama3.tokenizer, result.prompt_ids[0]).count("<s>") == 1
+    assert spelled(llama3.tokenizer, result.chosen_ids[0]) == "All is well.<|eot_id|>"

@@ -1,0 +1,302 @@
+"""What the plugin does with a configuration, and what it says to one it cannot run with.
+
+Misuse is refused in `register`, before the host validates or loads anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sera_plugin import SeraPlugin
+from sera_plugin.args import DEFAULT_BETA
+
+TRAINER = "sera_plugin.trainer.SeraTrainer"
+
+
+def config(**keys: Any) -> dict[str, Any]:
+    """The smallest raw configuration, with the keys a test is about."""
+    return {
+        "base_model": "base",
+        "plugins": ["sera_plugin.SeraPlugin"],
+        "rl": "sera",
+        "datasets": [{"path": "train.jsonl", "ds_type": "json", "type": "chat_template.default"}],
+        **keys,
+    }
+
+
+def register(**keys: Any) -> dict[str, Any]:
+    cfg = config(**keys)
+    SeraPlugin().register(cfg)
+    return cfg
+
+
+# ------------------------------------------------------------------ what it turns into
+
+
+def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer() -> None:
+    cfg = register()
+    assert cfg["rl"] == "dpo"
+    assert cfg["trainer_cls"] == TRAINER
+    assert cfg["sera"]["selection_ratio"] == 0.7
+    assert cfg["sera"]["bootstrap_ratio"] == 0.3
+    json.dumps(cfg["sera"])
+
+
+def test_the_block_may_be_missing_or_empty() -> None:
+    assert register() == register(sera=None) == register(sera={})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"sera": {"bootstrap_ratio": 2, "score_columns": ["score"]}},
+        {"sera": {"loss": "robust"}, "dpo_label_smoothing": 0.1},
+        {"sera": {"loss": "simpo"}, "simpo_gamma": 0.5, "cpo_alpha": 0.1},
+        {"num_epochs": 5, "rl_beta": 0.01},
+        {"trl": {"beta": 0.05}},
+        {"dpo_loss_type": ["sigmoid_norm"]},
+    ],
+)
+def test_registering_twice_changes_nothing_more(keys: dict[str, Any]) -> None:
+    """The host parses a configuration again in launched and Ray workers."""
+    once = register(**keys)
+    twice = copy.deepcopy(once)
+    SeraPlugin().register(twice)
+    assert twice == once
+
+
+def test_epochs_are_three_unless_set() -> None:
+    assert register()["num_epochs"] == 3
+    assert register(num_epochs=5)["num_epochs"] == 5
+    assert register(num_epochs=1.0)["num_epochs"] == 1
+
+
+@pytest.mark.parametrize("loss", sorted(DEFAULT_BETA))
+def test_beta_is_the_losss_own_unless_set(loss: str) -> None:
+    keys: dict[str, Any] = {"sera": {"loss": loss}}
+    if loss == "robust":
+        keys["dpo_label_smoothing"] = 0.1
+    assert register(**keys)["rl_beta"] == DEFAULT_BETA[loss]
+    assert register(**keys, rl_beta=0.37)["rl_beta"] == 0.37
+    kept = register(**keys, trl={"beta": 0.41})
+    assert kept["trl"] == {"beta": 0.41}
+    assert kept.get("rl_beta") is None
+    assert register(**keys, trl={})["rl_beta"] == DEFAULT_BETA[loss]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dpo_loss_type": ["apo_zero"]},
+        {"dpo_label_smoothing": 0.1},
+        {"dpo_label_smoothing": 0.0, "sera": {"loss": "ipo"}},
+        {"max_steps": None, "sample_packing": False, "streaming": False},
+        {"context_parallel_size": 1},
+    ],
+)
+def test_what_works_is_left_alone(keys: dict[str, Any]) -> None:
+    cfg = register(**keys)
+    assert {key: cfg[key] for key in keys if key != "sera"} == {
+        key: value for key, value in keys.items() if key != "sera"
+    }
+
+
+# ------------------------------------------------------------------ misuse
+
+#: (keys of the configuration, what the message must contain: key, value, remedy)
+MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "another rl": ({"rl": "ipo"}, ["rl: ipo", "Set `rl: sera`", "remove the plugin"]),
+    "no rl": ({"rl": None}, ["rl: None", "Set `rl: sera`"]),
+    "block with rl dpo": (
+        {"rl": "dpo", "sera": {"gamma": 0.5}},
+        ["`sera:` block", "rl: dpo", "Set `rl: sera`"],
+    ),
+    "block is no block": ({"sera": 0.7}, ["sera: 0.7", "indent"]),
+    "typo inside": (
+        {"sera": {"selecton_ratio": 0.5}},
+        ["sera.selecton_ratio", "Did you mean `selection_ratio`"],
+    ),
+    "unknown inside": ({"sera": {"xyz": 1}}, ["sera.xyz", "Known keys: selection_ratio"]),
+    "out of range": ({"sera": {"gamma": 1.5}}, ["sera.gamma: 1.5", "less than or equal to 1"]),
+    "wrong type": ({"sera": {"candidates": "many"}}, ["sera.candidates: 'many'", "integer"]),
+    "field beside the block": (
+        {"selection_ratio": 0.5},
+        ["`selection_ratio`", "`sera: {selection_ratio: ...}`"],
+    ),
+    "prefixed beside": ({"sera_gamma": 0.5}, ["`sera_gamma`", "sera: {gamma"]),
+    "prefixed and misspelt": (
+        {"sera_selecton_ratio": 0.5},
+        ["`sera_selecton_ratio`", "sera: {selection_ratio"],
+    ),
+    "prefixed with a dash": ({"sera-gamma": 0.5}, ["`sera-gamma`", "sera: {gamma"]),
+    "prefixed and unknown": ({"sera_xyz": 0.5}, ["`sera_xyz`", "`sera:` block"]),
+    "block misspelt": ({"serra": {"gamma": 0.5}}, ["`serra`", "Did you mean `sera`"]),
+    "block in capitals": ({"SeRA": {"gamma": 0.5}}, ["`SeRA`", "Did you mean `sera`"]),
+    "field misspelt beside": (
+        {"bootstrp_ratio": 0.5},
+        ["`bootstrp_ratio`", "sera: {bootstrap_ratio"],
+    ),
+    "half an epoch": ({"num_epochs": 2.5}, ["num_epochs: 2.5", "set num_epochs to 1, 2, 3"]),
+    "no epoch": ({"num_epochs": 0}, ["num_epochs: 0", "set num_epochs"]),
+    "epochs in words": ({"num_epochs": "three"}, ["num_epochs: three", "set num_epochs to 1, 2"]),
+    "endless": ({"num_epochs": float("inf")}, ["num_epochs: inf", "set num_epochs to 1, 2"]),
+    "no preference at all": ({"rl_beta": 0}, ["rl_beta: 0"]),
+    "max_steps": ({"max_steps": 10}, ["max_steps: 10", "remove max_steps", "num_epochs"]),
+    "streaming": ({"streaming": True}, ["streaming: True", "remove streaming"]),
+    "pretraining": (
+        {"pretraining_dataset": "c4"},
+        ["pretraining_dataset: c4", "use datasets"],
+    ),
+    "packing": ({"sample_packing": True}, ["sample_packing: True", "remove sample_packing"]),
+    "liger": ({"dpo_use_liger_kernel": True}, ["dpo_use_liger_kernel", "remove"]),
+    "ref adapter": ({"rl_adapter_ref_model": True}, ["rl_adapter_ref_model", "remove"]),
+    "neftune": ({"neftune_noise_alpha": 5}, ["neftune_noise_alpha: 5", "remove"]),
+    "relora": ({"relora": True}, ["relora: True", "remove relora"]),
+    "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size: 2", "remove"]),
+    "too few candidates": (
+        {"sera": {"bootstrap_ratio": 3, "candidates": 4}},
+        ["bootstrap_ratio: 3", "candidates: 4", "Raise candidates to 6"],
+    ),
+    "infinite ratio": ({"sera": {"bootstrap_ratio": float("inf")}}, ["sera.bootstrap_ratio: inf"]),
+    "nothing to train on": (
+        {"sera": {"selection_ratio": 0, "bootstrap_ratio": 0}},
+        ["selection_ratio: 0", "bootstrap_ratio: 0", "Raise one"],
+    ),
+    "two losses": (
+        {"dpo_loss_type": ["ipo"], "sera": {"loss": "slic"}},
+        ["dpo_loss_type: ['ipo']", "sera.loss: slic", "Keep"],
+    ),
+    "two losses, one of them dpo": (
+        {"dpo_loss_type": ["hinge"], "sera": {"loss": "dpo"}},
+        ["dpo_loss_type: ['hinge']", "sera.loss: dpo", "Keep"],
+    ),
+    "robust without smoothing": (
+        {"sera": {"loss": "robust"}},
+        ["sera.loss: robust", "dpo_label_smoothing", "0.1"],
+    ),
+    "smoothing out of range": (
+        {"dpo_label_smoothing": 0.7},
+        ["dpo_label_smoothing: 0.7", "from 0 to below 0.5"],
+    ),
+    "smoothing of one half": ({"dpo_label_smoothing": 0.5}, ["dpo_label_smoothing: 0.5"]),
+    "smoothing without meaning": (
+        {"dpo_label_smoothing": 0.1, "sera": {"loss": "ipo"}},
+        ["dpo_label_smoothing: 0.1", "sera.loss: ipo", "Remove"],
+    ),
+    "simpo_gamma with dpo": ({"simpo_gamma": 0.5}, ["simpo_gamma: 0.5", "sera.loss: simpo"]),
+    "cpo_alpha with ipo": (
+        {"cpo_alpha": 0.5, "sera": {"loss": "ipo"}},
+        ["cpo_alpha: 0.5", "sera.loss: simpo"],
+    ),
+    "weighting": ({"dpo_use_weighting": True}, ["dpo_use_weighting: true", "dpo_loss_type"]),
+    "summed dpo": (
+        {"sera": {"ipo_reduction": "sum"}},
+        ["sera.ipo_reduction: sum", "loss: dpo", "Set loss: ipo"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_names_key_value_and_remedy(name: str) -> None:
+    keys, parts = MISUSE[name]
+    with pytest.raises(ValueError, match=r".") as error:
+        register(**keys)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_every_problem_of_the_block_is_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"sera\.gamma.*; sera\.top_p") as error:
+        register(sera={"gamma": -1, "top_p": 2})
+    assert "https://errors.pydantic" not in str(error.value)
+
+
+def test_a_refused_configuration_is_left_as_it_was() -> None:
+    cfg = config(max_steps=10)
+    with pytest.raises(ValueError, match="max_steps"):
+        SeraPlugin().register(cfg)
+    assert cfg == config(max_steps=10)
+
+
+# ------------------------------------------------------------------ the real host
+
+
+def test_no_key_of_the_host_is_mistaken_for_a_misspelling() -> None:
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    for key in AxolotlInputConfig.model_fields:
+        if key not in config() and key != "sera":
+            register(**{key: None})
+
+
+def as_json(cfg: Any) -> Any:
+    """The configuration as it travels: a tuple is a list there."""
+    return json.loads(json.dumps(cfg.to_dict(), default=str))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> dict[str, Any]:
+    """A complete configuration; the base model is a config.json, nothing here loads weights."""
+    base = tmp_path / "base"
+    base.mkdir()
+    shape: Mapping[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 64,
+    }
+    (base / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    return config(
+        base_model=str(base),
+        output_dir=str(tmp_path / "out"),
+        sequence_len=64,
+        micro_batch_size=2,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-5,
+        bf16=False,
+        fp16=False,
+        tf32=False,
+    )
+
+
+def test_the_host_accepts_what_the_plugin_made(
+    tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
+) -> None:
+    cfg = load({**tiny, "sera": {"loss": "ipo", "gamma": 0.5}})
+    assert str(cfg.rl.value if hasattr(cfg.rl, "value") else cfg.rl) == "dpo"
+    assert cfg.trainer_cls == TRAINER
+    assert cfg.num_epochs == 3
+    assert cfg.rl_beta == 1.0
+    assert cfg.sera["gamma"] == 0.5
+    assert cfg.sera["candidates"] == 4
+
+
+def test_the_hosts_own_result_can_be_registered_again(
+    tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
+) -> None:
+    """A Ray worker gets the validated configuration, with all of the host's defaults in it."""
+    cfg = load({**tiny, "sera": {"loss": "simpo"}, "simpo_gamma": 0.5})
+    before = as_json(cfg)
+    SeraPlugin().register(cfg)
+    assert as_json(cfg) == before
+
+
+@pytest.mark.parametrize("name", ["typo inside", "field beside the block", "max_steps"])
+def test_misuse_surfaces_through_the_hosts_own_parser(
+    name: str, tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
+) -> None:
+    keys, parts = MISUSE[name]
+    with pytest.raises(ValueError, match=r".") as error:
+        load({**tiny, **keys})
+    for part in parts:
+        assert part in str(error.value)
