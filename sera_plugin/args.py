@@ -122,6 +122,16 @@ class SeraConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _score_columns_are_not_ours(self) -> SeraConfig:
+        taken = {"row", "prompt_ids", "chosen_ids", "rejected_ids"}.intersection(self.score_columns)
+        if taken:
+            raise ValueError(
+                f"score_columns: {', '.join(sorted(taken))} would replace a column of "
+                "dataset.parquet. Rename it in the dataset or leave it out."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ipo_reduction_needs_ipo(self) -> SeraConfig:
         if self.ipo_reduction == "sum" and self.loss != "ipo":
             raise ValueError(

@@ -262,6 +262,9 @@ def tokenize_rows(
         for ids in completions:
             kept, ended = encoder.end_once(ids.tolist(), result.end_ids)
             completed.append(np.asarray(kept if ended else [*kept, end], dtype=np.int32))
+        if min(map(len, completed)) < 2:
+            result.drop(row, "empty prompt, chosen or rejected")
+            continue
         if max_length is not None and len(prompt_array) + max(map(len, completed)) > max_length:
             if not truncate or len(prompt_array) >= max_length:
                 result.drop(row, f"longer than sequence_len: {max_length}")
@@ -285,23 +288,21 @@ def _turn_ends(
 ) -> list[int]:
     """The tokens that end a turn, the one to append to a completion without any first.
 
-    The model's own, and the special token that most other completions end with (`<|im_end|>` in
-    data made for another model). A special token that closes something else, such as a tool call,
-    is part of the answer.
+    The model's own, and the special token that at least half of all completions end with instead
+    (`<|im_end|>` in data made for another model). A special token that closes something else,
+    such as a tool call, is part of the answer.
     """
     ends: Counter[int] = Counter()
     foreign: Counter[int] = Counter()
-    without = 0
     for _, _, *completions in parsed:
         for array in completions:
             ids = array.tolist()
             tail = [ids[position] for position in encoder.tail(ids)]
             own = [token for token in tail if token in encoder.end_ids]
             ends.update(own[:1])
-            if not own:
-                without += 1
-                foreign.update(tail[-1:])
-    ends.update({token: count for token, count in foreign.items() if 2 * count > without})
+            foreign.update([] if own else tail[-1:])
+    half = len(parsed)  # two completions a row
+    ends.update({token: count for token, count in foreign.items() if count >= half})
     most_common = [token for token, _ in ends.most_common()]
     return list(dict.fromkeys([*most_common, *encoder.end_ids]))
 

@@ -19,6 +19,8 @@ from sera_plugin.args import DEFAULT_BETA, SeraConfig
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
 _FIELDS = tuple(SeraConfig.model_fields)
+#: Losses of TRL 1.9 that read label smoothing; its `sigmoid` does not.
+_SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 
 
 class SeraPlugin(BasePlugin):
@@ -32,8 +34,10 @@ class SeraPlugin(BasePlugin):
                 key, the value, and what to do.
         """
         _reject_misplaced_keys(cfg)
-        if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER:
+        if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera"):
             return  # a launched worker parses the resolved configuration again
+        if cfg.get("inference"):
+            return  # `axolotl inference` clears rl: nothing is trained
         if cfg.get("rl") != "sera":
             beside = "a `sera:` block and " if cfg.get("sera") is not None else ""
             raise ValueError(
@@ -47,8 +51,9 @@ class SeraPlugin(BasePlugin):
         cfg["sera"] = config.model_dump(mode="json")
         if cfg.get("num_epochs") is None:
             cfg["num_epochs"] = 3
-        if cfg.get("rl_beta") is None and (cfg.get("trl") or {}).get("beta") is None:
-            cfg["rl_beta"] = DEFAULT_BETA[config.loss]
+        if cfg.get("rl_beta") is None and _trl_beta(cfg) is None:
+            ipo = cfg.get("dpo_loss_type") == ["ipo"]
+            cfg["rl_beta"] = DEFAULT_BETA["ipo" if ipo else config.loss]
 
     def get_input_args(self) -> str:
         return "sera_plugin.args.SeraArgs"
@@ -78,7 +83,7 @@ def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:
             continue
         if difflib.get_close_matches(name, ["sera"], n=1, cutoff=0.75):
             raise ValueError(f"`{key}` is not a key. Did you mean `sera`?")
-        close = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.9)
         if close:
             raise ValueError(f"`{key}` is not a key. Did you mean `sera: {{{close[0]}: ...}}`?")
 
@@ -97,7 +102,7 @@ def _parse(block: Any) -> SeraConfig:
             f"sera: {block!r} is not a block of keys. Write `sera:` and indent its keys."
         )
     try:
-        return SeraConfig(**block)
+        return SeraConfig.model_validate(dict(block))
     except ValidationError as error:
         raise ValueError("; ".join(map(_readable, error.errors()))) from None
 
@@ -137,6 +142,11 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     for key, remedy in problems.items():
         if cfg.get(key):
             raise ValueError(f"{key}: {cfg[key]} does not work here: {remedy}.")
+    if cfg.get("trainer_cls") not in (None, TRAINER):
+        raise ValueError(
+            f"trainer_cls: {cfg['trainer_cls']} cannot be combined with rl: sera, which brings its "
+            "own trainer. Remove trainer_cls."
+        )
     if (cfg.get("context_parallel_size") or 1) > 1:
         raise ValueError(
             f"context_parallel_size: {cfg['context_parallel_size']} does not work here: scoring "
@@ -145,8 +155,22 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     _reject_loss_conflicts(cfg, config)
 
 
+def _trl_beta(cfg: Mapping[str, Any]) -> Any:
+    block = cfg.get("trl")
+    return block.get("beta") if isinstance(block, Mapping) else None
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key}: {value!r} is not a number.") from None
+
+
 def _is_count(value: Any) -> bool:
     """Whether a YAML value is a whole number of at least 1 (3, 3.0 or "3")."""
+    if isinstance(value, bool):
+        return False
     try:
         return float(value).is_integer() and float(value) >= 1
     except (TypeError, ValueError):
@@ -160,14 +184,19 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
             f"dpo_loss_type: {host_loss} and sera.loss: {config.loss} both name the loss. Keep "
             "sera.loss for dpo, ipo, slic, robust and simpo, dpo_loss_type for any other."
         )
-    beta = (cfg.get("trl") or {}).get("beta", cfg.get("rl_beta"))
-    if beta is not None and not float(beta) > 0:
-        raise ValueError(f"rl_beta: {beta} is no preference strength. Set it above 0, e.g. 0.2.")
-    smoothing = cfg.get("dpo_label_smoothing") or 0.0
-    if not 0.0 <= float(smoothing) < 0.5:
+    for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", _trl_beta(cfg))):
+        if beta is not None and not _number(key, beta) > 0:
+            raise ValueError(f"{key}: {beta} is no preference strength. Set it above 0, e.g. 0.2.")
+    smoothing = _number("dpo_label_smoothing", cfg.get("dpo_label_smoothing") or 0.0)
+    if not 0.0 <= smoothing < 0.5:
         raise ValueError(
             f"dpo_label_smoothing: {smoothing} is not a share of wrong labels. Set it from 0 to "
             "below 0.5."
+        )
+    if smoothing and host_loss is not None and not _SMOOTHED_BY_HOST.intersection(host_loss):
+        raise ValueError(
+            f"dpo_label_smoothing: {smoothing} has no effect on dpo_loss_type: {host_loss}. For "
+            "cDPO set sera.loss: dpo instead of dpo_loss_type."
         )
     if host_loss is not None:
         return

@@ -183,7 +183,7 @@ class SeraTrainer(AxolotlDPOTrainer):
                     f"{', '.join(dataset.column_names)}."
                 )
             kept = dataset.select(result.rows)
-            self._offline_columns = {c: kept[c][:] for c in self.config.score_columns}
+            self._offline_columns = {c: pa.array(kept[c][:]) for c in self.config.score_columns}
             self._end_ids = result.end_ids
         return Dataset(InMemoryTable(make_table(columns)))
 

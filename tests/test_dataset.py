@@ -173,6 +173,15 @@ def test_a_special_token_that_ends_no_turn_is_part_of_the_answer(plain: Any) -> 
     )
 
 
+def test_one_unfinished_tool_call_does_not_make_its_close_an_end(plain: Any) -> None:
+    """Every other answer says how turns end; the odd one out must not cut theirs short."""
+    usual = row(chosen="ab<|tool_end|></s>", rejected="hi</s>")
+    odd = row(chosen="ab<|tool_end|>", rejected="hi</s>")
+    result = tokenize(plain, *[usual] * 5, odd)
+    assert result.end_ids == [plain.eos_token_id]
+    assert {spelled(plain, ids) for ids in result.chosen_ids} == {"ab<|tool_end|></s>"}
+
+
 def test_white_space_without_an_end_token_behind_it_stays(plain: Any) -> None:
     result = tokenize(plain, row(chosen="hello\n"))
     assert spelled(plain, result.chosen_ids[0]) == "hello\n</s>"

@@ -190,6 +190,11 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dpo_label_smoothing": 0.1, "sera": {"loss": "ipo"}},
         ["dpo_label_smoothing: 0.1", "sera.loss: ipo", "Remove"],
     ),
+    # TRL 1.9 reads label smoothing in some of its losses only; not in `sigmoid`.
+    "smoothing that TRL ignores": (
+        {"dpo_label_smoothing": 0.1, "dpo_loss_type": ["sigmoid"]},
+        ["dpo_label_smoothing: 0.1", "dpo_loss_type"],
+    ),
     "simpo_gamma with dpo": ({"simpo_gamma": 0.5}, ["simpo_gamma: 0.5", "sera.loss: simpo"]),
     "cpo_alpha with ipo": (
         {"cpo_alpha": 0.5, "sera": {"loss": "ipo"}},

@@ -1,0 +1,62 @@
+"""The host's commands take the same YAML, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import adapter
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def axolotl(tmp_path):
+    def run(*arguments, stdin=None, fails=False):
+        command = [sys.executable, "-m", "axolotl.cli.main", *map(str, arguments)]
+        if arguments[0] not in ("sera", "merge-lora", "preprocess"):
+            command += ["--launcher", "python"]
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, timeout=300, input=stdin
+        )
+        output = result.stdout + result.stderr
+        assert bool(result.returncode) == fails, output[-3000:]
+        return output
+
+    return run
+
+
+def test_preprocess_train_evaluate_inference_and_merge(base_config, axolotl, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(base_config | adapter() | {"num_epochs": 2}))
+    axolotl("preprocess", config)
+    log = axolotl("train", config)
+    assert "SeRA run" in log
+    assert "SeRA iteration 2: trains on 24 pairs" in log
+    assert "SeRA iteration 2 is trained" in log
+    out = tmp_path / "out"
+    summary = json.loads((out / "sera/iteration-02/summary.json").read_text())
+    assert summary["pairs"]["trained"] == 24
+    assert "eval_loss" in axolotl("evaluate", config)
+    said = axolotl("inference", config, "--lora-model-dir", out, stdin="b a")
+    assert "<|user|>" in said or "b a" in said
+    axolotl("merge-lora", config, "--lora-model-dir", out)
+    assert load_file(out / "merged/model.safetensors")
+
+
+def test_a_mistake_ends_before_any_model_is_loaded(base_config, axolotl, tmp_path):
+    base_config["base_model"] = str(tmp_path / "no-such-model")
+    base_config["sera"]["selecton_ratio"] = 0.5
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(base_config))
+    output = axolotl("train", config, fails=True)
+    assert "sera.selecton_ratio is not a key. Did you mean `selection_ratio`?" in output
+
+
+def test_sera_commands_are_found_by_the_host(axolotl):
+    assert "demo" in axolotl("sera", "--help")

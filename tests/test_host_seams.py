@@ -1,0 +1,132 @@
+"""The host's private seams that trainer.py overrides or calls, pinned.
+
+A host upgrade that changes one of these fails here. Look at the new source, adapt trainer.py, then
+change the pin.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def seams():
+    import axolotl.train
+    from accelerate import Accelerator
+    from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+    from transformers import Trainer
+    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    return {
+        "run_epoch": (
+            Trainer._run_epoch,
+            "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial "
+            "ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained "
+            "steps_trained_in_current_epoch",
+        ),
+        "set_initial_training_values": (
+            Trainer.set_initial_training_values,
+            "self args dataloader",
+        ),
+        "init_training_state": (
+            Trainer._init_training_state,
+            "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint "
+            "trial",
+        ),
+        "create_scheduler": (
+            AxolotlDPOTrainer.create_scheduler,
+            "self num_training_steps optimizer",
+        ),
+        "create_optimizer": (Trainer.create_optimizer, "self model"),
+        "prepare_dataset": (
+            DPOTrainer._prepare_dataset,
+            "self dataset processing_class args dataset_name",
+        ),
+        "precompute_ref_logps": (DPOTrainer._precompute_ref_logps, "self dataset name batch_size"),
+        "compute_loss": (DPOTrainer._compute_loss, "self model inputs return_outputs"),
+        "trl_init": (
+            DPOTrainer.__init__,
+            "self model ref_model args data_collator train_dataset eval_dataset processing_class "
+            "compute_metrics callbacks optimizers quantization_config peft_config",
+        ),
+        "reference_model": (axolotl.train.setup_reference_model, "cfg args kwargs"),
+        "collator": (
+            DataCollatorForPreference,
+            "pad_token_id max_length truncation_mode pad_to_multiple_of return_tensors",
+        ),
+        "accelerator": (Accelerator.prepare, "self args device_placement"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run_epoch",
+        "set_initial_training_values",
+        "init_training_state",
+        "create_scheduler",
+        "create_optimizer",
+        "prepare_dataset",
+        "precompute_ref_logps",
+        "compute_loss",
+        "trl_init",
+        "collator",
+        "accelerator",
+    ],
+)
+def test_signature_is_as_pinned(name):
+    function, expected = seams()[name]
+    assert parameters(function) == expected.split()
+
+
+def test_reference_model_is_not_loaded_for_sera_alone():
+    import axolotl.train
+    from axolotl.utils.dict import DictDefault
+
+    from sera_plugin.trainer import keep_one_model_loaded
+
+    keep_one_model_loaded()
+    keep_one_model_loaded()
+    patched = axolotl.train.setup_reference_model
+    assert patched(DictDefault({"rl": "dpo", "sera": {"gamma": 0.3}}), None) is None
+    original = patched.__closure__[0].cell_contents
+    assert parameters(original) == ["cfg", "tokenizer", "processor"]
+    # Without a sera block the host's own function answers (here: no reference for ORPO).
+    assert patched(DictDefault({"rl": "orpo"}), None) is None
+
+
+def test_first_values_of_the_training_tuple_are_where_we_write_them():
+    from transformers import Trainer
+
+    source = inspect.getsource(Trainer._inner_training_loop)
+    names = source.split(") = self.set_initial_training_values")[0].split("(")[-1]
+    assert [name.strip() for name in names.split(",") if name.strip()] == [
+        "num_train_epochs",
+        "num_update_steps_per_epoch",
+        "num_examples",
+        "num_train_samples",
+        "total_train_batch_size",
+        "steps_in_epoch",
+        "max_steps",
+    ]
+
+
+def test_trl_still_ignores_label_smoothing_in_its_sigmoid_loss():
+    """The reason for our own cDPO; if this fails, TRL may have learnt it."""
+    from trl import DPOTrainer
+
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    sigmoid = source.split('loss_type == "sigmoid"')[1].split("elif")[0]
+    assert "label_smoothing" not in sigmoid
+
+
+def test_optimizers_are_kept_where_we_clear_them():
+    from accelerate import Accelerator
+
+    assert "self._optimizers" in inspect.getsource(Accelerator.__init__)
