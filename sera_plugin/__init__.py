@@ -14,10 +14,13 @@ The map, in reading order:
 - `args`        the `sera:` block
 - `dataset`     from the host's rows to exact token ids
 - `schedule`    steps of iterations of unequal length
-- `policies`, `logprobs`, `sampling`   what needs the model: snapshots, scoring, sampling
-- `store`       the run directory
+- `logprobs`, `policies`, `scoring`, `sampling`   what needs the model: log-probabilities,
+  snapshots, scoring under any of them, sampling
+- `objective`, `gate`   one training step, and the check before an iteration's first
+- `store`, `run`, `summary`   the run directory, what a run is, what an iteration did
 - `trainer`     everything that touches the host's private seams
 - `plugin`, `cli`   the host's public hooks
+- `demo`        a small world with a known true reward
 
 The names below are loaded on first use: the host imports this package while it reads the
 configuration, and an import error there would surface as a confusing message about `rl`.

@@ -72,7 +72,13 @@ class PolicyHistory:
         self.base_model = base_model
         self.tokenizer = tokenizer
         self.is_adapter = hasattr(model, "peft_config")
-        self._snapshots = {0: take_snapshot(model)}
+        #: Which policy the model is now; None in the middle of an iteration.
+        self.current: int | None = 0
+        self._snapshots: dict[int, Snapshot] = {}
+
+    def keep_initial(self) -> None:
+        """Remember theta_0 before a checkpoint is loaded over it."""
+        self._snapshots[0] = take_snapshot(self.model)
 
     def keep_current(self, policy: int) -> None:
         """The model is theta_policy now: keep it in memory and in iteration-XX/policy.
@@ -80,7 +86,8 @@ class PolicyHistory:
         Weights are safetensors. Of a base model that is fully fine-tuned theta_0 is a pointer; on
         a quantised base only the adapter is written, so the base is never dequantised.
         """
-        if policy > 0:
+        self.current = policy
+        if policy not in self._snapshots:
             self._snapshots[policy] = take_snapshot(self.model)
         final = self.store.policy(policy + 1)
         if final.exists():
@@ -97,6 +104,9 @@ class PolicyHistory:
     @contextmanager
     def at(self, policy: int) -> Iterator[None]:
         """The model is theta_policy inside the block, and itself again afterwards."""
+        if policy == self.current:
+            yield
+            return
         if policy not in self._snapshots:
             self._snapshots[policy] = self._load(self.store.policy(policy + 1))
         with swapped_in(self.model, self._snapshots[policy]):

@@ -7,7 +7,7 @@ a host upgrade fails there and not in the middle of somebody's run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -33,14 +33,15 @@ from sera_plugin.gate import (
     low_precision,
 )
 from sera_plugin.iteration import Method, Pairs, Phases, prepare_iteration, score_pairs
-from sera_plugin.logprobs import forward_logps, score_sequences
 from sera_plugin.losses import PreferenceLoss
+from sera_plugin.objective import Objective
 from sera_plugin.policies import PolicyHistory, Snapshot, restore_snapshot, take_snapshot
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.schedule import Schedule
+from sera_plugin.scoring import PolicyScorer, sampling_progress
 from sera_plugin.store import RunStore, make_table, read_json, write_json, write_table
 from sera_plugin.summary import describe_end, describe_start, metrics, summarize
 
@@ -79,8 +80,6 @@ class SeraTrainer(AxolotlDPOTrainer):
         self.store = RunStore(args.output_dir)
         self._method: Method | None = None
         self._schedule: Schedule | None = None
-        self._iteration = 0
-        self._phases = Phases()
         self._gate_result: dict[str, float] | None = None
         self._gate_pending = False
         self._offline_columns: dict[str, Any] = {}
@@ -112,6 +111,28 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._tidy_adapters(continued)
         self._pairs = Pairs.from_table(self.train_dataset.data.table)
         self._eval_pairs = self._held_out_pairs()
+        self._policies = PolicyHistory(
+            self.model, self.store, str(self.cfg.base_model), self.processing_class
+        )
+        self._score = PolicyScorer(
+            self._policies,
+            int(self._tokenizer.pad_token_id),
+            self._token_budget,
+            self.compute_loss_context_manager,
+            bool(self.args.disable_tqdm),
+        )
+        if self.loss is not None:
+            self._objective = Objective(
+                self.loss,
+                nll_weight=float(self.cfg.cpo_alpha or 0.0),
+                router_weight=self.router_aux_loss_coef if self.aux_loss_enabled else None,
+            )
+
+    @property
+    def _token_budget(self) -> int:
+        """Tokens per forward pass: at most 2^28 float32 logits (1 GiB) at a time."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return max(int(self.cfg.sequence_len or 0), min(16_384, 2**28 // vocabulary))
 
     def _continue_adapter(self, model: Any, kwargs: dict[str, Any]) -> tuple[Any, Snapshot | None]:
         """Load the adapter in `lora_model_dir`, which axolotl 0.19 ignores for DPO.
@@ -196,8 +217,9 @@ class SeraTrainer(AxolotlDPOTrainer):
             return self._with_reference(Pairs.from_table(dataset.data.table))
 
     def _with_reference(self, pairs: Pairs, logps: dict[str, FloatArray] | None = None) -> Dataset:
+        """The pairs as rows for training, by default against the model as it was loaded."""
         if logps is None:
-            logps = score_pairs(pairs, self._iteration - 1, self._score, "score_evaluation")
+            logps = score_pairs(pairs, 0, self._score, "score_evaluation")
         columns = {
             "prompt_ids": list(pairs.prompt_ids),
             "chosen_ids": list(pairs.chosen_ids),
@@ -212,10 +234,7 @@ class SeraTrainer(AxolotlDPOTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`. Refuses to mix with another run's directory."""
         self._open_run(resume_from_checkpoint)
-        # Before a checkpoint is loaded the weights are theta_0.
-        self._policies = PolicyHistory(
-            self.model, self.store, str(self.cfg.base_model), self.processing_class
-        )
+        self._policies.keep_initial()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _open_run(self, resume_from_checkpoint: Any) -> None:
@@ -258,10 +277,10 @@ class SeraTrainer(AxolotlDPOTrainer):
             require_same_run(read_json(self.store.run_file), description)
         else:
             write_json(self.store.run_file, description)
-            write_table(
-                self.store.dataset_file,
-                make_table({**self.train_dataset[:], **self._offline_columns}),
-            )
+            table = self.train_dataset.data.table
+            for name, values in self._offline_columns.items():
+                table = table.append_column(name, values)
+            write_table(self.store.dataset_file, table)
         LOG.info("%s", announce(description, self.config, self._method, self._schedule, self.store))
 
     @property
@@ -325,7 +344,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._gate_pending = not resumed
         schedule = self._schedule
         assert schedule is not None
-        with self._phases.timed("train"):
+        with self._score.phases.timed("train"):
             super()._run_epoch(
                 model=model,
                 epoch=epoch,
@@ -335,7 +354,7 @@ class SeraTrainer(AxolotlDPOTrainer):
                 **kwargs,
             )
         summary = self.store.summary(iteration)
-        summary["seconds"] = dict(self._phases.seconds)
+        summary["seconds"] = dict(self._score.phases.seconds)
         summary["step_zero"] = self._gate_result
         self.store.write_summary(iteration, summary)
         Trainer.log(self, {"sera/seconds/train": summary["seconds"]["train"]})
@@ -365,11 +384,13 @@ class SeraTrainer(AxolotlDPOTrainer):
         method, schedule = self._method, self._schedule
         assert method is not None
         assert schedule is not None
-        self._iteration = iteration
         earlier = self.store.summary(iteration)
-        self._phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
+        phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
+        self._score.phases = phases
         self._gate_result = earlier.get("step_zero")
-        if not resumed:
+        if resumed:
+            self._policies.current = None
+        else:
             self._policies.keep_current(iteration - 1)
         pairs = prepare_iteration(
             iteration,
@@ -378,7 +399,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             self.store,
             self._score,
             TransformersSampler(
-                self.model, self._pad_id, self._token_budget, self.compute_loss_context_manager
+                self.model, self._score.pad_id, self._token_budget, self._score.autocast
             ),
             SamplingSettings(
                 candidates=self.config.candidates,
@@ -389,12 +410,12 @@ class SeraTrainer(AxolotlDPOTrainer):
                 end_ids=tuple(self._end_ids),
                 seed=self.args.seed * 1_000 + iteration,
             ),
-            self._phases,
-            self._sampling_progress,
+            phases,
+            sampling_progress(self._score.quiet),
         )
         self._refresh_evaluation(iteration)
         if not earlier:
-            summary = summarize(iteration, method, self.store, self._phases)
+            summary = summarize(iteration, method, self.store, phases)
             self.store.write_summary(iteration, summary)
             LOG.info("%s", describe_start(summary))
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
@@ -426,7 +447,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             return
         table = self.store.read(iteration, "evaluation")
         if table is None:
-            with self._phases.timed("score_evaluation"):
+            with self._score.phases.timed("score_evaluation"):
                 logps = score_pairs(pairs, iteration - 1, self._score, "score_evaluation")
             table = make_table(
                 {
@@ -450,64 +471,6 @@ class SeraTrainer(AxolotlDPOTrainer):
             self.eval_dataset = self._with_reference(self._eval_pairs)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    # ------------------------------------------------------------------ scoring
-
-    @property
-    def _pad_id(self) -> int:
-        return int(self._tokenizer.pad_token_id)
-
-    @property
-    def _token_budget(self) -> int:
-        """Tokens per forward pass: at most 2^28 float32 logits (1 GiB) at a time."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return max(int(self.cfg.sequence_len or 0), min(16_384, 2**28 // vocabulary))
-
-    def _score(
-        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
-    ) -> FloatArray:
-        """The `Scorer` protocol: swap the policy in where it is not the current one."""
-        tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-        self._phases.count(phase, len(prompts), tokens)
-        current = policy == self._iteration - 1
-        swap = nullcontext() if current else self._policies.at(policy)
-        bar = tqdm(
-            total=tokens,
-            unit="tok",
-            unit_scale=True,
-            desc=f"SeRA {self._iteration}: {phase.replace('_', ' ')} (theta_{policy})",
-            disable=self.args.disable_tqdm,
-        )
-        with swap, bar:
-            return score_sequences(
-                self.model,
-                prompts,
-                completions,
-                pad_id=self._pad_id,
-                token_budget=self._token_budget,
-                autocast=self.compute_loss_context_manager,
-                progress=bar.update,
-            )
-
-    def _sampling_progress(self, total: int, phase: str) -> Callable[[Any], None]:
-        bar = tqdm(
-            total=total,
-            unit="prompt",
-            desc=f"SeRA {self._iteration}: {phase}",
-            disable=self.args.disable_tqdm,
-        )
-        tokens = 0
-
-        def advance(chunk: Any) -> None:
-            nonlocal tokens
-            tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
-            bar.update(len(chunk))
-            elapsed = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{tokens / elapsed:,.0f} tok/s" if elapsed else "")
-            if bar.n >= total:
-                bar.close()
-
-        return advance
-
     # ------------------------------------------------------------------ the step
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -527,26 +490,18 @@ class SeraTrainer(AxolotlDPOTrainer):
                 )
             return result
         mode = "train" if self.model.training else "eval"
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        mask = inputs["completion_mask"]
-        logps, outputs = forward_logps(
-            model, inputs["input_ids"], inputs["attention_mask"], mask, **extra
-        )
-        lengths = mask.sum(dim=1)
-        chosen_logps, rejected_logps = logps.chunk(2)
-        chosen_lengths, rejected_lengths = lengths.chunk(2)
-        chosen = self.loss.rewards(chosen_logps, inputs["ref_chosen_logps"], chosen_lengths)
-        rejected = self.loss.rewards(rejected_logps, inputs["ref_rejected_logps"], rejected_lengths)
-        loss = self.loss(chosen, rejected).mean()
-        if self._gate_pending and self.model.training:
-            self._pass_gate(inputs, chosen_logps, rejected_logps, loss)
-        if self.loss.reference_free and self.cfg.cpo_alpha:
-            # CPO's NLL term: mean over the chosen tokens of the batch (Xu et al. 2024, Eq. 5).
-            loss = loss - self.cfg.cpo_alpha * chosen_logps.sum() / chosen_lengths.sum()
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-        self._record(mode, inputs, chosen, rejected, chosen_logps, rejected_logps)
-        return (loss, outputs) if return_outputs else loss
+        result = self._objective(model, inputs)
+        if self._gate_pending and mode == "train":
+            self._pass_gate(
+                inputs, result.chosen_logps, result.rejected_logps, result.preference_loss
+            )
+        tokens = int(result.metrics.pop("num_tokens"))
+        for name, value in result.metrics.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._total_train_tokens += tokens
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return (result.loss, result.outputs) if return_outputs else result.loss
 
     def _pass_gate(
         self,
@@ -561,42 +516,6 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._gate_result = check_step_zero(
             inputs, chosen_logps, rejected_logps, limits, loss, self.loss
         )
-
-    def _record(
-        self,
-        mode: str,
-        inputs: Any,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        chosen_logps: torch.Tensor,
-        rejected_logps: torch.Tensor,
-    ) -> None:
-        """TRL's metrics under TRL's names; one transfer from the device for all of them."""
-        beta = self.beta
-        values = torch.stack(
-            [
-                beta * chosen.mean(),
-                beta * rejected.mean(),
-                (chosen > rejected).float().mean(),
-                beta * (chosen - rejected).mean(),
-                chosen_logps.mean(),
-                rejected_logps.mean(),
-                inputs["attention_mask"].sum().float(),
-            ]
-        ).tolist()
-        names = (
-            "rewards/chosen",
-            "rewards/rejected",
-            "rewards/accuracies",
-            "rewards/margins",
-            "logps/chosen",
-            "logps/rejected",
-        )
-        for name, value in zip(names, values, strict=False):
-            self._metrics[mode][name].append(value)
-        if mode == "train":
-            self._total_train_tokens += int(values[-1])
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
 def _resolve_loss(cfg: DictDefault, config: SeraConfig, beta: float) -> PreferenceLoss | None:
