@@ -74,7 +74,7 @@ def base_config(world, tmp_path) -> dict:
         "bf16": False,
         "fp16": False,
         "tf32": False,
-        "flash_attention": False,
+        "attn_implementation": "sdpa",
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "evals_per_epoch": 1,

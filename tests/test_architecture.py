@@ -1,0 +1,83 @@
+"""Arrows between modules go one way (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sera_plugin"
+HEAVY = {"axolotl", "trl", "vllm", "transformers", "torch", "peft", "datasets", "accelerate"}
+PURE = HEAVY
+TORCH = HEAVY - {"torch"}
+
+#: What each module may not import, anywhere in its file.
+FORBIDDEN = {
+    "__init__": PURE,
+    "args": PURE,
+    "bootstrap": PURE,
+    "cli": PURE,
+    "dataset": PURE,
+    "iteration": PURE,
+    "rewards": PURE,
+    "run": PURE,
+    "schedule": PURE,
+    "selection": PURE,
+    "store": PURE,
+    "summary": PURE,
+    "sampling/__init__": PURE,
+    "demo/__init__": PURE,
+    "demo/world": PURE,
+    "demo/run": PURE,
+    "gate": TORCH,
+    "logprobs": TORCH,
+    "losses": TORCH,
+    "objective": TORCH,
+    "scoring": TORCH,
+    "policies": TORCH - {"peft"},
+    "sampling/transformers": TORCH - {"transformers"},
+    "demo/base_model": TORCH - {"transformers", "peft"},
+    "plugin": HEAVY - {"axolotl"},
+    "trainer": {"vllm"},
+}
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
+)
+
+
+def imports(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_rule():
+    assert set(MODULES) == FORBIDDEN.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_nothing_it_must_not_know(module):
+    assert {name.split(".")[0] for name in imports(module)} & FORBIDDEN[module] == set()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("__init__", "plugin")])
+def test_nothing_imports_the_plugin_and_only_the_plugin_the_trainer(module):
+    names = imports(module)
+    assert not any(name.startswith("sera_plugin.plugin") for name in names)
+    assert not any(name.startswith("sera_plugin.trainer") for name in names)
+
+
+LAZY = ("__init__", "cli", "demo/run")  # these import heavy modules inside a function
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if FORBIDDEN[m] == PURE and m not in LAZY])
+def test_pure_modules_import_only_pure_ones(module):
+    pure = {m.replace("/__init__", "").replace("/", ".") for m in FORBIDDEN if FORBIDDEN[m] == PURE}
+    ours = {n.removeprefix("sera_plugin.") for n in imports(module) if n.startswith("sera_plugin.")}
+    known = {m.replace("/__init__", "").replace("/", ".") for m in MODULES}
+    assert (ours & known) <= pure

@@ -1,0 +1,97 @@
+"""Every shipped YAML, and every whole YAML in the docs, is parsed by the real host."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
+PAPERS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (f"{page.name}-{number}", text)
+    for page in PAPERS
+    for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL))
+    if "rl: sera" in text and "base_model" in text
+]
+EXPECTED = {
+    "tinyllama-1.1b-full": (0.7, 0.3, "dpo", 0.2),
+    "pythia-2.8b-full": (0.7, 0.3, "dpo", 0.2),
+    "mistral-7b-lora": (0.7, 0.3, "dpo", 0.01),
+    "mistral-7b-qlora-24gb": (0.7, 0.3, "dpo", 0.01),
+    "llama3.1-8b-qlora-24gb": (0.7, 0.3, "dpo", 0.01),
+    "qwen2.5-3b-qlora-16gb": (0.7, 0.3, "dpo", 0.05),
+    "best-sera": (0.7, 2.0, "dpo", 0.2),
+    "selection-only": (0.7, 0.0, "dpo", 0.2),
+    "iterative-dpo": (1.0, 0.0, "dpo", 0.2),
+    "ipo": (0.7, 0.3, "ipo", 1.0),
+    "slic": (0.7, 0.3, "slic", 0.2),
+    "simpo": (0.7, 0.3, "simpo", 2.0),
+    "demo-cpu": (0.7, 0.3, "dpo", 0.2),
+}
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """The host's own parsing as `load_cfg` does it, short of what needs a hub or a GPU."""
+    from axolotl.integrations.base import PluginManager
+
+    monkeypatch.setattr(PluginManager, "_instance", None)
+
+    def run(text: str):
+        from axolotl.cli.config import prepare_plugins
+        from axolotl.utils.config import validate_config
+        from axolotl.utils.dict import DictDefault
+
+        cfg = DictDefault(yaml.safe_load(text))
+        prepare_plugins(cfg)
+        gpu = {"bf16": True, "tf32": True, "fp8": False, "n_gpu": 1, "compute_capability": "sm_86"}
+        return validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
+
+    return run
+
+
+def check(text: str, parse):
+    from axolotl.prompt_strategies.dpo import load
+
+    written = yaml.safe_load(text)
+    cfg = parse(text)
+    assert cfg.rl == "dpo"
+    assert cfg.trainer_cls == "sera_plugin.trainer.SeraTrainer"
+    for key, value in (written["sera"] or {}).items():
+        parsed = cfg.sera[key]
+        assert (list(parsed) if isinstance(parsed, tuple) else parsed) == value
+    # The host drops keys that it does not know.
+    assert set(written) - set(cfg.keys()) == set()
+    for index, dataset in enumerate(cfg.datasets):
+        kind = dataset["type"]
+        name = kind if isinstance(kind, str) else "user_defined.default"
+        assert load(name, cfg, dataset_idx=index) is not None
+    return cfg
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_yaml_is_what_it_says(path, parse):
+    cfg = check(path.read_text(), parse)
+    selection, bootstrap, loss, beta = EXPECTED[path.stem]
+    assert (cfg.sera["selection_ratio"], cfg.sera["bootstrap_ratio"]) == (selection, bootstrap)
+    assert (cfg.sera["loss"], cfg.rl_beta, cfg.num_epochs) == (loss, beta, 3)
+    if path.stem != "demo-cpu":
+        assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16
+
+
+@pytest.mark.parametrize(("name", "text"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_yaml_in_the_docs_parses(name, text, parse):
+    check(text, parse)
+
+
+def test_the_expectations_are_complete():
+    assert {path.stem for path in FILES} == EXPECTED.keys()
+
+
+def test_the_packaged_demo_is_the_shipped_one():
+    packaged = ROOT / "sera_plugin/demo/demo-cpu.yaml"
+    assert packaged.read_text() == (ROOT / "example_yamls/demo-cpu.yaml").read_text()
