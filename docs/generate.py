@@ -111,8 +111,8 @@ def render() -> str:
         "`max_steps`, `streaming`, `pretraining_dataset`, `sample_packing`, `relora`,",
         "`dpo_use_liger_kernel`, `rl_adapter_ref_model`, `neftune_noise_alpha`,",
         "`context_parallel_size` above 1, a `trainer_cls` of your own, a `num_epochs` that is not",
-        "whole, misspelt `sera` keys inside or beside the block, a `sera:` block or the plugin line",
-        "with another `rl`.",
+        "whole, misspelt `sera` keys inside or beside the block, a `sera:` block or the plugin",
+        "line with another `rl`.",
         "",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,12 @@ class RunStore:
         """The directory of iteration t (1-based)."""
         return self.root / f"iteration-{iteration:02d}"
 
+    def discard_after(self, iteration: int) -> None:
+        """Remove later iterations: they began from a policy that is trained anew."""
+        for directory in self.root.glob("iteration-*"):
+            if int(directory.name.removeprefix("iteration-")) > iteration:
+                shutil.rmtree(directory)
+
     def policy(self, iteration: int) -> Path:
         """Where theta_{t-1}, the policy iteration t starts from, is kept."""
         return self.iteration(iteration) / "policy"
@@ -190,8 +197,5 @@ class RunStore:
 
     def remove_samples(self, iteration: int) -> None:
         """Remove the chunks once candidates.parquet holds them."""
-        directory = self.samples(iteration)
-        if directory.exists():
-            for file in directory.iterdir():
-                file.unlink()
-            directory.rmdir()
+        if self.samples(iteration).exists():
+            shutil.rmtree(self.samples(iteration))

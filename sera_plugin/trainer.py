@@ -384,6 +384,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         method, schedule = self._method, self._schedule
         assert method is not None
         assert schedule is not None
+        self.store.discard_after(iteration)
         earlier = self.store.summary(iteration)
         phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
         self._score.phases = phases

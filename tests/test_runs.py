@@ -146,8 +146,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path,
     for checkpoint in cut.glob("checkpoint-*"):
         if int(checkpoint.name.split("-")[1]) > stop:
             shutil.rmtree(checkpoint)
-    for iteration in range(2 if stop < 3 else 3, 4):
-        shutil.rmtree(cut / f"sera/iteration-{iteration:02d}")
+    # What later iterations left behind came from another continuation and must not be used.
+    (cut / "sera/iteration-03/offline.parquet").write_bytes(b"stale")
     resume = {"output_dir": str(cut), "auto_resume_from_checkpoints": True}
     resumed = train(base_config | resume)
     assert resumed.trainer.state.global_step == whole.trainer.state.global_step
@@ -155,6 +155,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path,
     name = "adapter_model.safetensors" if keys else "model.safetensors"
     mine, theirs = load_file(resumed.output / name), load_file(whole.output / name)
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there(
+    base_config, train, monkeypatch
+):
+    from sera_plugin.sampling.transformers import TransformersSampler
+
+    base_config |= {"save_strategy": "no", "saves_per_epoch": None}
+    sample = TransformersSampler.sample
+
+    def interrupted(self, *args, **kwargs):
+        self.token_budget = 200
+        for number, chunk in enumerate(sample(self, *args, **kwargs)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(TransformersSampler, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(base_config)
+    monkeypatch.undo()
+    run = Path(base_config["output_dir"]) / "sera"
+    assert len(list((run / "iteration-02/samples").iterdir())) == 2
+    result = train(base_config | {"auto_resume_from_checkpoints": True})
+    assert result.trainer.state.global_step == 9
+    assert not (run / "iteration-02/samples").exists()
 
 
 def test_another_run_is_never_overwritten_or_continued_as_this_one(base_config, train, world):
