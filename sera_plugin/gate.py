@@ -54,8 +54,8 @@ def check_step_zero(
             (chosen_logps, rejected_logps), references, lengths, strict=True
         )
     ]
-    figures = {"nats_per_token": max(errors)}
-    # Written so that NaN fails.
+    # A tensor's maximum, unlike Python's, is NaN if any error is; and no NaN passes below.
+    figures = {"nats_per_token": torch.tensor(errors).max().item()}
     passed = figures["nats_per_token"] <= limits[0]
     if loss is not None and function is not None:
         rewards = [

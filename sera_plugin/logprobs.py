@@ -56,7 +56,7 @@ def forward_logps(
     """
     # Logits are needed from the first completion's predecessor on, and nowhere before.
     start = int(completion_mask.any(dim=0).int().argmax()) - 1
-    if "logits_to_keep" in inspect.signature(type(_innermost(model)).forward).parameters:
+    if "logits_to_keep" in inspect.signature(type(innermost(model)).forward).parameters:
         model_inputs["logits_to_keep"] = input_ids.shape[1] - start
     output = model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **model_inputs
@@ -66,7 +66,7 @@ def forward_logps(
     return completion_logps(kept, labels, mask), output
 
 
-def _innermost(model: Any) -> Any:
+def innermost(model: Any) -> Any:
     """The transformers model inside DDP and PEFT wrappers."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -45,17 +45,6 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
         weight.copy_(snapshot[name])
 
 
-@contextmanager
-def swapped_in(model: nn.Module, snapshot: Snapshot) -> Iterator[None]:
-    """The model is another policy inside the block, and itself again afterwards."""
-    current = take_snapshot(model)
-    restore_snapshot(model, snapshot)
-    try:
-        yield
-    finally:
-        restore_snapshot(model, current)
-
-
 class PolicyHistory:
     """theta_0, theta_1, ... of a run, by number.
 
@@ -109,8 +98,12 @@ class PolicyHistory:
             return
         if policy not in self._snapshots:
             self._snapshots[policy] = self._load(self.store.policy(policy + 1))
-        with swapped_in(self.model, self._snapshots[policy]):
+        here = take_snapshot(self.model) if self.current is None else self._snapshots[self.current]
+        restore_snapshot(self.model, self._snapshots[policy])
+        try:
             yield
+        finally:
+            restore_snapshot(self.model, here)
 
     def forget_before(self, policy: int, on_disk: bool) -> None:
         """Drop policies older than theta_policy; whole weights on disk too if asked."""

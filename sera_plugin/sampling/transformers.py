@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from sera_plugin.logprobs import batches_by_length
+from sera_plugin.logprobs import batches_by_length, innermost
 from sera_plugin.sampling import Candidate, SamplingSettings, TokenIds
 
 
@@ -96,34 +96,31 @@ class TransformersSampler:
         for line, prompt in enumerate(prompts):
             input_ids[line, width - len(prompt) :] = torch.from_numpy(np.array(prompt))
             attention[line, width - len(prompt) :] = 1
-        # Every field that shapes the distribution is set: a model's own generation_config (a
-        # top_k, a repetition penalty) would otherwise sample from another policy.
         config = GenerationConfig(
             do_sample=True,
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=0,
-            min_p=None,
-            typical_p=1.0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            num_beams=1,
             num_return_sequences=settings.candidates,
             max_new_tokens=max(limits),
-            min_new_tokens=None,
-            bos_token_id=self.model.config.get_text_config().bos_token_id,
             eos_token_id=list(settings.end_ids),
             pad_token_id=self.pad_id,
-            use_cache=True,
         )
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.autocast():
-            torch.manual_seed(seed)
-            output = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention.to(device),
-                generation_config=config,
-            )
+        model = innermost(self.model)
+        # transformers fills what a config leaves open from the model's own (a repetition penalty,
+        # a minimum length), which would sample from another policy.
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            with torch.random.fork_rng(devices=devices), self.autocast():
+                torch.manual_seed(seed)
+                output = model.generate(
+                    input_ids=input_ids.to(device),
+                    attention_mask=attention.to(device),
+                    generation_config=config,
+                )
+        finally:
+            model.generation_config = own
         sampled = output[:, width:].cpu().view(len(prompts), settings.candidates, -1).tolist()
         return [
             [_finish(ids, limit, settings.end_ids) for ids in group]

@@ -1,0 +1,241 @@
+"""Scoring, sampling, snapshots and the gate on a small real model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sera_plugin.demo.base_model import load_model
+from sera_plugin.gate import FLOAT32_LIMITS, check_step_zero
+from sera_plugin.logprobs import batches_by_length, completion_logps, score_sequences
+from sera_plugin.losses import PreferenceLoss
+from sera_plugin.policies import PolicyHistory, restore_snapshot, take_snapshot
+from sera_plugin.sampling import SamplingSettings
+from sera_plugin.sampling.transformers import TransformersSampler
+from sera_plugin.store import RunStore
+
+
+@pytest.fixture
+def model(world):
+    return load_model(world.base)[0].eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return load_model(world.base)[1]
+
+
+def ids(*lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(6, 36, length).astype(np.int32) for length in lengths]
+
+
+# ------------------------------------------------------------------ log-probabilities
+
+
+def test_completion_logps_sum_the_masked_tokens_by_hand():
+    # Uniform over 4: each token has log(1/4).
+    logits = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    labels = torch.tensor([[1, 2, 3], [0, 0, 1]])
+    logps = completion_logps(logits, labels, mask)
+    assert logps.dtype == torch.float32
+    assert logps.tolist() == pytest.approx([2 * math.log(0.25), math.log(0.25)])
+
+
+def test_batches_hold_every_index_once_within_the_budget():
+    lengths = [5, 30, 7, 7, 2, 11]
+    batches = list(batches_by_length(lengths, 16))
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert batches[0] == [1]
+    for batch in batches[1:]:
+        assert max(lengths[i] for i in batch) * len(batch) <= 16
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_scores_do_not_depend_on_how_they_are_batched(model, budget):
+    prompts, completions = ids(3, 9, 5, 5), ids(8, 2, 1, 12, seed=1)
+    scores = score_sequences(model, prompts, completions, pad_id=0, token_budget=budget)
+    for score, prompt, completion in zip(scores, prompts, completions, strict=True):
+        whole = torch.from_numpy(np.concatenate([prompt, completion])).long()[None]
+        with torch.no_grad():
+            logp = model(input_ids=whole).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        expected = logp.gather(1, whole[0, len(prompt) :, None]).sum().item()
+        assert score == pytest.approx(expected, abs=1e-4 * len(completion))
+
+
+def test_scoring_leaves_the_model_in_its_mode(model):
+    model.train()
+    score_sequences(model, ids(3), ids(3), pad_id=0, token_budget=99)
+    assert model.training
+    model.eval()
+    score_sequences(model, ids(3), ids(3), pad_id=0, token_budget=99)
+    assert not model.training
+
+
+# ------------------------------------------------------------------ sampling
+
+SETTINGS = SamplingSettings(4, 1.0, 0.95, 10, 48, (2,), seed=3)
+
+
+def sampled(model, prompts, settings=SETTINGS, budget=150, skip=()):
+    chunks = TransformersSampler(model, 0, budget).sample(prompts, settings, skip=skip)
+    return {row: found for chunk in chunks for row, found in chunk}
+
+
+def test_the_same_seed_gives_the_same_candidates(model):
+    prompts = ids(7, 9, 8, 9, 7)
+    first = sampled(model, prompts)
+    torch.manual_seed(99)
+    assert sampled(model, prompts) == first
+    assert sorted(first) == list(range(5))
+    assert all(len(found) == 4 for found in first.values())
+    other = SamplingSettings(4, 1.0, 0.95, 10, 48, (2,), seed=4)
+    assert sampled(model, prompts, other) != first
+
+
+def test_sampling_leaves_the_training_random_stream_alone(model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sampled(model, ids(7, 9))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_skipped_rows_do_not_change_the_others(model):
+    prompts = ids(7, 9, 8, 9, 7)
+    whole = sampled(model, prompts)
+    chunks = list(TransformersSampler(model, 0, 150).sample(prompts, SETTINGS))
+    done = {row for row, _ in chunks[0]}
+    rest = sampled(model, prompts, skip=done)
+    assert rest == {row: found for row, found in whole.items() if row not in done}
+    assert rest
+
+
+def test_candidates_end_once_or_are_cut_off(model):
+    for found in sampled(model, ids(7, 7, 7, 7, 7, 7)).values():
+        for one in found:
+            stopped = one.finish_reason == "stop"
+            assert one.token_ids.count(2) == stopped
+            assert (one.token_ids[-1] == 2) == stopped
+            assert stopped or len(one.token_ids) == 10
+
+
+def test_prompt_and_candidate_stay_within_the_context(model):
+    settings = SamplingSettings(4, 1.0, 1.0, 30, 20, (2,), seed=1)
+    prompts = ids(12, 19, 5)
+    for row, found in sampled(model, prompts, settings).items():
+        assert max(len(one.token_ids) for one in found) <= 20 - len(prompts[row])
+    with pytest.raises(ValueError, match="20 tokens leaves no room"):
+        sampled(model, ids(20), settings)
+
+
+def test_the_models_own_generation_config_does_not_leak_in(model):
+    prompts = ids(7, 9)
+    expected = sampled(model, prompts)
+    model.generation_config.top_k = 1
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.min_new_tokens = 9
+    assert sampled(model, prompts) == expected
+
+
+# ------------------------------------------------------------------ policies
+
+
+def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, tokenizer, tmp_path):
+    history = PolicyHistory(model, RunStore(tmp_path), "base", tokenizer)
+    history.keep_initial()
+    first = take_snapshot(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    history.keep_current(1)
+    second = take_snapshot(model)
+    name = next(iter(first))
+    with pytest.raises(KeyboardInterrupt), history.at(0):  # noqa: PT012
+        assert torch.equal(take_snapshot(model)[name], first[name])
+        raise KeyboardInterrupt
+    assert all(torch.equal(take_snapshot(model)[n], second[n]) for n in second)
+    storage = model.get_parameter(name).data_ptr()
+    with history.at(0):
+        assert model.get_parameter(name).data_ptr() == storage
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_policy_read_from_disk_is_the_one_that_was_kept(model, tokenizer, tmp_path, lora):
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    store = RunStore(tmp_path)
+    history = PolicyHistory(model, store, "base", tokenizer)
+    history.keep_initial()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight))
+    history.keep_current(1)
+    kept = take_snapshot(model)
+    assert not list(store.policy(2).glob("*.bin"))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.zero_()
+    fresh = PolicyHistory(model, store, "base", tokenizer)
+    fresh.current = None
+    with fresh.at(1):
+        loaded = take_snapshot(model)
+    assert loaded.keys() == kept.keys()
+    assert all(torch.equal(loaded[name], kept[name]) for name in kept)
+    assert not any(take_snapshot(model)[name].any() for name in kept)
+
+
+def test_a_snapshot_of_other_weights_is_refused(model):
+    snapshot = take_snapshot(model)
+    snapshot["extra"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="extra"):
+        restore_snapshot(model, snapshot)
+
+
+# ------------------------------------------------------------------ the gate
+
+
+def gate(chosen, rejected, loss=None, function=None):
+    inputs = {
+        "completion_mask": torch.ones(4, 10),
+        "ref_chosen_logps": torch.tensor([-20.0, -22.0]),
+        "ref_rejected_logps": torch.tensor([-30.0, -30.0]),
+    }
+    tensors = (torch.tensor(chosen), torch.tensor(rejected))
+    return check_step_zero(inputs, *tensors, FLOAT32_LIMITS, loss, function)
+
+
+def test_gate_passes_the_reference_itself():
+    figures = gate([-20.0, -22.0], [-30.0, -30.0], torch.tensor(0.6931), PreferenceLoss("dpo", 0.2))
+    assert figures["nats_per_token"] == 0
+    assert figures["expected_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "loss"),
+    [
+        ([-20.0, -22.1], [-30.0, -30.0], None),  # 0.05 nats over 10 tokens on average
+        ([-20.0, -22.0], [-30.0, math.nan], None),
+        ([-20.0, -22.0], [-30.0, -30.0], 1.018),
+        ([-20.0, -22.0], [-30.0, -30.0], math.nan),
+    ],
+)
+def test_gate_stops_anything_else(chosen, rejected, loss):
+    tensor = None if loss is None else torch.tensor(loss)
+    with pytest.raises(ValueError, match="step-0 gate"):
+        gate(chosen, rejected, tensor, PreferenceLoss("dpo", 0.2))
+
+
+def test_gate_knows_the_value_of_a_reference_free_loss():
+    # SimPO at the reference: rewards -2.1 and -3.0 per token, beta 1.
+    simpo = PreferenceLoss("simpo", 1.0, per_token=True)
+    expected = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.8))) / 2
+    figures = gate([-20.0, -22.0], [-30.0, -30.0], torch.tensor(expected), simpo)
+    assert figures["loss"] == pytest.approx(figures["expected_loss"], abs=1e-5)
