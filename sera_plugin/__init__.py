@@ -14,8 +14,8 @@ The map, in reading order:
 - `args`        the `sera:` block
 - `dataset`     from the host's rows to exact token ids
 - `schedule`    steps of iterations of unequal length
-- `logprobs`, `policies`, `scoring`, `sampling`   what needs the model: log-probabilities,
-  snapshots, scoring under any of them, sampling
+- `logprobs`, `policies`, `adapters`, `scoring`, `sampling`   what needs the model:
+  log-probabilities, snapshots, PEFT, scoring under any policy, sampling
 - `objective`, `gate`   one training step, and the check before an iteration's first
 - `store`, `run`, `summary`   the run directory, what a run is, what an iteration did
 - `trainer`     everything that touches the host's private seams

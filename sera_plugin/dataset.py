@@ -27,6 +27,15 @@ _HOST_DUMMY = "[[dummy_message]]"
 _NAMED_ROWS = 5
 
 
+def model_end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end a turn: the tokenizer's eos, then the generation config's."""
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    found = [token for token in (tokenizer.eos_token_id, *listed) if token is not None]
+    return list(dict.fromkeys(found))
+
+
 class RowError(ValueError):
     """A row that cannot be used; the message says which and why."""
 

@@ -182,6 +182,27 @@ def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[s
     return logps
 
 
+def score_held_out(
+    iteration: int, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
+) -> dict[str, FloatArray]:
+    """log pi_{t-1} of the held-out pairs, kept in evaluation.parquet; see `score_pairs`."""
+    table = store.read(iteration, "evaluation")
+    if table is None:
+        with phases.timed("score_evaluation"):
+            logps = score_pairs(pairs, iteration - 1, scorer, "score_evaluation")
+        table = make_table(
+            {
+                "row": np.arange(len(pairs)),
+                "chosen_length": pairs.chosen_ids.lengths,
+                "rejected_length": pairs.rejected_ids.lengths,
+                "chosen_logp": logps["chosen"],
+                "rejected_logp": logps["rejected"],
+            }
+        )
+        write_table(store.table_file(iteration, "evaluation"), table)
+    return {side: table[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")}
+
+
 def _score_offline(
     iteration: int, method: Method, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
 ) -> pa.Table:

@@ -37,6 +37,12 @@ class PreferenceLoss:
     per_token: bool = False
 
     @property
+    def name(self) -> str:
+        """The loss for a reader."""
+        smoothed = f" (label smoothing {self.label_smoothing:g})" if self.label_smoothing else ""
+        return self.kind + smoothed
+
+    @property
     def reference_free(self) -> bool:
         """Whether the reward is log pi alone (paper Eq. 17)."""
         return self.kind == "simpo"

@@ -68,7 +68,12 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def announce(
-    run: Mapping[str, Any], config: SeraConfig, method: Method, schedule: Schedule, store: RunStore
+    run: Mapping[str, Any],
+    config: SeraConfig,
+    method: Method,
+    schedule: Schedule,
+    store: RunStore,
+    sampler: str,
 ) -> str:
     """The log block at the start: settings, what each iteration trains on, files."""
     lines = [
@@ -90,7 +95,7 @@ def announce(
             f"steps, reference theta_{iteration - 1}"
         )
     if method.bootstrapped and len(schedule.pairs) > 1:
-        lines.append("  sampler: transformers, in the training process")
+        lines.append(f"  sampler: {sampler}")
     lines.append(f"  {schedule.total_steps} steps in all; files go to {store.root}")
     return "\n".join(lines)
 

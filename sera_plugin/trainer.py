@@ -7,7 +7,6 @@ a host upgrade fails there and not in the middle of somebody's run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -20,22 +19,29 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, set_seed
 
+from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
-from sera_plugin.dataset import ChatTemplateCheck, report_rows, tokenize_rows
+from sera_plugin.dataset import ChatTemplateCheck, model_end_ids, report_rows, tokenize_rows
 from sera_plugin.gate import (
     FLOAT32_LIMITS,
     LOW_PRECISION_LIMITS,
     check_step_zero,
     low_precision,
 )
-from sera_plugin.iteration import Method, Pairs, Phases, prepare_iteration, score_pairs
+from sera_plugin.iteration import (
+    Method,
+    Pairs,
+    Phases,
+    prepare_iteration,
+    score_held_out,
+    score_pairs,
+)
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
-from sera_plugin.policies import PolicyHistory, Snapshot, restore_snapshot, take_snapshot
+from sera_plugin.policies import PolicyHistory
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.sampling import SamplingSettings
@@ -76,14 +82,15 @@ class SeraTrainer(AxolotlDPOTrainer):
     def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
         self.cfg: DictDefault = PluginManager.get_instance().cfg
         self.config = SeraConfig(**self.cfg.sera)
-        self.loss = _resolve_loss(self.cfg, self.config, args.beta)
+        # The host's own where `dpo_loss_type` asks for one.
+        self.loss = None if self.cfg.dpo_loss_type else preference_loss(self.cfg, self.config)
         self.store = RunStore(args.output_dir)
         self._method: Method | None = None
         self._schedule: Schedule | None = None
         self._gate_result: dict[str, float] | None = None
         self._gate_pending = False
         self._offline_columns: dict[str, Any] = {}
-        self._model_end_ids = _end_ids(model, kwargs["processing_class"])
+        self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
         # References are columns of the data: no reference model, no forward pass for one.
         args.precompute_ref_log_probs = True
@@ -98,7 +105,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         args.pad_to_multiple_of = self.cfg.pad_to_multiple_of
         # TRL initialises a new adapter before the host has seeded anything.
         set_seed(args.seed)
-        model, continued = self._continue_adapter(model, kwargs)
+        model, continued = continue_adapter(model, self.cfg.lora_model_dir)
+        if continued is not None:
+            kwargs.pop("peft_config", None)
 
         super().__init__(model, None, args=args, **kwargs)
 
@@ -108,7 +117,7 @@ class SeraTrainer(AxolotlDPOTrainer):
                 "`axolotl train config.yaml --launcher python` on one GPU."
             )
         if is_peft_model(self.model):
-            self._tidy_adapters(continued)
+            tidy_adapters(self.model, continued)
         self._pairs = Pairs.from_table(self.train_dataset.data.table)
         self._eval_pairs = self._held_out_pairs()
         self._policies = PolicyHistory(
@@ -134,43 +143,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         vocabulary = self.model.config.get_text_config().vocab_size
         return max(int(self.cfg.sequence_len or 0), min(16_384, 2**28 // vocabulary))
 
-    def _continue_adapter(self, model: Any, kwargs: dict[str, Any]) -> tuple[Any, Snapshot | None]:
-        """Load the adapter in `lora_model_dir`, which axolotl 0.19 ignores for DPO.
-
-        Returns:
-            The model, and the loaded adapter's weights where there is one.
-        """
-        if self.cfg.lora_model_dir and not is_peft_model(model):
-            kwargs.pop("peft_config", None)
-            model = PeftModel.from_pretrained(model, self.cfg.lora_model_dir, is_trainable=True)
-        return model, take_snapshot(model) if is_peft_model(model) else None
-
     def _held_out_pairs(self) -> Pairs | None:
         held_out: Dataset | None = self.eval_dataset
         return Pairs.from_table(held_out.data.table) if held_out else None
-
-    def _tidy_adapters(self, continued: Snapshot | None) -> None:
-        """Undo what TRL does to adapters for a reference that we keep as data.
-
-        TRL copies a continued adapter to a second one named `ref`, which a resumed run then
-        restores instead of the policy; and it rounds adapters on a quantised base to bfloat16,
-        where updates of 5e-6 vanish. Ours stay in float32, bit for bit as they were loaded.
-        """
-        if "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")
-        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(
-            self.model, "is_loaded_in_8bit", False
-        ):
-            for weight in self.model.parameters():
-                if weight.requires_grad:
-                    weight.data = weight.data.float()
-            # On a CPU bitsandbytes 0.50 repacks a layer's weights for good on its first forward
-            # pass in eval mode, and cannot train it afterwards. Scoring comes before training.
-            for module in self.model.modules():
-                if hasattr(module, "support_avx512bf16_for_cpu"):
-                    module.support_avx512bf16_for_cpu = False
-        if continued is not None:
-            restore_snapshot(self.model, continued)
 
     # ------------------------------------------------------------------ data
 
@@ -260,7 +235,7 @@ class SeraTrainer(AxolotlDPOTrainer):
                 self._schedule = self._schedule.with_pairs(iteration, done)
         description = describe_run(
             self.cfg,
-            _loss_name(self.loss, self.args.loss_type),
+            self.loss.name if self.loss else " + ".join(self.args.loss_type),
             float(self.args.beta),
             self._method,
             self._pairs,
@@ -281,7 +256,11 @@ class SeraTrainer(AxolotlDPOTrainer):
             for name, values in self._offline_columns.items():
                 table = table.append_column(name, values)
             write_table(self.store.dataset_file, table)
-        LOG.info("%s", announce(description, self.config, self._method, self._schedule, self.store))
+        sampler = f"{TransformersSampler.name}, in the training process"
+        LOG.info(
+            "%s",
+            announce(description, self.config, self._method, self._schedule, self.store, sampler),
+        )
 
     @property
     def _per_token(self) -> bool:
@@ -446,21 +425,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         pairs = self._eval_pairs
         if pairs is None:
             return
-        table = self.store.read(iteration, "evaluation")
-        if table is None:
-            with self._score.phases.timed("score_evaluation"):
-                logps = score_pairs(pairs, iteration - 1, self._score, "score_evaluation")
-            table = make_table(
-                {
-                    "row": np.arange(len(pairs)),
-                    "chosen_length": pairs.chosen_ids.lengths,
-                    "rejected_length": pairs.rejected_ids.lengths,
-                    "chosen_logp": logps["chosen"],
-                    "rejected_logp": logps["rejected"],
-                }
-            )
-            write_table(self.store.table_file(iteration, "evaluation"), table)
-        logps = {side: table[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")}
+        logps = score_held_out(iteration, pairs, self.store, self._score, self._score.phases)
         self.eval_dataset = self._with_reference(pairs, logps)
         # Persistent workers would go on serving the last iteration's reference values.
         self._eval_dataloaders: dict[str, Any] = {}
@@ -519,10 +484,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         )
 
 
-def _resolve_loss(cfg: DictDefault, config: SeraConfig, beta: float) -> PreferenceLoss | None:
-    """SeRA's own loss, or None where `dpo_loss_type` asks for one of the host's."""
-    if cfg.dpo_loss_type:
-        return None
+def preference_loss(cfg: DictDefault, config: SeraConfig) -> PreferenceLoss:
+    """The loss that the configuration names, with its constants."""
+    beta = cfg.trl.beta if cfg.trl and cfg.trl.beta is not None else cfg.rl_beta
     return PreferenceLoss(
         kind=config.loss,
         beta=float(beta),
@@ -531,18 +495,3 @@ def _resolve_loss(cfg: DictDefault, config: SeraConfig, beta: float) -> Preferen
         per_token=config.loss == "simpo"
         or (config.loss == "ipo" and config.ipo_reduction == "mean"),
     )
-
-
-def _loss_name(loss: PreferenceLoss | None, host_types: Sequence[str]) -> str:
-    if loss is None:
-        return " + ".join(host_types)
-    smoothed = f" (label smoothing {loss.label_smoothing:g})" if loss.label_smoothing else ""
-    return loss.kind + smoothed
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Token ids that end a turn: the tokenizer's eos, then the generation config's."""
-    generation = getattr(model, "generation_config", None)
-    configured = getattr(generation, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return [token for token in (tokenizer.eos_token_id, *listed) if token is not None]

@@ -30,6 +30,7 @@ FORBIDDEN = {
     "demo/__init__": PURE,
     "demo/world": PURE,
     "demo/run": PURE,
+    "adapters": TORCH - {"peft"},
     "gate": TORCH,
     "logprobs": TORCH,
     "losses": TORCH,

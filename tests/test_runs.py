@@ -195,6 +195,39 @@ def test_another_run_is_never_overwritten_or_continued_as_this_one(base_config, 
     assert files(result.run) == before
 
 
+@pytest.mark.parametrize("keys", [{}, adapter()], ids=["full", "lora"])
+def test_one_model_is_loaded_and_a_training_step_is_one_forward_pass(
+    base_config, train, monkeypatch, keys
+):
+    from axolotl.loaders import ModelLoader
+
+    from sera_plugin.trainer import SeraTrainer
+
+    loads, forwards = [], []
+    load, step = ModelLoader.load, SeraTrainer.training_step
+
+    def counted_load(self):
+        loads.append(self)
+        return load(self)
+
+    def counted_step(self, *args, **kwargs):
+        calls = []
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_hook(lambda *_: calls.append(1))
+        loss = step(self, *args, **kwargs)
+        handle.remove()
+        forwards.append(len(calls))
+        return loss
+
+    monkeypatch.setattr(ModelLoader, "load", counted_load)
+    monkeypatch.setattr(SeraTrainer, "training_step", counted_step)
+    result = train(base_config | keys)
+    assert len(loads) == 1
+    assert result.trainer.ref_model is None
+    # 24 pairs in micro-batches of 4, three iterations.
+    assert forwards == [1] * 18
+
+
 def test_old_weights_are_removed_and_trackers_get_sera_metrics(base_config, train):
     base_config |= {"num_epochs": 4}
     result = train(base_config)

@@ -115,14 +115,32 @@ def respond(
     batch_size: int = 500,
     seed: int = 0,
 ) -> list[str]:
-    """Sample one response to each prompt (every prompt has the same number of tokens)."""
+    """Sample one response to each prompt.
+
+    Args:
+        model, tokenizer: of `load_model`.
+        prompts: letters separated by spaces, of any length; padded on the left.
+        temperature: of the softmax; the whole distribution is sampled from.
+        max_new_tokens: most tokens of a response, its end token included.
+        batch_size: prompts per call of `generate`.
+        seed: of all batches together; the caller's random state stays as it was.
+
+    Returns:
+        Responses without special tokens, in the order of `prompts`.
+    """
     model.eval()
     responses: list[str] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for first in tqdm(range(0, len(prompts), batch_size), desc="sampling", unit="batch"):
             texts = [PROMPT_FORMAT.format(prompt=p) for p in prompts[first : first + batch_size]]
-            batch = tokenizer(texts, return_tensors="pt", add_special_tokens=False)
+            batch = tokenizer(
+                texts,
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=False,
+            )
             output = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

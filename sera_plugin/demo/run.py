@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -28,17 +29,58 @@ def run_demo(directory: Path, config: Path) -> None:
     Args:
         directory: gets `base-model/`, `pairs.jsonl` and, through the YAML, the run. What is there
             from an earlier demo is used again.
-        config: the YAML to train with; its base_model, datasets and output_dir must point into
-            `directory`.
+        config: the YAML to train with; its base_model and dataset must be the ones in
+            `directory`. Its paths are relative to the working directory, as the host reads them.
 
     Raises:
-        ValueError: if the YAML points elsewhere.
+        ValueError: if the YAML points elsewhere, or an earlier run or prepared data is in the way.
         RuntimeError: if training fails.
     """
     console = Console()
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    run = Path(settings["output_dir"])
     base, pairs = directory / "base-model", directory / "pairs.jsonl"
+    run = _check(config, base, pairs)
+
+    console.print(
+        "[bold]The world[/bold]: a prompt is six letters, the best response is the letters sorted."
+        "\nThe true reward of any response is known (0 to 1); filler words only make it longer."
+        "\nThe labels SeRA sees prefer longer responses a little, and a fifth of them is swapped."
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    with _step(console, f"a base model, trained on imperfect answers: {base}", done=base.exists()):
+        if not base.exists():
+            from sera_plugin.demo.base_model import train_base_model
+
+            partial = directory / ".base-model.partial"
+            train_base_model(partial)
+            partial.rename(base)
+    with _step(console, f"pairs of its answers, labelled: {pairs}", done=pairs.exists()):
+        if not pairs.exists():
+            _write_pairs(base, pairs)
+    right, total = _label_accuracy(pairs)
+    console.print(
+        f"{total} pairs; of those that differ in true reward {right:.0%} are labelled right"
+    )
+    with _step(console, f"axolotl train {config}"):
+        _train(config)
+    with _step(console, "every policy answers the held-out prompts"):
+        table = _table(base, run)
+    console.print(table)
+    console.print(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
+
+
+@contextmanager
+def _step(console: Console, what: str, done: bool = False) -> Iterator[None]:
+    """Say what a step does, and how long it took unless it was `done` before."""
+    console.print(f"[bold]->[/bold] {what}{' (already there)' if done else ''}")
+    start = perf_counter()
+    yield
+    if not done:
+        console.print(f"   took {perf_counter() - start:.0f} s")
+
+
+def _check(config: Path, base: Path, pairs: Path) -> Path:
+    """The YAML's output_dir, once the YAML and the demo's directory agree."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     for key, given, expected in (
         ("base_model", settings["base_model"], base),
         ("datasets[0].path", settings["datasets"][0]["path"], pairs),
@@ -48,34 +90,17 @@ def run_demo(directory: Path, config: Path) -> None:
                 f"{config} has {key}: {given}, but the demo writes {expected}. Change the YAML, "
                 "or give the matching --directory."
             )
+    run = Path(settings["output_dir"])
     if (run / "sera").exists():
         raise ValueError(f"{run} holds an earlier run. Remove it, or set another output_dir.")
-
-    console.print(
-        "[bold]The world[/bold]: a prompt is six letters, the best response is the letters sorted."
-        "\nThe true reward of any response is known (0 to 1); filler words only make it longer."
-        "\nThe labels SeRA sees prefer longer responses a little, and a fifth of them is swapped."
-    )
-    start = perf_counter()
-    directory.mkdir(parents=True, exist_ok=True)
-    if not base.exists():
-        from sera_plugin.demo.base_model import train_base_model
-
-        partial = directory / ".base-model.partial"
-        train_base_model(partial)
-        partial.rename(base)
-    if not pairs.exists():
-        _write_pairs(base, pairs)
-    right, total = _label_accuracy(pairs)
-    console.print(
-        f"{total} pairs; the label agrees with the true reward in {right:.0%} of those that differ"
-        f" ({perf_counter() - start:.0f} s so far)"
-    )
-    start = perf_counter()
-    _train(config)
-    console.print(f"training took {perf_counter() - start:.0f} s; now the held-out prompts")
-    console.print(_table(base, run))
-    console.print(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
+    # The host names prepared data by the configuration, not by what is in the file: it would
+    # train on pairs that are gone.
+    prepared = settings.get("dataset_prepared_path")
+    if prepared and not pairs.exists() and Path(prepared).exists():
+        raise ValueError(
+            f"{prepared} was prepared from another {pairs}, and the host would use it. Remove it."
+        )
+    return run
 
 
 def make_pairs(

@@ -92,13 +92,19 @@ def label(
 ) -> tuple[str, str, bool]:
     """Prefer one of two responses.
 
+    Args:
+        prompt, one, other: words separated by spaces.
+        labelling: temperature, length bonus and noise.
+        random: two draws are taken from it, whatever the outcome.
+
     Returns:
         (chosen, rejected, swapped): `swapped` tells the labels turned round as noise.
     """
     log_odds = (true_reward(prompt, one) - true_reward(prompt, other)) / labelling.temperature
     log_odds += labelling.length_bonus * (len(one.split()) - len(other.split()))
     chosen, rejected = one, other
-    if random.random() >= 1 / (1 + math.exp(-log_odds)):
+    # The logistic function, as a tanh because that does not overflow at low temperatures.
+    if random.random() >= 0.5 * (1 + math.tanh(log_odds / 2)):
         chosen, rejected = rejected, chosen
     swapped = random.random() < labelling.noise
     return (rejected, chosen, True) if swapped else (chosen, rejected, False)

@@ -1,0 +1,256 @@
+"""The demo's world: its reward, its demonstrations, its labels, and a model that speaks in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sera_plugin.demo.run import make_pairs, run_demo
+from sera_plugin.demo.world import (
+    FILLERS,
+    LETTERS,
+    Labelling,
+    best_response,
+    common_subsequence,
+    demonstrate,
+    label,
+    make_prompt,
+    true_reward,
+)
+
+PROMPT = "f b d a e c"
+BEST = "a b c d e f"
+DRAWS = 4_000
+#: Five standard errors of a share near 1/2 among DRAWS; the draws are seeded, so nothing flickers.
+TOLERANCE = 5 * 0.5 / DRAWS**0.5
+
+words = st.lists(st.sampled_from(LETTERS + FILLERS), max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        (BEST, 1.0),
+        ("", 0.0),
+        ("x y z", 0.0),
+        # One letter is right: 2 * 1 / (1 + 6).
+        ("a", 2 / 7),
+        # One letter is missing: 2 * 5 / (5 + 6).
+        ("a b c d e", 10 / 11),
+        # One letter is said twice: 2 * 6 / (7 + 6).
+        ("a a b c d e f", 12 / 13),
+        # Two neighbours changed places, so five are in order: 2 * 5 / (6 + 6).
+        ("b a c d e f", 10 / 12),
+        # Backwards, any one letter is in order: 2 * 1 / (6 + 6).
+        ("f e d c b a", 2 / 12),
+        # The prompt as it is: a e, a c, b d e and others; the longest has 3. 2 * 3 / (6 + 6).
+        (PROMPT, 6 / 12),
+    ],
+)
+def test_true_reward_by_hand(response, reward):
+    assert true_reward(PROMPT, response) == pytest.approx(reward, abs=1e-12)
+
+
+def longest_by_search(one: Sequence[str], other: Sequence[str]) -> int:
+    """The definition itself, in exponential time."""
+    if not one or not other:
+        return 0
+    if one[0] == other[0]:
+        return 1 + longest_by_search(one[1:], other[1:])
+    return max(longest_by_search(one[1:], other), longest_by_search(one, other[1:]))
+
+
+@given(
+    st.lists(st.sampled_from("abc"), max_size=6),
+    st.lists(st.sampled_from("abc"), max_size=6),
+)
+def test_common_subsequence_is_the_definition(one, other):
+    assert common_subsequence(one, other) == longest_by_search(one, other)
+
+
+@given(words, st.integers(0, 12), st.sampled_from(FILLERS))
+def test_a_filler_changes_the_length_and_not_the_reward(response, place, filler):
+    longer = [*response[:place], filler, *response[place:]]
+    assert true_reward(PROMPT, " ".join(longer)) == true_reward(PROMPT, " ".join(response))
+
+
+@given(words)
+def test_only_the_best_letters_have_reward_one(response):
+    reward = true_reward(PROMPT, " ".join(response))
+    assert 0 <= reward <= 1
+    assert (reward == 1) == ([w for w in response if w not in FILLERS] == BEST.split())
+
+
+def test_prompts_are_six_distinct_letters_and_the_best_response_sorts_them():
+    random = Random(0)
+    for _ in range(100):
+        prompt = make_prompt(random).split()
+        assert len(prompt) == len(set(prompt)) == 6
+        assert set(prompt) <= set(LETTERS)
+        assert best_response(" ".join(prompt)).split() == sorted(prompt)
+    assert make_prompt(Random(3)) == make_prompt(Random(3)) != make_prompt(Random(4))
+
+
+def test_demonstrations_are_of_every_quality():
+    random = Random(0)
+    prompts = [make_prompt(random) for _ in range(2_000)]
+    responses = [demonstrate(prompt, random) for prompt in prompts]
+    rewards = [true_reward(p, r) for p, r in zip(prompts, responses, strict=True)]
+    # Some perfect, some poor, and most between: preference data needs answers that differ.
+    assert 0.05 < sum(r == 1 for r in rewards) / len(rewards) < 0.5
+    assert 0.05 < sum(r < 0.6 for r in rewards) / len(rewards) < 0.5
+    spoken = {word for response in responses for word in response.split()}
+    assert spoken == set(LETTERS) | set(FILLERS)
+    assert all(response.strip() for response in responses)
+
+
+def share(one: str, other: str, labelling: Labelling) -> float:
+    """How often `one` is preferred to `other`."""
+    random = Random(0)
+    return sum(label(PROMPT, one, other, labelling, random)[0] == one for _ in range(DRAWS)) / DRAWS
+
+
+def test_labels_are_bradley_terry_on_the_true_reward():
+    # Rewards 1 and 10/12 at temperature 0.15: 1 / (1 + exp(-(1/6) / 0.15)) = 0.7523.
+    exact = Labelling(temperature=0.15, length_bonus=0.0, noise=0.0)
+    assert share(BEST, "b a c d e f", exact) == pytest.approx(0.7523, abs=TOLERANCE)
+    assert share("b a c d e f", BEST, exact) == pytest.approx(0.2477, abs=TOLERANCE)
+
+
+def test_labels_prefer_the_longer_of_two_equally_good_responses():
+    # Three fillers at 0.1 each: 1 / (1 + exp(-0.3)) = 0.5744, whichever is named first.
+    biased = Labelling(temperature=0.15, length_bonus=0.1, noise=0.0)
+    longer = f"well so um {BEST}"
+    assert share(longer, BEST, biased) == pytest.approx(0.5744, abs=TOLERANCE)
+    assert share(BEST, longer, biased) == pytest.approx(0.4256, abs=TOLERANCE)
+
+
+def test_noise_swaps_its_share_of_labels_and_says_which():
+    # So low a temperature decides every label by the reward, and must not overflow.
+    noisy = Labelling(temperature=1e-9, length_bonus=0.0, noise=0.2)
+    random = Random(0)
+    labels = [label(PROMPT, "f", BEST, noisy, random) for _ in range(DRAWS)]
+    assert all((chosen == "f") == swapped for chosen, _, swapped in labels)
+    assert sum(swapped for *_, swapped in labels) / DRAWS == pytest.approx(0.2, abs=TOLERANCE)
+
+
+def test_labels_are_reproducible():
+    draws = [
+        [label(PROMPT, "a", BEST, Labelling(), random) for _ in range(50)]
+        for random in (Random(1), Random(1), Random(2))
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_pairs_leave_out_equal_and_empty_responses_and_carry_the_truth():
+    rows = make_pairs([PROMPT] * 4, [BEST, BEST, " ", "a"], ["a", BEST, "a", "f"])
+    assert len(rows) == 2
+    assert {rows[0]["chosen"], rows[0]["rejected"]} == {BEST, "a"}
+    for row in rows:
+        assert row["score_chosen"] == true_reward(PROMPT, row["chosen"])
+        assert row["score_rejected"] == true_reward(PROMPT, row["rejected"])
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_tiny_base_model_trains_and_samples_reproducibly(tmp_path):
+    import torch
+
+    from sera_plugin.demo.base_model import load_model, respond, train_base_model
+
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        train_base_model(tmp_path / name, steps=3, batch_size=8, seed=seed)
+    weights = [digest(tmp_path / name / "model.safetensors") for name in ("one", "again", "other")]
+    assert weights[0] == weights[1] != weights[2]
+
+    model, tokenizer = load_model(tmp_path / "one")
+    prompts = [make_prompt(Random(n)) for n in range(6)]
+    state = torch.random.get_rng_state()
+    first = respond(model, tokenizer, prompts, max_new_tokens=5, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first == respond(model, tokenizer, prompts, max_new_tokens=5, seed=1)
+    assert first != respond(model, tokenizer, prompts, max_new_tokens=5, seed=2)
+    assert len(first) == 6
+    assert all(len(response.split()) <= 5 for response in first)
+
+
+def test_shorter_prompts_are_padded_on_the_left(world):
+    """A padded prompt must be answered as it is alone; next to greedy shows it without luck."""
+    from sera_plugin.demo.base_model import load_model, respond
+
+    model, tokenizer = load_model(world.base)
+    prompts = ["c a b", PROMPT]
+    together = respond(model, tokenizer, prompts, temperature=1e-4)
+    alone = [respond(model, tokenizer, [prompt], temperature=1e-4)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_template_and_prompt_format_are_the_same_tokens():
+    from sera_plugin.demo.base_model import PROMPT_FORMAT, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": BEST}]
+    prompt = tokenizer(PROMPT_FORMAT.format(prompt=PROMPT), add_special_tokens=False)["input_ids"]
+    assert len(prompt) == 3 + 6
+    assert tokenizer.unk_token_id not in prompt
+    asked = tokenizer.apply_chat_template(
+        turns[:1], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert asked == prompt
+    answer = tokenizer(f" {BEST}", add_special_tokens=False)["input_ids"]
+    whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert whole == [*prompt, *answer, tokenizer.eos_token_id]
+
+
+@pytest.fixture
+def demo_yaml(tmp_path):
+    """Write a YAML for the demo in `tmp_path / "demo"`, with keys of one's own."""
+
+    def write(**keys) -> Path:
+        settings = {
+            "base_model": str(tmp_path / "demo/base-model"),
+            "datasets": [{"path": str(tmp_path / "demo/pairs.jsonl")}],
+            "dataset_prepared_path": str(tmp_path / "demo/prepared"),
+            "output_dir": str(tmp_path / "demo/run"),
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings | keys), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"base_model": "elsewhere"}, r"base_model: elsewhere, but the demo writes .*base-model"),
+        ({"datasets": [{"path": "p.jsonl"}]}, r"datasets\[0\].path: p.jsonl, but .*pairs.jsonl"),
+    ],
+)
+def test_a_yaml_that_points_elsewhere_is_refused_before_anything_is_made(
+    demo_yaml, tmp_path, keys, message
+):
+    with pytest.raises(ValueError, match=message):
+        run_demo(tmp_path / "demo", demo_yaml(**keys))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(demo_yaml, tmp_path):
+    (tmp_path / "demo/run/sera").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        run_demo(tmp_path / "demo", demo_yaml())
+
+
+def test_data_prepared_from_other_pairs_is_refused(demo_yaml, tmp_path):
+    (tmp_path / "demo/prepared").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"prepared from another .*pairs.jsonl"):
+        run_demo(tmp_path / "demo", demo_yaml())
