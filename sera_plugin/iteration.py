@@ -328,7 +328,11 @@ def training_pairs(
     bootstrapped: pa.Table | None = None,
     per_prompt: int = 1,
 ) -> pa.Table:
-    """D_t from the run directory's tables: token ids and reference log-probabilities."""
+    """D_t from the run directory's tables: token ids and reference log-probabilities.
+
+    Raises:
+        ValueError: if D_t is empty.
+    """
     kept = np.arange(len(pairs))
     if "selected" in offline.column_names:
         kept = np.flatnonzero(offline["selected"].to_numpy(zero_copy_only=False))
@@ -361,6 +365,12 @@ def training_pairs(
             ):
                 columns[f"{side}_ids"].append(token_ids[index])
                 columns[f"ref_{side}_logps"].append(reference[index])
+    if not columns["prompt_ids"]:
+        raise ValueError(
+            "nothing is left to train on: no offline pair is kept and no two candidates of a "
+            "prompt differ in reward. Raise sera.selection_ratio, sera.temperature or "
+            "sera.candidates."
+        )
     return make_table(columns)
 
 

@@ -302,6 +302,17 @@ def test_no_sampled_pair_at_all_leaves_the_offline_ones(
     assert run.table(2, "bootstrapped")["row"] == []
 
 
+def test_nothing_left_to_train_on_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for row in range(3):
+        monkeypatch.setitem(CANDIDATES, row, [CANDIDATES[row][0]] * 2)
+    run = Run(tmp_path, SeraConfig(selection_ratio=0, bootstrap_ratio=1, candidates=2))
+    run.prepare(1)
+    with pytest.raises(ValueError, match=r"nothing is left to train on.*sera\.temperature"):
+        run.prepare(2)
+
+
 @pytest.mark.parametrize("iteration", [1, 2, 3])
 def test_a_second_call_reads_everything_from_disk(run: Run, iteration: int) -> None:
     for earlier in range(1, iteration):
