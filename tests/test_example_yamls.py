@@ -10,13 +10,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
-PAPERS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    (f"{page.name}-{number}", text)
-    for page in PAPERS
-    for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL))
-    if "rl: sera" in text and "base_model" in text
-]
+README = (ROOT / "README.md").read_text()
 EXPECTED = {
     "tinyllama-1.1b-full": (0.7, 0.3, "dpo", 0.2),
     "pythia-2.8b-full": (0.7, 0.3, "dpo", 0.2),
@@ -83,9 +77,17 @@ def test_shipped_yaml_is_what_it_says(path, parse):
         assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16
 
 
-@pytest.mark.parametrize(("name", "text"), BLOCKS, ids=[name for name, _ in BLOCKS])
-def test_yaml_in_the_docs_parses(name, text, parse):
-    check(text, parse)
+def test_the_quickstart_turns_a_dpo_yaml_into_a_sera_one(parse):
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    lines = diff.splitlines()
+    rest = yaml.safe_load((ROOT / "example_yamls/mistral-7b-lora.yaml").read_text())
+    for key in ("plugins", "rl", "sera", "rl_beta", "base_model", "num_epochs"):
+        del rest[key]
+    after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
+    cfg = check(after + "\n" + yaml.safe_dump(rest), parse)
+    assert (cfg.num_epochs, cfg.rl_beta) == (3, 0.2)
+    before = yaml.safe_load("\n".join(line[1:] for line in lines if not line.startswith("+")))
+    assert before["rl"] == "dpo"
 
 
 def test_the_expectations_are_complete():
