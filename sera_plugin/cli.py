@@ -34,4 +34,7 @@ def demo(config: Path | None, directory: Path) -> None:
     from sera_plugin.demo.run import run_demo
 
     shipped = Path(__file__).parent / "demo" / "demo-cpu.yaml"
-    run_demo(directory, config or shipped)
+    try:
+        run_demo(directory, config or shipped)
+    except (ValueError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
