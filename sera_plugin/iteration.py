@@ -143,9 +143,7 @@ def prepare_iteration(
     if offline is None:
         offline = _score_offline(iteration, method, pairs, store, scorer, phases)
         write_table(store.table_file(iteration, "offline"), offline)
-    if iteration == 1:
-        return training_pairs(pairs, offline)
-    if method.bootstrapped == 0:
+    if iteration == 1 or method.bootstrapped == 0:
         return training_pairs(pairs, offline)
 
     candidates = store.read(iteration, "candidates")

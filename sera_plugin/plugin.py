@@ -66,10 +66,11 @@ class SeraPlugin(BasePlugin):
 
 def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:
     """The host drops unknown top-level keys without a word, so ours are looked for here."""
+    known = _host_keys()
     for key in cfg:
         if key == "sera" or not isinstance(key, str):
             continue
-        if key in _FIELDS and key not in _host_keys():
+        if key in _FIELDS and key not in known:
             raise ValueError(
                 f"`{key}` stands beside the `sera:` block. Move it inside: `sera: {{{key}: ...}}`."
             )
@@ -79,7 +80,7 @@ def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(inner, _FIELDS, n=1, cutoff=0.6)
             remedy = f"`sera: {{{close[0]}: ...}}`" if close else "the `sera:` block"
             raise ValueError(f"`{key}` is not a key. Did you mean {remedy}?")
-        if key in _host_keys():
+        if key in known:
             continue
         if difflib.get_close_matches(name, ["sera"], n=1, cutoff=0.75):
             raise ValueError(f"`{key}` is not a key. Did you mean `sera`?")

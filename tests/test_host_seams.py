@@ -16,7 +16,6 @@ def parameters(function) -> list[str]:
 
 
 def seams():
-    import axolotl.train
     from accelerate import Accelerator
     from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
     from transformers import Trainer
@@ -55,7 +54,6 @@ def seams():
             "self model ref_model args data_collator train_dataset eval_dataset processing_class "
             "compute_metrics callbacks optimizers quantization_config peft_config",
         ),
-        "reference_model": (axolotl.train.setup_reference_model, "cfg args kwargs"),
         "collator": (
             DataCollatorForPreference,
             "pad_token_id max_length truncation_mode pad_to_multiple_of return_tensors",
