@@ -40,6 +40,13 @@ HOST_KEYS = [
         "Warm-up of each iteration with `restart_optimizer: true`, else of the run.",
     ),
     ("val_set_size, test_datasets", "Held-out pairs, scored and referenced anew each iteration."),
+    (
+        "vllm",
+        "How vLLM samples: `gpu_memory_utilization` (unset: what is free), `tensor_parallel_size`, "
+        "`dtype` (unset: as trained), `max_model_len` (unset: prompts + `max_new_tokens`), "
+        "`enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and `port`. See "
+        "sampling.md.",
+    ),
     ("lora_model_dir", "An adapter to continue; theta_0 is the base model with it."),
     (
         "auto_resume_from_checkpoints, resume_from_checkpoint",
@@ -52,7 +59,12 @@ def kind(field: FieldInfo) -> str:
     """The type as a YAML author thinks of it."""
     if typing.get_origin(field.annotation) is typing.Literal:
         return " \\| ".join(f"`{value}`" for value in typing.get_args(field.annotation))
-    names: dict[Any, str] = {float: "number", int: "whole number", bool: "true or false"}
+    names: dict[Any, str] = {
+        float: "number",
+        int: "whole number",
+        bool: "true or false",
+        str | None: "path",
+    }
     return names.get(field.annotation, "list of names")
 
 
@@ -72,7 +84,7 @@ def default(field: FieldInfo) -> str:
     value = field.default
     if isinstance(value, bool):
         return str(value).lower()
-    return "[]" if value == () else str(value)
+    return {(): "[]", None: "unset"}.get(value, str(value))
 
 
 def render() -> str:

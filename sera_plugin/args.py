@@ -7,9 +7,11 @@ Parsed once, into a frozen type. The defaults are the paper's values. The config
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 #: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
 #: `trl.beta`. SimPO is not tuned there: 2.0 is the SimPO paper's own starting point.
@@ -74,10 +76,18 @@ class SeraConfig(BaseModel):
         description="Longest candidate in tokens, its end token included. Prompt and candidate "
         "together never exceed `sequence_len`.",
     )
-    sampler: Literal["auto", "transformers"] = Field(
+    sampler: Literal["auto", "vllm", "vllm-server", "transformers"] = Field(
         "auto",
-        description="What samples the candidates. `transformers` runs inside the training "
-        "process; `auto` takes the fastest one available and says which.",
+        description="What samples the candidates. `vllm` starts vLLM in a child process for each "
+        "sampling phase; `vllm-server` uses a running `vllm serve` at `vllm.host` and "
+        "`vllm.port` (adapters only); `transformers` runs inside the training process. `auto` "
+        "takes `vllm` where it can be imported and serves this kind of policy, else "
+        "`transformers`, and says why.",
+    )
+    vllm_python: str | None = Field(
+        None,
+        description="Python interpreter of the environment that has vLLM, such as "
+        "`~/vllm/bin/python`. Unset: the one that trains.",
     )
     restart_optimizer: bool = Field(
         True,
@@ -111,6 +121,19 @@ class SeraConfig(BaseModel):
                 f"lower bootstrap_ratio to {self.candidates // 2}."
             )
         return self
+
+    @field_validator("vllm_python")
+    @classmethod
+    def _runs(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = shutil.which(os.path.expanduser(value))
+        if found is None:
+            raise ValueError(
+                f"{value!r} is no program that can be run here. Name the Python of an environment "
+                "that has vLLM, for example ~/vllm/bin/python."
+            )
+        return os.path.abspath(found)
 
     @model_validator(mode="after")
     def _trains_on_something(self) -> SeraConfig:

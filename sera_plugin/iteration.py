@@ -7,8 +7,9 @@ skipped when its file is there, so a run that was cut off goes on where it stopp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -244,15 +245,21 @@ def _sample(
     finished = store.read_samples(iteration)
     done = frozenset(finished["row"].to_pylist()) if finished is not None else frozenset()
     advance = progress(len(pairs) - len(done), "sample")
-    for chunk in sampler.sample(pairs.prompt_ids, settings, skip=done):
-        table = _samples_table(chunk)
-        store.append_samples(iteration, table)
-        phases.count("sample", table.num_rows, int(TokenColumn(table["token_ids"]).offsets[-1]))
-        if advance:
-            advance(chunk)
+    # Closed at once, whatever happens here: an engine may be running behind it.
+    with closing(sampler.sample(pairs.prompt_ids, settings, skip=done)) as chunks:
+        for chunk in chunks:
+            table = _samples_table(chunk)
+            store.append_samples(iteration, table)
+            tokens = int(TokenColumn(table["token_ids"]).offsets[-1])
+            phases.count("sample", table.num_rows, tokens)
+            if advance:
+                advance(chunk)
+    for name, spent in sampler.seconds.items():
+        phases.seconds[name] = round(phases.seconds.get(name, 0.0) + spent, 3)
     samples = store.read_samples(iteration)
     assert samples is not None  # N >= 1, so at least one chunk was written
-    return samples
+    report = json.dumps(sampler.report, sort_keys=True)
+    return samples.replace_schema_metadata({"sampler": report})
 
 
 def _samples_table(chunk: list[tuple[int, list[Candidate]]]) -> pa.Table:

@@ -34,6 +34,7 @@ class SeraPlugin(BasePlugin):
                 key, the value, and what to do.
         """
         _reject_misplaced_keys(cfg)
+        _leave_unset_keys_unset(cfg)
         if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera"):
             return  # a launched worker parses the resolved configuration again
         if cfg.get("inference"):
@@ -62,6 +63,29 @@ class SeraPlugin(BasePlugin):
         from sera_plugin.trainer import keep_one_model_loaded
 
         keep_one_model_loaded()
+
+
+def _leave_unset_keys_unset(cfg: dict[str, Any]) -> None:
+    """Keep the host from filling what we derive from free memory and from where we run.
+
+    Its defaults in the `vllm:` block are those of a server that has the GPU to itself.
+    """
+    block = cfg.get("vllm")
+    if block is None:
+        return
+    known = _host_vllm_keys()
+    for key in block:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
+            raise ValueError(f"vllm.{key} is not a key. {hint}")
+    cfg["vllm"] = {"gpu_memory_utilization": None, "host": "127.0.0.1", **block}
+
+
+def _host_vllm_keys() -> list[str]:
+    from axolotl.utils.schemas.vllm import VllmConfig
+
+    return list(VllmConfig.model_fields)
 
 
 def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:
@@ -147,6 +171,11 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
         raise ValueError(
             f"trainer_cls: {cfg['trainer_cls']} cannot be combined with rl: sera, which brings its "
             "own trainer. Remove trainer_cls."
+        )
+    if config.sampler == "vllm-server" and not cfg.get("adapter"):
+        raise ValueError(
+            "sera.sampler: vllm-server needs an adapter: the weights of full fine-tuning cannot be "
+            "loaded into a running server. Set sera.sampler to vllm, or set `adapter: lora`."
         )
     if (cfg.get("context_parallel_size") or 1) > 1:
         raise ValueError(

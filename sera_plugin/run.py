@@ -9,12 +9,14 @@ from importlib.metadata import version
 from typing import Any
 
 from sera_plugin import __version__
-from sera_plugin.args import SeraConfig
 from sera_plugin.iteration import Method, Pairs
+from sera_plugin.sampling.choose import Choice
 from sera_plugin.schedule import Schedule
 from sera_plugin.store import FORMAT_VERSION, RunStore, fingerprint
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
+#: Keys of `sera:` that change who samples, and not from what.
+_WHO_SAMPLES = frozenset({"sampler", "vllm_python"})
 _SECRET = ("token", "_key", "secret", "password")
 
 
@@ -69,13 +71,16 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def announce(
     run: Mapping[str, Any],
-    config: SeraConfig,
     method: Method,
     schedule: Schedule,
     store: RunStore,
-    sampler: str,
+    sampler: Choice | None,
 ) -> str:
-    """The log block at the start: settings, what each iteration trains on, files."""
+    """The log block at the start: settings, what each iteration trains on, files.
+
+    `sampler` is None where nothing is sampled.
+    """
+    config = method.config
     lines = [
         "SeRA run",
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
@@ -94,8 +99,8 @@ def announce(
             f"({'all offline pairs' if iteration == 1 else what}), {schedule.steps(iteration)} "
             f"steps, reference theta_{iteration - 1}"
         )
-    if method.bootstrapped and len(schedule.pairs) > 1:
-        lines.append(f"  sampler: {sampler}")
+    if sampler is not None:
+        lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
     lines.append(f"  {schedule.total_steps} steps in all; files go to {store.root}")
     return "\n".join(lines)
 
@@ -111,10 +116,23 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None
         for key in ("dataset_fingerprint", "loss", "beta", "per_token", "seed", "end_ids")
         if earlier.get(key) != now[key]
     ]
-    for key in ("sera", "base_model", "adapter", "num_epochs", "sequence_len", "learning_rate"):
+    for key in ("base_model", "adapter", "num_epochs", "sequence_len", "learning_rate"):
         before, after = earlier["config"].get(key), now["config"].get(key)
         if before != after:
             changed.append(f"{key}: {before!r} -> {after!r}")
+    before, after = (
+        {
+            key: value
+            for key, value in (run["config"].get("sera") or {}).items()
+            if key not in _WHO_SAMPLES
+        }
+        for run in (earlier, now)
+    )
+    changed += [
+        f"sera.{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
     if changed:
         raise ValueError(
             "this run cannot continue the one in its output_dir, because these changed since it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,7 @@ def _add_bootstrapping(summary: dict[str, Any], iteration: int, store: RunStore)
     finish = np.asarray(candidates["finish_reason"].to_pylist())
     lengths = TokenColumn(candidates["token_ids"]).lengths
     metadata = bootstrapped.schema.metadata or {}
+    summary["sampler"] = json.loads((candidates.schema.metadata or {}).get(b"sampler", b"{}"))
     summary["samples"] = {
         "prompts": len(set(candidates["row"].to_pylist())),
         "sampled": len(candidates),
@@ -184,8 +186,9 @@ def describe_start(summary: Mapping[str, Any]) -> str:
         samples = summary["samples"]
         lines.append(
             f"  sampled: {pairs['bootstrapped_kept']} of {pairs['bootstrapped_found']} pairs kept, "
-            f"from {samples['sampled']} samples ({samples['duplicates']} duplicate, "
-            f"{samples['unfinished']} unfinished, {samples['ties']} ties)"
+            f"from {samples['sampled']} samples of {summary['sampler'].get('name')} "
+            f"({samples['duplicates']} duplicate, {samples['unfinished']} unfinished, "
+            f"{samples['ties']} ties)"
         )
     if pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
         lines.append(

@@ -6,7 +6,6 @@ a host upgrade fails there and not in the middle of somebody's run.
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -31,28 +30,15 @@ from sera_plugin.gate import (
     check_step_zero,
     low_precision,
 )
-from sera_plugin.iteration import (
-    Method,
-    Pairs,
-    Phases,
-    prepare_iteration,
-    score_held_out,
-    score_pairs,
-)
+from sera_plugin.iteration import Method, Pairs, score_pairs
+from sera_plugin.loop import Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.rewards import FloatArray
-from sera_plugin.run import announce, describe_run, require_same_run
-from sera_plugin.sampling import SamplingSettings
-from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.schedule import Schedule
-from sera_plugin.scoring import PolicyScorer, sampling_progress
-from sera_plugin.store import RunStore, make_table, read_json, write_json, write_table
-from sera_plugin.summary import describe_end, describe_start, metrics, summarize
-
-#: Below the host's own logger: it shows its own messages and, of others, only warnings.
-LOG = logging.getLogger("axolotl.sera")
+from sera_plugin.scoring import PolicyScorer
+from sera_plugin.store import RunStore, make_table
 
 
 def keep_one_model_loaded() -> None:
@@ -78,6 +64,7 @@ class SeraTrainer(AxolotlDPOTrainer):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
     tag_names: ClassVar[list[str]] = ["axolotl", "sera", "dpo"]
+    train_dataset: Any
 
     def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
         self.cfg: DictDefault = PluginManager.get_instance().cfg
@@ -85,8 +72,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         # The host's own where `dpo_loss_type` asks for one.
         self.loss = None if self.cfg.dpo_loss_type else preference_loss(self.cfg, self.config)
         self.store = RunStore(args.output_dir)
-        self._method: Method | None = None
-        self._schedule: Schedule | None = None
+        self._loop: Loop | None = None
         self._gate_result: dict[str, float] | None = None
         self._gate_pending = False
         self._offline_columns: dict[str, Any] = {}
@@ -208,58 +194,46 @@ class SeraTrainer(AxolotlDPOTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`. Refuses to mix with another run's directory."""
-        self._open_run(resume_from_checkpoint)
+        self._loop = self._make_loop()
+        self._loop.open(
+            self.loss.name if self.loss else " + ".join(self.args.loss_type),
+            float(self.args.beta),
+            self._offline_columns,
+            self.train_dataset.data.table,
+            bool(resume_from_checkpoint or self.cfg.auto_resume_from_checkpoints),
+        )
         self._policies.keep_initial()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _open_run(self, resume_from_checkpoint: Any) -> None:
-        total = len(self._pairs)
-        self._method = Method(
+    def _make_loop(self) -> Loop:
+        method = Method(
             config=self.config,
             reference_free=self.loss is not None and self.loss.reference_free,
             per_token=self._per_token,
-            total=total,
+            total=len(self._pairs),
         )
-        self._schedule = Schedule.plan(
-            total=total,
+        schedule = Schedule.plan(
+            total=method.total,
             iterations=int(self.args.num_train_epochs),
-            kept=self._method.kept,
-            bootstrapped=self._method.bootstrapped,
+            kept=method.kept,
+            bootstrapped=method.bootstrapped,
             batch_size=self.args.train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
             drop_last=self.args.dataloader_drop_last,
         )
-        for iteration in range(2, len(self._schedule.pairs) + 1):
-            done = self.store.summary(iteration).get("pairs", {}).get("trained")
-            if done is not None:
-                self._schedule = self._schedule.with_pairs(iteration, done)
-        description = describe_run(
-            self.cfg,
-            self.loss.name if self.loss else " + ".join(self.args.loss_type),
-            float(self.args.beta),
-            self._method,
-            self._pairs,
-            len(self._eval_pairs) if self._eval_pairs else 0,
-            self._end_ids,
-            int(self.args.seed),
-        )
-        if self.store.run_file.exists():
-            if not (resume_from_checkpoint or self.cfg.auto_resume_from_checkpoints):
-                raise ValueError(
-                    f"{self.store.root} holds an earlier run. Set another output_dir, remove that "
-                    "directory, or continue it with `auto_resume_from_checkpoints: true`."
-                )
-            require_same_run(read_json(self.store.run_file), description)
-        else:
-            write_json(self.store.run_file, description)
-            table = self.train_dataset.data.table
-            for name, values in self._offline_columns.items():
-                table = table.append_column(name, values)
-            write_table(self.store.dataset_file, table)
-        sampler = f"{TransformersSampler.name}, in the training process"
-        LOG.info(
-            "%s",
-            announce(description, self.config, self._method, self._schedule, self.store, sampler),
+        return Loop(
+            cfg=self.cfg,
+            method=method,
+            schedule=schedule,
+            pairs=self._pairs,
+            held_out=self._eval_pairs,
+            end_ids=tuple(self._end_ids),
+            seed=int(self.args.seed),
+            store=self.store,
+            scorer=self._score,
+            tokenizer=self.processing_class,
+            # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
+            log=lambda figures: Trainer.log(self, figures),
         )
 
     @property
@@ -272,8 +246,8 @@ class SeraTrainer(AxolotlDPOTrainer):
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Totals over iterations of unequal length; see transformers 5.16 for the tuple."""
-        schedule = self._schedule
-        assert schedule is not None
+        assert self._loop is not None
+        schedule = self._loop.schedule
         values = list(super().set_initial_training_values(args, dataloader))
         values[0] = len(schedule.pairs)
         values[1] = schedule.steps(1)
@@ -294,8 +268,8 @@ class SeraTrainer(AxolotlDPOTrainer):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        schedule = self._schedule
-        assert schedule is not None
+        assert self._loop is not None
+        schedule = self._loop.schedule
         if self.state.global_step:
             iteration, steps = schedule.locate(self.state.global_step)
             epochs = iteration - 1
@@ -312,38 +286,43 @@ class SeraTrainer(AxolotlDPOTrainer):
         **kwargs: Any,
     ) -> None:
         """One iteration: prepare D_t, then the host's own epoch over it."""
+        loop = self._loop
+        assert loop is not None
         iteration = epoch + 1
         resumed = kwargs.get("epochs_trained") == epoch and bool(
             kwargs.get("steps_trained_in_current_epoch")
         )
-        pairs = self._begin_iteration(iteration, resumed)
-        self.train_dataset = Dataset(InMemoryTable(pairs))
+        prepared = loop.begin(iteration, resumed, self.optimizer)
+        if prepared.held_out is not None:
+            assert self._eval_pairs is not None
+            self.eval_dataset = self._with_reference(self._eval_pairs, prepared.held_out)
+            # Persistent workers would go on serving the last iteration's reference values.
+            self._eval_dataloaders: dict[str, Any] = {}
+        self._announce_total(loop.schedule.total_steps)
+        if self.config.restart_optimizer and iteration > 1 and not resumed:
+            self._restart_optimizer(loop.schedule.steps(iteration))
+        self.train_dataset = Dataset(InMemoryTable(prepared.pairs))
         loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = loader
         self._gate_pending = not resumed
-        schedule = self._schedule
-        assert schedule is not None
+        self._gate_result = None
         with self._score.phases.timed("train"):
             super()._run_epoch(
                 model=model,
                 epoch=epoch,
                 train_dataloader=loader,
                 steps_in_epoch=len(loader),
-                num_update_steps_per_epoch=schedule.steps(iteration),
+                num_update_steps_per_epoch=loop.schedule.steps(iteration),
                 **kwargs,
             )
-        summary = self.store.summary(iteration)
-        summary["seconds"] = dict(self._score.phases.seconds)
-        summary["step_zero"] = self._gate_result
-        self.store.write_summary(iteration, summary)
-        Trainer.log(self, {"sera/seconds/train": summary["seconds"]["train"]})
-        LOG.info("%s", describe_end(summary))
+        loop.end(iteration, self._gate_result)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""
-        if self._schedule is not None and self.config.restart_optimizer:
-            iteration, _ = self._schedule.locate(self.state.global_step)
-            num_training_steps = self._schedule.steps(min(iteration, len(self._schedule.pairs)))
+        if self._loop is not None and self.config.restart_optimizer:
+            schedule = self._loop.schedule
+            iteration, _ = schedule.locate(self.state.global_step)
+            num_training_steps = schedule.steps(min(iteration, len(schedule.pairs)))
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _restart_optimizer(self, steps: int) -> None:
@@ -356,59 +335,6 @@ class SeraTrainer(AxolotlDPOTrainer):
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
 
-    # ------------------------------------------------------------------ an iteration
-
-    def _begin_iteration(self, iteration: int, resumed: bool) -> pa.Table:
-        """Everything before the first step of iteration t; returns D_t."""
-        method, schedule = self._method, self._schedule
-        assert method is not None
-        assert schedule is not None
-        self.store.discard_after(iteration)
-        earlier = self.store.summary(iteration)
-        phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
-        self._score.phases = phases
-        self._gate_result = earlier.get("step_zero")
-        if resumed:
-            self._policies.current = None
-        else:
-            self._policies.keep_current(iteration - 1)
-        pairs = prepare_iteration(
-            iteration,
-            method,
-            self._pairs,
-            self.store,
-            self._score,
-            TransformersSampler(
-                self.model, self._score.pad_id, self._token_budget, self._score.autocast
-            ),
-            SamplingSettings(
-                candidates=self.config.candidates,
-                temperature=self.config.temperature,
-                top_p=self.config.top_p,
-                max_new_tokens=self.config.max_new_tokens,
-                max_length=self.cfg.sequence_len,
-                end_ids=tuple(self._end_ids),
-                seed=self.args.seed * 1_000 + iteration,
-            ),
-            phases,
-            sampling_progress(self._score.quiet),
-        )
-        self._refresh_evaluation(iteration)
-        if not earlier:
-            summary = summarize(iteration, method, self.store, phases)
-            self.store.write_summary(iteration, summary)
-            LOG.info("%s", describe_start(summary))
-            # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
-            Trainer.log(self, metrics(summary))
-        # Iteration t + 1 compares theta_t with as many policies as its reward weighs.
-        oldest = min(iteration - 1, iteration + 1 - len(method.weights(iteration + 1)))
-        self._policies.forget_before(oldest, on_disk=not self.config.keep_policies)
-        self._schedule = schedule.with_pairs(iteration, pairs.num_rows)
-        self._announce_total(self._schedule.total_steps)
-        if self.config.restart_optimizer and iteration > 1 and not resumed:
-            self._restart_optimizer(self._schedule.steps(iteration))
-        return pairs
-
     def _announce_total(self, total_steps: int) -> None:
         """Fewer pairs than asked for may exist: keep the host's total and its bar true."""
         if total_steps == self.state.max_steps:
@@ -419,16 +345,6 @@ class SeraTrainer(AxolotlDPOTrainer):
             if isinstance(callback, ProgressCallback) and bar is not None:
                 bar.total = total_steps
                 bar.refresh()
-
-    def _refresh_evaluation(self, iteration: int) -> None:
-        """Reference values of the held-out pairs under theta_{t-1}."""
-        pairs = self._eval_pairs
-        if pairs is None:
-            return
-        logps = score_held_out(iteration, pairs, self.store, self._score, self._score.phases)
-        self.eval_dataset = self._with_reference(pairs, logps)
-        # Persistent workers would go on serving the last iteration's reference values.
-        self._eval_dataloaders: dict[str, Any] = {}
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See TRL. An evaluation before the first iteration refers to the policy as it is."""

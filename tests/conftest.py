@@ -121,20 +121,21 @@ def train(load, monkeypatch):
         from axolotl.common.datasets import load_preference_datasets
         from axolotl.train import train as host_train
 
-        from sera_plugin.trainer import SeraTrainer
+        from sera_plugin.loop import Loop
 
         iterations = {}
-        begin = SeraTrainer._begin_iteration
+        begin = Loop.begin
 
-        def spy(self, iteration, resumed):
-            iterations[iteration] = begin(self, iteration, resumed)
-            return iterations[iteration]
+        def spy(self, iteration, *args):
+            prepared = begin(self, iteration, *args)
+            iterations[iteration] = prepared.pairs
+            return prepared
 
-        monkeypatch.setattr(SeraTrainer, "_begin_iteration", spy)
+        monkeypatch.setattr(Loop, "begin", spy)
         cfg = load(config)
         data = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         model, _, trainer = host_train(cfg=cfg, dataset_meta=data)
-        monkeypatch.setattr(SeraTrainer, "_begin_iteration", begin)
+        monkeypatch.setattr(Loop, "begin", begin)
         return SimpleNamespace(
             cfg=cfg,
             model=model,

@@ -25,7 +25,7 @@ def test_readme_lists_every_key_with_its_default():
     readme = (ROOT / "README.md").read_text()
     for name, field in SeraConfig.model_fields.items():
         value = field.default
-        shown = "[]" if value == () else str(value).lower() if value in (True, False) else value
+        shown = {(): "[]", None: "unset", True: "true", False: "false"}.get(value, value)
         assert f"| `{name}` | `{shown}` |" in readme
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 
 from sera_plugin.args import SeraConfig
 from sera_plugin.iteration import Method, Pairs, Phases, prepare_iteration
-from sera_plugin.sampling import Candidate, SamplingSettings
+from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
 from sera_plugin.store import RunStore, make_table
 
 # log pi of (prompt token, completion's first token) under theta_0, theta_1, theta_2, in nats.
@@ -51,16 +51,16 @@ class FakeScorer:
 
 
 class FakeSampler:
-    name = "fake"
-
     def __init__(self, fail_after: int | None = None) -> None:
+        self.report: dict[str, Any] = {"name": "fake"}
+        self.seconds = {"start_engine": 0.5}
         self.fail_after = fail_after
         self.sampled: list[int] = []
         self.calls = 0
 
     def sample(
         self, prompts: Sequence[Any], settings: SamplingSettings, skip: Collection[int] = ()
-    ) -> Iterator[list[tuple[int, list[Candidate]]]]:
+    ) -> Generator[Chunk, None, None]:
         self.calls += 1
         # Last row first: the order of chunks is the sampler's own business.
         for row in reversed(range(len(prompts))):
@@ -382,4 +382,8 @@ def test_sampled_sequences_and_tokens_are_counted(run: Run) -> None:
     run.prepare(1)
     run.prepare(2)
     assert run.phases.forwarded["sample"] == {"sequences": 6, "tokens": 12}
-    assert set(run.phases.seconds) == {"score_offline", "select", "sample", "score_candidates"}
+    assert run.phases.seconds.keys() == {
+        *("score_offline", "select", "sample", "score_candidates"),
+        "start_engine",
+    }
+    assert run.phases.seconds["start_engine"] == 0.5

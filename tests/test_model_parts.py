@@ -130,7 +130,7 @@ def test_prompt_and_candidate_stay_within_the_context(model):
     prompts = ids(12, 19, 5)
     for row, found in sampled(model, prompts, settings).items():
         assert max(len(one.token_ids) for one in found) <= 20 - len(prompts[row])
-    with pytest.raises(ValueError, match="20 tokens leaves no room"):
+    with pytest.raises(ValueError, match="has 20 tokens, which leaves no room"):
         sampled(model, ids(20), settings)
 
 

@@ -7,9 +7,9 @@ from the scorer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,10 @@ class SamplingSettings:
     end_ids: tuple[int, ...]
     seed: int
 
+    def stream(self, row: int) -> int:
+        """A request's seed. Engines give candidate i of a prompt the seed + i: none meet."""
+        return ((self.seed << 32) + row * self.candidates) % 2**63
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -50,18 +54,28 @@ class Candidate:
     finish_reason: str
 
 
+#: Finished prompts: (row, its R candidates).
+Chunk = list[tuple[int, list[Candidate]]]
+
+
+class SamplingFailed(RuntimeError):
+    """Sampling stopped. Finished chunks are kept and the next try goes on from them."""
+
+
 class CandidateSampler(Protocol):
     """Samples R candidates for each prompt from the current policy."""
 
-    #: The engine's name as in `sera.sampler`.
-    name: str
+    #: What sampled, for summary.json: `name` as in `sera.sampler` and what an engine tells.
+    report: dict[str, Any]
+    #: Seconds spent around sampling: starting and stopping an engine.
+    seconds: dict[str, float]
 
     def sample(
         self,
         prompts: Sequence[TokenIds],
         settings: SamplingSettings,
         skip: Collection[int] = (),
-    ) -> Iterator[list[tuple[int, list[Candidate]]]]:
+    ) -> Generator[Chunk, None, None]:
         """Yield finished chunks of (row, its R candidates), in any order.
 
         Args:
@@ -69,5 +83,27 @@ class CandidateSampler(Protocol):
             settings: how to sample.
             skip: rows already sampled by an earlier, interrupted call. What the other rows give
                 does not depend on it.
+
+        Raises:
+            ValueError: for a prompt that leaves no room to sample.
+            SamplingFailed: if an engine outside this process does not do its work.
         """
         ...
+
+
+def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
+    """How many tokens may be sampled after a prompt.
+
+    Raises:
+        ValueError: if that is none.
+    """
+    limit = settings.max_new_tokens
+    if settings.max_length is not None:
+        limit = min(limit, settings.max_length - len(prompt))
+    if limit < 1:
+        raise ValueError(
+            f"the prompt of row {row} has {len(prompt)} tokens, which leaves no room to sample "
+            f"within {settings.max_length}. Raise sequence_len (or vllm.max_model_len, where that "
+            "is the smaller one), or remove the row."
+        )
+    return limit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from sera_plugin.logprobs import batches_by_length, innermost
-from sera_plugin.sampling import Candidate, SamplingSettings, TokenIds
+from sera_plugin.sampling import Candidate, Chunk, SamplingSettings, TokenIds, room
 
 
 class TransformersSampler:
@@ -24,8 +24,6 @@ class TransformersSampler:
         autocast: the context training computes its loss in.
     """
 
-    name = "transformers"
-
     def __init__(
         self,
         model: Any,
@@ -33,6 +31,8 @@ class TransformersSampler:
         token_budget: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self.report: dict[str, Any] = {"name": "transformers"}
+        self.seconds: dict[str, float] = {}
         self.model = model
         self.pad_id = pad_id
         self.token_budget = token_budget
@@ -43,9 +43,9 @@ class TransformersSampler:
         prompts: Sequence[TokenIds],
         settings: SamplingSettings,
         skip: Collection[int] = (),
-    ) -> Iterator[list[tuple[int, list[Candidate]]]]:
+    ) -> Generator[Chunk, None, None]:
         """See `CandidateSampler.sample`. A chunk is one batch of prompts of similar length."""
-        limits = [self._room(prompt, settings) for prompt in prompts]
+        limits = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
         # A prompt counts with all of its candidates at full length: memory is bounded beforehand.
         sizes = [
             (len(prompt) + limit) * settings.candidates
@@ -68,18 +68,6 @@ class TransformersSampler:
                 yield list(zip(batch, generated, strict=True))
         finally:
             self.model.train(was_training)
-
-    @staticmethod
-    def _room(prompt: TokenIds, settings: SamplingSettings) -> int:
-        room = settings.max_new_tokens
-        if settings.max_length is not None:
-            room = min(room, settings.max_length - len(prompt))
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens leaves no room to sample within "
-                f"sequence_len: {settings.max_length}"
-            )
-        return room
 
     @torch.no_grad()
     def _generate(
