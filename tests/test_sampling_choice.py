@@ -1,0 +1,104 @@
+"""Which sampler a run takes: by what can be imported, by what the adapter is, by the YAML."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sera_plugin.args import SeraConfig
+from sera_plugin.sampling import SamplingFailed, SamplingSettings, choose, vllm_server
+from sera_plugin.sampling.choose import choose_sampler
+from sera_plugin.sampling.vllm import adapter_problem, find_vllm
+
+PLAIN = {"peft_type": "PeftType.LORA", "r": 16, "bias": "none"}
+
+
+@pytest.fixture
+def with_vllm(monkeypatch):
+    monkeypatch.setattr(choose, "find_vllm", lambda python: "0.30.0")
+
+
+def test_an_interpreter_without_vllm_is_said_so():
+    with pytest.raises(RuntimeError, match="vLLM is not installed in"):
+        find_vllm(sys.executable)
+
+
+def test_an_interpreter_that_is_none_is_said_so():
+    with pytest.raises(RuntimeError, match=r"no-such-python does not run"):
+        find_vllm("/no-such-python")
+    with pytest.raises(RuntimeError, match=r"cannot be imported by .*false: no output"):
+        find_vllm("/bin/false")
+
+
+def test_auto_takes_vllm_where_it_is(with_vllm):
+    choice = choose_sampler("auto", "python", PLAIN)
+    assert choice.name == "vllm"
+    assert "0.30.0, found in python" in choice.reason
+    assert not choice.fell_back
+
+
+def test_auto_takes_transformers_without_vllm_and_says_why():
+    choice = choose_sampler("auto", sys.executable, PLAIN)
+    assert choice.name == "transformers"
+    assert "vLLM is not installed" in choice.reason
+    assert not choice.fell_back
+
+
+def test_vllm_by_name_without_vllm_is_an_error():
+    with pytest.raises(ValueError, match=r"sera\.sampler: vllm, but.*Set sera\.vllm_python"):
+        choose_sampler("vllm", sys.executable, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "pattern"),
+        ({"bias": "all"}, "biases"),
+        ({"r": 1024}, "ranks up to 512, not 1024"),
+        ({"peft_type": "PeftType.ADAPTION_PROMPT"}, "not PeftType.ADAPTION_PROMPT"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", "vllm", "vllm-server"])
+def test_what_vllm_does_not_serve_falls_back_and_says_so(with_vllm, change, words, asked):
+    choice = choose_sampler(asked, "python", PLAIN | change)
+    assert choice.name == "transformers"
+    assert words in choice.reason
+    assert choice.fell_back == (asked != "auto")
+
+
+def test_a_plain_adapter_is_served():
+    assert adapter_problem(PLAIN) is None
+
+
+def test_transformers_by_name_looks_for_nothing():
+    assert choose_sampler("transformers", "/no-such-python", PLAIN).name == "transformers"
+
+
+def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"'/no/such/python' is no program"):
+        SeraConfig(vllm_python="/no/such/python")
+    link = tmp_path / "python"
+    link.symlink_to(sys.executable)
+    # A virtual environment is known by its link: it must not be followed.
+    assert SeraConfig(vllm_python=str(link)).vllm_python == str(link)
+
+
+def test_a_server_that_is_not_there_is_said_so(monkeypatch):
+    monkeypatch.setattr(vllm_server, "RETRIES", 2)
+    monkeypatch.setattr(vllm_server, "BACKOFF", 0.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = vllm_server.VllmServerSampler("0.0.0.0", port, "base", Path("adapter"), list, [])
+    settings = SamplingSettings(2, 0.7, 0.95, 8, 16, (9,), seed=5)
+    with pytest.raises(
+        SamplingFailed, match=rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
+    ):
+        list(server.sample([np.array([1], dtype=np.int32)], settings))
