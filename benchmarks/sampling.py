@@ -36,6 +36,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sera_plugin.offload import engine_needs, make_room
+from sera_plugin.ranks import Ranks
 from sera_plugin.sampling import CandidateSampler, SamplingSettings, TokenIds
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, child_environment, find_vllm
@@ -90,7 +91,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
                 served,
                 {},
                 directory / "vllm.log",
-                lambda _: make_room(policy, None, needs, {}),
+                lambda _: make_room(policy, None, needs, {}, Ranks()),
             )
 
         def server() -> CandidateSampler:

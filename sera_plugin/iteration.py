@@ -8,8 +8,9 @@ skipped when its file is there, so a run that was cut off goes on where it stopp
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -17,13 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sera_plugin.args import SeraConfig
 from sera_plugin.bootstrap import pair_candidates
 from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.sampling import Candidate, CandidateSampler, SamplingSettings
+from sera_plugin.sampling import CandidateSampler, Chunk, SamplingSettings
 from sera_plugin.selection import select_largest
-from sera_plugin.store import RunStore, TokenColumn, make_table, write_table
+from sera_plugin.store import RunStore, TokenColumn, make_table
 
 
 class Scorer(Protocol):
@@ -112,6 +114,14 @@ class Method:
         return implicit_reward(np.stack(logps), weights, lengths if self.per_token else None)
 
 
+#: Given (prompts to sample, phase), a block with a callable that takes finished chunks.
+Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
+
+
+def _no_progress(total: int, phase: str) -> AbstractContextManager[Callable[[Chunk], None]]:
+    return nullcontext(lambda chunk: None)
+
+
 def prepare_iteration(
     iteration: int,
     method: Method,
@@ -121,7 +131,7 @@ def prepare_iteration(
     sampler: CandidateSampler,
     settings: SamplingSettings,
     phases: Phases,
-    progress: Callable[[int, str], Any] = lambda total, phase: None,
+    progress: Progress = _no_progress,
 ) -> pa.Table:
     """Score, select, bootstrap: everything between two epochs (Algorithm 1, lines 3 to 9).
 
@@ -131,7 +141,7 @@ def prepare_iteration(
         scorer, sampler: the model's two abilities.
         settings: how to sample.
         phases: receives what each phase cost.
-        progress: told (prompts to sample, phase), gives a callable that takes finished chunks.
+        progress: told (prompts to sample, phase), opens a bar that takes finished chunks.
 
     Returns:
         D_t with columns prompt_ids, chosen_ids, rejected_ids (token ids) and ref_chosen_logps,
@@ -143,7 +153,7 @@ def prepare_iteration(
     offline = store.read(iteration, "offline")
     if offline is None:
         offline = _score_offline(iteration, method, pairs, store, scorer, phases)
-        write_table(store.table_file(iteration, "offline"), offline)
+        store.write(iteration, "offline", offline)
     if iteration == 1 or method.bootstrapped == 0:
         return training_pairs(pairs, offline)
 
@@ -152,14 +162,14 @@ def prepare_iteration(
         with phases.timed("sample"):
             samples = _sample(iteration, pairs, store, sampler, settings, phases, progress)
         candidates = _score_candidates(iteration, method, pairs, samples, scorer, phases)
-        write_table(store.table_file(iteration, "candidates"), candidates)
+        store.write(iteration, "candidates", candidates)
         store.remove_samples(iteration)
 
     bootstrapped = store.read(iteration, "bootstrapped")
     if bootstrapped is None:
         with phases.timed("select"):
             bootstrapped = _pair(method, candidates, settings.candidates)
-        write_table(store.table_file(iteration, "bootstrapped"), bootstrapped)
+        store.write(iteration, "bootstrapped", bootstrapped)
     return training_pairs(pairs, offline, candidates, bootstrapped, settings.candidates)
 
 
@@ -198,7 +208,7 @@ def score_held_out(
                 "rejected_logp": logps["rejected"],
             }
         )
-        write_table(store.table_file(iteration, "evaluation"), table)
+        store.write(iteration, "evaluation", table)
     return {side: table[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")}
 
 
@@ -239,30 +249,34 @@ def _sample(
     sampler: CandidateSampler,
     settings: SamplingSettings,
     phases: Phases,
-    progress: Callable[[int, str], Any],
+    progress: Progress,
 ) -> pa.Table:
     """Sample every prompt whose candidates are not on disk yet, chunk by chunk."""
     finished = store.read_samples(iteration)
     done = frozenset(finished["row"].to_pylist()) if finished is not None else frozenset()
-    advance = progress(len(pairs) - len(done), "sample")
+    # No rank may add to what another one is still reading.
+    store.ranks.barrier()
+    mine = math.ceil((len(pairs) - len(done)) / store.ranks.world)
     # Closed at once, whatever happens here: an engine may be running behind it.
-    with closing(sampler.sample(pairs.prompt_ids, settings, skip=done)) as chunks:
+    with (
+        progress(mine, "sample") as advance,
+        closing(sampler.sample(pairs.prompt_ids, settings, skip=done)) as chunks,
+    ):
         for chunk in chunks:
-            table = _samples_table(chunk)
-            store.append_samples(iteration, table)
-            tokens = int(TokenColumn(table["token_ids"]).offsets[-1])
-            phases.count("sample", table.num_rows, tokens)
-            if advance:
-                advance(chunk)
+            store.append_samples(iteration, _samples_table(chunk))
+            advance(chunk)
+    store.ranks.barrier()
     for name, spent in sampler.seconds.items():
         phases.seconds[name] = round(phases.seconds.get(name, 0.0) + spent, 3)
     samples = store.read_samples(iteration)
     assert samples is not None  # N >= 1, so at least one chunk was written
+    fresh = samples.filter(pc.invert(pc.is_in(samples["row"], pa.array(done, pa.int64()))))
+    phases.count("sample", len(fresh), int(TokenColumn(fresh["token_ids"]).lengths.sum()))
     report = json.dumps(sampler.report, sort_keys=True)
     return samples.replace_schema_metadata({"sampler": report})
 
 
-def _samples_table(chunk: list[tuple[int, list[Candidate]]]) -> pa.Table:
+def _samples_table(chunk: Chunk) -> pa.Table:
     flat = [(row, index, one) for row, found in chunk for index, one in enumerate(found)]
     return make_table(
         {

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sera_plugin.ranks import WHOLE, Shard
+
 
 def completion_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Sum the log-probabilities of the masked tokens.
@@ -98,6 +100,7 @@ def score_sequences(
     pad_id: int,
     token_budget: int,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    shard: Shard = WHOLE,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> npt.NDArray[np.float64]:
     """Score completions under the model as it is now.
@@ -108,18 +111,20 @@ def score_sequences(
         pad_id: padding token id.
         token_budget: most tokens per forward pass, padding included.
         autocast: the context training computes its loss in.
+        shard: this process's part of the batches.
         progress: called with the tokens of each finished batch.
 
     Returns:
-        (n,) float64 log pi(completion | prompt) in nats. Not checked for being finite.
+        (n,) float64 log pi(completion | prompt) in nats, 0 where another part scores. Not checked
+        for being finite.
     """
     device = next(model.parameters()).device
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    scores = np.empty(len(lengths), dtype=np.float64)
+    scores = np.zeros(len(lengths), dtype=np.float64)
     was_training = model.training
     model.eval()
     try:
-        for batch in batches_by_length(lengths, token_budget):
+        for batch in shard.of(list(batches_by_length(lengths, token_budget))):
             width = lengths[batch[0]]
             input_ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
             attention = torch.zeros_like(input_ids)

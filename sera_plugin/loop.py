@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from sera_plugin.iteration import (
@@ -23,16 +24,17 @@ from sera_plugin.iteration import (
     score_held_out,
 )
 from sera_plugin.offload import engine_needs, make_room
+from sera_plugin.ranks import NO_PART, WHOLE
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.sampling import CandidateSampler, SamplingSettings
-from sera_plugin.sampling.choose import Choice, choose_sampler
+from sera_plugin.sampling.choose import SAMPLERS, Choice, choose_sampler
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler
+from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, adapter_problem
 from sera_plugin.sampling.vllm_server import VllmServerSampler
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer, sampling_progress
-from sera_plugin.store import RunStore, read_json, write_json, write_table
+from sera_plugin.store import RunStore, read_json
 from sera_plugin.summary import describe_end, describe_start, metrics, summarize
 
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
@@ -121,10 +123,9 @@ class Loop:
             require_same_run(read_json(self.store.run_file), description)
         self._sampler = self._choose_sampler()
         if not self.store.run_file.exists():
-            write_json(self.store.run_file, description)
             for name, values in columns.items():
                 dataset = dataset.append_column(name, values)
-            write_table(self.store.dataset_file, dataset)
+            self.store.begin(description, dataset)
         LOG.info("%s", announce(description, self.method, self.schedule, self.store, self._sampler))
 
     def begin(self, iteration: int, resumed: bool, optimizer: Any) -> Prepared:
@@ -211,30 +212,52 @@ class Loop:
     def _choose_sampler(self) -> Choice | None:
         if not self.method.bootstrapped or len(self.schedule.pairs) == 1:
             return None
-        model = self.scorer.policies.model
-        adapter = None
-        if self.scorer.policies.is_adapter:
-            adapter = model.peft_config[model.active_adapter].to_dict()
-        choice = choose_sampler(self.method.config.sampler, self._python, adapter)
-        if choice.fell_back:
-            LOG.warning(
-                "sera.sampler: %s is not used. Samples come from transformers, %s",
-                self.method.config.sampler,
-                choice.reason,
-            )
-        if choice.name == "vllm-server":
-            self._server(self.store.policy(2)).check()
+        ranks = self.store.ranks
+        choice = Choice("transformers", "as rank 0 has chosen")
+        if ranks.main:
+            choice = choose_sampler(self.method.config.sampler, self._python, self._unserved())
+            if choice.fell_back:
+                LOG.warning(
+                    "sera.sampler: %s is not used. Samples come from transformers, %s",
+                    self.method.config.sampler,
+                    choice.reason,
+                )
+            if choice.name == "vllm-server":
+                self._server(self.store.policy(2)).check()
+        # All ranks sample alike, whatever their own environments could do.
+        mine = SAMPLERS.index(choice.name) if ranks.main else 0
+        choice = replace(choice, name=SAMPLERS[int(ranks.sum(np.array([mine], float))[0])])
+        if choice.name == "vllm":
+            ranks.engine_shard(self._engine_size)
         return choice
+
+    def _unserved(self) -> str | None:
+        """Why vLLM would not serve this kind of policy, or None."""
+        model = self.scorer.policies.model
+        if not self.scorer.policies.is_adapter:
+            return None
+        base = type(model.config).from_pretrained(str(self.cfg["base_model"])).get_text_config()
+        if model.get_input_embeddings().weight.shape[0] != base.vocab_size:
+            return "the adapter stands on a model whose vocabulary was resized after loading"
+        return adapter_problem(model.peft_config[model.active_adapter].to_dict())
+
+    @property
+    def _engine_size(self) -> int:
+        return int(self._vllm_options.get("tensor_parallel_size") or 1)
 
     def _make_sampler(self, iteration: int, optimizer: Any) -> CandidateSampler:
         """The chosen sampler for theta_{t-1}."""
         name = self._sampler.name if self._sampler else "transformers"
-        policies = self.scorer.policies
+        policies, ranks = self.scorer.policies, self.store.ranks
         if name == "vllm-server":
             return self._server(self.store.policy(iteration))
         if name == "transformers":
             return TransformersSampler(
-                policies.model, self.scorer.pad_id, self.scorer.token_budget, self.scorer.autocast
+                policies.model,
+                self.scorer.pad_id,
+                self.scorer.token_budget,
+                self.scorer.autocast,
+                ranks.shard,
             )
         served = self._served(iteration)
         options = self._vllm_options
@@ -242,10 +265,12 @@ class Loop:
         def room(length: int) -> Any:
             size = 4 if served.dtype == "float32" else 2
             needs = engine_needs(policies.model, length, size)
-            return make_room(policies.model, optimizer, needs, options)
+            return make_room(policies.model, optimizer, needs, options, ranks)
 
-        log = self.store.iteration(iteration) / "vllm.log"
-        return VllmSampler(self._python, served, options, log, room)
+        name = f"vllm-{ranks.rank}.log" if ranks.world > 1 else "vllm.log"
+        log = self.store.iteration(iteration) / name
+        shard = ranks.engine_shard(self._engine_size)
+        return VllmSampler(self._python, served, options, log, room, shard)
 
     def _served(self, iteration: int) -> ServedPolicy:
         directory = str(self.store.policy(iteration).resolve())
@@ -285,4 +310,6 @@ class Loop:
             adapter=adapter,
             tokenize=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
             special_tokens=self.tokenizer.all_special_tokens,
+            # One client keeps a server busy, and it then holds one adapter.
+            shard=WHOLE if self.store.ranks.main else NO_PART,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class Result:
         loss: what is minimised.
         preference_loss: the part of it that compares chosen with rejected.
         chosen_logps, rejected_logps: (n,) log pi of the completions, nats.
-        metrics: TRL's names, plus `num_tokens` of this micro-batch.
+        metrics: TRL's names, plus `num_tokens` of this micro-batch; means over all processes.
         outputs: the model's own.
     """
 
@@ -41,11 +41,13 @@ class Objective:
         loss: the preference loss.
         nll_weight: of CPO's term on the chosen completions (`cpo_alpha`), 0 in the paper.
         router_weight: of a mixture-of-experts model's balancing loss, None where it has none.
+        mean: takes the metrics of one process to their mean over all.
     """
 
     loss: PreferenceLoss
     nll_weight: float = 0.0
     router_weight: float | None = None
+    mean: Callable[[Tensor], Tensor] = lambda metrics: metrics
 
     def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Result:
         """One forward pass over the policy; the reference values come with the data.
@@ -80,7 +82,7 @@ class Objective:
             "num_tokens": inputs["attention_mask"].sum().float(),
         }
         # One transfer from the device for all of them.
-        values = torch.stack([value.detach() for value in metrics.values()]).tolist()
+        values = self.mean(torch.stack([value.detach() for value in metrics.values()])).tolist()
         return Result(
             loss=loss,
             preference_loss=preference_loss,

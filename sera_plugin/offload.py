@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
+from sera_plugin.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 
 LOG = logging.getLogger("axolotl.sera")
@@ -47,8 +49,9 @@ def make_room(
     optimizer: Any,
     needs: tuple[int, int],
     options: Mapping[str, Any],
+    ranks: Ranks,
 ) -> Iterator[Memory]:
-    """Free memory for an engine while the block lasts.
+    """Free memory for an engine while the block lasts; all ranks enter and leave together.
 
     On a GPU unused blocks are always returned. If the engine would still not fit beside the run,
     weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
@@ -57,6 +60,7 @@ def make_room(
         model, optimizer: what a training run keeps on its device.
         needs: from `engine_needs`.
         options: the host's `vllm:` block, keys that are unset left out.
+        ranks: the run's processes. An engine on several devices takes those of its neighbours.
 
     Raises:
         ValueError: if the engine cannot fit, or more devices are asked for than there are.
@@ -64,11 +68,13 @@ def make_room(
     weights, cache = needs
     device = next(model.parameters()).device
     if device.type != "cuda":
-        available = psutil.virtual_memory().available
+        available = psutil.virtual_memory().available // ranks.local_world
+        ranks.barrier()  # measured before any engine starts
         room = max(1, min(8 * cache, available // 4) // _GIB)
         yield Memory(None, weights < available // 2, cache_gib=room)
         return
-    devices = _devices(device.index or 0, int(options.get("tensor_parallel_size") or 1))
+    size = int(options.get("tensor_parallel_size") or 1)
+    devices = _devices((device.index or 0) // size * size, size)
     wanted = (weights + cache) // len(devices) + _OVERHEAD
     free, total = _free(device)
     asked = options.get("gpu_memory_utilization")
@@ -92,6 +98,7 @@ def make_room(
             free / _GIB,
         )
     try:
+        free = _least_free(free, size, ranks)
         if asked is not None and asked * total > free:
             raise ValueError(
                 f"vllm.gpu_memory_utilization: {asked} asks for {asked * total / _GIB:.1f} GiB, "
@@ -101,6 +108,7 @@ def make_room(
         utilization = asked if asked is not None else min(0.95, (free - _SLACK) / total)
         fits = weights // len(devices) + _OVERHEAD <= utilization * total
         yield Memory(utilization, fits, devices)
+        ranks.barrier()  # a neighbour's engine may still be on this device
         _wait_until_back(device, free)
     finally:
         for tensor, home in homes:
@@ -139,6 +147,14 @@ def _free(device: torch.device) -> tuple[int, int]:
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)
+
+
+def _least_free(free: int, size: int, ranks: Ranks) -> int:
+    """What the ranks whose devices one engine takes all have free."""
+    everybody = np.zeros(ranks.world)
+    everybody[ranks.rank] = free
+    first = ranks.rank // size * size
+    return int(ranks.sum(everybody)[first : first + size].min())
 
 
 def _wait_until_back(device: torch.device, free: int) -> None:

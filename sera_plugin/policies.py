@@ -78,6 +78,9 @@ class PolicyHistory:
         self.current = policy
         if policy not in self._snapshots:
             self._snapshots[policy] = take_snapshot(self.model)
+        self.store.ranks.on_main(lambda: self._write(policy))
+
+    def _write(self, policy: int) -> None:
         final = self.store.policy(policy + 1)
         if final.exists():
             return
@@ -109,8 +112,10 @@ class PolicyHistory:
         """Drop policies older than theta_policy; whole weights on disk too if asked."""
         for old in [number for number in self._snapshots if number < policy]:
             del self._snapshots[old]
-        if self.is_adapter or not on_disk:
-            return
+        if on_disk and not self.is_adapter:
+            self.store.ranks.on_main(lambda: self._remove_before(policy))
+
+    def _remove_before(self, policy: int) -> None:
         for old in range(1, policy):
             directory = self.store.policy(old + 1)
             if directory.exists():

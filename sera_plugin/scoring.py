@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from sera_plugin.iteration import Phases
+from sera_plugin.iteration import Phases, Progress
 from sera_plugin.logprobs import score_sequences
 from sera_plugin.policies import PolicyHistory
+from sera_plugin.ranks import Ranks
 from sera_plugin.rewards import FloatArray
+from sera_plugin.sampling import Chunk
 
 
 class PolicyScorer:
@@ -22,6 +24,7 @@ class PolicyScorer:
         pad_id: padding token id.
         token_budget: most tokens per forward pass.
         autocast: the context training computes its loss in.
+        ranks: the run's processes; each scores its part.
         quiet: no progress bars.
     """
 
@@ -31,12 +34,14 @@ class PolicyScorer:
         pad_id: int,
         token_budget: int,
         autocast: Callable[[], AbstractContextManager[object]],
+        ranks: Ranks,
         quiet: bool,
     ) -> None:
         self.policies = policies
         self.pad_id = pad_id
         self.token_budget = token_budget
         self.autocast = autocast
+        self.ranks = ranks
         self.quiet = quiet
         #: What the current iteration has cost; the trainer starts a new one each iteration.
         self.phases = Phases()
@@ -48,40 +53,44 @@ class PolicyScorer:
         tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         self.phases.count(phase, len(prompts), tokens)
         bar = tqdm(
-            total=tokens,
+            total=tokens // self.ranks.world,
             unit="tok",
             unit_scale=True,
             desc=f"SeRA: {phase.replace('_', ' ')} under theta_{policy}",
             disable=self.quiet,
         )
+        # The total is planned as an equal part of all ranks'; the last batches are not equal.
         with self.policies.at(policy), bar:
-            return score_sequences(
+            scores = score_sequences(
                 self.policies.model,
                 prompts,
                 completions,
                 pad_id=self.pad_id,
                 token_budget=self.token_budget,
                 autocast=self.autocast,
+                shard=self.ranks.shard,
                 progress=bar.update,
             )
+            bar.total = bar.n
+        return self.ranks.sum(scores)
 
 
-def sampling_progress(quiet: bool) -> Callable[[int, str], Callable[[Any], None]]:
+def sampling_progress(quiet: bool) -> Progress:
     """A progress bar over prompts with tokens per second, as `prepare_iteration` wants it."""
 
-    def start(total: int, phase: str) -> Callable[[Any], None]:
-        bar = tqdm(total=total, unit="prompt", desc=f"SeRA: {phase}", disable=quiet)
+    @contextmanager
+    def start(total: int, phase: str) -> Iterator[Callable[[Chunk], None]]:
         tokens = 0
+        with tqdm(total=total, unit="prompt", desc=f"SeRA: {phase}", disable=quiet) as bar:
 
-        def advance(chunk: Any) -> None:
-            nonlocal tokens
-            tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
-            elapsed = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{tokens / elapsed:,.0f} tok/s" if elapsed else "", refresh=False)
-            bar.update(len(chunk))
-            if bar.n >= total:
-                bar.close()
+            def advance(chunk: Chunk) -> None:
+                nonlocal tokens
+                tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
+                spent = bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"{tokens / spent:,.0f} tok/s" if spent else "", refresh=False)
+                bar.update(len(chunk))
 
-        return advance
+            yield advance
+            bar.total = bar.n
 
     return start

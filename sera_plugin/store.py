@@ -19,6 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sera_plugin.ranks import Ranks
+
 FORMAT_VERSION = 1
 
 _TOKENS = pa.list_(pa.int32())
@@ -124,12 +126,16 @@ def fingerprint(columns: Iterable[TokenColumn]) -> str:
 class RunStore:
     """One run's directory.
 
+    All ranks call what writes, and rank 0 does it; only chunks of samples are each rank's own.
+
     Args:
-        output_dir: the host's `output_dir`.
+        output_dir: the host's `output_dir`, on a file system that all ranks share.
+        ranks: the run's processes.
     """
 
-    def __init__(self, output_dir: str | Path) -> None:
+    def __init__(self, output_dir: str | Path, ranks: Ranks | None = None) -> None:
         self.root = Path(output_dir) / "sera"
+        self.ranks = ranks or Ranks()
 
     @property
     def run_file(self) -> Path:
@@ -139,15 +145,28 @@ class RunStore:
     def dataset_file(self) -> Path:
         return self.root / "dataset.parquet"
 
+    def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
+        """Write what the run is and what it trains on; a run has begun once run.json is there."""
+
+        def write() -> None:
+            write_table(self.dataset_file, dataset)
+            write_json(self.run_file, description)
+
+        self.ranks.on_main(write)
+
     def iteration(self, iteration: int) -> Path:
         """The directory of iteration t (1-based)."""
         return self.root / f"iteration-{iteration:02d}"
 
     def discard_after(self, iteration: int) -> None:
         """Remove later iterations: they began from a policy that is trained anew."""
-        for directory in self.root.glob("iteration-*"):
-            if int(directory.name.removeprefix("iteration-")) > iteration:
-                shutil.rmtree(directory)
+
+        def discard() -> None:
+            for directory in self.root.glob("iteration-*"):
+                if int(directory.name.removeprefix("iteration-")) > iteration:
+                    shutil.rmtree(directory)
+
+        self.ranks.on_main(discard)
 
     def policy(self, iteration: int) -> Path:
         """Where theta_{t-1}, the policy iteration t starts from, is kept."""
@@ -156,6 +175,10 @@ class RunStore:
     def table_file(self, iteration: int, name: str) -> Path:
         """`offline`, `candidates`, `bootstrapped` or `evaluation` of iteration t."""
         return self.iteration(iteration) / f"{name}.parquet"
+
+    def write(self, iteration: int, name: str, table: pa.Table) -> None:
+        """Complete a phase."""
+        self.ranks.on_main(lambda: write_table(self.table_file(iteration, name), table))
 
     def read(self, iteration: int, name: str) -> pa.Table | None:
         """A finished phase's table, or None if the phase is not complete."""
@@ -175,17 +198,18 @@ class RunStore:
 
     def write_summary(self, iteration: int, content: Mapping[str, Any]) -> None:
         """Replace the iteration's summary."""
-        write_json(self.iteration(iteration) / "summary.json", content)
+        path = self.iteration(iteration) / "summary.json"
+        self.ranks.on_main(lambda: write_json(path, content))
 
     def samples(self, iteration: int) -> Path:
         """Where sampling puts its finished chunks until candidates.parquet is written."""
         return self.iteration(iteration) / "samples"
 
     def append_samples(self, iteration: int, table: pa.Table) -> None:
-        """Add a finished chunk: a crash loses at most the chunk being sampled."""
-        directory = self.samples(iteration)
-        number = len(list(directory.glob("*.parquet"))) if directory.exists() else 0
-        write_table(directory / f"{number:06d}.parquet", table)
+        """Add a chunk that this rank has finished: a crash loses at most the one being sampled."""
+        directory, rank = self.samples(iteration), f"{self.ranks.rank:03d}"
+        number = len(list(directory.glob(f"{rank}-*.parquet")))
+        write_table(directory / f"{rank}-{number:06d}.parquet", table)
 
     def read_samples(self, iteration: int) -> pa.Table | None:
         """All finished chunks in the order of (row, candidate), or None."""
@@ -197,5 +221,9 @@ class RunStore:
 
     def remove_samples(self, iteration: int) -> None:
         """Remove the chunks once candidates.parquet holds them."""
-        if self.samples(iteration).exists():
-            shutil.rmtree(self.samples(iteration))
+
+        def remove() -> None:
+            if self.samples(iteration).exists():
+                shutil.rmtree(self.samples(iteration))
+
+        self.ranks.on_main(remove)

@@ -6,6 +6,7 @@ a host upgrade fails there and not in the middle of somebody's run.
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from transformers import ProgressCallback, Trainer, set_seed
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.dataset import ChatTemplateCheck, model_end_ids, report_rows, tokenize_rows
+from sera_plugin.distributed import current_ranks
 from sera_plugin.gate import (
     FLOAT32_LIMITS,
     LOW_PRECISION_LIMITS,
@@ -39,6 +41,8 @@ from sera_plugin.rewards import FloatArray
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, make_table
+
+LOG = logging.getLogger("axolotl.sera")
 
 
 def keep_one_model_loaded() -> None:
@@ -71,7 +75,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         self.config = SeraConfig(**self.cfg.sera)
         # The host's own where `dpo_loss_type` asks for one.
         self.loss = None if self.cfg.dpo_loss_type else preference_loss(self.cfg, self.config)
-        self.store = RunStore(args.output_dir)
+        self.store = RunStore(args.output_dir, current_ranks())
+        if not self.store.ranks.main:
+            LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
         self._loop: Loop | None = None
         self._gate_result: dict[str, float] | None = None
         self._gate_pending = False
@@ -97,10 +103,16 @@ class SeraTrainer(AxolotlDPOTrainer):
 
         super().__init__(model, None, args=args, **kwargs)
 
-        if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "rl: sera runs in one process for now, without DeepSpeed or FSDP. Start it with "
-                "`axolotl train config.yaml --launcher python` on one GPU."
+                "rl: sera keeps the whole model on each GPU for now (DDP). Remove deepspeed, "
+                "fsdp_version and fsdp_config."
+            )
+        if self.accelerator.num_processes != self.store.ranks.world:
+            raise ValueError(
+                f"{self.store.ranks.world} processes were started, but the host trains in each of "
+                "them alone. Use a launcher that sets up the devices: `axolotl train config.yaml "
+                "--launcher accelerate`."
             )
         if is_peft_model(self.model):
             tidy_adapters(self.model, continued)
@@ -114,13 +126,15 @@ class SeraTrainer(AxolotlDPOTrainer):
             int(self._tokenizer.pad_token_id),
             self._token_budget,
             self.compute_loss_context_manager,
-            bool(self.args.disable_tqdm),
+            self.store.ranks,
+            quiet=bool(self.args.disable_tqdm) or not self.store.ranks.main,
         )
         if self.loss is not None:
             self._objective = Objective(
                 self.loss,
                 nll_weight=float(self.cfg.cpo_alpha or 0.0),
                 router_weight=self.router_aux_loss_coef if self.aux_loss_enabled else None,
+                mean=lambda metrics: self.accelerator.reduce(metrics, reduction="mean"),
             )
 
     @property
@@ -217,7 +231,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             iterations=int(self.args.num_train_epochs),
             kept=method.kept,
             bootstrapped=method.bootstrapped,
-            batch_size=self.args.train_batch_size,
+            batch_size=self.args.train_batch_size * self.store.ranks.world,
             accumulation=self.args.gradient_accumulation_steps,
             drop_last=self.args.dataloader_drop_last,
         )
@@ -365,8 +379,13 @@ class SeraTrainer(AxolotlDPOTrainer):
             result = super()._compute_loss(model, inputs, return_outputs)
             if self._gate_pending and self.model.training:
                 recorded = self._metrics["train"]
+                # What the host records are means over all processes.
+                references = {
+                    name: self.accelerator.gather(inputs[name])
+                    for name in ("ref_chosen_logps", "ref_rejected_logps")
+                }
                 self._pass_gate(
-                    inputs,
+                    inputs | references,
                     torch.tensor(recorded["logps/chosen"][-1]),
                     torch.tensor(recorded["logps/rejected"][-1]),
                 )
@@ -377,7 +396,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._pass_gate(
                 inputs, result.chosen_logps, result.rejected_logps, result.preference_loss
             )
-        tokens = int(result.metrics.pop("num_tokens"))
+        tokens = round(result.metrics.pop("num_tokens") * self.store.ranks.world)
         for name, value in result.metrics.items():
             self._metrics[mode][name].append(value)
         if mode == "train":

@@ -14,6 +14,7 @@ from sera_plugin.gate import FLOAT32_LIMITS, check_step_zero
 from sera_plugin.logprobs import batches_by_length, completion_logps, score_sequences
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.policies import PolicyHistory, restore_snapshot, take_snapshot
+from sera_plugin.ranks import Shard
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.store import RunStore
@@ -114,6 +115,35 @@ def test_skipped_rows_do_not_change_the_others(model):
     rest = sampled(model, prompts, skip=done)
     assert rest == {row: found for row, found in whole.items() if row not in done}
     assert rest
+
+
+def test_a_batch_that_another_sampler_has_begun_gives_only_the_rest(model):
+    prompts = ids(7, 9, 8, 9, 7)
+    whole = sampled(model, prompts)
+    assert sampled(model, prompts, skip={1}) == {row: whole[row] for row in (0, 2, 3, 4)}
+
+
+def test_shards_together_give_the_same_candidates(model):
+    prompts, parts = ids(7, 9, 8, 9, 7), {}
+    for index in range(2):
+        sampler = TransformersSampler(model, 0, 150, shard=Shard(index, 2))
+        part = {row: found for chunk in sampler.sample(prompts, SETTINGS) for row, found in chunk}
+        assert part
+        assert not part.keys() & parts.keys()
+        parts |= part
+    assert parts == sampled(model, prompts)
+
+
+def test_shards_together_give_the_same_scores(model):
+    prompts, completions = ids(3, 9, 5, 5), ids(8, 2, 1, 12, seed=1)
+    keys = {"pad_id": 0, "token_budget": 24}
+    parts = [
+        score_sequences(model, prompts, completions, shard=Shard(index, 2), **keys)
+        for index in range(2)
+    ]
+    assert all(part.any() for part in parts)
+    whole = score_sequences(model, prompts, completions, **keys)
+    np.testing.assert_array_equal(parts[0] + parts[1], whole)
 
 
 def test_candidates_end_once_or_are_cut_off(model):

@@ -108,6 +108,15 @@ def test_what_works_is_left_alone(keys: dict[str, Any]) -> None:
     }
 
 
+def test_unset_keys_of_the_vllm_block_stay_unset() -> None:
+    # The host would fill in 0.9 of the GPU and a server on all interfaces.
+    cfg = register(vllm={"port": 8001})
+    assert cfg["vllm"] == {"gpu_memory_utilization": None, "host": "127.0.0.1", "port": 8001}
+    named = {"gpu_memory_utilization": 0.4, "host": "10.0.0.5"}
+    assert register(vllm=named)["vllm"] == named
+    assert "vllm" not in register()
+
+
 # ------------------------------------------------------------------ misuse
 
 #: (keys of the configuration, what the message must contain: key, value, remedy)
@@ -200,6 +209,14 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"cpo_alpha": 0.5, "sera": {"loss": "ipo"}},
         ["cpo_alpha: 0.5", "sera.loss: simpo"],
     ),
+    "vllm key misspelt": (
+        {"vllm": {"gpu_memory_utilisation": 0.5}},
+        ["vllm.gpu_memory_utilisation", "Did you mean `gpu_memory_utilization`"],
+    ),
+    "a server without an adapter": (
+        {"sera": {"sampler": "vllm-server"}},
+        ["sera.sampler: vllm-server", "needs an adapter", "adapter: lora"],
+    ),
     "weighting": ({"dpo_use_weighting": True}, ["dpo_use_weighting: true", "dpo_loss_type"]),
     "summed dpo": (
         {"sera": {"ipo_reduction": "sum"}},
@@ -284,6 +301,15 @@ def test_the_host_accepts_what_the_plugin_made(
     assert cfg.rl_beta == 1.0
     assert cfg.sera["gamma"] == 0.5
     assert cfg.sera["candidates"] == 4
+
+
+def test_the_host_keeps_unset_vllm_keys_unset(
+    tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
+) -> None:
+    cfg = load({**tiny, "vllm": {"max_model_len": 512}})
+    block = {key: value for key, value in cfg.vllm.items() if value is not None}
+    assert block.keys() & {"gpu_memory_utilization", "enforce_eager"} == set()
+    assert (block["max_model_len"], block["host"]) == (512, "127.0.0.1")
 
 
 def test_the_hosts_own_result_can_be_registered_again(

@@ -35,14 +35,14 @@ def test_an_interpreter_that_is_none_is_said_so():
 
 
 def test_auto_takes_vllm_where_it_is(with_vllm):
-    choice = choose_sampler("auto", "python", PLAIN)
+    choice = choose_sampler("auto", "python", None)
     assert choice.name == "vllm"
     assert "0.30.0, found in python" in choice.reason
     assert not choice.fell_back
 
 
 def test_auto_takes_transformers_without_vllm_and_says_why():
-    choice = choose_sampler("auto", sys.executable, PLAIN)
+    choice = choose_sampler("auto", sys.executable, None)
     assert choice.name == "transformers"
     assert "vLLM is not installed" in choice.reason
     assert not choice.fell_back
@@ -67,7 +67,7 @@ def test_vllm_by_name_without_vllm_is_an_error():
 )
 @pytest.mark.parametrize("asked", ["auto", "vllm", "vllm-server"])
 def test_what_vllm_does_not_serve_falls_back_and_says_so(with_vllm, change, words, asked):
-    choice = choose_sampler(asked, "python", PLAIN | change)
+    choice = choose_sampler(asked, "python", adapter_problem(PLAIN | change))
     assert choice.name == "transformers"
     assert words in choice.reason
     assert choice.fell_back == (asked != "auto")
@@ -78,7 +78,7 @@ def test_a_plain_adapter_is_served():
 
 
 def test_transformers_by_name_looks_for_nothing():
-    assert choose_sampler("transformers", "/no-such-python", PLAIN).name == "transformers"
+    assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
 
 
 def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):

@@ -26,6 +26,7 @@ from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 from sera_plugin.sampling.vllm_server import VllmServerSampler
 from tests.conftest import adapter
 from tests.test_end_to_end import check_run
+from tests.test_ranks import free_port, launch
 from tests.test_sampling_child import gone
 
 PYTHON = os.environ.get("SERA_VLLM_PYTHON", "")
@@ -147,6 +148,20 @@ def test_a_run_samples_from_the_policy_it_says(config, train, world, tmp_path, r
     assert from_engine != greedy_by_transformers(world.base, None, rows)
 
 
+def test_every_rank_has_an_engine_of_its_own(config, tmp_path, runs):
+    config |= {"num_epochs": 2, "gradient_accumulation_steps": 1, **adapter()}
+    result = launch(config, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = tmp_path / "out/sera"
+    logs = sorted(path.name for path in (run / "iteration-02").glob("*.log"))
+    assert logs == ["vllm-0.log", "vllm-1.log"]
+    table = candidates(run, 2)
+    assert table["row"] == [row for row in range(24) for _ in range(4)]
+    check_end_tokens(table, longest=12)
+    if "lora" in runs:  # the same batches in one process: the same policy up to rounding
+        assert table["token_ids"] == candidates(runs["lora"], 2)["token_ids"]
+
+
 def test_killing_the_worker_keeps_finished_chunks_and_the_next_try_goes_on(world, tmp_path):
     rows = prompts(world, 1500)
     sampler = offline(world.base, tmp_path)
@@ -219,7 +234,8 @@ def test_neither_ctrl_c_nor_a_killed_trainer_leaves_a_process(config, tmp_path, 
             time.sleep(0.5)
             family = workers(process)
         trainer.send_signal(number)
-        assert trainer.wait(60) != 0
+        # The host ends with 0 after Ctrl-C: it saves the model first.
+        assert trainer.wait(60) == (0 if number == signal.SIGINT else -signal.SIGKILL)
         assert gone(*(process.pid for process in family))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -230,12 +246,6 @@ def test_neither_ctrl_c_nor_a_killed_trainer_leaves_a_process(config, tmp_path, 
 
 
 # ------------------------------------------------------------------ a running server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> SimpleNamespace:

@@ -91,6 +91,12 @@ class CandidateSampler(Protocol):
         ...
 
 
+def longest_first(prompts: Sequence[TokenIds], skip: Collection[int]) -> list[int]:
+    """The rows that are left: what still runs at the end of a phase is then short."""
+    rows = set(range(len(prompts))).difference(skip)
+    return sorted(rows, key=lambda row: (-len(prompts[row]), row))
+
+
 def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
     """How many tokens may be sampled after a prompt.
 

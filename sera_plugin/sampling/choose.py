@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from sera_plugin.sampling.vllm import adapter_problem, find_vllm
+from sera_plugin.sampling.vllm import find_vllm
+
+SAMPLERS = ("transformers", "vllm", "vllm-server")
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,19 @@ class Choice:
     fell_back: bool = False
 
 
-def choose_sampler(asked: str, python: str, adapter: Mapping[str, Any] | None) -> Choice:
+def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
     """Decide once, when a run starts.
 
     Args:
         asked: `sera.sampler`.
         python: the interpreter that should have vLLM.
-        adapter: the adapter's PEFT configuration, None for full fine-tuning.
+        problem: why vLLM would not serve this kind of policy, or None.
 
     Raises:
         ValueError: if vLLM is asked for by name and its interpreter does not import it.
     """
     if asked == "transformers":
         return Choice(asked, "in the training process, as sera.sampler says")
-    problem = adapter_problem(adapter) if adapter is not None else None
     if problem:
         return Choice("transformers", f"in the training process: {problem}", asked != "auto")
     if asked == "vllm-server":

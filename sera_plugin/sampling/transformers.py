@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from sera_plugin.logprobs import batches_by_length, innermost
+from sera_plugin.ranks import WHOLE, Shard
 from sera_plugin.sampling import Candidate, Chunk, SamplingSettings, TokenIds, room
 
 
@@ -22,6 +23,7 @@ class TransformersSampler:
         pad_id: padding token id.
         token_budget: most tokens of one batch's prompts and candidates together.
         autocast: the context training computes its loss in.
+        shard: this process's part of the batches.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class TransformersSampler:
         pad_id: int,
         token_budget: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        shard: Shard = WHOLE,
     ) -> None:
         self.report: dict[str, Any] = {"name": "transformers"}
         self.seconds: dict[str, float] = {}
@@ -37,6 +40,7 @@ class TransformersSampler:
         self.pad_id = pad_id
         self.token_budget = token_budget
         self.autocast = autocast
+        self.shard = shard
 
     def sample(
         self,
@@ -56,16 +60,21 @@ class TransformersSampler:
         try:
             # Batches are planned over all rows, finished ones included: a row's random stream is
             # its batch's, and must be the same when an interrupted call is made again.
-            for batch in batches_by_length(sizes, self.token_budget):
-                if all(row in skip for row in batch):
-                    continue
+            batches = [
+                batch
+                for batch in batches_by_length(sizes, self.token_budget)
+                if not all(row in skip for row in batch)
+            ]
+            for batch in self.shard.of(batches):
                 generated = self._generate(
                     [prompts[i] for i in batch],
                     [limits[i] for i in batch],
                     settings,
                     seed=_stream(settings.seed, batch[0]),
                 )
-                yield list(zip(batch, generated, strict=True))
+                found = zip(batch, generated, strict=True)
+                # Another sampler may have finished a part of the batch.
+                yield [(row, candidates) for row, candidates in found if row not in skip]
         finally:
             self.model.train(was_training)
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from sera_plugin.ranks import WHOLE, Shard
 from sera_plugin.sampling import (
     Candidate,
     Chunk,
     SamplingFailed,
     SamplingSettings,
     TokenIds,
+    longest_first,
     room,
 )
 from sera_plugin.sampling.child import Child, ChildFailed
@@ -161,6 +163,8 @@ class VllmSampler:
         options: the host's `vllm:` block, keys that are unset left out.
         log: what the child prints goes here.
         make_room: frees accelerator memory for as long as its block lasts.
+        shard: this process's part of the prompts. Without any it makes room and waits: another
+            process has the engine on its device.
     """
 
     def __init__(
@@ -170,12 +174,14 @@ class VllmSampler:
         options: Mapping[str, Any],
         log: Path,
         make_room: Callable[[int], AbstractContextManager[Memory]],
+        shard: Shard = WHOLE,
     ) -> None:
         self.python = python
         self.policy = policy
         self.options = options
         self.log = log
         self.make_room = make_room
+        self.shard = shard
         self.report: dict[str, Any] = {"name": "vllm"}
         self.seconds: dict[str, float] = {}
 
@@ -195,8 +201,7 @@ class VllmSampler:
         if limit is not None:
             limit = min(limit, settings.max_length or limit)
             settings = replace(settings, max_length=limit)
-        # The longest first: what still runs at the end of the phase is then short.
-        rows = sorted(set(range(len(prompts))).difference(skip), key=lambda i: -len(prompts[i]))
+        rows = longest_first(prompts, skip)
         if not rows:
             return
         jobs = [
@@ -204,14 +209,17 @@ class VllmSampler:
             for row in rows
         ]
         length = max(len(token_ids) + limit for _, token_ids, limit, _ in jobs)
+        mine = self.shard.of(jobs)
         with self.make_room(length) as memory:
+            if not mine:
+                return
             job = {
                 "engine": self._engine(length, memory),
                 "quantized": self.policy.quantized,
                 "whole_fits": memory.whole_fits,
                 "adapter": self.policy.adapter,
                 "sampling": sampling_fields(settings),
-                "prompts": jobs,
+                "prompts": mine,
             }
             environment = child_environment(self.python, memory.devices)
             if memory.utilization is None:

@@ -15,12 +15,14 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from sera_plugin.ranks import WHOLE, Shard
 from sera_plugin.sampling import (
     Candidate,
     Chunk,
     SamplingFailed,
     SamplingSettings,
     TokenIds,
+    longest_first,
     room,
 )
 from sera_plugin.sampling.child import PATIENCE
@@ -48,6 +50,7 @@ class VllmServerSampler:
         adapter: theta_{t-1}'s directory, which the server must see under the same path.
         tokenize: text to token ids without special tokens added, as training tokenizes.
         special_tokens: the tokenizer's special tokens.
+        shard: this process's part of the prompts.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class VllmServerSampler:
         adapter: Path,
         tokenize: Callable[[str], list[int]],
         special_tokens: Sequence[str],
+        shard: Shard = WHOLE,
     ) -> None:
         self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         self.base_model = base_model
         self.adapter = adapter
         self.tokenize = tokenize
         self.special_tokens = special_tokens
+        self.shard = shard
         self.report: dict[str, Any] = {"name": "vllm-server"}
         self.seconds: dict[str, float] = {}
         retry = Retry(
@@ -122,10 +127,12 @@ class VllmServerSampler:
         skip: Collection[int] = (),
     ) -> Generator[Chunk, None, None]:
         """See `CandidateSampler.sample`. A chunk is what is finished when one prompt is."""
+        rows = self.shard.of(longest_first(prompts, skip))
+        if not rows:
+            return
         context = self.check()
-        rows = sorted(set(range(len(prompts))).difference(skip), key=lambda i: -len(prompts[i]))
         limits = {row: room(row, prompts[row], settings) for row in rows}
-        longest = max((len(prompts[row]) + limits[row] for row in rows), default=0)
+        longest = max(len(prompts[row]) + limits[row] for row in rows)
         if longest > context:
             raise self._wrong(
                 f"has a context of {context} tokens, but prompt and candidate need up to "

@@ -1,0 +1,197 @@
+"""Several processes: who does what, waiting, and a real run on two gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import yaml
+from safetensors.numpy import load_file
+
+from sera_plugin.ranks import NO_PART, WHOLE, Ranks, Shard
+from tests.conftest import adapter
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_shards_take_every_piece_once():
+    pieces = list(range(7))
+    assert WHOLE.of(pieces) == pieces
+    assert NO_PART.of(pieces) == []
+    parts = [Shard(index, 3).of(pieces) for index in range(3)]
+    assert parts == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_one_process_neither_waits_nor_adds():
+    ranks, done = Ranks(), []
+    assert ranks.main
+    assert ranks.shard == WHOLE
+    ranks.barrier()
+    ranks.on_main(lambda: done.append(1))
+    assert done == [1]
+    assert ranks.sum(np.array([2.5])) == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("world", "local_world", "size", "expected"),
+    [
+        (1, 1, 2, [WHOLE]),  # one process may have several devices of its own
+        (2, 2, 1, [Shard(0, 2), Shard(1, 2)]),
+        (2, 2, 2, [Shard(0, 1), NO_PART]),
+        (6, 3, 3, [Shard(0, 2), NO_PART, NO_PART, Shard(1, 2), NO_PART, NO_PART]),
+    ],
+)  # fmt: skip
+def test_ranks_share_engines(world, local_world, size, expected):
+    found = [Ranks(rank, world, local_world).engine_shard(size) for rank in range(world)]
+    assert found == expected
+    rows = list(range(37))
+    assert sorted(row for shard in found for row in shard.of(rows)) == rows
+
+
+def test_ranks_that_cannot_share_engines_are_told():
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: 3 .* 4 processes.* 1, 2, 4\."):
+        Ranks(0, 4, 4).engine_shard(3)
+
+
+# ------------------------------------------------------------------ real processes
+
+
+def _meet(rank: int, port: int, directory: str) -> None:
+    from datetime import timedelta
+
+    from sera_plugin.distributed import current_ranks
+    from sera_plugin.store import RunStore, make_table
+
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    # The host's collectives would give up after a second.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=1),
+    )
+    ranks = current_ranks()
+    assert (ranks.rank, ranks.world, ranks.local_world) == (rank, 2, 2)
+    store = RunStore(directory, ranks)
+    assert store.read(1, "offline") is None
+    if rank == 1:
+        time.sleep(3)  # rank 0 waits three times as long
+    total = ranks.sum(np.array([1.0 + rank, np.nan if rank else 0.0, np.inf * (1 - rank)]))
+    np.testing.assert_array_equal(total[:2], [3.0, np.nan])
+    store.write(1, "offline", make_table({"row": [rank]}))
+    assert store.read(1, "offline").to_pydict() == {"row": [0]}  # only rank 0 has written
+    store.append_samples(2, make_table({"row": [rank], "candidate": [0]}))
+    ranks.barrier()
+    assert store.read_samples(2)["row"].to_pylist() == [0, 1]
+    store.remove_samples(2)
+    assert store.read_samples(2) is None
+    dist.destroy_process_group()
+
+
+def test_ranks_wait_however_long_it_takes_and_only_the_first_writes(tmp_path):
+    mp.spawn(_meet, args=(free_port(), str(tmp_path)), nprocs=2)
+    assert (tmp_path / "sera/iteration-01/offline.parquet").exists()
+
+
+def _die(rank: int, port: int) -> None:
+    from sera_plugin.distributed import current_ranks
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    ranks = current_ranks()
+    if rank == 1:
+        os._exit(3)
+    try:
+        ranks.barrier()
+    except RuntimeError:
+        os._exit(0)
+
+
+def test_a_rank_that_dies_ends_the_wait_of_the_others():
+    context = mp.get_context("spawn")
+    port = free_port()
+    processes = [context.Process(target=_die, args=(rank, port)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 3]
+
+
+def launch(config: dict, directory: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    """`axolotl train` under torchrun on the CPU."""
+    # Without an accelerator the host asks for device 0 unless it is told how much memory there is.
+    config = config | {"max_memory": {"cpu": "8GiB"}}
+    path = directory / "ranks.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += [f"--master_port={free_port()}", "-m", "axolotl.cli.train", str(path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def table(run: Path, iteration: int, name: str) -> dict:
+    return pq.read_table(run / f"iteration-{iteration:02d}/{name}.parquet").to_pydict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kind):
+    config = base_config | {"num_epochs": 2} | (adapter() if kind == "lora" else {})
+    config["sera"]["sampler"] = "transformers"
+    two = config | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
+    result = launch(two, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (result.stdout + result.stderr).count("SeRA iteration 2 is trained") == 1
+    one, other = train(config).run, tmp_path / "two/sera"
+
+    # The same batches on either side: to the last bit before training, up to rounding after it.
+    assert table(one, 1, "offline") == table(other, 1, "offline")
+    assert table(one, 1, "evaluation") == table(other, 1, "evaluation")
+    mine, theirs = table(one, 2, "offline"), table(other, 2, "offline")
+    assert mine["selected"] == theirs["selected"]
+    np.testing.assert_allclose(mine["chosen_logp"], theirs["chosen_logp"], atol=1e-3)
+    mine, theirs = table(one, 2, "candidates"), table(other, 2, "candidates")
+    assert mine["row"] == theirs["row"]
+    assert mine["token_ids"] == theirs["token_ids"]
+    np.testing.assert_allclose(mine["reward"], theirs["reward"], atol=1e-3)
+    weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    mine, theirs = (load_file(run.parent / weights) for run in (one, other))
+    for name, weight in mine.items():
+        np.testing.assert_allclose(weight, theirs[name], atol=1e-4)
+
+    first, second = (
+        json.loads((run / "iteration-02/summary.json").read_text()) for run in (one, other)
+    )
+    assert first["forwarded"] == second["forwarded"]
+    assert first["pairs"] == second["pairs"]
+    states = [
+        json.loads((run.parent / "checkpoint-6/trainer_state.json").read_text())
+        for run in (one, other)
+    ]
+    assert states[0]["global_step"] == states[1]["global_step"] == states[1]["max_steps"]
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_train_together_are_refused(base_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(base_config | {"max_memory": {"cpu": "8GiB"}, **adapter()}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}", "-m", "axolotl.cli.train", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode != 0
+    assert "2 processes were started, but the host trains in each of them alone" in result.stderr
