@@ -7,13 +7,10 @@ every epoch.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from sera_plugin.iteration import (
@@ -23,15 +20,10 @@ from sera_plugin.iteration import (
     prepare_iteration,
     score_held_out,
 )
-from sera_plugin.offload import engine_needs, make_room
-from sera_plugin.ranks import NO_PART, WHOLE
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
-from sera_plugin.sampling import CandidateSampler, SamplingSettings
-from sera_plugin.sampling.choose import SAMPLERS, Choice, choose_sampler
-from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, adapter_problem
-from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.samplers import Samplers
+from sera_plugin.sampling import SamplingSettings
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer, sampling_progress
 from sera_plugin.store import RunStore, read_json
@@ -67,7 +59,7 @@ class Loop:
         seed: the host's.
         store: the run directory.
         scorer: scores under any policy; owns the model's policies.
-        tokenizer: the host's.
+        samplers: makes the sampler of an iteration.
         log: takes figures for the trackers.
     """
 
@@ -80,9 +72,8 @@ class Loop:
     seed: int
     store: RunStore
     scorer: PolicyScorer
-    tokenizer: Any
+    samplers: Samplers
     log: Callable[[dict[str, float]], None]
-    _sampler: Choice | None = field(default=None, init=False)
 
     def open(
         self, loss: str, beta: float, columns: Mapping[str, Any], dataset: pa.Table, resuming: bool
@@ -121,12 +112,14 @@ class Loop:
                     "directory, or continue it with `auto_resume_from_checkpoints: true`."
                 )
             require_same_run(read_json(self.store.run_file), description)
-        self._sampler = self._choose_sampler()
+        sampler = None
+        if self.method.bootstrapped and len(self.schedule.pairs) > 1:
+            sampler = self.samplers.choose()
         if not self.store.run_file.exists():
             for name, values in columns.items():
                 dataset = dataset.append_column(name, values)
             self.store.begin(description, dataset)
-        LOG.info("%s", announce(description, self.method, self.schedule, self.store, self._sampler))
+        LOG.info("%s", announce(description, self.method, self.schedule, self.store, sampler))
 
     def begin(self, iteration: int, resumed: bool, optimizer: Any) -> Prepared:
         """Everything before the first step of iteration t.
@@ -152,7 +145,7 @@ class Loop:
             self.pairs,
             self.store,
             self.scorer,
-            self._make_sampler(iteration, optimizer),
+            self.samplers.make(iteration, optimizer),
             SamplingSettings(
                 candidates=config.candidates,
                 temperature=config.temperature,
@@ -188,128 +181,3 @@ class Loop:
         self.store.write_summary(iteration, summary)
         self.log({"sera/seconds/train": summary["seconds"]["train"]})
         LOG.info("%s", describe_end(summary))
-
-    # ------------------------------------------------------------------ sampling
-
-    @property
-    def _python(self) -> str:
-        return self.method.config.vllm_python or sys.executable
-
-    @property
-    def _vllm_options(self) -> dict[str, Any]:
-        """The host's `vllm:` block as vLLM's engine takes it, unset keys left out."""
-        block = self.cfg.get("vllm") or {}
-        names = (
-            "gpu_memory_utilization",
-            "tensor_parallel_size",
-            "dtype",
-            "max_model_len",
-            "enforce_eager",
-            "enable_prefix_caching",
-        )
-        return {name: block[name] for name in names if block.get(name) not in (None, "auto")}
-
-    def _choose_sampler(self) -> Choice | None:
-        if not self.method.bootstrapped or len(self.schedule.pairs) == 1:
-            return None
-        ranks = self.store.ranks
-        choice = Choice("transformers", "as rank 0 has chosen")
-        if ranks.main:
-            choice = choose_sampler(self.method.config.sampler, self._python, self._unserved())
-            if choice.fell_back:
-                LOG.warning(
-                    "sera.sampler: %s is not used. Samples come from transformers, %s",
-                    self.method.config.sampler,
-                    choice.reason,
-                )
-            if choice.name == "vllm-server":
-                self._server(self.store.policy(2)).check()
-        # All ranks sample alike, whatever their own environments could do.
-        mine = SAMPLERS.index(choice.name) if ranks.main else 0
-        choice = replace(choice, name=SAMPLERS[int(ranks.sum(np.array([mine], float))[0])])
-        if choice.name == "vllm":
-            ranks.engine_shard(self._engine_size)
-        return choice
-
-    def _unserved(self) -> str | None:
-        """Why vLLM would not serve this kind of policy, or None."""
-        model = self.scorer.policies.model
-        if not self.scorer.policies.is_adapter:
-            return None
-        base = type(model.config).from_pretrained(str(self.cfg["base_model"])).get_text_config()
-        if model.get_input_embeddings().weight.shape[0] != base.vocab_size:
-            return "the adapter stands on a model whose vocabulary was resized after loading"
-        return adapter_problem(model.peft_config[model.active_adapter].to_dict())
-
-    @property
-    def _engine_size(self) -> int:
-        return int(self._vllm_options.get("tensor_parallel_size") or 1)
-
-    def _make_sampler(self, iteration: int, optimizer: Any) -> CandidateSampler:
-        """The chosen sampler for theta_{t-1}."""
-        name = self._sampler.name if self._sampler else "transformers"
-        policies, ranks = self.scorer.policies, self.store.ranks
-        if name == "vllm-server":
-            return self._server(self.store.policy(iteration))
-        if name == "transformers":
-            return TransformersSampler(
-                policies.model,
-                self.scorer.pad_id,
-                self.scorer.token_budget,
-                self.scorer.autocast,
-                ranks.shard,
-            )
-        served = self._served(iteration)
-        options = self._vllm_options
-
-        def room(length: int) -> Any:
-            size = 4 if served.dtype == "float32" else 2
-            needs = engine_needs(policies.model, length, size)
-            return make_room(policies.model, optimizer, needs, options, ranks)
-
-        name = f"vllm-{ranks.rank}.log" if ranks.world > 1 else "vllm.log"
-        log = self.store.iteration(iteration) / name
-        shard = ranks.engine_shard(self._engine_size)
-        return VllmSampler(self._python, served, options, log, room, shard)
-
-    def _served(self, iteration: int) -> ServedPolicy:
-        directory = str(self.store.policy(iteration).resolve())
-        cfg, policies = self.cfg, self.scorer.policies
-        loading: dict[str, Any] = {}
-        if cfg.get("trust_remote_code"):
-            loading["trust_remote_code"] = True
-        dtype = self._vllm_options.get("dtype") or str(cfg["torch_dtype"]).split(".")[-1]
-        if not policies.is_adapter:
-            return ServedPolicy(directory, None, 0, dtype, None, loading)
-        if cfg.get("revision_of_model"):
-            loading["revision"] = cfg["revision_of_model"]
-        if cfg.get("overrides_of_model_config"):
-            loading["hf_overrides"] = dict(cfg["overrides_of_model_config"])
-        quantized = None
-        if cfg.get("load_in_4bit"):
-            kwargs = cfg.get("bnb_config_kwargs") or {}
-            quantized = kwargs.get("bnb_4bit_quant_type", "nf4")
-        elif cfg.get("load_in_8bit"):
-            quantized = "8-bit"
-        model = policies.model
-        return ServedPolicy(
-            model=str(cfg["base_model"]),
-            adapter=directory,
-            rank=model.peft_config[model.active_adapter].r,
-            dtype=dtype,
-            quantized=quantized,
-            options=loading,
-        )
-
-    def _server(self, adapter: Path) -> VllmServerSampler:
-        block = self.cfg.get("vllm") or {}
-        return VllmServerSampler(
-            host=block.get("host") or "127.0.0.1",
-            port=block.get("port") or 8000,
-            base_model=str(self.cfg["base_model"]),
-            adapter=adapter,
-            tokenize=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
-            special_tokens=self.tokenizer.all_special_tokens,
-            # One client keeps a server busy, and it then holds one adapter.
-            shard=WHOLE if self.store.ranks.main else NO_PART,
-        )

@@ -38,6 +38,7 @@ from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.rewards import FloatArray
+from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, make_table
@@ -245,7 +246,9 @@ class SeraTrainer(AxolotlDPOTrainer):
             seed=int(self.args.seed),
             store=self.store,
             scorer=self._score,
-            tokenizer=self.processing_class,
+            samplers=Samplers(
+                self.cfg, self.config, self.store, self._score, self.processing_class
+            ),
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
         )

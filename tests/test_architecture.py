@@ -44,6 +44,7 @@ FORBIDDEN = {
     "logprobs": TORCH,
     "losses": TORCH,
     "objective": TORCH,
+    "samplers": TORCH,
     "scoring": TORCH,
     "policies": TORCH - {"peft"},
     "sampling/transformers": TORCH - {"transformers"},

@@ -1,0 +1,179 @@
+"""The samplers of one run, made from the host's configuration."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sera_plugin.args import SeraConfig
+from sera_plugin.offload import engine_needs, make_room
+from sera_plugin.ranks import NO_PART, WHOLE
+from sera_plugin.sampling import CandidateSampler
+from sera_plugin.sampling.choose import SAMPLERS, Choice, choose_sampler
+from sera_plugin.sampling.transformers import TransformersSampler
+from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, adapter_problem
+from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.scoring import PolicyScorer
+from sera_plugin.store import RunStore
+
+LOG = logging.getLogger("axolotl.sera")
+
+
+@dataclass
+class Samplers:
+    """Chooses a sampler once, and makes one for each iteration.
+
+    Attributes:
+        cfg: the host's resolved configuration.
+        config: the `sera:` block in it.
+        store: the run directory.
+        scorer: owns the model and its policies.
+        tokenizer: the host's.
+        choice: which sampler is made.
+    """
+
+    cfg: Mapping[str, Any]
+    config: SeraConfig
+    store: RunStore
+    scorer: PolicyScorer
+    tokenizer: Any
+    choice: Choice = field(default=Choice("transformers", "nothing is sampled"), init=False)
+
+    def choose(self) -> Choice:
+        """Which sampler the run takes; the same on every rank.
+
+        Raises:
+            ValueError: if the sampler that the configuration names cannot run.
+            SamplingFailed: if a server is named and cannot serve this run.
+        """
+        ranks = self.store.ranks
+        choice = Choice("transformers", "as rank 0 has chosen")
+        if ranks.main:
+            choice = choose_sampler(self.config.sampler, self._python, self._unserved())
+            if choice.fell_back:
+                LOG.warning(
+                    "sera.sampler: %s is not used. Samples come from transformers, %s",
+                    self.config.sampler,
+                    choice.reason,
+                )
+            if choice.name == "vllm-server":
+                self._server(self.store.policy(2)).check()
+        # All ranks sample alike, whatever their own environments could do.
+        mine = SAMPLERS.index(choice.name) if ranks.main else 0
+        choice = replace(choice, name=SAMPLERS[int(ranks.sum(np.array([mine], float))[0])])
+        if choice.name == "vllm":
+            ranks.engine_shard(self._engine_size)
+        self.choice = choice
+        return choice
+
+    def make(self, iteration: int, optimizer: Any) -> CandidateSampler:
+        """The chosen sampler for theta_{t-1}.
+
+        Args:
+            iteration: t, 1-based.
+            optimizer: may wait in host memory while an engine samples.
+        """
+        name = self.choice.name
+        policies, ranks = self.scorer.policies, self.store.ranks
+        if name == "vllm-server":
+            return self._server(self.store.policy(iteration))
+        if name == "transformers":
+            return TransformersSampler(
+                policies.model,
+                self.scorer.pad_id,
+                self.scorer.token_budget,
+                self.scorer.autocast,
+                ranks.shard,
+            )
+        served = self._served(iteration)
+        options = self._vllm_options
+
+        def room(length: int) -> Any:
+            size = 4 if served.dtype == "float32" else 2
+            needs = engine_needs(policies.model, length, size)
+            return make_room(policies.model, optimizer, needs, options, ranks)
+
+        name = f"vllm-{ranks.rank}.log" if ranks.world > 1 else "vllm.log"
+        log = self.store.iteration(iteration) / name
+        shard = ranks.engine_shard(self._engine_size)
+        return VllmSampler(self._python, served, options, log, room, shard)
+
+    @property
+    def _python(self) -> str:
+        return self.config.vllm_python or sys.executable
+
+    @property
+    def _vllm_options(self) -> dict[str, Any]:
+        """The host's `vllm:` block as vLLM's engine takes it, unset keys left out."""
+        block = self.cfg.get("vllm") or {}
+        names = (
+            "gpu_memory_utilization",
+            "tensor_parallel_size",
+            "dtype",
+            "max_model_len",
+            "enforce_eager",
+            "enable_prefix_caching",
+        )
+        return {name: block[name] for name in names if block.get(name) not in (None, "auto")}
+
+    @property
+    def _engine_size(self) -> int:
+        return int(self._vllm_options.get("tensor_parallel_size") or 1)
+
+    def _unserved(self) -> str | None:
+        """Why vLLM would not serve this kind of policy, or None."""
+        model = self.scorer.policies.model
+        if not self.scorer.policies.is_adapter:
+            return None
+        base = type(model.config).from_pretrained(str(self.cfg["base_model"])).get_text_config()
+        if model.get_input_embeddings().weight.shape[0] != base.vocab_size:
+            return "the adapter stands on a model whose vocabulary was resized after loading"
+        return adapter_problem(model.peft_config[model.active_adapter].to_dict())
+
+    def _served(self, iteration: int) -> ServedPolicy:
+        directory = str(self.store.policy(iteration).resolve())
+        cfg, policies = self.cfg, self.scorer.policies
+        loading: dict[str, Any] = {}
+        if cfg.get("trust_remote_code"):
+            loading["trust_remote_code"] = True
+        dtype = self._vllm_options.get("dtype") or str(cfg["torch_dtype"]).split(".")[-1]
+        if not policies.is_adapter:
+            return ServedPolicy(directory, None, 0, dtype, None, loading)
+        if cfg.get("revision_of_model"):
+            loading["revision"] = cfg["revision_of_model"]
+        if cfg.get("overrides_of_model_config"):
+            loading["hf_overrides"] = dict(cfg["overrides_of_model_config"])
+        quantized = None
+        if cfg.get("load_in_4bit"):
+            kwargs = cfg.get("bnb_config_kwargs") or {}
+            quantized = kwargs.get("bnb_4bit_quant_type", "nf4")
+        elif cfg.get("load_in_8bit"):
+            quantized = "8-bit"
+        model = policies.model
+        return ServedPolicy(
+            model=str(cfg["base_model"]),
+            adapter=directory,
+            rank=model.peft_config[model.active_adapter].r,
+            dtype=dtype,
+            quantized=quantized,
+            options=loading,
+        )
+
+    def _server(self, adapter: Path) -> VllmServerSampler:
+        block = self.cfg.get("vllm") or {}
+        return VllmServerSampler(
+            host=block.get("host") or "127.0.0.1",
+            port=block.get("port") or 8000,
+            base_model=str(self.cfg["base_model"]),
+            adapter=adapter,
+            tokenize=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            special_tokens=self.tokenizer.all_special_tokens,
+            # One client keeps a server busy, and it then holds one adapter.
+            shard=WHOLE if self.store.ranks.main else NO_PART,
+        )
