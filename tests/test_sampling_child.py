@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from sera_plugin.ranks import NO_PART
 from sera_plugin.sampling import SamplingFailed, SamplingSettings, child, vllm
 from sera_plugin.sampling.child import Child, ChildFailed
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
@@ -231,6 +232,30 @@ def test_candidates_belong_to_their_rows_longest_prompt_first(sampler):
 def test_nothing_is_started_when_nothing_is_left_to_sample(sampler):
     engine = sampler("raise SystemExit(3)")
     assert list(engine.sample(PROMPTS, SETTINGS, skip={0, 1, 2})) == []
+
+
+def test_a_rank_without_an_engine_makes_room_and_starts_nothing(tmp_path):
+    lengths = []
+
+    def room(length):
+        lengths.append(length)
+        return nullcontext(Memory(None, True))
+
+    served = ServedPolicy("base", None, 0, "float32", None, {})
+    neighbour = VllmSampler("/no-such-python", served, {}, tmp_path / "log", room, NO_PART)
+    assert list(neighbour.sample(PROMPTS, SETTINGS)) == []
+    assert lengths == [13]  # the longest prompt of all ranks and what is sampled after it
+
+
+def test_an_interpreter_without_vllm_is_told_apart_in_mid_run(tmp_path):
+    served = ServedPolicy("base", None, 0, "float32", None, {})
+    engine = VllmSampler(
+        sys.executable, served, {}, tmp_path / "log", lambda _: nullcontext(Memory(None, True))
+    )
+    with pytest.raises(
+        SamplingFailed, match=r"(?s)No module named 'vllm'.*sera\.vllm_python names"
+    ):
+        list(engine.sample(PROMPTS, SETTINGS))
 
 
 def test_no_two_candidates_of_a_run_share_a_seed():

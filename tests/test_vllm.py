@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,8 +71,6 @@ def prompts(world, count: int) -> list:
 
 def offline(model: Path, directory: Path, policy: Path | None = None) -> VllmSampler:
     served = ServedPolicy(str(model), str(policy) if policy else None, 4, "float32", None, {})
-    from contextlib import nullcontext
-
     return VllmSampler(
         PYTHON, served, {}, directory / "vllm.log", lambda _: nullcontext(Memory(None, True))
     )
@@ -197,6 +196,25 @@ def test_a_hung_engine_is_ended(world, tmp_path, monkeypatch):
     with pytest.raises(SamplingFailed, match="it hung: no progress for 6 seconds"):
         list(chunks)
     assert gone(*(process.pid for process in family))
+
+
+def test_what_this_vllm_cannot_do_is_said_with_the_choices(world, tmp_path):
+    def refused(policy: ServedPolicy, memory: Memory, **options) -> str:
+        sampler = VllmSampler(
+            PYTHON, policy, options, tmp_path / "log", lambda _: nullcontext(memory)
+        )
+        with pytest.raises(SamplingFailed) as failure:
+            list(sampler.sample(prompts(world, 1), settings()))
+        return str(failure.value)
+
+    four_bit = ServedPolicy(str(world.base), None, 0, "float32", "nf4", {})
+    text = refused(four_bit, Memory(None, whole_fits=False))
+    assert "cannot load the base model in nf4, and in float32 it does not fit" in text
+    assert "sera.sampler to transformers or vllm-server" in text
+    plain = ServedPolicy(str(world.base), None, 0, "float32", None, {})
+    text = refused(plain, Memory(None, whole_fits=True), an_option_of_tomorrow=True)
+    assert "does not know the option an_option_of_tomorrow" in text
+    assert "docs/sampling.md lists versions" in text
 
 
 def test_a_full_disk_and_the_next_try(config, train, monkeypatch):
