@@ -71,6 +71,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
     policy = make_adapter(model, directory / "adapter")
     prompts = read_prompts(arguments, tokenizer)
     longest = max(map(len, prompts)) + arguments.max_new_tokens
+    longest = min(longest, model.config.get_text_config().max_position_embeddings)
     settings = SamplingSettings(
         candidates=4,
         temperature=0.7,
@@ -208,11 +209,12 @@ def running_server(
                 time.sleep(1)
         yield port, process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def train_demo_model(directory: Path) -> str:

@@ -215,6 +215,8 @@ def test_what_this_vllm_cannot_do_is_said_with_the_choices(world, tmp_path):
     text = refused(plain, Memory(None, whole_fits=True), an_option_of_tomorrow=True)
     assert "does not know the option an_option_of_tomorrow" in text
     assert "docs/sampling.md lists versions" in text
+    text = refused(plain, Memory(None, whole_fits=True), max_model_len=4096)
+    assert "do not fit into the model's own context: lower sequence_len" in text
 
 
 def test_a_full_disk_and_the_next_try(config, train, monkeypatch):

@@ -318,6 +318,11 @@ _REMEDIES = (
         "vllm.gpu_memory_utilization out so that it is derived from what is free.",
     ),
     (
+        r"max_model_len \(\d+\) is greater than",
+        "prompt and candidate do not fit into the model's own context: lower sequence_len, "
+        "sera.max_new_tokens or vllm.max_model_len to it.",
+    ),
+    (
         r"killed by SIGKILL",
         "something outside killed it. If host memory was short, end other programs.",
     ),
