@@ -2,7 +2,8 @@
 
 `prepare_iteration` is the algorithm on one screen. It talks to protocols: a scorer that knows the
 policies by number, and a candidate sampler. Every phase leaves a file in the run directory and is
-skipped when its file is there, so a run that was cut off goes on where it stopped.
+skipped when its file is there and whole, so a run that was cut off goes on where it stopped, and a
+damaged file is made again.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ class Phases:
         try:
             yield
         finally:
-            spent = self.seconds.get(phase, 0.0) + perf_counter() - start
-            self.seconds[phase] = round(spent, 3)
+            self.spend(phase, perf_counter() - start)
+
+    def spend(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
 
     def count(self, phase: str, sequences: int, tokens: int) -> None:
         entry = self.forwarded.setdefault(phase, {"sequences": 0, "tokens": 0})
@@ -106,6 +109,10 @@ class Method:
 
     def weights(self, iteration: int) -> tuple[float, ...]:
         return reward_weights(iteration, self.config.gamma, self.reference_free)
+
+    def oldest_policy(self, iteration: int) -> int:
+        """The oldest policy that iteration t's phases score under."""
+        return iteration - len(self.weights(iteration)) if iteration > 1 else 0
 
     def reward(
         self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
@@ -150,10 +157,8 @@ def prepare_iteration(
     Raises:
         ValueError: naming the row or candidate whose log-probability is not finite.
     """
-    offline = store.read(iteration, "offline")
-    if offline is None:
-        offline = _score_offline(iteration, method, pairs, store, scorer, phases)
-        store.write(iteration, "offline", offline)
+    offline_table(1, method, pairs, store, scorer, phases)  # drift is measured from it
+    offline = offline_table(iteration, method, pairs, store, scorer, phases)
     if iteration == 1 or method.bootstrapped == 0:
         return training_pairs(pairs, offline)
 
@@ -191,31 +196,16 @@ def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[s
     return logps
 
 
-def score_held_out(
-    iteration: int, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
-) -> dict[str, FloatArray]:
-    """log pi_{t-1} of the held-out pairs, kept in evaluation.parquet; see `score_pairs`."""
-    table = store.read(iteration, "evaluation")
-    if table is None:
-        with phases.timed("score_evaluation"):
-            logps = score_pairs(pairs, iteration - 1, scorer, "score_evaluation")
-        table = make_table(
-            {
-                "row": np.arange(len(pairs)),
-                "chosen_length": pairs.chosen_ids.lengths,
-                "rejected_length": pairs.rejected_ids.lengths,
-                "chosen_logp": logps["chosen"],
-                "rejected_logp": logps["rejected"],
-            }
-        )
-        store.write(iteration, "evaluation", table)
-    return {side: table[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")}
-
-
-def _score_offline(
+def offline_table(
     iteration: int, method: Method, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
 ) -> pa.Table:
-    """Each policy scores the offline set once; earlier policies' values are read back."""
+    """Iteration t's offline.parquet: log pi_{t-1} of all pairs, and from t = 2 the selection.
+
+    Each policy scores the offline set once; earlier policies' values are read back.
+    """
+    table = store.read(iteration, "offline")
+    if table is not None:
+        return table
     with phases.timed("score_offline"):
         logps = score_pairs(pairs, iteration - 1, scorer, "score_offline")
     columns: dict[str, Any] = {
@@ -226,20 +216,45 @@ def _score_offline(
         "chosen_logp": logps["chosen"],
         "rejected_logp": logps["rejected"],
     }
-    if iteration == 1:
-        return make_table(columns)
-    with phases.timed("select"):
-        for side in ("chosen", "rejected"):
-            earlier = [
-                store.column(iteration - back, "offline", f"{side}_logp")
-                for back in range(1, len(method.weights(iteration)))
-            ]
-            columns[f"{side}_reward"] = method.reward(
-                [logps[side], *earlier], iteration, columns[f"{side}_length"]
-            )
-        columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
-        columns["selected"] = select_largest(columns["margin"], method.kept)
-    return make_table(columns)
+    if iteration > 1:
+        earlier = [
+            offline_table(iteration - back, method, pairs, store, scorer, phases)
+            for back in range(1, len(method.weights(iteration)))
+        ]
+        with phases.timed("select"):
+            for side in ("chosen", "rejected"):
+                columns[f"{side}_reward"] = method.reward(
+                    [logps[side], *(each[f"{side}_logp"].to_numpy() for each in earlier)],
+                    iteration,
+                    columns[f"{side}_length"],
+                )
+            columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
+            columns["selected"] = select_largest(columns["margin"], method.kept)
+    table = make_table(columns)
+    store.write(iteration, "offline", table)
+    return table
+
+
+def held_out_table(
+    iteration: int, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
+) -> pa.Table:
+    """Iteration t's evaluation.parquet: log pi_{t-1} of the held-out pairs."""
+    table = store.read(iteration, "evaluation")
+    if table is not None:
+        return table
+    with phases.timed("score_evaluation"):
+        logps = score_pairs(pairs, iteration - 1, scorer, "score_evaluation")
+    table = make_table(
+        {
+            "row": np.arange(len(pairs)),
+            "chosen_length": pairs.chosen_ids.lengths,
+            "rejected_length": pairs.rejected_ids.lengths,
+            "chosen_logp": logps["chosen"],
+            "rejected_logp": logps["rejected"],
+        }
+    )
+    store.write(iteration, "evaluation", table)
+    return table
 
 
 def _sample(
@@ -267,7 +282,7 @@ def _sample(
             advance(chunk)
     store.ranks.barrier()
     for name, spent in sampler.seconds.items():
-        phases.seconds[name] = round(phases.seconds.get(name, 0.0) + spent, 3)
+        phases.spend(name, spent)
     samples = store.read_samples(iteration)
     assert samples is not None  # N >= 1, so at least one chunk was written
     fresh = samples.filter(pc.invert(pc.is_in(samples["row"], pa.array(done, pa.int64()))))

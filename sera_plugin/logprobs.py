@@ -7,17 +7,25 @@ in, so that a policy compared with itself gives zero.
 from __future__ import annotations
 
 import inspect
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from sera_plugin.ranks import WHOLE, Shard
+
+LOG = logging.getLogger("axolotl.sera")
+
+T = TypeVar("T")
 
 
 def completion_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -91,6 +99,78 @@ def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[lis
         yield batch
 
 
+@dataclass
+class TokenBudget:
+    """How many tokens one forward pass may take, and what is left of that.
+
+    Attributes:
+        planned: most tokens per forward pass, padding included. All ranks plan by it.
+        purpose: what the passes are for, in a message.
+        tokens: the same, after what has run out of memory.
+    """
+
+    planned: int
+    purpose: str = "scoring"
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.planned
+
+    def run(
+        self, batches: Sequence[list[int]], sizes: Sequence[int], work: Callable[[list[int]], T]
+    ) -> Iterator[tuple[list[int], T]]:
+        """Work through batches, in smaller parts once memory has run out.
+
+        Args:
+            batches: indices, from `batches_by_length`.
+            sizes: tokens by index.
+            work: what to do with a batch or a part of one.
+
+        Yields:
+            (batch or part of one, what came out).
+
+        Raises:
+            ValueError: if not even one sequence fits into memory.
+        """
+        left = deque(batches)
+        while left:
+            batch = left.popleft()
+            size = sizes[batch[0]]
+            if len(batch) > 1 and len(batch) * size > self.tokens:
+                fits = max(1, self.tokens // size)
+                left.extendleft((batch[fits:], batch[:fits]))
+                continue
+            try:
+                result = work(batch)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self._exceeded(len(batch), size)
+                error.__traceback__ = None  # its frames hold what did not fit
+            else:
+                yield batch, result
+                continue
+            clear_device_cache(garbage_collection=True)
+            left.appendleft(batch)
+
+    def _exceeded(self, sequences: int, size: int) -> None:
+        if sequences == 1:
+            raise ValueError(
+                f"out of memory while {self.purpose}, with a single sequence of {size} tokens. "
+                "Lower sequence_len or sera.max_new_tokens, load the model in 4 or 8 bits, or "
+                "take a device with more memory."
+            )
+        self.tokens = min(self.tokens, sequences * size) // 2
+        LOG.warning(
+            "SeRA: out of memory while %s %d sequences of %d tokens at a time; going on with %d "
+            "tokens at a time",
+            self.purpose,
+            sequences,
+            size,
+            self.tokens,
+        )
+
+
 @torch.no_grad()
 def score_sequences(
     model: torch.nn.Module,
@@ -98,7 +178,7 @@ def score_sequences(
     completions: Sequence[npt.NDArray[np.int32]],
     *,
     pad_id: int,
-    token_budget: int,
+    budget: TokenBudget,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     shard: Shard = WHOLE,
     progress: Callable[[int], object] = lambda tokens: None,
@@ -109,7 +189,7 @@ def score_sequences(
         model: a causal language model; left in the mode (train or eval) it came in.
         prompts, completions: (n,) arrays of token ids each.
         pad_id: padding token id.
-        token_budget: most tokens per forward pass, padding included.
+        budget: most tokens per forward pass; halved, for good, when memory runs out.
         autocast: the context training computes its loss in.
         shard: this process's part of the batches.
         progress: called with the tokens of each finished batch.
@@ -117,28 +197,48 @@ def score_sequences(
     Returns:
         (n,) float64 log pi(completion | prompt) in nats, 0 where another part scores. Not checked
         for being finite.
+
+    Raises:
+        ValueError: if not even one sequence fits into memory.
     """
-    device = next(model.parameters()).device
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     scores = np.zeros(len(lengths), dtype=np.float64)
+
+    def score(batch: list[int]) -> npt.NDArray[np.float64]:
+        sequences = [(prompts[index], completions[index]) for index in batch]
+        return _score_batch(model, sequences, pad_id, autocast)
+
     was_training = model.training
     model.eval()
     try:
-        for batch in shard.of(list(batches_by_length(lengths, token_budget))):
-            width = lengths[batch[0]]
-            input_ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
-            attention = torch.zeros_like(input_ids)
-            mask = torch.zeros_like(input_ids)
-            for line, index in enumerate(batch):
-                ids = np.concatenate([prompts[index], completions[index]])
-                input_ids[line, : len(ids)] = torch.from_numpy(ids)
-                attention[line, : len(ids)] = 1
-                mask[line, len(prompts[index]) : len(ids)] = 1
-            input_ids, attention, mask = (x.to(device) for x in (input_ids, attention, mask))
-            with autocast():
-                logps, _ = forward_logps(model, input_ids, attention, mask)
-            scores[batch] = logps.double().cpu().numpy()
+        batches = shard.of(list(batches_by_length(lengths, budget.planned)))
+        for batch, logps in budget.run(batches, lengths, score):
+            scores[batch] = logps
             progress(sum(lengths[index] for index in batch))
     finally:
         model.train(was_training)
     return scores
+
+
+def _score_batch(
+    model: torch.nn.Module,
+    sequences: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
+    pad_id: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> npt.NDArray[np.float64]:
+    """(n,) log pi of (prompt, completion) sequences in one forward pass."""
+    device = next(model.parameters()).device
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(input_ids)
+    mask = torch.zeros_like(input_ids)
+    for line, (prompt, completion) in enumerate(sequences):
+        ids = np.concatenate([prompt, completion])
+        input_ids[line, : len(ids)] = torch.from_numpy(ids)
+        attention[line, : len(ids)] = 1
+        mask[line, len(prompt) : len(ids)] = 1
+    input_ids, attention, mask = (x.to(device) for x in (input_ids, attention, mask))
+    with autocast():
+        logps, _ = forward_logps(model, input_ids, attention, mask)
+    scored: npt.NDArray[np.float64] = logps.double().cpu().numpy()
+    return scored

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from sera_plugin import checkpoints
 from sera_plugin.iteration import (
     Method,
     Pairs,
     Phases,
+    held_out_table,
     prepare_iteration,
-    score_held_out,
+    score_pairs,
 )
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
@@ -26,11 +31,14 @@ from sera_plugin.samplers import Samplers
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer, sampling_progress
-from sera_plugin.store import RunStore, read_json
+from sera_plugin.store import RunStore
 from sera_plugin.summary import describe_end, describe_start, metrics, summarize
 
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
 LOG = logging.getLogger("axolotl.sera")
+
+#: Pairs that tell whether a continued run has the model it began with.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Loop:
         store: the run directory.
         scorer: scores under any policy; owns the model's policies.
         samplers: makes the sampler of an iteration.
+        nats: how far a policy's log-probabilities may move when nothing has changed, per token.
         log: takes figures for the trackers.
     """
 
@@ -73,12 +82,18 @@ class Loop:
     store: RunStore
     scorer: PolicyScorer
     samplers: Samplers
+    nats: float
     log: Callable[[dict[str, float]], None]
+    _began: float = field(default=0.0, init=False)
+
+    @property
+    def _output_dir(self) -> Path:
+        return self.store.root.parent
 
     def open(
         self, loss: str, beta: float, columns: Mapping[str, Any], dataset: pa.Table, resuming: bool
     ) -> None:
-        """Start the run's record, or continue it.
+        """Start the run's record, or continue it. Nothing is written before all checks are passed.
 
         Args:
             loss, beta: what is optimised.
@@ -87,39 +102,97 @@ class Loop:
             resuming: whether the configuration allows to continue an earlier run.
 
         Raises:
-            ValueError: if the directory holds another run, or the sampler that the configuration
-                names cannot run.
+            ValueError: if the directory holds another run, is in use by one, or if the sampler
+                that the configuration names cannot run.
+            OSError: if the directory cannot be written.
             SamplingFailed: if a server is named and cannot serve this run.
         """
-        for iteration in range(2, len(self.schedule.pairs) + 1):
-            done = self.store.summary(iteration).get("pairs", {}).get("trained")
-            if done is not None:
-                self.schedule = self.schedule.with_pairs(iteration, done)
         description = describe_run(
-            self.cfg,
-            loss,
-            beta,
-            self.method,
-            self.pairs,
-            len(self.held_out) if self.held_out else 0,
-            self.end_ids,
-            self.seed,
-        )
-        if self.store.run_file.exists():
-            if not resuming:
-                raise ValueError(
-                    f"{self.store.root} holds an earlier run. Set another output_dir, remove that "
-                    "directory, or continue it with `auto_resume_from_checkpoints: true`."
-                )
-            require_same_run(read_json(self.store.run_file), description)
+            self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
+            self.end_ids, self.seed,
+        )  # fmt: skip
+        self.store.lock()
+        earlier = self.store.description()
+        if earlier is None:
+            self._require_empty()
+        elif not resuming:
+            raise ValueError(
+                f"{self.store.root} holds an earlier run. Set another output_dir, remove that "
+                "directory, or continue it with `auto_resume_from_checkpoints: true`."
+            )
+        else:
+            require_same_run(earlier, description, self.store.root)
+        self.scorer.policies.keep_initial()
+        if earlier is not None:
+            self._require_same_model(dataset)
+            for iteration in range(2, len(self.schedule.pairs) + 1):
+                trained = self._trained(iteration)
+                if trained is not None:
+                    self.schedule = self.schedule.with_pairs(iteration, trained)
         sampler = None
         if self.method.bootstrapped and len(self.schedule.pairs) > 1:
             sampler = self.samplers.choose()
-        if not self.store.run_file.exists():
-            for name, values in columns.items():
-                dataset = dataset.append_column(name, values)
+        for name, values in columns.items():
+            dataset = dataset.append_column(name, values)
+        if earlier is None:
             self.store.begin(description, dataset)
+        else:
+            self.store.repair_dataset(dataset)
         LOG.info("%s", announce(description, self.method, self.schedule, self.store, sampler))
+
+    def _require_empty(self) -> None:
+        found = sorted(path.name for path in self._output_dir.glob("checkpoint-*"))
+        if found:
+            raise ValueError(
+                f"output_dir: {self._output_dir} holds checkpoints of another training "
+                f"({', '.join(found[:3])}), but no record of a SeRA run. Set another output_dir, "
+                "or move them away."
+            )
+
+    def _require_same_model(self, dataset: pa.Table) -> None:
+        """The loaded model gives the first pairs the log-probabilities the run began with."""
+        recorded = self.store.read(1, "offline")
+        if recorded is None:
+            return
+        few = Pairs.from_table(dataset.slice(0, _FEW))
+        logps = score_pairs(few, 0, self.scorer, "check")
+        for side in ("chosen", "rejected"):
+            before = recorded[f"{side}_logp"].to_numpy()[: len(few)]
+            lengths = recorded[f"{side}_length"].to_numpy()[: len(few)]
+            moved = np.abs(logps[side] - before) / lengths
+            row = int(moved.argmax())
+            if moved[row] > self.nats:
+                raise ValueError(
+                    f"base_model: {self.cfg['base_model']} is not the model that the run in "
+                    f"{self.store.root} began with: it gives the {side} completion of row {row} "
+                    f"a log-probability of {logps[side][row]:.2f}, and gave it {before[row]:.2f}. "
+                    "Restore the model, or set another output_dir to start fresh."
+                )
+
+    def _trained(self, iteration: int) -> int | None:
+        """|D_t| if iteration t has been prepared."""
+        summary = self.store.summary(iteration)
+        if summary:
+            return int(summary["pairs"]["trained"])
+        needed = ["offline", *(["bootstrapped"] if self.method.bootstrapped else [])]
+        tables = [self.store.read(iteration, name) for name in needed]
+        selected = [table["selected"].to_numpy() for table in tables if table is not None]
+        return int(sum(map(np.sum, selected))) if len(selected) == len(needed) else None
+
+    def continue_from(self, asked: str | None) -> int | None:
+        """The checkpoint to continue from, as its step, or None to train from the beginning.
+
+        Args:
+            asked: `resume_from_checkpoint` as the YAML has it; None takes the newest whole one.
+
+        Raises:
+            ValueError: if the one that is asked for cannot be used.
+        """
+        directory = self._output_dir
+        step = checkpoints.named(directory, asked) if asked else checkpoints.newest(directory)
+        last = -1 if step is None else step
+        self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
+        return step
 
     def begin(self, iteration: int, resumed: bool, optimizer: Any) -> Prepared:
         """Everything before the first step of iteration t.
@@ -138,10 +211,10 @@ class Loop:
             policies.current = None
         else:
             policies.keep_current(iteration - 1)
-        config = self.method.config
+        method, config = self.method, self.method.config
         pairs = prepare_iteration(
             iteration,
-            self.method,
+            method,
             self.pairs,
             self.store,
             self.scorer,
@@ -160,24 +233,46 @@ class Loop:
         )
         held_out = None
         if self.held_out is not None:
-            held_out = score_held_out(iteration, self.held_out, self.store, self.scorer, phases)
+            needed = range(max(1, method.oldest_policy(iteration) + 1), iteration + 1)
+            tables = [
+                held_out_table(each, self.held_out, self.store, self.scorer, phases)
+                for each in needed
+            ]
+            held_out = {
+                side: tables[-1][f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")
+            }
         if not earlier:
-            summary = summarize(iteration, self.method, self.store, phases)
+            summary = summarize(iteration, method, self.store, phases)
             self.store.write_summary(iteration, summary)
             LOG.info("%s", describe_start(summary))
             self.log(metrics(summary))
-        # Iteration t + 1 compares theta_t with as many policies as its reward weighs.
-        oldest = min(iteration - 1, iteration + 1 - len(self.method.weights(iteration + 1)))
-        policies.forget_before(oldest, on_disk=not config.keep_policies)
+        policies.forget_before(*self._oldest_needed(iteration))
         self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
+        self._began = perf_counter()
         return Prepared(pairs, held_out)
 
-    def end(self, iteration: int, step_zero: Mapping[str, float] | None) -> None:
+    def _oldest_needed(self, iteration: int) -> tuple[int, int]:
+        """The oldest policies needed from iteration t on: by this process, and on disk.
+
+        On disk, because a run that is cut off continues from any checkpoint that is still there.
+        """
+        method = self.method
+        oldest = min(iteration - 1, method.oldest_policy(iteration + 1))
+        if method.config.keep_policies:
+            return oldest, 0
+        begun = [self.schedule.locate(step)[0] for step in checkpoints.steps(self._output_dir)]
+        return oldest, min([oldest, *map(method.oldest_policy, begun)])
+
+    def passed_gate(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """Record what the step-0 gate compared."""
+        summary = self.store.summary(iteration) | {"step_zero": dict(figures)}
+        self.store.write_summary(iteration, summary)
+
+    def end(self, iteration: int) -> None:
         """Complete the iteration's summary after its last step."""
-        summary = self.store.summary(iteration)
-        summary["seconds"] = dict(self.scorer.phases.seconds)
-        if step_zero is not None:
-            summary["step_zero"] = dict(step_zero)
+        phases = self.scorer.phases
+        phases.spend("train", perf_counter() - self._began)
+        summary = self.store.summary(iteration) | {"seconds": dict(phases.seconds)}
         self.store.write_summary(iteration, summary)
         self.log({"sera/seconds/train": summary["seconds"]["train"]})
         LOG.info("%s", describe_end(summary))

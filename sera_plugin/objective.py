@@ -21,7 +21,8 @@ class Result:
         loss: what is minimised.
         preference_loss: the part of it that compares chosen with rejected.
         chosen_logps, rejected_logps: (n,) log pi of the completions, nats.
-        metrics: TRL's names, plus `num_tokens` of this micro-batch; means over all processes.
+        metrics: TRL's names, plus `num_tokens` and `loss` of this micro-batch; means over all
+            processes.
         outputs: the model's own.
     """
 
@@ -80,6 +81,7 @@ class Objective:
             "logps/chosen": chosen_logps.mean(),
             "logps/rejected": rejected_logps.mean(),
             "num_tokens": inputs["attention_mask"].sum().float(),
+            "loss": loss,
         }
         # One transfer from the device for all of them.
         values = self.mean(torch.stack([value.detach() for value in metrics.values()])).tolist()

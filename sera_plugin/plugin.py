@@ -64,6 +64,10 @@ class SeraPlugin(BasePlugin):
 
         keep_one_model_loaded()
 
+    def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
+        """The host calls this for training alone, and before it writes into output_dir."""
+        trainer.open_run()
+
 
 def _leave_unset_keys_unset(cfg: dict[str, Any]) -> None:
     """Keep the host from filling what we derive from free memory and from where we run.

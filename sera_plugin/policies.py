@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sera_plugin.checksums import damage, replace_directory
 from sera_plugin.store import RunStore, write_json
 
 Snapshot = dict[str, Tensor]
@@ -45,6 +46,12 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
         weight.copy_(snapshot[name])
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether no trainable weight is NaN or infinite."""
+    found = [w.detach().isfinite().all() for w in model.parameters() if w.requires_grad]
+    return bool(torch.stack(found).all())
+
+
 class PolicyHistory:
     """theta_0, theta_1, ... of a run, by number.
 
@@ -66,8 +73,15 @@ class PolicyHistory:
         self._snapshots: dict[int, Snapshot] = {}
 
     def keep_initial(self) -> None:
-        """Remember theta_0 before a checkpoint is loaded over it."""
-        self._snapshots[0] = take_snapshot(self.model)
+        """Remember theta_0 before a checkpoint is loaded over it.
+
+        A run that is continued has it on disk: a new adapter may be initialised differently by
+        another version of a library, and rewards count from the one the run began with.
+        """
+        directory = self.store.policy(1)
+        recorded = self.is_adapter and directory.exists() and damage(directory) is None
+        self._snapshots[0] = self._load(0) if recorded else take_snapshot(self.model)
+        restore_snapshot(self.model, self._snapshots[0])
 
     def keep_current(self, policy: int) -> None:
         """The model is theta_policy now: keep it in memory and in iteration-XX/policy.
@@ -82,16 +96,15 @@ class PolicyHistory:
 
     def _write(self, policy: int) -> None:
         final = self.store.policy(policy + 1)
-        if final.exists():
-            return
-        partial = final.with_name(".policy.partial")
-        partial.mkdir(parents=True, exist_ok=True)
+        if not final.exists() or damage(final) is not None:
+            replace_directory(final, lambda directory: self._save(policy, directory))
+
+    def _save(self, policy: int, directory: Path) -> None:
         if policy == 0 and not self.is_adapter:
-            write_json(partial / "base_model.json", {"base_model": self.base_model})
+            write_json(directory / "base_model.json", {"base_model": self.base_model})
         else:
-            self.model.save_pretrained(str(partial))
-            self.tokenizer.save_pretrained(str(partial))
-        partial.rename(final)
+            self.model.save_pretrained(str(directory))
+            self.tokenizer.save_pretrained(str(directory))
 
     @contextmanager
     def at(self, policy: int) -> Iterator[None]:
@@ -100,7 +113,7 @@ class PolicyHistory:
             yield
             return
         if policy not in self._snapshots:
-            self._snapshots[policy] = self._load(self.store.policy(policy + 1))
+            self._snapshots[policy] = self._load(policy)
         here = take_snapshot(self.model) if self.current is None else self._snapshots[self.current]
         restore_snapshot(self.model, self._snapshots[policy])
         try:
@@ -108,12 +121,17 @@ class PolicyHistory:
         finally:
             restore_snapshot(self.model, here)
 
-    def forget_before(self, policy: int, on_disk: bool) -> None:
-        """Drop policies older than theta_policy; whole weights on disk too if asked."""
+    def forget_before(self, policy: int, on_disk: int) -> None:
+        """Drop policies older than these; adapters are small and stay on disk.
+
+        Args:
+            policy: the oldest that this process still needs.
+            on_disk: the oldest whose whole weights stay on disk.
+        """
         for old in [number for number in self._snapshots if number < policy]:
             del self._snapshots[old]
-        if on_disk and not self.is_adapter:
-            self.store.ranks.on_main(lambda: self._remove_before(policy))
+        if not self.is_adapter:
+            self.store.ranks.on_main(lambda: self._remove_before(on_disk))
 
     def _remove_before(self, policy: int) -> None:
         for old in range(1, policy):
@@ -121,8 +139,20 @@ class PolicyHistory:
             if directory.exists():
                 shutil.rmtree(directory)
 
-    def _load(self, directory: Path) -> Snapshot:
-        """Read a saved policy back (a resumed run); the model keeps its own weights."""
+    def _load(self, policy: int) -> Snapshot:
+        """Read a saved policy back (a resumed run); the model keeps its own weights.
+
+        Raises:
+            ValueError: if it is not there or damaged, with what to do.
+        """
+        directory = self.store.policy(policy + 1)
+        problem = damage(directory) if directory.exists() else "it does not exist"
+        if problem is not None:
+            raise ValueError(
+                f"theta_{policy} is needed from {directory}, but {problem}. Restore it from a "
+                f"copy, or remove the checkpoints from the end of iteration {policy} on and "
+                "resume: the run is then trained again from an earlier one."
+            )
         current = take_snapshot(self.model)
         if not self.is_adapter:
             saved = type(self.model).from_pretrained(str(directory), dtype="auto").state_dict()

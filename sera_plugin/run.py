@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from sera_plugin import __version__
@@ -15,8 +17,35 @@ from sera_plugin.schedule import Schedule
 from sera_plugin.store import FORMAT_VERSION, RunStore, fingerprint
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
-#: Keys of `sera:` that change who samples, and not from what.
-_WHO_SAMPLES = frozenset({"sampler", "vllm_python"})
+#: Keys that may change between the parts of one run, as patterns: they decide what is logged,
+#: saved, evaluated or sent where, or how the same numbers are computed. Data and templates are
+#: compared as token ids, whatever keys they come from. Any other key is part of what the run is.
+HARMLESS = (
+    # where it is logged, and how often
+    *("logging_*", "log_*", "disable_tqdm", "debug", "include_*", "generat*", "num_generation_*"),
+    *("wandb_*", "mlflow_*", "comet_*", "trackio_*", "swanlab_*", "otel_*", "profiler_*"),
+    *("use_tensorboard", "use_wandb", "use_mlflow", "use_comet", "use_trackio", "use_otel_metrics"),
+    # when it is saved and evaluated, and where that goes
+    *("save_*", "saves_per_epoch", "eval_*", "evals_per_epoch", "hub_*", "push_*"),
+    *("output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints"),
+    *("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"),
+    *("axolotl_config_path", "dataset_prepared_path", "strict", "plugins"),
+    # where the tokens come from; they are compared themselves
+    *("datasets", "test_datasets", "val_set_size", "dataset_*", "shuffle_*", "chat_template*"),
+    *("special_tokens", "tokens", "added_tokens*", "tokenizer_*", "excess_length_strategy"),
+    *("is_preprocess", "skip_prepare_dataset", "preprocess_*", "default_system_message"),
+    # how the same numbers are computed, and where
+    *("attn_*", "flash_attention", "sdp_attention", "xformers_attention", "liger_*"),
+    *("gradient_checkpointing*", "activation_offloading", "layer_offloading", "torch_compile*"),
+    *("dataloader_*", "device", "device_map", "max_memory", "low_cpu_mem_usage", "*capabilities"),
+    *("experimental_skip_move_to_device", "gpu_memory_limit", "use_ray", "ray_*"),
+    *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),
+    # who samples, and what is kept for reading
+    *("sera.sampler", "sera.vllm_python", "sera.keep_policies", "sera.score_columns"),
+    *("sera.bad_rows",),
+    # compared as what they come to: a micro-batch of all processes, beta of the loss, seed
+    *("batch_size", "gradient_accumulation_steps", "rl_beta", "seed"),
+)
 _SECRET = ("token", "_key", "secret", "password")
 
 
@@ -25,8 +54,9 @@ def describe_run(
     loss: str,
     beta: float,
     method: Method,
+    schedule: Schedule,
     pairs: Pairs,
-    evaluation_pairs: int,
+    held_out: Pairs | None,
     end_ids: Sequence[int],
     seed: int,
 ) -> dict[str, Any]:
@@ -35,7 +65,8 @@ def describe_run(
     Args:
         config: the host's resolved configuration; secrets are left out.
         loss, beta, method: what is optimised.
-        pairs, evaluation_pairs: the data, the held-out part as a count.
+        schedule: how many pairs make a step.
+        pairs, held_out: the data.
         end_ids: token ids that end a completion.
         seed: the host's seed.
     """
@@ -50,14 +81,19 @@ def describe_run(
         "loss": loss,
         "beta": beta,
         "per_token": method.per_token,
+        "micro_batch": schedule.batch_size,
+        "accumulation": schedule.accumulation,
         "pairs": len(pairs),
-        "evaluation_pairs": evaluation_pairs,
-        "dataset_fingerprint": fingerprint(
-            (pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids)
-        ),
+        "evaluation_pairs": len(held_out) if held_out else 0,
+        "dataset_fingerprint": _fingerprint(pairs),
+        "evaluation_fingerprint": _fingerprint(held_out) if held_out else None,
         "end_ids": [int(token) for token in end_ids],
         "seed": seed,
     }
+
+
+def _fingerprint(pairs: Pairs) -> str:
+    return fingerprint((pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids))
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,36 +141,57 @@ def announce(
     return "\n".join(lines)
 
 
-def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+#: What run.json says beside the configuration that makes a run what it is, for a reader.
+_IDENTITY = {
+    "pairs": "N, the number of usable pairs",
+    "dataset_fingerprint": "the pairs' token ids (datasets, their files, chat_template, tokenizer)",
+    "evaluation_fingerprint": "the held-out pairs' token ids (test_datasets, val_set_size)",
+    "end_ids": "the tokens that end a completion",
+    "loss": "the loss",
+    "beta": "beta of the loss (rl_beta, trl.beta)",
+    "per_token": "whether rewards are averaged over tokens",
+    "micro_batch": "pairs per micro-batch, all processes together",
+    "accumulation": "gradient_accumulation_steps",
+    "seed": "seed",
+}
+
+
+def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: Path) -> None:
     """Refuse to continue a run whose data or method is another one's.
 
+    Args:
+        earlier, now: run.json of the run that is there, and of the one that is asked for.
+        root: the run directory.
+
     Raises:
-        ValueError: naming everything that changed, with both values.
+        ValueError: naming everything that changed, with both values, and how to start fresh.
     """
     changed = [
-        f"{key}: {earlier.get(key)!r} -> {now[key]!r}"
-        for key in ("dataset_fingerprint", "loss", "beta", "per_token", "seed", "end_ids")
+        f"{meaning}: {_short(earlier.get(key))} -> {_short(now[key])}"
+        for key, meaning in _IDENTITY.items()
         if earlier.get(key) != now[key]
     ]
-    for key in ("base_model", "adapter", "num_epochs", "sequence_len", "learning_rate"):
-        before, after = earlier["config"].get(key), now["config"].get(key)
-        if before != after:
-            changed.append(f"{key}: {before!r} -> {after!r}")
-    before, after = (
-        {
-            key: value
-            for key, value in (run["config"].get("sera") or {}).items()
-            if key not in _WHO_SAMPLES
-        }
-        for run in (earlier, now)
-    )
+    before, after = _flat(earlier["config"]), _flat(now["config"])
     changed += [
-        f"sera.{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
+        and not any(fnmatchcase(key, pattern) for pattern in HARMLESS)
     ]
     if changed:
         raise ValueError(
-            "this run cannot continue the one in its output_dir, because these changed since it "
-            f"began: {'; '.join(changed)}. Restore them, or set another output_dir."
+            f"the run in {root} cannot be continued, because these changed since it began: "
+            f"{'; '.join(changed)}. Restore them to continue it. To start fresh, set another "
+            "output_dir; this run stays as it is."
         )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the keys of `sera:` beside the others, as `sera.KEY`."""
+    flat = {key: value for key, value in config.items() if key != "sera"}
+    return flat | {f"sera.{key}": value for key, value in (config.get("sera") or {}).items()}
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

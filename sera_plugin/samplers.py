@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ class Samplers:
             return TransformersSampler(
                 policies.model,
                 self.scorer.pad_id,
-                self.scorer.token_budget,
+                self.scorer.budget.planned,
                 self.scorer.autocast,
                 ranks.shard,
+                partial(policies.at, iteration - 1),
             )
         served = self._served(iteration)
         options = self._vllm_options

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sera_plugin.iteration import Phases, Progress
-from sera_plugin.logprobs import score_sequences
+from sera_plugin.logprobs import TokenBudget, score_sequences
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.ranks import Ranks
 from sera_plugin.rewards import FloatArray
@@ -22,7 +22,7 @@ class PolicyScorer:
     Args:
         policies: the run's policies; the model's current one is never swapped.
         pad_id: padding token id.
-        token_budget: most tokens per forward pass.
+        budget: most tokens per forward pass.
         autocast: the context training computes its loss in.
         ranks: the run's processes; each scores its part.
         quiet: no progress bars.
@@ -32,14 +32,14 @@ class PolicyScorer:
         self,
         policies: PolicyHistory,
         pad_id: int,
-        token_budget: int,
+        budget: TokenBudget,
         autocast: Callable[[], AbstractContextManager[object]],
         ranks: Ranks,
         quiet: bool,
     ) -> None:
         self.policies = policies
         self.pad_id = pad_id
-        self.token_budget = token_budget
+        self.budget = budget
         self.autocast = autocast
         self.ranks = ranks
         self.quiet = quiet
@@ -66,7 +66,7 @@ class PolicyScorer:
                 prompts,
                 completions,
                 pad_id=self.pad_id,
-                token_budget=self.token_budget,
+                budget=self.budget,
                 autocast=self.autocast,
                 shard=self.ranks.shard,
                 progress=bar.update,

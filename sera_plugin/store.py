@@ -1,16 +1,21 @@
 """The run directory: `{output_dir}/sera/`, a public format (docs/run-directory.md).
 
-Every file is written beside its place and renamed into it, so a file that exists is whole and a
-phase is complete when its file exists. Parquet and JSON only.
+Every file is written beside its place and renamed into it, and its checksum is listed: a phase is
+complete when its file is there and whole. A file that is damaged is never read. Parquet and JSON
+only.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sera_plugin.checksums import add_file, is_named_right, is_whole, replace_file
 from sera_plugin.ranks import Ranks
+
+LOG = logging.getLogger("axolotl.sera")
 
 FORMAT_VERSION = 1
 
@@ -60,27 +68,19 @@ def make_table(columns: Mapping[str, Any]) -> pa.Table:
     )
 
 
-def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file in one piece."""
-    _replace(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+    replace_file(path, lambda partial: _write_parquet(table, partial))
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, compression="zstd")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one piece, keys sorted."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    _replace(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    replace_file(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,6 +136,8 @@ class RunStore:
     def __init__(self, output_dir: str | Path, ranks: Ranks | None = None) -> None:
         self.root = Path(output_dir) / "sera"
         self.ranks = ranks or Ranks()
+        self._lock: int | None = None
+        self._reported: set[Path] = set()
 
     @property
     def run_file(self) -> Path:
@@ -145,14 +147,65 @@ class RunStore:
     def dataset_file(self) -> Path:
         return self.root / "dataset.parquet"
 
+    def lock(self) -> None:
+        """Keep other runs out of this directory until this process ends.
+
+        The lock is the operating system's and goes with the process, however that ends: a lock
+        file that a killed run has left holds nobody up.
+
+        Raises:
+            ValueError: if another process has the directory, naming it.
+        """
+        if self.ranks.main and self._lock is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            path = self.root / "lock"
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                owner = os.read(handle, 200).decode("utf-8", "replace").strip()
+                os.close(handle)
+                raise ValueError(
+                    f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
+                    "Wait for it, end it, or set another output_dir."
+                ) from None
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            self._lock = handle
+
     def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
         """Write what the run is and what it trains on; a run has begun once run.json is there."""
 
         def write() -> None:
-            write_table(self.dataset_file, dataset)
+            self.write_dataset(dataset)
             write_json(self.run_file, description)
 
         self.ranks.on_main(write)
+
+    def description(self) -> dict[str, Any] | None:
+        """run.json, or None where no run has begun.
+
+        Raises:
+            ValueError: if it is damaged. What the run was cannot be told then.
+        """
+        if not self.run_file.exists():
+            return None
+        if not is_whole(self.run_file):
+            raise ValueError(
+                f"{self.run_file} is damaged: its checksum differs from the one in SHA256SUMS. "
+                "What this run was cannot be told, so it is not continued. Restore the file from "
+                "a copy, or start fresh: set another output_dir."
+            )
+        return read_json(self.run_file)
+
+    def repair_dataset(self, dataset: pa.Table) -> None:
+        """Write dataset.parquet again if it is missing or damaged."""
+        self.ranks.on_main(
+            lambda: None if self._whole(self.dataset_file) else self.write_dataset(dataset)
+        )
+
+    def write_dataset(self, dataset: pa.Table) -> None:
+        write_table(self.dataset_file, dataset)
 
     def iteration(self, iteration: int) -> Path:
         """The directory of iteration t (1-based)."""
@@ -163,7 +216,8 @@ class RunStore:
 
         def discard() -> None:
             for directory in self.root.glob("iteration-*"):
-                if int(directory.name.removeprefix("iteration-")) > iteration:
+                number = re.fullmatch(r"iteration-(\d{2,})", directory.name)
+                if number and int(number[1]) > iteration and not directory.is_symlink():
                     shutil.rmtree(directory)
 
         self.ranks.on_main(discard)
@@ -176,25 +230,42 @@ class RunStore:
         """`offline`, `candidates`, `bootstrapped` or `evaluation` of iteration t."""
         return self.iteration(iteration) / f"{name}.parquet"
 
+    def _whole(self, path: Path, check: Callable[[Path], bool] = is_whole) -> bool:
+        """Whether a finished file is there; one that is damaged is said once, and not there."""
+        if not path.exists():
+            return False
+        if check(path):
+            return True
+        if path not in self._reported:
+            self._reported.add(path)
+            LOG.warning("SeRA: %s is damaged (its checksum differs) and is not used", path)
+        return False
+
     def write(self, iteration: int, name: str, table: pa.Table) -> None:
         """Complete a phase."""
         self.ranks.on_main(lambda: write_table(self.table_file(iteration, name), table))
 
     def read(self, iteration: int, name: str) -> pa.Table | None:
-        """A finished phase's table, or None if the phase is not complete."""
+        """A finished phase's table, or None if the phase is not complete or its file damaged."""
         path = self.table_file(iteration, name)
-        return pq.read_table(path) if path.exists() else None
+        return pq.read_table(path) if self._whole(path) else None
 
     def column(self, iteration: int, name: str, column: str) -> npt.NDArray[np.float64]:
-        """One numeric column of a finished phase."""
-        table = pq.read_table(self.table_file(iteration, name), columns=[column])
-        values: npt.NDArray[np.float64] = table[column].to_numpy()
+        """One numeric column of a finished phase.
+
+        Raises:
+            ValueError: if its file is missing or damaged.
+        """
+        path = self.table_file(iteration, name)
+        if not self._whole(path):
+            raise ValueError(f"{path} is missing or damaged, and this run needs it")
+        values: npt.NDArray[np.float64] = pq.read_table(path, columns=[column])[column].to_numpy()
         return values
 
     def summary(self, iteration: int) -> dict[str, Any]:
         """The iteration's summary so far, empty before its first phase is complete."""
         path = self.iteration(iteration) / "summary.json"
-        return read_json(path) if path.exists() else {}
+        return read_json(path) if self._whole(path) else {}
 
     def write_summary(self, iteration: int, content: Mapping[str, Any]) -> None:
         """Replace the iteration's summary."""
@@ -206,17 +277,26 @@ class RunStore:
         return self.iteration(iteration) / "samples"
 
     def append_samples(self, iteration: int, table: pa.Table) -> None:
-        """Add a chunk that this rank has finished: a crash loses at most the one being sampled."""
+        """Add a chunk that this rank has finished: a crash loses at most the one being sampled.
+
+        A chunk has its checksum in its name: ranks write into one directory at the same time.
+        """
         directory, rank = self.samples(iteration), f"{self.ranks.rank:03d}"
         number = len(list(directory.glob(f"{rank}-*.parquet")))
-        write_table(directory / f"{rank}-{number:06d}.parquet", table)
+        add_file(
+            directory, f"{rank}-{number:06d}.parquet", lambda path: _write_parquet(table, path)
+        )
 
     def read_samples(self, iteration: int) -> pa.Table | None:
-        """All finished chunks in the order of (row, candidate), or None."""
-        files = sorted(self.samples(iteration).glob("*.parquet"))
-        if not files:
+        """All whole chunks in the order of (row, candidate), or None.
+
+        Rows of a damaged chunk are sampled again.
+        """
+        files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
+        whole = [file for file in files if self._whole(file, is_named_right)]
+        if not whole:
             return None
-        table = pa.concat_tables([pq.read_table(file) for file in files])
+        table = pa.concat_tables([pq.read_table(file) for file in whole])
         return table.sort_by([("row", "ascending"), ("candidate", "ascending")])
 
     def remove_samples(self, iteration: int) -> None:

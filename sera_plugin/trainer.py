@@ -7,7 +7,10 @@ a host upgrade fails there and not in the middle of somebody's run.
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,10 +23,13 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
+from sera_plugin import checkpoints
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
+from sera_plugin.checksums import explained, seal
 from sera_plugin.dataset import ChatTemplateCheck, model_end_ids, report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
 from sera_plugin.gate import (
@@ -33,10 +39,11 @@ from sera_plugin.gate import (
     low_precision,
 )
 from sera_plugin.iteration import Method, Pairs, score_pairs
+from sera_plugin.logprobs import TokenBudget
 from sera_plugin.loop import Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
-from sera_plugin.policies import PolicyHistory
+from sera_plugin.policies import PolicyHistory, is_finite
 from sera_plugin.rewards import FloatArray
 from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
@@ -44,6 +51,11 @@ from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, make_table
 
 LOG = logging.getLogger("axolotl.sera")
+
+_DIVERGED = (
+    "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
+    "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
+)
 
 
 def keep_one_model_loaded() -> None:
@@ -65,6 +77,16 @@ def keep_one_model_loaded() -> None:
     host.setup_reference_model = setup_reference_model
 
 
+class _EndOfIteration(TrainerCallback):
+    """Completes an iteration before the host saves the epoch's end."""
+
+    def __init__(self, trainer: SeraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_iteration(state, control)
+
+
 class SeraTrainer(AxolotlDPOTrainer):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
@@ -80,8 +102,11 @@ class SeraTrainer(AxolotlDPOTrainer):
         if not self.store.ranks.main:
             LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
         self._loop: Loop | None = None
-        self._gate_result: dict[str, float] | None = None
         self._gate_pending = False
+        self._iteration = 0
+        self._saved_step: int | None = None
+        # Before the host puts its own find in place of what the YAML says.
+        self._asked_checkpoint = self.cfg.resume_from_checkpoint
         self._offline_columns: dict[str, Any] = {}
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
@@ -117,6 +142,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             )
         if is_peft_model(self.model):
             tidy_adapters(self.model, continued)
+        self.add_callback(_EndOfIteration(self))
         self._pairs = Pairs.from_table(self.train_dataset.data.table)
         self._eval_pairs = self._held_out_pairs()
         self._policies = PolicyHistory(
@@ -125,7 +151,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._score = PolicyScorer(
             self._policies,
             int(self._tokenizer.pad_token_id),
-            self._token_budget,
+            TokenBudget(self._token_budget),
             self.compute_loss_context_manager,
             self.store.ranks,
             quiet=bool(self.args.disable_tqdm) or not self.store.ranks.main,
@@ -207,18 +233,54 @@ class SeraTrainer(AxolotlDPOTrainer):
 
     # -------------------------------------------------------------- one train() call
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.train`. Refuses to mix with another run's directory."""
+    def open_run(self) -> None:
+        """Start or continue the run's record, before the host writes into output_dir.
+
+        Raises:
+            ValueError, OSError: see `Loop.open`.
+        """
         self._loop = self._make_loop()
         self._loop.open(
             self.loss.name if self.loss else " + ".join(self.args.loss_type),
             float(self.args.beta),
             self._offline_columns,
             self.train_dataset.data.table,
-            bool(resume_from_checkpoint or self.cfg.auto_resume_from_checkpoints),
+            bool(self._asked_checkpoint or self.cfg.auto_resume_from_checkpoints),
         )
-        self._policies.keep_initial()
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: the host's find; the run continues from its own (`Loop`).
+
+        Raises:
+            ValueError: if the checkpoint that the YAML asks for cannot be used.
+        """
+        if self._loop is None:
+            self.open_run()
+        assert self._loop is not None
+        step = self._loop.continue_from(self._asked_checkpoint)
+        if step is not None:
+            self._require_optimizer(step)
+            resume_from_checkpoint = str(checkpoints.checkpoint(Path(self.args.output_dir), step))
+            # It would compare the policy with itself, in the middle of the curve.
+            self.args.eval_on_start = False
+        else:
+            resume_from_checkpoint = None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _require_optimizer(self, step: int) -> None:
+        assert self._loop is not None
+        path = checkpoints.checkpoint(Path(self.args.output_dir), step)
+        _, steps = self._loop.schedule.locate(step)
+        fresh = self.config.restart_optimizer and steps == 0
+        if not fresh and not (path / "optimizer.pt").exists():
+            raise ValueError(
+                f"{path} was saved without the optimizer (save_only_model), so the run cannot "
+                "continue from it as if it had not been interrupted. Name the checkpoint of an "
+                "iteration's end with resume_from_checkpoint, or start fresh in another output_dir."
+            )
 
     def _make_loop(self) -> Loop:
         method = Method(
@@ -249,6 +311,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             samplers=Samplers(
                 self.cfg, self.config, self.store, self._score, self.processing_class
             ),
+            nats=self._limits[0],
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
         )
@@ -322,17 +385,59 @@ class SeraTrainer(AxolotlDPOTrainer):
         loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = loader
         self._gate_pending = not resumed
-        self._gate_result = None
-        with self._score.phases.timed("train"):
-            super()._run_epoch(
-                model=model,
-                epoch=epoch,
-                train_dataloader=loader,
-                steps_in_epoch=len(loader),
-                num_update_steps_per_epoch=loop.schedule.steps(iteration),
-                **kwargs,
+        self._iteration = iteration
+        super()._run_epoch(
+            model=model,
+            epoch=epoch,
+            train_dataloader=loader,
+            steps_in_epoch=len(loader),
+            num_update_steps_per_epoch=loop.schedule.steps(iteration),
+            **kwargs,
+        )
+
+    def end_iteration(self, state: Any, control: Any) -> None:
+        """Complete the iteration's record, and save unless saving is off.
+
+        Between two iterations lie hours of scoring and sampling, which a run that is cut off
+        there must not repeat.
+        """
+        assert self._loop is not None
+        self._loop.end(self._iteration)
+        if self.args.save_strategy != SaveStrategy.NO and self._saved_step != state.global_step:
+            control.should_save = True
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The host's checkpoint, sealed before an older one is removed.
+
+        Raises:
+            ValueError: if the policy's weights are not finite: a run could not continue from them.
+            OSError: if the disk is full, with what to do about it.
+        """
+        step = self.state.global_step
+        if not is_finite(self.model):
+            raise ValueError(
+                f"the policy's weights are not finite after step {step} (iteration "
+                f"{self._iteration}), so nothing is saved. {_DIVERGED}"
             )
-        loop.end(iteration, self._gate_result)
+        directory = Path(self._get_output_dir(trial=trial))
+        path = checkpoints.checkpoint(directory, step)
+        # What is there was cut off, or `continue_from` would have set it aside.
+        self.store.ranks.on_main(lambda: shutil.rmtree(path, ignore_errors=True))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with explained(directory):
+                super()._save_checkpoint(model, trial)
+                self.store.ranks.on_main(lambda: seal(path))
+        finally:
+            self.args.save_total_limit = limit
+        self._saved_step = step
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(directory),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""
@@ -392,6 +497,9 @@ class SeraTrainer(AxolotlDPOTrainer):
                     torch.tensor(recorded["logps/chosen"][-1]),
                     torch.tensor(recorded["logps/rejected"][-1]),
                 )
+            if self.model.training:
+                loss = result[0] if return_outputs else result
+                self._require_finite(loss.item())
             return result
         mode = "train" if self.model.training else "eval"
         result = self._objective(model, inputs)
@@ -399,6 +507,9 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._pass_gate(
                 inputs, result.chosen_logps, result.rejected_logps, result.preference_loss
             )
+        if mode == "train":
+            self._require_finite(result.metrics["loss"])
+        del result.metrics["loss"]  # the host logs it itself
         tokens = round(result.metrics.pop("num_tokens") * self.store.ranks.world)
         for name, value in result.metrics.items():
             self._metrics[mode][name].append(value)
@@ -415,11 +526,25 @@ class SeraTrainer(AxolotlDPOTrainer):
         loss: torch.Tensor | None = None,
     ) -> None:
         self._gate_pending = False
-        low = self.args.bf16 or self.args.fp16 or low_precision(self.model)
-        limits = LOW_PRECISION_LIMITS if low else FLOAT32_LIMITS
-        self._gate_result = check_step_zero(
-            inputs, chosen_logps, rejected_logps, limits, loss, self.loss
+        figures = check_step_zero(
+            inputs, chosen_logps, rejected_logps, self._limits, loss, self.loss
         )
+        assert self._loop is not None
+        self._loop.passed_gate(self._iteration, figures)
+
+    @property
+    def _limits(self) -> tuple[float, float]:
+        """How far the same policy may differ from itself: nats per token, and loss."""
+        low = self.args.bf16 or self.args.fp16 or low_precision(self.model)
+        return LOW_PRECISION_LIMITS if low else FLOAT32_LIMITS
+
+    def _require_finite(self, loss: float) -> None:
+        """The host would go on, and log the mean of earlier losses instead."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} in step {self.state.global_step + 1} (iteration "
+                f"{self._iteration}), so training stops here. {_DIVERGED}"
+            )
 
 
 def preference_loss(cfg: DictDefault, config: SeraConfig) -> PreferenceLoss:

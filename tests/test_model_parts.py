@@ -11,7 +11,12 @@ from peft import LoraConfig, get_peft_model
 
 from sera_plugin.demo.base_model import load_model
 from sera_plugin.gate import FLOAT32_LIMITS, check_step_zero
-from sera_plugin.logprobs import batches_by_length, completion_logps, score_sequences
+from sera_plugin.logprobs import (
+    TokenBudget,
+    batches_by_length,
+    completion_logps,
+    score_sequences,
+)
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.policies import PolicyHistory, restore_snapshot, take_snapshot
 from sera_plugin.ranks import Shard
@@ -60,7 +65,7 @@ def test_batches_hold_every_index_once_within_the_budget():
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
 def test_scores_do_not_depend_on_how_they_are_batched(model, budget):
     prompts, completions = ids(3, 9, 5, 5), ids(8, 2, 1, 12, seed=1)
-    scores = score_sequences(model, prompts, completions, pad_id=0, token_budget=budget)
+    scores = score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(budget))
     for score, prompt, completion in zip(scores, prompts, completions, strict=True):
         whole = torch.from_numpy(np.concatenate([prompt, completion])).long()[None]
         with torch.no_grad():
@@ -71,10 +76,10 @@ def test_scores_do_not_depend_on_how_they_are_batched(model, budget):
 
 def test_scoring_leaves_the_model_in_its_mode(model):
     model.train()
-    score_sequences(model, ids(3), ids(3), pad_id=0, token_budget=99)
+    score_sequences(model, ids(3), ids(3), pad_id=0, budget=TokenBudget(99))
     assert model.training
     model.eval()
-    score_sequences(model, ids(3), ids(3), pad_id=0, token_budget=99)
+    score_sequences(model, ids(3), ids(3), pad_id=0, budget=TokenBudget(99))
     assert not model.training
 
 
@@ -136,7 +141,7 @@ def test_shards_together_give_the_same_candidates(model):
 
 def test_shards_together_give_the_same_scores(model):
     prompts, completions = ids(3, 9, 5, 5), ids(8, 2, 1, 12, seed=1)
-    keys = {"pad_id": 0, "token_budget": 24}
+    keys = {"pad_id": 0, "budget": TokenBudget(24)}
     parts = [
         score_sequences(model, prompts, completions, shard=Shard(index, 2), **keys)
         for index in range(2)

@@ -160,13 +160,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path,
 def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there(
     base_config, train, monkeypatch
 ):
+    from sera_plugin.logprobs import TokenBudget
     from sera_plugin.sampling.transformers import TransformersSampler
 
     base_config |= {"save_strategy": "no", "saves_per_epoch": None}
     sample = TransformersSampler.sample
 
     def interrupted(self, *args, **kwargs):
-        self.token_budget = 200
+        self.budget = TokenBudget(200)
         for number, chunk in enumerate(sample(self, *args, **kwargs)):
             if number == 2:
                 raise KeyboardInterrupt
@@ -229,11 +230,12 @@ def test_one_model_is_loaded_and_a_training_step_is_one_forward_pass(
 
 
 def test_old_weights_are_removed_and_trackers_get_sera_metrics(base_config, train):
-    base_config |= {"num_epochs": 4}
+    base_config |= {"num_epochs": 5, "save_total_limit": 1}
     result = train(base_config)
     kept = sorted(path.parent.name for path in result.run.glob("*/policy"))
-    # Iteration 1 is a pointer to the base model; theta_1 is needed by no later iteration.
-    assert kept == ["iteration-01", "iteration-03", "iteration-04"]
+    # Iteration 1 is a pointer to the base model. A run cut off in iteration 5 would compare
+    # theta_4, theta_3 and theta_2; nothing needs theta_1.
+    assert kept == [f"iteration-0{number}" for number in (1, 3, 4, 5)]
     names = {name for entry in result.history for name in entry}
     for name in (
         "sera/pairs/kept",

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from sera_plugin.logprobs import batches_by_length, innermost
+from sera_plugin.logprobs import TokenBudget, batches_by_length, innermost
 from sera_plugin.ranks import WHOLE, Shard
 from sera_plugin.sampling import Candidate, Chunk, SamplingSettings, TokenIds, room
 
 
 class TransformersSampler:
-    """Samples from the loaded model as it is now.
+    """Samples from the loaded model.
 
     Args:
         model: the policy; left in the mode (train or eval) it came in.
@@ -24,6 +24,7 @@ class TransformersSampler:
         token_budget: most tokens of one batch's prompts and candidates together.
         autocast: the context training computes its loss in.
         shard: this process's part of the batches.
+        policy: the context in which the model is the policy to sample from.
     """
 
     def __init__(
@@ -33,14 +34,16 @@ class TransformersSampler:
         token_budget: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         shard: Shard = WHOLE,
+        policy: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.report: dict[str, Any] = {"name": "transformers"}
         self.seconds: dict[str, float] = {}
         self.model = model
         self.pad_id = pad_id
-        self.token_budget = token_budget
+        self.budget = TokenBudget(token_budget, "sampling")
         self.autocast = autocast
         self.shard = shard
+        self.policy = policy
 
     def sample(
         self,
@@ -55,26 +58,34 @@ class TransformersSampler:
             (len(prompt) + limit) * settings.candidates
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
+        # Batches are planned over all rows, finished ones included: a row's random stream is its
+        # batch's, and must be the same when an interrupted call is made again.
+        batches = [
+            batch
+            for batch in batches_by_length(sizes, self.budget.planned)
+            if not all(row in skip for row in batch)
+        ]
+
+        def generate(batch: list[int]) -> list[list[Candidate]]:
+            if all(row in skip for row in batch):  # a finished part of an unfinished batch
+                return [[] for _ in batch]
+            return self._generate(
+                [prompts[i] for i in batch],
+                [limits[i] for i in batch],
+                settings,
+                seed=_stream(settings.seed, batch[0]),
+            )
+
         was_training = self.model.training
         self.model.eval()
         try:
-            # Batches are planned over all rows, finished ones included: a row's random stream is
-            # its batch's, and must be the same when an interrupted call is made again.
-            batches = [
-                batch
-                for batch in batches_by_length(sizes, self.token_budget)
-                if not all(row in skip for row in batch)
-            ]
-            for batch in self.shard.of(batches):
-                generated = self._generate(
-                    [prompts[i] for i in batch],
-                    [limits[i] for i in batch],
-                    settings,
-                    seed=_stream(settings.seed, batch[0]),
-                )
-                found = zip(batch, generated, strict=True)
-                # Another sampler may have finished a part of the batch.
-                yield [(row, candidates) for row, candidates in found if row not in skip]
+            with self.policy():
+                for batch, generated in self.budget.run(self.shard.of(batches), sizes, generate):
+                    found = zip(batch, generated, strict=True)
+                    # Another sampler may have finished a part of the batch.
+                    chunk = [(row, candidates) for row, candidates in found if row not in skip]
+                    if chunk:
+                        yield chunk
         finally:
             self.model.train(was_training)
 

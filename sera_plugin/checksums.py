@@ -1,0 +1,208 @@
+"""Checksums: whether a file is what was written.
+
+A directory's checksums are in its `SHA256SUMS`, in the format of `sha256sum`, so that anybody can
+check a run with `sha256sum -c`. A file is listed before it gets its name, and a directory that is
+written as a whole (a policy, a checkpoint) is listed last of all: what is not listed was cut off.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+SUMS = "SHA256SUMS"
+#: Digits of a checksum in a file's name.
+_SHORT = 16
+#: Bytes of free space at which a disk counts as full: less than a file system keeps for itself.
+_NEXT_TO_NOTHING = 2**16
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space, or have the quota raised",
+    errno.EROFS: "Make it writable, or set another output_dir",
+    errno.EACCES: "Change the permissions, or set another output_dir",
+    errno.EPERM: "Change the permissions, or set another output_dir",
+}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, list its checksum, and rename it into place.
+
+    Whenever the process ends, the place holds the whole old file or the whole new one, and the
+    list knows it.
+
+    Args:
+        path: the file.
+        write: called with the path to write to.
+
+    Raises:
+        OSError: if it cannot be written, with what to do about it. The old file is still there.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            _flush(partial)
+            sums = _read(path.parent)
+            earlier = sums.get(path.name, ())
+            written = digest(partial)
+            _write(path.parent, {**sums, path.name: (*earlier, written)})
+            partial.replace(path)
+            _flush(path.parent)
+            if earlier:
+                _write(path.parent, {**sums, path.name: (written,)})
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and is one that `replace_file` has written."""
+    return path.is_file() and digest(path) in _read(path.parent).get(path.name, ())
+
+
+def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> None:
+    """Write a file whose name ends in its checksum: many processes may add to one directory.
+
+    Args:
+        directory: where it goes.
+        name: of the file; the checksum comes in front of its suffix.
+        write: called with the path to write to.
+
+    Raises:
+        OSError: if it cannot be written, with what to do about it.
+    """
+    partial, named = directory / f".{name}.partial", Path(name)
+    try:
+        with explained(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            _flush(partial)
+            partial.replace(directory / f"{named.stem}-{digest(partial)[:_SHORT]}{named.suffix}")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_named_right(path: Path) -> bool:
+    """Whether a file of `add_file` is what its name says."""
+    return digest(path)[:_SHORT] == path.stem[-_SHORT:]
+
+
+def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a directory beside its place, seal it, and rename it into place.
+
+    Args:
+        path: the directory. What is there is replaced.
+        write: called with the directory to write into.
+
+    Raises:
+        OSError: if it cannot be written, with what to do about it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # half of one that a killed process was writing
+    try:
+        with explained(path.parent):
+            partial.mkdir(parents=True)
+            write(partial)
+            seal(partial)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+            _flush(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def seal(directory: Path) -> None:
+    """List every file of a finished directory, and make sure that all of it is on the disk."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SUMS)
+    for path in files:
+        _flush(path)
+    _write(directory, {str(path.relative_to(directory)): (digest(path),) for path in files})
+    _flush(directory)
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a sealed directory in half a sentence, or None if nothing is."""
+    sums = _read(directory)
+    if not sums:
+        return "it was not written to its end"
+    for name, expected in sums.items():
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+        if digest(directory / name) not in expected:
+            return f"the checksum of {name} differs"
+    return None
+
+
+def _read(directory: Path) -> dict[str, tuple[str, ...]]:
+    """Name -> checksums. A file that is being replaced has two for a moment."""
+    try:
+        text = (directory / SUMS).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    sums: dict[str, tuple[str, ...]] = {}
+    for line in text.splitlines():
+        checksum, _, name = line.partition("  ")
+        if len(checksum) == 64 and name:
+            sums[name] = (*sums.get(name, ()), checksum)
+    return sums
+
+
+def _write(directory: Path, sums: Mapping[str, Sequence[str]]) -> None:
+    lines = [f"{one}  {name}\n" for name, found in sorted(sums.items()) for one in found]
+    partial = directory / f".{SUMS}.partial"
+    partial.write_text("".join(lines), encoding="utf-8")
+    _flush(partial)
+    partial.replace(directory / SUMS)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """Say what to do about a disk that does not take a file.
+
+    Args:
+        directory: where files are written inside the block.
+
+    Raises:
+        OSError: instead of any error that comes from a full or closed disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Libraries that write in another language tell a full disk in words of their own.
+        if number not in _REMEDIES and _is_full(directory):
+            number = errno.ENOSPC
+        if number is None or number not in _REMEDIES:
+            raise
+        raise OSError(
+            number,
+            f"{directory} takes no more files: {os.strerror(number)}. {_REMEDIES[number]}, then "
+            "continue the run with `auto_resume_from_checkpoints: true`. Nothing that was finished "
+            "is lost",
+        ) from error
+
+
+def _is_full(directory: Path) -> bool:
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free < _NEXT_TO_NOTHING
