@@ -253,6 +253,14 @@ class Watch:
             )
 
         wrap(SeraTrainer, "training_step", around=stepping)
+
+        def evaluated(metrics: Any, trainer: Any, *_: Any, **__: Any) -> None:
+            # Before its first epoch the host evaluates what it has loaded, wherever that is.
+            if self.iteration:
+                loss = float(metrics["eval_loss"]).hex()
+                self.tell("evaluation", step=trainer.state.global_step, loss=loss)
+
+        wrap(SeraTrainer, "evaluate", after=evaluated)
         for name, phase in (
             ("on_pre_optimizer_step", "optimizer"),
             ("on_optimizer_step", "optimizer"),

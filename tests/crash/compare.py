@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 #: a run that continues after that step does not make.
 _MAY_DIFFER = ("seconds", "forwarded", "step_zero")
 #: What a step logs that its weights and its schedule determine.
-_LOGGED = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+_LOGGED = ("loss", "grad_norm", "learning_rate")
 
 Event = dict[str, Any]
 
@@ -61,6 +61,8 @@ def left_behind(directory: Path) -> dict[str, Any]:
             elif event["event"] == "step":
                 step, batch = event["step"]
                 _agree(found, f"step {step} batch {batch}", (event["batch"], event["loss"]))
+            elif event["event"] == "evaluation":
+                _agree(found, f"evaluation after step {event['step']}", event["loss"])
     return found
 
 
@@ -79,10 +81,9 @@ def _last_state(output: Path) -> dict[str, Any]:
     state = json.loads(last.read_text())
     found = {name: state[name] for name in ("global_step", "max_steps")}
     for entry in state["log_history"]:
-        kind = next((key for key in ("loss", "eval_loss") if key in entry), None)
-        if kind:
-            shown = {key: entry[key] for key in _LOGGED if key in entry}
-            _agree(found, f"logged {kind} of step {entry['step']}", shown)
+        if "loss" in entry:
+            shown = {key: entry[key] for key in _LOGGED}
+            _agree(found, f"log of step {entry['step']}", shown)
     return found
 
 

@@ -6,6 +6,7 @@ forks for each run: a run is still a fresh process, and dies alone.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -109,21 +110,27 @@ class ForkServer:
 # ------------------------------------------------------------------ inside
 
 
-def _import_host() -> None:
-    import axolotl.cli.config
-    import axolotl.cli.train
-    import axolotl.common.datasets
-    import axolotl.core.builders
-    import axolotl.train
-    import peft.peft_model
-    import torch
-    import transformers.modeling_utils
-    import trl  # noqa: F401
+#: Everything that a run imports, so that none of them has to.
+_HOST = (
+    "axolotl.cli.config",
+    "axolotl.cli.train",
+    "axolotl.common.datasets",
+    "axolotl.core.builders",
+    "axolotl.train",
+    "peft.peft_model",
+    "transformers.modeling_utils",
+    "trl",
+    "sera_plugin.plugin",
+    "sera_plugin.trainer",
+    "tests.conftest",
+    "tests.crash.child",
+)
 
-    import sera_plugin.plugin
-    import sera_plugin.trainer
-    import tests.conftest
-    import tests.crash.child  # noqa: F401
+
+def _import_host() -> None:
+    for module in _HOST:
+        importlib.import_module(module)
+    import torch
 
     torch.set_num_threads(1)
 
