@@ -80,12 +80,12 @@ def test_the_table_has_a_row_per_phase_and_kind_and_its_place_in_a_page(tmp_path
     assert f"| {LABELS['rotation']} | `full` | 2 | 1 | 3 | 1 | 2 |" in table
     assert "| **all** |  | 3 | 2 | 3 | 1 | 2 |" in table
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nearlier\n{END}\nafter\n")
     write_table(page, table, "the command", seed=5, seconds=60)
     text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n`the command` on ")
     assert text.endswith(f"{table}\n{END}\nafter\n")
-    assert "old" not in text
+    assert "earlier" not in text
     assert "seed 5" in text
 
 

@@ -237,6 +237,7 @@ class Bench:
         if kill is None or kill[0] != RANDOM:
             return self.server.run(Job(str(directory), kill=kill))
         share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
+        share *= 0.95 * 0.5**number  # a continued run has less to do
         return self.server.run(Job(str(directory), after=share * whole.seconds))
 
     def _prepare(self, kind: str, directory: Path) -> Path:
@@ -299,11 +300,12 @@ def _choose(bench: Bench, phase: str, kind: str, random: Random) -> Point | None
     if phase == RANDOM:
         return Point(kind, ((RANDOM, random.randrange(1_000)),))
     if phase == CHAIN:
-        places = [name for name in PHASES if counts.get(name)]
-        first, second = random.sample(places, 2)
+        first, second = random.sample([name for name in PHASES if counts.get(name)], 2)
+        kill = (first, random.randint(1, counts[first]))
+        if random.random() < 0.5:
+            return Point(kind, (kill, (RANDOM, random.randrange(1_000))))
         # A continued run has less to do: an early place, so that it gets there.
-        later = random.randint(1, max(1, counts[second] // 4))
-        return Point(kind, ((first, random.randint(1, counts[first])), (second, later)))
+        return Point(kind, (kill, (second, random.randint(1, max(1, counts[second] // 4)))))
     if not counts.get(phase):
         return None
     return Point(kind, ((phase, random.randint(1, counts[phase])),))
