@@ -17,7 +17,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm bench-sampling lint types docs wheel clean
+.PHONY: demo test test-vllm test-crash bench-sampling lint types docs wheel clean
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,11 @@ $(VLLM_READY):
 
 test-vllm: $(READY) $(VLLM_READY)
 	SERA_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
+
+# Kills runs and continues them, about 10 s a point. ARGS="--seed 1 --only 'rotation:5:lora-keep-1'"
+# tries one point again.
+test-crash: $(READY)
+	$(BIN)/python -m tests.crash $(or $(ARGS),--points 60 --table docs/reliability.md)
 
 # ARGS="--model ... --prompts ..." measures another model; VLLM_PYTHON=... another vLLM.
 VLLM_PYTHON ?= $(VLLM_VENV)/bin/python

@@ -30,11 +30,15 @@ DATA_TYPE = {
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> SimpleNamespace:
     """The demo's model, barely trained, and 24 preference pairs with 6 held out."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(directory: Path) -> SimpleNamespace:
+    """See `world`; for tests that make it in a process of their own."""
     from sera_plugin.demo.base_model import load_model, respond, train_base_model
     from sera_plugin.demo.run import make_pairs
     from sera_plugin.demo.world import make_prompt
 
-    directory = tmp_path_factory.mktemp("world")
     train_base_model(directory / "base", steps=40, batch_size=32)
     random = Random(5)
     prompts = [make_prompt(random) for _ in range(40)]
@@ -53,16 +57,21 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 @pytest.fixture
 def base_config(world, tmp_path) -> dict:
     """A YAML that trains in seconds on a CPU in float32; tests change what they are about."""
+    return make_config(world.directory, tmp_path)
+
+
+def make_config(world: Path, directory: Path) -> dict:
+    """See `base_config`: the data and the model of `world`, output below `directory`."""
     data = {"ds_type": "json", "split": "train", "type": dict(DATA_TYPE)}
     return {
-        "base_model": str(world.base),
+        "base_model": str(world / "base"),
         "plugins": ["sera_plugin.SeraPlugin"],
         "rl": "sera",
         "sera": {"max_new_tokens": 12, "temperature": 1.0},
-        "datasets": [{"path": str(world.directory / "train.jsonl"), **data}],
-        "test_datasets": [{"path": str(world.directory / "test.jsonl"), **data}],
-        "dataset_prepared_path": str(tmp_path / "prepared"),
-        "output_dir": str(tmp_path / "out"),
+        "datasets": [{"path": str(world / "train.jsonl"), **data}],
+        "test_datasets": [{"path": str(world / "test.jsonl"), **data}],
+        "dataset_prepared_path": str(directory / "prepared"),
+        "output_dir": str(directory / "out"),
         "sequence_len": 48,
         "num_epochs": 3,
         "micro_batch_size": 4,

@@ -1,0 +1,317 @@
+"""Inside a run: where it is, what it does, and its death.
+
+Everything here is wrapped around the host and the plugin from outside; neither knows of it. Each
+place where a run may be killed has a name (a phase) and is counted every time the run is there.
+What the run does goes to trace.jsonl, line by line past all buffers: the kernel keeps what a
+process wrote before it was killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+#: Most tokens of a forward pass: several batches of each kind even with 24 pairs.
+TOKEN_BUDGET = 300
+
+
+def train(directory: Path, kill: tuple[str, int] | None, set_up: Callable[[], None]) -> None:
+    """What `axolotl train config.yaml --launcher python` does once it is imported."""
+    from axolotl.cli.train import do_cli
+
+    watch = Watch(directory, kill)
+    watch.install(set_up)
+    sys.argv = ["axolotl"]
+    do_cli(config="config.yaml")
+    watch.settle()
+    watch.tell("end", counts=dict(watch.counts))
+
+
+class Watch:
+    """Counts where the run is, and kills it at the chosen place.
+
+    Args:
+        directory: the run's; its output goes to `out` in there.
+        kill: (phase, n).
+    """
+
+    def __init__(self, directory: Path, kill: tuple[str, int] | None) -> None:
+        self.output = directory / "out"
+        self.kill = kill
+        self.counts: Counter[str] = Counter()
+        self.trained = False
+        self.iteration = 0
+        self._step = (-1, 0)
+        self._scoring = ""
+        self._pending: str | None = None
+        self._removing: str | None = None
+        trace = directory / "trace.jsonl"
+        self._trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.tell("start")
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Add a line to the trace."""
+        line = json.dumps({"event": event, "at": time.monotonic(), **details})
+        os.write(self._trace, (line + "\n").encode())
+
+    def hit(self, phase: str, just_before: Callable[[], object] = lambda: None) -> None:
+        """The run is here; the end if this is the place."""
+        self.counts[phase] += 1
+        if self.kill == (phase, self.counts[phase]):
+            just_before()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # -------------------------------------------------------------- files
+
+    def place(self, path: Any) -> str | None:
+        """What part of the output a path belongs to."""
+        try:
+            parts = Path(os.path.abspath(os.fsdecode(path))).relative_to(self.output).parts
+        except (TypeError, ValueError):
+            return None
+        if not parts:
+            return None
+        if "checkpoint" in parts[0]:
+            return "checkpoint"
+        if parts[0] == "sera":
+            return "policy" if any("policy" in part for part in parts) else "run"
+        return "final" if self.trained else "output"
+
+    def wrote(self, path: Any) -> None:
+        """A file is complete: the end between two files, or in the middle of this one."""
+        place = self.place(path)
+        if place is not None:
+            self.hit(f"{place}-file")
+            half = os.path.getsize(path) // 2
+            self.hit(f"{place}-half", lambda: os.truncate(path, half))
+
+    def settle(self) -> None:
+        """The file that Python opened last is complete once something else is written."""
+        path, self._pending = self._pending, None
+        if path is not None and os.path.exists(path):
+            self.wrote(path)
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        """Python's own files as they are opened, and whatever is removed."""
+        if event == "open":
+            path, mode, flags = args
+            writes = any(c in mode for c in "wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR)
+            if writes and self.place(path) is not None:
+                self.settle()
+                self._pending = path
+        elif event == "shutil.rmtree":
+            self._removing = self.place(args[0])
+        elif event in ("os.remove", "os.rmdir") and self._removing and args[1] != -1:
+            # Only a tree that is being removed has its entries named below an open directory.
+            self.hit("rotation" if self._removing == "checkpoint" else "clean")
+
+    @contextmanager
+    def _renaming(self, target: Any) -> Iterator[None]:
+        self.settle()
+        place = self.place(target)
+        before, after = {
+            "run": ("rename-before", "rename-after"),
+            "policy": ("rename-before", "rename-after"),
+            "checkpoint": ("checkpoint-file", "checkpoint-file"),
+        }.get(str(place), ("", ""))
+        if before:
+            self.hit(before)
+        yield
+        if after:
+            self.hit(after)
+
+    # -------------------------------------------------------------- wrapping
+
+    def install(self, set_up: Callable[[], None]) -> None:
+        """Wrap everything. `set_up` is called once the host has set the run up."""
+        self._watch_files()
+        self._watch_phases(set_up)
+        self._watch_training()
+
+    def _watch_files(self) -> None:
+        import peft.peft_model
+        import pyarrow.parquet as pq
+        import torch
+        import transformers.modeling_utils
+        from transformers import TrainerState
+
+        sys.addaudithook(self.audit)
+        for name in ("rename", "replace"):
+            wrap(os, name, around=lambda source, target, **_: self._renaming(target))
+        # These write without Python's `open`.
+        for owner, name, argument in (
+            (transformers.modeling_utils, "safe_save_file", 1),
+            (peft.peft_model, "safe_save_file", 1),
+            (torch, "save", 1),
+            (pq, "write_table", 1),
+        ):
+            wrap(
+                owner,
+                name,
+                before=lambda *args, **_: self.settle(),
+                after=lambda _, *args, _at=argument, **__: self.wrote(args[_at]),
+            )
+        # The last file of a checkpoint is complete here, not when the next one is opened.
+        wrap(TrainerState, "save_to_json", after=lambda *_, **__: self.settle())
+
+    def _watch_phases(self, set_up: Callable[[], None]) -> None:
+        import sera_plugin.logprobs
+        from sera_plugin.logprobs import innermost
+        from sera_plugin.loop import Loop
+        from sera_plugin.sampling.transformers import TransformersSampler
+        from sera_plugin.scoring import PolicyScorer
+        from sera_plugin.store import RunStore
+        from sera_plugin.trainer import SeraTrainer
+
+        SeraTrainer._token_budget = property(lambda trainer: TOKEN_BUDGET)
+
+        def opened(*_: Any, **__: Any) -> None:
+            self.tell("open")
+            set_up()
+
+        wrap(Loop, "open", before=opened)
+
+        def begins(loop: Any, iteration: int, *_: Any, **__: Any) -> None:
+            self.iteration = iteration
+            self.hit("boundary")
+
+        def began(prepared: Any, loop: Any, iteration: int, *_: Any, **__: Any) -> None:
+            digest = sha(json.dumps(prepared.pairs.to_pydict()))
+            self.tell("begin", iteration=iteration, pairs=digest)
+
+        wrap(Loop, "begin", before=begins, after=began)
+        wrap(
+            Loop,
+            "end",
+            before=lambda *_, **__: self.hit("boundary"),
+            after=lambda *_, **__: self.hit("boundary"),
+        )
+
+        def scores(scorer: Any, policy: int, prompts: Any, completions: Any, phase: str) -> None:
+            self._scoring = phase.replace("_", "-")
+
+        wrap(PolicyScorer, "__call__", before=scores)
+        wrap(
+            sera_plugin.logprobs,
+            "forward_logps",
+            before=lambda *_, **__: self.hit(self._scoring),
+        )
+
+        @contextmanager
+        def sampling(sampler: Any, *_: Any, **__: Any) -> Iterator[None]:
+            model = innermost(sampler.model)
+            handle = model.register_forward_pre_hook(lambda *_: self.hit("sample-token"))
+            yield
+            handle.remove()
+
+        wrap(TransformersSampler, "_generate", around=sampling)
+
+        def sampled(event: str, iteration: int, table: Any) -> None:
+            self.tell(event, iteration=iteration, rows=sorted(set(table["row"].to_pylist())))
+
+        def wrote_samples(_: Any, store: Any, iteration: int, table: Any) -> None:
+            sampled("kept", iteration, table)
+            self.hit("sample-chunk")
+
+        wrap(
+            RunStore,
+            "append_samples",
+            before=lambda store, iteration, table: sampled("sampled", iteration, table),
+            after=wrote_samples,
+        )
+
+    def _watch_training(self) -> None:
+        import axolotl.train
+        from transformers.trainer_callback import CallbackHandler
+
+        from sera_plugin.trainer import SeraTrainer
+
+        @contextmanager
+        def stepping(trainer: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Iterator[Any]:
+            self.hit("micro-batch")
+            batch = sha(*(inputs[key].cpu().numpy().tobytes() for key in sorted(inputs)))
+            loss: list[Any] = []
+            yield loss.append
+            step = trainer.state.global_step
+            self._step = (step, self._step[1] + 1 if self._step[0] == step else 0)
+            self.tell(
+                "step",
+                iteration=self.iteration,
+                step=self._step,
+                batch=batch,
+                loss=float(loss[0]).hex(),
+            )
+
+        wrap(SeraTrainer, "training_step", around=stepping)
+
+        def evaluated(metrics: Any, trainer: Any, *_: Any, **__: Any) -> None:
+            # Before its first epoch the host evaluates what it has loaded, wherever that is.
+            if self.iteration:
+                loss = float(metrics["eval_loss"]).hex()
+                self.tell("evaluation", step=trainer.state.global_step, loss=loss)
+
+        wrap(SeraTrainer, "evaluate", after=evaluated)
+        for name, phase in (
+            ("on_pre_optimizer_step", "optimizer"),
+            ("on_optimizer_step", "optimizer"),
+            ("on_epoch_end", "boundary"),
+        ):
+            wrap(CallbackHandler, name, before=lambda *_, _p=phase, **__: self.hit(_p))
+        wrap(CallbackHandler, "on_save", after=lambda *_, **__: self.hit("checkpoint-after"))
+
+        def trained(*_: Any, **__: Any) -> None:
+            self.settle()
+            self.hit("before-final")
+            self.trained = True
+
+        wrap(CallbackHandler, "on_train_end", after=lambda *_, **__: self.hit("before-final"))
+        wrap(axolotl.train, "save_trained_model", before=trained)
+
+
+def sha(*parts: bytes | str) -> str:
+    """A digest of everything given, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+def wrap(
+    owner: Any,
+    name: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[..., None] | None = None,
+    around: Callable[..., Any] | None = None,
+) -> None:
+    """Call something before a function, after it (with its result first), or around it.
+
+    A context manager that yields a callable is given the function's result through it.
+    """
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if around is not None:
+            with around(*args, **kwargs) as take:
+                result = original(*args, **kwargs)
+                if take is not None:
+                    take(result)
+            return result
+        if before is not None:
+            before(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if after is not None:
+            after(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, wrapped)

@@ -1,0 +1,153 @@
+"""What a run left behind, in what two runs differ, and what was done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+#: What a continued run may say differently: how long things took, how much was forwarded (what was
+#: scored when the run died is scored again), and the check at the first step of an iteration, which
+#: a run that continues after that step does not make.
+_MAY_DIFFER = ("seconds", "forwarded", "step_zero")
+#: What a step logs that its weights and its schedule determine.
+_LOGGED = ("loss", "grad_norm", "learning_rate")
+
+Event = dict[str, Any]
+
+
+def read_trace(directory: Path) -> list[list[Event]]:
+    """What each of the runs in a directory did, one list a run."""
+    path = directory / "trace.jsonl"
+    runs: list[list[Event]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the run was killed in the middle of this line
+        if event["event"] == "start":
+            runs.append([])
+        runs[-1].append(event)
+    return runs
+
+
+def left_behind(directory: Path) -> dict[str, Any]:
+    """Everything that must be equal, by name."""
+    output = directory / "out"
+    run = output / "sera"
+    found: dict[str, Any] = {}
+    for path in sorted(run.rglob("*.parquet")):
+        found[f"sera/{path.relative_to(run)}"] = digest(path)
+    for path in sorted(run.glob("*.json")) + sorted(run.glob("iteration-*/*.json")):
+        content = json.loads(path.read_text())
+        kept = {key: value for key, value in content.items() if key not in _MAY_DIFFER}
+        found[f"sera/{path.relative_to(run)}"] = kept
+    for policy in sorted(run.glob("iteration-*/policy")):
+        weights = [*policy.glob("*.safetensors"), *policy.glob("base_model.json")]
+        name = f"sera/{policy.relative_to(run)}"
+        found[name] = {path.name: digest(path) for path in sorted(weights)}
+    for path in sorted(output.glob("*.safetensors")):
+        found[path.name] = digest(path)
+    found |= _last_state(output)
+    for events in read_trace(directory):
+        for event in events:
+            if event["event"] == "begin":
+                _agree(found, f"D_{event['iteration']}", event["pairs"])
+            elif event["event"] == "step":
+                step, batch = event["step"]
+                _agree(found, f"step {step} batch {batch}", (event["batch"], event["loss"]))
+            elif event["event"] == "evaluation":
+                _agree(found, f"evaluation after step {event['step']}", event["loss"])
+    return found
+
+
+def _agree(found: dict[str, Any], name: str, value: Any) -> None:
+    """What several runs of a directory have done, they must have done alike."""
+    if found.setdefault(name, value) != value:
+        found[name] = "not the same each time"
+
+
+def _last_state(output: Path) -> dict[str, Any]:
+    """The host's own record in its last checkpoint: steps, losses, learning rates."""
+    states = list(output.glob("checkpoint-*/trainer_state.json"))
+    if not states:
+        return {}
+    last = max(states, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")))
+    state = json.loads(last.read_text())
+    found = {name: state[name] for name in ("global_step", "max_steps")}
+    for entry in state["log_history"]:
+        if "loss" in entry:
+            shown = {key: entry[key] for key in _LOGGED}
+            _agree(found, f"log of step {entry['step']}", shown)
+    return found
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Names of what differs, is missing or is too much."""
+    result = []
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            result.append(f"{name}: missing")
+        elif name not in expected:
+            result.append(f"{name}: not in the uninterrupted run")
+        elif expected[name] != found[name]:
+            result.append(f"{name}: differs")
+    return result
+
+
+@dataclass
+class Ledger:
+    """What is done twice over the runs of one directory.
+
+    A row's samples are on disk or not when a run dies. If they are, a later run may sample the row
+    again only where it has trained the policy that samples it anew, in an earlier iteration.
+
+    Attributes:
+        sampled_twice: (iteration, row), once for each time too many.
+        repeated_steps: optimizer steps that were made in an earlier run already.
+    """
+
+    sampled_twice: list[tuple[int, int]] = field(default_factory=list)
+    repeated_steps: int = 0
+    _sampled: dict[int, set[int]] = field(default_factory=dict)
+    _steps: set[int] = field(default_factory=set)
+
+    def add(self, events: list[Event], output: Path) -> None:
+        """Enter what one run did, and what is on disk now that it has ended."""
+        steps = set()
+        for event in events:
+            iteration = event.get("iteration", 0)
+            if event["event"] == "step":
+                steps.add(event["step"][0])
+                self._sampled = {t: rows for t, rows in self._sampled.items() if t <= iteration}
+            elif event["event"] == "sampled":
+                again = self._sampled.get(iteration, set()).intersection(event["rows"])
+                self.sampled_twice += [(iteration, row) for row in sorted(again)]
+            elif event["event"] == "kept":
+                self._sampled.setdefault(iteration, set()).update(event["rows"])
+        self.repeated_steps += len(steps & self._steps)
+        self._steps |= steps
+        for path in (
+            *output.glob("sera/*/samples/*.parquet"),
+            *output.glob("sera/*/cand*.parquet"),
+        ):
+            directory = path.relative_to(output / "sera").parts[0]
+            rows = _rows(path)
+            self._sampled.setdefault(int(directory.removeprefix("iteration-")), set()).update(rows)
+
+
+def _rows(path: Path) -> list[int]:
+    try:
+        rows: list[int] = pq.read_table(path, columns=["row"])["row"].to_pylist()
+    except pa.ArrowInvalid:
+        return []  # not whole, so not on disk
+    return rows

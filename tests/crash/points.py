@@ -1,0 +1,311 @@
+"""Kinds of training, places to kill them, and one point from its start to its verdict."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from tests.conftest import adapter, make_config
+from tests.crash.compare import Ledger, differences, left_behind, read_trace
+from tests.crash.process import Ended, ForkServer, Job
+
+_EVERY_STEP = {"save_steps": 1, "saves_per_epoch": None}
+_LORA = adapter()
+
+#: Kinds of training by name; what is said of each is what it adds to the tests' configuration.
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full-keep-1": {**_EVERY_STEP, "save_total_limit": 1},
+    "full-keep-2": {**_EVERY_STEP, "save_total_limit": 2},
+    "full-one-schedule": {
+        **_EVERY_STEP,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "sera": {"restart_optimizer": False},
+    },
+    "full-4-iterations": {**_EVERY_STEP, "save_total_limit": 2, "num_epochs": 4},
+    "lora": _LORA,
+    "lora-keep-1": {**_LORA, **_EVERY_STEP, "save_total_limit": 1},
+    "lora-continued": {**_LORA, **_EVERY_STEP, "save_total_limit": 2},
+    "qlora": {**_LORA, "adapter": "qlora", "load_in_4bit": True},
+    "qlora-keep-1": {
+        **_LORA,
+        **_EVERY_STEP,
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "save_total_limit": 1,
+    },
+}
+
+#: Places where a run kills itself. "half": with the last file cut to half of its length.
+PHASES: dict[str, str] = {
+    "output-file": "between two files of output_dir before the final save",
+    "output-half": "a file of output_dir half written before the final save",
+    "score-offline": "scoring offline pairs, before a batch",
+    "score-candidates": "scoring candidates, before a batch",
+    "score-evaluation": "scoring held-out pairs, before a batch",
+    "sample-token": "sampling, inside a chunk",
+    "sample-chunk": "sampling, after a chunk",
+    "run-half": "a file of the run directory half written",
+    "rename-before": "before a file of the run directory gets its name",
+    "rename-after": "after a file of the run directory got its name",
+    "policy-file": "between two files of a policy",
+    "policy-half": "a file of a policy half written",
+    "clean": "while finished chunks or old policies are removed",
+    "micro-batch": "in the middle of an iteration, before a micro-batch",
+    "optimizer": "before or after an optimizer step",
+    "checkpoint-file": "between two files of a checkpoint",
+    "checkpoint-half": "a file of a checkpoint half written",
+    "rotation": "while an old checkpoint is removed",
+    "checkpoint-after": "right after a checkpoint",
+    "boundary": "between two iterations",
+    "before-final": "between the last step and the final save",
+    "final-file": "between two files of the final save",
+    "final-half": "a file of the final save half written",
+}
+RANDOM = "random"
+CHAIN = "twice"
+UNKILLED = "never"
+LABELS = {
+    UNKILLED: "not killed, a second run",
+    **PHASES,
+    RANDOM: "at a random instant",
+    CHAIN: "killed again after continuing",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run of one kind is killed: once, or again after it was continued.
+
+    Attributes:
+        kind: of `KINDS`.
+        kills: (phase, n) of `PHASES`, or (`RANDOM`, n): the n-th random instant of this kind.
+    """
+
+    kind: str
+    kills: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def phase(self) -> str:
+        """The row of the table it counts in."""
+        if len(self.kills) > 1:
+            return CHAIN
+        return self.kills[0][0] if self.kills else UNKILLED
+
+    def __str__(self) -> str:
+        kills = "+".join(f"{phase}:{n}" for phase, n in self.kills)
+        return f"{kills or f'{UNKILLED}:1'}:{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """The opposite of `str`, for example `sample-chunk:3:lora`.
+
+        Raises:
+            ValueError: naming what is not known.
+        """
+        kills, _, kind = text.rpartition(":")
+        if kind not in KINDS:
+            raise ValueError(f"{text}: {kind!r} is no kind of training ({', '.join(KINDS)})")
+        found = []
+        for kill in kills.split("+"):
+            phase, _, number = kill.partition(":")
+            if phase not in LABELS or not number.isdigit():
+                raise ValueError(f"{text}: {kill!r} is not one of {', '.join(LABELS)} with :n")
+            found.append((phase, int(number)))
+        return cls(kind, tuple(kill for kill in found if kill[0] != UNKILLED))
+
+
+@dataclass
+class Verdict:
+    """What became of a point.
+
+    Attributes:
+        point: which.
+        survived: whether the run finished once it was continued for good.
+        differences: from the uninterrupted run.
+        sampled_twice: rows, see `Ledger`.
+        repeated_steps: optimizer steps made again.
+        seconds: of all runs together.
+        notes: why it did not survive, or which kill was not reached.
+    """
+
+    point: Point
+    survived: bool = False
+    differences: list[str] = field(default_factory=list)
+    sampled_twice: int = 0
+    repeated_steps: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return self.survived and not self.differences and not self.sampled_twice
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The uninterrupted run of a kind.
+
+    Attributes:
+        left: what it left behind.
+        counts: how often it was at each place.
+        seconds: from the end of its set-up to its own end.
+    """
+
+    left: dict[str, Any]
+    counts: dict[str, int]
+    seconds: float
+
+
+class Bench:
+    """Tries points.
+
+    Args:
+        directory: everything goes here.
+        world: of `tests.conftest.make_world`.
+        server: runs the runs.
+        seed: of the random instants.
+    """
+
+    def __init__(self, directory: Path, world: Path, server: ForkServer, seed: int = 0) -> None:
+        self.directory = directory
+        self.world = world
+        self.server = server
+        self.seed = seed
+        self._whole: dict[str, Whole] = {}
+
+    def whole(self, kind: str) -> Whole:
+        """The uninterrupted run, made when it is first asked for.
+
+        Raises:
+            RuntimeError: if it fails.
+        """
+        if kind not in self._whole:
+            directory = self._prepare(kind, self.directory / "whole" / kind)
+            ended = self.server.run(Job(str(directory)))
+            if ended.how != "finished":
+                raise RuntimeError(f"an uninterrupted run {ended.how}: {last_words(directory)}")
+            (events,) = read_trace(directory)
+            at = {event["event"]: event["at"] for event in events}
+            self._whole[kind] = Whole(
+                left_behind(directory), events[-1]["counts"], at["end"] - at["open"]
+            )
+        return self._whole[kind]
+
+    def try_point(self, point: Point) -> Verdict:
+        """Run, kill, continue, compare. The directory stays if the verdict is not good."""
+        whole = self.whole(point.kind)
+        directory = self._prepare(point.kind, self.place(point))
+        verdict, ledger = Verdict(point), Ledger()
+        for number, kill in enumerate([*point.kills, None]):
+            ended = self._run(directory, point, number, kill, whole)
+            verdict.seconds += ended.seconds
+            ledger.add(read_trace(directory)[-1], directory / "out")
+            if ended.how in ("failed", "hung"):
+                verdict.notes.append(f"run {number + 1} {ended.how}: {last_words(directory)}")
+                break
+            if kill is not None and ended.how == "finished":
+                verdict.notes.append(f"{kill[0]}:{kill[1]} was not reached")
+        else:
+            verdict.survived = ended.how == "finished"
+            verdict.differences = differences(whole.left, left_behind(directory))
+        verdict.sampled_twice = len(ledger.sampled_twice)
+        verdict.repeated_steps = ledger.repeated_steps
+        if verdict.good:
+            shutil.rmtree(directory)
+        return verdict
+
+    def place(self, point: Point) -> Path:
+        """The directory of a point."""
+        return self.directory / "points" / str(point).replace(":", "_")
+
+    def _run(
+        self,
+        directory: Path,
+        point: Point,
+        number: int,
+        kill: tuple[str, int] | None,
+        whole: Whole,
+    ) -> Ended:
+        if kill is None or kill[0] != RANDOM:
+            return self.server.run(Job(str(directory), kill=kill))
+        share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
+        share *= 0.95 * 0.5**number  # a continued run has less to do
+        return self.server.run(Job(str(directory), after=share * whole.seconds))
+
+    def _prepare(self, kind: str, directory: Path) -> Path:
+        """A fresh directory with the configuration; every path in it is the same for all runs."""
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+        config = make_config(self.world, directory)
+        keys = dict(KINDS[kind])
+        config["sera"] = config["sera"] | keys.pop("sera", {})
+        # Warm-up and decay: a schedule that is continued wrongly shows in the weights.
+        config |= {"lr_scheduler": "linear", "warmup_steps": 2} | keys
+        if kind == "lora-continued":
+            self.whole("lora")
+            config["lora_model_dir"] = str(self.directory / "whole/lora/out")
+        config |= {
+            "output_dir": "out",
+            "dataset_prepared_path": str(self.directory / "prepared"),
+            "auto_resume_from_checkpoints": True,
+        }
+        (directory / "config.yaml").write_text(yaml.safe_dump(config))
+        return directory
+
+
+def last_words(directory: Path) -> str:
+    """The end of a run's log."""
+    lines = (directory / "log.txt").read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "nothing in log.txt"
+
+
+def choose_points(bench: Bench, kinds: list[str], count: int, seed: int) -> Iterator[Point]:
+    """Points in turn: every phase once, each with another kind, then every phase again, ...
+
+    After every second phase comes a random instant, and after every fifth a chain of two kills.
+    """
+    random = Random(seed)
+    phases = list(PHASES)
+    random.shuffle(phases)
+    order = []
+    for index, phase in enumerate(phases, start=1):
+        order.append(phase)
+        order += [RANDOM] if index % 2 == 0 else []
+        order += [CHAIN] if index % 5 == 0 else []
+    made: dict[str, int] = {}
+    for turn in range(1_000 * count):
+        if sum(made.values()) == count:
+            return
+        phase = order[turn % len(order)]
+        # Each phase goes through the kinds on its own, beginning with another one.
+        kind = kinds[(turn % len(order) + turn // len(order)) % len(kinds)]
+        point = _choose(bench, phase, kind, random)
+        if point is not None:
+            made[phase] = made.get(phase, 0) + 1
+            yield point
+
+
+def _choose(bench: Bench, phase: str, kind: str, random: Random) -> Point | None:
+    """A point of this phase, None where a run of this kind never gets there."""
+    counts = bench.whole(kind).counts
+    if phase == RANDOM:
+        return Point(kind, ((RANDOM, random.randrange(1_000)),))
+    if phase == CHAIN:
+        first, second = random.sample([name for name in PHASES if counts.get(name)], 2)
+        kill = (first, random.randint(1, counts[first]))
+        if random.random() < 0.5:
+            return Point(kind, (kill, (RANDOM, random.randrange(1_000))))
+        # A continued run has less to do: an early place, so that it gets there.
+        return Point(kind, (kill, (second, random.randint(1, max(1, counts[second] // 4)))))
+    if not counts.get(phase):
+        return None
+    return Point(kind, ((phase, random.randint(1, counts[phase])),))

@@ -1,0 +1,208 @@
+"""Killed runs, continued, against uninterrupted ones; `make test-crash` tries many more points."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sera_plugin.store import RunStore, make_table
+from tests.crash.compare import Ledger, differences, left_behind, read_trace
+from tests.crash.points import KINDS, LABELS, PHASES, Bench, Point, Verdict, choose_points
+from tests.crash.process import ForkServer
+from tests.crash.report import BEGIN, END, write_table
+from tests.crash.report import make_table as make_markdown
+
+# ------------------------------------------------------------------ the harness itself
+
+
+def test_a_point_is_parsed_as_it_is_written():
+    chain = "rotation:2+boundary:1:full"
+    for text in ("sample-chunk:3:lora", "random:7:qlora", chain, "never:1:full"):
+        assert str(Point.parse(text)) == text
+    assert Point.parse("never:1:full") == Point("full")
+    assert Point.parse(chain).phase == "twice"
+    for text in ("sample-chunk:3:nothing", "nothing:3:lora", "sample-chunk:lora", "lora"):
+        with pytest.raises(ValueError, match="is no"):
+            Point.parse(text)
+
+
+def sampled(iteration, *rows):
+    """What a run tells of a chunk that it sampled and kept."""
+    return [
+        {"event": event, "iteration": iteration, "rows": list(rows)}
+        for event in ("sampled", "kept")
+    ]
+
+
+def step(iteration, number):
+    return {"event": "step", "iteration": iteration, "step": [number, 0]}
+
+
+def test_rows_sampled_again_are_counted_unless_their_policy_was_trained_anew(tmp_path):
+    ledger = Ledger()
+    ledger.add([step(1, 0), step(1, 1), *sampled(2, 0, 1), *sampled(2, 2)], tmp_path)
+    # A chunk that was not kept, and one that was already there when the run was killed.
+    ledger.add([{"event": "sampled", "iteration": 2, "rows": [3]}], tmp_path)
+    ledger.add(sampled(2, 2, 3), tmp_path)
+    assert ledger.sampled_twice == [(2, 2)]
+    assert ledger.repeated_steps == 0
+    # theta_1 is made again from its last checkpoint: what was sampled from it is void.
+    ledger.add([step(1, 1), *sampled(2, 0, 1, 2, 3)], tmp_path)
+    assert len(ledger.sampled_twice) == 1
+    assert ledger.repeated_steps == 1
+
+
+def test_rows_on_disk_count_as_sampled(tmp_path):
+    store = RunStore(tmp_path)
+    columns = {"candidate": [0], "token_ids": [[1]], "finish_reason": ["stop"]}
+    store.append_samples(2, make_table({"row": [4], **columns}))
+    store.write(3, "candidates", make_table({"row": [5], **columns}))
+    ledger = Ledger()
+    ledger.add([], tmp_path)
+    ledger.add([*sampled(2, 4, 6), *sampled(3, 5)], tmp_path)
+    assert ledger.sampled_twice == [(2, 4), (3, 5)]
+
+
+def test_the_table_has_a_row_per_phase_and_kind_and_its_place_in_a_page(tmp_path):
+    once, again = Point("full", (("rotation", 1),)), Point("full", (("rotation", 2),))
+    verdicts = [
+        Verdict(once, survived=True, repeated_steps=2),
+        Verdict(again, differences=["x: differs"], sampled_twice=3),
+        Verdict(Point("lora"), survived=True),
+    ]
+    table = make_markdown(verdicts)
+    assert f"| {LABELS['rotation']} | `full` | 2 | 1 | 3 | 1 | 2 |" in table
+    assert "| **all** |  | 3 | 2 | 3 | 1 | 2 |" in table
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nearlier\n{END}\nafter\n")
+    write_table(page, table, "the command", seed=5, seconds=60)
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n`the command` on ")
+    assert text.endswith(f"{table}\n{END}\nafter\n")
+    assert "earlier" not in text
+    assert "seed 5" in text
+
+
+# ------------------------------------------------------------------ real runs
+
+
+@pytest.fixture(scope="module")
+def bench(world, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("crash")
+    with ForkServer(directory / "server.log") as server:
+        yield Bench(directory, world.directory, server)
+
+
+@pytest.mark.slow
+def test_two_uninterrupted_runs_are_equal_and_whatever_differs_is_found(bench, tmp_path):
+    whole = bench.whole("full")
+    for name in (
+        "D_3",
+        "dataset.parquet",
+        "iteration-02/candidates.parquet",
+        "iteration-03/policy",
+        "iteration-03/summary.json",
+        "evaluation after step 9",
+        "log of step 9",
+        "model.safetensors",
+        "step 8 batch 1",
+    ):
+        assert any(key.removeprefix("sera/") == name for key in whole.left), name
+    verdict = bench.try_point(Point("full"))
+    assert verdict.good, verdict
+
+    copy = tmp_path / "copy"
+
+    def changed(change):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(bench.directory / "whole/full", copy)
+        change(copy / "out")
+        return differences(whole.left, left_behind(copy))
+
+    def another_weight(output):
+        weights = load_file(output / "model.safetensors")
+        name = next(iter(weights))
+        weights[name].flat[0] = np.nextafter(weights[name].flat[0], np.float32(9))
+        save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+
+    def another_margin(output):
+        path = output / "sera/iteration-03/offline.parquet"
+        table = pq.read_table(path)
+        pq.write_table(table.slice(0, table.num_rows - 1), path)
+
+    def another_rate(output):
+        path = output / "checkpoint-9/trainer_state.json"
+        state = json.loads(path.read_text())
+        state["log_history"][-3:] = []
+        path.write_text(json.dumps(state))
+
+    def another_order(output):
+        path = output.parent / "trace.jsonl"
+        first, second = re.findall(r'"batch": "(\w+)"', path.read_text())[:2]
+        swap = {first: second, second: first}
+        text = re.sub(f"{first}|{second}", lambda found: swap[found[0]], path.read_text())
+        path.write_text(text)
+
+    assert changed(lambda output: None) == []
+    assert changed(another_weight) == ["model.safetensors: differs"]
+    assert changed(another_margin) == ["sera/iteration-03/offline.parquet: differs"]
+    assert any(name.startswith("log of") for name in changed(another_rate))
+    assert changed(another_order) == ["step 0 batch 0: differs", "step 0 batch 1: differs"]
+    assert changed(lambda output: shutil.rmtree(output / "sera/iteration-03/policy")) == [
+        "sera/iteration-03/policy: missing"
+    ]
+
+
+@pytest.mark.slow
+def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
+    from tests.crash.process import Job
+
+    directory = bench._prepare("full", bench.directory / "killed")
+    assert bench.server.run(Job(str(directory), kill=("sample-chunk", 3))).how == "killed"
+    assert len(list((directory / "out/sera/iteration-02/samples").iterdir())) == 3
+    (events,) = read_trace(directory)
+    assert events[-1]["event"] == "kept"
+    # Killed from outside, at once after set-up: nothing is scored yet.
+    directory = bench._prepare("full", bench.directory / "killed")
+    assert bench.server.run(Job(str(directory), after=0.0)).how == "killed"
+    assert not (directory / "out/sera/iteration-01/summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        "score-offline:5:full",
+        "sample-token:100:lora-keep-1",
+        "sample-chunk:3:full",
+        "score-candidates:20:lora-keep-1",
+        "rename-before:22:full",
+        "policy-half:6:lora-keep-1",
+        "micro-batch:10:full-one-schedule",
+        "checkpoint-file:35:full-one-schedule",
+        "checkpoint-half:42:lora-keep-1",
+        "rotation:30:lora-keep-1",
+        "boundary:7:full",
+        "final-half:3:full",
+        "random:1:full",
+        "checkpoint-half:55+sample-chunk:3:lora-keep-1",
+    ],
+)
+def test_a_killed_run_continues_to_the_same_end(bench, point):
+    verdict = bench.try_point(Point.parse(point))
+    assert verdict.good, verdict
+
+
+@pytest.mark.slow
+def test_points_are_chosen_the_same_for_a_seed_and_cover_every_phase(bench):
+    kinds = ["full", "full-one-schedule", "lora-keep-1"]
+    chosen = [list(choose_points(bench, kinds, 60, seed)) for seed in (3, 3, 4)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert {point.phase for point in chosen[0]} == {*PHASES, "random", "twice"}
+    assert {point.kind for point in chosen[0]} == set(kinds) <= set(KINDS)
