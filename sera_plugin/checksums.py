@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
@@ -63,7 +63,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             if earlier:
                 _write(path.parent, {**sums, path.name: (written,)})
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the one that matters is under way
+            partial.unlink(missing_ok=True)
 
 
 def is_whole(path: Path) -> bool:
@@ -90,7 +91,8 @@ def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> Non
             _flush(partial)
             partial.replace(directory / f"{named.stem}-{digest(partial)[:_SHORT]}{named.suffix}")
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the one that matters is under way
+            partial.unlink(missing_ok=True)
 
 
 def is_named_right(path: Path) -> bool:
@@ -137,6 +139,8 @@ def damage(directory: Path) -> str | None:
     sums = _read(directory)
     if not sums:
         return "it was not written to its end"
+    if _header(sums) not in (directory / SUMS).read_text(encoding="utf-8", errors="replace"):
+        return f"{SUMS} is not whole"
     for name, expected in sums.items():
         if not (directory / name).is_file():
             return f"{name} is missing"
@@ -162,9 +166,14 @@ def _read(directory: Path) -> dict[str, tuple[str, ...]]:
 def _write(directory: Path, sums: Mapping[str, Sequence[str]]) -> None:
     lines = [f"{one}  {name}\n" for name, found in sorted(sums.items()) for one in found]
     partial = directory / f".{SUMS}.partial"
-    partial.write_text("".join(lines), encoding="utf-8")
+    partial.write_text("".join([_header(sums), *lines]), encoding="utf-8")
     _flush(partial)
     partial.replace(directory / SUMS)
+
+
+def _header(sums: Mapping[str, object]) -> str:
+    """A comment by which a list that has lost lines is told."""
+    return f"# {len(sums)} files\n"
 
 
 def _flush(path: Path) -> None:

@@ -157,7 +157,6 @@ def prepare_iteration(
     Raises:
         ValueError: naming the row or candidate whose log-probability is not finite.
     """
-    offline_table(1, method, pairs, store, scorer, phases)  # drift is measured from it
     offline = offline_table(iteration, method, pairs, store, scorer, phases)
     if iteration == 1 or method.bootstrapped == 0:
         return training_pairs(pairs, offline)

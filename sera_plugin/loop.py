@@ -22,6 +22,7 @@ from sera_plugin.iteration import (
     Pairs,
     Phases,
     held_out_table,
+    offline_table,
     prepare_iteration,
     score_pairs,
 )
@@ -242,6 +243,8 @@ class Loop:
                 side: tables[-1][f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")
             }
         if not earlier:
+            # Drift is measured from its values; made again if the file is damaged.
+            offline_table(1, method, self.pairs, self.store, self.scorer, phases)
             summary = summarize(iteration, method, self.store, phases)
             self.store.write_summary(iteration, summary)
             LOG.info("%s", describe_start(summary))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -417,3 +418,66 @@ def test_sampled_sequences_and_tokens_are_counted(run: Run) -> None:
         "start_engine",
     }
     assert run.phases.seconds["start_engine"] == 0.5
+
+
+def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Ways in which a file comes back wrong from a disk."""
+    random = Random(len(content))
+    for length in (0, 1, len(content) // 2, len(content) - 8, len(content) - 1):
+        yield f"cut to {length}", content[:length]
+    for place in random.sample(range(len(content)), 12):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << random.randrange(8)
+        yield f"bit flipped in byte {place}", bytes(flipped)
+    yield "longer", content + b"\0"
+    yield "zeroed", bytes(len(content))
+
+
+@pytest.mark.parametrize(
+    ("iteration", "name"),
+    [
+        *((2, "offline"), (2, "candidates"), (2, "bootstrapped")),
+        # Of earlier iterations only what later rewards and the drift are computed from is read.
+        *((1, "offline"), (3, "offline")),
+    ],
+)
+def test_a_damaged_file_is_never_read_and_its_phase_is_done_again(
+    run: Run, iteration: int, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = max(2, iteration)
+    trained = [run.prepare(each) for each in range(1, last + 1)][-1]
+    path = run.store.table_file(iteration, name)
+    whole = path.read_bytes()
+    for what, content in damages(whole):
+        path.write_bytes(content)
+        if iteration < last:  # what is computed from it is not there either
+            run.store.table_file(last, name).unlink()
+        caplog.clear()
+        assert run.prepare(last) == trained, what
+        assert path.read_bytes() == whole, what
+        assert f"{path.name} is damaged (its checksum differs) and is not used" in caplog.text
+    for before in range(1, iteration):
+        # Whatever was damaged, the run scores the offline set under no policy twice.
+        scored = [call for call in run.scorer.calls if call[:2] == (before - 1, "score_offline")]
+        assert len(scored) == 1
+
+
+def test_rows_of_a_damaged_chunk_are_sampled_again_and_no_others(run: Run) -> None:
+    run.prepare(1)
+    run.sampler.fail_after = 2
+    with pytest.raises(RuntimeError, match="taken away"):
+        run.prepare(2)
+    first, second = sorted(run.store.samples(2).glob("*.parquet"))
+    whole = first.read_bytes()
+    for what, content in damages(whole):
+        first.write_bytes(content)
+        found = run.store.read_samples(2)
+        assert found is not None
+        assert set(found["row"].to_pylist()) == {1}, what
+    resumed = Run(run.directory)
+    trained = resumed.prepare(2)
+    assert resumed.sampler.sampled == [2, 0]
+    assert second.name.startswith("000-000001-")
+    clean = Run(run.directory / "clean")
+    clean.prepare(1)
+    assert clean.prepare(2) == trained

@@ -1,0 +1,180 @@
+"""Files and directories that are whole or are not there, and disks that take no more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from sera_plugin.checksums import (
+    SUMS,
+    add_file,
+    damage,
+    is_named_right,
+    is_whole,
+    replace_directory,
+    replace_file,
+    seal,
+)
+from tests.conftest import fill
+
+
+def write(text: str):
+    return lambda path: path.write_text(text)
+
+
+def test_a_file_is_whole_as_written_and_not_with_any_bit_of_it_changed(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    replace_file(path, write("what was written"))
+    assert is_whole(path)
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert not is_whole(path)
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        assert not is_whole(path)
+    path.write_bytes(content)
+    assert is_whole(path)
+    (tmp_path / SUMS).unlink()
+    assert not is_whole(path)
+    assert not is_whole(tmp_path / "missing")
+
+
+def test_a_person_can_check_with_the_usual_tool(tmp_path: Path) -> None:
+    replace_file(tmp_path / "a.json", write("1"))
+    replace_file(tmp_path / "a.json", write("2"))
+    replace_file(tmp_path / "b.json", write("3"))
+    replace_directory(tmp_path / "policy", lambda path: (path / "weights").write_text("w"))
+    for directory in (tmp_path, tmp_path / "policy"):
+        subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=directory, check=True)
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_a_file_cut_off_anywhere_is_the_old_or_the_new_one(tmp_path, monkeypatch, call) -> None:
+    """Replacing renames the list, the file and the list again; the process ends at one of them."""
+    path = tmp_path / "summary.json"
+    replace_file(path, write("old"))
+    calls = []
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) > call:
+            raise SystemExit
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        if call < 3:
+            with pytest.raises(SystemExit):
+                replace_file(path, write("new"))
+        else:
+            replace_file(path, write("new"))
+    assert len(calls) == min(call + 1, 3)
+    assert path.read_text() == ("old" if call < 2 else "new")
+    assert is_whole(path)
+    replace_file(path, write("newer"))
+    assert is_whole(path)
+    assert (tmp_path / SUMS).read_text().count("summary.json") == 1
+
+
+def test_a_directory_is_damaged_if_any_of_its_files_is(tmp_path: Path) -> None:
+    directory = tmp_path / "policy"
+
+    def files(path: Path) -> None:
+        (path / "weights.safetensors").write_bytes(Random(0).randbytes(1_000))
+        (path / "inner").mkdir()
+        (path / "inner/config.json").write_text("{}")
+
+    replace_directory(directory, files)
+    assert damage(directory) is None
+    for name in ("weights.safetensors", "inner/config.json"):
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[:-1])
+        assert damage(directory) == f"the checksum of {name} differs"
+        (directory / name).unlink()
+        assert damage(directory) == f"{name} is missing"
+        (directory / name).write_bytes(content)
+    sums = (directory / SUMS).read_bytes()
+    for length in range(len(sums) - 1):
+        (directory / SUMS).write_bytes(sums[:length])
+        assert damage(directory) is not None
+    (directory / SUMS).unlink()
+    assert damage(directory) == "it was not written to its end"
+    seal(directory)
+    assert damage(directory) is None
+
+
+def test_a_directory_cut_off_is_not_there_and_its_remains_do_no_harm(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        (path / "stale").write_text("x")
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        replace_directory(tmp_path / "policy", half)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".policy.partial").mkdir()  # a killed process cannot tidy up
+    (tmp_path / ".policy.partial/stale").write_text("x")
+    replace_directory(tmp_path / "policy", lambda path: (path / "fresh").write_text("y"))
+    assert {path.name for path in (tmp_path / "policy").iterdir()} == {"fresh", SUMS}
+    assert damage(tmp_path / "policy") is None
+
+
+def test_a_file_whose_name_has_its_checksum(tmp_path: Path) -> None:
+    add_file(tmp_path / "samples", "000-000001.parquet", write("rows"))
+    [path] = (tmp_path / "samples").iterdir()
+    assert path.name.startswith("000-000001-")
+    assert path.suffix == ".parquet"
+    assert is_named_right(path)
+    path.write_text("row")
+    assert not is_named_right(path)
+
+
+def test_a_full_disk_says_so_and_keeps_what_is_there(small_disk: Path) -> None:
+    path = small_disk / "run/offline.parquet"
+    replace_file(path, write("old"))
+    fill(small_disk)
+
+    for write_more in (
+        lambda: replace_file(path, lambda file: file.write_bytes(bytes(100_000))),
+        lambda: replace_directory(
+            small_disk / "run/policy", lambda into: (into / "w").write_bytes(bytes(100_000))
+        ),
+        lambda: add_file(small_disk / "run", "0.parquet", lambda f: f.write_bytes(bytes(100_000))),
+    ):
+        with pytest.raises(OSError, match=r"run takes no more files: No space.*Free some space"):
+            write_more()
+    assert path.read_text() == "old"
+    assert is_whole(path)
+    assert sorted(found.name for found in path.parent.iterdir()) == [SUMS, path.name]
+    (small_disk / "filler").unlink()
+    replace_file(path, write("new"))
+    assert path.read_text() == "new"
+
+
+def test_an_error_of_another_library_on_a_full_disk_is_one_of_the_disk(small_disk: Path) -> None:
+    fill(small_disk)
+
+    def serialize(into: Path) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch.save makes of it
+
+    with pytest.raises(OSError, match="No space left"):
+        replace_directory(small_disk / "policy", serialize)
+    (small_disk / "filler").unlink()
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        replace_directory(small_disk / "policy", serialize)
+
+
+def test_a_read_only_disk_says_so(small_disk: Path) -> None:
+    replace_file(small_disk / "run.json", write("old"))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OSError, match=r"Read-only file system\. Make it writable, or set another"):
+        replace_file(small_disk / "run.json", write("new"))
+    assert is_whole(small_disk / "run.json")
+    assert not os.access(small_disk, os.W_OK)
