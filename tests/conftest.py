@@ -183,3 +183,14 @@ def fill(disk: Path) -> None:
         with suppress(OSError):
             while True:
                 file.write(bytes(1))
+
+
+@pytest.fixture(scope="session")
+def bench(world, tmp_path_factory):
+    """Runs that are killed and continued; each kind's uninterrupted run is made once."""
+    from tests.crash.points import Bench
+    from tests.crash.process import ForkServer
+
+    directory = tmp_path_factory.mktemp("crash")
+    with ForkServer(directory / "server.log") as server:
+        yield Bench(directory, world.directory, server)

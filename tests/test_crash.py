@@ -13,8 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from sera_plugin.store import RunStore, make_table
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
-from tests.crash.points import KINDS, LABELS, PHASES, Bench, Point, Verdict, choose_points
-from tests.crash.process import ForkServer
+from tests.crash.points import KINDS, LABELS, PHASES, Point, Verdict, choose_points
 from tests.crash.report import BEGIN, END, write_table
 from tests.crash.report import make_table as make_markdown
 
@@ -90,13 +89,6 @@ def test_the_table_has_a_row_per_phase_and_kind_and_its_place_in_a_page(tmp_path
 
 
 # ------------------------------------------------------------------ real runs
-
-
-@pytest.fixture(scope="module")
-def bench(world, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("crash")
-    with ForkServer(directory / "server.log") as server:
-        yield Bench(directory, world.directory, server)
 
 
 @pytest.mark.slow
