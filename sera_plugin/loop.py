@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from sera_plugin.alarms import alarm_metrics, judge, records
 from sera_plugin.iteration import (
     Method,
     Pairs,
@@ -163,9 +164,13 @@ class Loop:
             held_out = score_held_out(iteration, self.held_out, self.store, self.scorer, phases)
         if not earlier:
             summary = summarize(iteration, self.method, self.store, phases)
-            self.store.write_summary(iteration, summary)
+            alarms = judge([*map(self.store.summary, range(1, iteration)), summary])
+            self.store.write_summary(iteration, summary | {"alarms": records(alarms)})
             LOG.info("%s", describe_start(summary))
-            self.log(metrics(summary))
+            for alarm in alarms:
+                if alarm.raised:
+                    LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
+            self.log(metrics(summary) | alarm_metrics(alarms))
         # Iteration t + 1 compares theta_t with as many policies as its reward weighs.
         oldest = min(iteration - 1, iteration + 1 - len(self.method.weights(iteration + 1)))
         policies.forget_before(oldest, on_disk=not config.keep_policies)
