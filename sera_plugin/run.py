@@ -12,12 +12,12 @@ from sera_plugin import __version__
 from sera_plugin.iteration import Method, Pairs
 from sera_plugin.sampling.choose import Choice
 from sera_plugin.schedule import Schedule
+from sera_plugin.shown import public
 from sera_plugin.store import FORMAT_VERSION, RunStore, fingerprint
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
 #: Keys of `sera:` that change who samples, and not from what.
 _WHO_SAMPLES = frozenset({"sampler", "vllm_python"})
-_SECRET = ("token", "_key", "secret", "password")
 
 
 def describe_run(
@@ -46,7 +46,7 @@ def describe_run(
             "python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
         },
-        "config": _public(config),
+        "config": public(_plain(config)),
         "loss": loss,
         "beta": beta,
         "per_token": method.per_token,
@@ -60,13 +60,10 @@ def describe_run(
     }
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set, as JSON has it."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
-    return {
-        key: value
-        for key, value in plain.items()
-        if value is not None and not (isinstance(value, str) and key.endswith(_SECRET))
-    }
+    return {key: value for key, value in plain.items() if value is not None}
 
 
 def announce(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -162,9 +163,16 @@ class RunStore:
         """Remove later iterations: they began from a policy that is trained anew."""
 
         def discard() -> None:
-            for directory in self.root.glob("iteration-*"):
-                if int(directory.name.removeprefix("iteration-")) > iteration:
-                    shutil.rmtree(directory)
+            for path in self.root.glob("iteration-*"):
+                # Only what is named as ours; of a link the link, never what it leads to.
+                if not re.fullmatch(r"iteration-[0-9]{2,}", path.name):
+                    continue
+                if int(path.name.removeprefix("iteration-")) <= iteration:
+                    continue
+                if path.is_symlink():
+                    path.unlink()
+                elif path.is_dir():
+                    shutil.rmtree(path)
 
         self.ranks.on_main(discard)
 

@@ -26,6 +26,7 @@ FORBIDDEN = {
     "run": PURE,
     "schedule": PURE,
     "selection": PURE,
+    "shown": PURE,
     "store": PURE,
     "summary": PURE,
     "sampling/__init__": PURE,
