@@ -64,7 +64,9 @@ class VllmServerSampler:
         special_tokens: Sequence[str],
         shard: Shard = WHOLE,
     ) -> None:
-        self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        # Nothing binds here: a server on all interfaces is asked through loopback.
+        host = "127.0.0.1" if host == "0.0.0.0" else host  # nosec B104
+        self.url = f"http://{host}:{port}"
         self.base_model = base_model
         self.adapter = adapter
         self.tokenize = tokenize
@@ -141,7 +143,8 @@ class VllmServerSampler:
                 "sera.max_new_tokens or sequence_len"
             )
         self.report["version"] = self._shown(self._ask("GET", "/version")["version"])
-        fields = sampling_fields(settings) | {"return_token_ids": True}
+        # A request for ids, not a password.
+        fields = sampling_fields(settings) | {"return_token_ids": True}  # nosec B105
         with self._loaded_adapter() as name, ThreadPoolExecutor(IN_FLIGHT) as pool:
             waiting = iter(rows)
             running: dict[Future[list[Candidate]], int] = {}
