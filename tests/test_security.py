@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sera_plugin.args import SeraConfig
+from sera_plugin.iteration import Method, Pairs
+from sera_plugin.run import describe_run
 from sera_plugin.sampling import SamplingFailed, SamplingSettings, vllm, vllm_server
 from sera_plugin.sampling.child import ChildFailed
 from sera_plugin.sampling.vllm_server import VllmServerSampler
 from sera_plugin.shown import is_secret, printable, public, without_credentials, without_secret
-from sera_plugin.store import RunStore
+from sera_plugin.store import RunStore, make_table
 from tests.conftest import adapter
 
 PACKAGE = Path(__file__).parents[1] / "sera_plugin"
@@ -246,6 +249,22 @@ def test_secrets_are_left_out_at_any_depth():
         "resume": None,
     }
     assert "hidden" not in json.dumps(shown)
+
+
+def test_run_json_has_what_is_set_and_no_secret():
+    ids = [[1], [2], [3]]
+    pairs = Pairs.from_table(
+        make_table({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids})
+    )
+    method = Method(SeraConfig(), reference_free=False, per_token=False, total=3)
+    config = {
+        "base_model": "m",
+        "revision": None,
+        "comet": {"api_key": "hidden"},
+        "path": Path("p"),
+    }
+    described = describe_run(config, "dpo", 0.2, method, pairs, 0, [2], 1)
+    assert described["config"] == {"base_model": "m", "comet": {}, "path": "p"}
 
 
 @pytest.mark.parametrize(
