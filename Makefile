@@ -17,7 +17,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm test-crash bench-sampling lint types docs wheel clean
+.PHONY: demo test test-vllm test-crash bench-sampling lint types audit docs wheel clean
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,11 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# docs/security.md has the reviewed exceptions of both.
+audit: $(READY)
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml sera_plugin
+	$(BIN)/python .ci/audit.py
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -17,7 +17,8 @@ The map, in reading order:
 - `logprobs`, `policies`, `adapters`, `scoring`, `sampling`   what needs the model:
   log-probabilities, snapshots, PEFT, scoring under any policy, sampling
 - `objective`, `gate`   one training step, and the check before an iteration's first
-- `store`, `run`, `summary`   the run directory, what a run is, what an iteration did
+- `store`, `run`, `summary`, `alarms`   the run directory, what a run is, what an iteration did,
+  what to worry about
 - `trainer`     everything that touches the host's private seams
 - `plugin`, `cli`   the host's public hooks
 - `demo`        a small world with a known true reward

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from sera_plugin import checkpoints
+from sera_plugin.alarms import alarm_metrics, judge, records
 from sera_plugin.iteration import (
     Method,
     Pairs,
@@ -246,9 +247,14 @@ class Loop:
             # Drift is measured from its values; made again if the file is damaged.
             offline_table(1, method, self.pairs, self.store, self.scorer, phases)
             summary = summarize(iteration, method, self.store, phases)
-            self.store.write_summary(iteration, summary)
+            earlier_ones = filter(None, map(self.store.summary, range(1, iteration)))
+            alarms = judge([*earlier_ones, summary])
+            self.store.write_summary(iteration, summary | {"alarms": records(alarms)})
             LOG.info("%s", describe_start(summary))
-            self.log(metrics(summary))
+            for alarm in alarms:
+                if alarm.raised:
+                    LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
+            self.log(metrics(summary) | alarm_metrics(alarms))
         policies.forget_before(*self._oldest_needed(iteration))
         self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
         self._began = perf_counter()

@@ -155,8 +155,17 @@ class PolicyHistory:
             )
         current = take_snapshot(self.model)
         if not self.is_adapter:
-            saved = type(self.model).from_pretrained(str(directory), dtype="auto").state_dict()
-            return {name: saved[name] for name in current}
+            saved = type(self.model).from_pretrained(
+                str(directory), dtype="auto", use_safetensors=True, trust_remote_code=False
+            )
+            weights = saved.state_dict()
+            return {name: weights[name] for name in current}
+        if not (directory / "adapter_model.safetensors").is_file():
+            # PEFT would go on to a pickled adapter_model.bin, then to a hub.
+            raise FileNotFoundError(
+                f"{directory} has no adapter_model.safetensors. Restore it, or train anew in "
+                "another output_dir."
+            )
         from peft import load_peft_weights, set_peft_model_state_dict
 
         try:

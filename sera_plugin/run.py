@@ -14,6 +14,7 @@ from sera_plugin import __version__
 from sera_plugin.iteration import Method, Pairs
 from sera_plugin.sampling.choose import Choice
 from sera_plugin.schedule import Schedule
+from sera_plugin.shown import public
 from sera_plugin.store import FORMAT_VERSION, RunStore, fingerprint
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
@@ -46,7 +47,6 @@ HARMLESS = (
     # compared as what they come to: a micro-batch of all processes, beta of the loss, seed
     *("batch_size", "gradient_accumulation_steps", "rl_beta", "seed"),
 )
-_SECRET = ("token", "_key", "secret", "password")
 
 
 def describe_run(
@@ -77,7 +77,7 @@ def describe_run(
             "python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
         },
-        "config": _public(config),
+        "config": public(_plain(config)),
         "loss": loss,
         "beta": beta,
         "per_token": method.per_token,
@@ -96,13 +96,10 @@ def _fingerprint(pairs: Pairs) -> str:
     return fingerprint((pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids))
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set, as JSON has it."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
-    return {
-        key: value
-        for key, value in plain.items()
-        if value is not None and not (isinstance(value, str) and key.endswith(_SECRET))
-    }
+    return {key: value for key, value in plain.items() if value is not None}
 
 
 def announce(

@@ -215,10 +215,16 @@ class RunStore:
         """Remove later iterations: they began from a policy that is trained anew."""
 
         def discard() -> None:
-            for directory in self.root.glob("iteration-*"):
-                number = re.fullmatch(r"iteration-(\d{2,})", directory.name)
-                if number and int(number[1]) > iteration and not directory.is_symlink():
-                    shutil.rmtree(directory)
+            for path in self.root.glob("iteration-*"):
+                # Only what is named as ours; of a link the link, never what it leads to.
+                if not re.fullmatch(r"iteration-[0-9]{2,}", path.name):
+                    continue
+                if int(path.name.removeprefix("iteration-")) <= iteration:
+                    continue
+                if path.is_symlink():
+                    path.unlink()
+                elif path.is_dir():
+                    shutil.rmtree(path)
 
         self.ranks.on_main(discard)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from sera_plugin.iteration import Method, Phases
 from sera_plugin.store import RunStore, TokenColumn
@@ -59,6 +60,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         "seconds": dict(phases.seconds),
         "forwarded": {phase: dict(counts) for phase, counts in phases.forwarded.items()},
     }
+    trained = {side: columns[f"{side}_length"][kept] for side in ("chosen", "rejected")}
     if iteration > 1:
         margin = columns["margin"]
         summary["margins"] = {
@@ -67,15 +69,25 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
             "dropped": quantiles(margin[~kept]),
         }
         summary["offline_accuracy"] = float((margin > 0).mean())
+        middle = summary["margins"]["offline"]
+        tokens = 1.0 if method.per_token else _mean_length(columns)
+        summary["spread"] = {"offline": (middle["0.75"] - middle["0.25"]) / tokens}
     if iteration > 2:
         before = store.read(iteration - 1, "offline")
         assert before is not None
         previous = before["selected"].to_numpy(zero_copy_only=False)
         summary["jaccard_with_previous"] = jaccard(kept, previous)
     if iteration > 1 and method.bootstrapped:
-        _add_bootstrapping(summary, iteration, store)
+        sampled = _add_bootstrapping(summary, iteration, method, store)
+        trained = {side: np.concatenate([trained[side], sampled[side]]) for side in trained}
+    for side, lengths in trained.items():
+        summary["lengths"][f"trained_{side}"] = float(lengths.mean())
     _add_evaluation(summary, iteration, method, store)
     return summary
+
+
+def _mean_length(columns: Mapping[str, Any]) -> float:
+    return float(np.mean([columns["chosen_length"], columns["rejected_length"]]))
 
 
 def _drift(iteration: int, store: RunStore, columns: Mapping[str, Any]) -> dict[str, float]:
@@ -86,14 +98,18 @@ def _drift(iteration: int, store: RunStore, columns: Mapping[str, Any]) -> dict[
     }
 
 
-def _add_bootstrapping(summary: dict[str, Any], iteration: int, store: RunStore) -> None:
+def _add_bootstrapping(
+    summary: dict[str, Any], iteration: int, method: Method, store: RunStore
+) -> dict[str, npt.NDArray[np.int32]]:
+    """Count samples and sampled pairs; returns the lengths of the pairs kept, by side."""
     candidates = store.read(iteration, "candidates")
     bootstrapped = store.read(iteration, "bootstrapped")
     assert candidates is not None
     assert bootstrapped is not None
     selected = bootstrapped["selected"].to_numpy(zero_copy_only=False)
     finish = np.asarray(candidates["finish_reason"].to_pylist())
-    lengths = TokenColumn(candidates["token_ids"]).lengths
+    tokens = TokenColumn(candidates["token_ids"])
+    lengths = tokens.lengths
     metadata = bootstrapped.schema.metadata or {}
     summary["sampler"] = json.loads((candidates.schema.metadata or {}).get(b"sampler", b"{}"))
     summary["samples"] = {
@@ -107,7 +123,9 @@ def _add_bootstrapping(summary: dict[str, Any], iteration: int, store: RunStore)
     summary["pairs"]["trained"] += int(selected.sum())
     margin = bootstrapped["margin"].to_numpy()
     summary["margins"]["bootstrapped"] = quantiles(margin[selected])
-    per_row: dict[tuple[int, int], int] = {
+    summary["lengths"]["sampled"] = float(lengths.mean())
+    summary["spread"]["sampled"] = _reward_spread(candidates, tokens, method)
+    per_row = {
         key: int(length)
         for key, length in zip(
             zip(candidates["row"].to_pylist(), candidates["candidate"].to_pylist(), strict=True),
@@ -115,19 +133,42 @@ def _add_bootstrapping(summary: dict[str, Any], iteration: int, store: RunStore)
             strict=True,
         )
     }
-    summary["lengths"]["sampled"] = float(lengths.mean())
-    for side in ("chosen", "rejected"):
-        chosen = [
-            per_row[row, index]
-            for row, index, keep in zip(
-                bootstrapped["row"].to_pylist(),
-                bootstrapped[f"{side}_candidate"].to_pylist(),
-                selected,
-                strict=True,
-            )
-            if keep
-        ]
-        summary["lengths"][f"bootstrapped_{side}"] = float(np.mean(chosen)) if chosen else None
+    kept = {
+        side: np.array(
+            [
+                per_row[row, index]
+                for row, index, keep in zip(
+                    bootstrapped["row"].to_pylist(),
+                    bootstrapped[f"{side}_candidate"].to_pylist(),
+                    selected,
+                    strict=True,
+                )
+                if keep
+            ],
+            dtype=np.int32,
+        )
+        for side in ("chosen", "rejected")
+    }
+    for side, values in kept.items():
+        summary["lengths"][f"bootstrapped_{side}"] = float(values.mean()) if len(values) else None
+    return kept
+
+
+def _reward_spread(candidates: pa.Table, tokens: TokenColumn, method: Method) -> float | None:
+    """Median over prompts of the best candidate's reward less the worst's, nats per token.
+
+    Of prompts with distinct candidates, None without any: equal candidates say nothing about the
+    reward.
+    """
+    count = method.config.candidates
+    rewards = candidates["reward"].to_numpy()
+    spreads = []
+    for first in range(0, len(rewards), count):
+        some = range(first, first + count)
+        if len({tokens[index].tobytes() for index in some}) > 1:
+            length = 1.0 if method.per_token else tokens.lengths[some].mean()
+            spreads.append(np.ptp(rewards[some]) / length)
+    return float(np.median(spreads)) if spreads else None
 
 
 def _add_evaluation(
@@ -146,9 +187,14 @@ def _add_evaluation(
         lengths = current[f"{side}_length"].to_numpy()
         rewards.append(method.reward(logps, iteration, lengths))
     margin = rewards[0] - rewards[1]
+    right, total = int((margin > 0).sum()), len(current)
+    # Agresti and Coull (1998): two pairs of either kind added, or a small set that is all right or
+    # all wrong would seem to be without error.
+    share = (right + 2) / (total + 4)
     summary["evaluation"] = {
-        "pairs": len(current),
-        "accuracy": float((margin > 0).mean()),
+        "pairs": total,
+        "accuracy": right / total,
+        "accuracy_error": float(np.sqrt(share * (1 - share) / (total + 4))),
         "margin": quantiles(margin),
     }
 

@@ -15,6 +15,7 @@ TORCH = HEAVY - {"torch"}
 #: What each module may not import, anywhere in its file.
 FORBIDDEN = {
     "__init__": PURE,
+    "alarms": PURE,
     "args": PURE,
     "bootstrap": PURE,
     "cli": PURE,
@@ -25,6 +26,7 @@ FORBIDDEN = {
     "run": PURE,
     "schedule": PURE,
     "selection": PURE,
+    "shown": PURE,
     "store": PURE,
     "summary": PURE,
     "sampling/__init__": PURE,

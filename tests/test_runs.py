@@ -256,6 +256,24 @@ def test_old_weights_are_removed_and_trackers_get_sera_metrics(base_config, trai
         assert name in names
 
 
+def test_a_raised_alarm_is_in_the_log_the_summary_and_the_trackers(base_config, train, capfd):
+    # One token a candidate: all are cut, and most of them equal.
+    base_config["sera"] |= {"max_new_tokens": 1, "temperature": 0.2}
+    result = train(base_config | {"num_epochs": 2})
+    alarms = {alarm["name"]: alarm for alarm in summary(result, 2)["alarms"]}
+    assert {"unfinished", "duplicates", "without_pair"} <= alarms.keys()
+    assert summary(result, 1)["alarms"] == []
+    said = "".join(capfd.readouterr())
+    assert said.count("SeRA alarm") == len(alarms)
+    for name, alarm in alarms.items():
+        assert f"[WARNING] [axolotl.sera] SeRA alarm {name}: {alarm['text']}\n" in said
+    logged = {name: value for entry in result.history for name, value in entry.items()}
+    judged = {name: value for name, value in logged.items() if name.startswith("sera/alarm/")}
+    assert {name.split("/")[-1] for name, value in judged.items() if value} == alarms.keys()
+    assert judged["sera/alarm/sampled_length"] == 0.0
+    assert "sera/alarm/length_growth" not in judged  # iteration 2 samples first
+
+
 def test_evaluation_refers_to_the_iterations_own_reference(base_config, train):
     base_config |= {"num_epochs": 2, "eval_steps": 1, "evals_per_epoch": None}
     result = train(base_config)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,51 @@ def test_a_run_samples_from_the_policy_it_says(config, train, world, tmp_path, r
     mine = (world.base, policy) if kind == "lora" else (policy, None)
     assert from_engine == greedy_by_transformers(*mine, rows)
     assert from_engine != greedy_by_transformers(world.base, None, rows)
+
+
+def test_an_engine_listens_on_loopback_only(world, tmp_path, monkeypatch):
+    # What a training run over several machines would set, and vLLM and gloo would follow.
+    addresses = [
+        (name, entry.address)
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
+    ]
+    for name, address in addresses[:1]:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
+        monkeypatch.setenv("VLLM_HOST_IP", address)
+    listening: set[str] = set()
+    looks, stop = [], threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen = 0
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    sockets = process.net_connections(kind="inet")
+                except psutil.Error:  # it has ended
+                    continue
+                found = {
+                    one.laddr.ip
+                    for one in sockets
+                    if one.status == psutil.CONN_LISTEN or one.type == socket.SOCK_DGRAM
+                }
+                listening.update(found)
+                seen += 1
+            looks.append(seen)
+            stop.wait(0.2)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        found = collect(offline(world.base, tmp_path), prompts(world, 600), settings(candidates=4))
+    finally:
+        stop.set()
+        watcher.join()
+    assert len(found) == 600
+    assert max(looks) >= 3  # the worker, its guard, and the engine
+    assert listening  # gloo does: without a socket seen this test would say nothing
+    assert all(ip_address(ip).is_loopback for ip in listening), listening
 
 
 def test_every_rank_has_an_engine_of_its_own(config, tmp_path, runs):

@@ -27,9 +27,10 @@ def build_tokenizer() -> FastTokenizer:
     """One token per letter and filler word, with a chat template."""
     special = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>")
     vocabulary = {word: index for index, word in enumerate((*special, *LETTERS, *FILLERS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    # These tokens are text, not passwords.
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # nosec B106
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return FastTokenizer(
+    return FastTokenizer(  # nosec B106
         tokenizer_object=words,
         pad_token="<pad>",
         bos_token="<s>",
@@ -96,12 +97,14 @@ def train_base_model(
 
 def load_model(directory: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a full set of weights, or of an adapter on its base."""
-    tokenizer = FastTokenizer.from_pretrained(directory, local_files_only=True)
+    # A directory that the demo has written: there is no revision to pin.
+    tokenizer = FastTokenizer.from_pretrained(directory, local_files_only=True)  # nosec B615
     if (directory / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(directory), tokenizer
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), tokenizer
+        return AutoPeftModelForCausalLM.from_pretrained(directory), tokenizer  # nosec B615
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)  # nosec B615
+    return model, tokenizer
 
 
 @torch.no_grad()

@@ -152,7 +152,9 @@ def _train(config: Path) -> None:
     """`axolotl train` in a process of its own, as a user would start it."""
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
-    finished = subprocess.run([*command, "--launcher", "python"], env=environment, check=False)
+    command += ["--launcher", "python"]
+    # No shell; this interpreter, and a path that the user gave.
+    finished = subprocess.run(command, env=environment, check=False)  # nosec B603
     if finished.returncode:
         raise RuntimeError(f"`axolotl train {config}` failed; its message is above")
 

@@ -25,6 +25,7 @@ from sera_plugin.sampling import (
     room,
 )
 from sera_plugin.sampling.child import Child, ChildFailed
+from sera_plugin.shown import printable
 
 LOG = logging.getLogger("axolotl.sera")
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -102,7 +103,8 @@ def find_vllm(python: str) -> str:
     """
     command = [python, "-c", "import vllm; print(); print('vllm', vllm.__version__)"]
     try:
-        result = subprocess.run(
+        # No shell; the interpreter that the YAML names.
+        result = subprocess.run(  # nosec B603
             command, env=child_environment(python), capture_output=True, text=True, timeout=300
         )
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -110,7 +112,7 @@ def find_vllm(python: str) -> str:
     lines = (result.stdout.splitlines() or [""])[-1].split()
     if result.returncode == 0 and lines[:1] == ["vllm"]:
         return lines[1]
-    said = [line for line in result.stderr.splitlines() if line.strip()]
+    said = [printable(line) for line in result.stderr.splitlines() if line.strip()]
     if said and "No module named 'vllm'" in said[-1]:
         raise RuntimeError(f"vLLM is not installed in {python}")
     raise RuntimeError(f"vLLM cannot be imported by {python}: {said[-1] if said else 'no output'}")
@@ -129,6 +131,12 @@ def child_environment(python: str, devices: Sequence[str] = ()) -> dict[str, str
         "DO_NOT_TRACK": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "PYTHONUNBUFFERED": "1",
+        # An engine serves this process alone: nothing of it listens on the network, whichever
+        # interfaces the training processes use among each other.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_LOOPBACK_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
@@ -289,8 +297,9 @@ class VllmSampler:
 
 def _explain(failure: ChildFailed) -> str:
     """What happened, the first error in the log, its end, and what to change."""
-    lines = failure.printed.splitlines()
-    errors = re.findall(r"\b[A-Z]\w*(?:Error|Exception): .+", failure.printed)
+    lines = [printable(line) for line in failure.printed.splitlines()]
+    errors = re.findall(r"\b[A-Z]\w*(?:Error|Exception): .+", "\n".join(lines))
+    reason = printable(" ".join(failure.reason.split())).rstrip(".")
     text = "\n".join([failure.reason, *errors])
     remedy = next(
         (advice for pattern, advice in _REMEDIES if re.search(pattern, text, re.IGNORECASE)),
@@ -298,7 +307,7 @@ def _explain(failure: ChildFailed) -> str:
     )
     return "\n".join(
         [
-            f"sampling with vLLM stopped: {failure.reason.rstrip('.')}.",
+            f"sampling with vLLM stopped: {reason}.",
             *([f"The first error in its log: {errors[0]}"] if errors else []),
             f"The end of {failure.log}:",
             *(f"  | {line}" for line in lines[-_TAIL:]),

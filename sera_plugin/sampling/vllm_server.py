@@ -27,6 +27,7 @@ from sera_plugin.sampling import (
 )
 from sera_plugin.sampling.child import PATIENCE
 from sera_plugin.sampling.vllm import sampling_fields
+from sera_plugin.shown import printable, without_credentials, without_secret
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -63,7 +64,9 @@ class VllmServerSampler:
         special_tokens: Sequence[str],
         shard: Shard = WHOLE,
     ) -> None:
-        self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        # Nothing binds here: a server on all interfaces is asked through loopback.
+        host = "127.0.0.1" if host == "0.0.0.0" else host  # nosec B104
+        self.url = f"http://{host}:{port}"
         self.base_model = base_model
         self.adapter = adapter
         self.tokenize = tokenize
@@ -81,9 +84,9 @@ class VllmServerSampler:
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy does not know this machine
         self._session.mount("http://", HTTPAdapter(pool_maxsize=IN_FLIGHT, max_retries=retry))
-        key = os.environ.get(API_KEY)
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        self._key = os.environ.get(API_KEY, "").strip()
+        if self._key:
+            self._session.headers["Authorization"] = f"Bearer {self._key}"
 
     def check(self) -> int:
         """Whether this server can serve the run's policies; returns its context in tokens.
@@ -139,8 +142,9 @@ class VllmServerSampler:
                 f"{longest}. Start it with `--max-model-len {longest}` or more, or lower "
                 "sera.max_new_tokens or sequence_len"
             )
-        self.report["version"] = self._ask("GET", "/version")["version"]
-        fields = sampling_fields(settings) | {"return_token_ids": True}
+        self.report["version"] = self._shown(self._ask("GET", "/version")["version"])
+        # A request for ids, not a password.
+        fields = sampling_fields(settings) | {"return_token_ids": True}  # nosec B105
         with self._loaded_adapter() as name, ThreadPoolExecutor(IN_FLIGHT) as pool:
             waiting = iter(rows)
             running: dict[Future[list[Candidate]], int] = {}
@@ -180,7 +184,7 @@ class VllmServerSampler:
         answer = self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         if not answer.ok:
             raise self._wrong(
-                f"did not load {path}: {_message(answer)}. It must see this directory under the "
+                f"did not load {path}: {self._words(answer)}. It must see this directory under the "
                 "same path, and its `--max-lora-rank` must be at least lora_r"
             )
         try:
@@ -189,7 +193,7 @@ class VllmServerSampler:
             try:
                 answer = self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
                 if not answer.ok:
-                    LOG.warning("%s kept the adapter %s: %s", self.url, name, _message(answer))
+                    LOG.warning("%s", self._wrong(f"kept {name}: {self._words(answer)}"))
             except SamplingFailed as failure:
                 LOG.warning("the adapter %s was not unloaded: %s", name, failure)
 
@@ -212,18 +216,22 @@ class VllmServerSampler:
         if answer.status_code in (401, 403):
             raise self._wrong(f"refuses this run's key. Set {API_KEY} to the server's own")
         if not answer.ok:
-            raise self._wrong(f"refused {path} ({answer.status_code}): {_message(answer)}")
+            raise self._wrong(f"refused {path} ({answer.status_code}): {self._words(answer)}")
         return answer.json()
 
     def _wrong(self, problem: str) -> SamplingFailed:
-        return SamplingFailed(f"the vLLM server at {self.url} {problem}.")
+        return SamplingFailed(self._shown(f"the vLLM server at {self.url} {problem}."))
 
+    def _words(self, answer: requests.Response) -> str:
+        """The server's own words, cut to a readable length."""
+        try:
+            error = answer.json()["error"]
+            text = error["message"] if isinstance(error, dict) else error
+        except (ValueError, KeyError, TypeError):
+            text = answer.text
+        return self._shown(text)[:400]
 
-def _message(answer: requests.Response) -> str:
-    """The server's own words, cut to a readable length."""
-    try:
-        error = answer.json()["error"]
-        text = error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, TypeError):
-        text = answer.text
-    return str(text)[:400]
+    def _shown(self, text: object) -> str:
+        """In one line, without the key: a server may send back what it was sent."""
+        line = printable(" ".join(str(text).split()))
+        return without_secret(without_credentials(line), self._key)

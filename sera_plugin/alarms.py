@@ -1,0 +1,276 @@
+"""Which warnings hold: pure functions of the summaries (summary.json) of the iterations so far.
+
+Each alarm compares one figure with one threshold and says which key of the YAML to turn. None of
+them stops a run: they say where to look. docs/alarms.md has the same thresholds in a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+#: Sampled answers against the offline chosen ones, as a ratio of mean lengths. Preference tuning
+#: that exploits length is known to end near twice the length of its data (Park et al. 2024,
+#: "Disentangling Length from Quality in DPO"); half of that way is time to look.
+SAMPLED_LENGTH = 1.5
+#: Sampled answers against those of the first iteration that sampled. Lengths of answers scatter by
+#: about their own mean's 0.7; over 100 candidates the ratio of two means is then known to 0.1, and
+#: a growth of a quarter is no chance.
+LENGTH_GROWTH = 1.25
+#: How much longer chosen than rejected answers are in D_t, relative to the same in the offline
+#: pairs. The data's own taste for length is the user's; selection and ranking should add little.
+CHOSEN_LENGTH = 1.25
+#: Nats per token. At 0.5 the policy's perplexity on the offline chosen answers has changed by a
+#: factor of e^0.5 = 1.65: down, it unlearns what the data calls good; up, it learns it by heart.
+DRIFT = 0.5
+#: Smallest fall in accuracy worth a word, however many held-out pairs there are...
+ACCURACY_FALL = 0.03
+#: ...and the fall in standard errors that chance would give in one of 40 comparisons. The earlier
+#: accuracy is the best of several and so a little lucky: one standard error would cry wolf.
+STANDARD_ERRORS = 2.0
+#: Share of candidates that repeat another one of their prompt. At one half R candidates are worth
+#: R / 2: what is paid for sampling and scoring is wasted by half.
+DUPLICATES = 0.5
+#: Share of prompts with fewer than two distinct candidates, which give no pair. Those left are
+#: the prompts on which the policy is least sure, and D_t leans towards them.
+WITHOUT_PAIR = 0.25
+#: Share of candidates without an end token. With one cut candidate in four, half of all pairs of
+#: two have one (1 - C(3,2) / C(4,2)): trained as chosen they teach the policy not to stop.
+UNFINISHED = 0.25
+#: Nats per token. What the step-0 gate allows as rounding between two computations of the same
+#: value in float32: rewards that differ by less are ranked by rounding.
+SPREAD = 1e-3
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One alarm that could be judged.
+
+    Attributes:
+        name: of the alarm, as in docs/alarms.md.
+        figure: what was compared.
+        threshold: with what. Figure and threshold share a unit, which docs/alarms.md names.
+        raised: whether it holds.
+        text: one sentence with the figures and what to turn.
+    """
+
+    name: str
+    figure: float
+    threshold: float
+    raised: bool
+    text: str
+
+
+def judge(summaries: Sequence[Mapping[str, Any]]) -> list[Alarm]:
+    """Every alarm that can be judged after the last of the summaries.
+
+    Args:
+        summaries: of iterations 1 to t, as summary.json has them; at least one.
+
+    Returns:
+        Raised and unraised alarms. One whose figures are missing (nothing sampled, nothing held
+        out, no earlier iteration) is left out.
+    """
+    return [alarm for check in _CHECKS if (alarm := check(summaries)) is not None]
+
+
+def records(alarms: Iterable[Alarm]) -> list[dict[str, Any]]:
+    """The raised alarms as summary.json keeps them."""
+    return [
+        {key: value for key, value in asdict(alarm).items() if key != "raised"}
+        for alarm in alarms
+        if alarm.raised
+    ]
+
+
+def alarm_metrics(alarms: Iterable[Alarm]) -> dict[str, float]:
+    """`sera/alarm/<name>` for the trackers: 1.0 raised, 0.0 judged and not raised."""
+    return {f"sera/alarm/{alarm.name}": float(alarm.raised) for alarm in alarms}
+
+
+def _sampled_length(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    lengths = summaries[-1]["lengths"]
+    if "sampled" not in lengths:
+        return None
+    figure = lengths["sampled"] / lengths["chosen"]
+    return Alarm(
+        "sampled_length",
+        figure,
+        SAMPLED_LENGTH,
+        figure > SAMPLED_LENGTH,
+        f"sampled answers have {lengths['sampled']:.1f} tokens on average, {figure:.2f} times the "
+        f"{lengths['chosen']:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
+        "learning_rate, or rank per token with sera.loss: ipo or simpo.",
+    )
+
+
+def _length_growth(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    sampled = [
+        (summary["iteration"], summary["lengths"]["sampled"])
+        for summary in summaries
+        if "sampled" in summary["lengths"]
+    ]
+    if len(sampled) < 2 or "sampled" not in summaries[-1]["lengths"]:
+        return None
+    (first, before), (_, now) = sampled[0], sampled[-1]
+    figure = now / before
+    return Alarm(
+        "length_growth",
+        figure,
+        LENGTH_GROWTH,
+        figure > LENGTH_GROWTH,
+        f"sampled answers have grown from {before:.1f} tokens in iteration {first} to {now:.1f}, "
+        f"{figure:.2f} times as many: raise rl_beta, lower learning_rate, or stop at an earlier "
+        "iteration with num_epochs.",
+    )
+
+
+def _chosen_length(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    lengths = summaries[-1]["lengths"]
+    trained = lengths["trained_chosen"] / lengths["trained_rejected"]
+    offline = lengths["chosen"] / lengths["rejected"]
+    figure = trained / offline
+    return Alarm(
+        "chosen_length",
+        figure,
+        CHOSEN_LENGTH,
+        figure > CHOSEN_LENGTH,
+        f"in the pairs to train on chosen answers are {trained:.2f} times as long as rejected "
+        f"ones, in the offline pairs {offline:.2f} times: the reward prefers length. Rank per "
+        "token with sera.loss: ipo or simpo, or lower sera.bootstrap_ratio.",
+    )
+
+
+def _drift(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    drift, lengths = summaries[-1]["drift"], summaries[-1]["lengths"]
+    # Sums over tokens divided by tokens: the mean over all tokens, not over completions.
+    chosen, rejected = (drift[side] / lengths[side] for side in ("chosen", "rejected"))
+    return Alarm(
+        "drift",
+        abs(chosen),
+        DRIFT,
+        abs(chosen) > DRIFT,
+        f"the policy is {chosen:+.3f} nats per token from the initial one on the offline chosen "
+        f"answers ({rejected:+.3f} on the rejected): raise rl_beta or lower learning_rate.",
+    )
+
+
+def _held_out_accuracy(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    """The fall below the best earlier iteration, or below a coin, beyond chance.
+
+    The errors are added as if two iterations were judged on different pairs. They are the same
+    pairs, so the true error is smaller: the alarm is slow rather than nervous.
+    """
+    now = summaries[-1].get("evaluation")
+    if now is None:
+        return None
+    earlier = [("a coin", 0.5, 0.0)] + [
+        (
+            f"iteration {summary['iteration']}",
+            summary["evaluation"]["accuracy"],
+            summary["evaluation"]["accuracy_error"],
+        )
+        for summary in summaries[:-1]
+        if "accuracy_error" in summary.get("evaluation", {})
+    ]
+    name, best, error = max(earlier, key=lambda one: one[1])
+    figure = best - now["accuracy"]
+    chance = STANDARD_ERRORS * math.hypot(error, now["accuracy_error"])
+    threshold = max(ACCURACY_FALL, chance)
+    return Alarm(
+        "held_out_accuracy",
+        figure,
+        threshold,
+        figure > threshold,
+        f"the implicit reward ranks {now['accuracy']:.1%} of {now['pairs']} held-out pairs as "
+        f"labelled, {name} {best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an "
+        "earlier iteration with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise "
+        "rl_beta.",
+    )
+
+
+def _duplicates(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    samples = summaries[-1].get("samples")
+    if samples is None:
+        return None
+    figure = samples["duplicates"] / samples["sampled"]
+    return Alarm(
+        "duplicates",
+        figure,
+        DUPLICATES,
+        figure > DUPLICATES,
+        f"{figure:.0%} of {samples['sampled']} candidates repeat another one of their prompt: "
+        "raise sera.temperature or sera.top_p, or lower sera.candidates.",
+    )
+
+
+def _without_pair(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    samples = summaries[-1].get("samples")
+    if samples is None:
+        return None
+    figure = samples["too_few"] / samples["prompts"]
+    return Alarm(
+        "without_pair",
+        figure,
+        WITHOUT_PAIR,
+        figure > WITHOUT_PAIR,
+        f"{figure:.0%} of {samples['prompts']} prompts have fewer than two distinct candidates "
+        "and give no pair: raise sera.temperature, sera.top_p or sera.candidates.",
+    )
+
+
+def _unfinished(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    samples = summaries[-1].get("samples")
+    if samples is None:
+        return None
+    figure = samples["unfinished"] / samples["sampled"]
+    return Alarm(
+        "unfinished",
+        figure,
+        UNFINISHED,
+        figure > UNFINISHED,
+        f"{figure:.0%} of {samples['sampled']} candidates were cut before their end: raise "
+        "sera.max_new_tokens (and sequence_len, if prompt and candidate fill it).",
+    )
+
+
+def _constant(
+    summaries: Sequence[Mapping[str, Any]], name: str, of: str, what: str
+) -> Alarm | None:
+    figure = summaries[-1].get("spread", {}).get(of)
+    if figure is None:
+        return None
+    return Alarm(
+        name,
+        figure,
+        SPREAD,
+        figure < SPREAD,
+        f"{what} {figure:.2g} nats per token, no more than rounding: the last iteration has hardly "
+        "changed the policy. Raise learning_rate, or lower rl_beta.",
+    )
+
+
+def _constant_rewards(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    what = "best and worst candidate of the middle prompt differ by"
+    return _constant(summaries, "constant_rewards", "sampled", what)
+
+
+def _constant_margins(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    what = "the middle half of the offline margins lies within"
+    return _constant(summaries, "constant_margins", "offline", what)
+
+
+_CHECKS: tuple[Callable[[Sequence[Mapping[str, Any]]], Alarm | None], ...] = (
+    _sampled_length,
+    _length_growth,
+    _chosen_length,
+    _drift,
+    _held_out_accuracy,
+    _duplicates,
+    _without_pair,
+    _unfinished,
+    _constant_rewards,
+    _constant_margins,
+)

@@ -1,0 +1,248 @@
+"""Alarms: both sides of every threshold, with figures derived by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from sera_plugin import alarms
+from sera_plugin.alarms import alarm_metrics, judge, records
+from sera_plugin.args import SeraConfig
+
+ROOT = Path(__file__).parents[1]
+NAMES = [
+    "sampled_length",
+    "length_growth",
+    "chosen_length",
+    "drift",
+    "held_out_accuracy",
+    "duplicates",
+    "without_pair",
+    "unfinished",
+    "constant_rewards",
+    "constant_margins",
+]
+
+
+def first() -> dict:
+    """Iteration 1: offline answers of 100 and 80 tokens, nothing sampled, no reward yet."""
+    return {
+        "iteration": 1,
+        "lengths": {
+            "prompt": 20.0,
+            "chosen": 100.0,
+            "rejected": 80.0,
+            "trained_chosen": 100.0,
+            "trained_rejected": 80.0,
+        },
+        "drift": {"chosen": 0.0, "rejected": 0.0},
+    }
+
+
+def later(iteration: int = 2, **changes) -> dict:
+    """An iteration in which all is well; `changes` name a figure as block__key."""
+    summary = first() | {
+        "iteration": iteration,
+        "samples": {
+            "prompts": 100,
+            "sampled": 400,
+            "duplicates": 0,
+            "ties": 0,
+            "too_few": 0,
+            "unfinished": 0,
+        },
+        "spread": {"offline": 0.1, "sampled": 0.1},
+        "evaluation": {"pairs": 100, "accuracy": 0.7, "accuracy_error": 0.0, "margin": None},
+    }
+    summary["lengths"] |= {"sampled": 100.0, "bootstrapped_chosen": None}
+    for path, value in changes.items():
+        block, key = path.split("__")
+        summary[block] = summary[block] | {key: value}
+    return summary
+
+
+def only(name: str, *summaries: dict) -> alarms.Alarm:
+    (found,) = [alarm for alarm in judge(summaries) if alarm.name == name]
+    return found
+
+
+def raised(*summaries: dict) -> list[str]:
+    return [alarm.name for alarm in judge(summaries) if alarm.raised]
+
+
+def test_a_healthy_run_raises_nothing_and_every_alarm_is_judged():
+    judged = judge([first(), later(2), later(3)])
+    assert [alarm.name for alarm in judged] == NAMES
+    assert not any(alarm.raised for alarm in judged)
+    assert records(judged) == []
+    assert alarm_metrics(judged) == {f"sera/alarm/{name}": 0.0 for name in NAMES}
+
+
+# A figure at its threshold is fine; a little beyond it is not.
+EDGES = {
+    # 150 / 100 tokens
+    "sampled_length": ({"lengths__sampled": 150.0}, {"lengths__sampled": 150.1}, 1.5),
+    # (150 / 96) / (100 / 80) = 1.5625 / 1.25
+    "chosen_length": (
+        {"lengths__trained_chosen": 150.0, "lengths__trained_rejected": 96.0},
+        {"lengths__trained_chosen": 150.1, "lengths__trained_rejected": 96.0},
+        1.25,
+    ),
+    # 50 nats over 100 tokens, in either direction
+    "drift": ({"drift__chosen": -50.0}, {"drift__chosen": -50.1}, 0.5),
+    # 200 of 400, 25 of 100, 100 of 400
+    "duplicates": ({"samples__duplicates": 200}, {"samples__duplicates": 201}, 0.5),
+    "without_pair": ({"samples__too_few": 25}, {"samples__too_few": 26}, 0.25),
+    "unfinished": ({"samples__unfinished": 100}, {"samples__unfinished": 101}, 0.25),
+    "constant_rewards": ({"spread__sampled": 0.001}, {"spread__sampled": 0.00099}, 0.001),
+    "constant_margins": ({"spread__offline": 0.001}, {"spread__offline": 0.00099}, 0.001),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_both_sides_of_a_threshold(name):
+    fine, bad, threshold = EDGES[name]
+    assert raised(first(), later(**fine)) == []
+    assert only(name, first(), later(**fine)).figure == pytest.approx(threshold)
+    assert raised(first(), later(**bad)) == [name]
+    assert only(name, first(), later(**bad)).threshold == threshold
+
+
+def test_growth_is_against_the_first_iteration_that_sampled():
+    # 80 -> 100 tokens is 1.25 times; the offline answers have 100.
+    grown = [first(), later(2, lengths__sampled=80.0), later(3, lengths__sampled=90.0)]
+    assert raised(*grown, later(4, lengths__sampled=100.0)) == []
+    beyond = [*grown, later(4, lengths__sampled=100.1)]
+    assert raised(*beyond) == ["length_growth"]
+    text = only("length_growth", *beyond).text
+    assert "from 80.0 tokens in iteration 2 to 100.1, 1.25 times" in text
+    assert "length_growth" not in alarm_metrics(judge(grown[:2]))
+
+
+def test_drift_counts_in_both_directions_and_only_for_chosen():
+    assert raised(first(), later(drift__chosen=51.0)) == ["drift"]
+    assert raised(first(), later(drift__rejected=-400.0)) == []
+    text = only("drift", first(), later(drift__chosen=-51.0, drift__rejected=-80.0)).text
+    assert "-0.510 nats per token" in text
+    assert "-1.000 on the rejected" in text
+
+
+def test_accuracy_falls_by_more_than_three_points_without_any_error():
+    steady = [first(), later(2, evaluation__accuracy=0.75)]
+    assert raised(*steady, later(3, evaluation__accuracy=0.7201)) == []
+    assert raised(*steady, later(3, evaluation__accuracy=0.7199)) == ["held_out_accuracy"]
+
+
+def test_accuracy_is_compared_with_the_best_earlier_iteration():
+    run = [first(), later(2, evaluation__accuracy=0.8), later(3, evaluation__accuracy=0.78)]
+    fallen = [*run, later(4, evaluation__accuracy=0.76)]
+    assert raised(*fallen) == ["held_out_accuracy"]
+    assert "iteration 2 80.0%" in only("held_out_accuracy", *fallen).text
+
+
+def test_a_fall_within_sampling_noise_is_none():
+    # Errors of 0.03 and 0.04 add up to 0.05, and two of these are 0.1.
+    keys = {"evaluation__accuracy_error": 0.03}
+    run = [first(), later(2, evaluation__accuracy=0.8, **keys)]
+    keys = {"evaluation__accuracy_error": 0.04}
+    assert raised(*run, later(3, evaluation__accuracy=0.7001, **keys)) == []
+    beyond = [*run, later(3, evaluation__accuracy=0.6999, **keys)]
+    assert raised(*beyond) == ["held_out_accuracy"]
+    assert only("held_out_accuracy", *beyond).threshold == pytest.approx(0.1)
+
+
+def test_a_reward_that_ranks_worse_than_a_coin_needs_no_earlier_iteration():
+    assert raised(first(), later(evaluation__accuracy=0.4701)) == []
+    bad = [first(), later(evaluation__accuracy=0.4699)]
+    assert raised(*bad) == ["held_out_accuracy"]
+    assert "a coin 50.0%" in only("held_out_accuracy", *bad).text
+    # An error that is unknown for an earlier iteration leaves that one out.
+    old = later(2, evaluation__accuracy=0.9)
+    del old["evaluation"]["accuracy_error"]
+    assert raised(first(), old, later(3)) == []
+
+
+def test_what_has_no_figures_is_not_judged():
+    # Iteration 1 has lengths and a drift of nothing.
+    assert [alarm.name for alarm in judge([first()])] == ["chosen_length", "drift"]
+    assert raised(first()) == []
+    # bootstrap_ratio: 0 and no held-out set.
+    alone = later()
+    for key in ("samples", "evaluation"):
+        del alone[key]
+    del alone["lengths"]["sampled"]
+    alone["spread"] = {"offline": 0.1}
+    names = [alarm.name for alarm in judge([first(), alone])]
+    assert names == ["chosen_length", "drift", "constant_margins"]
+
+
+def test_equal_candidates_say_nothing_about_the_reward():
+    judged = alarm_metrics(judge([first(), later(spread__sampled=None)]))
+    assert "sera/alarm/constant_rewards" not in judged
+    assert "sera/alarm/constant_margins" in judged
+
+
+def test_records_are_what_summary_json_keeps():
+    (record,) = records(judge([first(), later(samples__unfinished=300)]))
+    assert record.keys() == {"name", "figure", "threshold", "text"}
+    assert record["figure"] == 0.75
+    assert record["text"] == (
+        "75% of 400 candidates were cut before their end: raise sera.max_new_tokens (and "
+        "sequence_len, if prompt and candidate fill it)."
+    )
+
+
+def test_every_text_is_one_sentence_that_names_a_key_of_the_yaml():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    bad = later(3, lengths__sampled=900.0, lengths__trained_chosen=900.0, drift__chosen=-900.0)
+    bad |= {
+        "samples": {"prompts": 4, "sampled": 16, "duplicates": 15, "too_few": 4, "unfinished": 16},
+        "spread": {"offline": 0.0, "sampled": 0.0},
+    }
+    bad["evaluation"] = bad["evaluation"] | {"accuracy": 0.0}
+    judged = judge([first(), later(2), bad])
+    assert [alarm.name for alarm in judged if alarm.raised] == NAMES
+    for alarm in judged:
+        assert alarm.text.endswith(".")
+        assert "\n" not in alarm.text
+        ours = re.findall(r"\bsera\.(\w+)", alarm.text)
+        host = re.findall(r"\b(?:learning_rate|rl_beta|num_epochs|sequence_len)\b", alarm.text)
+        assert ours or host
+        assert set(ours) <= SeraConfig.model_fields.keys()
+        assert set(host) <= AxolotlInputConfig.model_fields.keys()
+
+
+def test_the_page_has_the_same_thresholds():
+    rows = re.findall(r"^\| `(\w+)` \|([^\n]+)", (ROOT / "docs/alarms.md").read_text(), re.M)
+    assert [name for name, _ in rows] == NAMES
+    shown = {name: [float(n) for n in re.findall(r"[<>] ([\d.]+)", row)] for name, row in rows}
+    assert shown == {
+        "sampled_length": [alarms.SAMPLED_LENGTH],
+        "length_growth": [alarms.LENGTH_GROWTH],
+        "chosen_length": [alarms.CHOSEN_LENGTH],
+        "drift": [alarms.DRIFT],
+        "held_out_accuracy": [alarms.ACCURACY_FALL, alarms.STANDARD_ERRORS],
+        "duplicates": [alarms.DUPLICATES],
+        "without_pair": [alarms.WITHOUT_PAIR],
+        "unfinished": [alarms.UNFINISHED],
+        "constant_rewards": [alarms.SPREAD],
+        "constant_margins": [alarms.SPREAD],
+    }
+
+
+def test_the_page_says_what_held_out_sets_can_see():
+    # Two accuracies of 0.7 on n pairs each: 2 sqrt(2 x 0.21 / n).
+    text = " ".join((ROOT / "docs/alarms.md").read_text().split())
+    seen = {n: 2 * math.sqrt(2 * 0.21 / n) for n in (100, 1000)}
+    assert f"With 100 pairs it sees falls of about {seen[100]:.2f}" in text
+    assert f"with 1,000 of {seen[1000]:.2f}" in text
+
+
+def test_rounding_is_what_the_gate_calls_rounding():
+    from sera_plugin.gate import FLOAT32_LIMITS
+
+    assert FLOAT32_LIMITS[0] == alarms.SPREAD

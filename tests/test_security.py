@@ -1,0 +1,478 @@
+"""What docs/security.md promises."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sera_plugin.args import SeraConfig
+from sera_plugin.iteration import Method, Pairs
+from sera_plugin.run import describe_run
+from sera_plugin.sampling import SamplingFailed, SamplingSettings, vllm, vllm_server
+from sera_plugin.sampling.child import ChildFailed
+from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.shown import is_secret, printable, public, without_credentials, without_secret
+from sera_plugin.store import RunStore, make_table
+from tests.conftest import adapter
+
+PACKAGE = Path(__file__).parents[1] / "sera_plugin"
+KEY = 'a-planted-key-7f3a"\\'  # with characters that Python and JSON write otherwise
+
+# ------------------------------------------------------------------ the source
+
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "os.popen",
+}
+FORBIDDEN_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
+
+
+def forbidden(source: str) -> list[str]:
+    """What in a file would run what it reads: by import, by call, by keyword."""
+    found = []
+    aliases: dict[str, str] = {}  # local name -> what it is
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                aliases[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    found += [name for name in aliases.values() if name.split(".")[0] in FORBIDDEN_MODULES]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        first, *rest = ast.unparse(node.func).split(".")
+        name = ".".join([aliases.get(first, first), *rest])
+        if name in FORBIDDEN_CALLS:
+            found.append(name)
+        found += [
+            f"{keyword.arg}=True"
+            for keyword in node.keywords
+            if keyword.arg in FORBIDDEN_KEYWORDS
+            and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("planted", "what"),
+    [
+        ("import pickle", "pickle"),
+        ("from pickle import loads as read", "pickle.loads"),
+        ("def f():\n    import shelve", "shelve"),
+        ("eval('1')", "eval"),
+        ("exec(text)", "exec"),
+        ("import torch\ntorch.load(path)", "torch.load"),
+        ("import torch as t\nt.load(path, weights_only=True)", "torch.load"),
+        ("from torch import load\nload(path)", "torch.load"),
+        ("import yaml\nyaml.load(text, Loader=yaml.Loader)", "yaml.load"),
+        ("import subprocess\nsubprocess.run('ls', shell=True)", "shell=True"),
+        ("subprocess.run('ls', shell=wanted)", "shell=True"),
+        ("Model.from_pretrained(path, trust_remote_code=True)", "trust_remote_code=True"),
+        ("np.load(path, allow_pickle=True)", "allow_pickle=True"),
+    ],
+)
+def test_the_check_finds_what_is_planted(planted, what):
+    assert forbidden(planted) == [what]
+
+
+def test_the_check_leaves_alone_what_is_harmless():
+    source = "import re, yaml\nmodel.eval()\nre.compile('a')\nyaml.safe_load(text)\n"
+    assert forbidden(source + "f(trust_remote_code=False, shell=False)\nstore.load(path)") == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_nothing_in_the_package_runs_what_it_reads(path):
+    assert forbidden(path.read_text()) == []
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_the_planted_pickle_would_run(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_policy_is_read_from_safetensors_only_and_runs_nothing(world, tmp_path, kind):
+    from peft import LoraConfig, get_peft_model
+
+    from sera_plugin.demo.base_model import load_model
+    from sera_plugin.policies import PolicyHistory
+
+    model, tokenizer = load_model(world.base)
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    store = RunStore(tmp_path)
+    history = PolicyHistory(model, store, str(world.base), tokenizer)
+    history.keep_current(1)
+    policy, mark = store.policy(2), tmp_path / "ran"
+    (policy / "planted.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nModel = Config = 0\n")
+    code = {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"}
+    name = "adapter_config.json" if kind == "lora" else "config.json"
+    config = json.loads((policy / name).read_text()) if (policy / name).exists() else {}
+    (policy / name).write_text(json.dumps(config | {"auto_map": code}))
+    stem = "adapter_model" if kind == "lora" else "pytorch_model"
+    (policy / f"{stem}.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    # With safetensors beside it the pickle is not looked at, and the weights are right.
+    read = history._load(policy)
+    assert all((read[name] == weight).all() for name, weight in history._snapshots[1].items())
+    # Without it, nothing is.
+    for path in policy.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        history._load(policy)
+    assert not mark.exists()
+
+
+# ------------------------------------------------------------------ secrets
+
+SECRET_KEYS = [
+    "api_key",
+    "apiKey",
+    "comet_api_key",
+    "X-Api-Key",
+    "WANDB_API_KEY",
+    "openai_key",
+    "key",
+    "aws_secret_access_key",
+    "token",
+    "hub_token",
+    "HF_TOKEN",
+    "access-token",
+    "password",
+    "db_password",
+    "Authorization",
+    "client_secret",
+    "credentials",
+]
+SETTINGS = [
+    "tokens",
+    "special_tokens",
+    "max_new_tokens",
+    "eot_tokens",
+    "added_tokens_overrides",
+    "tokenizer_type",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "image_token",
+    "add_bos_token",
+    "pose_split_on_token_ids",
+    "template_thinking_key",
+    "comet_experiment_key",
+    "keep_policies",
+    "monkey",
+    "lora_target_modules",
+    "",
+]
+
+
+@pytest.mark.parametrize("key", SECRET_KEYS)
+def test_keys_that_name_secrets(key):
+    assert is_secret(key)
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_keys_that_name_settings(key):
+    assert not is_secret(key)
+
+
+def test_every_setting_of_the_host_is_kept_but_its_keys():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    named = {key for key in AxolotlInputConfig.model_fields if is_secret(key)}
+    assert named == {"comet_api_key", "hf_use_auth_token"}  # the second is true or false
+
+
+def test_secrets_are_left_out_at_any_depth():
+    config = {
+        "comet_api_key": "hidden-1",
+        "hf_use_auth_token": True,
+        "special_tokens": {"eos_token": "</s>"},
+        "tokens": ["<a>"],
+        "password": 123456,
+        "datasets": [{"path": "s3://b", "storage_options": {"key": "hidden-2", "anon": False}}],
+        "headers": {"Authorization": {"scheme": "Bearer", "value": "hidden-3"}},
+        "mlflow_tracking_uri": "https://me:hidden-4@tracker:5000/a?b=c@d",
+        "proxy": "me:hidden-5@proxy:3128",
+        "resume": None,
+    }
+    shown = public(config)
+    assert shown == {
+        "hf_use_auth_token": True,
+        "special_tokens": {"eos_token": "</s>"},
+        "tokens": ["<a>"],
+        "datasets": [{"path": "s3://b", "storage_options": {"anon": False}}],
+        "headers": {},
+        "mlflow_tracking_uri": "https://***@tracker:5000/a?b=c@d",
+        "proxy": "***@proxy:3128",
+        "resume": None,
+    }
+    assert "hidden" not in json.dumps(shown)
+
+
+def test_run_json_has_what_is_set_and_no_secret():
+    ids = [[1], [2], [3]]
+    pairs = Pairs.from_table(
+        make_table({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids})
+    )
+    method = Method(SeraConfig(), reference_free=False, per_token=False, total=3)
+    config = {
+        "base_model": "m",
+        "revision": None,
+        "comet": {"api_key": "hidden"},
+        "path": Path("p"),
+    }
+    described = describe_run(config, "dpo", 0.2, method, pairs, 0, [2], 1)
+    assert described["config"] == {"base_model": "m", "comet": {}, "path": "p"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://host:80/a@b", "mail me@host", "a: b@c", "<|user|> x", "org/model@main", "k:v", "/a/b"],
+)
+def test_what_is_no_credential_stays(text):
+    assert without_credentials(text) == text
+
+
+def test_a_secret_is_found_however_it_is_quoted():
+    for text in (KEY, repr(KEY), json.dumps({"a": KEY})):
+        assert "planted" not in without_secret(f"before {text} after", KEY)
+    assert without_secret("nothing", "") == "nothing"
+
+
+class Echo(BaseHTTPRequestHandler):
+    """A server that sends back what it was sent, wherever it can."""
+
+    fail: str | None = None
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self._answer(json.loads(self.rfile.read(length)))
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        said = self.headers["Authorization"]
+        status, body = 200, {}
+        if self.fail == self.path:
+            status, body = 500, {"error": {"message": f"\x1b[2J\x07{said}\nsecond line"}}
+        elif self.path == "/v1/models":
+            root = self.server.base  # type: ignore[attr-defined]
+            body = {"data": [{"id": said, "root": root, "max_model_len": 48}]}
+        elif self.path == "/tokenize":
+            body = {"tokens": self.server.tokenize(request["prompt"])}  # type: ignore[attr-defined]
+        elif self.path == "/version":
+            body = {"version": f"1 {said}"}
+        elif self.path == "/v1/unload_lora_adapter":
+            status, body = 400, {"error": said}
+        elif self.path == "/v1/completions":
+            choices = [
+                {
+                    "index": index,
+                    "token_ids": [5 + (request["seed"] + index) % 7, 2],
+                    "finish_reason": "stop",
+                }
+                for index in range(request["n"])
+            ]
+            body = {"choices": choices}
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def echo(base: Path, fail: str | None = None) -> Iterator[SimpleNamespace]:
+    from sera_plugin.demo.base_model import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    handler = type("Handler", (Echo,), {"fail": fail})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.base = str(base)  # type: ignore[attr-defined]
+    server.tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield SimpleNamespace(port=server.server_port, tokenize=server.tokenize)  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/tokenize", "/version", "/v1/load_lora_adapter", "/v1/completions"]
+)
+def test_no_error_has_the_key_that_a_server_sends_back(world, tmp_path, monkeypatch, path):
+    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
+    with echo(world.base, fail=path) as server:
+        sampler = VllmServerSampler(
+            "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, []
+        )
+        with pytest.raises(SamplingFailed) as failure:
+            list(sampler.sample([np.array([1, 5], dtype=np.int32)], how))
+    text = str(failure.value)
+    assert "planted" not in text
+    assert failure.value.__cause__ is None
+    assert "\\x1b[2J\\x07Bearer *** second line" in text
+    assert text.isprintable()
+
+
+def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_server(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    with echo(world.base) as server:
+        sampler = VllmServerSampler(
+            "me:hidden@127.0.0.1", server.port, "another/model", tmp_path, server.tokenize, []
+        )
+        with pytest.raises(SamplingFailed) as failure:
+            sampler.check()
+    assert f"at http://***@127.0.0.1:{server.port} serves" in str(failure.value)
+    assert "planted" not in str(failure.value)
+    # A key that cannot be sent is quoted by the HTTP library.
+    monkeypatch.setenv(vllm_server.API_KEY, "one-planted\nkey")
+    sampler = VllmServerSampler("127.0.0.1", server.port, "base", tmp_path, list, [])
+    with pytest.raises(SamplingFailed, match="header") as failure:
+        sampler.check()
+    assert "planted" not in str(failure.value)
+
+
+@pytest.mark.slow
+def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
+    base_config, train, world, monkeypatch, capfd
+):
+    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    base_config["sera"] |= {"sampler": "vllm-server"}
+    base_config |= {"num_epochs": 2, **adapter()}
+    with echo(world.base) as server:
+        result = train(base_config | {"vllm": {"port": server.port}})
+    summary = json.loads((result.run / "iteration-02/summary.json").read_text())
+    assert summary["sampler"] == {"name": "vllm-server", "version": "1 Bearer ***"}
+    assert summary["pairs"]["bootstrapped_kept"] > 0
+    said = "".join(capfd.readouterr())
+    assert "kept sera-" in said  # the warning that the adapter was not unloaded
+    for text in (said, json.dumps(result.history)):
+        assert "planted" not in text
+    for path in result.output.rglob("*"):
+        assert path.is_dir() or b"planted" not in path.read_bytes(), path
+
+
+# ------------------------------------------------------------------ text from elsewhere
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    assert printable("\x1b[31mred\x1b[0m plain") == "red plain"
+    assert printable("\x1b[2Jclear \x1b]0;title\x07") == "\\x1b[2Jclear \\x1b]0;title\\x07"
+    assert printable("a\rb\nc\td\x00\x9b") == "a\\rb\\nc\td\\x00\\x9b"
+    assert printable("\u202eturned \u200bhidden") == "\\u202eturned \\u200bhidden"
+    assert printable("你好 wörld 🙂") == "你好 wörld 🙂"
+
+
+def test_the_log_of_an_engine_is_shown_and_not_obeyed(tmp_path):
+    printed = "\x1b[36mfine\x1b[0m\n\x1b[2J\x1b]0;mine\x07\nValueError: \x1b[5mno\x00\n"
+    failure = ChildFailed("RuntimeError: \x1b[2Ja\n  b\x07", printed, tmp_path / "log")
+    text = vllm._explain(failure)
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "stopped: RuntimeError: \\x1b[2Ja b\\x07." in text
+    assert "  | fine\n  | \\x1b[2J\\x1b]0;mine\\x07\n" in text
+    assert "first error in its log: ValueError: no\\x00" in text
+
+
+def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
+    path = tmp_path / "python"
+    path.write_text("#!/bin/sh\nprintf '\\033[2Jbroken\\007' >&2\nexit 1\n")
+    path.chmod(0o755)
+    with pytest.raises(RuntimeError) as failure:
+        vllm.find_vllm(str(path))
+    assert str(failure.value).endswith("\\x1b[2Jbroken\\x07")
+
+
+# ------------------------------------------------------------------ the network
+
+
+def test_an_engine_stays_on_this_machine_whatever_the_training_run_uses(monkeypatch):
+    for name in ("VLLM_HOST_IP", "VLLM_LOOPBACK_IP"):
+        monkeypatch.setenv(name, "10.0.0.1")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth0")
+    environment = vllm.child_environment(sys.executable)
+    assert environment["VLLM_HOST_IP"] == environment["VLLM_LOOPBACK_IP"] == "127.0.0.1"
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+# ------------------------------------------------------------------ paths
+
+
+def test_only_iterations_are_discarded(tmp_path):
+    store = RunStore(tmp_path)
+    others = ["iteration-foo", "iteration-03.bak", "iteration-", "iteration-3", "iteration-\u0663"]
+    for name in ["iteration-02", "iteration-03", "iteration-117", *others]:
+        (store.root / name).mkdir(parents=True)
+        (store.root / name / "file").touch()
+    (store.root / "iteration-04").write_text("a file")
+    store.discard_after(2)
+    assert {path.name for path in store.root.iterdir()} == {"iteration-02", "iteration-04", *others}
+
+
+def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path):
+    store = RunStore(tmp_path / "out")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    store.root.mkdir(parents=True)
+    (store.root / "iteration-03").symlink_to(outside)
+    store.discard_after(2)
+    assert not (store.root / "iteration-03").is_symlink()
+    assert (outside / "file").exists()
+    # Inside an iteration too.
+    store.iteration(3).mkdir()
+    (store.iteration(3) / "policy").symlink_to(outside)
+    store.discard_after(2)
+    assert (outside / "file").exists()
+    assert not store.iteration(3).exists()
