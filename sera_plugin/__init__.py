@@ -8,7 +8,7 @@ ICLR 2025).
 
 The map, in reading order:
 
-- `iteration`   Algorithm 1 on one screen
+- `iteration`   Algorithm 1 on one screen; `method`, `offline`   its records, its offline half
 - `rewards`, `selection`, `bootstrap`   the method: pure functions of arrays
 - `losses`      the direct alignment losses: pure functions of log-probabilities
 - `args`        the `sera:` block
@@ -17,8 +17,10 @@ The map, in reading order:
 - `logprobs`, `policies`, `adapters`, `scoring`, `sampling`   what needs the model:
   log-probabilities, snapshots, PEFT, scoring under any policy, sampling
 - `objective`, `gate`   one training step, and the check before an iteration's first
+- `loop`        the iterations of one run in order
 - `store`, `run`, `summary`, `alarms`   the run directory, what a run is, what an iteration did,
   what to worry about
+- `checksums`, `checkpoints`   what is whole, and where a run continues
 - `trainer`     everything that touches the host's private seams
 - `plugin`, `cli`   the host's public hooks
 - `demo`        a small world with a known true reward

@@ -10,116 +10,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from time import perf_counter
-from typing import Any, Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sera_plugin.args import SeraConfig
 from sera_plugin.bootstrap import pair_candidates
-from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
+from sera_plugin.method import Method, Pairs, Phases
+from sera_plugin.offline import Scorer, offline_table, require_finite
 from sera_plugin.sampling import CandidateSampler, Chunk, SamplingSettings
 from sera_plugin.selection import select_largest
 from sera_plugin.store import RunStore, TokenColumn, make_table
-
-
-class Scorer(Protocol):
-    """log pi(completion | prompt) under any of the policies that are still at hand."""
-
-    def __call__(
-        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
-    ) -> FloatArray:
-        """(n,) summed log-probabilities in nats under theta_policy."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Preference pairs as token ids, (N,) each."""
-
-    prompt_ids: TokenColumn
-    chosen_ids: TokenColumn
-    rejected_ids: TokenColumn
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Pairs:
-        return cls(
-            *(TokenColumn(table[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-        )
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids)
-
-
-@dataclass
-class Phases:
-    """Seconds, sequences and tokens forwarded per phase of an iteration."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    forwarded: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.spend(phase, perf_counter() - start)
-
-    def spend(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
-
-    def count(self, phase: str, sequences: int, tokens: int) -> None:
-        entry = self.forwarded.setdefault(phase, {"sequences": 0, "tokens": 0})
-        entry["sequences"] += sequences
-        entry["tokens"] += tokens
-
-
-@dataclass(frozen=True)
-class Method:
-    """The method's constants, fixed for the run.
-
-    Attributes:
-        config: the `sera:` block.
-        reference_free: whether the loss has no reference (SimPO).
-        per_token: whether the loss averages its reward over tokens; the margin follows it.
-        total: N, the number of offline pairs.
-    """
-
-    config: SeraConfig
-    reference_free: bool
-    per_token: bool
-    total: int
-
-    @property
-    def kept(self) -> int:
-        """k = round(selection_ratio N)."""
-        return round(self.config.selection_ratio * self.total)
-
-    @property
-    def bootstrapped(self) -> int:
-        """k~ = round(bootstrap_ratio N)."""
-        return round(self.config.bootstrap_ratio * self.total)
-
-    def weights(self, iteration: int) -> tuple[float, ...]:
-        return reward_weights(iteration, self.config.gamma, self.reference_free)
-
-    def oldest_policy(self, iteration: int) -> int:
-        """The oldest policy that iteration t's phases score under."""
-        return iteration - len(self.weights(iteration)) if iteration > 1 else 0
-
-    def reward(
-        self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
-    ) -> FloatArray:
-        weights = self.weights(iteration)
-        return implicit_reward(np.stack(logps), weights, lengths if self.per_token else None)
-
 
 #: Given (prompts to sample, phase), a block with a callable that takes finished chunks.
 Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
@@ -175,85 +79,6 @@ def prepare_iteration(
             bootstrapped = _pair(method, candidates, settings.candidates)
         store.write(iteration, "bootstrapped", bootstrapped)
     return training_pairs(pairs, offline, candidates, bootstrapped, settings.candidates)
-
-
-def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[str, FloatArray]:
-    """log pi_policy of the chosen and rejected completions, (N,) each, in nats.
-
-    Raises:
-        ValueError: naming the first row whose log-probability is not finite.
-    """
-    both = scorer(
-        policy,
-        [*pairs.prompt_ids, *pairs.prompt_ids],
-        [*pairs.chosen_ids, *pairs.rejected_ids],
-        phase,
-    )
-    logps = {"chosen": both[: len(pairs)], "rejected": both[len(pairs) :]}
-    for side, values in logps.items():
-        _require_finite(values, f"log-probability of {side}", np.arange(len(pairs)))
-    return logps
-
-
-def offline_table(
-    iteration: int, method: Method, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
-) -> pa.Table:
-    """Iteration t's offline.parquet: log pi_{t-1} of all pairs, and from t = 2 the selection.
-
-    Each policy scores the offline set once; earlier policies' values are read back.
-    """
-    table = store.read(iteration, "offline")
-    if table is not None:
-        return table
-    with phases.timed("score_offline"):
-        logps = score_pairs(pairs, iteration - 1, scorer, "score_offline")
-    columns: dict[str, Any] = {
-        "row": np.arange(len(pairs)),
-        "prompt_length": pairs.prompt_ids.lengths,
-        "chosen_length": pairs.chosen_ids.lengths,
-        "rejected_length": pairs.rejected_ids.lengths,
-        "chosen_logp": logps["chosen"],
-        "rejected_logp": logps["rejected"],
-    }
-    if iteration > 1:
-        earlier = [
-            offline_table(iteration - back, method, pairs, store, scorer, phases)
-            for back in range(1, len(method.weights(iteration)))
-        ]
-        with phases.timed("select"):
-            for side in ("chosen", "rejected"):
-                columns[f"{side}_reward"] = method.reward(
-                    [logps[side], *(each[f"{side}_logp"].to_numpy() for each in earlier)],
-                    iteration,
-                    columns[f"{side}_length"],
-                )
-            columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
-            columns["selected"] = select_largest(columns["margin"], method.kept)
-    table = make_table(columns)
-    store.write(iteration, "offline", table)
-    return table
-
-
-def held_out_table(
-    iteration: int, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
-) -> pa.Table:
-    """Iteration t's evaluation.parquet: log pi_{t-1} of the held-out pairs."""
-    table = store.read(iteration, "evaluation")
-    if table is not None:
-        return table
-    with phases.timed("score_evaluation"):
-        logps = score_pairs(pairs, iteration - 1, scorer, "score_evaluation")
-    table = make_table(
-        {
-            "row": np.arange(len(pairs)),
-            "chosen_length": pairs.chosen_ids.lengths,
-            "rejected_length": pairs.rejected_ids.lengths,
-            "chosen_logp": logps["chosen"],
-            "rejected_logp": logps["rejected"],
-        }
-    )
-    store.write(iteration, "evaluation", table)
-    return table
 
 
 def _sample(
@@ -320,7 +145,7 @@ def _score_candidates(
             for back in range(1, len(method.weights(iteration)) + 1)
         ]
     for values in logps:
-        _require_finite(values, "log-probability of a candidate", rows)
+        require_finite(values, "log-probability of a candidate", rows)
     reward = method.reward(logps, iteration, token_ids.lengths)
     by_candidate = np.stack(logps, axis=1)
     return samples.append_column(
@@ -405,13 +230,3 @@ def training_pairs(
             "sera.candidates."
         )
     return make_table(columns)
-
-
-def _require_finite(values: FloatArray, what: str, rows: npt.NDArray[Any]) -> None:
-    broken = np.flatnonzero(~np.isfinite(values))
-    if broken.size:
-        raise ValueError(
-            f"the {what} in row {rows[broken[0]]} is {values[broken[0]]} ({broken.size} such "
-            "values). The policy has diverged or overflows: lower learning_rate, or train with "
-            "bf16 or float32 instead of fp16."
-        )

@@ -18,15 +18,9 @@ import pyarrow as pa
 
 from sera_plugin import checkpoints
 from sera_plugin.alarms import alarm_metrics, judge, records
-from sera_plugin.iteration import (
-    Method,
-    Pairs,
-    Phases,
-    held_out_table,
-    offline_table,
-    prepare_iteration,
-    score_pairs,
-)
+from sera_plugin.iteration import prepare_iteration
+from sera_plugin.method import Method, Pairs, Phases
+from sera_plugin.offline import held_out_table, offline_table, score_pairs
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.samplers import Samplers

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_plugin import __version__
-from sera_plugin.iteration import Method, Pairs
+from sera_plugin.method import Method, Pairs
 from sera_plugin.sampling.choose import Choice
 from sera_plugin.schedule import Schedule
 from sera_plugin.shown import public

@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sera_plugin.iteration import Phases, Progress
+from sera_plugin.iteration import Progress
 from sera_plugin.logprobs import TokenBudget, score_sequences
+from sera_plugin.method import Phases
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.ranks import Ranks
 from sera_plugin.rewards import FloatArray

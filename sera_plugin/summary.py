@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sera_plugin.iteration import Method, Phases
+from sera_plugin.method import Method, Phases
 from sera_plugin.store import RunStore, TokenColumn
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)

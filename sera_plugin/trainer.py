@@ -38,11 +38,12 @@ from sera_plugin.gate import (
     check_step_zero,
     low_precision,
 )
-from sera_plugin.iteration import Method, Pairs, score_pairs
 from sera_plugin.logprobs import TokenBudget
 from sera_plugin.loop import Loop
 from sera_plugin.losses import PreferenceLoss
+from sera_plugin.method import Method, Pairs
 from sera_plugin.objective import Objective
+from sera_plugin.offline import score_pairs
 from sera_plugin.policies import PolicyHistory, is_finite
 from sera_plugin.rewards import FloatArray
 from sera_plugin.samplers import Samplers

@@ -19,6 +19,7 @@ def seams():
     from accelerate import Accelerator
     from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
     from transformers import Trainer
+    from transformers.trainer_utils import rotate_checkpoints
     from trl import DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -37,6 +38,11 @@ def seams():
             Trainer._init_training_state,
             "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint "
             "trial",
+        ),
+        "save_checkpoint": (Trainer._save_checkpoint, "self model trial"),
+        "rotate_checkpoints": (
+            rotate_checkpoints,
+            "output_dir save_total_limit best_model_checkpoint use_mtime checkpoint_prefix",
         ),
         "create_scheduler": (
             AxolotlDPOTrainer.create_scheduler,
@@ -68,6 +74,8 @@ def seams():
         "run_epoch",
         "set_initial_training_values",
         "init_training_state",
+        "save_checkpoint",
+        "rotate_checkpoints",
         "create_scheduler",
         "create_optimizer",
         "prepare_dataset",
@@ -113,6 +121,26 @@ def test_first_values_of_the_training_tuple_are_where_we_write_them():
         "steps_in_epoch",
         "max_steps",
     ]
+
+
+def test_the_host_removes_old_checkpoints_where_we_hold_it_back():
+    """`save_total_limit` is unset while the host saves, and rotation called once all is sealed."""
+    from transformers import Trainer
+
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert source.count("rotate_checkpoints(") == 1
+    assert "save_total_limit=self.args.save_total_limit" in source
+
+
+def test_the_host_tells_training_from_evaluation_where_a_run_is_opened():
+    """`post_trainer_create` comes before the host writes into output_dir, and never in evaluate."""
+    import axolotl.evaluate
+    import axolotl.train
+
+    assert "post_trainer_create" not in inspect.getsource(axolotl.evaluate)
+    assert "post_trainer_create" in inspect.getsource(axolotl.train.setup_model_and_trainer)
+    order = inspect.getsource(axolotl.train.train)
+    assert order.index("setup_model_and_trainer(") < order.index("save_initial_configs(")
 
 
 def test_trl_still_ignores_label_smoothing_in_its_sigmoid_loss():

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from sera_plugin.args import SeraConfig
-from sera_plugin.iteration import Method, Pairs, Phases, prepare_iteration
+from sera_plugin.iteration import prepare_iteration
+from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
 from sera_plugin.store import RunStore, make_table
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from sera_plugin.args import SeraConfig
-from sera_plugin.iteration import Method, Pairs
+from sera_plugin.method import Method, Pairs
 from sera_plugin.run import describe_run
 from sera_plugin.sampling import SamplingFailed, SamplingSettings, vllm, vllm_server
 from sera_plugin.sampling.child import ChildFailed
