@@ -8,7 +8,9 @@ DPO then holds.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -148,8 +150,21 @@ def _readable(error: Any) -> str:
     return f"sera.{key}: {error['input']!r} is not allowed: {error['msg']}"
 
 
+def _require_writable(output_dir: str) -> None:
+    """The host would fail in one place or another, each with a traceback of its own."""
+    place = Path(output_dir).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir: {output_dir} cannot be written: {place} is read-only, no directory, or "
+            "not yours. Make it writable, or set another output_dir."
+        )
+
+
 def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     """Refuse, before anything is loaded, what would fail late or be wrong in silence."""
+    _require_writable(str(cfg.get("output_dir") or "."))
     epochs = cfg.get("num_epochs")
     if epochs is not None and not _is_count(epochs):
         raise ValueError(

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_DISABLED", "true")
 
+import numpy as np
 import pytest
 import yaml
 
@@ -161,12 +162,26 @@ def train(load, monkeypatch):
 
 
 @pytest.fixture
+def model(world):
+    """The world's model, loaded by itself."""
+    from sera_plugin.demo.base_model import load_model
+
+    return load_model(world.base)[0].eval()
+
+
+def ids(*lengths, seed=0):
+    """Token ids of the world's words, a sequence a length."""
+    random = np.random.default_rng(seed)
+    return [random.integers(6, 36, length).astype(np.int32) for length in lengths]
+
+
+@pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MiB of its own; only root may have one."""
+    """A file system of 16 MiB of its own; only root may have one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")

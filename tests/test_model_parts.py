@@ -23,21 +23,12 @@ from sera_plugin.ranks import Shard
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.store import RunStore
-
-
-@pytest.fixture
-def model(world):
-    return load_model(world.base)[0].eval()
+from tests.conftest import ids
 
 
 @pytest.fixture(scope="module")
 def tokenizer(world):
     return load_model(world.base)[1]
-
-
-def ids(*lengths, seed=0):
-    random = np.random.default_rng(seed)
-    return [random.integers(6, 36, length).astype(np.int32) for length in lengths]
 
 
 # ------------------------------------------------------------------ log-probabilities

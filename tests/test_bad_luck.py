@@ -1,0 +1,215 @@
+"""What a machine does to a run: full disks, no memory, numbers that are none, another run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from sera_plugin.logprobs import TokenBudget, score_sequences
+from sera_plugin.policies import PolicyHistory
+from sera_plugin.store import RunStore
+from tests.conftest import adapter, fill, ids
+
+# ------------------------------------------------------------------ disks
+
+MOMENTS = {
+    "a phase's file": (RunStore, "write", lambda self, iteration, name, table: iteration == 2),
+    "a chunk of samples": (RunStore, "append_samples", lambda *_: True),
+    "a policy": (PolicyHistory, "_save", lambda self, policy, directory: policy == 1),
+    "a checkpoint": (
+        Trainer,
+        "save_model",
+        lambda self, *_, **__: self.state.global_step == 6,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_disk_that_fills_up_stops_the_run_and_nothing_is_lost(
+    base_config, train, small_disk, monkeypatch, moment
+):
+    owner, name, when = MOMENTS[moment]
+    original = getattr(owner, name)
+
+    def filled(*args, **kwargs):
+        if when(*args, **kwargs) and not (small_disk / "filler").exists():
+            fill(small_disk)
+        return original(*args, **kwargs)
+
+    base_config |= adapter()
+    whole = train(base_config)
+    base_config |= {"output_dir": str(small_disk / "out"), "auto_resume_from_checkpoints": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, filled)
+        with pytest.raises(OSError, match=r"takes no more files: No space left.*Free some space"):
+            train(base_config)
+    (small_disk / "filler").unlink()
+    resumed = train(base_config)
+    assert resumed.trainer.state.global_step == 9
+    mine, theirs = (load_file(r.output / "adapter_model.safetensors") for r in (resumed, whole))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.slow
+def test_a_read_only_output_directory_is_refused_before_anything_is_loaded(
+    base_config, load, small_disk
+):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    base_config["output_dir"] = str(small_disk / "not/there/yet")
+    with pytest.raises(ValueError, match=r"output_dir: .*not/there/yet cannot be written"):
+        load(base_config)
+
+
+# ------------------------------------------------------------------ another run
+
+HOLD = """
+import sys, time
+from sera_plugin.store import RunStore
+store = RunStore(sys.argv[1])
+store.lock()
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_directory_takes_one_run_at_a_time_and_a_dead_ones_lock_holds_nobody_up(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=rf"in use by another run \('process {other.pid} on"):
+            RunStore(tmp_path).lock()
+        other.send_signal(signal.SIGKILL)
+    assert f"process {other.pid}" in (tmp_path / "sera/lock").read_text()
+    RunStore(tmp_path).lock()
+    assert f"process {os.getpid()}" in (tmp_path / "sera/lock").read_text()
+
+
+@pytest.mark.slow
+def test_a_second_run_changes_nothing_of_the_first(base_config, train):
+    output = Path(base_config["output_dir"])
+    command = [sys.executable, "-c", HOLD, str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="in use by another run"):
+            train(base_config)
+        other.kill()
+    assert [path.name for path in output.rglob("*") if path.is_file()] == ["lock"]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def limited(scored, most):
+    """A model whose forward pass fits `most` tokens."""
+    sizes = []
+
+    def check(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    return scored.register_forward_pre_hook(check, with_kwargs=True), sizes
+
+
+def test_scoring_goes_on_in_smaller_batches_and_remembers(model, caplog):
+    prompts, completions = ids(*[4] * 8), ids(*[8] * 8, seed=1)
+    expected = score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(96))
+    budget = TokenBudget(96)
+    handle, sizes = limited(model, 24)
+    scores = score_sequences(model, prompts, completions, pad_id=0, budget=budget)
+    # 8 sequences of 12 tokens fail, then 4; pairs fit, and so do all others from then on.
+    assert sizes == [96, 48, 24, 24, 24, 24]
+    assert abs(scores - expected).max() < 1e-4
+    assert "out of memory while scoring 8 sequences of 12 tokens at a time" in caplog.text
+    assert (budget.tokens, budget.planned) == (24, 96)
+    sizes.clear()
+    score_sequences(model, prompts, completions, pad_id=0, budget=budget)
+    assert sizes == [24, 24, 24, 24]
+    handle.remove()
+
+
+def test_one_sequence_that_does_not_fit_ends_the_run_with_what_to_do(model):
+    handle, _ = limited(model, 5)
+    with pytest.raises(ValueError, match=r"a single sequence of 12 tokens\. Lower sequence_len"):
+        score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
+    handle.remove()
+
+
+def test_another_error_is_not_taken_for_memory(model):
+    def broken(module, args, kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    handle = model.register_forward_pre_hook(broken, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
+    handle.remove()
+
+
+@pytest.mark.slow
+def test_memory_that_really_runs_out():
+    """Logits of 64 x 250 tokens and 32,768 words take 2 GiB; the process may have 1 GiB more."""
+    script = textwrap.dedent("""
+        import logging, resource
+        import numpy as np, psutil, torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from sera_plugin.logprobs import TokenBudget, score_sequences
+        logging.basicConfig()
+        torch.set_num_threads(1)
+        config = LlamaConfig(vocab_size=32768, hidden_size=16, intermediate_size=16,
+            num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+        model = LlamaForCausalLM(config).eval()
+        ids = [np.full(125, 7, dtype=np.int32)] * 64
+        def score(budget):
+            return score_sequences(model, ids, ids, pad_id=0, budget=budget)
+        expected = score(TokenBudget(250))
+        limit = psutil.Process().memory_info().vms + 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        budget = TokenBudget(64 * 250)
+        assert np.allclose(score(budget), expected, atol=1e-2)
+        print("tokens", budget.tokens)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory while scoring" in done.stderr
+    assert 250 <= int(done.stdout.split()[-1]) < 64 * 250
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(base_config, train):
+    base_config |= {"learning_rate": 1e25, "num_epochs": 1}
+    with pytest.raises(
+        ValueError, match=r"the loss is (nan|inf).* in step \d \(iteration 1\).*lower"
+    ):
+        train(base_config)
+    output = Path(base_config["output_dir"])
+    assert not list(output.glob("checkpoint-*"))
+    assert (output / "sera/iteration-01/offline.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_hosts_own_losses_are_watched_too(base_config, train):
+    base_config |= {"learning_rate": 1e25, "num_epochs": 1, "dpo_loss_type": ["apo_zero"]}
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf).* in step \d"):
+        train(base_config)
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_are_not_saved(base_config, train):
+    base_config |= {"learning_rate": 1e39, "save_steps": 1, "saves_per_epoch": None}
+    with pytest.raises(ValueError, match=r"weights are not finite after step \d \(iteration 1\)"):
+        train(base_config)
+    saved = Path(base_config["output_dir"]).glob("checkpoint-*/*.safetensors")
+    assert all(w.isfinite().all() for path in saved for w in load_file(path).values())
