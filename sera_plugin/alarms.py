@@ -25,7 +25,7 @@ CHOSEN_LENGTH = 1.25
 #: Nats per token. At 0.5 the policy's perplexity on the offline chosen answers has changed by a
 #: factor of e^0.5 = 1.65: down, it unlearns what the data calls good; up, it learns it by heart.
 DRIFT = 0.5
-#: Smallest fall in accuracy worth a word, however many held-out pairs there are...
+#: Smallest fall in accuracy worth a word, however many pairs there are...
 ACCURACY_FALL = 0.03
 #: ...and the fall in standard errors that chance would give in one of 40 comparisons. The earlier
 #: accuracy is the best of several and so a little lucky: one standard error would cry wolf.
@@ -157,38 +157,66 @@ def _drift(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
     )
 
 
-def _held_out_accuracy(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+#: (accuracy, its standard error, pairs) of an iteration, None where it has none.
+_Accuracy = tuple[float, float, int] | None
+
+
+def _held_out(summary: Mapping[str, Any]) -> _Accuracy:
+    found = summary.get("evaluation", {})
+    if "accuracy_error" not in found:
+        return None
+    return found["accuracy"], found["accuracy_error"], found["pairs"]
+
+
+def _offline(summary: Mapping[str, Any]) -> _Accuracy:
+    if "offline_accuracy_error" not in summary:
+        return None
+    accuracy, error = summary["offline_accuracy"], summary["offline_accuracy_error"]
+    return accuracy, error, summary["pairs"]["offline"]
+
+
+def _fallen(
+    summaries: Sequence[Mapping[str, Any]],
+    name: str,
+    kind: str,
+    accuracy_of: Callable[[Mapping[str, Any]], _Accuracy],
+) -> Alarm | None:
     """The fall below the best earlier iteration, or below a coin, beyond chance.
 
     The errors are added as if two iterations were judged on different pairs. They are the same
     pairs, so the true error is smaller: the alarm is slow rather than nervous.
     """
-    now = summaries[-1].get("evaluation")
-    if now is None:
+    found = accuracy_of(summaries[-1])
+    if found is None:
         return None
+    now, error_now, pairs = found
     earlier = [("a coin", 0.5, 0.0)] + [
-        (
-            f"iteration {summary['iteration']}",
-            summary["evaluation"]["accuracy"],
-            summary["evaluation"]["accuracy_error"],
-        )
+        (f"iteration {summary['iteration']}", *before[:2])
         for summary in summaries[:-1]
-        if "accuracy_error" in summary.get("evaluation", {})
+        if (before := accuracy_of(summary)) is not None
     ]
-    name, best, error = max(earlier, key=lambda one: one[1])
-    figure = best - now["accuracy"]
-    chance = STANDARD_ERRORS * math.hypot(error, now["accuracy_error"])
+    by, best, error = max(earlier, key=lambda one: one[1])
+    figure = best - now
+    chance = STANDARD_ERRORS * math.hypot(error, error_now)
     threshold = max(ACCURACY_FALL, chance)
     return Alarm(
-        "held_out_accuracy",
+        name,
         figure,
         threshold,
         figure > threshold,
-        f"the implicit reward ranks {now['accuracy']:.1%} of {now['pairs']} held-out pairs as "
-        f"labelled, {name} {best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an "
-        "earlier iteration with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise "
+        f"the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
+        f"{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier "
+        "iteration with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise "
         "rl_beta.",
     )
+
+
+def _held_out_accuracy(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    return _fallen(summaries, "held_out_accuracy", "held-out", _held_out)
+
+
+def _offline_accuracy(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    return _fallen(summaries, "offline_accuracy", "offline", _offline)
 
 
 def _duplicates(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
@@ -268,6 +296,7 @@ _CHECKS: tuple[Callable[[Sequence[Mapping[str, Any]]], Alarm | None], ...] = (
     _chosen_length,
     _drift,
     _held_out_accuracy,
+    _offline_accuracy,
     _duplicates,
     _without_pair,
     _unfinished,

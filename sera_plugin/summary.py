@@ -68,7 +68,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
             "kept": quantiles(margin[kept]),
             "dropped": quantiles(margin[~kept]),
         }
-        summary["offline_accuracy"] = float((margin > 0).mean())
+        summary |= _accuracy("offline_accuracy", margin)
         middle = summary["margins"]["offline"]
         tokens = 1.0 if method.per_token else _mean_length(columns)
         summary["spread"] = {"offline": (middle["0.75"] - middle["0.25"]) / tokens}
@@ -84,6 +84,18 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
     _add_evaluation(summary, iteration, method, store)
     return summary
+
+
+def _accuracy(name: str, margin: npt.NDArray[np.float64]) -> dict[str, float]:
+    """The share of margins above 0, and its standard error as `<name>_error`.
+
+    For the error two pairs of either kind are added (Agresti and Coull, 1998): a small set that is
+    all right or all wrong would seem to be without any.
+    """
+    right, total = int((margin > 0).sum()), len(margin)
+    share = (right + 2) / (total + 4)
+    error = float(np.sqrt(share * (1 - share) / (total + 4)))
+    return {name: right / total, f"{name}_error": error}
 
 
 def _mean_length(columns: Mapping[str, Any]) -> float:
@@ -187,14 +199,9 @@ def _add_evaluation(
         lengths = current[f"{side}_length"].to_numpy()
         rewards.append(method.reward(logps, iteration, lengths))
     margin = rewards[0] - rewards[1]
-    right, total = int((margin > 0).sum()), len(current)
-    # Agresti and Coull (1998): two pairs of either kind added, or a small set that is all right or
-    # all wrong would seem to be without error.
-    share = (right + 2) / (total + 4)
     summary["evaluation"] = {
-        "pairs": total,
-        "accuracy": right / total,
-        "accuracy_error": float(np.sqrt(share * (1 - share) / (total + 4))),
+        "pairs": len(current),
+        **_accuracy("accuracy", margin),
         "margin": quantiles(margin),
     }
 

@@ -19,6 +19,7 @@ NAMES = [
     "chosen_length",
     "drift",
     "held_out_accuracy",
+    "offline_accuracy",
     "duplicates",
     "without_pair",
     "unfinished",
@@ -55,12 +56,15 @@ def later(iteration: int = 2, **changes) -> dict:
             "unfinished": 0,
         },
         "spread": {"offline": 0.1, "sampled": 0.1},
+        "pairs": {"offline": 1000},
+        "offline_accuracy": 0.7,
+        "offline_accuracy_error": 0.0,
         "evaluation": {"pairs": 100, "accuracy": 0.7, "accuracy_error": 0.0, "margin": None},
     }
     summary["lengths"] |= {"sampled": 100.0, "bootstrapped_chosen": None}
     for path, value in changes.items():
-        block, key = path.split("__")
-        summary[block] = summary[block] | {key: value}
+        block, _, key = path.partition("__")
+        summary[block] = summary[block] | {key: value} if key else value
     return summary
 
 
@@ -165,13 +169,26 @@ def test_a_reward_that_ranks_worse_than_a_coin_needs_no_earlier_iteration():
     assert raised(first(), old, later(3)) == []
 
 
+def test_accuracy_on_the_offline_pairs_is_judged_alike():
+    # The demo's figures: 68.3% and 63.1% of 2,779 pairs.
+    run = [first(), later(2, offline_accuracy=0.683, offline_accuracy_error=0.0088)]
+    worse = [*run, later(3, offline_accuracy=0.631, offline_accuracy_error=0.0091)]
+    assert raised(*worse) == ["offline_accuracy"]
+    alarm = only("offline_accuracy", *worse)
+    assert alarm.figure == pytest.approx(0.052)
+    assert alarm.threshold == 0.03  # two standard errors are 2 hypot(0.0088, 0.0091) = 0.0253
+    assert "63.1% of 1000 offline pairs as labelled, iteration 2 68.3%" in alarm.text
+    noisy = later(3, offline_accuracy=0.631, offline_accuracy_error=0.026)
+    assert raised(*run, noisy) == []  # 2 hypot(0.0088, 0.026) = 0.0549
+
+
 def test_what_has_no_figures_is_not_judged():
     # Iteration 1 has lengths and a drift of nothing.
     assert [alarm.name for alarm in judge([first()])] == ["chosen_length", "drift"]
     assert raised(first()) == []
     # bootstrap_ratio: 0 and no held-out set.
     alone = later()
-    for key in ("samples", "evaluation"):
+    for key in ("samples", "evaluation", "offline_accuracy_error"):
         del alone[key]
     del alone["lengths"]["sampled"]
     alone["spread"] = {"offline": 0.1}
@@ -204,6 +221,7 @@ def test_every_text_is_one_sentence_that_names_a_key_of_the_yaml():
         "spread": {"offline": 0.0, "sampled": 0.0},
     }
     bad["evaluation"] = bad["evaluation"] | {"accuracy": 0.0}
+    bad["offline_accuracy"] = 0.0
     judged = judge([first(), later(2), bad])
     assert [alarm.name for alarm in judged if alarm.raised] == NAMES
     for alarm in judged:
@@ -226,6 +244,7 @@ def test_the_page_has_the_same_thresholds():
         "chosen_length": [alarms.CHOSEN_LENGTH],
         "drift": [alarms.DRIFT],
         "held_out_accuracy": [alarms.ACCURACY_FALL, alarms.STANDARD_ERRORS],
+        "offline_accuracy": [alarms.ACCURACY_FALL, alarms.STANDARD_ERRORS],
         "duplicates": [alarms.DUPLICATES],
         "without_pair": [alarms.WITHOUT_PAIR],
         "unfinished": [alarms.UNFINISHED],

@@ -62,6 +62,13 @@ def test_without_sampling_there_is_no_sampled_figure(tmp_path: Path) -> None:
     assert "spread" not in summary(run, 1)
 
 
+def test_accuracy_on_the_offline_pairs_has_its_error(tmp_path: Path) -> None:
+    """Two of three margins are above 0: 4/7 x 3/7 / 7."""
+    found = summary(Run(tmp_path), 2)
+    assert found["offline_accuracy"] == pytest.approx(2 / 3)
+    assert found["offline_accuracy_error"] == pytest.approx(sqrt(4 / 7 * 3 / 7 / 7))
+
+
 def test_a_small_held_out_set_is_never_without_error(tmp_path: Path) -> None:
     """Three of three right: (3 + 2) / (3 + 4) right of 3 + 4, so sqrt(5/7 x 2/7 / 7)."""
     run = Run(tmp_path)
