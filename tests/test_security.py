@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 
 from sera_plugin.args import SeraConfig
+from sera_plugin.checksums import seal
 from sera_plugin.method import Method, Pairs
 from sera_plugin.run import describe_run
 from sera_plugin.sampling import SamplingFailed, SamplingSettings, vllm, vllm_server
 from sera_plugin.sampling.child import ChildFailed
 from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.schedule import Schedule
 from sera_plugin.shown import is_secret, printable, public, without_credentials, without_secret
 from sera_plugin.store import RunStore, make_table
 from tests.conftest import adapter
@@ -153,14 +155,16 @@ def test_a_policy_is_read_from_safetensors_only_and_runs_nothing(world, tmp_path
     (policy / name).write_text(json.dumps(config | {"auto_map": code}))
     stem = "adapter_model" if kind == "lora" else "pytorch_model"
     (policy / f"{stem}.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    seal(policy)  # whoever plants files writes their checksums too
     # With safetensors beside it the pickle is not looked at, and the weights are right.
-    read = history._load(policy)
+    read = history._load(1)
     assert all((read[name] == weight).all() for name, weight in history._snapshots[1].items())
     # Without it, nothing is.
     for path in policy.glob("*.safetensors"):
         path.unlink()
+    seal(policy)
     with pytest.raises(OSError, match="safetensors"):
-        history._load(policy)
+        history._load(1)
     assert not mark.exists()
 
 
@@ -263,7 +267,8 @@ def test_run_json_has_what_is_set_and_no_secret():
         "comet": {"api_key": "hidden"},
         "path": Path("p"),
     }
-    described = describe_run(config, "dpo", 0.2, method, pairs, 0, [2], 1)
+    schedule = Schedule.plan(3, 1, 3, 0, batch_size=1, accumulation=1, drop_last=False)
+    described = describe_run(config, "dpo", 0.2, method, schedule, pairs, None, [2], 1)
     assert described["config"] == {"base_model": "m", "comet": {}, "path": "p"}
 
 
