@@ -71,7 +71,7 @@ def prepare_iteration(
             samples = _sample(iteration, pairs, store, sampler, settings, phases, progress)
         candidates = _score_candidates(iteration, method, pairs, samples, scorer, phases)
         store.write(iteration, "candidates", candidates)
-        store.remove_samples(iteration)
+    store.remove_samples(iteration)
 
     bootstrapped = store.read(iteration, "bootstrapped")
     if bootstrapped is None:

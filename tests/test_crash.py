@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from sera_plugin.store import RunStore, make_table
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
 from tests.crash.points import KINDS, LABELS, PHASES, Point, Verdict, choose_points
+from tests.crash.process import Job
 from tests.crash.report import BEGIN, END, write_table
 from tests.crash.report import make_table as make_markdown
 
@@ -71,13 +72,14 @@ def test_rows_on_disk_count_as_sampled(tmp_path):
 def test_the_table_has_a_row_per_phase_and_kind_and_its_place_in_a_page(tmp_path):
     once, again = Point("full", (("rotation", 1),)), Point("full", (("rotation", 2),))
     verdicts = [
-        Verdict(once, survived=True, repeated_steps=2),
+        Verdict(once, survived=True, repeated_steps=2, missed=1),
         Verdict(again, differences=["x: differs"], sampled_twice=3),
         Verdict(Point("lora"), survived=True),
     ]
     table = make_markdown(verdicts)
     assert f"| {LABELS['rotation']} | `full` | 2 | 1 | 3 | 1 | 2 |" in table
     assert "| **all** |  | 3 | 2 | 3 | 1 | 2 |" in table
+    assert table.endswith("the run: 1.")
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nearlier\n{END}\nafter\n")
     write_table(page, table, "the command", seed=5, seconds=60)
@@ -153,15 +155,13 @@ def test_two_uninterrupted_runs_are_equal_and_whatever_differs_is_found(bench, t
 
 @pytest.mark.slow
 def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
-    from tests.crash.process import Job
-
-    directory = bench._prepare("full", bench.directory / "killed")
+    directory = bench.prepare("full", bench.directory / "killed")
     assert bench.server.run(Job(str(directory), kill=("sample-chunk", 3))).how == "killed"
     assert len(list((directory / "out/sera/iteration-02/samples").iterdir())) == 3
     (events,) = read_trace(directory)
     assert events[-1]["event"] == "kept"
     # Killed from outside, at once after set-up: nothing is scored yet.
-    directory = bench._prepare("full", bench.directory / "killed")
+    directory = bench.prepare("full", bench.directory / "killed")
     assert bench.server.run(Job(str(directory), after=0.0)).how == "killed"
     assert not (directory / "out/sera/iteration-01/summary.json").exists()
 
@@ -181,6 +181,7 @@ def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
         "checkpoint-half:42:lora-keep-1",
         "rotation:30:lora-keep-1",
         "boundary:7:full",
+        "clean:3:full",
         "final-half:3:full",
         "random:1:full",
         "checkpoint-half:55+sample-chunk:3:lora-keep-1",
@@ -189,6 +190,8 @@ def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
 def test_a_killed_run_continues_to_the_same_end(bench, point):
     verdict = bench.try_point(Point.parse(point))
     assert verdict.good, verdict
+    # Where the run never came to the place, nothing was tested. Random instants have no place.
+    assert not verdict.missed or "random" in point
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ KIND, KILL = "lora-continued", ("micro-batch", 15)
 def killed(bench) -> Path:
     """A run that was killed; tests copy it, and never change it."""
     bench.whole(KIND)
-    directory = bench._prepare(KIND, bench.directory / "damage/killed")
+    directory = bench.prepare(KIND, bench.directory / "damage/killed")
     assert bench.server.run(Job(str(directory), kill=KILL)).how == "killed"
     saved = sorted(path.name for path in (directory / "out").glob("checkpoint-*"))
     assert saved == ["checkpoint-6", "checkpoint-7"]

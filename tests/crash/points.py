@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "save_total_limit": 2,
         "sera": {"restart_optimizer": False},
     },
-    "full-4-iterations": {**_EVERY_STEP, "save_total_limit": 2, "num_epochs": 4},
+    "full-4-iterations": {"save_total_limit": 1, "num_epochs": 4},
     "lora": _LORA,
     "lora-keep-1": {**_LORA, **_EVERY_STEP, "save_total_limit": 1},
     "lora-continued": {**_LORA, **_EVERY_STEP, "save_total_limit": 2},
@@ -133,7 +133,8 @@ class Verdict:
         sampled_twice: rows, see `Ledger`.
         repeated_steps: optimizer steps made again.
         seconds: of all runs together.
-        notes: why it did not survive, or which kill was not reached.
+        missed: kills that the run ended without.
+        notes: why it did not survive, or which kill was missed.
     """
 
     point: Point
@@ -142,6 +143,7 @@ class Verdict:
     sampled_twice: int = 0
     repeated_steps: int = 0
     seconds: float = 0.0
+    missed: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -188,7 +190,7 @@ class Bench:
             RuntimeError: if it fails.
         """
         if kind not in self._whole:
-            directory = self._prepare(kind, self.directory / "whole" / kind)
+            directory = self.prepare(kind, self.directory / "whole" / kind)
             ended = self.server.run(Job(str(directory)))
             if ended.how != "finished":
                 raise RuntimeError(f"an uninterrupted run {ended.how}: {last_words(directory)}")
@@ -202,7 +204,7 @@ class Bench:
     def try_point(self, point: Point) -> Verdict:
         """Run, kill, continue, compare. The directory stays if the verdict is not good."""
         whole = self.whole(point.kind)
-        directory = self._prepare(point.kind, self.place(point))
+        directory = self.prepare(point.kind, self.place(point))
         verdict, ledger = Verdict(point), Ledger()
         for number, kill in enumerate([*point.kills, None]):
             ended = self._run(directory, point, number, kill, whole)
@@ -212,6 +214,7 @@ class Bench:
                 verdict.notes.append(f"run {number + 1} {ended.how}: {last_words(directory)}")
                 break
             if kill is not None and ended.how == "finished":
+                verdict.missed += 1
                 verdict.notes.append(f"{kill[0]}:{kill[1]} was not reached")
         else:
             verdict.survived = ended.how == "finished"
@@ -226,21 +229,7 @@ class Bench:
         """The directory of a point."""
         return self.directory / "points" / str(point).replace(":", "_")
 
-    def _run(
-        self,
-        directory: Path,
-        point: Point,
-        number: int,
-        kill: tuple[str, int] | None,
-        whole: Whole,
-    ) -> Ended:
-        if kill is None or kill[0] != RANDOM:
-            return self.server.run(Job(str(directory), kill=kill))
-        share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
-        share *= 0.95 * 0.5**number  # a continued run has less to do
-        return self.server.run(Job(str(directory), after=share * whole.seconds))
-
-    def _prepare(self, kind: str, directory: Path) -> Path:
+    def prepare(self, kind: str, directory: Path) -> Path:
         """A fresh directory with the configuration; every path in it is the same for all runs."""
         if directory.exists():
             shutil.rmtree(directory)
@@ -260,6 +249,20 @@ class Bench:
         }
         (directory / "config.yaml").write_text(yaml.safe_dump(config))
         return directory
+
+    def _run(
+        self,
+        directory: Path,
+        point: Point,
+        number: int,
+        kill: tuple[str, int] | None,
+        whole: Whole,
+    ) -> Ended:
+        if kill is None or kill[0] != RANDOM:
+            return self.server.run(Job(str(directory), kill=kill))
+        share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
+        share *= 0.95 * 0.5**number  # a continued run has less to do
+        return self.server.run(Job(str(directory), after=share * whole.seconds))
 
 
 def last_words(directory: Path) -> str:
@@ -300,8 +303,9 @@ def _choose(bench: Bench, phase: str, kind: str, random: Random) -> Point | None
     if phase == RANDOM:
         return Point(kind, ((RANDOM, random.randrange(1_000)),))
     if phase == CHAIN:
-        first, second = random.sample([name for name in PHASES if counts.get(name)], 2)
-        kill = (first, random.randint(1, counts[first]))
+        places = [name for name in PHASES if counts.get(name) and "final" not in name]
+        first, second = random.sample(places, 2)
+        kill = (first, random.randint(1, max(1, counts[first] // 2)))
         if random.random() < 0.5:
             return Point(kind, (kill, (RANDOM, random.randrange(1_000))))
         # A continued run has less to do: an early place, so that it gets there.

@@ -24,7 +24,7 @@ _COLUMNS = (
 
 
 def make_table(verdicts: Sequence[Verdict]) -> str:
-    """One row per phase and kind of training, and the totals."""
+    """One row per phase and kind of training, the totals, and what was not killed as planned."""
     groups: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts:
         groups.setdefault((verdict.point.phase, verdict.point.kind), []).append(verdict)
@@ -33,7 +33,9 @@ def make_table(verdicts: Sequence[Verdict]) -> str:
     for phase, kind in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
         rows.append((LABELS[phase], f"`{kind}`", *_figures(groups[phase, kind])))
     rows.append(("**all**", "", *_figures(verdicts)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    missed = sum(verdict.missed for verdict in verdicts)
+    return f"{table}\n\nKills that came too late, after the end of the run: {missed}."
 
 
 def _figures(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
