@@ -113,8 +113,8 @@ class Loop:
             self._require_empty()
         elif not resuming:
             raise ValueError(
-                f"{self.store.root} holds an earlier run. Set another output_dir, remove that "
-                "directory, or continue it with `auto_resume_from_checkpoints: true`."
+                f"output_dir: {self._output_dir} holds an earlier run. Set another output_dir, "
+                "move it away, or continue it with `auto_resume_from_checkpoints: true`."
             )
         else:
             require_same_run(earlier, description, self.store.root)
