@@ -100,6 +100,13 @@ class SeraConfig(BaseModel):
         "directory. Otherwise those that no later iteration needs are removed. Adapters are "
         "small and always kept.",
     )
+    bad_rows: Literal["drop", "raise"] = Field(
+        "drop",
+        description="Rows that cannot be used (empty or null fields, wrong types, chosen equal to "
+        "rejected, ...; see data.md): `drop` leaves them out, with a warning that counts and names "
+        "them; `raise` stops the run, with an error that does. Rows that are only too long follow "
+        "the host's `excess_length_strategy`.",
+    )
     score_columns: tuple[str, ...] = Field(
         (),
         description="Columns of the dataset (scores, sources, anything per pair) to copy to "

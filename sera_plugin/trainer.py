@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,16 +17,20 @@ import torch
 from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.data.utils import md5
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from datasets.table import InMemoryTable
+from huggingface_hub.errors import HfHubHTTPError
+from requests.exceptions import RequestException
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, set_seed
 
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
-from sera_plugin.dataset import ChatTemplateCheck, model_end_ids, report_rows, tokenize_rows
+from sera_plugin.dataset import report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
+from sera_plugin.encoding import model_end_ids
 from sera_plugin.gate import (
     FLOAT32_LIMITS,
     LOW_PRECISION_LIMITS,
@@ -33,15 +38,19 @@ from sera_plugin.gate import (
     low_precision,
 )
 from sera_plugin.iteration import Method, Pairs, score_pairs
+from sera_plugin.loading import DataError, check_loaded, load_failure, one_line
 from sera_plugin.loop import Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.rewards import FloatArray
+from sera_plugin.rows import PROBLEM, WithoutGuardColumns, guard, source_name
 from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, make_table
+from sera_plugin.templates import ChatTemplateCheck
+from sera_plugin.texts import shown
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -63,6 +72,94 @@ def keep_one_model_loaded() -> None:
 
     setup_reference_model._sera = True  # type: ignore[attr-defined]
     host.setup_reference_model = setup_reference_model
+
+
+def guard_host_rows() -> None:
+    """Let the host's loading of preference data name bad files and rows, for `rl: sera`.
+
+    axolotl 0.19 looks all of these up in its modules when it prepares a split. Each does what it
+    did, and: a file that cannot be loaded is named; rows are transformed behind `rows.guard`;
+    held-out rows are transformed as `test_datasets` says (the host reads `datasets` for them too);
+    equal rows are equal wherever they stand; and prepared data with our columns is never taken for
+    that of another `rl`. Safe to call more than once.
+    """
+    import axolotl.utils.data.rl as host
+    import axolotl.utils.data.utils as host_utils
+
+    load_split, load_dpo = host._load_split, host.load_dpo
+    load_dataset, make_hash = host.load_dataset_with_config, host.generate_dataset_hash_from_config
+    deduplicate = host_utils._deduplicate_dataset
+    if getattr(load_split, "_sera", False):
+        return
+    # The key of the datasets being prepared and the datasets, while one of our splits is.
+    at: list[tuple[str, Any]] = []
+
+    def _load_split(cfg: DictDefault, split: Any) -> Any:
+        if not cfg.get("sera"):
+            return load_split(cfg, split)
+        key = "datasets" if split == "train" else "test_datasets"
+        at.append((key, cfg[key]))
+        try:
+            return load_split(cfg, split)
+        except (DataError, RequestException, HfHubHTTPError):
+            raise  # the host tries again when the hub did not answer
+        except Exception as error:
+            raise DataError(f"{key} cannot be prepared: {one_line(error)}.") from error
+        finally:
+            at.pop()
+
+    def load_dataset_with_config(config: DictDefault, *args: Any, **kwargs: Any) -> Any:
+        if not at:
+            return load_dataset(config, *args, **kwargs)
+        key, configs = at[-1]
+        key += f"[{next(i for i, c in enumerate(configs) if c.path == config.path)}]"
+        try:
+            dataset = load_dataset(config, *args, **kwargs)
+        except (RequestException, HfHubHTTPError):
+            raise
+        except Exception as error:
+            raise load_failure(key, str(config.path), error) from error
+        check_loaded(key, str(config.path), dataset)
+        return dataset
+
+    def load_strategy(kind: str, cfg: DictDefault, dataset_idx: int = 0, **kwargs: Any) -> Any:
+        if not at:
+            return load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
+        key, configs = at[-1]
+        cfg = DictDefault({**cfg, "datasets": configs})
+        loaded = load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
+        if loaded is None:
+            raise DataError(
+                f"{key}[{dataset_idx}].type: {shown(kind)} is no strategy that the host can "
+                "load for preference pairs; its log says why. Use chat_template.default, another "
+                "one of axolotl.prompt_strategies.dpo, or a block of field names."
+            )
+        limits = {"rl": cfg.rl, "sequence_len": cfg.sequence_len}
+        strategy = None if cfg.skip_prepare_dataset else cfg.excess_length_strategy or "drop"
+        return guard(
+            loaded,
+            source_name(key, dataset_idx, str(configs[dataset_idx].path)),
+            cfg.sequence_len,
+            partial(host._truncate_long_sequences_rl, **limits)
+            if strategy and strategy.lower() == "truncate"
+            else None,
+            partial(host._drop_long_sequences, **limits) if strategy else None,
+        )
+
+    def generate_dataset_hash_from_config(cfg: DictDefault, *args: Any) -> str:
+        found = make_hash(cfg, *args)
+        return md5(f"{found} sera {cfg.excess_length_strategy}") if cfg.get("sera") else found
+
+    def _deduplicate_dataset(dataset: Any, *args: Any) -> Any:
+        ours = PROBLEM in dataset.column_names
+        return deduplicate(WithoutGuardColumns(dataset) if ours else dataset, *args)
+
+    _load_split._sera = True  # type: ignore[attr-defined]
+    host._load_split = _load_split
+    host.load_dpo = load_strategy
+    host.load_dataset_with_config = load_dataset_with_config
+    host.generate_dataset_hash_from_config = generate_dataset_hash_from_config
+    host_utils._deduplicate_dataset = _deduplicate_dataset
 
 
 class SeraTrainer(AxolotlDPOTrainer):
@@ -157,15 +254,22 @@ class SeraTrainer(AxolotlDPOTrainer):
             return dataset
         types = [str(d.get("type")) for d in self.cfg.datasets or []]
         from_template = any(kind.startswith("chat_template") for kind in types)
+        long_rows = str(self.cfg.excess_length_strategy or "").lower()
         result = tokenize_rows(
             tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair"),
             processing_class,
             self._model_end_ids,
             self.cfg.sequence_len,
-            truncate=str(self.cfg.excess_length_strategy or "").lower() == "truncate",
+            truncate=long_rows == "truncate",
             template_check=ChatTemplateCheck(processing_class) if from_template else None,
         )
-        report_rows(result, dataset_name)
+        report_rows(
+            result,
+            dataset_name,
+            raise_bad=self.config.bad_rows == "raise",
+            raise_long=long_rows == "raise",
+            max_length=self.cfg.sequence_len,
+        )
         columns = {
             "row": np.arange(len(result.rows)),
             "prompt_ids": result.prompt_ids,

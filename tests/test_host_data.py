@@ -37,8 +37,10 @@ def test_chat_template_default(base_config, train, tmp_path):
     # The host searches the answer's text in the whole rendering and finds "a" in the header.
     rows.append({"messages": "b", "chosen": "a", "rejected": "b c"})
     data, result = trained(base_config, train, tmp_path, rows, "chat_template.default")
-    assert len(data["row"]) == 3
-    for index in range(3):
+    assert len(data["row"]) == 4
+    answers = {spelled(result, ids).replace(" ", "") for ids in data["chosen_ids"]}
+    assert answers == {"ab</s>", "cde</s>", "af</s>", "a</s>"}
+    for index in range(4):
         assert spelled(result, data["prompt_ids"][index]).startswith("<s> <|user|> ")
         assert data["prompt_ids"][index].count(1) == 1
         assert data["chosen_ids"][index].count(2) == data["rejected_ids"][index].count(2) == 1
