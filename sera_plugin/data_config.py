@@ -90,3 +90,21 @@ def name_types(cfg: Mapping[str, Any]) -> None:
         for entry in cfg.get(key) or ():
             if not entry.get("type"):
                 entry["type"] = READY_MADE
+
+
+def restore_entries(cfg: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Put back what the host's validation lost of the datasets' keys.
+
+    axolotl 0.19 reads an entry as the first of five schemas that accepts it, and all accept
+    anything. A `type:` block of two field names comes out empty, and the dataset is then read as
+    if it had none; a `name:` beside a longer block is gone.
+
+    Args:
+        cfg: the validated configuration.
+        entries: `datasets` and `test_datasets` as they were before.
+    """
+    for key, raw in entries.items():
+        for entry, before in zip(cfg.get(key) or (), raw or (), strict=False):
+            for name, value in before.items():
+                if value is not None and (entry.get(name) is None or isinstance(value, Mapping)):
+                    entry[name] = type(entry)(value) if isinstance(value, Mapping) else value

@@ -7,11 +7,18 @@ often says nothing ("An error occurred while generating the dataset", an empty S
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
+from requests.exceptions import RequestException
+
 from sera_plugin.texts import encodable, shown
+
+#: The host tries these again, because the hub may answer the next time.
+UNREACHABLE = (RequestException, HfHubHTTPError)
 
 
 class DataError(ValueError):
@@ -26,7 +33,8 @@ def load_failure(key: str, path: str, error: BaseException) -> DataError:
         path: the `path` given there.
         error: what the host raised.
     """
-    cause = _file_problem(Path(path)) or one_line(error)
+    nothing = "it has no rows" if "corresponds to no data" in str(error) else None
+    cause = _file_problem(Path(path)) or nothing or one_line(error)
     if not Path(path).exists() and isinstance(error, ValueError):
         cause = (
             "there is no such file or directory here, and no such dataset could be found on the "
@@ -35,8 +43,58 @@ def load_failure(key: str, path: str, error: BaseException) -> DataError:
     return DataError(f"{key}.path: {shown(path, 200)} cannot be loaded: {cause}.")
 
 
-def check_loaded(key: str, path: str, dataset: Any) -> None:
-    """Refuse a dataset without rows, or one of several splits where none was named.
+@dataclass
+class Split:
+    """The datasets of one split while the host loads and prepares them.
+
+    Attributes:
+        key: where the YAML names them, `datasets` or `test_datasets`.
+        entries: what stands there.
+        score_columns: `sera.score_columns`.
+        columns: the columns of the datasets loaded so far.
+    """
+
+    key: str
+    entries: Sequence[Any]
+    score_columns: Sequence[str] = ()
+    columns: set[str] = field(default_factory=set)
+
+    def load(self, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
+        """A dataset as the host's `load` gives it; what that raises becomes a `DataError`."""
+        index = next(i for i, known in enumerate(self.entries) if known["path"] == entry["path"])
+        key, path = f"{self.key}[{index}]", str(entry["path"])
+        try:
+            dataset = load(entry, *args, **kwargs)
+        except UNREACHABLE:
+            raise
+        except Exception as error:
+            raise load_failure(key, path, error) from error
+        dataset = check_loaded(key, path, dataset)
+        self.columns.update(dataset.column_names)
+        return dataset
+
+    def prepare(self, prepare: Callable[[], Any]) -> Any:
+        """What the host makes of them; what it raises becomes a `DataError`."""
+        try:
+            prepared = prepare()
+        except (DataError, *UNREACHABLE):
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{self.key} cannot be prepared: {one_line(error)}. Look for the dataset and the "
+                "column it names, and mend or remove them."
+            ) from error
+        missing = [name for name in self.score_columns if name not in self.columns]
+        if missing:
+            raise DataError(
+                f"sera.score_columns: {', '.join(map(shown, missing))} not in the data. It has "
+                f"{', '.join(map(shown, sorted(self.columns)))}."
+            )
+        return prepared
+
+
+def check_loaded(key: str, path: str, dataset: Any) -> Any:
+    """The split that the host will take; refuse one without rows, or several without a name.
 
     Raises:
         DataError: naming the key.
@@ -50,6 +108,7 @@ def check_loaded(key: str, path: str, dataset: Any) -> None:
         dataset = dataset["train"]
     if len(dataset) == 0:
         raise DataError(f"{key}.path: {shown(path, 200)} has no rows. Give a file that has some.")
+    return dataset
 
 
 def one_line(error: BaseException) -> str:
@@ -59,7 +118,8 @@ def one_line(error: BaseException) -> str:
     while current is not None and current not in chain:
         chain.append(current)
         current = current.__cause__ or current.__context__
-    said = [found for found in chain if str(found).strip()]
+    # A worker process sends its whole traceback along as an exception of its own.
+    said = [x for x in chain if str(x).strip() and type(x).__name__ != "RemoteTraceback"]
     # The last one is where it began.
     first = said[-1] if said else error
     text = " ".join(str(first).split())

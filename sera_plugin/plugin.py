@@ -8,9 +8,11 @@ DPO then holds.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -18,7 +20,7 @@ from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
-from sera_plugin.data_config import check_datasets, name_types
+from sera_plugin.data_config import check_datasets, name_types, restore_entries
 from sera_plugin.texts import shown
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
@@ -50,6 +52,9 @@ _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 class SeraPlugin(BasePlugin):
     """Adds `rl: sera` to Axolotl."""
 
+    #: The datasets as they were before the host validated them.
+    _entries: Mapping[str, Any] = MappingProxyType({})
+
     def register(self, cfg: dict[str, Any]) -> None:
         """Turn `rl: sera` into what the host understands. Idempotent.
 
@@ -74,6 +79,7 @@ class SeraPlugin(BasePlugin):
         _reject_incompatible(cfg, config)
         check_datasets(cfg, *_host_dataset_keys())
         name_types(cfg)
+        self._entries = {key: copy.deepcopy(cfg.get(key)) for key in ("datasets", "test_datasets")}
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER
         cfg["sera"] = config.model_dump(mode="json")
@@ -90,6 +96,7 @@ class SeraPlugin(BasePlugin):
         """Before the host loads its datasets, which it does because this returns nothing."""
         from sera_plugin.trainer import guard_host_rows
 
+        restore_entries(cfg, self._entries)
         guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:

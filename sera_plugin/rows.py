@@ -41,6 +41,7 @@ class GuardedTransform:
     Attributes:
         transform: the host's function from a raw row to prompt, chosen and rejected.
         source: the dataset's name in messages.
+        kept: columns of the raw rows to keep; all others have done their work.
         sequence_len: the longest row, for messages.
         shorten: the host's truncation of long rows, or None.
         fits: the host's own test whether a row fits its context, or None where it makes none.
@@ -48,6 +49,7 @@ class GuardedTransform:
 
     transform: Callable[..., Any]
     source: str
+    kept: tuple[str, ...] = ()
     sequence_len: int | None = None
     shorten: Callable[..., Mapping[str, Any]] | None = None
     fits: Callable[..., bool] | None = None
@@ -64,7 +66,8 @@ class GuardedTransform:
         if problem:
             # Not empty, or the host's filter raises on it.
             texts = dict.fromkeys(TEXTS, "-")
-        return {**texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
+        kept = {key: row[key] for key in self.kept if key in row}
+        return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
 
     def _texts(self, row: Reads, tokenizer: Any) -> dict[str, str]:
         raw = dict(row)
@@ -99,28 +102,23 @@ class GuardedTransform:
         return result, recorder.completions() if cut else []
 
 
-def guard(
-    loaded: Any,
-    source: str,
-    sequence_len: int | None,
-    shorten: Callable[..., Mapping[str, Any]] | None,
-    fits: Callable[..., bool] | None,
-) -> tuple[Any, dict[str, Any]]:
+def guard(loaded: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """What a strategy gives the host, guarded.
 
     Args:
         loaded: the strategy's transform, or that and options for the host's `Dataset.map`.
-        source, sequence_len, shorten, fits: see `GuardedTransform`.
+        options: see `GuardedTransform`.
 
     Returns:
         The same for the host. A strategy of the user's own that maps whole batches, or wants more
-        than the row, is left as it is.
+        than the row, is left as it is. Columns that no one asked for are removed: they could keep
+        two datasets from being merged, and two equal pairs from being equal.
     """
-    transform, options = loaded if isinstance(loaded, tuple) else (loaded, {})
-    if options.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
-        return transform, options
-    guarded = GuardedTransform(transform, source, sequence_len, shorten, fits)
-    return guarded, {**options, "with_indices": True}
+    transform, mapping = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if mapping.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
+        return transform, mapping
+    guarded = GuardedTransform(transform, **options)
+    return guarded, {**mapping, "with_indices": True, "remove_columns": "__all__"}
 
 
 def _cause(error: Exception, row: Mapping[str, Any]) -> str:
@@ -129,7 +127,8 @@ def _cause(error: Exception, row: Mapping[str, Any]) -> str:
         return f"no field or role {shown(error.args[0])}; its fields are {_fields(row)}"
     null = [shown(key) for key, value in row.items() if value is None]
     aside = f" (null: {', '.join(null[:5])})" if null else ""
-    return f"{type(error).__name__}: {shown(str(error), 120)[1:-1]}{aside}"
+    said = f"{type(error).__name__}: {shown(str(error), 120)[1:-1]}"
+    return f"the host's strategy cannot read it: {said}{aside}"
 
 
 def _fields(row: Mapping[str, Any]) -> str:

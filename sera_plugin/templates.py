@@ -48,7 +48,7 @@ class AnswerRecorder:
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """See transformers. Keeps renderings of an answer behind the host's dummy message."""
-        rendered = self._tokenizer.apply_chat_template(conversation, **options)
+        rendered = render(self._tokenizer, conversation, **options)
         if len(conversation) == 2 and conversation[0].get("content") == HOST_DUMMY:
             self._answers.append((conversation[1], rendered, options.get("chat_template")))
         return rendered
@@ -63,9 +63,9 @@ class AnswerRecorder:
 
     def _completion(self, answer: Mapping[str, Any], rendered: str, template: Any) -> str:
         role, content = answer["role"], answer["content"]
-        _check_answer_role(role)
-        if not isinstance(content, str) or not visible(content):
-            raise RowError("the answer is empty or not text")
+        _check_answer(answer)
+        if not isinstance(content, str):
+            raise RowError("the answer is not text")
         before, end = _surroundings(self._tokenizer, role, chat_template=template)
         if not rendered.startswith(before):
             # A template that writes reasoning and answer in two places, for example.
@@ -106,9 +106,46 @@ class ChatTemplateCheck:
         )
 
 
-def _check_answer_role(role: Any) -> None:
-    if role not in _ANSWER_ROLES:
-        raise RowError(f"chosen or rejected has the role {shown(role)}, not assistant")
+def _content(message: Mapping[str, Any]) -> list[str]:
+    """The texts in a message; templates render anything else as if it were text, or as nothing."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return []
+    parts = [content]
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        parts = [part.get("text") for part in content]
+    found = [part for part in parts if isinstance(part, str)]
+    if len(found) < len(parts):
+        raise RowError("a message's content is null or not text")
+    return found
+
+
+def render(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """A conversation as text.
+
+    Raises:
+        RowError: for a message that says nothing, or whose parts the template does not render.
+    """
+    contents = [_content(message) for message in conversation]
+    text: str = tokenizer.apply_chat_template(conversation, **options)
+    squeezed = "".join(text.split())
+    for message, parts in zip(conversation, contents, strict=True):
+        if message.get("role") == "user" and not any(map(visible, parts)):
+            raise RowError("a user message is empty")
+        if isinstance(message.get("content"), list) and not all(
+            "".join(part.split()) in squeezed for part in parts
+        ):
+            raise RowError("the chat template does not render a message that has parts")
+    return text
+
+
+def _check_answer(answer: Mapping[str, Any]) -> None:
+    if answer.get("role") not in _ANSWER_ROLES:
+        raise RowError(
+            f"chosen or rejected has the role {shown(answer.get('role'))}, not assistant"
+        )
+    if not answer.get("tool_calls") and not any(map(visible, _content(answer))):
+        raise RowError("empty prompt, chosen or rejected")
 
 
 def _is_conversation(value: Any) -> bool:
@@ -132,16 +169,13 @@ def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
     for message in prompt:
         if message.get("role") not in _ROLES:
             raise RowError(f"unknown role {shown(message.get('role'))} in the prompt")
-    text: str = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text = render(tokenizer, prompt, add_generation_prompt=True, tokenize=False)
     completions = []
     for answer in answers:
         if len(answer) != 1:
             raise RowError("chosen or rejected has several messages; a completion is one turn")
-        _check_answer_role(answer[0].get("role"))
-        content = answer[0].get("content")
-        if not answer[0].get("tool_calls") and not visible(str(content or "")):
-            raise RowError("empty prompt, chosen or rejected")
-        whole: str = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
+        _check_answer(answer[0])
+        whole = render(tokenizer, prompt + answer, tokenize=False)
         if not whole.startswith(text):
             raise RowError(
                 "the chat template renders the prompt differently once the answer follows"

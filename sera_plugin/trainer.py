@@ -21,8 +21,6 @@ from axolotl.utils.data.utils import md5
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from huggingface_hub.errors import HfHubHTTPError
-from requests.exceptions import RequestException
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, set_seed
 
@@ -38,7 +36,7 @@ from sera_plugin.gate import (
     low_precision,
 )
 from sera_plugin.iteration import Method, Pairs, score_pairs
-from sera_plugin.loading import DataError, check_loaded, load_failure, one_line
+from sera_plugin.loading import DataError, Split
 from sera_plugin.loop import Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
@@ -91,42 +89,29 @@ def guard_host_rows() -> None:
     deduplicate = host_utils._deduplicate_dataset
     if getattr(load_split, "_sera", False):
         return
-    # The key of the datasets being prepared and the datasets, while one of our splits is.
-    at: list[tuple[str, Any]] = []
+    at: list[Split] = []  # what is being prepared, while that is one of ours
 
-    def _load_split(cfg: DictDefault, split: Any) -> Any:
+    def _load_split(cfg: DictDefault, split: str) -> Any:
         if not cfg.get("sera"):
             return load_split(cfg, split)
         key = "datasets" if split == "train" else "test_datasets"
-        at.append((key, cfg[key]))
+        columns = cfg.sera["score_columns"] if split == "train" else ()
+        at.append(Split(key, cfg[key], columns))
         try:
-            return load_split(cfg, split)
-        except (DataError, RequestException, HfHubHTTPError):
-            raise  # the host tries again when the hub did not answer
-        except Exception as error:
-            raise DataError(f"{key} cannot be prepared: {one_line(error)}.") from error
+            return at[-1].prepare(partial(load_split, cfg, split))
         finally:
             at.pop()
 
     def load_dataset_with_config(config: DictDefault, *args: Any, **kwargs: Any) -> Any:
         if not at:
             return load_dataset(config, *args, **kwargs)
-        key, configs = at[-1]
-        key += f"[{next(i for i, c in enumerate(configs) if c.path == config.path)}]"
-        try:
-            dataset = load_dataset(config, *args, **kwargs)
-        except (RequestException, HfHubHTTPError):
-            raise
-        except Exception as error:
-            raise load_failure(key, str(config.path), error) from error
-        check_loaded(key, str(config.path), dataset)
-        return dataset
+        return at[-1].load(load_dataset, config, *args, **kwargs)
 
     def load_strategy(kind: str, cfg: DictDefault, dataset_idx: int = 0, **kwargs: Any) -> Any:
         if not at:
             return load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
-        key, configs = at[-1]
-        cfg = DictDefault({**cfg, "datasets": configs})
+        key, entries = at[-1].key, at[-1].entries
+        cfg = DictDefault({**cfg, "datasets": entries})
         loaded = load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
         if loaded is None:
             raise DataError(
@@ -136,19 +121,21 @@ def guard_host_rows() -> None:
             )
         limits = {"rl": cfg.rl, "sequence_len": cfg.sequence_len}
         strategy = None if cfg.skip_prepare_dataset else cfg.excess_length_strategy or "drop"
+        fits, shorten = host._drop_long_sequences, host._truncate_long_sequences_rl
         return guard(
             loaded,
-            source_name(key, dataset_idx, str(configs[dataset_idx].path)),
-            cfg.sequence_len,
-            partial(host._truncate_long_sequences_rl, **limits)
-            if strategy and strategy.lower() == "truncate"
-            else None,
-            partial(host._drop_long_sequences, **limits) if strategy else None,
+            source=source_name(key, dataset_idx, str(entries[dataset_idx].path)),
+            kept=tuple(cfg.sera["score_columns"]),
+            sequence_len=cfg.sequence_len,
+            shorten=partial(shorten, **limits) if strategy == "truncate" else None,
+            fits=partial(fits, **limits) if strategy else None,
         )
 
     def generate_dataset_hash_from_config(cfg: DictDefault, *args: Any) -> str:
         found = make_hash(cfg, *args)
-        return md5(f"{found} sera {cfg.excess_length_strategy}") if cfg.get("sera") else found
+        if not cfg.get("sera"):
+            return found
+        return md5(f"{found} sera {cfg.excess_length_strategy} {cfg.sera['score_columns']}")
 
     def _deduplicate_dataset(dataset: Any, *args: Any) -> Any:
         ours = PROBLEM in dataset.column_names
