@@ -167,3 +167,20 @@ def _line_problem(line: str) -> str | None:
     if not encodable(json.dumps(row, ensure_ascii=False)):
         return "is not valid Unicode (half of a surrogate pair)"
     return None
+
+
+def edited_since(entries: Sequence[Any], prepared: Path) -> str:
+    """The local files that are newer than what was prepared from them, with their times.
+
+    The host keeps prepared data by configuration, not by content. Where rows have been mended it
+    would go on training the old ones. Data prepared elsewhere, without its files, stays good.
+    """
+    if not prepared.exists():
+        return ""
+    since = prepared.stat().st_mtime_ns
+    named = [entry["path"] for entry in entries]
+    for entry in entries:
+        files = entry.get("data_files") or []
+        named += [files] if isinstance(files, str) else list(files)
+    found = {path: Path(path).stat().st_mtime_ns for path in named if Path(path).is_file()}
+    return " ".join(f"{path} {time}" for path, time in sorted(found.items()) if time > since)

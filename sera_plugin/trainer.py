@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.data.shared import get_prepared_dataset_path
 from axolotl.utils.data.utils import md5
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
@@ -36,7 +37,7 @@ from sera_plugin.gate import (
     low_precision,
 )
 from sera_plugin.iteration import Method, Pairs, score_pairs
-from sera_plugin.loading import DataError, Split
+from sera_plugin.loading import DataError, Split, edited_since
 from sera_plugin.loop import Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
@@ -78,8 +79,8 @@ def guard_host_rows() -> None:
     axolotl 0.19 looks all of these up in its modules when it prepares a split. Each does what it
     did, and: a file that cannot be loaded is named; rows are transformed behind `rows.guard`;
     held-out rows are transformed as `test_datasets` says (the host reads `datasets` for them too);
-    equal rows are equal wherever they stand; and prepared data with our columns is never taken for
-    that of another `rl`. Safe to call more than once.
+    equal rows are equal wherever they stand; prepared data with our columns is never taken for
+    that of another `rl`, or for that of a file that was edited since. Safe to call more than once.
     """
     import axolotl.utils.data.rl as host
     import axolotl.utils.data.utils as host_utils
@@ -131,11 +132,13 @@ def guard_host_rows() -> None:
             fits=partial(fits, **limits) if strategy else None,
         )
 
-    def generate_dataset_hash_from_config(cfg: DictDefault, *args: Any) -> str:
-        found = make_hash(cfg, *args)
-        if not cfg.get("sera"):
-            return found
-        return md5(f"{found} sera {cfg.excess_length_strategy} {cfg.sera['score_columns']}")
+    def generate_dataset_hash_from_config(cfg: DictDefault, entries: Any, tokenizer: str) -> str:
+        found: str = make_hash(cfg, entries, tokenizer)
+        if cfg.get("sera"):
+            found = md5(f"{found} sera {cfg.excess_length_strategy} {cfg.sera['score_columns']}")
+            edited = edited_since(entries, get_prepared_dataset_path(cfg, found))
+            found = md5(f"{found} {edited}") if edited else found
+        return found
 
     def _deduplicate_dataset(dataset: Any, *args: Any) -> Any:
         ours = PROBLEM in dataset.column_names

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +152,16 @@ def test_a_second_run_takes_the_prepared_rows_and_names_them_still(
         ValueError, match=r"sera.bad_rows: raise, and 1 of the 2 train rows.*rows 1"
     ):
         prepare(datasets=sets, sera={"bad_rows": "raise"})
+
+
+def test_a_mended_file_is_prepared_anew(prepare: Any, tmp_path: Path) -> None:
+    sets = [file_of(tmp_path, [GOOD, GOOD | {"question": "hello", "bad": None}])]
+    assert len(prepare(datasets=sets).train.rows) == 1
+    file_of(tmp_path, [GOOD, GOOD | {"question": "hello"}])
+    os.utime(tmp_path / "pairs.jsonl", (time.time() + 5, time.time() + 5))
+    assert len(prepare(datasets=sets).train.rows) == 2
+    (tmp_path / "pairs.jsonl").unlink()
+    assert len(prepare(datasets=sets).train.rows) == 1
 
 
 def test_prepared_rows_of_another_rl_are_not_shared(prepare: Any, tmp_path: Path) -> None:
