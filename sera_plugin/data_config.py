@@ -79,7 +79,7 @@ def _check_spelling(key: str, block: Mapping[Any, Any], known: Collection[str]) 
     for name in block:
         if not isinstance(name, str):
             raise ValueError(f"{key}: {shown(name)} is not a key. Keys are words, such as `path`.")
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if name not in known and close:
             raise ValueError(f"{key}.{name[:60]!a} is not a key. Did you mean `{close[0]}`?")
 

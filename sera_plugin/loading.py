@@ -51,13 +51,13 @@ class Split:
         key: where the YAML names them, `datasets` or `test_datasets`.
         entries: what stands there.
         score_columns: `sera.score_columns`.
-        columns: the columns of the datasets loaded so far.
+        features: the columns and types of the datasets loaded so far, in order.
     """
 
     key: str
     entries: Sequence[Any]
     score_columns: Sequence[str] = ()
-    columns: set[str] = field(default_factory=set)
+    features: list[Mapping[str, Any]] = field(default_factory=list)
 
     def load(self, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
         """A dataset as the host's `load` gives it; what that raises becomes a `DataError`."""
@@ -70,7 +70,7 @@ class Split:
         except Exception as error:
             raise load_failure(key, path, error) from error
         dataset = check_loaded(key, path, dataset)
-        self.columns.update(dataset.column_names)
+        self.features.append(dataset.features)
         return dataset
 
     def prepare(self, prepare: Callable[[], Any]) -> Any:
@@ -84,11 +84,12 @@ class Split:
                 f"{self.key} cannot be prepared: {one_line(error)}. Look for the dataset and the "
                 "column it names, and mend or remove them."
             ) from error
-        missing = [name for name in self.score_columns if name not in self.columns]
+        columns = {name for features in self.features for name in features}
+        missing = [name for name in self.score_columns if name not in columns]
         if missing:
             raise DataError(
                 f"sera.score_columns: {', '.join(map(shown, missing))} not in the data. It has "
-                f"{', '.join(map(shown, sorted(self.columns)))}."
+                f"{', '.join(map(shown, sorted(columns)))}."
             )
         return prepared
 

@@ -66,7 +66,7 @@ class GuardedTransform:
         if problem:
             # Not empty, or the host's filter raises on it.
             texts = dict.fromkeys(TEXTS, "-")
-        kept = {key: row[key] for key in self.kept if key in row}
+        kept = {key: row[key] for key in self.kept}
         return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
 
     def _texts(self, row: Reads, tokenizer: Any) -> dict[str, str]:
@@ -102,11 +102,13 @@ class GuardedTransform:
         return result, recorder.completions() if cut else []
 
 
-def guard(loaded: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+def guard(loaded: Any, features: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """What a strategy gives the host, guarded.
 
     Args:
         loaded: the strategy's transform, or that and options for the host's `Dataset.map`.
+        features: the types of what the guard returns. Left to itself, `Dataset.map` keeps the type
+            of a raw column of the same name, and text in one of mixed types is read as JSON.
         options: see `GuardedTransform`.
 
     Returns:
@@ -118,7 +120,8 @@ def guard(loaded: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     if mapping.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
         return transform, mapping
     guarded = GuardedTransform(transform, **options)
-    return guarded, {**mapping, "with_indices": True, "remove_columns": "__all__"}
+    types = {"with_indices": True, "remove_columns": "__all__", "features": features}
+    return guarded, mapping | types
 
 
 def _cause(error: Exception, row: Mapping[str, Any]) -> str:

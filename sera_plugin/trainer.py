@@ -20,7 +20,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.data.shared import get_prepared_dataset_path
 from axolotl.utils.data.utils import md5
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, set_seed
@@ -30,6 +30,7 @@ from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.dataset import report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
 from sera_plugin.encoding import model_end_ids
+from sera_plugin.fields import TEXTS
 from sera_plugin.gate import (
     FLOAT32_LIMITS,
     LOW_PRECISION_LIMITS,
@@ -43,7 +44,7 @@ from sera_plugin.losses import PreferenceLoss
 from sera_plugin.objective import Objective
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.rewards import FloatArray
-from sera_plugin.rows import PROBLEM, WithoutGuardColumns, guard, source_name
+from sera_plugin.rows import PROBLEM, ROW, SOURCE, WithoutGuardColumns, guard, source_name
 from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
@@ -120,13 +121,17 @@ def guard_host_rows() -> None:
                 "load for preference pairs; its log says why. Use chat_template.default, another "
                 "one of axolotl.prompt_strategies.dpo, or a block of field names."
             )
+        kept = [c for c in cfg.sera["score_columns"] if c in at[-1].features[dataset_idx]]
+        types = {column: Value("string") for column in (*TEXTS, PROBLEM, SOURCE)}
+        types |= {ROW: Value("int64")} | {c: at[-1].features[dataset_idx][c] for c in kept}
         limits = {"rl": cfg.rl, "sequence_len": cfg.sequence_len}
         strategy = None if cfg.skip_prepare_dataset else cfg.excess_length_strategy or "drop"
         fits, shorten = host._drop_long_sequences, host._truncate_long_sequences_rl
         return guard(
             loaded,
+            Features(types),
             source=source_name(key, dataset_idx, str(entries[dataset_idx].path)),
-            kept=tuple(cfg.sera["score_columns"]),
+            kept=tuple(kept),
             sequence_len=cfg.sequence_len,
             shorten=partial(shorten, **limits) if strategy == "truncate" else None,
             fits=partial(fits, **limits) if strategy else None,

@@ -378,6 +378,7 @@ class Guarded:
         fits = partial(rl._drop_long_sequences, rl=RLType.DPO, sequence_len=LENGTH)
         self.transform, self.options = guard(
             load(strategy, DictDefault(cfg), dataset_idx=0),
+            None,
             source="datasets[0] (f.jsonl)",
             sequence_len=LENGTH,
             fits=fits,
