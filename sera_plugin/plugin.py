@@ -11,6 +11,7 @@ import contextlib
 import copy
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -88,15 +89,21 @@ class SeraPlugin(BasePlugin):
         if cfg.get("rl_beta") is None and _trl_beta(cfg) is None:
             ipo = cfg.get("dpo_loss_type") == ["ipo"]
             cfg["rl_beta"] = DEFAULT_BETA["ipo" if ipo else config.loss]
+        if "axolotl.utils.data.rl" in sys.modules:
+            # `axolotl evaluate` has it ready by now, and loads its datasets without the hook below.
+            self._guard_rows()
 
     def get_input_args(self) -> str:
         return "sera_plugin.args.SeraArgs"
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
         """Before the host loads its datasets, which it does because this returns nothing."""
+        restore_entries(cfg, self._entries)
+        self._guard_rows()
+
+    def _guard_rows(self) -> None:
         from sera_plugin.trainer import guard_host_rows
 
-        restore_entries(cfg, self._entries)
         guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:
