@@ -248,7 +248,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         if "prompt_ids" in dataset.column_names:
             return dataset
         types = [str(d.get("type")) for d in self.cfg.datasets or []]
-        from_template = any(kind.startswith("chat_template") for kind in types)
+        # Guarded rows were cut rightly, each by the template of its own dataset.
+        guess = PROBLEM not in dataset.column_names
+        guess = guess and any(kind.startswith("chat_template") for kind in types)
         long_rows = str(self.cfg.excess_length_strategy or "").lower()
         result = tokenize_rows(
             tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair"),
@@ -256,7 +258,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._model_end_ids,
             self.cfg.sequence_len,
             truncate=long_rows == "truncate",
-            template_check=ChatTemplateCheck(processing_class) if from_template else None,
+            template_check=ChatTemplateCheck(processing_class) if guess else None,
         )
         report_rows(
             result,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sera_plugin.data_config import restore_entries
 from sera_plugin.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
-from sera_plugin.loading import one_line
+from sera_plugin.loading import DataError, Split, check_loaded, one_line
 from sera_plugin.rows import GuardedTransform, WithoutGuardColumns, guard, source_name
 from sera_plugin.texts import shown, visible
 from tests.test_dataset import build, nasty, ordinary_texts, spelled
@@ -180,6 +180,38 @@ def test_a_strategy_may_return_anything_and_raise_anything() -> None:
         "no field or role 'x\\u202e'; its fields are 'y\\n'"
     )
     assert "must all be text" in of(lambda row: {})
+
+
+def test_halves_of_surrogate_pairs_stop_at_the_guard() -> None:
+    """No Arrow table can hold them, so a placeholder must stand for the row from here on."""
+    row = {"prompt": "p", "chosen": "a\ud800", "rejected": "b"}
+    result = GuardedTransform(lambda row: row, "s")(row, 0)
+    assert result["sera_problem"] == "not valid Unicode: half of a surrogate pair"
+    assert result["chosen"] == "-"
+
+
+def test_several_splits_need_a_name() -> None:
+    with pytest.raises(DataError, match=r"datasets\[0\].split is not set.*one of 'a', 'b'"):
+        check_loaded("datasets[0]", "org/set", {"a": [1], "b": [2]})
+    assert check_loaded("datasets[0]", "org/set", {"train": [1], "b": [2]}) == [1]
+    with pytest.raises(DataError, match=r"datasets\[0\].path: 'org/set' has no rows"):
+        check_loaded("datasets[0]", "org/set", {"train": []})
+
+
+def test_a_hub_that_does_not_answer_is_left_to_the_host() -> None:
+    """The host tries again; only what it gives up on for another reason is ours to explain."""
+    from requests.exceptions import ReadTimeout
+
+    def load(entry: Any) -> Any:
+        raise ReadTimeout("no answer")
+
+    split = Split("datasets", [{"path": "org/set"}])
+    with pytest.raises(ReadTimeout):
+        split.load(load, {"path": "org/set"})
+    with pytest.raises(ReadTimeout):
+        split.prepare(lambda: load(None))
+    with pytest.raises(DataError, match=r"^datasets cannot be prepared: ZeroDivisionError"):
+        split.prepare(lambda: 1 // 0)
 
 
 def test_a_transform_that_reads_no_field_by_name_is_checked_too() -> None:
