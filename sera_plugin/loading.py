@@ -17,6 +17,8 @@ from requests.exceptions import RequestException
 
 from sera_plugin.texts import encodable, shown
 
+_DOCUMENT_BYTES = 2**28
+
 #: The host tries these again, because the hub may answer the next time.
 UNREACHABLE = (RequestException, HfHubHTTPError)
 
@@ -128,29 +130,30 @@ def one_line(error: BaseException) -> str:
 
 
 def _file_problem(path: Path) -> str | None:
-    """What is wrong with a local file of JSON, if it is one and something is."""
+    """What is wrong with a local file, as far as it is JSON; read up to the first damaged line."""
     if not path.is_file():
         return None
     try:
-        if not path.read_bytes().strip():
-            return "the file is empty"
-        if path.suffix not in (".json", ".jsonl", ".ndjson"):
+        with path.open("rb") as lines:
+            if not any(line.strip() for line in lines):
+                return "the file is empty"
+        if path.suffix not in (".json", ".jsonl", ".ndjson") or _is_json(path):
             return None
-        with path.open(encoding="utf-8-sig", errors="replace") as lines:
-            if path.suffix != ".json" or not _is_json(path):
-                for number, line in enumerate(lines, start=1):
-                    problem = _line_problem(line) if line.strip() else None
-                    if problem:
-                        return (
-                            f"line {number} {problem}: {shown(line.strip())}. Mend or remove that "
-                            "line"
-                        )
+        with path.open(encoding="utf-8-sig", errors="replace") as text:
+            for number, line in enumerate(text, start=1):
+                problem = _line_problem(line) if line.strip() else None
+                if problem:
+                    shape = f"line {number} {problem}: {shown(line.strip())}"
+                    return f"{shape}. Mend or remove that line"
     except OSError as error:
         return one_line(error)
     return None
 
 
 def _is_json(path: Path) -> bool:
+    """Whether a file is one JSON document of many lines; not asked of files too big to hold."""
+    if path.suffix != ".json" or path.stat().st_size > _DOCUMENT_BYTES:
+        return False
     try:
         json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except (ValueError, RecursionError):
