@@ -124,7 +124,8 @@ def render() -> str:
         "`dpo_use_liger_kernel`, `rl_adapter_ref_model`, `neftune_noise_alpha`,",
         "`context_parallel_size` above 1, a `trainer_cls` of your own, a `num_epochs` that is not",
         "whole, misspelt `sera` keys inside or beside the block, a `sera:` block or the plugin",
-        "line with another `rl`.",
+        "line with another `rl`, a `dpo_loss_type` that TRL does not have, and `datasets` or",
+        "`test_datasets` that are no list of blocks with a `path`.",
         "",
     ]
     return "\n".join(lines)

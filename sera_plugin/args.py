@@ -13,6 +13,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sera_plugin.texts import shown
+
 #: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
 #: `trl.beta`. SimPO is not tuned there: 2.0 is the SimPO paper's own starting point.
 DEFAULT_BETA = {"dpo": 0.2, "ipo": 1.0, "slic": 0.2, "robust": 0.2, "simpo": 2.0}
@@ -73,6 +75,7 @@ class SeraConfig(BaseModel):
     max_new_tokens: int = Field(
         512,
         ge=1,
+        le=1_000_000,
         description="Longest candidate in tokens, its end token included. Prompt and candidate "
         "together never exceed `sequence_len`.",
     )
@@ -100,6 +103,13 @@ class SeraConfig(BaseModel):
         "directory. Otherwise those that no later iteration needs are removed. Adapters are "
         "small and always kept.",
     )
+    bad_rows: Literal["drop", "raise"] = Field(
+        "drop",
+        description="Rows that cannot be used (empty or null fields, wrong types, chosen equal to "
+        "rejected, ...; see data.md): `drop` leaves them out, with a warning that counts and names "
+        "them; `raise` stops the run, with an error that does. Rows that are only too long follow "
+        "the host's `excess_length_strategy`.",
+    )
     score_columns: tuple[str, ...] = Field(
         (),
         description="Columns of the dataset (scores, sources, anything per pair) to copy to "
@@ -110,6 +120,22 @@ class SeraConfig(BaseModel):
     def pairs_per_prompt(self) -> int:
         """Pairs a prompt must be able to give so that bootstrap_ratio x N pairs can exist."""
         return max(1, math.ceil(self.bootstrap_ratio))
+
+    @field_validator(
+        "selection_ratio",
+        "bootstrap_ratio",
+        "gamma",
+        "candidates",
+        "temperature",
+        "top_p",
+        "max_new_tokens",
+        mode="before",
+    )
+    @classmethod
+    def _is_no_switch(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError(f"{value} is not a number. Set one, or remove the key.")
+        return value
 
     @model_validator(mode="after")
     def _enough_candidates(self) -> SeraConfig:
@@ -130,8 +156,8 @@ class SeraConfig(BaseModel):
         found = shutil.which(os.path.expanduser(value))
         if found is None:
             raise ValueError(
-                f"{value!r} is no program that can be run here. Name the Python of an environment "
-                "that has vLLM, for example ~/vllm/bin/python."
+                f"{shown(value)} is no program that can be run here. Name the Python of an "
+                "environment that has vLLM, for example ~/vllm/bin/python."
             )
         return os.path.abspath(found)
 

@@ -7,10 +7,15 @@ DPO then holds.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
+import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -18,15 +23,40 @@ from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
+from sera_plugin.data_config import check_datasets, name_types, restore_entries
+from sera_plugin.texts import shown
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
 _FIELDS = tuple(SeraConfig.model_fields)
-#: Losses of TRL 1.9 that read label smoothing; its `sigmoid` does not.
+#: Losses of TRL 1.9's DPO trainer.
+_HOST_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+#: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
+_MOST_EPOCHS = 10_000
+#: Those of them that read label smoothing; `sigmoid` does not.
 _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 
 
 class SeraPlugin(BasePlugin):
     """Adds `rl: sera` to Axolotl."""
+
+    #: The datasets as they were before the host validated them.
+    _entries: Mapping[str, Any] = MappingProxyType({})
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Turn `rl: sera` into what the host understands. Idempotent.
@@ -38,17 +68,21 @@ class SeraPlugin(BasePlugin):
         _reject_misplaced_keys(cfg)
         _leave_unset_keys_unset(cfg)
         if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera"):
+            _parse(cfg["sera"])
             return  # a launched worker parses the resolved configuration again
         if cfg.get("inference"):
             return  # `axolotl inference` clears rl: nothing is trained
         if cfg.get("rl") != "sera":
             beside = "a `sera:` block and " if cfg.get("sera") is not None else ""
             raise ValueError(
-                f"the YAML has {beside}the plugin sera_plugin.SeraPlugin, but rl: {cfg.get('rl')}. "
-                "Set `rl: sera`, or remove the plugin line and the block."
+                f"the YAML has {beside}the plugin sera_plugin.SeraPlugin, but rl: "
+                f"{_brief(cfg.get('rl'))}. Set `rl: sera`, or remove the plugin line and the block."
             )
         config = _parse(cfg.get("sera"))
         _reject_incompatible(cfg, config)
+        check_datasets(cfg, *_host_dataset_keys())
+        name_types(cfg)
+        self._entries = {key: copy.deepcopy(cfg.get(key)) for key in ("datasets", "test_datasets")}
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER
         cfg["sera"] = config.model_dump(mode="json")
@@ -57,9 +91,22 @@ class SeraPlugin(BasePlugin):
         if cfg.get("rl_beta") is None and _trl_beta(cfg) is None:
             ipo = cfg.get("dpo_loss_type") == ["ipo"]
             cfg["rl_beta"] = DEFAULT_BETA["ipo" if ipo else config.loss]
+        if "axolotl.utils.data.rl" in sys.modules:
+            # `axolotl evaluate` has it ready by now, and loads its datasets without the hook below.
+            self._guard_rows()
 
     def get_input_args(self) -> str:
         return "sera_plugin.args.SeraArgs"
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Before the host loads its datasets, which it does because this returns nothing."""
+        restore_entries(cfg, self._entries)
+        self._guard_rows()
+
+    def _guard_rows(self) -> None:
+        from sera_plugin.trainer import guard_host_rows
+
+        guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         from sera_plugin.trainer import keep_one_model_loaded
@@ -79,12 +126,16 @@ def _leave_unset_keys_unset(cfg: dict[str, Any]) -> None:
     block = cfg.get("vllm")
     if block is None:
         return
+    if not isinstance(block, Mapping):
+        raise ValueError(
+            f"vllm: {shown(block)} is not a block of keys. Write `vllm:` and indent its keys."
+        )
     known = _host_vllm_keys()
     for key in block:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
-            raise ValueError(f"vllm.{key} is not a key. {hint}")
+            raise ValueError(f"vllm.{_brief(key)} is not a key. {hint}")
     cfg["vllm"] = {"gpu_memory_utilization": None, "host": "127.0.0.1", **block}
 
 
@@ -92,6 +143,15 @@ def _host_vllm_keys() -> list[str]:
     from axolotl.utils.schemas.vllm import VllmConfig
 
     return list(VllmConfig.model_fields)
+
+
+def _host_dataset_keys() -> tuple[frozenset[str], frozenset[str]]:
+    """What may stand in an entry of `datasets:`, and in its `type:` block."""
+    from axolotl.utils.schemas import datasets as schemas
+
+    entries = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset)
+    keys = frozenset(key for model in entries for key in model.model_fields)
+    return keys, frozenset(schemas.UserDefinedDPOType.model_fields)
 
 
 def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:
@@ -109,7 +169,7 @@ def _reject_misplaced_keys(cfg: Mapping[str, Any]) -> None:
             inner = name.removeprefix("sera_")
             close = difflib.get_close_matches(inner, _FIELDS, n=1, cutoff=0.6)
             remedy = f"`sera: {{{close[0]}: ...}}`" if close else "the `sera:` block"
-            raise ValueError(f"`{key}` is not a key. Did you mean {remedy}?")
+            raise ValueError(f"`{_brief(key)}` is not a key. Did you mean {remedy}?")
         if key in known:
             continue
         if difflib.get_close_matches(name, ["sera"], n=1, cutoff=0.75):
@@ -130,24 +190,32 @@ def _parse(block: Any) -> SeraConfig:
         block = {}
     if not isinstance(block, Mapping):
         raise ValueError(
-            f"sera: {block!r} is not a block of keys. Write `sera:` and indent its keys."
+            f"sera: {shown(block)} is not a block of keys. Write `sera:` and indent its keys."
         )
     try:
         return SeraConfig.model_validate(dict(block))
     except ValidationError as error:
         raise ValueError("; ".join(map(_readable, error.errors()))) from None
+    except (OverflowError, RecursionError) as error:
+        raise ValueError(f"sera: {shown(block)} has a value that cannot be read: {error}") from None
 
 
 def _readable(error: Any) -> str:
     """One sentence a problem: the key, the value, what is allowed."""
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(map(_brief, error["loc"]))
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.5)
         hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(_FIELDS)}."
         return f"sera.{key} is not a key. {hint}"
     if error["type"] == "value_error":
-        return f"sera.{error['msg'].removeprefix('Value error, ')}"
-    return f"sera.{key}: {error['input']!r} is not allowed: {error['msg']}"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"sera.{key}: {message}" if key else f"sera.{message}"
+    return f"sera.{key}: {shown(error['input'])} is not allowed: {error['msg']}"
+
+
+def _brief(value: Any) -> str:
+    """A value as the YAML has it, escaped and cut."""
+    return shown(value)[1:-1] if isinstance(value, str) else shown(value)
 
 
 def _require_writable(output_dir: str) -> None:
@@ -168,7 +236,7 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     epochs = cfg.get("num_epochs")
     if epochs is not None and not _is_count(epochs):
         raise ValueError(
-            f"num_epochs: {epochs} is not a whole number of iterations. rl: sera runs one "
+            f"num_epochs: {_brief(epochs)} is not a whole number of iterations. rl: sera runs one "
             "iteration per epoch; set num_epochs to 1, 2, 3, ..."
         )
     problems = {
@@ -185,49 +253,67 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     }
     for key, remedy in problems.items():
         if cfg.get(key):
-            raise ValueError(f"{key}: {cfg[key]} does not work here: {remedy}.")
+            raise ValueError(f"{key}: {_brief(cfg[key])} does not work here: {remedy}.")
     if cfg.get("trainer_cls") not in (None, TRAINER):
         raise ValueError(
-            f"trainer_cls: {cfg['trainer_cls']} cannot be combined with rl: sera, which brings its "
-            "own trainer. Remove trainer_cls."
+            f"trainer_cls: {_brief(cfg['trainer_cls'])} cannot be combined with rl: sera, which "
+            "brings its own trainer. Remove trainer_cls."
         )
     if config.sampler == "vllm-server" and not cfg.get("adapter"):
         raise ValueError(
             "sera.sampler: vllm-server needs an adapter: the weights of full fine-tuning cannot be "
             "loaded into a running server. Set sera.sampler to vllm, or set `adapter: lora`."
         )
-    if (cfg.get("context_parallel_size") or 1) > 1:
+    if _number("context_parallel_size", cfg.get("context_parallel_size") or 1) != 1:
         raise ValueError(
-            f"context_parallel_size: {cfg['context_parallel_size']} does not work here: scoring "
-            "needs whole sequences; remove context_parallel_size."
+            f"context_parallel_size: {_brief(cfg['context_parallel_size'])} does not work here: "
+            "scoring needs whole sequences; remove context_parallel_size."
         )
     _reject_loss_conflicts(cfg, config)
 
 
 def _trl_beta(cfg: Mapping[str, Any]) -> Any:
     block = cfg.get("trl")
-    return block.get("beta") if isinstance(block, Mapping) else None
+    if block is not None and not isinstance(block, Mapping):
+        raise ValueError(
+            f"trl: {shown(block)} is not a block of keys. Write `trl:` and indent its keys."
+        )
+    return block.get("beta") if block else None
 
 
 def _number(key: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{key}: {value!r} is not a number.") from None
+    """A finite number out of a YAML value (0.1 or "0.1")."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+    raise ValueError(f"{key}: {shown(value)} is not a number. Set one, or remove {key}.")
 
 
 def _is_count(value: Any) -> bool:
     """Whether a YAML value is a whole number of at least 1 (3, 3.0 or "3")."""
-    if isinstance(value, bool):
-        return False
     try:
-        return float(value).is_integer() and float(value) >= 1
-    except (TypeError, ValueError):
+        number = _number("num_epochs", value)
+    except ValueError:
         return False
+    return number.is_integer() and 1 <= number <= _MOST_EPOCHS
+
+
+def _are_host_losses(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(name, str) and name in _HOST_LOSSES for name in value)
+    )
 
 
 def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     host_loss = cfg.get("dpo_loss_type")
+    if host_loss is not None and not _are_host_losses(host_loss):
+        raise ValueError(
+            f"dpo_loss_type: {shown(host_loss)} is not a list of the host's losses. They are "
+            f"{', '.join(_HOST_LOSSES)}; write for example dpo_loss_type: [sigmoid]."
+        )
     if host_loss is not None and "loss" in config.model_fields_set:
         raise ValueError(
             f"dpo_loss_type: {host_loss} and sera.loss: {config.loss} both name the loss. Keep "
@@ -235,7 +321,9 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
         )
     for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", _trl_beta(cfg))):
         if beta is not None and not _number(key, beta) > 0:
-            raise ValueError(f"{key}: {beta} is no preference strength. Set it above 0, e.g. 0.2.")
+            raise ValueError(
+                f"{key}: {_brief(beta)} is no preference strength. Set it above 0, e.g. 0.2."
+            )
     smoothing = _number("dpo_label_smoothing", cfg.get("dpo_label_smoothing") or 0.0)
     if not 0.0 <= smoothing < 0.5:
         raise ValueError(
@@ -262,8 +350,9 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     for key in ("simpo_gamma", "cpo_alpha"):
         if cfg.get(key) is not None and config.loss != "simpo":
             raise ValueError(
-                f"{key}: {cfg[key]} belongs to SimPO. Set sera.loss: simpo or remove it."
+                f"{key}: {_brief(cfg[key])} belongs to SimPO. Set sera.loss: simpo or remove it."
             )
+        _number(key, cfg.get(key) or 0.0)
     if cfg.get("dpo_use_weighting"):
         raise ValueError(
             "dpo_use_weighting: true needs one of the host's own losses. Set dpo_loss_type, for "

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +20,10 @@ import torch
 from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.data.shared import get_prepared_dataset_path
+from axolotl.utils.data.utils import md5
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
@@ -30,14 +33,17 @@ from sera_plugin import checkpoints
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.checksums import explained, seal
-from sera_plugin.dataset import ChatTemplateCheck, model_end_ids, report_rows, tokenize_rows
+from sera_plugin.dataset import report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
+from sera_plugin.encoding import model_end_ids
+from sera_plugin.fields import TEXTS
 from sera_plugin.gate import (
     FLOAT32_LIMITS,
     LOW_PRECISION_LIMITS,
     check_step_zero,
     low_precision,
 )
+from sera_plugin.loading import DataError, Split, edited_since
 from sera_plugin.logprobs import TokenBudget
 from sera_plugin.loop import Loop
 from sera_plugin.losses import PreferenceLoss
@@ -46,10 +52,13 @@ from sera_plugin.objective import Objective
 from sera_plugin.offline import score_pairs
 from sera_plugin.policies import PolicyHistory, is_finite
 from sera_plugin.rewards import FloatArray
+from sera_plugin.rows import PROBLEM, ROW, SOURCE, WithoutGuardColumns, guard, source_name
 from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, make_table
+from sera_plugin.templates import ChatTemplateCheck
+from sera_plugin.texts import shown
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -76,6 +85,89 @@ def keep_one_model_loaded() -> None:
 
     setup_reference_model._sera = True  # type: ignore[attr-defined]
     host.setup_reference_model = setup_reference_model
+
+
+def guard_host_rows() -> None:
+    """Let the host's loading of preference data name bad files and rows, for `rl: sera`.
+
+    axolotl 0.19 looks all of these up in its modules when it prepares a split. Each does what it
+    did, and: a file that cannot be loaded is named; rows are transformed behind `rows.guard`;
+    held-out rows are transformed as `test_datasets` says (the host reads `datasets` for them too);
+    equal rows are equal wherever they stand; prepared data with our columns is never taken for
+    that of another `rl`, or for that of a file that was edited since. Safe to call more than once.
+    """
+    import axolotl.utils.data.rl as host
+    import axolotl.utils.data.utils as host_utils
+
+    load_split, load_dpo = host._load_split, host.load_dpo
+    load_dataset, make_hash = host.load_dataset_with_config, host.generate_dataset_hash_from_config
+    deduplicate = host_utils._deduplicate_dataset
+    if getattr(load_split, "_sera", False):
+        return
+    at: list[Split] = []  # what is being prepared, while that is one of ours
+
+    def _load_split(cfg: DictDefault, split: str) -> Any:
+        if not cfg.get("sera"):
+            return load_split(cfg, split)
+        key = "datasets" if split == "train" else "test_datasets"
+        columns = cfg.sera["score_columns"] if split == "train" else ()
+        at.append(Split(key, cfg[key], columns))
+        try:
+            return at[-1].prepare(partial(load_split, cfg, split))
+        finally:
+            at.pop()
+
+    def load_dataset_with_config(config: DictDefault, *args: Any, **kwargs: Any) -> Any:
+        if not at:
+            return load_dataset(config, *args, **kwargs)
+        return at[-1].load(load_dataset, config, *args, **kwargs)
+
+    def load_strategy(kind: str, cfg: DictDefault, dataset_idx: int = 0, **kwargs: Any) -> Any:
+        if not at:
+            return load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
+        key, entries = at[-1].key, at[-1].entries
+        cfg = DictDefault({**cfg, "datasets": entries})
+        loaded = load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
+        if loaded is None:
+            raise DataError(
+                f"{key}[{dataset_idx}].type: {shown(kind)} is no strategy that the host can "
+                "load for preference pairs; its log says why. Use chat_template.default, another "
+                "one of axolotl.prompt_strategies.dpo, or a block of field names."
+            )
+        kept = [c for c in cfg.sera["score_columns"] if c in at[-1].features[dataset_idx]]
+        types = {column: Value("string") for column in (*TEXTS, PROBLEM, SOURCE)}
+        types |= {ROW: Value("int64")} | {c: at[-1].features[dataset_idx][c] for c in kept}
+        limits = {"rl": cfg.rl, "sequence_len": cfg.sequence_len}
+        strategy = None if cfg.skip_prepare_dataset else cfg.excess_length_strategy or "drop"
+        fits, shorten = host._drop_long_sequences, host._truncate_long_sequences_rl
+        return guard(
+            loaded,
+            Features(types),
+            source=source_name(key, dataset_idx, str(entries[dataset_idx].path)),
+            kept=tuple(kept),
+            sequence_len=cfg.sequence_len,
+            shorten=partial(shorten, **limits) if strategy == "truncate" else None,
+            fits=partial(fits, **limits) if strategy else None,
+        )
+
+    def generate_dataset_hash_from_config(cfg: DictDefault, entries: Any, tokenizer: str) -> str:
+        found: str = make_hash(cfg, entries, tokenizer)
+        if cfg.get("sera"):
+            found = md5(f"{found} sera {cfg.excess_length_strategy} {cfg.sera['score_columns']}")
+            edited = edited_since(entries, get_prepared_dataset_path(cfg, found))
+            found = md5(f"{found} {edited}") if edited else found
+        return found
+
+    def _deduplicate_dataset(dataset: Any, *args: Any) -> Any:
+        ours = PROBLEM in dataset.column_names
+        return deduplicate(WithoutGuardColumns(dataset) if ours else dataset, *args)
+
+    _load_split._sera = True  # type: ignore[attr-defined]
+    host._load_split = _load_split
+    host.load_dpo = load_strategy
+    host.load_dataset_with_config = load_dataset_with_config
+    host.generate_dataset_hash_from_config = generate_dataset_hash_from_config
+    host_utils._deduplicate_dataset = _deduplicate_dataset
 
 
 class _EndOfIteration(TrainerCallback):
@@ -183,16 +275,25 @@ class SeraTrainer(AxolotlDPOTrainer):
         if "prompt_ids" in dataset.column_names:
             return dataset
         types = [str(d.get("type")) for d in self.cfg.datasets or []]
-        from_template = any(kind.startswith("chat_template") for kind in types)
+        # Guarded rows were cut rightly, each by the template of its own dataset.
+        guess = PROBLEM not in dataset.column_names
+        guess = guess and any(kind.startswith("chat_template") for kind in types)
+        long_rows = str(self.cfg.excess_length_strategy or "").lower()
         result = tokenize_rows(
             tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair"),
             processing_class,
             self._model_end_ids,
             self.cfg.sequence_len,
-            truncate=str(self.cfg.excess_length_strategy or "").lower() == "truncate",
-            template_check=ChatTemplateCheck(processing_class) if from_template else None,
+            truncate=long_rows == "truncate",
+            template_check=ChatTemplateCheck(processing_class) if guess else None,
         )
-        report_rows(result, dataset_name)
+        report_rows(
+            result,
+            dataset_name,
+            raise_bad=self.config.bad_rows == "raise",
+            raise_long=long_rows == "raise",
+            max_length=self.cfg.sequence_len,
+        )
         columns = {
             "row": np.arange(len(result.rows)),
             "prompt_ids": result.prompt_ids,

@@ -131,6 +131,7 @@ def train(load, monkeypatch):
     def run(config: dict) -> SimpleNamespace:
         from axolotl.cli.args import TrainerCliArgs
         from axolotl.common.datasets import load_preference_datasets
+        from axolotl.integrations.base import PluginManager
         from axolotl.train import train as host_train
 
         from sera_plugin.loop import Loop
@@ -145,6 +146,7 @@ def train(load, monkeypatch):
 
         monkeypatch.setattr(Loop, "begin", spy)
         cfg = load(config)
+        PluginManager.get_instance().load_datasets(cfg, preprocess=False)
         data = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         model, _, trainer = host_train(cfg=cfg, dataset_meta=data)
         monkeypatch.setattr(Loop, "begin", begin)

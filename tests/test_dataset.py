@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from sera_plugin.dataset import LOG, ChatTemplateCheck, report_rows, tokenize_rows
+from sera_plugin.dataset import INEXACT, LOG, report_rows, tokenize_rows
+from sera_plugin.templates import ChatTemplateCheck
 
 SPECIAL = [
     "<pad>",
@@ -125,7 +126,7 @@ def test_tokens_do_not_merge_across_the_boundary(plain: Any) -> None:
     assert spelled(plain, result.prompt_ids[0]) == "xa"
     assert spelled(plain, result.chosen_ids[0]) == "bx</s>"
     assert result.prompt_ids[0].tolist() == plain("xa")["input_ids"]
-    assert result.inexact == []
+    assert INEXACT not in result.kept
 
 
 @pytest.mark.parametrize("chosen", ["hello", " hello", "hello  world", "hello user"])
@@ -292,7 +293,9 @@ def test_a_prompt_that_leaves_no_room_is_dropped_even_when_truncating(plain: Any
 
 def test_no_usable_row_is_an_error_with_the_counts(plain: Any) -> None:
     rows = [row(chosen=""), row(rejected=""), row(chosen="hello world " * 9)]
-    with pytest.raises(ValueError, match=r"none of the 3 .*2 empty.*1 longer.*sequence_len"):
+    with pytest.raises(
+        ValueError, match=r"none of the 3 .*2 row\(s\): empty.*1 row\(s\): longer.*sequence_len"
+    ):
         tokenize(plain, *rows, max_length=12)
     with pytest.raises(ValueError, match="the dataset is empty"):
         tokenize(plain)
@@ -301,13 +304,13 @@ def test_no_usable_row_is_an_error_with_the_counts(plain: Any) -> None:
 def test_tokens_that_do_not_spell_their_text_are_noted_and_trained() -> None:
     result = tokenize(build(lower=True), row(chosen="hello"), row(chosen="HELLO"))
     assert result.rows == [0, 1]
-    assert result.inexact == [1]
+    assert result.kept[INEXACT] == [1]
 
 
 def test_ordinary_text_of_any_script_is_exact(plain: Any) -> None:
     rows = [row(chosen=text, rejected=text[::-1]) for text in ordinary_texts(60)]
     result = tokenize(plain, *rows)
-    assert result.inexact == []
+    assert INEXACT not in result.kept
     assert result.dropped == {}
 
 

@@ -37,8 +37,10 @@ def test_chat_template_default(base_config, train, tmp_path):
     # The host searches the answer's text in the whole rendering and finds "a" in the header.
     rows.append({"messages": "b", "chosen": "a", "rejected": "b c"})
     data, result = trained(base_config, train, tmp_path, rows, "chat_template.default")
-    assert len(data["row"]) == 3
-    for index in range(3):
+    assert len(data["row"]) == 4
+    answers = {spelled(result, ids).replace(" ", "") for ids in data["chosen_ids"]}
+    assert answers == {"ab</s>", "cde</s>", "af</s>", "a</s>"}
+    for index in range(4):
         assert spelled(result, data["prompt_ids"][index]).startswith("<s> <|user|> ")
         assert data["prompt_ids"][index].count(1) == 1
         assert data["chosen_ids"][index].count(2) == data["rejected_ids"][index].count(2) == 1
@@ -123,7 +125,46 @@ def test_merged_datasets_validation_split_and_score_columns(base_config, train, 
 
 def test_a_missing_score_column_names_those_there(base_config, train):
     base_config["sera"]["score_columns"] = ["quality"]
-    with pytest.raises(ValueError, match=r"sera.score_columns: quality .* score_chosen"):
+    with pytest.raises(ValueError, match=r"sera.score_columns: 'quality' .*'score_chosen'"):
+        train(base_config)
+
+
+def test_damaged_rows_are_left_out_and_the_rest_is_trained(base_config, train, world, tmp_path):
+    rows = [dict(row) for row in world.rows[:8]]
+    rows[1]["chosen"] = None
+    del rows[2]["rejected"]
+    rows[3]["prompt"] = ""
+    rows[4]["chosen"] = 5
+    rows[5]["rejected"] = rows[5]["chosen"]
+    kind = base_config["datasets"][0]["type"]
+    data, _ = trained(base_config, train, tmp_path, rows, kind)
+    assert data["row"] == [0, 1, 2]
+    base_config["sera"]["bad_rows"] = "raise"
+    base_config["output_dir"] = str(tmp_path / "again")
+    with pytest.raises(ValueError, match=r"sera.bad_rows: raise, and 5 of the 8 .*rows\.jsonl"):
+        trained(base_config, train, tmp_path, rows, kind)
+
+
+def test_one_row_trains(base_config, train, world, tmp_path):
+    base_config["sera"]["bootstrap_ratio"] = 0
+    data, _ = trained(
+        base_config, train, tmp_path, world.rows[:1], base_config["datasets"][0]["type"]
+    )
+    assert data["row"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "the file is empty"),
+        ('{"prompt": "b a", "chosen"\n', "line 1 is not JSON"),
+        ('{"prompt": "b a", "chosen": "a"}\n[1]\n', "line 2 is not an object"),
+    ],
+)
+def test_a_damaged_file_ends_before_a_model_is_loaded(base_config, train, tmp_path, content, said):
+    (tmp_path / "broken.jsonl").write_text(content)
+    base_config["datasets"][0]["path"] = str(tmp_path / "broken.jsonl")
+    with pytest.raises(ValueError, match=rf"^datasets\[0\]\.path: .*broken.jsonl' .*{said}"):
         train(base_config)
 
 

@@ -217,6 +217,46 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"sera": {"sampler": "vllm-server"}},
         ["sera.sampler: vllm-server", "needs an adapter", "adapter: lora"],
     ),
+    "a switch for a number": ({"sera": {"gamma": True}}, ["sera.gamma: True is not a number"]),
+    "an unknown loss of the host": (
+        {"dpo_loss_type": ["sigmoyd"]},
+        ["dpo_loss_type: ['sigmoyd']", "sigmoid, hinge", "dpo_loss_type: [sigmoid]"],
+    ),
+    "a loss that is no list": ({"dpo_loss_type": "ipo"}, ["dpo_loss_type: 'ipo'", "list"]),
+    "vllm is no block": ({"vllm": ["port"]}, ["vllm: ['port']", "indent"]),
+    "trl is no block": ({"trl": "beta"}, ["trl: 'beta'", "indent"]),
+    "too many epochs": ({"num_epochs": 10**30}, ["num_epochs: 1000", "set num_epochs"]),
+    "no datasets": ({"datasets": None}, ["datasets is not set", "path: pairs.jsonl"]),
+    "empty datasets": ({"datasets": []}, ["datasets: []", "path: pairs.jsonl"]),
+    "one dataset without a dash": (
+        {"datasets": {"path": "a"}},
+        ["datasets: {'path': 'a'} is not a list", "path: pairs.jsonl"],
+    ),
+    "a path for a dataset": ({"datasets": ["a.jsonl"]}, ["datasets[0]: 'a.jsonl'", "`path:`"]),
+    "a dataset without a path": (
+        {"datasets": [{"path": "a"}, {"type": "x"}]},
+        ["datasets[1].path: None", "Name a file"],
+    ),
+    "a dataset's key misspelt": (
+        {"datasets": [{"path": "a", "tpye": "x"}]},
+        ["datasets[0].'tpye'", "Did you mean `type`"],
+    ),
+    "a field's key misspelt": (
+        {"datasets": [{"path": "a", "type": {"field_choosen": "x"}}]},
+        ["datasets[0].type.'field_choosen'", "Did you mean `field_chosen`"],
+    ),
+    "a field that is no name": (
+        {"datasets": [{"path": "a", "type": {"field_chosen": 5}}]},
+        ["datasets[0].type.field_chosen: 5", "Quote it"],
+    ),
+    "a type that is none": (
+        {"test_datasets": [{"path": "a", "type": 5}]},
+        ["test_datasets[0].type: 5", "chat_template.default"],
+    ),
+    "several datasets in one": (
+        {"datasets": [{"path": "a", "name": ["x", "y"]}]},
+        ["datasets[0].name: ['x', 'y']", "an entry of its own"],
+    ),
     "weighting": ({"dpo_use_weighting": True}, ["dpo_use_weighting: true", "dpo_loss_type"]),
     "summed dpo": (
         {"sera": {"ipo_reduction": "sum"}},
@@ -238,6 +278,20 @@ def test_every_problem_of_the_block_is_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"sera\.gamma.*; sera\.top_p") as error:
         register(sera={"gamma": -1, "top_p": 2})
     assert "https://errors.pydantic" not in str(error.value)
+
+
+def test_a_resolved_configuration_with_a_broken_block_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sera: 'x' is not a block"):
+        register(rl="dpo", trainer_cls=TRAINER, sera="x")
+
+
+def test_a_dataset_without_a_type_is_passed_through() -> None:
+    """Else the host would not look at its rows before it measures them."""
+    typed = {"path": "a", "type": "chatml.intel"}
+    bare = {"path": "b"}
+    cfg = register(datasets=[dict(bare), dict(typed)], test_datasets=[{**bare, "type": None}])
+    assert cfg["datasets"] == [{**bare, "type": "passthrough.default"}, typed]
+    assert cfg["test_datasets"] == [{**bare, "type": "passthrough.default"}]
 
 
 def test_a_refused_configuration_is_left_as_it_was() -> None:

@@ -1,0 +1,190 @@
+"""What went wrong when a dataset could not be loaded, in words that name the key and the line.
+
+The host and the libraries below it answer a damaged file with a chain of exceptions whose last one
+often says nothing ("An error occurred while generating the dataset", an empty StopIteration).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+from requests.exceptions import RequestException
+
+from sera_plugin.texts import encodable, shown
+
+_DOCUMENT_BYTES = 2**28
+
+#: The host tries these again, because the hub may answer the next time.
+UNREACHABLE = (RequestException, HfHubHTTPError)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the key, the cause and the remedy."""
+
+
+def load_failure(key: str, path: str, error: BaseException) -> DataError:
+    """Why the dataset at this path cannot be loaded.
+
+    Args:
+        key: where the YAML names it, such as `datasets[0]`.
+        path: the `path` given there.
+        error: what the host raised.
+    """
+    nothing = "it has no rows" if "corresponds to no data" in str(error) else None
+    cause = _file_problem(Path(path)) or nothing or one_line(error)
+    if not Path(path).exists() and isinstance(error, ValueError):
+        cause = (
+            "there is no such file or directory here, and no such dataset could be found on the "
+            "Hugging Face hub. Correct the path; relative ones start where the command is run"
+        )
+    return DataError(f"{key}.path: {shown(path, 200)} cannot be loaded: {cause}.")
+
+
+@dataclass
+class Split:
+    """The datasets of one split while the host loads and prepares them.
+
+    Attributes:
+        key: where the YAML names them, `datasets` or `test_datasets`.
+        entries: what stands there.
+        score_columns: `sera.score_columns`.
+        features: the columns and types of the datasets loaded so far, in order.
+    """
+
+    key: str
+    entries: Sequence[Any]
+    score_columns: Sequence[str] = ()
+    features: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def load(self, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
+        """A dataset as the host's `load` gives it; what that raises becomes a `DataError`."""
+        index = next(i for i, known in enumerate(self.entries) if known["path"] == entry["path"])
+        key, path = f"{self.key}[{index}]", str(entry["path"])
+        try:
+            dataset = load(entry, *args, **kwargs)
+        except UNREACHABLE:
+            raise
+        except Exception as error:
+            raise load_failure(key, path, error) from error
+        dataset = check_loaded(key, path, dataset)
+        self.features.append(dataset.features)
+        return dataset
+
+    def prepare(self, prepare: Callable[[], Any]) -> Any:
+        """What the host makes of them; what it raises becomes a `DataError`."""
+        try:
+            prepared = prepare()
+        except (DataError, *UNREACHABLE):
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{self.key} cannot be prepared: {one_line(error)}. Look for the dataset and the "
+                "column it names, and mend or remove them."
+            ) from error
+        columns = {name for features in self.features for name in features}
+        missing = [name for name in self.score_columns if name not in columns]
+        if missing:
+            raise DataError(
+                f"sera.score_columns: {', '.join(map(shown, missing))} not in the data. It has "
+                f"{', '.join(map(shown, sorted(columns)))}."
+            )
+        return prepared
+
+
+def check_loaded(key: str, path: str, dataset: Any) -> Any:
+    """The split that the host will take; refuse one without rows, or several without a name.
+
+    Raises:
+        DataError: naming the key.
+    """
+    if isinstance(dataset, Mapping):
+        if "train" not in dataset:
+            raise DataError(
+                f"{key}.split is not set, and {shown(path, 200)} has no split named train. Set it "
+                f"to one of {', '.join(map(shown, dataset))}."
+            )
+        dataset = dataset["train"]
+    if len(dataset) == 0:
+        raise DataError(f"{key}.path: {shown(path, 200)} has no rows. Give a file that has some.")
+    return dataset
+
+
+def one_line(error: BaseException) -> str:
+    """The first exception of a chain that says something, in one line."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    # A worker process sends its whole traceback along as an exception of its own.
+    said = [x for x in chain if str(x).strip() and type(x).__name__ != "RemoteTraceback"]
+    # The last one is where it began.
+    first = said[-1] if said else error
+    text = " ".join(str(first).split())
+    return f"{type(first).__name__}: {shown(text, 300)[1:-1]}" if text else type(first).__name__
+
+
+def _file_problem(path: Path) -> str | None:
+    """What is wrong with a local file, as far as it is JSON; read up to the first damaged line."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as lines:
+            if not any(line.strip() for line in lines):
+                return "the file is empty"
+        if path.suffix not in (".json", ".jsonl", ".ndjson") or _is_json(path):
+            return None
+        with path.open(encoding="utf-8-sig", errors="replace") as text:
+            for number, line in enumerate(text, start=1):
+                problem = _line_problem(line) if line.strip() else None
+                if problem:
+                    shape = f"line {number} {problem}: {shown(line.strip())}"
+                    return f"{shape}. Mend or remove that line"
+    except OSError as error:
+        return one_line(error)
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file is one JSON document of many lines; not asked of files too big to hold."""
+    if path.suffix != ".json" or path.stat().st_size > _DOCUMENT_BYTES:
+        return False
+    try:
+        json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _line_problem(line: str) -> str | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON ({error})"
+    if not isinstance(row, dict):
+        return "is not an object with fields"
+    if not encodable(json.dumps(row, ensure_ascii=False)):
+        return "is not valid Unicode (half of a surrogate pair)"
+    return None
+
+
+def edited_since(entries: Sequence[Any], prepared: Path) -> str:
+    """The local files that are newer than what was prepared from them, with their times.
+
+    The host keeps prepared data by configuration, not by content. Where rows have been mended it
+    would go on training the old ones. Data prepared elsewhere, without its files, stays good.
+    """
+    if not prepared.exists():
+        return ""
+    since = prepared.stat().st_mtime_ns
+    named = [entry["path"] for entry in entries]
+    for entry in entries:
+        files = entry.get("data_files") or []
+        named += [files] if isinstance(files, str) else list(files)
+    found = {path: Path(path).stat().st_mtime_ns for path in named if Path(path).is_file()}
+    return " ".join(f"{path} {time}" for path, time in sorted(found.items()) if time > since)

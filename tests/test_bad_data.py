@@ -1,0 +1,338 @@
+"""Damaged files and rows through the host's real loading: named in the user's own terms."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_rows
+from tests.test_dataset import PLAIN_TEMPLATE, build, spelled
+
+GOOD = {"question": "hi", "good": "hello", "bad": "world"}
+TYPE = {"field_prompt": "question", "field_chosen": "good", "field_rejected": "bad"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and a config.json; nothing here loads weights."""
+    path = tmp_path_factory.mktemp("base")
+    build(add_bos=True).save_pretrained(path)
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 400,
+    }
+    (path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def prepare(base: Path, load: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """What `axolotl train` does with the data before it loads a model."""
+
+    def run(**keys: Any) -> SimpleNamespace:
+        from axolotl.cli.args import TrainerCliArgs
+        from axolotl.common.datasets import load_preference_datasets
+        from axolotl.integrations.base import PluginManager
+        from transformers import AutoTokenizer
+
+        from sera_plugin.dataset import report_rows, tokenize_rows
+
+        cfg = load(
+            {
+                "base_model": str(base),
+                "tokenizer_type": "PreTrainedTokenizerFast",
+                "plugins": ["sera_plugin.SeraPlugin"],
+                "rl": "sera",
+                "dataset_prepared_path": str(tmp_path / "prepared"),
+                "dataset_num_proc": 1,
+                "output_dir": str(tmp_path / "out"),
+                "sequence_len": 48,
+                "micro_batch_size": 1,
+                "gradient_accumulation_steps": 1,
+                "learning_rate": 1e-5,
+                "bf16": False,
+                "fp16": False,
+                "tf32": False,
+                **keys,
+            }
+        )
+        PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+        data = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        found = {}
+        for name, dataset in (("train", data.train_dataset), ("eval", data.eval_dataset)):
+            if dataset is not None:
+                found[name] = tokenize_rows(
+                    dataset,
+                    tokenizer,
+                    [tokenizer.eos_token_id],
+                    cfg.sequence_len,
+                    truncate=cfg.excess_length_strategy == "truncate",
+                )
+                report_rows(
+                    found[name],
+                    name,
+                    raise_bad=cfg.sera["bad_rows"] == "raise",
+                    raise_long=cfg.excess_length_strategy == "raise",
+                    max_length=cfg.sequence_len,
+                )
+        return SimpleNamespace(
+            cfg=cfg, tokenizer=tokenizer, columns=data.train_dataset.column_names, **found
+        )
+
+    return run
+
+
+def file_of(tmp_path: Path, rows: list[Any], name: str = "pairs.jsonl", kind: Any = TYPE) -> Any:
+    write_rows(tmp_path / name, rows)
+    return {"path": str(tmp_path / name), "ds_type": "json", "split": "train", "type": kind}
+
+
+def test_rows_are_named_by_their_place_in_the_users_file(prepare: Any, tmp_path: Path) -> None:
+    first = [GOOD | {"question": f"hi {i}"} for i in range(3)]
+    second = [
+        GOOD,
+        GOOD | {"good": None},
+        {"question": "hi", "bad": "world"},
+        GOOD | {"good": ""},
+        GOOD | {"bad": "hello"},
+        GOOD | {"good": "hello world " * 30},
+        GOOD | {"good": 5},
+        GOOD | {"good": ["a"]},
+        GOOD | {"good": {"a": 1}},
+        GOOD,
+    ]
+    sets = [file_of(tmp_path, first), file_of(tmp_path, second, "more.jsonl")]
+    result = prepare(datasets=sets, dataset_num_proc=2).train
+    assert (result.total, len(result.rows)) == (13, 5)
+    places = {
+        why: sorted((result.sources[row], result.places[row]) for row in rows)
+        for why, rows in result.dropped.items()
+    }
+    more = "datasets[1] (more.jsonl)"
+    assert places == {
+        "field 'good' is null, not text": [(more, 1), (more, 2)],
+        "field 'good' is empty": [(more, 3)],
+        "chosen equals rejected, which prefers nothing": [(more, 4)],
+        "longer than sequence_len: 48": [(more, 5)],
+        "field 'good' is a number, not text": [(more, 6)],
+        "field 'good' is a list, not text": [(more, 7)],
+        "field 'good' is an object, not text": [(more, 8)],
+    }
+    [(remark, [row])] = result.kept.items()
+    assert remark.startswith("repeat an earlier row")
+    assert result.sources[row] == more
+
+
+def test_a_second_run_takes_the_prepared_rows_and_names_them_still(
+    prepare: Any, tmp_path: Path
+) -> None:
+    sets = [file_of(tmp_path, [GOOD, GOOD | {"bad": None}])]
+    first = prepare(datasets=sets).train
+    (tmp_path / "pairs.jsonl").unlink()
+    second = prepare(datasets=sets).train
+    assert first.reasons() == second.reasons()
+    assert first.reasons() == [
+        "1 row(s): field 'bad' is null, not text (datasets[0] (pairs.jsonl) rows 1)"
+    ]
+    with pytest.raises(
+        ValueError, match=r"sera.bad_rows: raise, and 1 of the 2 train rows.*rows 1"
+    ):
+        prepare(datasets=sets, sera={"bad_rows": "raise"})
+
+
+def test_a_mended_file_is_prepared_anew(prepare: Any, tmp_path: Path) -> None:
+    sets = [file_of(tmp_path, [GOOD, GOOD | {"question": "hello", "bad": None}])]
+    assert len(prepare(datasets=sets).train.rows) == 1
+    file_of(tmp_path, [GOOD, GOOD | {"question": "hello"}])
+    os.utime(tmp_path / "pairs.jsonl", (time.time() + 5, time.time() + 5))
+    assert len(prepare(datasets=sets).train.rows) == 2
+    (tmp_path / "pairs.jsonl").unlink()
+    assert len(prepare(datasets=sets).train.rows) == 1
+
+
+def test_prepared_rows_of_another_rl_are_not_shared(prepare: Any, tmp_path: Path) -> None:
+    """The host names prepared data without regard to `rl`; plain DPO would train placeholders."""
+    import axolotl.utils.data.rl as host
+    from axolotl.utils.dict import DictDefault
+
+    cfg = prepare(datasets=[file_of(tmp_path, [GOOD])]).cfg
+    plain = DictDefault({**cfg, "sera": None})
+    hashes = {
+        host.generate_dataset_hash_from_config(c, cfg.datasets, "tokenizer") for c in (cfg, plain)
+    }
+    assert len(hashes) == 2
+    rows = host._load_split(plain, "train")
+    assert not {"sera_problem", "sera_source", "sera_row"} & set(rows.column_names)
+
+
+def test_deduplication_ignores_where_rows_stand_and_keeps_bad_ones_apart(
+    prepare: Any, tmp_path: Path
+) -> None:
+    other = GOOD | {"question": "hello"}
+    rows = [GOOD, other, GOOD, GOOD | {"bad": None}, GOOD | {"bad": None}, GOOD]
+    sets = [file_of(tmp_path, rows)]
+    result = prepare(datasets=sets, dataset_exact_deduplication=True).train
+    assert len(result.rows) == 2
+    assert result.kept == {}
+    [dropped] = result.dropped.values()
+    assert sorted(result.places[row] for row in dropped) == [3, 4]
+
+
+def test_held_out_rows_are_read_as_test_datasets_says(prepare: Any, tmp_path: Path) -> None:
+    """The host reads the fields of `datasets` for them (axolotl 0.19)."""
+    held_out = [{"prompt": "hi", "chosen": "ab", "rejected": "world"}, {"prompt": "hi"}]
+    sets = {
+        "datasets": [file_of(tmp_path, [GOOD])],
+        "test_datasets": [file_of(tmp_path, held_out, "test.jsonl", {"field_prompt": "prompt"})],
+    }
+    result = prepare(**sets)
+    assert spelled(result.tokenizer, result.eval.chosen_ids[0]) == "ab</s>"
+    [reason] = result.eval.reasons()
+    assert reason.endswith("(test_datasets[0] (test.jsonl) rows 1)")
+
+
+def test_long_rows_are_named_dropped_cut_or_refused(prepare: Any, tmp_path: Path) -> None:
+    long = "hello world user assistant " * 20
+    rows = [GOOD, GOOD | {"good": long}, GOOD | {"question": long}]
+    sets = {"datasets": [file_of(tmp_path, rows)]}
+    dropped = prepare(**sets, sera={"bad_rows": "raise"}).train
+    assert [sorted(dropped.places[r] for r in rows) for rows in dropped.dropped.values()] == [
+        [1, 2]
+    ]
+    cut = prepare(**sets, excess_length_strategy="truncate").train
+    assert [cut.places[r] for rows in cut.dropped.values() for r in rows] == [2]
+    [long_row] = [i for i, row in enumerate(cut.rows) if cut.places[row] == 1]
+    assert len(cut.prompt_ids[long_row]) + len(cut.chosen_ids[long_row]) == 48
+    with pytest.raises(
+        ValueError,
+        match=r"excess_length_strategy: raise, and 2 of the 3 .*2 row\(s\): longer than sequence",
+    ):
+        prepare(**sets, excess_length_strategy="raise")
+
+
+def test_messages_need_neither_a_type_nor_skip_prepare_dataset(
+    prepare: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "chosen": [{"role": role, "content": "hello"}],
+            "rejected": [{"role": "assistant", "content": "world"}],
+        }
+        for role in ("assistant", "narrator")
+    ]
+    found = prepare(
+        datasets=[file_of(tmp_path, rows, kind=None)],
+        chat_template_jinja=PLAIN_TEMPLATE,
+        chat_template="jinja",
+    )
+    assert spelled(found.tokenizer, found.train.chosen_ids[0]) == "hello<|im_end|>"
+    [reason] = found.train.reasons()
+    assert "the role 'narrator', not assistant (datasets[0] (pairs.jsonl) rows 1)" in reason
+
+
+def test_nothing_usable_says_why(prepare: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "answer": "b"}] * 2)
+    with pytest.raises(
+        ValueError,
+        match=r"none of the 2 .*no field or role 'question'; its fields are 'prompt', 'answer' "
+        r"\(datasets\[0\] \(pairs.jsonl\) rows",
+    ):
+        prepare(datasets=[file_of(tmp_path, [{"prompt": "a", "answer": "b"}] * 2)])
+
+
+LINE = json.dumps(GOOD)
+FILES: dict[str, tuple[bytes | None, str]] = {
+    "empty": (b"", "the file is empty"),
+    "blank": (b"\n \n\n", "the file is empty"),
+    "cut off": (f'{LINE}\n{{"question": "p", "good": \n{LINE}\n'.encode(), "line 2 is not JSON"),
+    "no json": (f"{LINE}\n\nhello\n".encode(), r"line 3 is not JSON .*: 'hello'. Mend"),
+    "a bare value": (f"{LINE}\n5\n".encode(), "line 2 is not an object with fields: '5'"),
+    "half a surrogate pair": (
+        f'{LINE}\n{{"question": "a\\ud800", "good": "b", "bad": "c"}}\n'.encode(),
+        "line 2 is not valid Unicode",
+    ),
+    "missing": (None, "there is no such file or directory here"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_with_the_line(name: str, prepare: Any, tmp_path: Path) -> None:
+    content, said = FILES[name]
+    data = file_of(tmp_path, [])
+    if content is None:
+        data["path"] = str(tmp_path / "nowhere.jsonl")
+    else:
+        (tmp_path / "pairs.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^datasets\[1\]\.path: '.*' cannot be loaded: .*{said}"):
+        prepare(datasets=[file_of(tmp_path, [GOOD], "fine.jsonl"), data])
+
+
+def test_other_damage_is_named_too(prepare: Any, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("question,good,bad\n", encoding="utf-8")
+    data = {"path": str(tmp_path / "pairs.csv"), "type": TYPE}
+    with pytest.raises(ValueError, match=r"datasets\[0\]\.path: .*pairs.csv' cannot be .* no rows"):
+        prepare(datasets=[data])
+    (tmp_path / "pairs.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"datasets\[0\]\.path: .* cannot be loaded: Arrow"):
+        prepare(datasets=[{"path": str(tmp_path / "pairs.parquet"), "type": TYPE}])
+    with pytest.raises(ValueError, match=r"datasets\[0\]\.type: 'chat_templat.default' is no"):
+        prepare(datasets=[file_of(tmp_path, [GOOD], kind="chat_templat.default")])
+
+
+def test_text_that_is_json_stays_text_in_a_file_of_mixed_types(
+    prepare: Any, tmp_path: Path
+) -> None:
+    """`Dataset.map` would keep the column's type and read "-" back as 0 (datasets 4)."""
+    row = {"prompt": "hi", "chosen": "ab", "rejected": "world"}
+    kind = {
+        "prompt_format": "{prompt}",
+        "chosen_format": "-{chosen}",
+        "rejected_format": "[7]{rejected}",
+    }
+    rows = [row, row | {"chosen": 5}, row | {"rejected": ["x"]}, row | {"chosen": "b"}]
+    result = prepare(datasets=[file_of(tmp_path, rows, kind=kind)])
+    found = {spelled(result.tokenizer, ids) for ids in result.train.chosen_ids}
+    assert found == {"-ab</s>", "-b</s>"}
+    assert sorted(result.train.places[r] for rs in result.train.dropped.values() for r in rs) == [
+        1,
+        2,
+    ]
+
+
+def test_other_columns_keep_no_datasets_apart(prepare: Any, tmp_path: Path) -> None:
+    """The host merges whole rows, and cannot where a column is a number here, an object there."""
+    sets = [
+        file_of(tmp_path, [GOOD | {"id": 1, "score": 0.5}, GOOD | {"id": 2, "score": 0.5}]),
+        file_of(tmp_path, [GOOD | {"id": {"a": "x"}}], "more.jsonl"),
+    ]
+    result = prepare(datasets=sets, sera={"score_columns": ["score"]})
+    assert "score" in result.columns
+    assert "id" not in result.columns
+    assert len(result.train.rows) == 3
+    with pytest.raises(ValueError, match=r"sera.score_columns: 'quality' not .* 'id', 'question'"):
+        prepare(datasets=sets, sera={"score_columns": ["quality"]})
+
+
+def test_odd_text_is_trained_and_named(prepare: Any, tmp_path: Path) -> None:
+    odd = ["a\0b", "\ufeffab", "a\u202eb", "e" + "\u0301" * 12, "a\ufffdb", "a\u200bb"]
+    rows = [GOOD | {"good": text} for text in odd] + [GOOD | {"good": "\U0001f469\u200d\U0001f467"}]
+    result = prepare(datasets=[file_of(tmp_path, rows)]).train
+    [(remark, found)] = result.kept.items()
+    assert "control characters" in remark
+    assert sorted(result.places[row] for row in found) == list(range(6))
+    assert len(result.rows) == 7

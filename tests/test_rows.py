@@ -1,0 +1,356 @@
+"""The guard around the host's transforms: what it keeps, mends, and says."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sera_plugin.data_config import restore_entries
+from sera_plugin.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
+from sera_plugin.loading import DataError, Split, check_loaded, one_line
+from sera_plugin.rows import GuardedTransform, WithoutGuardColumns, guard, source_name
+from sera_plugin.texts import shown, visible
+from tests.test_dataset import build, nasty, ordinary_texts, spelled
+
+ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
+
+
+def strategy(kind: str, template: str, **entry: Any) -> Any:
+    """A host strategy whose dataset names a template of its own, not the tokenizer's."""
+    from axolotl.prompt_strategies.dpo import load
+    from axolotl.utils.dict import DictDefault
+
+    entry = {"type": kind, "chat_template": template, **entry}
+    cfg = DictDefault({"chat_template": "tokenizer_default", "datasets": [entry]})
+    return load(kind, cfg, dataset_idx=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build()
+
+
+def transformed(tokenizer: Any, loaded: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    transform, _ = guard(loaded, None, source="datasets[0] (x)")
+    result: dict[str, Any] = transform(copy.deepcopy(dict(row)), 3, tokenizer=tokenizer)
+    return result
+
+
+def answered(tokenizer: Any, template: str, content: str) -> dict[str, Any]:
+    row = {"messages": "How are you?", "chosen": content, "rejected": "Fine, thanks."}
+    return transformed(tokenizer, strategy("chat_template.default", template), row)
+
+
+# ------------------------------------------------------------------ chat templates
+
+
+@pytest.mark.parametrize("template", ENDS)
+@pytest.mark.parametrize(
+    "content",
+    ["user", "assistant", "[[dummy_message]]", "m", "a", ">", "|", " hi ", "hi\n", "\nhi"],
+)
+def test_answers_that_the_host_cuts_wrongly_are_cut_rightly(
+    tokenizer: Any, template: str, content: str
+) -> None:
+    result = answered(tokenizer, template, content)
+    assert result["sera_problem"] == ""
+    assert result["chosen"].endswith(ENDS[template])
+    answer = result["chosen"].removesuffix(ENDS[template])
+    assert answer == (content if template == "chatml" else content.strip())
+
+
+@settings(deadline=None, max_examples=150, derandomize=True, database=None)
+@given(content=nasty)
+def test_every_answer_is_itself_and_the_end_or_is_refused(tokenizer: Any, content: str) -> None:
+    for template, end in ENDS.items():
+        result = answered(tokenizer, template, content)
+        if visible(content):
+            assert result["chosen"].removesuffix(end).strip() == content.strip()
+            assert result["chosen"].endswith(end)
+        else:
+            assert result["sera_problem"] == "empty prompt, chosen or rejected"
+
+
+def test_ordinary_answers_are_what_the_host_makes_of_them(tokenizer: Any) -> None:
+    for template in ENDS:
+        loaded = strategy("chat_template.default", template)
+        for text in ordinary_texts(60):
+            row = {"messages": "Hello?", "chosen": text, "rejected": text[::-1] + "."}
+            result = transformed(tokenizer, loaded, row)
+            host = loaded[0](dict(row), tokenizer=tokenizer)
+            assert {key: result[key] for key in host} == host
+
+
+REASONING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' %}"
+    "{% if '</think>' in m['content'] %}{{ m['content'] }}"
+    "{% else %}<think></think>{{ m['content'] | upper if 'shout' in m['content'] "
+    "else m['content'] }}{% endif %}<|im_end|>"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_templates_that_write_reasoning_keep_what_the_answer_has(tokenizer: Any) -> None:
+    def of(content: str) -> dict[str, Any]:
+        loaded = strategy("chat_template.default", "jinja", chat_template_jinja=REASONING)
+        row = {"messages": "q", "chosen": content, "rejected": "no"}
+        return transformed(tokenizer, loaded, row)
+
+    assert of("think")["chosen"] == "think<|im_end|>"
+    assert of("<think>why</think>yes")["chosen"] == "<think>why</think>yes<|im_end|>"
+    assert of("shout")["sera_problem"] == "the chat template does not render the answer as it is"
+
+
+def test_parts_of_a_message_must_all_be_rendered(tokenizer: Any) -> None:
+    def of(*parts: Any) -> str:
+        user = {"role": "user", "content": list(parts)}
+        row = {"messages": [user], "chosen": "yes", "rejected": "no"}
+        template = (
+            "{% for m in messages %}{{ m['content'] if m['content'] is string else "
+            "m['content'][0]['text'] }}{% endfor %}"
+        )
+        loaded = strategy("chat_template.default", "jinja", chat_template_jinja=template)
+        problem: str = transformed(tokenizer, loaded, row)["sera_problem"]
+        return problem
+
+    text = {"type": "text", "text": "one"}
+    assert of(text) == ""
+    assert "a message that has parts" in of(text, {"type": "text", "text": "two"})
+    assert "null or not text" in of(text, {"type": "image", "image": "x.png"})
+
+
+# ------------------------------------------------------------------ the guard
+
+
+def test_the_guard_travels_to_worker_processes_and_asks_for_row_numbers() -> None:
+    import dill
+
+    transform, options = guard(strategy("chatml.intel", "chatml"), "types", source="s")
+    assert options == {
+        "with_indices": True,
+        "remove_columns": "__all__",
+        "features": "types",
+    }
+    again = dill.loads(dill.dumps(transform))
+    row = {"question": "q", "chosen": "a", "rejected": "b"}
+    assert again(row, 5) == transform(row, 5)
+    assert again(row, 5)["sera_row"] == 5
+    assert pickle.dumps(again(row, 5))
+
+
+@pytest.mark.parametrize("option", ["batched", "with_indices", "with_rank", "input_columns"])
+def test_a_strategy_with_a_mapping_of_its_own_is_left_alone(option: str) -> None:
+    def transform(row: Any) -> Any:
+        return row
+
+    assert guard((transform, {option: True}), None, source="s") == (transform, {option: True})
+
+
+def test_only_columns_that_are_asked_for_are_kept() -> None:
+    transform = GuardedTransform(lambda row: row, "s", kept=("score",))
+    row = {"prompt": "p", "chosen": "a", "rejected": None, "score": 1, "id": 2}
+    for changed in (row, row | {"rejected": "b"}):
+        result = transform(changed, 0)
+        assert result.keys() == {
+            *("score", "prompt", "chosen", "rejected"),
+            *("sera_problem", "sera_source", "sera_row"),
+        }
+        assert result["score"] == 1
+
+
+def test_a_strategy_may_return_anything_and_raise_anything() -> None:
+    def of(transform: Any, **row: Any) -> str:
+        problem: str = GuardedTransform(transform, "s")(row, 0)["sera_problem"]
+        return problem
+
+    def raises(row: Any) -> Any:
+        raise StopIteration
+
+    assert of(lambda row: None) == "the strategy returned NoneType for it"
+    assert of(raises, a=None) == "the host's strategy cannot read it: StopIteration:  (null: 'a')"
+    assert of(lambda row: row["x\u202e"], **{"y\n": 1}) == (
+        "no field or role 'x\\u202e'; its fields are 'y\\n'"
+    )
+    assert "must all be text" in of(lambda row: {})
+
+
+def test_halves_of_surrogate_pairs_stop_at_the_guard() -> None:
+    """No Arrow table can hold them, so a placeholder must stand for the row from here on."""
+    row = {"prompt": "p", "chosen": "a\ud800", "rejected": "b"}
+    result = GuardedTransform(lambda row: row, "s")(row, 0)
+    assert result["sera_problem"] == "not valid Unicode: half of a surrogate pair"
+    assert result["chosen"] == "-"
+
+
+def test_several_splits_need_a_name() -> None:
+    with pytest.raises(DataError, match=r"datasets\[0\].split is not set.*one of 'a', 'b'"):
+        check_loaded("datasets[0]", "org/set", {"a": [1], "b": [2]})
+    assert check_loaded("datasets[0]", "org/set", {"train": [1], "b": [2]}) == [1]
+    with pytest.raises(DataError, match=r"datasets\[0\].path: 'org/set' has no rows"):
+        check_loaded("datasets[0]", "org/set", {"train": []})
+
+
+def test_a_hub_that_does_not_answer_is_left_to_the_host() -> None:
+    """The host tries again; only what it gives up on for another reason is ours to explain."""
+    from requests.exceptions import ReadTimeout
+
+    def load(entry: Any) -> Any:
+        raise ReadTimeout("no answer")
+
+    split = Split("datasets", [{"path": "org/set"}])
+    with pytest.raises(ReadTimeout):
+        split.load(load, {"path": "org/set"})
+    with pytest.raises(ReadTimeout):
+        split.prepare(lambda: load(None))
+    with pytest.raises(DataError, match=r"^datasets cannot be prepared: ZeroDivisionError"):
+        split.prepare(lambda: 1 // 0)
+
+
+def test_a_transform_that_reads_no_field_by_name_is_checked_too() -> None:
+    def merged(row: Any) -> Any:
+        return {**row, "chosen": "{chosen}!".format(**row)}
+
+    row = {"prompt": "p", "chosen": None, "rejected": "b"}
+    problem = GuardedTransform(merged, "s")(row, 0)["sera_problem"]
+    assert problem == "field 'chosen' is null, not text"
+
+
+def test_text_that_only_looks_like_a_null_or_number_is_text() -> None:
+    def loaded(row: Any) -> Any:
+        return {"prompt": f"{row['p']}?", "chosen": f"{row['c']}", "rejected": f"{row['r']}"}
+
+    row = {"p": "None", "c": "5", "r": "[]", "x": None, "y": 5, "z": []}
+    assert GuardedTransform(loaded, "s")(row, 0)["sera_problem"] == ""
+
+
+def test_deduplication_sees_pairs_and_keeps_every_problem() -> None:
+    class Rows(list):  # type: ignore[type-arg]
+        select = None
+
+    place = {"sera_problem": "", "sera_source": "s", "sera_row": 1}
+    good = {"prompt": "p", **place}
+    bad = good | {"sera_problem": "why"}
+    assert list(WithoutGuardColumns(Rows([good, bad]))) == [{"prompt": "p"}, bad]
+
+
+# ------------------------------------------------------------------ tokens
+
+
+def rows_of(tokenizer: Any, *pairs: tuple[str, str], **options: Any) -> Any:
+    rows = [{"prompt": "hi", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    return tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], None, **options)
+
+
+def test_an_answer_may_spell_the_token_that_ends_a_turn(tokenizer: Any) -> None:
+    result = rows_of(tokenizer, ("ab</s>hello</s>", "world</s>"), ("ab<s>", "hello"))
+    assert result.kept == {SPELLED_OUT: [0, 1]}
+    for ids in result.chosen_ids:
+        assert ids.tolist().count(tokenizer.eos_token_id) == 1
+        assert tokenizer.bos_token_id not in ids
+    assert spelled(tokenizer, result.chosen_ids[0]) == "ab</s>hello</s>"
+    assert spelled(tokenizer, result.chosen_ids[1]) == "ab<s></s>"
+
+
+def test_equal_answers_prefer_nothing(tokenizer: Any) -> None:
+    result = rows_of(tokenizer, ("ab", "hello"), ("ab", "ab"), ("ab</s>", "ab"), ("ab</s>\n", "ab"))
+    assert result.rows == [0]
+    assert result.dropped == {"chosen equals rejected, which prefers nothing": [1, 2, 3]}
+
+
+def test_answers_that_differ_behind_the_cut_prefer_nothing(tokenizer: Any) -> None:
+    rows = [{"prompt": "x", "chosen": "xzx", "rejected": "xzy"}] * 2
+    rows[0] = rows[0] | {"chosen": "yzx"}
+    result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], 3, truncate=True)
+    assert result.rows == [0]
+    assert list(result.dropped.values()) == [[1]]
+
+
+def test_duplicates_are_kept_and_named(tokenizer: Any) -> None:
+    result = rows_of(
+        tokenizer, ("ab", "hello"), ("ab", "world"), ("ab", "hello"), ("ab</s>", "hello")
+    )
+    assert len(result.rows) == 4
+    assert result.kept == {DUPLICATE: [2, 3]}
+
+
+def test_one_row_is_enough(tokenizer: Any) -> None:
+    assert rows_of(tokenizer, ("ab", "hello")).rows == [0]
+
+
+def test_bad_and_long_rows_stop_the_run_when_asked_to(tokenizer: Any) -> None:
+    rows = [{"prompt": "hi", "chosen": text, "rejected": "ab"} for text in ("x", "", "hello " * 9)]
+    result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], 9)
+    report_rows(result, "train", max_length=9)
+    with pytest.raises(
+        ValueError, match=r"^sera.bad_rows: raise, and 2 of the 3 train rows"
+    ) as bad:
+        report_rows(result, "train", raise_bad=True, max_length=9)
+    assert "1 row(s): empty prompt, chosen or rejected (rows 1)" in str(bad.value)
+    assert str(bad.value).endswith("Mend or remove them, or set sera.bad_rows: drop.")
+    with pytest.raises(ValueError, match=r"^excess_length_strategy: raise, .* 3 .*rows 2"):
+        report_rows(result, "train", raise_long=True, max_length=9)
+    long = tokenize_rows(rows[::2], tokenizer, [tokenizer.eos_token_id], 9)
+    report_rows(long, "train", raise_bad=True, max_length=9)
+
+
+def test_only_the_commonest_reasons_are_named(tokenizer: Any) -> None:
+    rows = [{"prompt": "hi", "chosen": "ab", "rejected": "hello"}]
+    guarded = [
+        {**rows[0], "sera_problem": f"problem {i}", "sera_source": "datasets[0] (f)", "sera_row": i}
+        for i in range(30)
+    ]
+    result = tokenize_rows([*rows, *guarded, guarded[7]], tokenizer, [2], None)
+    lines = result.reasons()
+    assert lines[0] == "2 row(s): problem 7 (datasets[0] (f) rows 7, 7)"
+    assert lines[-1] == "10 more reasons"
+    assert len(lines) == 21
+
+
+# ------------------------------------------------------------------ words
+
+
+@settings(deadline=None, max_examples=200)
+@given(value=st.text() | st.binary() | st.lists(st.text()) | st.floats() | st.integers())
+def test_a_shown_value_is_short_and_plain(value: Any) -> None:
+    text = shown(value)
+    assert text.isascii()
+    assert text.isprintable()
+    assert len(text) <= 63
+
+
+def test_a_source_is_named_by_its_file() -> None:
+    assert source_name("datasets", 1, "/data/pairs.jsonl") == "datasets[1] (pairs.jsonl)"
+    assert source_name("datasets", 0, "org/set") == "datasets[0] (set)"
+    assert source_name("datasets", 0, "/") == "datasets[0] (/)"
+    assert source_name("datasets", 0, "a\u202eb'c") == "datasets[0] (a\\u202eb'c)"
+
+
+def test_one_line_finds_where_it_began() -> None:
+    first, last = KeyError("it began\nhere"), RuntimeError()
+    last.__cause__ = first
+    assert one_line(last) == r"KeyError: 'it began\\nhere'"
+    assert one_line(StopIteration()) == "StopIteration"
+
+
+def test_what_the_hosts_validation_lost_is_put_back() -> None:
+    cfg = {"datasets": [{"path": "a", "type": {}}, {"path": "b", "type": "x", "split": "train"}]}
+    raw = {
+        "datasets": [
+            {"path": "a", "type": {"field_prompt": "q"}, "name": "main", "split": None},
+            {"path": "b", "type": "x"},
+        ],
+        "test_datasets": None,
+    }
+    restore_entries(cfg, raw)
+    assert cfg["datasets"] == [
+        {"path": "a", "type": {"field_prompt": "q"}, "name": "main"},
+        {"path": "b", "type": "x", "split": "train"},
+    ]
