@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sera_plugin.texts import shown
+from sera_plugin.shown import quoted
 
 #: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
 #: `trl.beta`. SimPO is not tuned there: 2.0 is the SimPO paper's own starting point.
@@ -156,7 +156,7 @@ class SeraConfig(BaseModel):
         found = shutil.which(os.path.expanduser(value))
         if found is None:
             raise ValueError(
-                f"{shown(value)} is no program that can be run here. Name the Python of an "
+                f"{quoted(value)} is no program that can be run here. Name the Python of an "
                 "environment that has vLLM, for example ~/vllm/bin/python."
             )
         return os.path.abspath(found)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sera_plugin.texts import shown
+from sera_plugin.shown import quoted
 
 #: The host's strategy for rows that are prompt, chosen and rejected already. Without any type it
 #: would not look at such rows at all before it measures their length.
@@ -35,7 +35,7 @@ def check_datasets(
             continue
         if not isinstance(entries, (list, tuple)) or not entries:
             raise ValueError(
-                f"{key}: {shown(entries)} is not a list of datasets. Write for example {example}."
+                f"{key}: {quoted(entries)} is not a list of datasets. Write for example {example}."
             )
         for index, entry in enumerate(entries):
             _check_entry(f"{key}[{index}]", entry, entry_keys, type_keys)
@@ -46,13 +46,13 @@ def _check_entry(
 ) -> None:
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"{key}: {shown(entry)} is not a block of keys. Write `path:` and `type:` under it."
+            f"{key}: {quoted(entry)} is not a block of keys. Write `path:` and `type:` under it."
         )
     _check_spelling(key, entry, entry_keys)
     path = entry.get("path")
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise ValueError(
-            f"{key}.path: {shown(path)} is not a path. Name a file, a directory or a dataset of "
+            f"{key}.path: {quoted(path)} is not a path. Name a file, a directory or a dataset of "
             "the Hugging Face hub."
         )
     kind = entry.get("type")
@@ -60,16 +60,16 @@ def _check_entry(
         _check_spelling(f"{key}.type", kind, type_keys)
         for name, value in kind.items():
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{key}.type.{name}: {shown(value)} is not text. Quote it.")
+                raise ValueError(f"{key}.type.{name}: {quoted(value)} is not text. Quote it.")
     elif kind is not None and not (isinstance(kind, str) and kind.strip(". ")):
         raise ValueError(
-            f"{key}.type: {shown(kind)} is no strategy. Use chat_template.default or another one "
+            f"{key}.type: {quoted(kind)} is no strategy. Use chat_template.default or another one "
             "of axolotl.prompt_strategies.dpo, or a block of field names."
         )
     if isinstance(entry.get("name"), (list, tuple)) or entry.get("preprocess_shards"):
         which = "preprocess_shards" if entry.get("preprocess_shards") else "name"
         raise ValueError(
-            f"{key}.{which}: {shown(entry[which])} makes several datasets of one, which the host "
+            f"{key}.{which}: {quoted(entry[which])} makes several datasets of one, which the host "
             "cannot do for preference pairs. Give each an entry of its own."
         )
 
@@ -78,7 +78,7 @@ def _check_spelling(key: str, block: Mapping[Any, Any], known: Collection[str]) 
     """The host drops keys that it does not know without a word."""
     for name in block:
         if not isinstance(name, str):
-            raise ValueError(f"{key}: {shown(name)} is not a key. Keys are words, such as `path`.")
+            raise ValueError(f"{key}: {quoted(name)} is not a key. Keys are words, such as `path`.")
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if name not in known and close:
             raise ValueError(f"{key}.{name[:60]!a} is not a key. Did you mean `{close[0]}`?")

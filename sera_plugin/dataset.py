@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from sera_plugin.encoding import RowTokenizer
 from sera_plugin.rows import PROBLEM, ROW, SOURCE, too_long
+from sera_plugin.shown import quoted
 from sera_plugin.templates import ChatTemplateCheck, row_texts
-from sera_plugin.texts import RowError, check_texts, odd, shown
+from sera_plugin.texts import RowError, check_texts, odd
 
 IntArray = npt.NDArray[np.int32]
 
@@ -152,7 +153,7 @@ def tokenize_rows(
             result.drop(row, str(error))
             continue
         except Exception as error:  # a chat template or a tokenizer may raise anything
-            result.drop(row, f"{type(error).__name__}: {shown(str(error), 120)[1:-1]}")
+            result.drop(row, f"{type(error).__name__}: {quoted(str(error), 120)[1:-1]}")
             continue
         if not all(map(encoder.decodes_to, answers, texts[1:])):
             result.remark(row, INEXACT)

@@ -15,7 +15,8 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 from requests.exceptions import RequestException
 
-from sera_plugin.texts import encodable, shown
+from sera_plugin.shown import quoted
+from sera_plugin.texts import encodable
 
 _DOCUMENT_BYTES = 2**28
 
@@ -42,7 +43,7 @@ def load_failure(key: str, path: str, error: BaseException) -> DataError:
             "there is no such file or directory here, and no such dataset could be found on the "
             "Hugging Face hub. Correct the path; relative ones start where the command is run"
         )
-    return DataError(f"{key}.path: {shown(path, 200)} cannot be loaded: {cause}.")
+    return DataError(f"{key}.path: {quoted(path, 200)} cannot be loaded: {cause}.")
 
 
 @dataclass
@@ -90,8 +91,8 @@ class Split:
         missing = [name for name in self.score_columns if name not in columns]
         if missing:
             raise DataError(
-                f"sera.score_columns: {', '.join(map(shown, missing))} not in the data. It has "
-                f"{', '.join(map(shown, sorted(columns)))}."
+                f"sera.score_columns: {', '.join(map(quoted, missing))} not in the data. It has "
+                f"{', '.join(map(quoted, sorted(columns)))}."
             )
         return prepared
 
@@ -105,12 +106,12 @@ def check_loaded(key: str, path: str, dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         if "train" not in dataset:
             raise DataError(
-                f"{key}.split is not set, and {shown(path, 200)} has no split named train. Set it "
-                f"to one of {', '.join(map(shown, dataset))}."
+                f"{key}.split is not set, and {quoted(path, 200)} has no split named train. Set it "
+                f"to one of {', '.join(map(quoted, dataset))}."
             )
         dataset = dataset["train"]
     if len(dataset) == 0:
-        raise DataError(f"{key}.path: {shown(path, 200)} has no rows. Give a file that has some.")
+        raise DataError(f"{key}.path: {quoted(path, 200)} has no rows. Give a file that has some.")
     return dataset
 
 
@@ -126,7 +127,7 @@ def one_line(error: BaseException) -> str:
     # The last one is where it began.
     first = said[-1] if said else error
     text = " ".join(str(first).split())
-    return f"{type(first).__name__}: {shown(text, 300)[1:-1]}" if text else type(first).__name__
+    return f"{type(first).__name__}: {quoted(text, 300)[1:-1]}" if text else type(first).__name__
 
 
 def _file_problem(path: Path) -> str | None:
@@ -143,7 +144,7 @@ def _file_problem(path: Path) -> str | None:
             for number, line in enumerate(text, start=1):
                 problem = _line_problem(line) if line.strip() else None
                 if problem:
-                    shape = f"line {number} {problem}: {shown(line.strip())}"
+                    shape = f"line {number} {problem}: {quoted(line.strip())}"
                     return f"{shape}. Mend or remove that line"
     except OSError as error:
         return one_line(error)

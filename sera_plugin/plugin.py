@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
 from sera_plugin.data_config import check_datasets, name_types, restore_entries
-from sera_plugin.texts import shown
+from sera_plugin.shown import quoted
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
 _FIELDS = tuple(SeraConfig.model_fields)
@@ -128,7 +128,7 @@ def _leave_unset_keys_unset(cfg: dict[str, Any]) -> None:
         return
     if not isinstance(block, Mapping):
         raise ValueError(
-            f"vllm: {shown(block)} is not a block of keys. Write `vllm:` and indent its keys."
+            f"vllm: {quoted(block)} is not a block of keys. Write `vllm:` and indent its keys."
         )
     known = _host_vllm_keys()
     for key in block:
@@ -190,14 +190,16 @@ def _parse(block: Any) -> SeraConfig:
         block = {}
     if not isinstance(block, Mapping):
         raise ValueError(
-            f"sera: {shown(block)} is not a block of keys. Write `sera:` and indent its keys."
+            f"sera: {quoted(block)} is not a block of keys. Write `sera:` and indent its keys."
         )
     try:
         return SeraConfig.model_validate(dict(block))
     except ValidationError as error:
         raise ValueError("; ".join(map(_readable, error.errors()))) from None
     except (OverflowError, RecursionError) as error:
-        raise ValueError(f"sera: {shown(block)} has a value that cannot be read: {error}") from None
+        raise ValueError(
+            f"sera: {quoted(block)} has a value that cannot be read: {error}"
+        ) from None
 
 
 def _readable(error: Any) -> str:
@@ -210,12 +212,12 @@ def _readable(error: Any) -> str:
     if error["type"] == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         return f"sera.{key}: {message}" if key else f"sera.{message}"
-    return f"sera.{key}: {shown(error['input'])} is not allowed: {error['msg']}"
+    return f"sera.{key}: {quoted(error['input'])} is not allowed: {error['msg']}"
 
 
 def _brief(value: Any) -> str:
     """A value as the YAML has it, escaped and cut."""
-    return shown(value)[1:-1] if isinstance(value, str) else shown(value)
+    return quoted(value)[1:-1] if isinstance(value, str) else quoted(value)
 
 
 def _require_writable(output_dir: str) -> None:
@@ -276,7 +278,7 @@ def _trl_beta(cfg: Mapping[str, Any]) -> Any:
     block = cfg.get("trl")
     if block is not None and not isinstance(block, Mapping):
         raise ValueError(
-            f"trl: {shown(block)} is not a block of keys. Write `trl:` and indent its keys."
+            f"trl: {quoted(block)} is not a block of keys. Write `trl:` and indent its keys."
         )
     return block.get("beta") if block else None
 
@@ -287,7 +289,7 @@ def _number(key: str, value: Any) -> float:
         with contextlib.suppress(ValueError, OverflowError):
             if math.isfinite(number := float(value)):
                 return number
-    raise ValueError(f"{key}: {shown(value)} is not a number. Set one, or remove {key}.")
+    raise ValueError(f"{key}: {quoted(value)} is not a number. Set one, or remove {key}.")
 
 
 def _is_count(value: Any) -> bool:
@@ -311,7 +313,7 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     host_loss = cfg.get("dpo_loss_type")
     if host_loss is not None and not _are_host_losses(host_loss):
         raise ValueError(
-            f"dpo_loss_type: {shown(host_loss)} is not a list of the host's losses. They are "
+            f"dpo_loss_type: {quoted(host_loss)} is not a list of the host's losses. They are "
             f"{', '.join(_HOST_LOSSES)}; write for example dpo_loss_type: [sigmoid]."
         )
     if host_loss is not None and "loss" in config.model_fields_set:

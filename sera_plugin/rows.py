@@ -16,8 +16,9 @@ from pathlib import PurePath
 from typing import Any
 
 from sera_plugin.fields import TEXTS, Reads, check_fields
+from sera_plugin.shown import quoted
 from sera_plugin.templates import AnswerRecorder, row_texts
-from sera_plugin.texts import RowError, check_texts, shown
+from sera_plugin.texts import RowError, check_texts
 
 #: What is wrong with a row ("" if nothing), the dataset it comes from, its place there from 0.
 PROBLEM, SOURCE, ROW = "sera_problem", "sera_source", "sera_row"
@@ -31,7 +32,7 @@ def too_long(sequence_len: int | None) -> str:
 
 def source_name(key: str, index: int, path: str) -> str:
     """A dataset as messages name it: `datasets[0] (pairs.jsonl)`."""
-    return f"{key}[{index}] ({shown(PurePath(path).name or path)[1:-1]})"
+    return f"{key}[{index}] ({quoted(PurePath(path).name or path)[1:-1]})"
 
 
 @dataclass
@@ -127,15 +128,15 @@ def guard(loaded: Any, features: Any, **options: Any) -> tuple[Any, dict[str, An
 def _cause(error: Exception, row: Mapping[str, Any]) -> str:
     """Why a strategy could not transform a row, in one line."""
     if isinstance(error, KeyError) and error.args and error.args[0] not in row:
-        return f"no field or role {shown(error.args[0])}; its fields are {_fields(row)}"
-    null = [shown(key) for key, value in row.items() if value is None]
+        return f"no field or role {quoted(error.args[0])}; its fields are {_fields(row)}"
+    null = [quoted(key) for key, value in row.items() if value is None]
     aside = f" (null: {', '.join(null[:5])})" if null else ""
-    said = f"{type(error).__name__}: {shown(str(error), 120)[1:-1]}"
+    said = f"{type(error).__name__}: {quoted(str(error), 120)[1:-1]}"
     return f"the host's strategy cannot read it: {said}{aside}"
 
 
 def _fields(row: Mapping[str, Any]) -> str:
-    names = [shown(key) for key in row]
+    names = [quoted(key) for key in row]
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 MASK = "***"
+_QUOTED_CHARACTERS = 60
 
 #: Words that make a key a secret wherever they stand in it.
 _SECRET = re.compile(r"apikey|authorization|credentials?|pass(phrase|wd|word)|secrets?")
@@ -29,6 +30,17 @@ def printable(text: str) -> str:
         one if one.isprintable() or one == "\t" else one.encode("unicode_escape").decode()
         for one in _COLOUR.sub("", text)
     )
+
+
+def quoted(value: object, limit: int = _QUOTED_CHARACTERS) -> str:
+    """A value of the user's as a message shows it: escaped, on one line, cut, without passwords."""
+    try:
+        if isinstance(value, (str, bytes)):
+            value = value[: 4 * limit]
+        text = without_credentials(ascii(value))
+    except Exception:  # a value of a class of its own may refuse to be shown
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def without_credentials(text: str) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sera_plugin.texts import RowError, shown, visible
+from sera_plugin.shown import quoted
+from sera_plugin.texts import RowError, visible
 
 #: The user message that the host puts before an answer.
 HOST_DUMMY = "[[dummy_message]]"
@@ -142,7 +143,7 @@ def render(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], **options:
 def _check_answer(answer: Mapping[str, Any]) -> None:
     if answer.get("role") not in _ANSWER_ROLES:
         raise RowError(
-            f"chosen or rejected has the role {shown(answer.get('role'))}, not assistant"
+            f"chosen or rejected has the role {quoted(answer.get('role'))}, not assistant"
         )
     if not answer.get("tool_calls") and not any(map(visible, _content(answer))):
         raise RowError("empty prompt, chosen or rejected")
@@ -168,7 +169,7 @@ def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
     prompt, *answers = ([dict(message) for message in value] for value in values)
     for message in prompt:
         if message.get("role") not in _ROLES:
-            raise RowError(f"unknown role {shown(message.get('role'))} in the prompt")
+            raise RowError(f"unknown role {quoted(message.get('role'))} in the prompt")
     text = render(tokenizer, prompt, add_generation_prompt=True, tokenize=False)
     completions = []
     for answer in answers:

@@ -1,4 +1,4 @@
-"""What counts as text in a preference row, and how a message shows text of the user's."""
+"""What counts as text in a preference row."""
 
 from __future__ import annotations
 
@@ -11,20 +11,10 @@ _ODD = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ufffd]"
     "|[\u0300-\u036f\u1ab0-\u1aff\u20d0-\u20ff]{9,}"
 )
-_SHOWN_CHARACTERS = 60
 
 
 class RowError(ValueError):
     """A row that cannot be used; the message says why."""
-
-
-def shown(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
-    """A value as a message shows it: escaped, on one line, cut to a readable length."""
-    try:
-        text = ascii(value[: 4 * limit] if isinstance(value, (str, bytes)) else value)
-    except Exception:  # a value of a class of its own may refuse to be shown
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def visible(text: str) -> bool:

@@ -56,9 +56,9 @@ from sera_plugin.rows import PROBLEM, ROW, SOURCE, WithoutGuardColumns, guard, s
 from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
+from sera_plugin.shown import quoted
 from sera_plugin.store import RunStore, make_table
 from sera_plugin.templates import ChatTemplateCheck
-from sera_plugin.texts import shown
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -130,7 +130,7 @@ def guard_host_rows() -> None:
         loaded = load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
         if loaded is None:
             raise DataError(
-                f"{key}[{dataset_idx}].type: {shown(kind)} is no strategy that the host can "
+                f"{key}[{dataset_idx}].type: {quoted(kind)} is no strategy that the host can "
                 "load for preference pairs; its log says why. Use chat_template.default, another "
                 "one of axolotl.prompt_strategies.dpo, or a block of field names."
             )

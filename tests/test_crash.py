@@ -69,7 +69,7 @@ def test_rows_on_disk_count_as_sampled(tmp_path):
     assert ledger.sampled_twice == [(2, 4), (3, 5)]
 
 
-def test_the_table_has_a_row_per_phase_and_kind_and_its_place_in_a_page(tmp_path):
+def test_the_table_has_a_row_per_phase_and_its_place_in_a_page(tmp_path):
     once, again = Point("full", (("rotation", 1),)), Point("full", (("rotation", 2),))
     verdicts = [
         Verdict(once, survived=True, repeated_steps=2, missed=1),

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from sera_plugin.data_config import restore_entries
 from sera_plugin.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
-from sera_plugin.loading import DataError, Split, check_loaded, one_line
+from sera_plugin.loading import DataError, Split, check_loaded, load_failure, one_line
 from sera_plugin.rows import GuardedTransform, WithoutGuardColumns, guard, source_name
-from sera_plugin.texts import shown, visible
+from sera_plugin.shown import quoted
+from sera_plugin.texts import visible
 from tests.test_dataset import build, nasty, ordinary_texts, spelled
 
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
@@ -320,7 +321,7 @@ def test_only_the_commonest_reasons_are_named(tokenizer: Any) -> None:
 @settings(deadline=None, max_examples=200)
 @given(value=st.text() | st.binary() | st.lists(st.text()) | st.floats() | st.integers())
 def test_a_shown_value_is_short_and_plain(value: Any) -> None:
-    text = shown(value)
+    text = quoted(value)
     assert text.isascii()
     assert text.isprintable()
     assert len(text) <= 63
@@ -354,3 +355,10 @@ def test_what_the_hosts_validation_lost_is_put_back() -> None:
         {"path": "a", "type": {"field_prompt": "q"}, "name": "main"},
         {"path": "b", "type": "x", "split": "train"},
     ]
+
+
+def test_a_password_in_a_path_is_not_shown():
+    url = "https://me:hunter2@example.org/pairs.jsonl"
+    error = load_failure("datasets[0]", url, FileNotFoundError(url))
+    assert "hunter2" not in str(error)
+    assert "example.org/pairs.jsonl" in str(error)

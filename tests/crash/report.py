@@ -24,14 +24,14 @@ _COLUMNS = (
 
 
 def make_table(verdicts: Sequence[Verdict]) -> str:
-    """One row per phase and kind of training, the totals, and what was not killed as planned."""
-    groups: dict[tuple[str, str], list[Verdict]] = {}
+    """One row per phase, the totals, and what was not killed as planned."""
+    groups: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
-        groups.setdefault((verdict.point.phase, verdict.point.kind), []).append(verdict)
-    order = list(LABELS)
+        groups.setdefault(verdict.point.phase, []).append(verdict)
     rows = [_COLUMNS, tuple("---" if column < 2 else "--:" for column in range(len(_COLUMNS)))]
-    for phase, kind in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
-        rows.append((LABELS[phase], f"`{kind}`", *_figures(groups[phase, kind])))
+    for phase in [phase for phase in LABELS if phase in groups]:
+        kinds = sorted({f"`{verdict.point.kind}`" for verdict in groups[phase]})
+        rows.append((LABELS[phase], ", ".join(kinds), *_figures(groups[phase])))
     rows.append(("**all**", "", *_figures(verdicts)))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     missed = sum(verdict.missed for verdict in verdicts)
