@@ -146,7 +146,7 @@ _IDENTITY = {
     "end_ids": "the tokens that end a completion",
     "loss": "the loss",
     "beta": "beta of the loss (rl_beta, trl.beta)",
-    "per_token": "whether rewards are averaged over tokens",
+    "per_token": "whether rewards are averaged over tokens",  # nosec B105: a description
     "micro_batch": "pairs per micro-batch, all processes together",
     "accumulation": "gradient_accumulation_steps",
     "seed": "seed",
