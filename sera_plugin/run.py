@@ -139,18 +139,18 @@ def announce(
 
 
 #: What run.json says beside the configuration that makes a run what it is, for a reader.
-_IDENTITY = {
-    "pairs": "N, the number of usable pairs",
-    "dataset_fingerprint": "the pairs' token ids (datasets, their files, chat_template, tokenizer)",
-    "evaluation_fingerprint": "the held-out pairs' token ids (test_datasets, val_set_size)",
-    "end_ids": "the tokens that end a completion",
-    "loss": "the loss",
-    "beta": "beta of the loss (rl_beta, trl.beta)",
-    "per_token": "whether rewards are averaged over tokens",  # nosec B105: a description
-    "micro_batch": "pairs per micro-batch, all processes together",
-    "accumulation": "gradient_accumulation_steps",
-    "seed": "seed",
-}
+_IDENTITY = (
+    ("pairs", "N, the number of usable pairs"),
+    ("dataset_fingerprint", "the pairs' token ids (datasets, their files, chat_template, tokenizer)"),
+    ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
+    ("end_ids", "the tokens that end a completion"),
+    ("loss", "the loss"),
+    ("beta", "beta of the loss (rl_beta, trl.beta)"),
+    ("per_token", "whether rewards are averaged over tokens"),
+    ("micro_batch", "pairs per micro-batch, all processes together"),
+    ("accumulation", "gradient_accumulation_steps"),
+    ("seed", "seed"),
+)
 
 
 def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: Path) -> None:
@@ -165,7 +165,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
     """
     changed = [
         f"{meaning}: {_short(earlier.get(key))} -> {_short(now[key])}"
-        for key, meaning in _IDENTITY.items()
+        for key, meaning in _IDENTITY
         if earlier.get(key) != now[key]
     ]
     before, after = _flat(earlier["config"]), _flat(now["config"])
