@@ -141,7 +141,7 @@ def announce(
 #: What run.json says beside the configuration that makes a run what it is, for a reader.
 _IDENTITY = (
     ("pairs", "N, the number of usable pairs"),
-    ("dataset_fingerprint", "the pairs' token ids (datasets, their files, chat_template, tokenizer)"),
+    ("dataset_fingerprint", "the pairs' token ids (datasets, chat_template, tokenizer)"),
     ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
     ("end_ids", "the tokens that end a completion"),
     ("loss", "the loss"),
