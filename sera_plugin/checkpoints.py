@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from sera_plugin.checksums import SUMS, damage
@@ -59,11 +59,12 @@ def named(output_dir: Path, asked: str) -> int:
             "continues in its own directory: set output_dir to the one that holds the checkpoint, "
             "or use `auto_resume_from_checkpoints: true`."
         )
-    problem = damage(path) if path.is_dir() else "it does not exist"
+    problem = damage(path)
     if problem is not None:
-        whole = ", ".join(map(str, steps(output_dir))) or "none"
+        usable = [n for n in steps(output_dir) if damage(checkpoint(output_dir, n)) is None]
+        whole = ", ".join(map(str, usable)) or "none"
         raise ValueError(
-            f"resume_from_checkpoint: {asked} cannot be used: {problem}. Finished checkpoints: "
+            f"resume_from_checkpoint: {asked} cannot be used: {problem}. Whole checkpoints: "
             f"{whole}. Name another one, or use `auto_resume_from_checkpoints: true`, which takes "
             "the newest whole one."
         )
@@ -78,16 +79,13 @@ def set_aside(output_dir: Path, step: int) -> None:
     """
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match is None or int(match[1]) <= step:
+        if match is None or int(match[1]) <= step or not path.is_dir() or path.is_symlink():
             continue
         if not (path / SUMS).exists():
             shutil.rmtree(path)
             continue
-        free = (output_dir / f"set-aside-{path.name}{suffix}" for suffix in _suffixes())
+        suffixes = chain([""], (f".{number}" for number in count(1)))
+        free = (output_dir / f"set-aside-{path.name}{suffix}" for suffix in suffixes)
         target = next(name for name in free if not name.exists())
         path.rename(target)
         LOG.warning("SeRA: continuing from step %d; %s is now %s", step, path, target.name)
-
-
-def _suffixes() -> Sequence[str]:
-    return ["", *(f".{number}" for number in range(1, 1_000))]

@@ -90,6 +90,7 @@ def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> Non
             write(partial)
             _flush(partial)
             partial.replace(directory / f"{named.stem}-{digest(partial)[:_SHORT]}{named.suffix}")
+            _flush(directory)
     finally:
         with suppress(OSError):  # the one that matters is under way
             partial.unlink(missing_ok=True)
@@ -132,11 +133,14 @@ def seal(directory: Path) -> None:
         _flush(path)
     _write(directory, {str(path.relative_to(directory)): (digest(path),) for path in files})
     _flush(directory)
+    _flush(directory.parent)
 
 
 def damage(directory: Path) -> str | None:
     """What is wrong with a sealed directory in half a sentence, or None if nothing is."""
     sums = _read(directory)
+    if not directory.is_dir():
+        return "it does not exist"
     if not sums:
         return "it was not written to its end"
     if _header(sums) not in (directory / SUMS).read_text(encoding="utf-8", errors="replace"):

@@ -156,9 +156,9 @@ class TokenBudget:
     def _exceeded(self, sequences: int, size: int) -> None:
         if sequences == 1:
             raise ValueError(
-                f"out of memory while {self.purpose}, with a single sequence of {size} tokens. "
-                "Lower sequence_len or sera.max_new_tokens, load the model in 4 or 8 bits, or "
-                "take a device with more memory."
+                f"out of memory while {self.purpose}, with {size} tokens at a time. "
+                "Lower sequence_len (for sampling sera.max_new_tokens or sera.candidates), load "
+                "the model in 4 or 8 bits, or take a device with more memory."
             )
         self.tokens = min(self.tokens, sequences * size) // 2
         LOG.warning(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from sera_plugin import checkpoints
@@ -27,12 +26,14 @@ from sera_plugin.samplers import Samplers
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer, sampling_progress
-from sera_plugin.store import RunStore
+from sera_plugin.store import RunStore, read_json
 from sera_plugin.summary import describe_end, describe_start, metrics, summarize
 
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
 LOG = logging.getLogger("axolotl.sera")
 
+#: What a checkpoint says of the run, in a file of its own.
+RECORD = "sera.json"
 #: Pairs that tell whether a continued run has the model it began with.
 _FEW = 8
 
@@ -80,26 +81,40 @@ class Loop:
     samplers: Samplers
     nats: float
     log: Callable[[dict[str, float]], None]
+    #: Steps as planned, which one learning-rate schedule over all iterations spans.
+    planned_steps: int = field(init=False)
+    _summary: dict[str, Any] = field(default_factory=dict, init=False)
     _began: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.planned_steps = self.schedule.total_steps
 
     @property
     def _output_dir(self) -> Path:
         return self.store.root.parent
 
     def open(
-        self, loss: str, beta: float, columns: Mapping[str, Any], dataset: pa.Table, resuming: bool
+        self,
+        loss: str,
+        beta: float,
+        columns: Mapping[str, Any],
+        dataset: pa.Table,
+        resuming: bool,
+        asked: str | None,
     ) -> None:
-        """Start the run's record, or continue it. Nothing is written before all checks are passed.
+        """Start the run's record, or continue it; nothing is recorded before all checks are passed.
 
         Args:
             loss, beta: what is optimised.
             columns: the dataset's own columns to keep beside its token ids.
             dataset: the offline pairs.
             resuming: whether the configuration allows to continue an earlier run.
+            asked: `resume_from_checkpoint` as the YAML has it.
 
         Raises:
-            ValueError: if the directory holds another run, is in use by one, or if the sampler
-                that the configuration names cannot run.
+            ValueError: if the checkpoint that is asked for cannot be used, the directory holds
+                another run or is in use by one, or if the sampler that the configuration names
+                cannot run.
             OSError: if the directory cannot be written.
             SamplingFailed: if a server is named and cannot serve this run.
         """
@@ -107,6 +122,8 @@ class Loop:
             self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
             self.end_ids, self.seed,
         )  # fmt: skip
+        if asked:
+            checkpoints.named(self._output_dir, asked)
         self.store.lock()
         earlier = self.store.description()
         if earlier is None:
@@ -118,16 +135,10 @@ class Loop:
             )
         else:
             require_same_run(earlier, description, self.store.root)
-        self.scorer.policies.keep_initial()
+        self.scorer.policies.keep_initial(recorded=earlier is not None)
         if earlier is not None:
             self._require_same_model(dataset)
-            for iteration in range(2, len(self.schedule.pairs) + 1):
-                trained = self._trained(iteration)
-                if trained is not None:
-                    self.schedule = self.schedule.with_pairs(iteration, trained)
-        sampler = None
-        if self.method.bootstrapped and len(self.schedule.pairs) > 1:
-            sampler = self.samplers.choose()
+        sampler = self.samplers.choose() if self._will_sample() else None
         for name, values in columns.items():
             dataset = dataset.append_column(name, values)
         if earlier is None:
@@ -137,13 +148,20 @@ class Loop:
         LOG.info("%s", announce(description, self.method, self.schedule, self.store, sampler))
 
     def _require_empty(self) -> None:
-        found = sorted(path.name for path in self._output_dir.glob("checkpoint-*"))
-        if found:
+        remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]
+        if remains:
+            names = ", ".join(sorted(path.name for path in remains)[:3])
             raise ValueError(
-                f"output_dir: {self._output_dir} holds checkpoints of another training "
-                f"({', '.join(found[:3])}), but no record of a SeRA run. Set another output_dir, "
-                "or move them away."
+                f"output_dir: {self._output_dir} holds remains of another training ({names}), but "
+                "no record of a SeRA run. Set another output_dir, or move them away."
             )
+
+    def _will_sample(self) -> bool:
+        """Whether any iteration still lacks its candidates."""
+        iterations = range(2, len(self.schedule.pairs) + 1)
+        return bool(self.method.bootstrapped) and not all(
+            self.store.table_file(iteration, "candidates").exists() for iteration in iterations
+        )
 
     def _require_same_model(self, dataset: pa.Table) -> None:
         """The loaded model gives the first pairs the log-probabilities the run began with."""
@@ -155,25 +173,16 @@ class Loop:
         for side in ("chosen", "rejected"):
             before = recorded[f"{side}_logp"].to_numpy()[: len(few)]
             lengths = recorded[f"{side}_length"].to_numpy()[: len(few)]
-            moved = np.abs(logps[side] - before) / lengths
-            row = int(moved.argmax())
-            if moved[row] > self.nats:
+            # Means, as the gate compares them: batches of another shape round differently.
+            moved = abs(logps[side].mean() - before.mean()) / lengths.mean()
+            if moved > self.nats:
                 raise ValueError(
                     f"base_model: {self.cfg['base_model']} is not the model that the run in "
-                    f"{self.store.root} began with: it gives the {side} completion of row {row} "
-                    f"a log-probability of {logps[side][row]:.2f}, and gave it {before[row]:.2f}. "
-                    "Restore the model, or set another output_dir to start fresh."
+                    f"{self.store.root} began with: it gives the first {side} completions a "
+                    f"log-probability of {logps[side].mean():.2f}, and gave them "
+                    f"{before.mean():.2f}. Restore the model, or set another output_dir to start "
+                    "fresh."
                 )
-
-    def _trained(self, iteration: int) -> int | None:
-        """|D_t| if iteration t has been prepared."""
-        summary = self.store.summary(iteration)
-        if summary:
-            return int(summary["pairs"]["trained"])
-        needed = ["offline", *(["bootstrapped"] if self.method.bootstrapped else [])]
-        tables = [self.store.read(iteration, name) for name in needed]
-        selected = [table["selected"].to_numpy() for table in tables if table is not None]
-        return int(sum(map(np.sum, selected))) if len(selected) == len(needed) else None
 
     def continue_from(self, asked: str | None) -> int | None:
         """The checkpoint to continue from, as its step, or None to train from the beginning.
@@ -187,8 +196,15 @@ class Loop:
         directory = self._output_dir
         step = checkpoints.named(directory, asked) if asked else checkpoints.newest(directory)
         last = -1 if step is None else step
+        if step is not None:
+            sizes = read_json(checkpoints.checkpoint(directory, step) / RECORD)["pairs"]
+            self.schedule = replace(self.schedule, pairs=tuple(sizes))
         self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
         return step
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of the run: |D_t| so far as it is known, else as planned."""
+        return {"pairs": list(self.schedule.pairs)}
 
     def begin(self, iteration: int, resumed: bool, optimizer: Any) -> Prepared:
         """Everything before the first step of iteration t.
@@ -238,21 +254,29 @@ class Loop:
                 side: tables[-1][f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")
             }
         if not earlier:
-            # Drift is measured from its values; made again if the file is damaged.
-            offline_table(1, method, self.pairs, self.store, self.scorer, phases)
-            summary = summarize(iteration, method, self.store, phases)
-            earlier_ones = filter(None, map(self.store.summary, range(1, iteration)))
-            alarms = judge([*earlier_ones, summary])
-            self.store.write_summary(iteration, summary | {"alarms": records(alarms)})
+            # What drift and Jaccard compare with; made again if a file is damaged.
+            for each in {1, max(1, iteration - 1)}:
+                offline_table(each, method, self.pairs, self.store, self.scorer, phases)
+            earlier = summarize(iteration, method, self.store, phases)
+        self._summary = self._judged(iteration, earlier, tell=not resumed)
+        self.store.write_summary(iteration, self._summary)
+        policies.forget_before(*self._oldest_needed(iteration))
+        self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
+        policies.current = None  # from the first step on
+        self._began = perf_counter()
+        return Prepared(pairs, held_out)
+
+    def _judged(self, iteration: int, summary: dict[str, Any], tell: bool) -> dict[str, Any]:
+        """The summary with its alarms; told to the log and the trackers unless they know it."""
+        before = filter(None, map(self.store.summary, range(1, iteration)))
+        alarms = judge([*before, summary])
+        if tell:
             LOG.info("%s", describe_start(summary))
             for alarm in alarms:
                 if alarm.raised:
                     LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
             self.log(metrics(summary) | alarm_metrics(alarms))
-        policies.forget_before(*self._oldest_needed(iteration))
-        self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
-        self._began = perf_counter()
-        return Prepared(pairs, held_out)
+        return summary | {"alarms": records(alarms)}
 
     def _oldest_needed(self, iteration: int) -> tuple[int, int]:
         """The oldest policies needed from iteration t on: by this process, and on disk.
@@ -266,16 +290,16 @@ class Loop:
         begun = [self.schedule.locate(step)[0] for step in checkpoints.steps(self._output_dir)]
         return oldest, min([oldest, *map(method.oldest_policy, begun)])
 
-    def passed_gate(self, iteration: int, figures: Mapping[str, float]) -> None:
+    def passed_gate(self, figures: Mapping[str, float]) -> None:
         """Record what the step-0 gate compared."""
-        summary = self.store.summary(iteration) | {"step_zero": dict(figures)}
-        self.store.write_summary(iteration, summary)
+        self._summary = self._summary | {"step_zero": dict(figures)}
+        self.store.write_summary(self._summary["iteration"], self._summary)
 
-    def end(self, iteration: int) -> None:
+    def end(self) -> None:
         """Complete the iteration's summary after its last step."""
         phases = self.scorer.phases
         phases.spend("train", perf_counter() - self._began)
-        summary = self.store.summary(iteration) | {"seconds": dict(phases.seconds)}
-        self.store.write_summary(iteration, summary)
-        self.log({"sera/seconds/train": summary["seconds"]["train"]})
-        LOG.info("%s", describe_end(summary))
+        self._summary = self._summary | {"seconds": dict(phases.seconds)}
+        self.store.write_summary(self._summary["iteration"], self._summary)
+        self.log({"sera/seconds/train": self._summary["seconds"]["train"]})
+        LOG.info("%s", describe_end(self._summary))

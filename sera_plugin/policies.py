@@ -8,9 +8,12 @@ host memory and as `policy/` directories that PEFT, transformers and vLLM load.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 import torch
@@ -48,8 +51,27 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
 
 def is_finite(model: nn.Module) -> bool:
     """Whether no trainable weight is NaN or infinite."""
-    found = [w.detach().isfinite().all() for w in model.parameters() if w.requires_grad]
+    found = [w.detach().isfinite().all().cpu() for w in model.parameters() if w.requires_grad]
     return bool(torch.stack(found).all())
+
+
+@contextmanager
+def _before_interrupt(action: Callable[[], object]) -> Iterator[None]:
+    """Do something on Ctrl-C before whoever handles it: the host saves the model as it is then."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or current_thread() is not main_thread():
+        yield
+        return
+
+    def first(number: int, frame: FrameType | None) -> None:
+        action()
+        handler(number, frame)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class PolicyHistory:
@@ -72,14 +94,16 @@ class PolicyHistory:
         self.current: int | None = 0
         self._snapshots: dict[int, Snapshot] = {}
 
-    def keep_initial(self) -> None:
+    def keep_initial(self, recorded: bool) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
 
-        A run that is continued has it on disk: a new adapter may be initialised differently by
-        another version of a library, and rewards count from the one the run began with.
+        Args:
+            recorded: whether this run has begun before. Its own theta_0 is then on disk: another
+                version of a library may initialise an adapter differently, and rewards count from
+                the one the run began with.
         """
         directory = self.store.policy(1)
-        recorded = self.is_adapter and directory.exists() and damage(directory) is None
+        recorded = recorded and self.is_adapter and damage(directory) is None
         self._snapshots[0] = self._load(0) if recorded else take_snapshot(self.model)
         restore_snapshot(self.model, self._snapshots[0])
 
@@ -117,7 +141,8 @@ class PolicyHistory:
         here = take_snapshot(self.model) if self.current is None else self._snapshots[self.current]
         restore_snapshot(self.model, self._snapshots[policy])
         try:
-            yield
+            with _before_interrupt(lambda: restore_snapshot(self.model, here)):
+                yield
         finally:
             restore_snapshot(self.model, here)
 
@@ -146,12 +171,17 @@ class PolicyHistory:
             ValueError: if it is not there or damaged, with what to do.
         """
         directory = self.store.policy(policy + 1)
-        problem = damage(directory) if directory.exists() else "it does not exist"
+        if policy == 0 and not self.is_adapter:
+            raise ValueError(
+                "theta_0 is needed, but this process has left it behind. Start the command again "
+                "with `auto_resume_from_checkpoints: true`."
+            )
+        problem = damage(directory)
         if problem is not None:
             raise ValueError(
                 f"theta_{policy} is needed from {directory}, but {problem}. Restore it from a "
-                f"copy, or remove the checkpoints from the end of iteration {policy} on and "
-                "resume: the run is then trained again from an earlier one."
+                f"copy, or continue from the checkpoint at the end of iteration {policy} or from "
+                "an earlier one (resume_from_checkpoint): the run is then trained again from there."
             )
         current = take_snapshot(self.model)
         if not self.is_adapter:

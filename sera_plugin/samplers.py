@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sera_plugin.args import SeraConfig
+from sera_plugin.checksums import damage
 from sera_plugin.offload import engine_needs, make_room
 from sera_plugin.ranks import NO_PART, WHOLE
 from sera_plugin.sampling import CandidateSampler
@@ -139,6 +140,12 @@ class Samplers:
         return adapter_problem(model.peft_config[model.active_adapter].to_dict())
 
     def _served(self, iteration: int) -> ServedPolicy:
+        problem = damage(self.store.policy(iteration))
+        if problem is not None:
+            raise ValueError(
+                f"{self.store.policy(iteration)} would be served, but {problem}. Restore it from a "
+                "copy, or continue from an earlier checkpoint (resume_from_checkpoint)."
+            )
         directory = str(self.store.policy(iteration).resolve())
         cfg, policies = self.cfg, self.scorer.policies
         loading: dict[str, Any] = {}

@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,6 +18,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.checksums import add_file, is_named_right, is_whole, replace_file
+from sera_plugin.checksums import add_file, explained, is_named_right, is_whole, replace_file
 from sera_plugin.ranks import Ranks
 
 LOG = logging.getLogger("axolotl.sera")
@@ -123,6 +125,25 @@ def fingerprint(columns: Iterable[TokenColumn]) -> str:
     return digest.hexdigest()
 
 
+#: Lock files that this process holds. `flock`, unlike POSIX locks, is not lost when something in
+#: the process reads the file, such as an upload of output_dir.
+_LOCKS: dict[Path, int] = {}
+_HELPERS_END_WITHIN = 10.0
+
+
+def _locked(handle: int) -> bool:
+    """Whether the file is locked now, or cannot be on its file system."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        LOG.warning("SeRA: this file system has no locks; start no second run in output_dir")
+    return True
+
+
 class RunStore:
     """One run's directory.
 
@@ -136,7 +157,6 @@ class RunStore:
     def __init__(self, output_dir: str | Path, ranks: Ranks | None = None) -> None:
         self.root = Path(output_dir) / "sera"
         self.ranks = ranks or Ranks()
-        self._lock: int | None = None
         self._reported: set[Path] = set()
 
     @property
@@ -155,23 +175,28 @@ class RunStore:
 
         Raises:
             ValueError: if another process has the directory, naming it.
+            OSError: if nothing can be written there.
         """
-        if self.ranks.main and self._lock is None:
+        path = self.root.absolute() / "lock"
+        if not self.ranks.main or path in _LOCKS:
+            return
+        with explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            path = self.root / "lock"
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                owner = os.read(handle, 200).decode("utf-8", "replace").strip()
-                os.close(handle)
-                raise ValueError(
-                    f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
-                    "Wait for it, end it, or set another output_dir."
-                ) from None
+            # A killed run's helpers, such as data loading workers, end some seconds after it.
+            until = monotonic() + _HELPERS_END_WITHIN
+            while not _locked(handle):
+                if monotonic() > until:
+                    owner = os.read(handle, 200).decode("utf-8", "replace").strip()
+                    os.close(handle)
+                    raise ValueError(
+                        f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
+                        "Wait for it, end it, or set another output_dir."
+                    )
+                sleep(0.5)
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            self._lock = handle
+        _LOCKS[path] = handle
 
     def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
         """Write what the run is and what it trains on; a run has begun once run.json is there."""
@@ -196,7 +221,14 @@ class RunStore:
                 "What this run was cannot be told, so it is not continued. Restore the file from "
                 "a copy, or start fresh: set another output_dir."
             )
-        return read_json(self.run_file)
+        content = read_json(self.run_file)
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.run_file} has format version {content.get('format_version')!a}; this "
+                f"sera_plugin reads {FORMAT_VERSION}. Continue the run with the version that "
+                "began it, or set another output_dir."
+            )
+        return content
 
     def repair_dataset(self, dataset: pa.Table) -> None:
         """Write dataset.parquet again if it is missing or damaged."""
@@ -264,7 +296,10 @@ class RunStore:
         """
         path = self.table_file(iteration, name)
         if not self._whole(path):
-            raise ValueError(f"{path} is missing or damaged, and this run needs it")
+            raise ValueError(
+                f"{path} is missing or damaged. Start the command again with "
+                "`auto_resume_from_checkpoints: true`: it is then made again."
+            )
         values: npt.NDArray[np.float64] = pq.read_table(path, columns=[column])[column].to_numpy()
         return values
 

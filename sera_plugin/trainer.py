@@ -45,7 +45,7 @@ from sera_plugin.gate import (
 )
 from sera_plugin.loading import DataError, Split, edited_since
 from sera_plugin.logprobs import TokenBudget
-from sera_plugin.loop import Loop
+from sera_plugin.loop import RECORD, Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.method import Method, Pairs
 from sera_plugin.objective import Objective
@@ -57,7 +57,7 @@ from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
 from sera_plugin.shown import quoted
-from sera_plugin.store import RunStore, make_table
+from sera_plugin.store import RunStore, make_table, write_json
 from sera_plugin.templates import ChatTemplateCheck
 
 LOG = logging.getLogger("axolotl.sera")
@@ -348,6 +348,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._offline_columns,
             self.train_dataset.data.table,
             bool(self._asked_checkpoint or self.cfg.auto_resume_from_checkpoints),
+            self._asked_checkpoint,
         )
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -376,12 +377,18 @@ class SeraTrainer(AxolotlDPOTrainer):
         assert self._loop is not None
         path = checkpoints.checkpoint(Path(self.args.output_dir), step)
         _, steps = self._loop.schedule.locate(step)
-        fresh = self.config.restart_optimizer and steps == 0
-        if not fresh and not (path / "optimizer.pt").exists():
+        finished = step == self._loop.schedule.total_steps
+        unneeded = finished or (self.config.restart_optimizer and steps == 0)
+        if not unneeded and not (path / "optimizer.pt").exists():
             raise ValueError(
                 f"{path} was saved without the optimizer (save_only_model), so the run cannot "
-                "continue from it as if it had not been interrupted. Name the checkpoint of an "
-                "iteration's end with resume_from_checkpoint, or start fresh in another output_dir."
+                "continue from it as if it had not been interrupted. Start fresh in another "
+                "output_dir without save_only_model"
+                + (
+                    ", or name the checkpoint of an iteration's end with resume_from_checkpoint."
+                    if self.config.restart_optimizer
+                    else "."
+                )
             )
 
     def _make_loop(self) -> Loop:
@@ -455,7 +462,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         if self.state.global_step:
             iteration, steps = schedule.locate(self.state.global_step)
             epochs = iteration - 1
-            batches = 0 if self.args.ignore_data_skip else steps * schedule.accumulation
+            batches = steps * schedule.accumulation
         return epochs, batches
 
     def _run_epoch(
@@ -504,7 +511,8 @@ class SeraTrainer(AxolotlDPOTrainer):
         there must not repeat.
         """
         assert self._loop is not None
-        self._loop.end(self._iteration)
+        self._require_finite_weights()
+        self._loop.end()
         if self.args.save_strategy != SaveStrategy.NO and self._saved_step != state.global_step:
             control.should_save = True
 
@@ -512,15 +520,11 @@ class SeraTrainer(AxolotlDPOTrainer):
         """The host's checkpoint, sealed before an older one is removed.
 
         Raises:
-            ValueError: if the policy's weights are not finite: a run could not continue from them.
+            ValueError: if the policy's weights are not finite.
             OSError: if the disk is full, with what to do about it.
         """
+        self._require_finite_weights()
         step = self.state.global_step
-        if not is_finite(self.model):
-            raise ValueError(
-                f"the policy's weights are not finite after step {step} (iteration "
-                f"{self._iteration}), so nothing is saved. {_DIVERGED}"
-            )
         directory = Path(self._get_output_dir(trial=trial))
         path = checkpoints.checkpoint(directory, step)
         # What is there was cut off, or `continue_from` would have set it aside.
@@ -529,7 +533,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         try:
             with explained(directory):
                 super()._save_checkpoint(model, trial)
-                self.store.ranks.on_main(lambda: seal(path))
+                self.store.ranks.on_main(lambda: self._seal(path))
         finally:
             self.args.save_total_limit = limit
         self._saved_step = step
@@ -538,7 +542,18 @@ class SeraTrainer(AxolotlDPOTrainer):
                 output_dir=str(directory),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+            )
+
+    def _seal(self, path: Path) -> None:
+        assert self._loop is not None
+        write_json(path / RECORD, self._loop.record())
+        seal(path)
+
+    def _require_finite_weights(self) -> None:
+        if not is_finite(self.model):
+            raise ValueError(
+                f"the policy's weights are not finite after step {self.state.global_step} "
+                f"(iteration {self._iteration}), so they are not saved. {_DIVERGED}"
             )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -547,6 +562,9 @@ class SeraTrainer(AxolotlDPOTrainer):
             schedule = self._loop.schedule
             iteration, _ = schedule.locate(self.state.global_step)
             num_training_steps = schedule.steps(min(iteration, len(schedule.pairs)))
+        elif self._loop is not None:
+            # A run that is continued knows more of its length than when the schedule began.
+            num_training_steps = self._loop.planned_steps
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _restart_optimizer(self, steps: int) -> None:
@@ -632,7 +650,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             inputs, chosen_logps, rejected_logps, self._limits, loss, self.loss
         )
         assert self._loop is not None
-        self._loop.passed_gate(self._iteration, figures)
+        self._loop.passed_gate(figures)
 
     @property
     def _limits(self) -> tuple[float, float]:

@@ -140,7 +140,7 @@ def test_scoring_goes_on_in_smaller_batches_and_remembers(model, caplog):
 
 def test_one_sequence_that_does_not_fit_ends_the_run_with_what_to_do(model):
     handle, _ = limited(model, 5)
-    with pytest.raises(ValueError, match=r"a single sequence of 12 tokens\. Lower sequence_len"):
+    with pytest.raises(ValueError, match=r"with 12 tokens at a time\. Lower sequence_len"):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
     handle.remove()
 

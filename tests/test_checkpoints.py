@@ -67,7 +67,7 @@ def test_one_that_is_asked_for_is_taken_or_refused(tmp_path: Path) -> None:
     for asked, why in (
         (other / "checkpoint-9", "is no checkpoint of output_dir"),
         (output / "elsewhere", "is no checkpoint of output_dir"),
-        (output / "checkpoint-7", r"it does not exist. Finished checkpoints: 2, 9\."),
+        (output / "checkpoint-7", r"it does not exist. Whole checkpoints: 2, 9\."),
         (output / "checkpoint-12", "it was not written to its end"),
     ):
         with pytest.raises(ValueError, match=why) as error:

@@ -174,7 +174,7 @@ def test_the_models_own_generation_config_does_not_leak_in(model):
 
 def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, tokenizer, tmp_path):
     history = PolicyHistory(model, RunStore(tmp_path), "base", tokenizer)
-    history.keep_initial()
+    history.keep_initial(recorded=False)
     first = take_snapshot(model)
     with torch.no_grad():
         for weight in model.parameters():
@@ -197,7 +197,7 @@ def test_a_policy_read_from_disk_is_the_one_that_was_kept(model, tokenizer, tmp_
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     store = RunStore(tmp_path)
     history = PolicyHistory(model, store, "base", tokenizer)
-    history.keep_initial()
+    history.keep_initial(recorded=False)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:

@@ -390,7 +390,7 @@ def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_se
 
 @pytest.mark.slow
 def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
-    base_config, train, world, monkeypatch, capfd
+    base_config, train, world, monkeypatch, capfd, caplog
 ):
     monkeypatch.setenv(vllm_server.API_KEY, KEY)
     base_config["sera"] |= {"sampler": "vllm-server"}
@@ -400,7 +400,7 @@ def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
     summary = json.loads((result.run / "iteration-02/summary.json").read_text())
     assert summary["sampler"] == {"name": "vllm-server", "version": "1 Bearer ***"}
     assert summary["pairs"]["bootstrapped_kept"] > 0
-    said = "".join(capfd.readouterr())
+    said = "".join([*capfd.readouterr(), caplog.text])
     assert "kept sera-" in said  # the warning that the adapter was not unloaded
     for text in (said, json.dumps(result.history)):
         assert "planted" not in text

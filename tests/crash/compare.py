@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 #: scored when the run died is scored again), and the check at the first step of an iteration, which
 #: a run that continues after that step does not make.
 _MAY_DIFFER = ("seconds", "forwarded", "step_zero")
+_FIGURES_THAT_MAY = ("sera/seconds", "sera/forwarded", "sera/step_zero", "epoch")
 #: What a step logs that its weights and its schedule determine.
 _LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -84,6 +85,9 @@ def _last_state(output: Path) -> dict[str, Any]:
         if "loss" in entry:
             shown = {key: entry[key] for key in _LOGGED}
             _agree(found, f"log of step {entry['step']}", shown)
+        if "sera/iteration" in entry:
+            figures = {k: v for k, v in entry.items() if not k.startswith(_FIGURES_THAT_MAY)}
+            found[f"sera figures after step {entry['step']}"] = figures
     return found
 
 

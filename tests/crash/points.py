@@ -17,6 +17,7 @@ from tests.crash.process import Ended, ForkServer, Job
 
 _EVERY_STEP = {"save_steps": 1, "saves_per_epoch": None}
 _LORA = adapter()
+_FEW_PAIRS = {"bootstrap_ratio": 2.0, "max_new_tokens": 1, "temperature": 0.2}
 
 #: Kinds of training by name; what is said of each is what it adds to the tests' configuration.
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,6 +30,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "save_total_limit": 2,
         "sera": {"restart_optimizer": False},
     },
+    # Fewer sampled pairs exist than are asked for: iterations are shorter than planned.
+    "full-short": {**_EVERY_STEP, "save_total_limit": 3, "sera": _FEW_PAIRS},
+    "full-short-one-schedule": {
+        **_EVERY_STEP,
+        "save_total_limit": 3,
+        "sera": {**_FEW_PAIRS, "restart_optimizer": False},
+    },
+    "lora-simpo": {**_LORA, **_EVERY_STEP, "save_total_limit": 1, "sera": {"loss": "simpo"}},
     "full-4-iterations": {"save_total_limit": 1, "num_epochs": 4},
     "lora": _LORA,
     "lora-keep-1": {**_LORA, **_EVERY_STEP, "save_total_limit": 1},
