@@ -94,6 +94,20 @@ def test_a_directory_takes_one_run_at_a_time_and_a_dead_ones_lock_holds_nobody_u
     assert f"process {os.getpid()}" in (tmp_path / "sera/lock").read_text()
 
 
+def test_reading_the_lock_does_not_give_it_up(tmp_path):
+    """An upload of output_dir reads every file in it."""
+    store = RunStore(tmp_path)
+    store.lock()
+    store.lock()
+    assert (tmp_path / "sera/lock").read_text().startswith("process")
+    script = HOLD.replace(
+        "store.lock()", "import sera_plugin.store as s; s._HELPERS_END_WITHIN = 0; store.lock()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    other = subprocess.run(command, capture_output=True, text=True)
+    assert "in use by another run" in other.stderr
+
+
 @pytest.mark.slow
 def test_a_second_run_changes_nothing_of_the_first(base_config, train):
     output = Path(base_config["output_dir"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -189,6 +190,46 @@ def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, token
     storage = model.get_parameter(name).data_ptr()
     with history.at(0):
         assert model.get_parameter(name).data_ptr() == storage
+
+
+def test_training_between_two_visits_of_another_policy_is_not_undone(model, tokenizer, tmp_path):
+    history = PolicyHistory(model, RunStore(tmp_path), "base", tokenizer)
+    history.keep_initial(recorded=False)
+    history.keep_current(0)
+    history.current = None  # from an iteration's first step on
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    trained = take_snapshot(model)
+    with history.at(0):
+        pass
+    assert all(torch.equal(take_snapshot(model)[name], trained[name]) for name in trained)
+
+
+def test_ctrl_c_while_another_policy_is_in_the_model_meets_the_one_in_training(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    """The host's handler saves the model as it is, and ends."""
+    history = PolicyHistory(model, RunStore(tmp_path), "base", tokenizer)
+    history.keep_initial(recorded=False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    history.keep_current(1)
+    trained, saved = take_snapshot(model), []
+
+    def host_handler(number, frame):
+        saved.append(take_snapshot(model))
+        raise SystemExit
+
+    before = signal.signal(signal.SIGINT, host_handler)
+    try:
+        with pytest.raises(SystemExit), history.at(0):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is host_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert all(torch.equal(saved[0][name], trained[name]) for name in trained)
 
 
 @pytest.mark.parametrize("lora", [False, True])
