@@ -248,7 +248,7 @@ def test_secrets_are_left_out_at_any_depth():
         "tokens": ["<a>"],
         "datasets": [{"path": "s3://b", "storage_options": {"anon": False}}],
         "headers": {},
-        "mlflow_tracking_uri": "https://***@tracker:5000/a?b=c@d",
+        "mlflow_tracking_uri": "https://***@tracker:5000/a?***",
         "proxy": "***@proxy:3128",
         "resume": None,
     }
