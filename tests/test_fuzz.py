@@ -181,6 +181,8 @@ def refused(cfg: dict[str, Any]) -> str | None:
         if type(error) is not ValueError:
             raise  # one of somebody else's
         return str(error)
+    if cfg.get("inference"):
+        return None  # nothing is trained, and the block is not looked at
     resolved = SeraConfig(**cfg["sera"])
     json.dumps(resolved.model_dump(mode="json"), allow_nan=False)
     return None

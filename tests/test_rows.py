@@ -237,9 +237,10 @@ def test_deduplication_sees_pairs_and_keeps_every_problem() -> None:
         select = None
 
     place = {"sera_problem": "", "sera_source": "s", "sera_row": 1}
-    good = {"prompt": "p", **place}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    good = {**pair, "score": 0.5, **place}
     bad = good | {"sera_problem": "why"}
-    assert list(WithoutGuardColumns(Rows([good, bad]))) == [{"prompt": "p"}, bad]
+    assert list(WithoutGuardColumns(Rows([good, bad]))) == [pair, bad]
 
 
 # ------------------------------------------------------------------ tokens
@@ -337,7 +338,7 @@ def test_a_source_is_named_by_its_file() -> None:
 def test_one_line_finds_where_it_began() -> None:
     first, last = KeyError("it began\nhere"), RuntimeError()
     last.__cause__ = first
-    assert one_line(last) == r"KeyError: 'it began\\nhere'"
+    assert one_line(last) == r"KeyError: 'it began\nhere'"
     assert one_line(StopIteration()) == "StopIteration"
 
 
