@@ -19,6 +19,7 @@ from sera_plugin.texts import RowError, visible
 #: The user message that the host puts before an answer.
 HOST_DUMMY = "[[dummy_message]]"
 _PROBE = "sera-probe-7f3a"
+_CHANGED = "the chat template does not render the answer as it is"
 _ANSWER_ROLES = ("assistant", "model")
 _ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "function", "ipython"})
 
@@ -74,10 +75,7 @@ class AnswerRecorder:
 
     def _completion(self, answer: Mapping[str, Any], rendered: str, template: Any) -> str:
         _check_answer(answer)
-        role, content = answer["role"], answer.get("content") or ""
-        if not isinstance(content, str):
-            raise RowError("the answer is not text")
-        before, end = _surroundings(self._original, role, template)
+        before, end = _surroundings(self._original, answer["role"], template)
         if not rendered.startswith(before):
             # A template that writes reasoning and answer in two places, for example.
             dummy = [{"role": "user", "content": HOST_DUMMY}]
@@ -85,10 +83,10 @@ class AnswerRecorder:
                 dummy, add_generation_prompt=True, chat_template=template, tokenize=False
             )
         completion = rendered[len(before) :].rstrip()
-        whole = "".join(content.split()) in "".join(completion.split())
-        if rendered.startswith(before) and completion.endswith(end) and whole:
-            return completion
-        raise RowError("the chat template does not render the answer as it is")
+        if not rendered.startswith(before) or not completion.endswith(end):
+            raise RowError(_CHANGED)
+        _check_whole(answer, completion)
+        return completion
 
 
 def _content(message: Mapping[str, Any]) -> list[str]:
@@ -133,6 +131,23 @@ def _check_answer(answer: Mapping[str, Any]) -> None:
         raise RowError("empty prompt, chosen or rejected")
 
 
+def _check_whole(answer: Mapping[str, Any], completion: str) -> None:
+    """Templates may trim an answer, or have a place for tool calls or none."""
+    calls = [call.get("function") or call for call in answer.get("tool_calls") or ()]
+    said = [*_content(answer), *(str(call.get("name")) for call in calls)]
+    squeezed = "".join(completion.split())
+    if not all("".join(part.split()) in squeezed for part in said):
+        raise RowError(_CHANGED)
+
+
+def _without_blanks(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without keys that say nothing: a table has all keys in all rows (`tool_calls: []`),
+    and templates look whether one is there."""
+    return {
+        key: value for key, value in message.items() if key == "content" or value not in (None, [])
+    }
+
+
 def _is_conversation(value: Any) -> bool:
     return (
         isinstance(value, Sequence)
@@ -154,7 +169,7 @@ def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
     if not all(_is_conversation(value) for value in values):
         kinds = ", ".join(type(value).__name__ for value in values)
         raise RowError(f"prompt, chosen, rejected must all be text or all messages, not {kinds}")
-    prompt, *answers = ([dict(message) for message in value] for value in values)
+    prompt, *answers = ([_without_blanks(message) for message in value] for value in values)
     for message in prompt:
         if message.get("role") not in _ROLES:
             raise RowError(f"unknown role {quoted(message.get('role'))} in the prompt")
@@ -171,4 +186,5 @@ def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
                 "`type: chat_template.default` renders each alone"
             )
         completions.append(whole[len(text) :].rstrip())
+        _check_whole(answer[0], completions[-1])
     return text, completions[0], completions[1]
