@@ -100,8 +100,8 @@ def guard_host_rows() -> None:
     axolotl 0.19 looks all of these up in its modules when it prepares a split. Each does what it
     did, and: a file that cannot be loaded is named; rows are transformed behind `rows.guard`;
     held-out rows are transformed as `test_datasets` says (the host reads `datasets` for them too);
-    equal rows are equal wherever they stand; prepared data with our columns is never taken for
-    that of another `rl`, or for that of a file that was edited since. Safe to call more than once.
+    pairs that read the same are equal; prepared data with our columns is never taken for that of
+    another `rl`, of a file that was edited since, or of an older guard. Safe to call more than once.
     """
     import axolotl.utils.data.rl as host
     import axolotl.utils.data.utils as host_utils

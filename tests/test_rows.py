@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
+import os
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import axolotl.utils.data.shared as host_shared
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sera_plugin.data_config import restore_entries
 from sera_plugin.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
-from sera_plugin.loading import DataError, Split, check_loaded, load_failure, one_line
+from sera_plugin.loading import DataError, Split, check_loaded, edited_since, load_failure, one_line
 from sera_plugin.rows import GuardedTransform, WithoutGuardColumns, guard, source_name
 from sera_plugin.shown import quoted
 from sera_plugin.texts import visible
@@ -230,6 +236,67 @@ def test_text_that_only_looks_like_a_null_or_number_is_text() -> None:
 
     row = {"p": "None", "c": "5", "r": "[]", "x": None, "y": 5, "z": []}
     assert GuardedTransform(loaded, "s")(row, 0)["sera_problem"] == ""
+
+
+def test_the_file_is_blamed_only_where_its_content_could_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"a": 1}\nhello\n', encoding="utf-8")
+    key = "datasets[2]"
+    for error in (json.JSONDecodeError("no", "x", 0), pa.ArrowInvalid("no")):
+        wrapped = RuntimeError("outer")
+        wrapped.__cause__ = error
+        assert "line 2 is not JSON" in str(load_failure(key, str(path), wrapped))
+    said = str(load_failure(key, str(path), PermissionError("not yours")))
+    assert said.endswith("cannot be loaded: PermissionError: not yours.")
+    # One array of rows is what the host reads too: something else is wrong.
+    path.write_text('[{"a": 1},\n {"a": 2}]\n', encoding="utf-8")
+    said = str(load_failure(key, str(path), pa.ArrowInvalid("too big")))
+    assert said.endswith("cannot be loaded: ArrowInvalid: too big.")
+
+
+def test_a_dataset_is_missing_only_where_the_host_says_so() -> None:
+    final = "The dataset could not be loaded. This could be due to a misconfigured dataset path"
+    assert final in inspect.getsource(host_shared.load_dataset_with_config)
+    assert "no such dataset" in str(load_failure("datasets[0]", "org/set", ValueError(final)))
+    said = str(load_failure("datasets[0]", "org/set", ValueError("BuilderConfig 'x' not found")))
+    assert "cannot be loaded: ValueError: BuilderConfig 'x' not found." in said
+    assert "x" * 5000 not in str(load_failure("datasets[0]", "x" * 5000, OSError("too long")))
+
+
+def test_an_entry_is_named_by_its_place_also_where_a_path_stands_twice() -> None:
+    class Rows(list):  # type: ignore[type-arg]
+        features: ClassVar[dict[str, Any]] = {}
+
+    def load(entry: Any) -> Any:
+        if entry["split"] == "b":
+            raise ValueError("no split b")
+        return Rows([1])
+
+    entries = [{"path": "org/set", "split": name} for name in "ab"]
+    split = Split("datasets", entries)
+    split.load(load, entries[0])
+    with pytest.raises(DataError, match=r"^datasets\[1\].path: 'org/set' cannot be loaded"):
+        split.load(load, entries[1])
+
+
+def test_an_edit_is_noticed_wherever_the_file_lies(tmp_path: Path) -> None:
+    prepared, folder = tmp_path / "prepared", tmp_path / "data"
+    (folder / "part").mkdir(parents=True)
+    path = folder / "part" / "a.jsonl"
+    path.touch()
+    os.utime(path, (1, 1))
+    entries = [{"path": str(folder)}, {"path": "https://example.org/" + "x" * 5000}]
+    assert edited_since(entries, prepared) == ""
+    prepared.mkdir()
+    assert edited_since(entries, prepared) == ""
+    os.utime(path, (2**32, 2**32))
+    assert "a.jsonl" in edited_since(entries, prepared)
+
+
+def test_nothing_usable_names_the_set(tokenizer: Any) -> None:
+    for name, keys in (("train", "`datasets:`"), ("eval", "`test_datasets:` or `val_set_size`")):
+        with pytest.raises(ValueError, match=f"none of the 1 {name} rows .* Check {keys}, and"):
+            tokenize_rows([{"prompt": ""}], tokenizer, [2], None, name=name)
 
 
 def test_deduplication_sees_pairs_and_keeps_every_problem() -> None:
