@@ -158,7 +158,7 @@ def _empty(path: str) -> str | None:
 
 def _file_problem(path: Path) -> str | None:
     """What is wrong with a local file, as far as it is JSON; read up to the first damaged line."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
         if path.suffix not in (".json", ".jsonl", ".ndjson") or _is_json(path):
@@ -202,22 +202,31 @@ def _line_problem(line: str) -> str | None:
     return None
 
 
-def edited_since(entries: Sequence[Any], prepared: Path) -> str:
+def edited_since(entries: Sequence[Any], prepared: Path, *aside: Path) -> str:
     """The local files that are newer than what was prepared from them, with their times.
 
     The host keeps prepared data by configuration, not by content. Where rows have been mended it
     would go on training the old ones. Data prepared elsewhere, without its files, stays good.
+
+    Args:
+        entries: the datasets of the configuration.
+        prepared: where the host has put what it prepared from them.
+        aside: directories that a run writes to, which may lie in one that holds data.
     """
     if not prepared.exists():
         return ""
     since = prepared.stat().st_mtime_ns
-    named = [entry["path"] for entry in entries]
+    skipped = {os.path.realpath(path) for path in (prepared.parent, *aside)}
+    named: list[str] = []
     for entry in entries:
-        files = entry.get("data_files") or []
+        files = entry.get("data_files") or [entry["path"]]
         named += [files] if isinstance(files, str) else list(files)
     for path in list(named):
-        named += [
-            os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-        ]
+        for folder, below, names in os.walk(path):
+            below[:] = [
+                x for x in below if os.path.realpath(os.path.join(folder, x)) not in skipped
+            ]
+            # What libraries keep beside the data begins like this.
+            named += [os.path.join(folder, x) for x in names if not x.startswith((".", "cache-"))]
     found = {path: os.stat(path).st_mtime_ns for path in named if os.path.isfile(path)}
     return " ".join(f"{path} {time}" for path, time in sorted(found.items()) if time > since)

@@ -101,7 +101,8 @@ def guard_host_rows() -> None:
     did, and: a file that cannot be loaded is named; rows are transformed behind `rows.guard`;
     held-out rows are transformed as `test_datasets` says (the host reads `datasets` for them too);
     pairs that read the same are equal; prepared data with our columns is never taken for that of
-    another `rl`, of a file that was edited since, or of an older guard. Safe to call more than once.
+    another `rl`, of a file that was edited since, or of an older guard. Safe to call more than
+    once.
     """
     import axolotl.utils.data.rl as host
     import axolotl.utils.data.utils as host_utils
@@ -165,7 +166,8 @@ def guard_host_rows() -> None:
         if cfg.get("sera"):
             ours = f"{GUARD_VERSION} {cfg.excess_length_strategy} {cfg.sera['score_columns']}"
             found = md5(f"{found} sera {ours}")
-            edited = edited_since(entries, get_prepared_dataset_path(cfg, found))
+            prepared = Path(get_prepared_dataset_path(cfg, found))
+            edited = edited_since(entries, prepared, Path(cfg.output_dir or ""))
             found = md5(f"{found} {edited}") if edited else found
         return found
 

@@ -291,6 +291,12 @@ def test_an_edit_is_noticed_wherever_the_file_lies(tmp_path: Path) -> None:
     assert edited_since(entries, prepared) == ""
     os.utime(path, (2**32, 2**32))
     assert "a.jsonl" in edited_since(entries, prepared)
+    # What a run writes is no edit, wherever it puts it.
+    assert edited_since(entries, prepared, folder / "part") == ""
+    assert edited_since(entries, prepared.parent / "data" / "part" / "x") == ""
+    assert edited_since([entries[0] | {"data_files": "other.jsonl"}], prepared) == ""
+    path.rename(folder / "cache-1.arrow")
+    assert edited_since(entries, prepared) == ""
 
 
 def test_nothing_usable_names_the_set(tokenizer: Any) -> None:
