@@ -31,7 +31,7 @@ def check_fields(
     row: Mapping[str, Any],
     texts: Mapping[str, str],
     transform: Transform,
-    messages: bool,
+    templated: bool,
     optional: Collection[str] = SYSTEM,
 ) -> None:
     """Refuse a row whose prompt, chosen or rejected was made from something that is no text.
@@ -40,13 +40,13 @@ def check_fields(
         row: the raw row, as it was before the transform.
         texts: what the transform made of it.
         transform: the transform; called again on changed copies of suspicious rows.
-        messages: look into messages too; those that go through a chat template are judged there.
+        templated: the prompt went through a chat template; what is empty in it was judged there.
         optional: fields that may be empty as far as they are part of the prompt.
 
     Raises:
         RowError: naming the field and what it holds.
     """
-    leaves = list(_leaves(row, messages))
+    leaves = list(_leaves(row))
     for path, value in leaves:
         if isinstance(value, str):
             continue
@@ -67,27 +67,26 @@ def check_fields(
         if not isinstance(value, str) or visible(value):
             continue
         reached = _reached(row, path, transform)
-        needed = "prompt" in reached and not _is_optional(row, path, optional)
-        # A prompt may have empty parts, such as a context, as long as something else is asked.
-        if reached & _ANSWERS or (
-            needed
-            and not any(
+        empty = bool(reached & _ANSWERS)
+        if "prompt" in reached and not templated and not _is_optional(row, path, optional):
+            # A prompt may have empty parts, such as a context, as long as something else is asked.
+            empty |= not any(
                 "prompt" in _reached(row, other, transform)
                 for other in said
                 if not _is_optional(row, other, optional)
             )
-        ):
+        if empty:
             raise RowError(f"field {_named(path)} is empty")
 
 
-def _leaves(row: Mapping[str, Any], messages: bool) -> Iterator[tuple[Path, Any]]:
+def _leaves(row: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
     """Every field of the row, and what the messages in them say."""
     for field, value in row.items():
         yield (field,), value
         held: list[tuple[Path, Any]] = [((field,), value)]
         if isinstance(value, list):
             held = [((field, index), message) for index, message in enumerate(value)]
-        for path, message in held if messages else ():
+        for path, message in held:
             if isinstance(message, Mapping) and not message.get("tool_calls"):
                 yield from (((*path, key), message[key]) for key in _SAID if key in message)
 

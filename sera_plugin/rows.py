@@ -99,7 +99,7 @@ class GuardedTransform:
             return dict(zip(TEXTS, row_texts(result, tokenizer), strict=True))
 
         templated = bool(recorder and recorder.used) or not isinstance(result["prompt"], str)
-        check_fields(row, texts, again, messages=not templated, optional=self.optional)
+        check_fields(row, texts, again, templated, self.optional)
         check_texts(prompt, chosen, rejected)
         if self.shorten is not None:
             shortened = self.shorten(texts, tokenizer=tokenizer)
@@ -110,9 +110,8 @@ class GuardedTransform:
         return texts
 
     def _run(self, row: dict[str, Any], recorder: AnswerRecorder | None) -> Any:
-        return (
-            self.transform(row, tokenizer=recorder.tokenizer) if recorder else self.transform(row)
-        )
+        options = {"tokenizer": recorder.tokenizer} if recorder else {}
+        return self.transform(row, **options)
 
 
 def guard(loaded: Any, features: Any, **options: Any) -> tuple[Any, dict[str, Any]]:

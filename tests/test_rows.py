@@ -72,6 +72,14 @@ def test_answers_that_the_host_cuts_wrongly_are_cut_rightly(
     assert answer == (content if template == "chatml" else content.strip())
 
 
+@pytest.mark.parametrize("template", ENDS)
+def test_the_host_alone_still_cuts_them_wrongly(tokenizer: Any, template: str) -> None:
+    """Where this fails the host was mended, and templates.AnswerRecorder may go."""
+    row = {"messages": "How are you?", "chosen": "user", "rejected": "Fine, thanks."}
+    transform, _ = strategy("chat_template.default", template)
+    assert transform(row, tokenizer=tokenizer)["chosen"] != f"user{ENDS[template]}"
+
+
 @settings(deadline=None, max_examples=150, derandomize=True, database=None)
 @given(content=nasty)
 def test_every_answer_is_itself_and_the_end_or_is_refused(tokenizer: Any, content: str) -> None:
@@ -228,6 +236,21 @@ def test_a_transform_that_reads_no_field_by_name_is_checked_too() -> None:
     row = {"prompt": "p", "chosen": None, "rejected": "b"}
     problem = GuardedTransform(merged, "s")(row, 0)["sera_problem"]
     assert problem == "field 'chosen' is null, not text"
+
+
+def test_answers_are_checked_also_where_a_template_renders_the_prompt(tokenizer: Any) -> None:
+    def own(row: Any, tokenizer: Any = None) -> Any:
+        asked = [{"role": "user", "content": row["q"]}]
+        texts = {key: f"{row[key][0]['content']}<|im_end|>" for key in ("chosen", "rejected")}
+        return {"prompt": tokenizer.apply_chat_template(asked, tokenize=False), **texts}
+
+    row = {"q": "q", "chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}
+    templated = copy.copy(tokenizer)
+    templated.chat_template = REASONING
+    assert transformed(templated, (own, {}), row)["sera_problem"] == ""
+    for value, said in ((None, "null, not text"), (5, "a number, not text"), ("", "empty")):
+        problem = transformed(templated, (own, {}), row | {"chosen": [{"content": value}]})
+        assert problem["sera_problem"] == f"field \"chosen[0]['content']\" is {said}"
 
 
 def test_text_that_only_looks_like_a_null_or_number_is_text() -> None:
