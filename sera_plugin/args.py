@@ -172,11 +172,13 @@ class SeraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _score_columns_are_not_ours(self) -> SeraConfig:
-        taken = {"row", "prompt_ids", "chosen_ids", "rejected_ids"}.intersection(self.score_columns)
+        texts = ("prompt", "chosen", "rejected")
+        ours = {"row", *texts, *(f"{name}_ids" for name in texts)}
+        taken = [c for c in self.score_columns if c in ours or c.startswith("sera_")]
         if taken:
             raise ValueError(
-                f"score_columns: {', '.join(sorted(taken))} would replace a column of "
-                "dataset.parquet. Rename it in the dataset or leave it out."
+                f"score_columns: {', '.join(map(quoted, taken))} is what the pairs themselves are "
+                "kept as. Rename it in the dataset or leave it out."
             )
         return self
 

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from sera_plugin.encoding import RowTokenizer
 from sera_plugin.rows import PROBLEM, ROW, SOURCE, too_long
-from sera_plugin.shown import quoted
-from sera_plugin.templates import ChatTemplateCheck, row_texts
+from sera_plugin.shown import plain
+from sera_plugin.templates import row_texts
 from sera_plugin.texts import RowError, check_texts, odd
 
 IntArray = npt.NDArray[np.int32]
@@ -110,7 +110,7 @@ def tokenize_rows(
     end_ids: Sequence[int],
     max_length: int | None,
     truncate: bool = False,
-    template_check: ChatTemplateCheck | None = None,
+    name: str = "train",
 ) -> TokenizedRows:
     """Tokenise preference rows exactly.
 
@@ -122,8 +122,7 @@ def tokenize_rows(
         max_length: longest prompt + completion in tokens (`sequence_len`), or None.
         truncate: cut longer completions (`excess_length_strategy: truncate`) instead of dropping
             the row.
-        template_check: finds completions that the host's chat template strategy corrupted, in
-            rows that did not come from the guarded transform (which gets them right).
+        name: what the rows are for, "train" or "eval".
 
     Returns:
         The rows that can be used. A completion that does not end in a special token gets the
@@ -146,14 +145,12 @@ def tokenize_rows(
                 raise RowError(example[PROBLEM])
             texts = row_texts(example, tokenizer)
             check_texts(*texts)
-            if template_check and not guarded and any(map(template_check.corrupted, texts[1:])):
-                raise RowError("completion corrupted by the host's chat_template strategy")
             prompt_ids, *answers = _encode(encoder, *texts)
         except RowError as error:
             result.drop(row, str(error))
             continue
         except Exception as error:  # a chat template or a tokenizer may raise anything
-            result.drop(row, f"{type(error).__name__}: {quoted(str(error), 120)[1:-1]}")
+            result.drop(row, f"{type(error).__name__}: {plain(str(error), 120)}")
             continue
         if not all(map(encoder.decodes_to, answers, texts[1:])):
             result.remark(row, INEXACT)
@@ -189,9 +186,10 @@ def tokenize_rows(
         result.rejected_ids.append(completions[1])
     if not result.rows:
         reasons = "; ".join(result.reasons())
+        keys = "`datasets:`" if name == "train" else "`test_datasets:` or `val_set_size`"
         raise ValueError(
-            f"none of the {result.total} preference rows can be used "
-            f"({reasons or 'the dataset is empty'}). Check `datasets:` and `sequence_len`."
+            f"none of the {result.total} {name} rows can be used "
+            f"({reasons or 'the dataset is empty'}). Check {keys}, and `sequence_len`."
         )
     return result
 

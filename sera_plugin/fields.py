@@ -9,6 +9,7 @@ suspicious, so that ordinary rows are transformed once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -20,44 +21,32 @@ Path = tuple[str | int, ...]
 
 _MARK = "sera-mark-91c2"
 _ANSWERS = frozenset(TEXTS[1:])
-#: Fields that may be empty, and those that name who speaks.
-_OPTIONAL = "system"
-_ROLES = frozenset({"role", "from"})
-_DEPTH = 5
-
-
-class Reads(dict[str, Any]):
-    """A row that remembers which of its fields a transform looked at."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        super().__init__(row)
-        self.keys_read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.keys_read.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.keys_read.add(key)
-        return super().get(key, default)
+#: Fields that may be empty, whatever the configuration calls them.
+SYSTEM = ("system", "system_prompt")
+#: Where a message has what is said; whatever else it has may be empty.
+_SAID = ("content", "value", "text", "answer")
 
 
 def check_fields(
-    row: Mapping[str, Any], read: Collection[str], texts: Mapping[str, str], transform: Transform
+    row: Mapping[str, Any],
+    texts: Mapping[str, str],
+    transform: Transform,
+    templated: bool,
+    optional: Collection[str] = SYSTEM,
 ) -> None:
     """Refuse a row whose prompt, chosen or rejected was made from something that is no text.
 
     Args:
         row: the raw row, as it was before the transform.
-        read: the fields that the transform looked at.
-        texts: what it made of them.
+        texts: what the transform made of it.
         transform: the transform; called again on changed copies of suspicious rows.
+        templated: the prompt went through a chat template; what is empty in it was judged there.
+        optional: fields that may be empty as far as they are part of the prompt.
 
     Raises:
         RowError: naming the field and what it holds.
     """
-    used = {key: value for key, value in row.items() if key in read}
-    leaves = list(_leaves(used))
+    leaves = list(_leaves(row))
     for path, value in leaves:
         if isinstance(value, str):
             continue
@@ -72,49 +61,43 @@ def check_fields(
             formatted = any(_MARK in text for text in other.values())
         if formatted:
             raise RowError(f"field {_named(path)} is {_kind(value)}, not text")
+
+    said = [path for path, value in leaves if isinstance(value, str) and visible(value)]
     for path, value in leaves:
-        if not isinstance(value, str) or visible(value) or _is_optional(row, path):
+        if not isinstance(value, str) or visible(value):
             continue
         reached = _reached(row, path, transform)
-        if reached & _ANSWERS or ("prompt" in reached and not _said(row, leaves, transform)):
+        empty = bool(reached & _ANSWERS)
+        if "prompt" in reached and not templated and not _is_optional(row, path, optional):
+            # A prompt may have empty parts, such as a context, as long as something else is asked.
+            empty |= not any(
+                "prompt" in _reached(row, other, transform)
+                for other in said
+                if not _is_optional(row, other, optional)
+            )
+        if empty:
             raise RowError(f"field {_named(path)} is empty")
 
 
-def _said(row: Mapping[str, Any], leaves: list[tuple[Path, Any]], transform: Transform) -> bool:
-    """Whether the prompt has any text from the row beside an optional field."""
-    return any(
-        "prompt" in _reached(row, path, transform)
-        for path, value in leaves
-        if isinstance(value, str)
-        and visible(value)
-        and path[-1] not in _ROLES
-        and not _is_optional(row, path)
-    )
-
-
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value in the row, the containers first."""
-    if path:
-        yield path, value
-    if len(path) == _DEPTH:
-        return
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, inner in items:
-        yield from _leaves(inner, (*path, key))
+def _leaves(row: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    """Every field of the row, and what the messages in them say."""
+    for field, value in row.items():
+        yield (field,), value
+        held: list[tuple[Path, Any]] = [((field,), value)]
+        if isinstance(value, list):
+            held = [((field, index), message) for index, message in enumerate(value)]
+        for path, message in held:
+            if isinstance(message, Mapping) and not message.get("tool_calls"):
+                yield from (((*path, key), message[key]) for key in _SAID if key in message)
 
 
 def _with(
     row: Mapping[str, Any], path: Path, value: Any, transform: Transform
 ) -> Mapping[str, str]:
     """The texts of the row with another value at a path; none if it cannot be transformed."""
-    changed = dict(row)
+    changed = copy.deepcopy(dict(row))
     target: Any = changed
     for key in path[:-1]:
-        target[key] = target[key].copy()
         target = target[key]
     target[path[-1]] = value
     try:
@@ -130,14 +113,14 @@ def _reached(row: Mapping[str, Any], path: Path, transform: Transform) -> set[st
     return {key for key, text in other.items() if _MARK in text}
 
 
-def _is_optional(row: Mapping[str, Any], path: Path) -> bool:
+def _is_optional(row: Mapping[str, Any], path: Path, optional: Collection[str]) -> bool:
     """Whether the path is a system prompt: a field of that name, or a message of that role."""
-    if any(_OPTIONAL in str(key).lower() for key in path):
-        return True
-    holder: Any = row
+    if len(path) == 1:
+        return path[0] in optional
+    message: Any = row
     for key in path[:-1]:
-        holder = holder[key]
-    return isinstance(holder, Mapping) and any(holder.get(key) == _OPTIONAL for key in _ROLES)
+        message = message[key]
+    return "system" in (message.get("role"), message.get("from"))
 
 
 def _named(path: Path) -> str:

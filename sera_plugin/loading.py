@@ -6,19 +6,28 @@ often says nothing ("An error occurred while generating the dataset", an empty S
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError
 from requests.exceptions import RequestException
 
-from sera_plugin.shown import quoted
+from sera_plugin.shown import plain, quoted
 from sera_plugin.texts import encodable
 
 _DOCUMENT_BYTES = 2**28
+
+#: What the host says when it has looked everywhere.
+_NOT_FOUND = "The dataset could not be loaded."
+#: What the libraries below it raise about the content of a file.
+_UNREADABLE = (json.JSONDecodeError, UnicodeError, pa.ArrowException)
+_GENERATION = "DatasetGenerationError"  # of `datasets`, around any other
 
 #: The host tries these again, because the hub may answer the next time.
 UNREACHABLE = (RequestException, HfHubHTTPError)
@@ -37,8 +46,12 @@ def load_failure(key: str, path: str, error: BaseException) -> DataError:
         error: what the host raised.
     """
     nothing = "it has no rows" if "corresponds to no data" in str(error) else None
-    cause = _file_problem(Path(path)) or nothing or one_line(error)
-    if not Path(path).exists() and isinstance(error, ValueError):
+    unreadable = any(
+        isinstance(one, _UNREADABLE) or type(one).__name__ == _GENERATION for one in _chain(error)
+    )
+    damage = _file_problem(Path(path)) if unreadable else None
+    cause = _empty(path) or damage or nothing or one_line(error)
+    if not os.path.exists(path) and str(error).startswith(_NOT_FOUND):
         cause = (
             "there is no such file or directory here, and no such dataset could be found on the "
             "Hugging Face hub. Correct the path; relative ones start where the command is run"
@@ -64,8 +77,7 @@ class Split:
 
     def load(self, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
         """A dataset as the host's `load` gives it; what that raises becomes a `DataError`."""
-        index = next(i for i, known in enumerate(self.entries) if known["path"] == entry["path"])
-        key, path = f"{self.key}[{index}]", str(entry["path"])
+        key, path = f"{self.key}[{len(self.features)}]", str(entry["path"])
         try:
             dataset = load(entry, *args, **kwargs)
         except UNREACHABLE:
@@ -115,29 +127,40 @@ def check_loaded(key: str, path: str, dataset: Any) -> Any:
     return dataset
 
 
-def one_line(error: BaseException) -> str:
-    """The first exception of a chain that says something, in one line."""
+def _chain(error: BaseException) -> list[BaseException]:
+    """The exception and those that led to it, the last first."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
         chain.append(current)
         current = current.__cause__ or current.__context__
+    return chain
+
+
+def one_line(error: BaseException) -> str:
+    """The first exception of a chain that says something, in one line."""
+    chain = _chain(error)
     # A worker process sends its whole traceback along as an exception of its own.
     said = [x for x in chain if str(x).strip() and type(x).__name__ != "RemoteTraceback"]
     # The last one is where it began.
     first = said[-1] if said else error
     text = " ".join(str(first).split())
-    return f"{type(first).__name__}: {quoted(text, 300)[1:-1]}" if text else type(first).__name__
+    return f"{type(first).__name__}: {plain(text, 300)}" if text else type(first).__name__
+
+
+def _empty(path: str) -> str | None:
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as lines:
+            if not any(line.strip() for line in lines):
+                return "the file is empty"
+    return None
 
 
 def _file_problem(path: Path) -> str | None:
     """What is wrong with a local file, as far as it is JSON; read up to the first damaged line."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
-        with path.open("rb") as lines:
-            if not any(line.strip() for line in lines):
-                return "the file is empty"
         if path.suffix not in (".json", ".jsonl", ".ndjson") or _is_json(path):
             return None
         with path.open(encoding="utf-8-sig", errors="replace") as text:
@@ -152,14 +175,19 @@ def _file_problem(path: Path) -> str | None:
 
 
 def _is_json(path: Path) -> bool:
-    """Whether a file is one JSON document of many lines; not asked of files too big to hold."""
-    if path.suffix != ".json" or path.stat().st_size > _DOCUMENT_BYTES:
+    """Whether a file is one JSON document of rows; not asked of files too big to hold."""
+    if path.stat().st_size > _DOCUMENT_BYTES:
         return False
     try:
-        json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+        found = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except (ValueError, RecursionError):
         return False
-    return True
+    rows = found if isinstance(found, list) else [found]
+    return all(isinstance(row, dict) and _encodable(row) for row in rows)
+
+
+def _encodable(row: Any) -> bool:
+    return encodable(json.dumps(row, ensure_ascii=False))
 
 
 def _line_problem(line: str) -> str | None:
@@ -169,23 +197,36 @@ def _line_problem(line: str) -> str | None:
         return f"is not JSON ({error})"
     if not isinstance(row, dict):
         return "is not an object with fields"
-    if not encodable(json.dumps(row, ensure_ascii=False)):
+    if not _encodable(row):
         return "is not valid Unicode (half of a surrogate pair)"
     return None
 
 
-def edited_since(entries: Sequence[Any], prepared: Path) -> str:
+def edited_since(entries: Sequence[Any], prepared: Path, *aside: Path) -> str:
     """The local files that are newer than what was prepared from them, with their times.
 
     The host keeps prepared data by configuration, not by content. Where rows have been mended it
     would go on training the old ones. Data prepared elsewhere, without its files, stays good.
+
+    Args:
+        entries: the datasets of the configuration.
+        prepared: where the host has put what it prepared from them.
+        aside: directories that a run writes to, which may lie in one that holds data.
     """
     if not prepared.exists():
         return ""
     since = prepared.stat().st_mtime_ns
-    named = [entry["path"] for entry in entries]
+    skipped = {os.path.realpath(path) for path in (prepared.parent, *aside)}
+    named: list[str] = []
     for entry in entries:
-        files = entry.get("data_files") or []
+        files = entry.get("data_files") or [entry["path"]]
         named += [files] if isinstance(files, str) else list(files)
-    found = {path: Path(path).stat().st_mtime_ns for path in named if Path(path).is_file()}
+    for path in list(named):
+        for folder, below, names in os.walk(path):
+            below[:] = [
+                x for x in below if os.path.realpath(os.path.join(folder, x)) not in skipped
+            ]
+            # What libraries keep beside the data begins like this.
+            named += [os.path.join(folder, x) for x in names if not x.startswith((".", "cache-"))]
+    found = {path: os.stat(path).st_mtime_ns for path in named if os.path.isfile(path)}
     return " ".join(f"{path} {time}" for path, time in sorted(found.items()) if time > since)

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
 from sera_plugin.data_config import check_datasets, name_types, restore_entries
-from sera_plugin.shown import quoted
+from sera_plugin.shown import plain, quoted
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
 _FIELDS = tuple(SeraConfig.model_fields)
@@ -217,24 +217,31 @@ def _readable(error: Any) -> str:
 
 def _brief(value: Any) -> str:
     """A value as the YAML has it, escaped and cut."""
-    return quoted(value)[1:-1] if isinstance(value, str) else quoted(value)
+    return plain(value) if isinstance(value, str) else quoted(value)
 
 
-def _require_writable(output_dir: str) -> None:
+def _require_writable(output_dir: Any) -> None:
     """The host would fail in one place or another, each with a traceback of its own."""
-    place = Path(output_dir).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
+    try:
+        os.fsencode(output_dir)
+        place = Path(output_dir).expanduser().absolute()
+        while not place.exists():
+            place = place.parent
+    except (TypeError, ValueError, OSError, RuntimeError):
+        place = None
+    if place is None or isinstance(output_dir, bytes) or "\0" in str(output_dir):
+        raise ValueError(f"output_dir: {quoted(output_dir)} is not a path. Name a directory.")
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(
-            f"output_dir: {output_dir} cannot be written: {place} is read-only, no directory, or "
-            "not yours. Make it writable, or set another output_dir."
+            f"output_dir: {quoted(output_dir, 200)} cannot be written: {quoted(str(place), 200)} "
+            "is read-only, no directory, or not yours. Make it writable, or set another output_dir."
         )
 
 
 def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     """Refuse, before anything is loaded, what would fail late or be wrong in silence."""
-    _require_writable(str(cfg.get("output_dir") or "."))
+    output_dir = cfg.get("output_dir")
+    _require_writable("." if output_dir is None else output_dir)
     epochs = cfg.get("num_epochs")
     if epochs is not None and not _is_count(epochs):
         raise ValueError(

@@ -9,20 +9,24 @@ names it.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from sera_plugin.fields import TEXTS, Reads, check_fields
-from sera_plugin.shown import quoted
+from sera_plugin.fields import SYSTEM, TEXTS, check_fields
+from sera_plugin.shown import plain, quoted, without_credentials
 from sera_plugin.templates import AnswerRecorder, row_texts
 from sera_plugin.texts import RowError, check_texts
 
 #: What is wrong with a row ("" if nothing), the dataset it comes from, its place there from 0.
 PROBLEM, SOURCE, ROW = "sera_problem", "sera_source", "sera_row"
-GUARD_COLUMNS = (PROBLEM, SOURCE, ROW)
+
+#: Raise it with what the guard makes of a row: prepared data of another version is prepared anew.
+GUARD_VERSION = 2
 
 
 def too_long(sequence_len: int | None) -> str:
@@ -32,7 +36,9 @@ def too_long(sequence_len: int | None) -> str:
 
 def source_name(key: str, index: int, path: str) -> str:
     """A dataset as messages name it: `datasets[0] (pairs.jsonl)`."""
-    return f"{key}[{index}] ({quoted(PurePath(path).name or path)[1:-1]})"
+    if "://" in path:
+        path = re.split("[?#]", without_credentials(path))[0]
+    return f"{key}[{index}] ({plain(PurePath(path).name or path)})"
 
 
 @dataclass
@@ -46,6 +52,8 @@ class GuardedTransform:
         sequence_len: the longest row, for messages.
         shorten: the host's truncation of long rows, or None.
         fits: the host's own test whether a row fits its context, or None where it makes none.
+        optional: fields that may be empty.
+        version: of the guard; the host names cached results by the attributes.
     """
 
     transform: Callable[..., Any]
@@ -54,12 +62,17 @@ class GuardedTransform:
     sequence_len: int | None = None
     shorten: Callable[..., Mapping[str, Any]] | None = None
     fits: Callable[..., bool] | None = None
+    optional: tuple[str, ...] = SYSTEM
+    version: int = GUARD_VERSION
+
+    def __post_init__(self) -> None:
+        self._renders = "tokenizer" in inspect.signature(self.transform).parameters
 
     def __call__(self, row: Mapping[str, Any], index: int, tokenizer: Any = None) -> dict[str, Any]:
         """The row as text, or a placeholder that says what is wrong with it."""
         problem = ""
         try:
-            texts = self._texts(Reads(row), tokenizer)
+            texts = self._texts(dict(row), tokenizer)
         except RowError as error:
             problem = str(error)
         except Exception as error:  # a strategy may raise anything on a row it did not expect
@@ -70,21 +83,23 @@ class GuardedTransform:
         kept = {key: row[key] for key in self.kept}
         return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
 
-    def _texts(self, row: Reads, tokenizer: Any) -> dict[str, str]:
-        raw = dict(row)
-        result, answers = self._run(row, tokenizer)
+    def _texts(self, row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
+        recorder = AnswerRecorder(tokenizer) if self._renders else None
+        result = self._run(copy.deepcopy(row), recorder)
         if not isinstance(result, Mapping):
             raise RowError(f"the strategy returned {type(result).__name__} for it")
         prompt, chosen, rejected = row_texts(result, tokenizer)
+        answers = recorder.completions() if recorder else []
         if len(answers) == 2:
             chosen, rejected = answers
         texts = dict(zip(TEXTS, (prompt, chosen, rejected), strict=True))
 
         def again(changed: dict[str, Any]) -> Mapping[str, Any]:
-            changed_result, _ = self._run(changed, tokenizer, cut=False)
-            return dict(zip(TEXTS, row_texts(changed_result, tokenizer), strict=True))
+            result = self._run(changed, recorder)
+            return dict(zip(TEXTS, row_texts(result, tokenizer), strict=True))
 
-        check_fields(raw, row.keys_read or raw.keys(), texts, again)
+        templated = bool(recorder and recorder.used) or not isinstance(result["prompt"], str)
+        check_fields(row, texts, again, templated, self.optional)
         check_texts(prompt, chosen, rejected)
         if self.shorten is not None:
             shortened = self.shorten(texts, tokenizer=tokenizer)
@@ -94,13 +109,9 @@ class GuardedTransform:
             raise RowError(too_long(self.sequence_len))
         return texts
 
-    def _run(self, row: dict[str, Any], tokenizer: Any, cut: bool = True) -> tuple[Any, list[str]]:
-        """The strategy's result and, where it rendered answers itself, their exact completions."""
-        if "tokenizer" not in inspect.signature(self.transform).parameters:
-            return self.transform(row), []
-        recorder = AnswerRecorder(tokenizer)
-        result = self.transform(row, tokenizer=recorder)
-        return result, recorder.completions() if cut else []
+    def _run(self, row: dict[str, Any], recorder: AnswerRecorder | None) -> Any:
+        options = {"tokenizer": recorder.tokenizer} if recorder else {}
+        return self.transform(row, **options)
 
 
 def guard(loaded: Any, features: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -131,7 +142,7 @@ def _cause(error: Exception, row: Mapping[str, Any]) -> str:
         return f"no field or role {quoted(error.args[0])}; its fields are {_fields(row)}"
     null = [quoted(key) for key, value in row.items() if value is None]
     aside = f" (null: {', '.join(null[:5])})" if null else ""
-    said = f"{type(error).__name__}: {quoted(str(error), 120)[1:-1]}"
+    said = f"{type(error).__name__}: {plain(str(error), 120)}"
     return f"the host's strategy cannot read it: {said}{aside}"
 
 
@@ -143,8 +154,9 @@ def _fields(row: Mapping[str, Any]) -> str:
 class WithoutGuardColumns:
     """A dataset as the host's deduplication should see it.
 
-    The host compares whole rows, and two equal rows differ in their place. Placeholders keep it:
-    what was wrong with two rows may read the same, and both must be counted.
+    The host compares whole rows, and two equal pairs differ in their place and may differ in
+    their scores. Placeholders stay whole: what was wrong with two rows may read the same, and both
+    must be counted.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -156,4 +168,4 @@ class WithoutGuardColumns:
             if row.get(PROBLEM):
                 yield row
             else:
-                yield {key: value for key, value in row.items() if key not in GUARD_COLUMNS}
+                yield {key: row[key] for key in TEXTS}

@@ -17,6 +17,8 @@ _TEXT = re.compile(r"audio|bos|cls|end|eo[ist]|image|mask|pad|sep|special|start|
 _NAME = re.compile(r"column|experiment|field|group|property|sort|split|thinking")
 #: Before the host of a URL, or of a value that is nothing but `user:password@host...`.
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]+@|^[^\s/?#:@]+:[^\s/?#@]+@(?=\S+$)")
+#: From the `?` or `#` of a URL on. Signatures and tokens stand there, under many names.
+_QUERY = re.compile(r"(://[^\s?#]*[?#])\S+")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -33,19 +35,30 @@ def printable(text: str) -> str:
 
 
 def quoted(value: object, limit: int = _QUOTED_CHARACTERS) -> str:
-    """A value of the user's as a message shows it: escaped, on one line, cut, without passwords."""
+    """A value of the user's as a message shows it: escaped, on one line, cut, without secrets."""
     try:
-        if isinstance(value, (str, bytes)):
-            value = value[: 4 * limit]
-        text = without_credentials(ascii(value))
+        if isinstance(value, str):
+            # Before anything is cut: half of a URL shows no longer what is secret in it.
+            text = ascii(without_credentials(value)[: 4 * limit])
+        else:
+            text = without_credentials(ascii(public(value)))
     except Exception:  # a value of a class of its own may refuse to be shown
         text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def plain(text: str, limit: int = _QUOTED_CHARACTERS) -> str:
+    """The same of text that stands in a sentence without quotes."""
+    shown = "".join(
+        one if " " <= one <= "~" else one.encode("unicode_escape").decode()
+        for one in without_credentials(text)[: 4 * limit]
+    )
+    return shown if len(shown) <= limit else f"{shown[:limit]}..."
+
+
 def without_credentials(text: str) -> str:
-    """Text with `user:password@` of a URL masked."""
-    return _CREDENTIALS.sub(f"{MASK}@", text)
+    """Text with `user:password@` of a URL masked, and its query, which may be signed."""
+    return _QUERY.sub(rf"\1{MASK}", _CREDENTIALS.sub(f"{MASK}@", text))
 
 
 def without_secret(text: str, secret: str) -> str:
@@ -78,8 +91,9 @@ def public(value: Any) -> Any:
         return {
             key: public(inner)
             for key, inner in value.items()
-            if inner is None or isinstance(inner, bool) or not is_secret(key)
+            if inner is None or isinstance(inner, bool) or not is_secret(str(key))
         }
-    if isinstance(value, list):
-        return [public(inner) for inner in value]
+    if isinstance(value, (list, tuple)):
+        shown = [public(inner) for inner in value]
+        return shown if isinstance(value, list) else tuple(shown)
     return without_credentials(value) if isinstance(value, str) else value

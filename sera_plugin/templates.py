@@ -8,7 +8,9 @@ found at all, which leaves only the last character of the end-of-turn text.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sera_plugin.shown import quoted
@@ -17,41 +19,50 @@ from sera_plugin.texts import RowError, visible
 #: The user message that the host puts before an answer.
 HOST_DUMMY = "[[dummy_message]]"
 _PROBE = "sera-probe-7f3a"
+_CHANGED = "the chat template does not render the answer as it is"
 _ANSWER_ROLES = ("assistant", "model")
 _ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "function", "ipython"})
 
 
-def _surroundings(tokenizer: Any, role: str = "assistant", **options: Any) -> tuple[str, str]:
+@lru_cache(maxsize=64)
+def _surroundings(tokenizer: Any, role: str, template: str | None) -> tuple[str, str]:
     """What a chat template writes before and behind an answer, the end trimmed."""
     rendered: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": HOST_DUMMY}, {"role": role, "content": _PROBE}],
         add_generation_prompt=False,
         tokenize=False,
-        **options,
+        chat_template=template,
     )
     before, _, behind = rendered.partition(_PROBE)
     return before, behind.rstrip()
 
 
 class AnswerRecorder:
-    """Stands in for the tokenizer while a host strategy renders one row.
+    """Watches the chat templates that a host strategy renders for one row.
 
     It keeps the answers that the strategy renders behind the dummy message, so that `completions`
     can cut them out of the very same renderings by position.
+
+    Attributes:
+        tokenizer: a copy for the strategy, which records.
+        used: whether the strategy rendered anything.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = copy.copy(tokenizer)
+        self.tokenizer.apply_chat_template = self._apply_chat_template
+        self.used = False
+        self._original = tokenizer
         self._answers: list[tuple[Mapping[str, Any], str, Any]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """See transformers. Keeps renderings of an answer behind the host's dummy message."""
-        rendered = render(self._tokenizer, conversation, **options)
+    def _apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
+        if args or options.get("tokenize", True) or not _is_conversation(conversation):
+            return self._original.apply_chat_template(conversation, *args, **options)
+        self.used = True
+        rendered = render(self._original, conversation, **options)
         if len(conversation) == 2 and conversation[0].get("content") == HOST_DUMMY:
-            self._answers.append((conversation[1], rendered, options.get("chat_template")))
+            template = options.get("chat_template") or self._original.chat_template
+            self._answers.append((conversation[1], rendered, template))
         return rendered
 
     def completions(self) -> list[str]:
@@ -63,48 +74,19 @@ class AnswerRecorder:
         return [self._completion(*answer) for answer in self._answers]
 
     def _completion(self, answer: Mapping[str, Any], rendered: str, template: Any) -> str:
-        role, content = answer["role"], answer["content"]
         _check_answer(answer)
-        if not isinstance(content, str):
-            raise RowError("the answer is not text")
-        before, end = _surroundings(self._tokenizer, role, chat_template=template)
+        before, end = _surroundings(self._original, answer["role"], template)
         if not rendered.startswith(before):
             # A template that writes reasoning and answer in two places, for example.
             dummy = [{"role": "user", "content": HOST_DUMMY}]
-            before = self._tokenizer.apply_chat_template(
+            before = self._original.apply_chat_template(
                 dummy, add_generation_prompt=True, chat_template=template, tokenize=False
             )
         completion = rendered[len(before) :].rstrip()
-        whole = "".join(content.split()) in "".join(completion.split())
-        if rendered.startswith(before) and completion.endswith(end) and whole:
-            return completion
-        raise RowError("the chat template does not render the answer as it is")
-
-
-class ChatTemplateCheck:
-    """Tells wrongly cut completions in rows whose raw answers are not known.
-
-    Both kinds of wrong cut leave traces that a probe reveals.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._before, self._end = _surroundings(tokenizer)
-
-    def corrupted(self, completion: str) -> bool:
-        """Whether this completion, as the host returned it, is not answer + end of turn."""
-        if HOST_DUMMY in completion:
-            return True
-        if not completion.endswith(self._end):
-            return self._end.endswith(completion)
-        answer = completion[: len(completion) - len(self._end)]
-        # Found too early: the completion is X + answer' + end with X the tail of what precedes
-        # the answer, and the search matched because X + answer' starts with answer'.
-        return any(
-            answer.startswith(self._before[-length:])
-            and len(rest := answer[length:]) > 0
-            and answer.startswith(rest)
-            for length in range(1, min(len(self._before), len(answer)) + 1)
-        )
+        if not rendered.startswith(before) or not completion.endswith(end):
+            raise RowError(_CHANGED)
+        _check_whole(answer, completion)
+        return completion
 
 
 def _content(message: Mapping[str, Any]) -> list[str]:
@@ -149,8 +131,29 @@ def _check_answer(answer: Mapping[str, Any]) -> None:
         raise RowError("empty prompt, chosen or rejected")
 
 
+def _check_whole(answer: Mapping[str, Any], completion: str) -> None:
+    """Templates may trim an answer, or have a place for tool calls or none."""
+    calls = [call.get("function") or call for call in answer.get("tool_calls") or ()]
+    said = [*_content(answer), *(str(call.get("name")) for call in calls)]
+    squeezed = "".join(completion.split())
+    if not all("".join(part.split()) in squeezed for part in said):
+        raise RowError(_CHANGED)
+
+
+def _without_blanks(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without keys that say nothing: a table has all keys in all rows (`tool_calls: []`),
+    and templates look whether one is there."""
+    return {
+        key: value for key, value in message.items() if key == "content" or value not in (None, [])
+    }
+
+
 def _is_conversation(value: Any) -> bool:
-    return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(message, Mapping) for message in value)
+    )
 
 
 def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
@@ -166,7 +169,7 @@ def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
     if not all(_is_conversation(value) for value in values):
         kinds = ", ".join(type(value).__name__ for value in values)
         raise RowError(f"prompt, chosen, rejected must all be text or all messages, not {kinds}")
-    prompt, *answers = ([dict(message) for message in value] for value in values)
+    prompt, *answers = ([_without_blanks(message) for message in value] for value in values)
     for message in prompt:
         if message.get("role") not in _ROLES:
             raise RowError(f"unknown role {quoted(message.get('role'))} in the prompt")
@@ -179,7 +182,9 @@ def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
         whole = render(tokenizer, prompt + answer, tokenize=False)
         if not whole.startswith(text):
             raise RowError(
-                "the chat template renders the prompt differently once the answer follows"
+                "the chat template renders the prompt differently once the answer follows; "
+                "`type: chat_template.default` renders each alone"
             )
         completions.append(whole[len(text) :].rstrip())
+        _check_whole(answer[0], completions[-1])
     return text, completions[0], completions[1]

@@ -36,7 +36,7 @@ from sera_plugin.checksums import explained, seal
 from sera_plugin.dataset import report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
 from sera_plugin.encoding import model_end_ids
-from sera_plugin.fields import TEXTS
+from sera_plugin.fields import SYSTEM, TEXTS
 from sera_plugin.gate import (
     FLOAT32_LIMITS,
     LOW_PRECISION_LIMITS,
@@ -52,13 +52,20 @@ from sera_plugin.objective import Objective
 from sera_plugin.offline import score_pairs
 from sera_plugin.policies import PolicyHistory, is_finite
 from sera_plugin.rewards import FloatArray
-from sera_plugin.rows import PROBLEM, ROW, SOURCE, WithoutGuardColumns, guard, source_name
+from sera_plugin.rows import (
+    GUARD_VERSION,
+    PROBLEM,
+    ROW,
+    SOURCE,
+    WithoutGuardColumns,
+    guard,
+    source_name,
+)
 from sera_plugin.samplers import Samplers
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
 from sera_plugin.shown import quoted
 from sera_plugin.store import RunStore, make_table, write_json
-from sera_plugin.templates import ChatTemplateCheck
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -93,8 +100,9 @@ def guard_host_rows() -> None:
     axolotl 0.19 looks all of these up in its modules when it prepares a split. Each does what it
     did, and: a file that cannot be loaded is named; rows are transformed behind `rows.guard`;
     held-out rows are transformed as `test_datasets` says (the host reads `datasets` for them too);
-    equal rows are equal wherever they stand; prepared data with our columns is never taken for
-    that of another `rl`, or for that of a file that was edited since. Safe to call more than once.
+    pairs that read the same are equal; prepared data with our columns is never taken for that of
+    another `rl`, of a file that was edited since, or of an older guard. Safe to call more than
+    once.
     """
     import axolotl.utils.data.rl as host
     import axolotl.utils.data.utils as host_utils
@@ -140,6 +148,8 @@ def guard_host_rows() -> None:
         limits = {"rl": cfg.rl, "sequence_len": cfg.sequence_len}
         strategy = None if cfg.skip_prepare_dataset else cfg.excess_length_strategy or "drop"
         fits, shorten = host._drop_long_sequences, host._truncate_long_sequences_rl
+        described = entries[dataset_idx].get("type")
+        named = described.get("field_system") if isinstance(described, dict) else None
         return guard(
             loaded,
             Features(types),
@@ -148,13 +158,16 @@ def guard_host_rows() -> None:
             sequence_len=cfg.sequence_len,
             shorten=partial(shorten, **limits) if strategy == "truncate" else None,
             fits=partial(fits, **limits) if strategy else None,
+            optional=(*SYSTEM, named) if named else SYSTEM,
         )
 
     def generate_dataset_hash_from_config(cfg: DictDefault, entries: Any, tokenizer: str) -> str:
         found: str = make_hash(cfg, entries, tokenizer)
         if cfg.get("sera"):
-            found = md5(f"{found} sera {cfg.excess_length_strategy} {cfg.sera['score_columns']}")
-            edited = edited_since(entries, get_prepared_dataset_path(cfg, found))
+            ours = f"{GUARD_VERSION} {cfg.excess_length_strategy} {cfg.sera['score_columns']}"
+            found = md5(f"{found} sera {ours}")
+            prepared = Path(get_prepared_dataset_path(cfg, found))
+            edited = edited_since(entries, prepared, Path(cfg.output_dir or ""))
             found = md5(f"{found} {edited}") if edited else found
         return found
 
@@ -274,10 +287,6 @@ class SeraTrainer(AxolotlDPOTrainer):
     ) -> Dataset:
         if "prompt_ids" in dataset.column_names:
             return dataset
-        types = [str(d.get("type")) for d in self.cfg.datasets or []]
-        # Guarded rows were cut rightly, each by the template of its own dataset.
-        guess = PROBLEM not in dataset.column_names
-        guess = guess and any(kind.startswith("chat_template") for kind in types)
         long_rows = str(self.cfg.excess_length_strategy or "").lower()
         result = tokenize_rows(
             tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair"),
@@ -285,7 +294,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._model_end_ids,
             self.cfg.sequence_len,
             truncate=long_rows == "truncate",
-            template_check=ChatTemplateCheck(processing_class) if guess else None,
+            name=dataset_name,
         )
         report_rows(
             result,

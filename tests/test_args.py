@@ -110,6 +110,14 @@ def test_dumping_and_parsing_again_changes_nothing():
     assert SeraConfig(**config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize(
+    "name", ["row", "prompt", "chosen", "rejected", "chosen_ids", "sera_row", "sera_problem"]
+)
+def test_score_columns_are_none_of_the_pairs_own(name):
+    with pytest.raises(ValueError, match=rf"score_columns: '{name}' is what the pairs"):
+        SeraConfig(score_columns=["score", name])
+
+
 @pytest.mark.parametrize("module", ["store", "schedule", "iteration"])
 def test_the_method_and_the_files_load_no_heavy_library(module):
     code = (

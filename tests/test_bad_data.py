@@ -164,6 +164,17 @@ def test_a_mended_file_is_prepared_anew(prepare: Any, tmp_path: Path) -> None:
     assert len(prepare(datasets=sets).train.rows) == 1
 
 
+def test_prepared_rows_of_another_guard_are_not_shared(
+    prepare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import axolotl.utils.data.rl as host
+
+    cfg = prepare(datasets=[file_of(tmp_path, [GOOD])]).cfg
+    before = host.generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer")
+    monkeypatch.setattr("sera_plugin.trainer.GUARD_VERSION", 0)
+    assert host.generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer") != before
+
+
 def test_prepared_rows_of_another_rl_are_not_shared(prepare: Any, tmp_path: Path) -> None:
     """The host names prepared data without regard to `rl`; plain DPO would train placeholders."""
     import axolotl.utils.data.rl as host

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
 from sera_plugin.dataset import INEXACT, LOG, report_rows, tokenize_rows
-from sera_plugin.templates import ChatTemplateCheck
 
 SPECIAL = [
     "<pad>",
@@ -359,75 +357,6 @@ def ordinary_texts(count: int) -> list[str]:
     return texts[:count]
 
 
-class Host:
-    """The real `chat_template.default` strategy of the host with one of its own templates."""
-
-    def __init__(self, template: str) -> None:
-        from axolotl.prompt_strategies.dpo.chat_template import default
-        from axolotl.utils.chat_templates import get_chat_template
-        from axolotl.utils.dict import DictDefault
-
-        self.tokenizer = build()
-        self.tokenizer.chat_template = get_chat_template(template)
-        cfg = {"chat_template": template, "datasets": [{"type": "chat_template.default"}]}
-        self.transform, _ = default(DictDefault(cfg))
-        self.check = ChatTemplateCheck(self.tokenizer)
-        self.end = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}[template]
-
-    def rendered(self, chosen: str, rejected: str = "Fine, thanks.") -> dict[str, str]:
-        sample = {
-            "messages": [{"role": "user", "content": "How are you?"}],
-            "chosen": {"role": "assistant", "content": chosen},
-            "rejected": {"role": "assistant", "content": rejected},
-        }
-        result: dict[str, str] = self.transform(sample, tokenizer=self.tokenizer)
-        return result
-
-    def completion(self, content: str) -> str:
-        return self.rendered(content)["chosen"]
-
-
-@pytest.fixture(scope="module")
-def llama3() -> Host:
-    return Host("llama3")
-
-
-@pytest.fixture(scope="module")
-def chatml() -> Host:
-    return Host("chatml")
-
-
-@pytest.mark.parametrize("content", ["user", "assistant", " hi ", " hi", "hi ", "hi\n", "a", ">"])
-def test_completions_the_host_corrupts_are_flagged(llama3: Host, content: str) -> None:
-    completion = llama3.completion(content)
-    assert completion != content.strip() + llama3.end, "the host no longer corrupts this one"
-    assert llama3.check.corrupted(completion)
-
-
-@pytest.mark.parametrize("content", ["user", "assistant", "[[dummy_message]]", "m"])
-def test_completions_found_too_early_are_flagged_in_chatml(chatml: Host, content: str) -> None:
-    completion = chatml.completion(content)
-    assert completion != content + chatml.end
-    assert chatml.check.corrupted(completion)
-
-
-def test_ordinary_completions_are_not_flagged(llama3: Host, chatml: Host) -> None:
-    for host in (llama3, chatml):
-        for text in ordinary_texts(200):
-            completion = host.completion(text)
-            assert completion == text + host.end
-            assert not host.check.corrupted(completion), text
-
-
-@pytest.mark.parametrize(
-    "text", ["\nOn a new line", "\n\n\nafter three", "  indented", "trailing "]
-)
-def test_white_space_that_the_template_keeps_is_not_flagged(chatml: Host, text: str) -> None:
-    completion = chatml.completion(text)
-    assert completion == text + chatml.end
-    assert not chatml.check.corrupted(completion)
-
-
 nasty = st.lists(
     st.sampled_from(
         ["\n", " ", ">", "|", "<|", "|>", "user", "assistant", "end", "eot", "_id", "im", "x", "é"]
@@ -435,30 +364,3 @@ nasty = st.lists(
     min_size=1,
     max_size=5,
 ).map("".join)
-
-
-@settings(deadline=None, max_examples=150)
-@given(content=nasty)
-def test_exactly_what_differs_from_answer_and_end_is_flagged(
-    llama3: Host, chatml: Host, content: str
-) -> None:
-    for host in (llama3, chatml):
-        completion = host.completion(content)
-        intact = completion == content + host.end
-        assert host.check.corrupted(completion) == (not intact), (content, completion)
-
-
-def test_corrupted_rows_are_dropped_and_named(llama3: Host) -> None:
-    rows = [
-        llama3.rendered("All is well."),
-        llama3.rendered("user"),
-        llama3.rendered("Splendid!", rejected=" spaced "),
-        llama3.rendered("Not bad at all."),
-    ]
-    result = tokenize(llama3.tokenizer, *rows, template_check=llama3.check)
-    assert result.rows == [0, 3]
-    [(why, dropped)] = result.dropped.items()
-    assert "chat_template" in why
-    assert dropped == [1, 2]
-    assert spelled(llama3.tokenizer, result.prompt_ids[0]).count("<s>") == 1
-    assert spelled(llama3.tokenizer, result.chosen_ids[0]) == "All is well.<|eot_id|>"

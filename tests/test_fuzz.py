@@ -28,12 +28,13 @@ from sera_plugin.args import SeraConfig
 from sera_plugin.dataset import ODD, SPELLED_OUT, TokenizedRows, tokenize_rows
 from sera_plugin.loading import DataError, Split
 from sera_plugin.rows import guard
+from sera_plugin.texts import visible
 from tests.test_dataset import build
 from tests.test_plugin_config import config
 
 DOCS = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
 
-#: Malformed inputs that were tried, by kind; the last test looks at it.
+#: Malformed inputs that were refused or dropped, by kind; the last test looks at it.
 TRIED: Counter[str] = Counter()
 
 
@@ -113,6 +114,8 @@ def _switch(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
 
 
+#: Strings among the junk that can name a directory.
+DIRECTORIES = ("", " ", "three", "nan", "\u202eabc\ufeff")
 #: Where junk goes -> which of it is no junk there.
 PLACES: dict[str, Callable[[Any], bool]] = {
     "sera": lambda v: v == {},
@@ -133,6 +136,7 @@ PLACES: dict[str, Callable[[Any], bool]] = {
     "sera.score_columns": lambda v: v == [] or isinstance(v, set),
     "sera.unknown": _never,
     "rl": _never,
+    "output_dir": lambda v: v is None or (isinstance(v, str) and v in DIRECTORIES),
     "num_epochs": _never,
     "rl_beta": lambda v: v == 1e300,
     "trl": lambda v: isinstance(v, dict),
@@ -181,6 +185,8 @@ def refused(cfg: dict[str, Any]) -> str | None:
         if type(error) is not ValueError:
             raise  # one of somebody else's
         return str(error)
+    if cfg.get("inference"):
+        return None  # nothing is trained, and the block is not looked at
     resolved = SeraConfig(**cfg["sera"])
     json.dumps(resolved.model_dump(mode="json"), allow_nan=False)
     return None
@@ -198,14 +204,13 @@ def readable(message: str, *parts: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_junk_anywhere_in_a_configuration_is_refused_in_words(place: str) -> None:
     for value in JUNK:
-        TRIED["configuration"] += 1
         message = refused(misplaced(place, value))
         if PLACES[place](value):
             assert message is None, (place, value, message)
             continue
         assert message is not None, (place, value)
-        parts = place.split(".")
-        named = parts[0] if parts[0] in ("sera", "vllm") else parts[-1]
+        TRIED["configuration"] += 1
+        named = place if place.startswith(("sera.", "vllm.")) else place.split(".")[-1]
         readable(message, "datasets" if named == "0" else named)
 
 
@@ -229,9 +234,9 @@ sera_keys = st.sampled_from(sorted(SeraConfig.model_fields)) | st.text(max_size=
 @settings(deadline=None, max_examples=250, derandomize=True, database=None)
 @given(block=st.dictionaries(sera_keys, yaml_values, min_size=1, max_size=4), beside=yaml_values)
 def test_any_block_is_understood_or_refused_in_words(block: Any, beside: Any) -> None:
-    TRIED["configuration"] += 1
     message = refused(config(sera=block, dpo_loss_type=beside, num_epochs=beside))
     if message is not None:
+        TRIED["configuration"] += 1
         readable(message)
 
 
@@ -245,9 +250,9 @@ top_keys = (
 @settings(deadline=None, max_examples=250, derandomize=True, database=None)
 @given(keys=st.dictionaries(top_keys, yaml_values, min_size=1, max_size=3))
 def test_any_keys_beside_the_block_are_understood_or_refused(keys: Any) -> None:
-    TRIED["configuration"] += 1
     message = refused({**config(), **keys})
     if message is not None:
+        TRIED["configuration"] += 1
         readable(message)
 
 
@@ -392,30 +397,55 @@ class Guarded:
         return tokenize_rows(prepared, self.tokenizer, [self.tokenizer.eos_token_id], LENGTH)
 
 
-def all_dropped(result: TokenizedRows, rows: list[dict[str, Any]], good: int) -> None:
-    """All rows but the first ones are dropped, each for a reason that the documentation has."""
-    passed = [rows[row] for row in result.rows if row >= good]
-    assert passed == []
-    assert result.rows == list(range(good))
+def all_dropped(result: TokenizedRows, rows: list[dict[str, Any]], good: dict[str, Any]) -> None:
+    """All rows but the good ones are dropped, each for a reason that the documentation has."""
+    kept = [number for number, row in enumerate(rows) if row is good]
+    assert [rows[row] for row in result.rows if row not in kept] == []
+    assert result.rows == kept
+    TRIED["row"] += len(rows) - len(kept)
     for reason in result.dropped:
         assert reason.isascii()
         assert len(reason) < 400
         [phrase] = [phrase for pattern, phrase in REASONS.items() if re.search(pattern, reason)]
         assert phrase in DOCS, phrase
-    assert sum(map(len, result.dropped.values())) == len(rows) - good
+    assert sum(map(len, result.dropped.values())) == len(rows) - len(kept)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_damaged_fields_are_dropped_by_every_strategy(strategy: str) -> None:
     good, places = STRATEGIES[strategy]
-    rows = [good]
+    rows: list[dict[str, Any]] = []
+    wanted: list[str] = []
     for place in places:
         for value in BAD_TEXTS:
-            if strategy == "zephyr.nectar" and place == ("answers",) and value is MISSING:
-                continue  # said once, by the null
-            rows.append(put(good, place, value))
-    TRIED["row"] += len(rows) - 1
-    all_dropped(Guarded(strategy).tokenize(rows), rows, good=1)
+            as_text = isinstance(at(good, place), str)
+            rows += [good, put(good, place, value)]
+            wanted += ["", expected(value, as_text)]
+    result = Guarded(strategy).tokenize(rows)
+    all_dropped(result, rows, good)
+    for reason, dropped in result.dropped.items():
+        for row in dropped:
+            assert re.search(wanted[row], reason), (rows[row], wanted[row], reason)
+
+
+def at(row: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        row = row[key]
+    return row
+
+
+def expected(value: Any, read_as_text: bool) -> str:
+    """What the reason for dropping a row must say that has this value where text belongs."""
+    unreadable = "" if read_as_text else "|cannot read it"
+    if value is MISSING:
+        return "no field or role|must all be text"
+    if value is None:
+        return "is null|must all be text|null or not text|NoneType"
+    if not isinstance(value, str):
+        return "not text|must all be text|cannot read it|no field or role|is empty"
+    if not visible(value):
+        return f"is empty|empty prompt{unreadable}"
+    return ("longer than" if len(value) > LENGTH else "not valid Unicode") + unreadable
 
 
 BAD_TURNS: list[Any] = [
@@ -452,11 +482,11 @@ TALKS = {
 @pytest.mark.parametrize("strategy", TALKS)
 def test_damaged_messages_are_dropped(strategy: str, template: str) -> None:
     good = TALKS[strategy]
-    rows = [good]
+    rows: list[dict[str, Any]] = []
     for field in good:
-        rows += [put(good, (field,), value) for value in BAD_TURNS]
-    TRIED["row"] += len(rows) - 1
-    all_dropped(Guarded(strategy, template).tokenize(rows), rows, good=1)
+        for value in BAD_TURNS:
+            rows += [put(good, (field,), value), good]
+    all_dropped(Guarded(strategy, template).tokenize(rows), rows, good)
 
 
 @pytest.mark.parametrize("strategy", ["user_defined.default", "chatml.default"])
@@ -477,13 +507,13 @@ def test_rows_from_elsewhere_are_dropped_or_text() -> None:
         {key: random.choice(values) for key in ("prompt", "chosen", "rejected", "x")}
         for _ in range(400)
     ]
-    TRIED["row"] += 400
     result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], LENGTH)
     kept = [rows[row] for row in result.rows]
     for row in kept:
         texts = [row["prompt"], row["chosen"], row["rejected"]]
         assert all(isinstance(text, str) and text.strip() for text in texts), row
         assert texts[1] != texts[2]
+    TRIED["row"] += len(rows) - len(kept)
     assert len(kept) + sum(map(len, result.dropped.values())) == len(rows)
 
 
@@ -499,7 +529,6 @@ def test_special_tokens_in_answers_end_no_turn(options: dict[str, bool]) -> None
     for index in range(150):
         text = "ab" + "".join(random.choices(PIECES, k=random.randint(1, 6)))
         rows.append({"prompt": "hi", "chosen": f"{text} b{index}", "rejected": text})
-    TRIED["row"] += len(rows)
     result = tokenize_rows(rows, tokenizer, ends, None)
     assert len(result.rows) == len(rows)
     for ids in (*result.chosen_ids, *result.rejected_ids):
@@ -518,7 +547,6 @@ def test_odd_characters_are_kept_and_counted() -> None:
     fine = ["\u200d", "\u200c", "é", "e\u0301", "مرحبا", "שלום", "👩‍👩‍👧", "\t", "\n"]
     texts = [f"a{character}b" for character in (*odd, *fine)]
     rows = [{"prompt": "hi", "chosen": text, "rejected": "world"} for text in texts]
-    TRIED["row"] += len(odd)
     result = Guarded("passthrough.default").tokenize(rows)
     assert result.dropped == {}
     assert result.kept == {ODD: list(range(len(odd)))}

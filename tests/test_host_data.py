@@ -170,5 +170,5 @@ def test_a_damaged_file_ends_before_a_model_is_loaded(base_config, train, tmp_pa
 
 def test_no_usable_row_says_why(base_config, train, tmp_path):
     rows = [{"prompt": "b a", "chosen": " ", "rejected": "b"}]
-    with pytest.raises(ValueError, match="none of the 1 preference rows can be used"):
+    with pytest.raises(ValueError, match="none of the 1 train rows can be used"):
         trained(base_config, train, tmp_path, rows, base_config["datasets"][0]["type"])

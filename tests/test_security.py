@@ -20,13 +20,23 @@ import pytest
 
 from sera_plugin.args import SeraConfig
 from sera_plugin.checksums import seal
+from sera_plugin.loading import load_failure
 from sera_plugin.method import Method, Pairs
+from sera_plugin.rows import source_name
 from sera_plugin.run import describe_run
 from sera_plugin.sampling import SamplingFailed, SamplingSettings, vllm, vllm_server
 from sera_plugin.sampling.child import ChildFailed
 from sera_plugin.sampling.vllm_server import VllmServerSampler
 from sera_plugin.schedule import Schedule
-from sera_plugin.shown import is_secret, printable, public, without_credentials, without_secret
+from sera_plugin.shown import (
+    is_secret,
+    plain,
+    printable,
+    public,
+    quoted,
+    without_credentials,
+    without_secret,
+)
 from sera_plugin.store import RunStore, make_table
 from tests.conftest import adapter
 
@@ -248,7 +258,7 @@ def test_secrets_are_left_out_at_any_depth():
         "tokens": ["<a>"],
         "datasets": [{"path": "s3://b", "storage_options": {"anon": False}}],
         "headers": {},
-        "mlflow_tracking_uri": "https://***@tracker:5000/a?b=c@d",
+        "mlflow_tracking_uri": "https://***@tracker:5000/a?***",
         "proxy": "***@proxy:3128",
         "resume": None,
     }
@@ -278,6 +288,50 @@ def test_run_json_has_what_is_set_and_no_secret():
 )
 def test_what_is_no_credential_stays(text):
     assert without_credentials(text) == text
+
+
+SIGNED = "https://bucket.example.org/pairs.jsonl?X-Amz-Signature=planted-1&token=planted-2"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        SIGNED,
+        SIGNED.replace("https", "s3"),
+        SIGNED.replace("?", "?a/b="),
+        "https://me:planted@bucket.example.org/pairs.jsonl",
+        "https://" + "planted" * 40 + "@bucket.example.org/pairs.jsonl",
+        "https://bucket.example.org/pairs.jsonl#access_token=planted",
+        "https://bucket.example.org/" + "deep/" * 50 + "pairs.jsonl?sig=planted",
+    ],
+)
+def test_what_is_secret_in_a_url_is_in_no_message_source_or_run_json(url):
+    config = {"datasets": [{"path": url, "data_files": [url]}], "tuple": (url,)}
+    error = load_failure("datasets[0]", url, FileNotFoundError(f"403 for {url} (\u202e)"))
+    shown = [
+        quoted(url),
+        quoted(url, 1000),
+        quoted(url.encode()),
+        quoted([url]),
+        quoted(config, 1000),
+        plain(f"GET {url} failed", 1000),
+        source_name("datasets", 0, url),
+        str(error),
+        json.dumps(public(config)),
+    ]
+    assert not [text for text in shown if "planted" in text]
+    if len(url) < 200:
+        assert source_name("datasets", 0, url) == "datasets[0] (pairs.jsonl)"
+    assert "pairs.jsonl" in json.dumps(public(config))
+
+
+def test_a_quoted_block_shows_no_secret():
+    assert quoted({"api_key": "planted", "a": 1, 2: ("x",)}) == "{'a': 1, 2: ('x',)}"
+
+
+def test_plain_text_has_the_escapes_of_its_characters_alone():
+    assert plain('it\'s \\ "fine"\n\u202e\ud800é') == 'it\'s \\ "fine"\\n\\u202e\\ud800\\xe9'
+    assert plain("x" * 100) == "x" * 60 + "..."
 
 
 def test_a_secret_is_found_however_it_is_quoted():
