@@ -66,7 +66,7 @@ def test_a_read_only_output_directory_is_refused_before_anything_is_loaded(
 ):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     base_config["output_dir"] = str(small_disk / "not/there/yet")
-    with pytest.raises(ValueError, match=r"output_dir: .*not/there/yet cannot be written"):
+    with pytest.raises(ValueError, match=r"output_dir: .*not/there/yet' cannot be written"):
         load(base_config)
 
 

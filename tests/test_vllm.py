@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +99,13 @@ def greedy_by_transformers(model: Path, policy: Path | None, rows) -> dict:
 
 def workers(of: psutil.Process) -> list[psutil.Process]:
     """The vLLM worker and all that it has started."""
-    found = [p for p in of.children(recursive=True) if vllm.WORKER.name in " ".join(p.cmdline())]
+
+    def is_worker(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            return vllm.WORKER.name in " ".join(process.cmdline())
+        return False
+
+    found = [process for process in of.children(recursive=True) if is_worker(process)]
     return found and [found[0], *found[0].children(recursive=True)]
 
 
