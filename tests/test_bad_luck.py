@@ -16,6 +16,8 @@ from transformers import Trainer
 
 from sera_plugin.logprobs import TokenBudget, score_sequences
 from sera_plugin.policies import PolicyHistory
+from sera_plugin.sampling import SamplingSettings
+from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.store import RunStore
 from tests.conftest import adapter, fill, ids
 
@@ -157,6 +159,23 @@ def test_one_sequence_that_does_not_fit_ends_the_run_with_what_to_do(model):
     with pytest.raises(ValueError, match=r"with 12 tokens at a time\. Lower sequence_len"):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
     handle.remove()
+
+
+def test_sampling_goes_on_in_smaller_batches(model, caplog):
+    """Three prompts with four candidates each; a forward pass takes four sequences at most."""
+
+    def check(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    sampler = TransformersSampler(model, pad_id=0, token_budget=10_000)
+    settings = SamplingSettings(4, 1.0, 1.0, 6, 48, (2,), seed=3)
+    chunks = list(sampler.sample(ids(5, 5, 5), settings))
+    handle.remove()
+    assert [[row for row, _ in chunk] for chunk in chunks] == [[0], [1], [2]]
+    assert all(len(candidates) == 4 for chunk in chunks for _, candidates in chunk)
+    assert "out of memory while sampling 3 sequences of 44 tokens" in caplog.text
 
 
 def test_another_error_is_not_taken_for_memory(model):
