@@ -219,49 +219,44 @@ def _offline_accuracy(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
     return _fallen(summaries, "offline_accuracy", "offline", _offline)
 
 
-def _duplicates(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+def _share(
+    summaries: Sequence[Mapping[str, Any]],
+    name: str,
+    counts: tuple[str, str],
+    threshold: float,
+    text: str,
+) -> Alarm | None:
+    """A share of what was sampled; `counts` names part and whole in the summary's `samples`."""
     samples = summaries[-1].get("samples")
     if samples is None:
         return None
-    figure = samples["duplicates"] / samples["sampled"]
-    return Alarm(
-        "duplicates",
-        figure,
-        DUPLICATES,
-        figure > DUPLICATES,
-        f"{figure:.0%} of {samples['sampled']} candidates repeat another one of their prompt: "
-        "raise sera.temperature or sera.top_p, or lower sera.candidates.",
+    part, whole = (samples[count] for count in counts)
+    figure = part / whole
+    return Alarm(name, figure, threshold, figure > threshold, f"{figure:.0%} of {whole} {text}")
+
+
+def _duplicates(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+    text = (
+        "candidates repeat another one of their prompt: raise sera.temperature or sera.top_p, or "
+        "lower sera.candidates."
     )
+    return _share(summaries, "duplicates", ("duplicates", "sampled"), DUPLICATES, text)
 
 
 def _without_pair(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
-    samples = summaries[-1].get("samples")
-    if samples is None:
-        return None
-    figure = samples["too_few"] / samples["prompts"]
-    return Alarm(
-        "without_pair",
-        figure,
-        WITHOUT_PAIR,
-        figure > WITHOUT_PAIR,
-        f"{figure:.0%} of {samples['prompts']} prompts have fewer than two distinct candidates "
-        "and give no pair: raise sera.temperature, sera.top_p or sera.candidates.",
+    text = (
+        "prompts have fewer than two distinct candidates and give no pair: raise "
+        "sera.temperature, sera.top_p or sera.candidates."
     )
+    return _share(summaries, "without_pair", ("too_few", "prompts"), WITHOUT_PAIR, text)
 
 
 def _unfinished(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
-    samples = summaries[-1].get("samples")
-    if samples is None:
-        return None
-    figure = samples["unfinished"] / samples["sampled"]
-    return Alarm(
-        "unfinished",
-        figure,
-        UNFINISHED,
-        figure > UNFINISHED,
-        f"{figure:.0%} of {samples['sampled']} candidates were cut before their end: raise "
-        "sera.max_new_tokens (and sequence_len, if prompt and candidate fill it).",
+    text = (
+        "candidates were cut before their end: raise sera.max_new_tokens (and sequence_len, if "
+        "prompt and candidate fill it)."
     )
+    return _share(summaries, "unfinished", ("unfinished", "sampled"), UNFINISHED, text)
 
 
 def _constant(

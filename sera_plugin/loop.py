@@ -160,7 +160,7 @@ class Loop:
         """Whether any iteration still lacks its candidates."""
         iterations = range(2, len(self.schedule.pairs) + 1)
         return bool(self.method.bootstrapped) and not all(
-            self.store.table_file(iteration, "candidates").exists() for iteration in iterations
+            self.store.finished(iteration, "candidates") for iteration in iterations
         )
 
     def _require_same_model(self, dataset: pa.Table) -> None:

@@ -202,7 +202,7 @@ class RunStore:
         """Write what the run is and what it trains on; a run has begun once run.json is there."""
 
         def write() -> None:
-            self.write_dataset(dataset)
+            write_table(self.dataset_file, dataset)
             write_json(self.run_file, description)
 
         self.ranks.on_main(write)
@@ -232,12 +232,12 @@ class RunStore:
 
     def repair_dataset(self, dataset: pa.Table) -> None:
         """Write dataset.parquet again if it is missing or damaged."""
-        self.ranks.on_main(
-            lambda: None if self._whole(self.dataset_file) else self.write_dataset(dataset)
-        )
 
-    def write_dataset(self, dataset: pa.Table) -> None:
-        write_table(self.dataset_file, dataset)
+        def repair() -> None:
+            if not self._whole(self.dataset_file):
+                write_table(self.dataset_file, dataset)
+
+        self.ranks.on_main(repair)
 
     def iteration(self, iteration: int) -> Path:
         """The directory of iteration t (1-based)."""
@@ -283,10 +283,15 @@ class RunStore:
         """Complete a phase."""
         self.ranks.on_main(lambda: write_table(self.table_file(iteration, name), table))
 
+    def finished(self, iteration: int, name: str) -> bool:
+        """Whether a phase is complete and its file whole."""
+        return self._whole(self.table_file(iteration, name))
+
     def read(self, iteration: int, name: str) -> pa.Table | None:
         """A finished phase's table, or None if the phase is not complete or its file damaged."""
-        path = self.table_file(iteration, name)
-        return pq.read_table(path) if self._whole(path) else None
+        if not self.finished(iteration, name):
+            return None
+        return pq.read_table(self.table_file(iteration, name))
 
     def column(self, iteration: int, name: str, column: str) -> npt.NDArray[np.float64]:
         """One numeric column of a finished phase.
@@ -295,7 +300,7 @@ class RunStore:
             ValueError: if its file is missing or damaged.
         """
         path = self.table_file(iteration, name)
-        if not self._whole(path):
+        if not self.finished(iteration, name):
             raise ValueError(
                 f"{path} is missing or damaged. Start the command again with "
                 "`auto_resume_from_checkpoints: true`: it is then made again."

@@ -526,14 +526,16 @@ class SeraTrainer(AxolotlDPOTrainer):
             control.should_save = True
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The host's checkpoint, sealed before an older one is removed.
+        """The host's checkpoint, sealed before an older one is removed; a step is saved once.
 
         Raises:
             ValueError: if the policy's weights are not finite.
             OSError: if the disk is full, with what to do about it.
         """
-        self._require_finite_weights()
         step = self.state.global_step
+        if step == self._saved_step:
+            return  # asked for again at the same step: the whole one stays
+        self._require_finite_weights()
         directory = Path(self._get_output_dir(trial=trial))
         path = checkpoints.checkpoint(directory, step)
         # What is there was cut off, or `continue_from` would have set it aside.

@@ -289,3 +289,12 @@ def test_one_pair_and_duplicate_pairs_train(base_config, train, world, tmp_path)
     base_config["datasets"][0]["path"] = str(tmp_path / "rows.jsonl")
     result = train(base_config | {"num_epochs": 2, "test_datasets": None, "evals_per_epoch": None})
     assert result.training_pairs[1].num_rows == 2
+
+
+def test_a_step_that_is_saved_again_keeps_its_whole_checkpoint(base_config, train):
+    """Without its first one a run that is killed while it saves again would have none."""
+    result = train(base_config | {"num_epochs": 1})
+    [saved] = result.output.glob("checkpoint-*")
+    before = {path: path.stat().st_mtime_ns for path in saved.iterdir()}
+    result.trainer._save_checkpoint(result.trainer.model, None)
+    assert {path: path.stat().st_mtime_ns for path in saved.iterdir()} == before
