@@ -238,13 +238,13 @@ def test_killing_the_worker_keeps_finished_chunks_and_the_next_try_goes_on(world
 
 def test_a_hung_engine_is_ended(world, tmp_path, monkeypatch):
     sampler = offline(world.base, tmp_path)
-    chunks = sampler.sample(prompts(world, 1500), settings(candidates=4))
+    # More than the pipe and the queue hold, so that the worker cannot have finished meanwhile.
+    chunks = sampler.sample(prompts(world, 6000), settings(candidates=4))
     next(chunks)
     family = workers(psutil.Process())
     monkeypatch.setattr(child, "PATIENCE", 6.0)
     monkeypatch.setattr(child, "GRACE", 3.0)
-    for process in family[1:]:
-        process.suspend()
+    os.killpg(family[0].pid, signal.SIGSTOP)  # the worker and its engine, but not the guard
     with pytest.raises(SamplingFailed, match="it hung: no progress for 6 seconds"):
         list(chunks)
     assert gone(*(process.pid for process in family))
