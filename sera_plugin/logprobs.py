@@ -1,181 +1,26 @@
-"""The scorer: log pi(y|x), summed over the completion's tokens, in nats.
-
-Scoring and training use the same function of the logits, in float32 whatever the model computes
-in, so that a policy compared with itself gives zero.
-"""
+"""The scorer: log pi(y|x), summed over the completion's tokens, in nats."""
 
 from __future__ import annotations
 
-import inspect
-import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import Tensor
 
+from sera_plugin.budget import TokenBudget, batches_by_length
+from sera_plugin.forward import abilities, forward_logps, innermost
+from sera_plugin.packing import Ids, Layout, Sharing, collate, plan_lines
 from sera_plugin.ranks import WHOLE, Shard
-
-LOG = logging.getLogger("axolotl.sera")
-
-T = TypeVar("T")
-
-
-def completion_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Sum the log-probabilities of the masked tokens.
-
-    Args:
-        logits: (n, length, vocabulary), position i predicting label i.
-        labels: (n, length) token ids.
-        mask: (n, length), 1 where a token belongs to the completion.
-
-    Returns:
-        (n,) float32 sums in nats. Differentiable.
-    """
-    sums = []
-    # Row by row: the float32 copy of the logits then never exceeds one row's completion.
-    for row_logits, row_labels, row_mask in zip(logits, labels, mask.bool(), strict=True):
-        picked = row_logits[row_mask].float()
-        sums.append(-F.cross_entropy(picked, row_labels[row_mask], reduction="sum"))
-    return torch.stack(sums)
-
-
-def forward_logps(
-    model: torch.nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    completion_mask: Tensor,
-    **model_inputs: Any,
-) -> tuple[Tensor, Any]:
-    """One forward pass, for scoring and for training alike.
-
-    Args:
-        model: a causal language model, wrapped or not.
-        input_ids, attention_mask, completion_mask: (n, length), padded on the right.
-        model_inputs: anything else the model's forward takes.
-
-    Returns:
-        (n,) float32 log pi(completion | prompt) in nats, and the model's output.
-    """
-    # Logits are needed from the first completion's predecessor on, and nowhere before.
-    start = int(completion_mask.any(dim=0).int().argmax()) - 1
-    if "logits_to_keep" in inspect.signature(type(innermost(model)).forward).parameters:
-        model_inputs["logits_to_keep"] = input_ids.shape[1] - start
-    output = model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **model_inputs
-    )
-    kept = output.logits[:, -(input_ids.shape[1] - start) : -1]
-    labels, mask = input_ids[:, start + 1 :], completion_mask[:, start + 1 :]
-    return completion_logps(kept, labels, mask), output
-
-
-def innermost(model: Any) -> Any:
-    """The transformers model inside DDP and PEFT wrappers."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first.
-
-    Args:
-        lengths: tokens per sequence.
-        token_budget: most tokens a batch holds once padded; a longer sequence is alone.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > token_budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-@dataclass
-class TokenBudget:
-    """How many tokens one forward pass may take, and what is left of that.
-
-    Attributes:
-        planned: most tokens per forward pass, padding included. All ranks plan by it.
-        purpose: what the passes are for, in a message.
-        tokens: the same, after what has run out of memory.
-    """
-
-    planned: int
-    purpose: str = "scoring"
-    tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tokens = self.planned
-
-    def run(
-        self, batches: Sequence[list[int]], sizes: Sequence[int], work: Callable[[list[int]], T]
-    ) -> Iterator[tuple[list[int], T]]:
-        """Work through batches, in smaller parts once memory has run out.
-
-        Args:
-            batches: indices, from `batches_by_length`.
-            sizes: tokens by index.
-            work: what to do with a batch or a part of one.
-
-        Yields:
-            (batch or part of one, what came out).
-
-        Raises:
-            ValueError: if not even one sequence fits into memory.
-        """
-        left = deque(batches)
-        while left:
-            batch = left.popleft()
-            size = sizes[batch[0]]
-            if len(batch) > 1 and len(batch) * size > self.tokens:
-                fits = max(1, self.tokens // size)
-                left.extendleft((batch[fits:], batch[:fits]))
-                continue
-            try:
-                result = work(batch)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                self._exceeded(len(batch), size)
-                error.__traceback__ = None  # its frames hold what did not fit
-            else:
-                yield batch, result
-                continue
-            clear_device_cache(garbage_collection=True)
-            left.appendleft(batch)
-
-    def _exceeded(self, sequences: int, size: int) -> None:
-        if sequences == 1:
-            raise ValueError(
-                f"out of memory while {self.purpose}, with {size} tokens at a time. "
-                "Lower sequence_len (for sampling sera.max_new_tokens or sera.candidates), load "
-                "the model in 4 or 8 bits, or take a device with more memory."
-            )
-        self.tokens = min(self.tokens, sequences * size) // 2
-        LOG.warning(
-            "SeRA: out of memory while %s %d sequences of %d tokens at a time; going on with %d "
-            "tokens at a time",
-            self.purpose,
-            sequences,
-            size,
-            self.tokens,
-        )
 
 
 @torch.no_grad()
 def score_sequences(
     model: torch.nn.Module,
-    prompts: Sequence[npt.NDArray[np.int32]],
-    completions: Sequence[npt.NDArray[np.int32]],
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
     *,
     pad_id: int,
     budget: TokenBudget,
@@ -192,7 +37,7 @@ def score_sequences(
         budget: most tokens per forward pass; halved, for good, when memory runs out.
         autocast: the context training computes its loss in.
         shard: this process's part of the batches.
-        progress: called with the tokens of each finished batch.
+        progress: called with the prompt and completion tokens of each finished batch.
 
     Returns:
         (n,) float64 log pi(completion | prompt) in nats, 0 where another part scores. Not checked
@@ -201,44 +46,58 @@ def score_sequences(
     Raises:
         ValueError: if not even one sequence fits into memory.
     """
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    scores = np.zeros(len(lengths), dtype=np.float64)
+    with autocast():
+        can = abilities(model)
+    device = next(model.parameters()).device
+    sharing = cost_of_sharing(model, budget.planned) if can.shared else None
+    lines = plan_lines(prompts, completions, sharing)
+    sizes = [len(prompts[line[0]]) + sum(len(completions[i]) for i in line) for line in lines]
+    scores = np.zeros(len(prompts), dtype=np.float64)
 
-    def score(batch: list[int]) -> npt.NDArray[np.float64]:
-        sequences = [(prompts[index], completions[index]) for index in batch]
-        return _score_batch(model, sequences, pad_id, autocast)
+    def score(batch: list[int]) -> int:
+        chosen = [lines[number] for number in batch]
+        layout: Layout = "packed" if can.packed else "padded"
+        if len(chosen[0]) > 1:
+            layout = "shared"
+        inputs, targets = collate(prompts, completions, chosen, layout, pad_id, device)
+        with autocast():
+            logps, _ = forward_logps(model, inputs, targets)
+        indices = [index for line in chosen for index in line]
+        scores[indices] = logps.double().cpu().numpy()
+        return sum(len(prompts[index]) + len(completions[index]) for index in indices)
 
     was_training = model.training
     model.eval()
     try:
-        batches = shard.of(list(batches_by_length(lengths, budget.planned)))
-        for batch, logps in budget.run(batches, lengths, score):
-            scores[batch] = logps
-            progress(sum(lengths[index] for index in batch))
+        batches = []
+        # Apart, because a mask of our own slows down lines that do not need it.
+        for shared in (True, False):
+            kind = [number for number, line in enumerate(lines) if (len(line) > 1) == shared]
+            kind_sizes = [sizes[number] for number in kind]
+            for batch in batches_by_length(kind_sizes, budget.planned):
+                batches.append([kind[index] for index in batch])
+        for _, tokens in budget.run(shard.of(batches), sizes, score):
+            progress(tokens)
     finally:
         model.train(was_training)
     return scores
 
 
-def _score_batch(
-    model: torch.nn.Module,
-    sequences: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
-    pad_id: int,
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> npt.NDArray[np.float64]:
-    """(n,) log pi of (prompt, completion) sequences in one forward pass."""
-    device = next(model.parameters()).device
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    attention = torch.zeros_like(input_ids)
-    mask = torch.zeros_like(input_ids)
-    for line, (prompt, completion) in enumerate(sequences):
-        ids = np.concatenate([prompt, completion])
-        input_ids[line, : len(ids)] = torch.from_numpy(ids)
-        attention[line, : len(ids)] = 1
-        mask[line, len(prompt) : len(ids)] = 1
-    input_ids, attention, mask = (x.to(device) for x in (input_ids, attention, mask))
-    with autocast():
-        logps, _ = forward_logps(model, input_ids, attention, mask)
-    scored: npt.NDArray[np.float64] = logps.double().cpu().numpy()
-    return scored
+def cost_of_sharing(model: Any, longest: int) -> Sharing:
+    """What attention costs in this model, by its configuration.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        longest: most tokens of a line.
+    """
+    base = innermost(model)
+    text = base.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Multiplications: queries with keys and weights with values for a pair of tokens, and a token's
+    # with every weight in the layers.
+    pair = 2 * text.num_hidden_layers * text.num_attention_heads * head_dim
+    weights = base.num_parameters(exclude_embeddings=True)
+    if not text.tie_word_embeddings:
+        weights -= text.vocab_size * text.hidden_size
+    window = getattr(text, "sliding_window", None) or longest
+    return Sharing(attention=pair / weights, longest=min(longest, window))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sera_plugin.logprobs import forward_logps
+from sera_plugin.forward import forward_logps
 from sera_plugin.losses import PreferenceLoss
+from sera_plugin.packing import Targets
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Objective:
             inputs: input_ids, attention_mask, completion_mask (2n, length) with the chosen rows
                 first; ref_chosen_logps, ref_rejected_logps (n,).
         """
-        extra = {} if self.router_weight is None else {"output_router_logits": True}
+        taken: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if self.router_weight is not None:
+            taken["output_router_logits"] = True
         mask = inputs["completion_mask"]
-        logps, outputs = forward_logps(
-            model, inputs["input_ids"], inputs["attention_mask"], mask, **extra
-        )
+        logps, outputs = forward_logps(model, taken, Targets.of(inputs["input_ids"], mask))
         chosen_logps, rejected_logps = logps.chunk(2)
         chosen_lengths, rejected_lengths = mask.sum(dim=1).chunk(2)
         chosen = self.loss.rewards(chosen_logps, inputs["ref_chosen_logps"], chosen_lengths)

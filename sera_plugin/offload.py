@@ -36,11 +36,16 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
         length: longest prompt + candidate in tokens.
         element_size: bytes per weight as served.
     """
+    per_token = cache_bytes_per_token(model, element_size)
+    return model.num_parameters() * element_size, _AT_ONCE * length * per_token
+
+
+def cache_bytes_per_token(model: Any, element_size: int) -> int:
+    """Keys and values of one token in all layers."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * heads * size * element_size
-    return model.num_parameters() * element_size, _AT_ONCE * length * per_token
+    return 2 * int(text.num_hidden_layers) * int(heads) * int(size) * element_size
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from sera_plugin.args import SeraConfig
+from sera_plugin.budget import plan_tokens
 from sera_plugin.checksums import damage
-from sera_plugin.offload import engine_needs, make_room
+from sera_plugin.offload import cache_bytes_per_token, engine_needs, make_room
 from sera_plugin.ranks import NO_PART, WHOLE
 from sera_plugin.sampling import CandidateSampler
 from sera_plugin.sampling.choose import SAMPLERS, Choice, choose_sampler
@@ -89,7 +90,12 @@ class Samplers:
             return TransformersSampler(
                 policies.model,
                 self.scorer.pad_id,
-                self.scorer.budget.planned,
+                plan_tokens(
+                    next(policies.model.parameters()).device,
+                    bytes_per_token=cache_bytes_per_token(policies.model, element_size=4),
+                    longest=int(self.cfg["sequence_len"] or 0),
+                    on_cpu=16_384,
+                ),
                 self.scorer.autocast,
                 ranks.shard,
                 partial(policies.at, iteration - 1),

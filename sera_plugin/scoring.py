@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from sera_plugin.budget import TokenBudget
 from sera_plugin.iteration import Progress
-from sera_plugin.logprobs import TokenBudget, score_sequences
+from sera_plugin.logprobs import score_sequences
 from sera_plugin.method import Phases
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.ranks import Ranks

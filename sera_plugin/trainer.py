@@ -32,6 +32,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from sera_plugin import checkpoints
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
+from sera_plugin.budget import TokenBudget, plan_tokens
 from sera_plugin.checksums import explained, seal
 from sera_plugin.dataset import report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
@@ -44,7 +45,6 @@ from sera_plugin.gate import (
     low_precision,
 )
 from sera_plugin.loading import DataError, Split, edited_since
-from sera_plugin.logprobs import TokenBudget
 from sera_plugin.loop import RECORD, Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.method import Method, Pairs
@@ -257,7 +257,15 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._score = PolicyScorer(
             self._policies,
             int(self._tokenizer.pad_token_id),
-            TokenBudget(self._token_budget),
+            # A token's activations without gradients: up to 32 hidden states of 16 bits.
+            TokenBudget(
+                plan_tokens(
+                    self.accelerator.device,
+                    bytes_per_token=64 * self.model.config.get_text_config().hidden_size,
+                    longest=int(self.cfg.sequence_len or 0),
+                    on_cpu=2_048,
+                )
+            ),
             self.compute_loss_context_manager,
             self.store.ranks,
             quiet=bool(self.args.disable_tqdm) or not self.store.ranks.main,
@@ -269,12 +277,6 @@ class SeraTrainer(AxolotlDPOTrainer):
                 router_weight=self.router_aux_loss_coef if self.aux_loss_enabled else None,
                 mean=lambda metrics: self.accelerator.reduce(metrics, reduction="mean"),
             )
-
-    @property
-    def _token_budget(self) -> int:
-        """Tokens per forward pass: at most 2^28 float32 logits (1 GiB) at a time."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return max(int(self.cfg.sequence_len or 0), min(16_384, 2**28 // vocabulary))
 
     def _held_out_pairs(self) -> Pairs | None:
         held_out: Dataset | None = self.eval_dataset

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from sera_plugin.logprobs import TokenBudget, score_sequences
+from sera_plugin.budget import TokenBudget
+from sera_plugin.forward import abilities
+from sera_plugin.logprobs import score_sequences
 from sera_plugin.policies import PolicyHistory
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.sampling.transformers import TransformersSampler
@@ -155,6 +157,7 @@ def test_scoring_goes_on_in_smaller_batches_and_remembers(model, caplog):
 
 
 def test_one_sequence_that_does_not_fit_ends_the_run_with_what_to_do(model):
+    abilities(model)
     handle, _ = limited(model, 5)
     with pytest.raises(ValueError, match=r"with 12 tokens at a time\. Lower sequence_len"):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
@@ -190,18 +193,19 @@ def test_another_error_is_not_taken_for_memory(model):
 
 @pytest.mark.slow
 def test_memory_that_really_runs_out():
-    """Logits of 64 x 250 tokens and 32,768 words take 2 GiB; the process may have 1 GiB more."""
+    """A layer 32,768 wide takes 2 GiB for 64 x 250 tokens; the process may have 1 GiB more."""
     script = textwrap.dedent("""
         import logging, resource
         import numpy as np, psutil, torch
         from transformers import LlamaConfig, LlamaForCausalLM
-        from sera_plugin.logprobs import TokenBudget, score_sequences
+        from sera_plugin.budget import TokenBudget
+        from sera_plugin.logprobs import score_sequences
         logging.basicConfig()
         torch.set_num_threads(1)
-        config = LlamaConfig(vocab_size=32768, hidden_size=16, intermediate_size=16,
+        config = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32768,
             num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
         model = LlamaForCausalLM(config).eval()
-        ids = [np.full(125, 7, dtype=np.int32)] * 64
+        ids = [np.full(125, token, dtype=np.int32) for token in range(64)]
         def score(budget):
             return score_sequences(model, ids, ids, pad_id=0, budget=budget)
         expected = score(TokenBudget(250))

@@ -89,7 +89,21 @@ def check_run(result, base: Path, kept: int, sampled: int, four_bit=False, toler
         pairs = result.training_pairs[t]
         summary = json.loads((run / f"iteration-{t:02d}/summary.json").read_text())
         assert summary["step_zero"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-        assert summary["forwarded"]["score_offline"]["sequences"] == 2 * total
+        # Each policy scores the offline pairs once; those in its reward score a candidate.
+        lengths = sum(
+            2 * offline["prompt_length"][row]
+            + offline["chosen_length"][row]
+            + offline["rejected_length"][row]
+            for row in range(total)
+        )
+        forwarded = dict(summary["forwarded"])
+        assert forwarded.pop("score_offline") == {"sequences": 2 * total, "tokens": lengths}
+        forwarded.pop("score_evaluation", None)
+        samples = forwarded.pop("sample", {"sequences": 0})["sequences"]
+        scored = forwarded.pop("score_candidates", {"sequences": 0})["sequences"]
+        assert scored == samples * min(t, 3)
+        assert samples == (4 * total if t > 1 else 0)
+        assert not forwarded
         if t == 1:
             assert pairs.num_rows == total
             assert pairs["ref_chosen_logps"].to_pylist() == offline["chosen_logp"]

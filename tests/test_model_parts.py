@@ -10,14 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from sera_plugin.budget import TokenBudget, batches_by_length
 from sera_plugin.demo.base_model import load_model
 from sera_plugin.gate import FLOAT32_LIMITS, check_step_zero
-from sera_plugin.logprobs import (
-    TokenBudget,
-    batches_by_length,
-    completion_logps,
-    score_sequences,
-)
+from sera_plugin.logprobs import score_sequences
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.policies import PolicyHistory, restore_snapshot, take_snapshot
 from sera_plugin.ranks import Shard
@@ -33,16 +29,6 @@ def tokenizer(world):
 
 
 # ------------------------------------------------------------------ log-probabilities
-
-
-def test_completion_logps_sum_the_masked_tokens_by_hand():
-    # Uniform over 4: each token has log(1/4).
-    logits = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
-    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
-    labels = torch.tensor([[1, 2, 3], [0, 0, 1]])
-    logps = completion_logps(logits, labels, mask)
-    assert logps.dtype == torch.float32
-    assert logps.tolist() == pytest.approx([2 * math.log(0.25), math.log(0.25)])
 
 
 def test_batches_hold_every_index_once_within_the_budget():

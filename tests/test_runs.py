@@ -161,7 +161,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path,
 def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there(
     base_config, train, monkeypatch
 ):
-    from sera_plugin.logprobs import TokenBudget
+    from sera_plugin.budget import TokenBudget
     from sera_plugin.sampling.transformers import TransformersSampler
 
     base_config |= {"save_strategy": "no", "saves_per_epoch": None}

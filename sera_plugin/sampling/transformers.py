@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from sera_plugin.logprobs import TokenBudget, batches_by_length, innermost
+from sera_plugin.budget import TokenBudget, batches_by_length
+from sera_plugin.forward import innermost
 from sera_plugin.ranks import WHOLE, Shard
 from sera_plugin.sampling import Candidate, Chunk, SamplingSettings, TokenIds, room
 

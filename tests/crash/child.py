@@ -166,14 +166,16 @@ class Watch:
 
     def _watch_phases(self, set_up: Callable[[], None]) -> None:
         import sera_plugin.logprobs
-        from sera_plugin.logprobs import innermost
+        import sera_plugin.samplers
+        import sera_plugin.trainer
+        from sera_plugin.forward import innermost
         from sera_plugin.loop import Loop
         from sera_plugin.sampling.transformers import TransformersSampler
         from sera_plugin.scoring import PolicyScorer
         from sera_plugin.store import RunStore
-        from sera_plugin.trainer import SeraTrainer
 
-        SeraTrainer._token_budget = property(lambda trainer: TOKEN_BUDGET)
+        for module in (sera_plugin.trainer, sera_plugin.samplers):
+            module.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[attr-defined]
 
         def opened(*_: Any, **__: Any) -> None:
             self.tell("open")

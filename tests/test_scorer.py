@@ -1,0 +1,246 @@
+"""The scorer: every way to put sequences into a forward pass gives the same log-probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from sera_plugin import forward
+from sera_plugin.budget import TokenBudget
+from sera_plugin.forward import Abilities, abilities, completion_logps, forward_logps
+from sera_plugin.logprobs import cost_of_sharing, score_sequences
+from sera_plugin.packing import Sharing, Targets, collate, plan_lines
+from tests.conftest import ids
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+FREE = Sharing(attention=0.0, longest=10_000)
+
+
+def build(config):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # far from uniform, so that a wrong mask or position shows
+        for weight in model.parameters():
+            weight.mul_(6 if weight.ndim > 1 else 1)
+    return model
+
+
+MODELS = {
+    "llama": (LlamaConfig(**SMALL), Abilities(True, False, True)),
+    "qwen3": (Qwen3Config(**SMALL), Abilities(True, False, True)),
+    "mistral with a window": (
+        MistralConfig(**SMALL, sliding_window=30),
+        Abilities(True, False, True),
+    ),
+    "logits scaled": (GraniteConfig(**SMALL, logits_scaling=8.0), Abilities(False, False, True)),
+    "logits capped": (Gemma2Config(**SMALL), Abilities(False, False, True)),
+    "learned positions": (
+        GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2),
+        Abilities(True, False, True),
+    ),
+    "no attention": (
+        MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4),
+        Abilities(True, False, False),
+    ),
+}
+
+
+def one_by_one(model, prompts, completions) -> list[float]:
+    """The definition: each sequence alone, all of its logits, in float64."""
+    scores = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        whole = torch.from_numpy(np.concatenate([prompt, completion])).long()[None]
+        with torch.no_grad():
+            logits = model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
+        logps = logits.double().log_softmax(-1).gather(1, whole[0, len(prompt) :, None])
+        scores.append(logps.sum().item())
+    return scores
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_is_scored_right_in_the_ways_it_takes(name):
+    config, expected = MODELS[name]
+    model = build(config)
+    assert abilities(model) == expected
+    prompts, completions = ids(9, 3, 9, 7, 9), ids(8, 5, 2, 1, 11, seed=1)
+    prompts[2] = prompts[4] = prompts[0]
+    scores = score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(200))
+    assert scores.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=2e-3)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_every_layout_gives_the_same(layout):
+    model = build(LlamaConfig(**SMALL))
+    prompts, completions = ids(9, 9, 9, 4), ids(8, 5, 1, 3, seed=1)
+    prompts[1] = prompts[2] = prompts[0]
+    lines = [(0, 1, 2), (3,)] if layout == "shared" else [(0,), (1,), (2,), (3,)]
+    inputs, targets = collate(prompts, completions, lines, layout, 0, torch.device("cpu"))
+    rows = {"padded": 4, "packed": 1, "shared": 2}
+    assert len(inputs["input_ids"]) == rows[layout]
+    with torch.no_grad():
+        logps, _ = forward_logps(model, inputs, targets)
+    assert logps.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=1e-3)
+
+
+def test_a_shared_prompt_is_forwarded_once_and_gives_the_same(monkeypatch):
+    model = build(LlamaConfig(**SMALL))
+    abilities(model)
+    prompts = [ids(30)[0]] * 4
+    completions = ids(3, 4, 5, 6, seed=2)
+    sizes = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(500))
+    handle.remove()
+    assert sizes == [30 + 3 + 4 + 5 + 6]
+
+
+def test_a_window_keeps_prompts_apart():
+    model = build(MistralConfig(**SMALL, sliding_window=6))
+    assert cost_of_sharing(model, 500).longest == 6
+    assert cost_of_sharing(build(LlamaConfig(**SMALL)), 500).longest == 500
+
+
+# ------------------------------------------------------------------ lines
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=30),
+    st.floats(0, 0.2),
+    st.integers(5, 60),
+)
+def test_lines_hold_every_completion_once_after_its_own_prompt(pairs, attention, longest):
+    prompts = [np.full(3 + which, which, dtype=np.int32) for which, _ in pairs]
+    completions = [np.zeros(length, dtype=np.int32) for _, length in pairs]
+    sharing = Sharing(attention, longest)
+    lines = plan_lines(prompts, completions, sharing)
+    assert sorted(index for line in lines for index in line) == list(range(len(pairs)))
+    for line in lines:
+        assert len({pairs[index][0] for index in line}) == 1
+        tokens = len(prompts[line[0]]) + sum(pairs[index][1] for index in line)
+        assert len(line) == 1 or tokens <= longest
+    assert plan_lines(prompts, completions, None) == [(index,) for index in range(len(pairs))]
+
+
+def test_a_prompt_is_shared_when_that_costs_less():
+    long, short = [np.zeros(100, np.int32)] * 2, [np.zeros(10, np.int32)] * 2
+    answers = [np.zeros(50, np.int32)] * 2
+    # Shared: 200 tokens and 40,000 pairs. Apart: 300 tokens and 2 x 22,500 / 2 pairs.
+    assert plan_lines(long, answers, Sharing(0.005, 999)) == [(0, 1)]
+    assert plan_lines(long, answers, Sharing(0.006, 999)) == [(0,), (1,)]
+    # Shared: 110 tokens and 12,100 pairs. Apart: 120 tokens and 2 x 3,600 / 2 pairs.
+    assert plan_lines(short, answers, Sharing(0.001, 999)) == [(0, 1)]
+    assert plan_lines(short, answers, Sharing(0.002, 999)) == [(0,), (1,)]
+    assert plan_lines(long, answers, Sharing(0.0, 199)) == [(0,), (1,)]
+
+
+# ------------------------------------------------------------------ logits
+
+
+def targets_of(labels: list[list[int]]) -> Targets:
+    flat = torch.tensor([label for one in labels for label in one])
+    zeros = torch.zeros_like(flat)
+    return Targets(zeros, zeros, flat, [len(one) for one in labels])
+
+
+def test_logps_sum_the_tokens_of_each_completion_by_hand():
+    # Uniform over 4: each token has log(1/4).
+    logits = torch.zeros(3, 4, dtype=torch.bfloat16)
+    logps = completion_logps(lambda part: part, logits, targets_of([[2, 3], [1]]), 4)
+    assert logps.dtype == torch.float32
+    assert logps.tolist() == pytest.approx([2 * math.log(0.25), math.log(0.25)])
+
+
+def test_logits_in_chunks_give_the_same_values_and_gradients(monkeypatch):
+    targets = targets_of([[1, 2, 3], [4, 0, 1, 2], [3]])
+    weight = torch.randn(16, 5)
+    largest = []
+
+    def run():
+        states = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        head = weight.clone().requires_grad_()
+
+        def logits(part):
+            largest.append(len(part))
+            return part @ head
+
+        logps = completion_logps(logits, states, targets, 5)
+        (logps * torch.tensor([1.0, 2.0, -1.0])).sum().backward()
+        return logps.detach(), states.grad, head.grad
+
+    whole = run()
+    assert largest == [8]
+    largest.clear()
+    monkeypatch.setattr(forward, "_LOGITS", 15)
+    monkeypatch.setattr(forward, "_KEPT_LOGITS", 15)
+    chunked = run()
+    assert sorted(largest) == [2, 2, 3, 3, 3, 3]  # once more in the backward pass
+    for one, other in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_targets_of_a_mask():
+    input_ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]])
+    targets = Targets.of(input_ids, mask)
+    assert targets.line.tolist() == [0, 0, 1]
+    assert targets.position.tolist() == [1, 2, 1]
+    assert targets.label.tolist() == [7, 8, 9]
+    assert targets.lengths == [2, 1]
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_an_adapter_on_any_layer_is_scored_and_trained_as_by_the_whole_logits(modules):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
+    model = get_peft_model(build(LlamaConfig(**SMALL)), config)
+    assert abilities(model).in_head
+    input_ids = torch.arange(16).view(2, 8)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0]])
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    targets = Targets.of(input_ids, mask)
+    found = []
+    for in_head in (True, False):
+        model.zero_grad()
+        logps, _ = forward._forward(model, inputs, targets, in_head)
+        logps.sum().backward()
+        gradients = [w.grad.clone() for w in model.parameters() if w.grad is not None]
+        found.append([logps.detach(), *gradients])
+    assert len(found[0]) > 4
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_output_layer_is_itself_again_even_after_an_error():
+    model = build(LlamaConfig(**SMALL))
+    abilities(model)
+    inputs, targets = collate(ids(3), ids(4), [(0,)], "padded", 0, torch.device("cpu"))
+    inputs["input_ids"] = inputs["input_ids"] + 10**6
+    with pytest.raises(IndexError):
+        forward_logps(model, inputs, targets)
+    assert "forward" not in vars(model.lm_head)
