@@ -11,7 +11,7 @@ from sera_plugin.bootstrap import pair_candidates
 
 
 def pairs(candidates, rewards, pairs_per_prompt=1):
-    found = pair_candidates([candidates], [rewards], pairs_per_prompt)
+    found = pair_candidates([list(candidates)], [rewards], pairs_per_prompt)
     return list(zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)), found
 
 
@@ -53,7 +53,7 @@ def test_equal_rewards_give_no_pair():
 
 def test_a_reward_that_is_not_finite_is_named():
     with pytest.raises(ValueError, match="candidate 1 of prompt 1 is nan"):
-        pair_candidates(["ab", "ab"], [[0.0, 1.0], [0.0, np.nan]])
+        pair_candidates([[0, 1], [0, 1]], [[0.0, 1.0], [0.0, np.nan]])
 
 
 REWARDS = st.lists(st.integers(-99, 99), min_size=2, max_size=10, unique=True)
@@ -94,7 +94,7 @@ def test_the_middle_candidate_of_an_odd_number_stays_alone():
 
 
 def test_prompts_are_paired_separately_and_in_order():
-    found = pair_candidates(["ab", "cc", "ef"], [[1, 0], [1, 1], [-2, -1]])
+    found = pair_candidates([[1, 2], [3, 3], [5, 6]], [[1, 0], [1, 1], [-2, -1]])
     assert found.prompt.tolist() == [0, 2]
     assert found.chosen.tolist() == [0, 1]
     assert found.margin.tolist() == [1.0, 1.0]
@@ -102,7 +102,7 @@ def test_prompts_are_paired_separately_and_in_order():
 
 
 def test_no_prompts_give_empty_columns_of_the_right_types():
-    found = pair_candidates([], [])
+    found = pair_candidates(np.empty((0, 4)), np.empty((0, 4)))
     kinds = [c.dtype for c in (found.prompt, found.chosen, found.rejected, found.margin)]
     assert kinds == [np.int64, np.int32, np.int32, np.float64]
 
