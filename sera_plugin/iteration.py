@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -119,11 +120,15 @@ def _sample(
 
 def _samples_table(chunk: Chunk) -> pa.Table:
     flat = [(row, index, one) for row, found in chunk for index, one in enumerate(found)]
+    lists = [one.token_ids for _, _, one in flat]
+    # Flat, because pyarrow takes many times longer over a list of lists.
+    tokens = np.fromiter(chain.from_iterable(lists), dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
     return make_table(
         {
             "row": [row for row, _, _ in flat],
             "candidate": [index for _, index, _ in flat],
-            "token_ids": [one.token_ids for _, _, one in flat],
+            "token_ids": pa.ListArray.from_arrays(offsets, tokens),
             "finish_reason": [one.finish_reason for _, _, one in flat],
         }
     )

@@ -119,3 +119,47 @@ def test_repeats_and_ties_never_meet_in_a_pair(candidates, count):
     assert all(rewards[c] > rewards[r] for c, r in found)
     possible = min(count, len(set(answers)) // 2)
     assert len(found) + result.ties == possible
+
+
+def plainly(candidates, rewards, pairs_per_prompt):
+    """Prompt by prompt and candidate by candidate: what `pair_candidates` does for all at once."""
+    found, duplicates, ties, too_few = [], 0, 0, 0
+    for prompt, (answers, reward) in enumerate(zip(candidates, rewards, strict=True)):
+        distinct = [i for i, answer in enumerate(answers) if answer not in answers[:i]]
+        duplicates += len(answers) - len(distinct)
+        too_few += len(distinct) < 2
+        ranked = sorted(distinct, key=lambda index: (-reward[index], index))
+        while len(ranked) >= 2 and len(distinct) - len(ranked) < 2 * pairs_per_prompt:
+            best, *ranked, worst = ranked
+            if reward[best] > reward[worst]:
+                found.append((prompt, best, worst, reward[best] - reward[worst]))
+            else:
+                ties += 1
+    return found, (duplicates, ties, too_few)
+
+
+@st.composite
+def groups(draw):
+    count = draw(st.integers(1, 7))
+    rewards = st.sampled_from([-1.5, -0.0, 0.0, 0.25, 3.0]) | st.floats(-1e3, 1e3)
+    group = st.tuples(
+        st.lists(st.integers(0, 4), min_size=count, max_size=count),
+        st.lists(rewards, min_size=count, max_size=count),
+    )
+    return draw(st.lists(group, min_size=1, max_size=12)), draw(st.integers(1, 4))
+
+
+@given(groups())
+def test_all_prompts_at_once_are_paired_as_one_by_one(drawn):
+    prompts, pairs_per_prompt = drawn
+    candidates, rewards = map(list, zip(*prompts, strict=True))
+    result = pair_candidates(candidates, rewards, pairs_per_prompt)
+    columns = (result.prompt, result.chosen, result.rejected, result.margin)
+    found = list(zip(*(column.tolist() for column in columns), strict=True))
+    counts = (result.duplicates, result.ties, result.too_few)
+    assert (found, counts) == plainly(candidates, rewards, pairs_per_prompt)
+
+
+def test_candidates_without_a_reward_are_refused():
+    with pytest.raises(ValueError, match=r"candidates are \(1, 3\), their rewards \(1, 2\)"):
+        pair_candidates([[0, 1, 2]], [[1.0, 2.0]])
