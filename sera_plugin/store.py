@@ -262,14 +262,12 @@ class RunStore:
     def read(
         self, iteration: int, name: str, columns: Sequence[str] | None = None
     ) -> pa.Table | None:
-        """A finished phase's table, or None if the phase is not complete or its file damaged."""
+        """A finished phase's table, or some of its columns; None if it is not there or damaged."""
         if not self.finished(iteration, name):
             return None
         return _read_parquet(self.table_file(iteration, name), columns)
 
-    def stream(
-        self, iteration: int, name: str, column: str, rows: int
-    ) -> Iterator[pa.Array | pa.ChunkedArray]:
+    def stream(self, iteration: int, name: str, column: str, rows: int) -> Iterator[pa.Array]:
         """One column of a finished phase that was read before, so many rows at a time."""
         with pq.ParquetFile(self.table_file(iteration, name)) as file:
             for batch in file.iter_batches(rows, columns=[column]):
