@@ -139,7 +139,7 @@ def _add_bootstrapping(
     spread = np.ptp(candidates["reward"].to_numpy().reshape(-1, count), axis=1)
     if not method.per_token:
         spread = spread / lengths.reshape(-1, count).mean(axis=1)
-    # Equal candidates say nothing about the reward.
+    # Only where candidates differ: equal ones say nothing about the reward.
     summary["spread"]["sampled"] = float(np.median(spread[differ])) if differ.any() else None
     places = candidate_places(candidates, selected, count)
     kept = {side: lengths[place] for side, place in places.items()}

@@ -87,11 +87,16 @@ class TokenColumn(Sequence[IntArray]):
         """Numbers for lists: within a group equal where the lists are, and only there.
 
         Args:
-            group: how many lists in a row make a group; it divides the number of all.
+            group: how many lists in a row make a group.
 
         Returns:
             (n / group, group) int32.
+
+        Raises:
+            ValueError: if the last group is not whole.
         """
+        if len(self) % group:
+            raise ValueError(f"{len(self)} lists are no whole groups of {group}")
         numbers = [np.empty(0, dtype=np.int32)]
         for rows in self._pieces(group):
             # Arrow finds equal strings, and a list of tokens is a string of bytes.

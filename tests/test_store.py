@@ -223,6 +223,8 @@ def test_columns_are_read_alone_and_in_parts(tmp_path: Path) -> None:
     some = store.read(2, "candidates", ["row", "finish_reason"])
     assert some is not None
     assert some.equals(table.select(["row", "finish_reason"]))
+    # However the file was written: parts must hold whole prompts.
+    pq.write_table(table, store.table_file(2, "candidates"), row_group_size=3)
     parts = list(store.stream(2, "candidates", "token_ids", rows=4))
     assert [len(part) for part in parts] == [4, 4, 2]
     assert [ids for part in parts for ids in part.to_pylist()] == table["token_ids"].to_pylist()
