@@ -43,6 +43,7 @@ from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
 from sera_plugin.store import RunStore
 from sera_plugin.tokens import fingerprint
 
+#: Pairs -> runs.
 SIZES = {10_000: 5, 100_000: 5, 1_000_000: 1}
 CONFIG = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.3, candidates=4)
 #: Mean tokens; lengths are log-normal, which has the long tail of real answers.
@@ -302,8 +303,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['date']}, {result['machine']}, {versions}. Three iterations, "
         f"R = {result['candidates']}; simulated prompts of {tokens['prompt']} and completions of "
         f"{tokens['completion']} tokens on average (log-normal, at most {tokens['longest']}); "
-        f"chunks of {result['chunk_prompts']} prompts. Medians of so many runs as the first line "
-        "says.",
+        f"chunks of {result['chunk_prompts']} prompts. Medians over the runs that the first line "
+        "counts.",
         "",
         f"| pairs | {' | '.join(f'{size:,}' for size in sizes)} |",
         f"|---|{'---:|' * len(sizes)}",
@@ -338,7 +339,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--repeats", type=int, help="default: 5, and 1 from a million pairs on")
+    parser.add_argument("--repeats", type=int, help="default: 5 at 10k and 100k, else 1")
     parser.add_argument("--directory", type=Path, help="a disk with room: 5 GB for a million pairs")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -346,7 +347,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one_run(int(arguments.one[0]), Path(arguments.one[1]))))
         return
-    sizes = {n: arguments.repeats or (5 if n < 1_000_000 else 1) for n in arguments.sizes}
+    sizes = {size: arguments.repeats or SIZES.get(size, 1) for size in arguments.sizes}
     result = measure(sizes, arguments.directory)
     print(table(result))
     if arguments.json:
