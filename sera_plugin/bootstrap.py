@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,62 +31,53 @@ class CandidatePairs:
 
 
 def pair_candidates(
-    candidates: Sequence[Sequence[Hashable]],
-    rewards: Sequence[npt.ArrayLike],
-    pairs_per_prompt: int = 1,
+    candidates: npt.ArrayLike, rewards: npt.ArrayLike, pairs_per_prompt: int = 1
 ) -> CandidatePairs:
     """Pair best with worst, second with second last, and so on (paper Algorithm 1, line 7).
 
     Args:
-        candidates: per prompt its candidates, in any form that compares equal when the token ids
-            do. Identical candidates count once (the first stands for them).
-        rewards: per prompt the (R,) rewards of its candidates.
+        candidates: (prompts, R) numbers, equal within a prompt where the token ids are
+            (`TokenColumn.numbered`). Identical candidates count once (the first stands for them).
+        rewards: (prompts, R) rewards of the candidates.
         pairs_per_prompt: at most this many nested pairs a prompt; one is the paper's default.
 
     Returns:
         The pairs. Equal rewards give none; fewer than two distinct candidates give none.
 
     Raises:
-        ValueError: naming prompt and candidate of a reward that is not finite.
+        ValueError: naming prompt and candidate of a reward that is not finite, or both shapes if
+            they differ.
     """
-    prompts: list[int] = []
-    chosen: list[int] = []
-    rejected: list[int] = []
-    margins: list[float] = []
-    duplicates = ties = too_few = 0
-    for prompt, (answers, values) in enumerate(zip(candidates, rewards, strict=True)):
-        reward = np.asarray(values, dtype=np.float64)
-        if not np.isfinite(reward).all():
-            broken = int(np.flatnonzero(~np.isfinite(reward))[0])
-            raise ValueError(
-                f"the reward of candidate {broken} of prompt {prompt} is {reward[broken]}: the "
-                "policy's log-probabilities are not finite. Lower learning_rate, or train with "
-                "bf16 or float32 instead of fp16."
-            )
-        first: dict[Hashable, int] = {}
-        for index, answer in enumerate(answers):
-            first.setdefault(answer, index)
-        distinct = list(first.values())
-        duplicates += len(answers) - len(distinct)
-        if len(distinct) < 2:
-            too_few += 1
-            continue
-        ranked = sorted(distinct, key=lambda index: (-reward[index], index))
-        for rank in range(min(pairs_per_prompt, len(ranked) // 2)):
-            best, worst = ranked[rank], ranked[-1 - rank]
-            if reward[best] == reward[worst]:
-                ties += 1
-                continue
-            prompts.append(prompt)
-            chosen.append(best)
-            rejected.append(worst)
-            margins.append(float(reward[best] - reward[worst]))
+    answers, reward = np.asarray(candidates), np.asarray(rewards, dtype=np.float64)
+    if answers.shape != reward.shape:
+        raise ValueError(f"candidates are {answers.shape}, their rewards {reward.shape}")
+    broken = np.argwhere(~np.isfinite(reward))
+    if broken.size:
+        prompt, candidate = broken[0]
+        raise ValueError(
+            f"the reward of candidate {candidate} of prompt {prompt} is "
+            f"{reward[prompt, candidate]}: the policy's log-probabilities are not finite. Lower "
+            "learning_rate, or train with bf16 or float32 instead of fp16."
+        )
+    repeats = np.zeros(reward.shape, dtype=bool)
+    for index in range(1, reward.shape[1]):
+        earlier, this = answers[:, :index], answers[:, index : index + 1]
+        repeats[:, index] = (earlier == this).any(axis=1)
+    distinct = reward.shape[1] - repeats.sum(axis=1, keepdims=True)
+    # Best first, equal ones in their order, repeats behind all others.
+    ranked = np.argsort(np.where(repeats, np.inf, -reward), axis=1, kind="stable")
+    rank = np.arange(min(pairs_per_prompt, reward.shape[1] // 2))
+    possible = rank < distinct // 2
+    best = ranked[:, : len(rank)]
+    worst = np.take_along_axis(ranked, np.maximum(distinct - 1 - rank, 0), axis=1)
+    highest, lowest = (np.take_along_axis(reward, side, axis=1) for side in (best, worst))
+    made = possible & (highest > lowest)
     return CandidatePairs(
-        prompt=np.asarray(prompts, dtype=np.int64),
-        chosen=np.asarray(chosen, dtype=np.int32),
-        rejected=np.asarray(rejected, dtype=np.int32),
-        margin=np.asarray(margins, dtype=np.float64),
-        duplicates=duplicates,
-        ties=ties,
-        too_few=too_few,
+        prompt=np.nonzero(made)[0],
+        chosen=best[made].astype(np.int32),
+        rejected=worst[made].astype(np.int32),
+        margin=highest[made] - lowest[made],
+        duplicates=int(repeats.sum()),
+        ties=int((possible & ~made).sum()),
+        too_few=int((distinct < 2).sum()),
     )

@@ -12,9 +12,10 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any
+from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,7 +24,8 @@ from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.offline import Scorer, offline_table, require_finite
 from sera_plugin.sampling import CandidateSampler, Chunk, SamplingSettings
 from sera_plugin.selection import select_largest
-from sera_plugin.store import RunStore, TokenColumn, make_table
+from sera_plugin.store import RunStore, make_table
+from sera_plugin.tokens import TokenColumn
 
 #: Given (prompts to sample, phase), a block with a callable that takes finished chunks.
 Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
@@ -91,8 +93,8 @@ def _sample(
     progress: Progress,
 ) -> pa.Table:
     """Sample every prompt whose candidates are not on disk yet, chunk by chunk."""
-    finished = store.read_samples(iteration)
-    done = frozenset(finished["row"].to_pylist()) if finished is not None else frozenset()
+    finished = store.sampled_rows(iteration)
+    done = frozenset(finished.tolist())
     # No rank may add to what another one is still reading.
     store.ranks.barrier()
     mine = math.ceil((len(pairs) - len(done)) / store.ranks.world)
@@ -109,19 +111,24 @@ def _sample(
         phases.spend(name, spent)
     samples = store.read_samples(iteration)
     assert samples is not None  # N >= 1, so at least one chunk was written
-    fresh = samples.filter(pc.invert(pc.is_in(samples["row"], pa.array(done, pa.int64()))))
-    phases.count("sample", len(fresh), int(TokenColumn(fresh["token_ids"]).lengths.sum()))
+    fresh = np.isin(samples["row"].to_numpy(), finished, invert=True)
+    lengths = TokenColumn(samples["token_ids"]).lengths[fresh]
+    phases.count("sample", len(lengths), int(lengths.sum()))
     report = json.dumps(sampler.report, sort_keys=True)
     return samples.replace_schema_metadata({"sampler": report})
 
 
 def _samples_table(chunk: Chunk) -> pa.Table:
     flat = [(row, index, one) for row, found in chunk for index, one in enumerate(found)]
+    lists = [one.token_ids for _, _, one in flat]
+    # Flat, because pyarrow takes many times longer over a list of lists.
+    tokens = np.fromiter(chain.from_iterable(lists), dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
     return make_table(
         {
             "row": [row for row, _, _ in flat],
             "candidate": [index for _, index, _ in flat],
-            "token_ids": [one.token_ids for _, _, one in flat],
+            "token_ids": pa.ListArray.from_arrays(offsets, tokens),
             "finish_reason": [one.finish_reason for _, _, one in flat],
         }
     )
@@ -138,7 +145,7 @@ def _score_candidates(
     """Score candidates under each policy their reward needs, and under theta_{t-1}."""
     token_ids = TokenColumn(samples["token_ids"])
     rows = samples["row"].to_numpy()
-    prompts = [pairs.prompt_ids[row] for row in rows]
+    prompts = pairs.prompt_ids.take(rows)
     with phases.timed("score_candidates"):
         logps = [
             scorer(iteration - back, prompts, token_ids, "score_candidates")
@@ -158,17 +165,14 @@ def _score_candidates(
 
 def _pair(method: Method, candidates: pa.Table, per_prompt: int) -> pa.Table:
     """Pair best with worst within each prompt, keep the pairs with the largest margin."""
-    token_ids = TokenColumn(candidates["token_ids"])
-    rows = candidates["row"].to_numpy()
-    rewards = candidates["reward"].to_numpy().reshape(-1, per_prompt)
-    identities = [
-        [token_ids[first + i].tobytes() for i in range(per_prompt)]
-        for first in range(0, len(rows), per_prompt)
-    ]
-    found = pair_candidates(identities, list(rewards), method.config.pairs_per_prompt)
+    found = pair_candidates(
+        TokenColumn(candidates["token_ids"]).numbered(per_prompt),
+        candidates["reward"].to_numpy().reshape(-1, per_prompt),
+        method.config.pairs_per_prompt,
+    )
     table = make_table(
         {
-            "row": rows[found.prompt * per_prompt],
+            "row": candidates["row"].to_numpy()[found.prompt * per_prompt],
             "chosen_candidate": found.chosen,
             "rejected_candidate": found.rejected,
             "margin": found.margin,
@@ -177,6 +181,18 @@ def _pair(method: Method, candidates: pa.Table, per_prompt: int) -> pa.Table:
     )
     counts = {"duplicates": found.duplicates, "ties": found.ties, "too_few": found.too_few}
     return table.replace_schema_metadata({name: str(value) for name, value in counts.items()})
+
+
+def candidate_places(
+    candidates: pa.Table, bootstrapped: pa.Table, per_prompt: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Where in candidates.parquet each sampled pair has its chosen and its rejected one."""
+    prompts = candidates["row"].to_numpy()[::per_prompt]
+    first = per_prompt * np.searchsorted(prompts, bootstrapped["row"].to_numpy())
+    return {
+        side: first + bootstrapped[f"{side}_candidate"].to_numpy()
+        for side in ("chosen", "rejected")
+    }
 
 
 def training_pairs(
@@ -191,42 +207,29 @@ def training_pairs(
     Raises:
         ValueError: if D_t is empty.
     """
-    kept = np.arange(len(pairs))
+    rows = np.arange(len(pairs))
     if "selected" in offline.column_names:
-        kept = np.flatnonzero(offline["selected"].to_numpy(zero_copy_only=False))
-    columns: dict[str, list[Any]] = {
-        "prompt_ids": [pairs.prompt_ids[row] for row in kept],
-        "chosen_ids": [pairs.chosen_ids[row] for row in kept],
-        "rejected_ids": [pairs.rejected_ids[row] for row in kept],
-        "ref_chosen_logps": list(offline["chosen_logp"].to_numpy()[kept]),
-        "ref_rejected_logps": list(offline["rejected_logp"].to_numpy()[kept]),
-    }
+        rows = np.flatnonzero(offline["selected"].to_numpy(zero_copy_only=False))
+    token_ids = {"chosen": pairs.chosen_ids.take(rows), "rejected": pairs.rejected_ids.take(rows)}
+    logps = {side: offline[f"{side}_logp"].to_numpy()[rows] for side in token_ids}
     if candidates is not None and bootstrapped is not None:
-        token_ids = TokenColumn(candidates["token_ids"])
-        first = dict(
-            zip(
-                candidates["row"].to_numpy()[::per_prompt],
-                range(0, len(token_ids), per_prompt),
-                strict=True,
-            )
-        )
-        reference = np.stack(candidates["logps"].to_numpy(zero_copy_only=False))[:, 0]
         selected = bootstrapped.filter(bootstrapped["selected"])
-        for row, chosen, rejected in zip(
-            *(selected[c].to_numpy() for c in ("row", "chosen_candidate", "rejected_candidate")),
-            strict=True,
-        ):
-            columns["prompt_ids"].append(pairs.prompt_ids[row])
-            for side, index in (
-                ("chosen", first[row] + chosen),
-                ("rejected", first[row] + rejected),
-            ):
-                columns[f"{side}_ids"].append(token_ids[index])
-                columns[f"ref_{side}_logps"].append(reference[index])
-    if not columns["prompt_ids"]:
+        rows = np.concatenate([rows, selected["row"].to_numpy()])
+        sampled = TokenColumn(candidates["token_ids"])
+        reference = pc.list_element(candidates["logps"], 0).to_numpy()
+        for side, places in candidate_places(candidates, selected, per_prompt).items():
+            token_ids[side] = token_ids[side].joined(sampled.take(places))
+            logps[side] = np.concatenate([logps[side], reference[places]])
+    if not len(rows):
         raise ValueError(
             "nothing is left to train on: no offline pair is kept and no two candidates of a "
             "prompt differ in reward. Raise sera.selection_ratio, sera.temperature or "
             "sera.candidates."
         )
-    return make_table(columns)
+    return make_table(
+        {
+            "prompt_ids": pairs.prompt_ids.take(rows),
+            **{f"{side}_ids": column for side, column in token_ids.items()},
+            **{f"ref_{side}_logps": values for side, values in logps.items()},
+        }
+    )

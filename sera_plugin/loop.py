@@ -165,7 +165,8 @@ class Loop:
 
     def _require_same_model(self, dataset: pa.Table) -> None:
         """The loaded model gives the first pairs the log-probabilities the run began with."""
-        recorded = self.store.read(1, "offline")
+        names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("logp", "length")]
+        recorded = self.store.read(1, "offline", names)
         if recorded is None:
             return
         few = Pairs.from_table(dataset.slice(0, _FEW))

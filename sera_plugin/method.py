@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from sera_plugin.args import SeraConfig
 from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.store import TokenColumn
+from sera_plugin.tokens import TokenColumn
 
 
 @dataclass(frozen=True)

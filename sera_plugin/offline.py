@@ -33,8 +33,8 @@ def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[s
     """
     both = scorer(
         policy,
-        [*pairs.prompt_ids, *pairs.prompt_ids],
-        [*pairs.chosen_ids, *pairs.rejected_ids],
+        pairs.prompt_ids.joined(pairs.prompt_ids),
+        pairs.chosen_ids.joined(pairs.rejected_ids),
         phase,
     )
     logps = {"chosen": both[: len(pairs)], "rejected": both[len(pairs) :]}

@@ -15,7 +15,8 @@ from sera_plugin.method import Method, Pairs
 from sera_plugin.sampling.choose import Choice
 from sera_plugin.schedule import Schedule
 from sera_plugin.shown import public
-from sera_plugin.store import FORMAT_VERSION, RunStore, fingerprint
+from sera_plugin.store import FORMAT_VERSION, RunStore
+from sera_plugin.tokens import fingerprint
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
 #: Keys that may change between the parts of one run, as patterns: they decide what is logged,

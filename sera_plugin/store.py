@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -28,17 +27,17 @@ import pyarrow.parquet as pq
 
 from sera_plugin.checksums import add_file, explained, is_named_right, is_whole, replace_file
 from sera_plugin.ranks import Ranks
+from sera_plugin.tokens import TOKENS, TokenColumn
 
 LOG = logging.getLogger("axolotl.sera")
 
 FORMAT_VERSION = 1
 
-_TOKENS = pa.list_(pa.int32())
 _TYPES: dict[str, pa.DataType] = {
     "row": pa.int64(),
-    "prompt_ids": _TOKENS,
-    "chosen_ids": _TOKENS,
-    "rejected_ids": _TOKENS,
+    "prompt_ids": TOKENS,
+    "chosen_ids": TOKENS,
+    "rejected_ids": TOKENS,
     "prompt_length": pa.int32(),
     "chosen_length": pa.int32(),
     "rejected_length": pa.int32(),
@@ -49,7 +48,7 @@ _TYPES: dict[str, pa.DataType] = {
     "margin": pa.float64(),
     "selected": pa.bool_(),
     "candidate": pa.int32(),
-    "token_ids": _TOKENS,
+    "token_ids": TOKENS,
     "finish_reason": pa.string(),
     "logps": pa.list_(pa.float64()),
     "reward": pa.float64(),
@@ -60,14 +59,13 @@ _TYPES: dict[str, pa.DataType] = {
 
 def make_table(columns: Mapping[str, Any]) -> pa.Table:
     """A table with the run directory's column types (unknown columns keep their own)."""
-    return pa.table(
-        {
-            name: pa.array(values, type=_TYPES.get(name))
-            if not isinstance(values, pa.Array | pa.ChunkedArray)
-            else values
-            for name, values in columns.items()
-        }
-    )
+    return pa.table({name: _column(values, _TYPES.get(name)) for name, values in columns.items()})
+
+
+def _column(values: Any, kind: pa.DataType | None) -> pa.Array | pa.ChunkedArray:
+    if isinstance(values, TokenColumn):
+        return values.to_arrow()
+    return values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -77,6 +75,12 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, compression="zstd")
+
+
+def _read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Much faster than `pyarrow.parquet.read_table` for small files, of which there are many."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -89,40 +93,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-class TokenColumn(Sequence[npt.NDArray[np.int32]]):
-    """A column of token id lists as one flat array: no Python object per token.
-
-    Args:
-        column: a list<int32> column without nulls.
-    """
-
-    def __init__(self, column: pa.ChunkedArray | pa.ListArray) -> None:
-        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        self.offsets: npt.NDArray[np.int64] = whole.offsets.to_numpy().astype(np.int64)
-        self.tokens: npt.NDArray[np.int32] = whole.values.to_numpy()
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens per list."""
-        return np.diff(self.offsets).astype(np.int32)
-
-
-def fingerprint(columns: Iterable[TokenColumn]) -> str:
-    """SHA-256 of token id columns; the identity of a dataset as it is trained."""
-    digest = hashlib.sha256()
-    for column in columns:
-        digest.update(column.lengths.tobytes())
-        digest.update(column.tokens[column.offsets[0] : column.offsets[-1]].tobytes())
-    return digest.hexdigest()
 
 
 #: Lock files that this process holds. `flock`, unlike POSIX locks, is not lost when something in
@@ -158,6 +128,8 @@ class RunStore:
         self.root = Path(output_dir) / "sera"
         self.ranks = ranks or Ranks()
         self._reported: set[Path] = set()
+        #: Chunks of samples by iteration: counting files again for each would take N^2 steps.
+        self._chunks: dict[int, int] = {}
 
     @property
     def run_file(self) -> Path:
@@ -287,11 +259,19 @@ class RunStore:
         """Whether a phase is complete and its file whole."""
         return self._whole(self.table_file(iteration, name))
 
-    def read(self, iteration: int, name: str) -> pa.Table | None:
-        """A finished phase's table, or None if the phase is not complete or its file damaged."""
+    def read(
+        self, iteration: int, name: str, columns: Sequence[str] | None = None
+    ) -> pa.Table | None:
+        """A finished phase's table, or some of its columns; None if it is not there or damaged."""
         if not self.finished(iteration, name):
             return None
-        return pq.read_table(self.table_file(iteration, name))
+        return _read_parquet(self.table_file(iteration, name), columns)
+
+    def stream(self, iteration: int, name: str, column: str, rows: int) -> Iterator[pa.Array]:
+        """One column of a finished phase that was read before, so many rows at a time."""
+        with pq.ParquetFile(self.table_file(iteration, name)) as file:
+            for batch in file.iter_batches(rows, columns=[column]):
+                yield batch[column]
 
     def column(self, iteration: int, name: str, column: str) -> npt.NDArray[np.float64]:
         """One numeric column of a finished phase.
@@ -305,7 +285,7 @@ class RunStore:
                 f"{path} is missing or damaged. Start the command again with "
                 "`auto_resume_from_checkpoints: true`: it is then made again."
             )
-        values: npt.NDArray[np.float64] = pq.read_table(path, columns=[column])[column].to_numpy()
+        values: npt.NDArray[np.float64] = _read_parquet(path, [column])[column].to_numpy()
         return values
 
     def summary(self, iteration: int) -> dict[str, Any]:
@@ -328,22 +308,40 @@ class RunStore:
         A chunk has its checksum in its name: ranks write into one directory at the same time.
         """
         directory, rank = self.samples(iteration), f"{self.ranks.rank:03d}"
-        number = len(list(directory.glob(f"{rank}-*.parquet")))
+        if iteration not in self._chunks:
+            self._chunks[iteration] = len(list(directory.glob(f"{rank}-*.parquet")))
         add_file(
-            directory, f"{rank}-{number:06d}.parquet", lambda path: _write_parquet(table, path)
+            directory,
+            f"{rank}-{self._chunks[iteration]:06d}.parquet",
+            lambda path: _write_parquet(table, path),
         )
+        self._chunks[iteration] += 1
+
+    def _whole_chunks(self, iteration: int) -> list[Path]:
+        """Rows of a damaged chunk are sampled again."""
+        files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
+        return [file for file in files if self._whole(file, is_named_right)]
+
+    def sampled_rows(self, iteration: int) -> npt.NDArray[np.int64]:
+        """The rows whose candidates are in whole chunks, ascending."""
+        rows = [_read_parquet(file, ["row"])["row"] for file in self._whole_chunks(iteration)]
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
 
     def read_samples(self, iteration: int) -> pa.Table | None:
-        """All whole chunks in the order of (row, candidate), or None.
-
-        Rows of a damaged chunk are sampled again.
-        """
-        files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
-        whole = [file for file in files if self._whole(file, is_named_right)]
+        """All whole chunks in the order of (row, candidate), or None."""
+        whole = self._whole_chunks(iteration)
         if not whole:
             return None
-        table = pa.concat_tables([pq.read_table(file) for file in whole])
-        return table.sort_by([("row", "ascending"), ("candidate", "ascending")])
+        table = pa.concat_tables([_read_parquet(file) for file in whole])
+        order = np.lexsort((table["candidate"].to_numpy(), table["row"].to_numpy()))
+        return make_table(
+            {
+                name: TokenColumn(column).take(order)
+                if column.type == TOKENS
+                else column.take(order)
+                for name, column in zip(table.column_names, table.columns, strict=True)
+            }
+        )
 
     def remove_samples(self, iteration: int) -> None:
         """Remove the chunks once candidates.parquet holds them."""

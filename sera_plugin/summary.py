@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
+import pyarrow.compute as pc
 
+from sera_plugin.iteration import candidate_places
 from sera_plugin.method import Method, Phases
-from sera_plugin.store import RunStore, TokenColumn
+from sera_plugin.store import RunStore
+from sera_plugin.tokens import TokenColumn
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -73,7 +75,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         tokens = 1.0 if method.per_token else _mean_length(columns)
         summary["spread"] = {"offline": (middle["0.75"] - middle["0.25"]) / tokens}
     if iteration > 2:
-        before = store.read(iteration - 1, "offline")
+        before = store.read(iteration - 1, "offline", ["selected"])
         assert before is not None
         previous = before["selected"].to_numpy(zero_copy_only=False)
         summary["jaccard_with_previous"] = jaccard(kept, previous)
@@ -114,73 +116,49 @@ def _add_bootstrapping(
     summary: dict[str, Any], iteration: int, method: Method, store: RunStore
 ) -> dict[str, npt.NDArray[np.int32]]:
     """Count samples and sampled pairs; returns the lengths of the pairs kept, by side."""
-    candidates = store.read(iteration, "candidates")
+    candidates = store.read(iteration, "candidates", ["row", "finish_reason", "reward"])
     bootstrapped = store.read(iteration, "bootstrapped")
     assert candidates is not None
     assert bootstrapped is not None
-    selected = bootstrapped["selected"].to_numpy(zero_copy_only=False)
-    finish = np.asarray(candidates["finish_reason"].to_pylist())
-    tokens = TokenColumn(candidates["token_ids"])
-    lengths = tokens.lengths
+    selected = bootstrapped.filter(bootstrapped["selected"])
+    count = method.config.candidates
+    lengths, differ = _candidate_tokens(iteration, count, store)
     metadata = bootstrapped.schema.metadata or {}
     summary["sampler"] = json.loads((candidates.schema.metadata or {}).get(b"sampler", b"{}"))
     summary["samples"] = {
-        "prompts": len(set(candidates["row"].to_pylist())),
+        "prompts": len(differ),
         "sampled": len(candidates),
-        "unfinished": int((finish == "length").sum()),
+        "unfinished": int(pc.equal(candidates["finish_reason"], "length").to_numpy().sum()),
         **{name: int(metadata[name.encode()]) for name in ("duplicates", "ties", "too_few")},
     }
     summary["pairs"]["bootstrapped_found"] = len(bootstrapped)
-    summary["pairs"]["bootstrapped_kept"] = int(selected.sum())
-    summary["pairs"]["trained"] += int(selected.sum())
-    margin = bootstrapped["margin"].to_numpy()
-    summary["margins"]["bootstrapped"] = quantiles(margin[selected])
+    summary["pairs"]["bootstrapped_kept"] = len(selected)
+    summary["pairs"]["trained"] += len(selected)
+    summary["margins"]["bootstrapped"] = quantiles(selected["margin"].to_numpy())
     summary["lengths"]["sampled"] = float(lengths.mean())
-    summary["spread"]["sampled"] = _reward_spread(candidates, tokens, method)
-    per_row = {
-        key: int(length)
-        for key, length in zip(
-            zip(candidates["row"].to_pylist(), candidates["candidate"].to_pylist(), strict=True),
-            lengths,
-            strict=True,
-        )
-    }
-    kept = {
-        side: np.array(
-            [
-                per_row[row, index]
-                for row, index, keep in zip(
-                    bootstrapped["row"].to_pylist(),
-                    bootstrapped[f"{side}_candidate"].to_pylist(),
-                    selected,
-                    strict=True,
-                )
-                if keep
-            ],
-            dtype=np.int32,
-        )
-        for side in ("chosen", "rejected")
-    }
+    spread = np.ptp(candidates["reward"].to_numpy().reshape(-1, count), axis=1)
+    if not method.per_token:
+        spread = spread / lengths.reshape(-1, count).mean(axis=1)
+    # Only where candidates differ: equal ones say nothing about the reward.
+    summary["spread"]["sampled"] = float(np.median(spread[differ])) if differ.any() else None
+    places = candidate_places(candidates, selected, count)
+    kept = {side: lengths[place] for side, place in places.items()}
     for side, values in kept.items():
         summary["lengths"][f"bootstrapped_{side}"] = float(values.mean()) if len(values) else None
     return kept
 
 
-def _reward_spread(candidates: pa.Table, tokens: TokenColumn, method: Method) -> float | None:
-    """Median over prompts of the best candidate's reward less the worst's, nats per token.
-
-    Of prompts with distinct candidates, None without any: equal candidates say nothing about the
-    reward.
-    """
-    count = method.config.candidates
-    rewards = candidates["reward"].to_numpy()
-    spreads = []
-    for first in range(0, len(rewards), count):
-        some = range(first, first + count)
-        if len({tokens[index].tobytes() for index in some}) > 1:
-            length = 1.0 if method.per_token else tokens.lengths[some].mean()
-            spreads.append(np.ptp(rewards[some]) / length)
-    return float(np.median(spreads)) if spreads else None
+def _candidate_tokens(
+    iteration: int, count: int, store: RunStore
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Tokens of each candidate; for each prompt, whether two of its `count` candidates differ."""
+    lengths, differ = [], []
+    for part in store.stream(iteration, "candidates", "token_ids", rows=4096 * count):
+        tokens = TokenColumn(part)
+        numbers = tokens.numbered(count)
+        lengths.append(tokens.lengths)
+        differ.append((numbers != numbers[:, :1]).any(axis=1))
+    return np.concatenate(lengths), np.concatenate(differ)
 
 
 def _add_evaluation(

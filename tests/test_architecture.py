@@ -40,6 +40,7 @@ FORBIDDEN = {
     "summary": PURE,
     "templates": PURE,
     "texts": PURE,
+    "tokens": PURE,
     "sampling/__init__": PURE,
     "sampling/child": PURE,
     "sampling/choose": PURE,

@@ -11,7 +11,7 @@ from sera_plugin.bootstrap import pair_candidates
 
 
 def pairs(candidates, rewards, pairs_per_prompt=1):
-    found = pair_candidates([candidates], [rewards], pairs_per_prompt)
+    found = pair_candidates([list(candidates)], [rewards], pairs_per_prompt)
     return list(zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)), found
 
 
@@ -53,7 +53,7 @@ def test_equal_rewards_give_no_pair():
 
 def test_a_reward_that_is_not_finite_is_named():
     with pytest.raises(ValueError, match="candidate 1 of prompt 1 is nan"):
-        pair_candidates(["ab", "ab"], [[0.0, 1.0], [0.0, np.nan]])
+        pair_candidates([[0, 1], [0, 1]], [[0.0, 1.0], [0.0, np.nan]])
 
 
 REWARDS = st.lists(st.integers(-99, 99), min_size=2, max_size=10, unique=True)
@@ -94,7 +94,7 @@ def test_the_middle_candidate_of_an_odd_number_stays_alone():
 
 
 def test_prompts_are_paired_separately_and_in_order():
-    found = pair_candidates(["ab", "cc", "ef"], [[1, 0], [1, 1], [-2, -1]])
+    found = pair_candidates([[1, 2], [3, 3], [5, 6]], [[1, 0], [1, 1], [-2, -1]])
     assert found.prompt.tolist() == [0, 2]
     assert found.chosen.tolist() == [0, 1]
     assert found.margin.tolist() == [1.0, 1.0]
@@ -102,7 +102,7 @@ def test_prompts_are_paired_separately_and_in_order():
 
 
 def test_no_prompts_give_empty_columns_of_the_right_types():
-    found = pair_candidates([], [])
+    found = pair_candidates(np.empty((0, 4)), np.empty((0, 4)))
     kinds = [c.dtype for c in (found.prompt, found.chosen, found.rejected, found.margin)]
     assert kinds == [np.int64, np.int32, np.int32, np.float64]
 
@@ -119,3 +119,47 @@ def test_repeats_and_ties_never_meet_in_a_pair(candidates, count):
     assert all(rewards[c] > rewards[r] for c, r in found)
     possible = min(count, len(set(answers)) // 2)
     assert len(found) + result.ties == possible
+
+
+def plainly(candidates, rewards, pairs_per_prompt):
+    """Prompt by prompt and candidate by candidate: what `pair_candidates` does for all at once."""
+    found, duplicates, ties, too_few = [], 0, 0, 0
+    for prompt, (answers, reward) in enumerate(zip(candidates, rewards, strict=True)):
+        distinct = [i for i, answer in enumerate(answers) if answer not in answers[:i]]
+        duplicates += len(answers) - len(distinct)
+        too_few += len(distinct) < 2
+        ranked = sorted(distinct, key=lambda index: (-reward[index], index))
+        while len(ranked) >= 2 and len(distinct) - len(ranked) < 2 * pairs_per_prompt:
+            best, *ranked, worst = ranked
+            if reward[best] > reward[worst]:
+                found.append((prompt, best, worst, reward[best] - reward[worst]))
+            else:
+                ties += 1
+    return found, (duplicates, ties, too_few)
+
+
+@st.composite
+def groups(draw):
+    count = draw(st.integers(1, 7))
+    rewards = st.sampled_from([-1.5, -0.0, 0.0, 0.25, 3.0]) | st.floats(-1e3, 1e3)
+    group = st.tuples(
+        st.lists(st.integers(0, 4), min_size=count, max_size=count),
+        st.lists(rewards, min_size=count, max_size=count),
+    )
+    return draw(st.lists(group, min_size=1, max_size=12)), draw(st.integers(1, 4))
+
+
+@given(groups())
+def test_all_prompts_at_once_are_paired_as_one_by_one(drawn):
+    prompts, pairs_per_prompt = drawn
+    candidates, rewards = map(list, zip(*prompts, strict=True))
+    result = pair_candidates(candidates, rewards, pairs_per_prompt)
+    columns = (result.prompt, result.chosen, result.rejected, result.margin)
+    found = list(zip(*(column.tolist() for column in columns), strict=True))
+    counts = (result.duplicates, result.ties, result.too_few)
+    assert (found, counts) == plainly(candidates, rewards, pairs_per_prompt)
+
+
+def test_candidates_without_a_reward_are_refused():
+    with pytest.raises(ValueError, match=r"candidates are \(1, 3\), their rewards \(1, 2\)"):
+        pair_candidates([[0, 1, 2]], [[1.0, 2.0]])

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from sera_plugin.args import SeraConfig
-from sera_plugin.sampling import SamplingFailed, SamplingSettings, choose, vllm_server
+from sera_plugin.sampling import (
+    SamplingFailed,
+    SamplingSettings,
+    choose,
+    longest_first,
+    vllm_server,
+)
 from sera_plugin.sampling.choose import choose_sampler
 from sera_plugin.sampling.vllm import adapter_problem, find_vllm
 
@@ -102,3 +108,8 @@ def test_a_server_that_is_not_there_is_said_so(monkeypatch):
         SamplingFailed, match=rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
     ):
         list(server.sample([np.array([1], dtype=np.int32)], settings))
+
+
+def test_the_longest_prompts_that_are_left_come_first():
+    prompts = [np.zeros(length, dtype=np.int32) for length in (1, 2, 1, 3, 2)]
+    assert longest_first(prompts, skip=frozenset({3})) == [1, 4, 0, 2]

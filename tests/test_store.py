@@ -10,15 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sera_plugin import store as store_module
 from sera_plugin.checksums import SUMS, is_whole
 from sera_plugin.store import (
     RunStore,
-    TokenColumn,
-    fingerprint,
     make_table,
     read_json,
     write_json,
@@ -26,11 +22,6 @@ from sera_plugin.store import (
 )
 
 LISTS = pa.list_(pa.int32())
-token_lists = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size=8)
-
-
-def column(lists: list[list[int]]) -> TokenColumn:
-    return TokenColumn(pa.array(lists, type=LISTS))
 
 
 def samples(rows: list[int], tokens: int = 1, candidates: int = 2) -> pa.Table:
@@ -132,96 +123,6 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
-# ------------------------------------------------------------------ token columns
-
-
-@given(lists=token_lists)
-def test_token_column_round_trip(lists: list[list[int]]) -> None:
-    tokens = column(lists)
-    assert [ids.tolist() for ids in tokens] == lists
-    assert tokens.lengths.tolist() == [len(ids) for ids in lists]
-    assert tokens.lengths.dtype == np.int32
-    assert len(tokens) == len(lists)
-    assert all(ids.dtype == np.int32 for ids in tokens)
-
-
-@given(lists=token_lists, first=st.integers(0, 8), last=st.integers(0, 8))
-def test_token_column_of_a_slice(lists: list[list[int]], first: int, last: int) -> None:
-    part = pa.array(lists, type=LISTS)[first : max(first, last)]
-    assert [ids.tolist() for ids in TokenColumn(part)] == part.to_pylist()
-    chunked = pa.chunked_array([pa.array(lists, type=LISTS)])[first : max(first, last)]
-    assert [ids.tolist() for ids in TokenColumn(chunked)] == chunked.to_pylist()
-
-
-@given(chunks=st.lists(token_lists, max_size=4), data=st.data())
-def test_token_column_of_several_sliced_chunks(
-    chunks: list[list[list[int]]], data: st.DataObject
-) -> None:
-    arrays = [pa.array(lists, type=LISTS) for lists in chunks]
-    sliced = [array[data.draw(st.integers(0, len(array))) :] for array in arrays]
-    chunked = pa.chunked_array(sliced, type=LISTS)
-    tokens = TokenColumn(chunked)
-    assert [ids.tolist() for ids in tokens] == chunked.to_pylist()
-    assert fingerprint([tokens]) == fingerprint([column(chunked.to_pylist())])
-
-
-def test_token_column_survives_parquet(tmp_path: Path) -> None:
-    lists = [[1, 2], [], [2**31 - 1], []]
-    write_table(tmp_path / "dataset.parquet", make_table({"prompt_ids": lists}))
-    read = TokenColumn(pq.read_table(tmp_path / "dataset.parquet")["prompt_ids"])
-    assert [ids.tolist() for ids in read] == lists
-
-
-def test_token_column_counts_from_the_end_as_a_sequence_does() -> None:
-    tokens = column([[1], [2, 3], [4]])
-    assert tokens[-1].tolist() == [4]
-    assert tokens[-2].tolist() == [2, 3]
-    with pytest.raises(IndexError):
-        tokens[3]
-
-
-# ------------------------------------------------------------------ fingerprint
-
-PROMPTS, CHOSEN, REJECTED = [[1, 2], [3]], [[4], [5, 6]], [[7], [8]]
-
-
-def test_fingerprint_is_stable_and_blind_to_storage() -> None:
-    one = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
-    padded = pa.array([[9, 9], *CHOSEN, [9]], type=LISTS)[1:3]
-    two = fingerprint([column(PROMPTS), TokenColumn(padded), column(REJECTED)])
-    assert one == two
-    assert len(one) == 64
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        ([[1, 9], [3]], CHOSEN, REJECTED),
-        (PROMPTS, CHOSEN, [[7], [9]]),
-        # The same tokens in the same order with a boundary moved: within a column,
-        ([[1], [2, 3]], CHOSEN, REJECTED),
-        # between prompt and completion,
-        ([[1, 2], [3, 4]], [[], [5, 6]], REJECTED),
-        # and between columns.
-        (CHOSEN, PROMPTS, REJECTED),
-        (PROMPTS, REJECTED, CHOSEN),
-        ([*PROMPTS, []], [*CHOSEN, []], [*REJECTED, []]),
-    ],
-)
-def test_fingerprint_changes_with_any_token_and_any_boundary(changed: Any) -> None:
-    original = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
-    assert fingerprint(map(column, changed)) != original
-
-
-@given(lists=token_lists.filter(lambda lists: any(lists)), data=st.data())
-def test_fingerprint_sees_every_single_token(lists: list[list[int]], data: st.DataObject) -> None:
-    row = data.draw(st.sampled_from([i for i, ids in enumerate(lists) if ids]))
-    place = data.draw(st.integers(0, len(lists[row]) - 1))
-    changed = [list(ids) for ids in lists]
-    changed[row][place] ^= 1
-    assert fingerprint([column(changed)]) != fingerprint([column(lists)])
-
-
 # ------------------------------------------------------------------ tables and chunks
 
 
@@ -297,6 +198,36 @@ def test_chunks_of_a_restarted_run_do_not_replace_earlier_ones(tmp_path: Path) -
     found = RunStore(tmp_path).read_samples(2)
     assert found is not None
     assert found["row"].to_pylist() == [0, 0, 1, 1]
+
+
+def test_chunks_are_counted_once_and_rows_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing the directory for every chunk would take as many steps as chunks squared."""
+    RunStore(tmp_path).append_samples(2, samples([7]))
+    store = RunStore(tmp_path)
+    assert store.sampled_rows(3).tolist() == []
+    store.append_samples(2, samples([5, 1]))
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("counted again"))
+    store.append_samples(2, samples([3]))
+    monkeypatch.undo()
+    assert store.sampled_rows(2).tolist() == [1, 3, 5, 7]
+    names = sorted(path.name[:10] for path in store.samples(2).iterdir())
+    assert names == ["000-000000", "000-000001", "000-000002"]
+
+
+def test_columns_are_read_alone_and_in_parts(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    table = samples([0, 1, 2, 3, 4])
+    write_table(store.table_file(2, "candidates"), table)
+    some = store.read(2, "candidates", ["row", "finish_reason"])
+    assert some is not None
+    assert some.equals(table.select(["row", "finish_reason"]))
+    # However the file was written: parts must hold whole prompts.
+    pq.write_table(table, store.table_file(2, "candidates"), row_group_size=3)
+    parts = list(store.stream(2, "candidates", "token_ids", rows=4))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert [ids for part in parts for ids in part.to_pylist()] == table["token_ids"].to_pylist()
 
 
 def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: Path) -> None:

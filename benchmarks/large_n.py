@@ -1,0 +1,358 @@
+"""Our own part of a run with many pairs: what is neither the model's nor an engine's work.
+
+    python benchmarks/large_n.py                      # 10k, 100k and 1M pairs
+    python benchmarks/large_n.py --sizes 10000 --json figures.json
+
+A run of three iterations goes through `prepare_iteration` and `summarize` with a real run
+directory; log-probabilities and candidates are simulated. Every run is a process of its own, so
+that its peak memory is its own. Time is counted where it is spent: what the simulation takes is
+a line of its own and in no other figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sera_plugin import iteration as algorithm
+from sera_plugin import store, summary
+from sera_plugin.args import SeraConfig
+from sera_plugin.method import Method, Pairs, Phases
+from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
+from sera_plugin.store import RunStore
+from sera_plugin.tokens import fingerprint
+
+#: Pairs -> runs.
+SIZES = {10_000: 5, 100_000: 5, 1_000_000: 1}
+CONFIG = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.3, candidates=4)
+#: Mean tokens; lengths are log-normal, which has the long tail of real answers.
+PROMPT, COMPLETION, TAIL = 40, 80, 0.7
+LONGEST, VOCABULARY, END = 1024, 32_000, 2
+#: As the vLLM worker sends them.
+CHUNK_PROMPTS = 64
+#: Share of candidates that repeat their prompt's first one.
+REPEATED = 0.05
+
+#: Table line -> the functions whose own time it has (without that of others listed here).
+PHASES: dict[str, list[tuple[Any, str]]] = {
+    "fingerprint": [],
+    "offline scores, rewards, selection": [(algorithm, "offline_table")],
+    "sampling: bookkeeping": [(algorithm, "_sample")],
+    "sampling: append chunks": [(RunStore, "append_samples")],
+    "sampling: read chunks": [(RunStore, "read_samples"), (RunStore, "remove_samples")],
+    "candidate scores and rewards": [(algorithm, "_score_candidates")],
+    "pairing": [(algorithm, "_pair")],
+    "D_t": [(algorithm, "training_pairs")],
+    "write tables": [(store, "write_table")],
+    "read tables": [(RunStore, "read"), (RunStore, "column")],
+    "summary": [(summary, "summarize")],
+}
+SIMULATION, REST = "(simulation)", "everything else"
+
+
+class Clock:
+    """Seconds and processor seconds by name; time is that of the innermost name only."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.processor: Counter[str] = Counter()
+        self._names: list[str] = []
+        self._since = 0.0, 0.0
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        self._turn()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._names.pop()
+
+    def _turn(self) -> None:
+        now = perf_counter(), process_time()
+        if self._names:
+            self.seconds[self._names[-1]] += now[0] - self._since[0]
+            self.processor[self._names[-1]] += now[1] - self._since[1]
+        self._since = now
+
+    def watch(self, name: str, owner: Any, attribute: str) -> None:
+        original: Callable[..., Any] = getattr(owner, attribute)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.running(name):
+                return original(*args, **kwargs)
+
+        setattr(owner, attribute, timed)
+
+
+class SimulatedScorer:
+    """Around one nat a token; each policy moves every sequence a little."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __call__(
+        self, policy: int, prompts: Sequence[Any], completions: Any, phase: str
+    ) -> npt.NDArray[np.float64]:
+        with self.clock.running(SIMULATION):
+            lengths = getattr(completions, "lengths", None)
+            if lengths is None:
+                lengths = np.fromiter(map(len, completions), np.int64, len(completions))
+            random = np.random.default_rng([policy, len(prompts)])
+            return np.sqrt(lengths) * random.standard_normal(len(lengths)) - lengths
+
+
+class SimulatedSampler:
+    """Candidates as an engine gives them: Python lists, longest prompts first."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.report: dict[str, Any] = {"name": "simulated"}
+        self.seconds: dict[str, float] = {}
+
+    def sample(
+        self, prompts: Any, settings: SamplingSettings, skip: Collection[int] = ()
+    ) -> Generator[Chunk, None, None]:
+        with self.clock.running(SIMULATION):
+            rows = [row for row in np.argsort(-prompts.lengths).tolist() if row not in skip]
+            random = np.random.default_rng(settings.seed)
+        for first in range(0, len(rows), CHUNK_PROMPTS):
+            with self.clock.running(SIMULATION):
+                chunk = [
+                    (row, self._candidates(random, settings.candidates))
+                    for row in rows[first : first + CHUNK_PROMPTS]
+                ]
+            yield chunk
+
+    def _candidates(self, random: np.random.Generator, count: int) -> list[Candidate]:
+        lengths = draw_lengths(random, count, COMPLETION)
+        lists = [ids.tolist() for ids in np.split(*draw_tokens(random, lengths))[:count]]
+        repeats = random.random(count) < REPEATED
+        return [
+            Candidate(lists[0] if again else ids, "stop" if ids[-1] == END else "length")
+            for ids, again in zip(lists, repeats, strict=True)
+        ]
+
+
+def draw_lengths(random: np.random.Generator, count: int, mean: float) -> npt.NDArray[np.int64]:
+    raw = random.lognormal(np.log(mean) - TAIL**2 / 2, TAIL, count)
+    return np.clip(np.rint(raw), 2, LONGEST).astype(np.int64)
+
+
+def draw_tokens(
+    random: np.random.Generator, lengths: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Tokens of all lists, common ones more often, and where each list ends."""
+    ends = np.cumsum(lengths)
+    tokens = (VOCABULARY * random.random(ends[-1], dtype=np.float32) ** 3).astype(np.int32)
+    tokens[ends - 1] = END
+    return tokens, ends
+
+
+def simulated_pairs(count: int) -> pa.Table:
+    random = np.random.default_rng(0)
+    columns: dict[str, Any] = {"row": np.arange(count)}
+    for name, mean in (("prompt", PROMPT), ("chosen", COMPLETION), ("rejected", COMPLETION)):
+        tokens, ends = draw_tokens(random, draw_lengths(random, count, mean))
+        offsets = np.concatenate([[0], ends]).astype(np.int32)
+        columns[f"{name}_ids"] = pa.ListArray.from_arrays(offsets, tokens)
+    return pa.table(columns)
+
+
+def one_run(count: int, directory: Path) -> dict[str, Any]:
+    """Three iterations in this process: seconds by phase, memory and disk in bytes."""
+    clock = Clock()
+    dataset = simulated_pairs(count)
+    pairs = Pairs.from_table(dataset)
+    run, method = RunStore(directory), Method(CONFIG, False, False, count)
+    for name, functions in PHASES.items():
+        for owner, attribute in functions:
+            clock.watch(name, owner, attribute)
+
+    def prepare(iteration: int) -> int:
+        phases = Phases()
+        trained = algorithm.prepare_iteration(
+            iteration,
+            method,
+            pairs,
+            run,
+            SimulatedScorer(clock),
+            SimulatedSampler(clock),
+            SamplingSettings(CONFIG.candidates, 0.7, 0.95, LONGEST, None, (END,), iteration),
+            phases,
+        )
+        summary.summarize(iteration, method, run, phases)
+        return trained.num_rows
+
+    before = forget_peak()
+    with clock.running(REST):
+        with clock.running("fingerprint"):
+            identity = fingerprint([pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids])
+        run.begin({"dataset_fingerprint": identity}, dataset)
+        trained = [prepare(iteration) for iteration in (1, 2, 3)]
+    peak = resident_peak()
+    seconds, processor = dict(clock.seconds), dict(clock.processor)
+    with clock.running(REST):
+        prepare(3)
+    return {
+        "seconds": seconds,
+        "processor": processor,
+        "again": sum(clock.seconds.values()) - sum(seconds.values()),
+        "trained": trained,
+        "data": dataset.nbytes,
+        "before": before,
+        "peak": peak,
+        "disk": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+    }
+
+
+def forget_peak() -> int:
+    """Resident bytes now, from where on the peak counts (Linux; else what it was before)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(sizes: dict[int, int], directory: Path | None = None) -> dict[str, Any]:
+    """Run every size as often as it says, each time in a process of its own.
+
+    Args:
+        sizes: number of pairs -> repeats.
+        directory: where run directories are written (and removed); default: the temporary one.
+
+    Returns:
+        The machine, the simulation's constants and `runs`: by size, what `one_run` returned.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {str(count): [] for count in sizes}
+    for repeat in range(max(sizes.values())):
+        for count, repeats in sizes.items():
+            if repeat >= repeats:
+                continue
+            work = Path(tempfile.mkdtemp(prefix="sera-large-n-", dir=directory))
+            try:
+                command = [sys.executable, __file__, "--one", str(count), str(work)]
+                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+            finally:
+                shutil.rmtree(work)
+            runs[str(count)].append(json.loads(printed))
+            seconds = sum(runs[str(count)][-1]["seconds"].values())
+            print(f"{count} pairs, run {repeat + 1}: {seconds:.1f} s", file=sys.stderr)
+    return {
+        "date": f"{date.today():%Y-%m-%d}",
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "pyarrow")},
+        },
+        "candidates": CONFIG.candidates,
+        "mean_tokens": {"prompt": PROMPT, "completion": COMPLETION, "longest": LONGEST},
+        "chunk_prompts": CHUNK_PROMPTS,
+        "runs": runs,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: medians by phase and size."""
+    tokens = result["mean_tokens"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    sizes = [int(size) for size in result["runs"]]
+
+    def median(size: int, value: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(map(value, result["runs"][str(size)]))
+
+    def line(name: str, digits: int, value: Callable[[int, dict[str, Any]], float]) -> str:
+        cells = (f"{median(size, partial(value, size)):,.{digits}f}" for size in sizes)
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def own(run: dict[str, Any], what: str = "seconds") -> float:
+        return sum(spent for name, spent in run[what].items() if name != SIMULATION)
+
+    lines = [
+        f"{result['date']}, {result['machine']}, {versions}. Three iterations, "
+        f"R = {result['candidates']}; simulated prompts of {tokens['prompt']} and completions of "
+        f"{tokens['completion']} tokens on average (log-normal, at most {tokens['longest']}); "
+        f"chunks of {result['chunk_prompts']} prompts. Medians over the runs that the first line "
+        "counts.",
+        "",
+        f"| pairs | {' | '.join(f'{size:,}' for size in sizes)} |",
+        f"|---|{'---:|' * len(sizes)}",
+        f"| runs | {' | '.join(str(len(result['runs'][str(size)])) for size in sizes)} |",
+    ]
+    for name in (*PHASES, REST):
+        lines.append(line(f"{name}, s", 2, lambda size, run, n=name: run["seconds"].get(n, 0.0)))
+    lines += [
+        line("**all of these, s**", 1, lambda size, run: own(run)),
+        line("**per pair, µs**", 1, lambda size, run: own(run) / size * 1e6),
+        line("processor time of all these, s", 1, lambda size, run: own(run, "processor")),
+        line(
+            "processor time per pair, µs",
+            1,
+            lambda size, run: own(run, "processor") / size * 1e6,
+        ),
+        line("iteration 3 again from its files, s", 2, lambda size, run: run["again"]),
+        line("simulation (in no other figure), s", 1, lambda size, run: run["seconds"][SIMULATION]),
+        line("the pairs themselves, MiB", 0, lambda size, run: run["data"] / 2**20),
+        line("memory before the run, MiB", 0, lambda size, run: run["before"] / 2**20),
+        line("peak memory, MiB", 0, lambda size, run: run["peak"] / 2**20),
+        line(
+            "peak above before, per pair, bytes",
+            0,
+            lambda size, run: (run["peak"] - run["before"]) / size,
+        ),
+        line("run directory, MiB", 0, lambda size, run: run["disk"] / 2**20),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--repeats", type=int, help="default: 5 at 10k and 100k, else 1")
+    parser.add_argument("--directory", type=Path, help="a disk with room: 5 GB for a million pairs")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(one_run(int(arguments.one[0]), Path(arguments.one[1]))))
+        return
+    sizes = {size: arguments.repeats or SIZES.get(size, 1) for size in arguments.sizes}
+    result = measure(sizes, arguments.directory)
+    print(table(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

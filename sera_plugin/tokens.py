@@ -1,0 +1,141 @@
+"""Token id lists by the million: no Python object per token, and no copy before one is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+IntArray = npt.NDArray[np.int32]
+
+TOKENS = pa.list_(pa.int32())
+#: Tokens that are copied at a time (64 MiB). Offsets of list<int32> end at 2^31 in one chunk.
+_CHUNK = 2**24
+
+
+class TokenColumn(Sequence[IntArray]):
+    """A column of token id lists, which stay in the flat arrays that they came in.
+
+    Picking rows and joining columns copies no tokens. Positions are counted within each array, so
+    that all of them together may have more than 2^31 tokens.
+
+    Args:
+        column: a list<int32> column without nulls.
+
+    Attributes:
+        lengths: (n,) tokens per list.
+    """
+
+    def __init__(self, column: pa.ChunkedArray | pa.ListArray) -> None:
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        none = np.empty(0, dtype=np.int32)
+        self._set(
+            [chunk.values.to_numpy() for chunk in chunks],
+            np.repeat(np.arange(len(chunks), dtype=np.int32), [len(chunk) for chunk in chunks]),
+            np.concatenate([none, *(each[:-1] for each in offsets)]),
+            np.concatenate([none, *map(np.diff, offsets)]),
+        )
+
+    def _set(
+        self, arrays: list[IntArray], array: IntArray, start: IntArray, lengths: IntArray
+    ) -> TokenColumn:
+        """List i is `lengths[i]` tokens of `arrays[array[i]]`, from `start[i]` on."""
+        self._arrays, self._array, self._start, self.lengths = arrays, array, start, lengths
+        return self
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = self._start[index]
+        return self._arrays[self._array[index]][start : start + self.lengths[index]]
+
+    def __iter__(self) -> Iterator[IntArray]:
+        for rows in self._pieces():
+            yield from self._views(rows)
+
+    def take(self, rows: npt.NDArray[np.integer[Any]]) -> TokenColumn:
+        """The lists of these rows, in their order, as a column."""
+        return TokenColumn.__new__(TokenColumn)._set(
+            self._arrays, self._array[rows], self._start[rows], self.lengths[rows]
+        )
+
+    def joined(self, other: TokenColumn) -> TokenColumn:
+        """These lists and then those of another column."""
+        return TokenColumn.__new__(TokenColumn)._set(
+            [*self._arrays, *other._arrays],
+            np.concatenate([self._array, other._array + len(self._arrays)], dtype=np.int32),
+            np.concatenate([self._start, other._start]),
+            np.concatenate([self.lengths, other.lengths]),
+        )
+
+    def to_arrow(self) -> pa.ChunkedArray:
+        """A copy as list<int32>, in chunks that their offsets can count."""
+        chunks = [
+            pa.ListArray.from_arrays(self._offsets(rows).astype(np.int32), self._flat(rows))
+            for rows in self._pieces()
+        ]
+        return pa.chunked_array(chunks, type=TOKENS)
+
+    def numbered(self, group: int) -> IntArray:
+        """Numbers for lists: within a group equal where the lists are, and only there.
+
+        Args:
+            group: how many lists in a row make a group.
+
+        Returns:
+            (n / group, group) int32.
+
+        Raises:
+            ValueError: if the last group is not whole.
+        """
+        if len(self) % group:
+            raise ValueError(f"{len(self)} lists are no whole groups of {group}")
+        numbers = [np.empty(0, dtype=np.int32)]
+        for rows in self._pieces(group):
+            # Arrow finds equal strings, and a list of tokens is a string of bytes.
+            ends, tokens = map(pa.py_buffer, (4 * self._offsets(rows), self._flat(rows)))
+            size = rows.stop - rows.start
+            strings = pa.Array.from_buffers(pa.large_binary(), size, [None, ends, tokens])
+            numbers.append(strings.dictionary_encode().indices.to_numpy())
+        return np.concatenate(numbers).reshape(-1, group)
+
+    def _pieces(self, group: int = 1) -> Iterator[slice]:
+        """Rows in whole groups, as many at a time as have at most `_CHUNK` tokens."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)[group - 1 :: group]
+        cuts = [0]
+        while cuts[-1] < len(ends):
+            done = ends[cuts[-1] - 1] if cuts[-1] else 0
+            fits = int(np.searchsorted(ends, done + _CHUNK, side="right"))
+            cuts.append(max(fits, cuts[-1] + 1))
+        return (slice(first * group, last * group) for first, last in pairwise(cuts))
+
+    def _offsets(self, rows: slice) -> npt.NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.lengths[rows], dtype=np.int64)])
+
+    def _views(self, rows: slice) -> list[IntArray]:
+        start = self._start[rows]
+        places = (self._array[rows], start, start + self.lengths[rows])
+        return [
+            self._arrays[array][first:last]
+            for array, first, last in zip(*(place.tolist() for place in places), strict=True)
+        ]
+
+    def _flat(self, rows: slice) -> IntArray:
+        return np.concatenate([np.empty(0, dtype=np.int32), *self._views(rows)])
+
+
+def fingerprint(columns: Iterable[TokenColumn]) -> str:
+    """SHA-256 of token id columns; the identity of a dataset as it is trained."""
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(column.lengths.tobytes())
+        for rows in column._pieces():
+            digest.update(column._flat(rows).tobytes())
+    return digest.hexdigest()

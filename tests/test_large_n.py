@@ -1,0 +1,131 @@
+"""20,000 pairs against Algorithm 1 written out row by row: what is vectorised changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Sequence
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+
+from sera_plugin import tokens
+from sera_plugin.args import SeraConfig
+from sera_plugin.iteration import prepare_iteration
+from sera_plugin.method import Method, Pairs, Phases
+from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
+from sera_plugin.store import RunStore, make_table
+from sera_plugin.summary import summarize
+
+N, R, KEPT, SAMPLED = 20_000, 4, 14_000, 12_000
+CONFIG = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.6, candidates=R)
+END = 9
+
+
+def chance(key: str) -> int:
+    return crc32(key.encode()) * 2_654_435_761 >> 12
+
+
+def answer(key: str) -> list[int]:
+    """So short, of so few tokens, that many candidates repeat another one."""
+    number = chance(key)
+    return [number >> i & 1 for i in range(number >> 9 & 1)] + [END]
+
+
+def logp(policy: int, prompt: Sequence[int], completion: Sequence[int]) -> float:
+    """Quarters of a nat, few of them: many rewards are equal, and all sums are exact."""
+    return -(chance(f"{policy} {list(prompt)} {list(completion)}") % 3) / 4
+
+
+PROMPTS = [[row % 7, row] for row in range(N)]
+CHOSEN = [answer(f"chosen {row}") for row in range(N)]
+REJECTED = [answer(f"rejected {row}") for row in range(N)]
+CANDIDATES = [[answer(f"{index} of {row}") for index in range(R)] for row in range(N)]
+
+
+class Scorer:
+    def __call__(
+        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
+    ) -> np.ndarray[Any, Any]:
+        pairs = zip(prompts, completions, strict=True)
+        return np.array([logp(policy, p.tolist(), c.tolist()) for p, c in pairs])
+
+
+class Sampler:
+    report: dict[str, Any] = {"name": "fake"}  # noqa: RUF012
+    seconds: dict[str, float] = {}  # noqa: RUF012
+
+    def sample(
+        self, prompts: Sequence[Any], settings: SamplingSettings, skip: Collection[int] = ()
+    ) -> Generator[Chunk, None, None]:
+        order = [row for row in np.random.default_rng(0).permutation(N).tolist() if row not in skip]
+        for first in range(0, N, 512):
+            yield [
+                (row, [Candidate(ids, "stop") for ids in CANDIDATES[row]])
+                for row in order[first : first + 512]
+            ]
+
+
+def reward(row: int, completion: list[int]) -> float:
+    return logp(1, PROMPTS[row], completion) - logp(0, PROMPTS[row], completion)
+
+
+def largest(margins: list[float], count: int) -> list[int]:
+    """Where the largest are, the first of equal ones, in order."""
+    return sorted(sorted(range(len(margins)), key=lambda i: (-margins[i], i))[:count])
+
+
+def test_training_pairs_are_those_of_the_plain_algorithm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_CHUNK", 1000)
+    store, method, phases = RunStore(tmp_path), Method(CONFIG, False, False, N), Phases()
+    columns = {"prompt_ids": PROMPTS, "chosen_ids": CHOSEN, "rejected_ids": REJECTED}
+    pairs = Pairs.from_table(make_table(columns))
+    settings = SamplingSettings(R, 0.7, 0.95, 8, None, (END,), seed=0)
+    trained = [
+        prepare_iteration(t, method, pairs, store, Scorer(), Sampler(), settings, phases)
+        for t in (1, 2)
+    ][1].to_pydict()
+
+    margins = [reward(row, CHOSEN[row]) - reward(row, REJECTED[row]) for row in range(N)]
+    expected = [(PROMPTS[row], CHOSEN[row], REJECTED[row]) for row in largest(margins, KEPT)]
+    found: list[tuple[float, int, list[int], list[int]]] = []
+    spreads, ties = [], 0
+    for row, group in enumerate(CANDIDATES):
+        distinct = [ids for index, ids in enumerate(group) if ids not in group[:index]]
+        ranked = sorted(distinct, key=lambda ids: -reward(row, ids))
+        margin = reward(row, ranked[0]) - reward(row, ranked[-1])
+        if len(distinct) > 1:
+            spreads.append(margin / (sum(map(len, group)) / R))
+            ties += margin == 0
+        if margin > 0:
+            found.append((margin, row, ranked[0], ranked[-1]))
+    assert min(len(found) - SAMPLED, ties, N - len(spreads)) > 100  # all of it occurs
+    for place in largest([margin for margin, *_ in found], SAMPLED):
+        _, row, best, worst = found[place]
+        expected.append((PROMPTS[row], best, worst))
+    got = (trained["prompt_ids"], trained["chosen_ids"], trained["rejected_ids"])
+    assert list(zip(*got, strict=True)) == expected
+    for side, place in (("chosen", 1), ("rejected", 2)):
+        reference = [logp(1, pair[0], pair[place]) for pair in expected]
+        assert trained[f"ref_{side}_logps"] == reference
+
+    summary = summarize(2, method, store, phases)
+    assert summary["pairs"]["trained"] == KEPT + SAMPLED
+    assert summary["pairs"]["bootstrapped_found"] == len(found)
+    assert summary["samples"]["prompts"] == N
+    assert summary["samples"]["ties"] == ties
+    assert summary["samples"]["too_few"] == N - len(spreads)
+    assert summary["samples"]["duplicates"] == sum(
+        R - len(set(map(tuple, group))) for group in CANDIDATES
+    )
+    assert summary["spread"]["sampled"] == pytest.approx(float(np.median(spreads)))
+    sampled = expected[KEPT:]
+    assert summary["lengths"]["bootstrapped_chosen"] == pytest.approx(
+        sum(len(pair[1]) for pair in sampled) / SAMPLED
+    )
+    assert summary["lengths"]["trained_rejected"] == pytest.approx(
+        sum(len(pair[2]) for pair in expected) / len(expected)
+    )

@@ -1,0 +1,188 @@
+"""Token columns: exact tokens however they are stored, picked, joined and cut into chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sera_plugin import tokens as tokens_module
+from sera_plugin.store import make_table, write_table
+from sera_plugin.tokens import TokenColumn, fingerprint
+
+LISTS = pa.list_(pa.int32())
+token_lists = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size=8)
+#: Few different tokens and lengths: many lists are equal, or begin alike.
+similar_lists = st.lists(st.lists(st.integers(0, 1), max_size=3), max_size=24)
+
+
+def column(lists: list[list[int]]) -> TokenColumn:
+    return TokenColumn(pa.array(lists, type=LISTS))
+
+
+def in_chunks(lists: list[list[int]], cut: int) -> TokenColumn:
+    parts = [pa.array(part, type=LISTS) for part in (lists[:cut], lists[cut:])]
+    return TokenColumn(pa.chunked_array(parts, type=LISTS))
+
+
+@pytest.fixture(params=[1, 4, 2**24], autouse=True, scope="module")
+def _small_pieces(request: pytest.FixtureRequest) -> Any:
+    """Everything holds however many tokens are copied at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens_module, "_CHUNK", request.param)
+        yield
+
+
+# ------------------------------------------------------------------ token columns
+
+
+@given(lists=token_lists)
+def test_token_column_round_trip(lists: list[list[int]]) -> None:
+    tokens = column(lists)
+    assert [ids.tolist() for ids in tokens] == lists
+    assert tokens.lengths.tolist() == [len(ids) for ids in lists]
+    assert tokens.lengths.dtype == np.int32
+    assert len(tokens) == len(lists)
+    assert all(ids.dtype == np.int32 for ids in tokens)
+
+
+@given(lists=token_lists, first=st.integers(0, 8), last=st.integers(0, 8))
+def test_token_column_of_a_slice(lists: list[list[int]], first: int, last: int) -> None:
+    part = pa.array(lists, type=LISTS)[first : max(first, last)]
+    assert [ids.tolist() for ids in TokenColumn(part)] == part.to_pylist()
+    chunked = pa.chunked_array([pa.array(lists, type=LISTS)])[first : max(first, last)]
+    assert [ids.tolist() for ids in TokenColumn(chunked)] == chunked.to_pylist()
+
+
+@given(chunks=st.lists(token_lists, max_size=4), data=st.data())
+def test_token_column_of_several_sliced_chunks(
+    chunks: list[list[list[int]]], data: st.DataObject
+) -> None:
+    arrays = [pa.array(lists, type=LISTS) for lists in chunks]
+    sliced = [array[data.draw(st.integers(0, len(array))) :] for array in arrays]
+    chunked = pa.chunked_array(sliced, type=LISTS)
+    tokens = TokenColumn(chunked)
+    assert [ids.tolist() for ids in tokens] == chunked.to_pylist()
+    assert fingerprint([tokens]) == fingerprint([column(chunked.to_pylist())])
+
+
+def test_token_column_survives_parquet(tmp_path: Path) -> None:
+    lists = [[1, 2], [], [2**31 - 1], []]
+    write_table(tmp_path / "dataset.parquet", make_table({"prompt_ids": lists}))
+    read = TokenColumn(pq.read_table(tmp_path / "dataset.parquet")["prompt_ids"])
+    assert [ids.tolist() for ids in read] == lists
+
+
+def test_token_column_counts_from_the_end_as_a_sequence_does() -> None:
+    tokens = column([[1], [2, 3], [4]])
+    assert tokens[-1].tolist() == [4]
+    assert tokens[-2].tolist() == [2, 3]
+    with pytest.raises(IndexError):
+        tokens[3]
+
+
+@given(lists=token_lists, cut=st.integers(0, 8), data=st.data())
+def test_picked_and_joined_rows_are_what_lists_would_give(
+    lists: list[list[int]], cut: int, data: st.DataObject
+) -> None:
+    rows = data.draw(st.lists(st.integers(0, len(lists) - 1))) if lists else []
+    picked = in_chunks(lists, cut).take(np.asarray(rows, dtype=np.int64))
+    expected = [lists[row] for row in rows]
+    assert [ids.tolist() for ids in picked] == expected
+    joined = picked.joined(column(lists)).joined(picked)
+    expected = [*expected, *lists, *expected]
+    assert [ids.tolist() for ids in joined] == expected
+    assert [joined[index].tolist() for index in range(len(joined))] == expected
+    assert joined.lengths.tolist() == [len(ids) for ids in expected]
+    assert joined.to_arrow().to_pylist() == expected
+    assert joined.to_arrow().type == LISTS
+    assert fingerprint([joined]) == fingerprint([column(expected)])
+
+
+@given(lists=token_lists)
+def test_no_chunk_has_more_tokens_than_allowed(lists: list[list[int]]) -> None:
+    for chunk in column(lists).to_arrow().chunks:
+        assert len(chunk) == 1 or len(chunk.values) <= tokens_module._CHUNK
+
+
+@given(lists=similar_lists, group=st.integers(1, 4), cut=st.integers(0, 24))
+def test_numbers_are_equal_where_lists_of_a_group_are(
+    lists: list[list[int]], group: int, cut: int
+) -> None:
+    lists = lists[: len(lists) // group * group]
+    numbers = in_chunks(lists, cut).numbered(group)
+    assert numbers.shape == (len(lists) // group, group)
+    for row, found in enumerate(numbers.tolist()):
+        some = lists[row * group : (row + 1) * group]
+        for one in range(group):
+            for other in range(group):
+                assert (found[one] == found[other]) == (some[one] == some[other])
+
+
+def test_groups_must_be_whole() -> None:
+    with pytest.raises(ValueError, match="3 lists are no whole groups of 2"):
+        column([[1], [2], [3]]).numbered(2)
+
+
+def test_more_tokens_than_int32_counts(tmp_path: Path) -> None:
+    """Three chunks of 2^30 tokens each, in a file without blocks that nobody reads."""
+    zeros = np.memmap(tmp_path / "zeros", dtype=np.int32, mode="w+", shape=2**30)
+    zeros[-1] = 7
+    values = pa.Array.from_buffers(pa.int32(), 2**30, [None, pa.py_buffer(zeros)])
+    chunk = pa.ListArray.from_arrays(pa.array([0, 5, 2**30], type=pa.int32()), values)
+    many = TokenColumn(pa.chunked_array([chunk] * 3))
+    assert int(many.lengths.sum(dtype=np.int64)) == 3 * 2**30
+    assert [len(many[index]) for index in range(6)] == [5, 2**30 - 5] * 3
+    assert many[5][-1] == 7
+    doubled = many.joined(many)
+    assert len(doubled[11]) == 2**30 - 5
+    assert doubled[11][-1] == 7
+    assert doubled.take(np.array([10, 0])).to_arrow().to_pylist() == [[0] * 5] * 2
+
+
+# ------------------------------------------------------------------ fingerprint
+
+PROMPTS, CHOSEN, REJECTED = [[1, 2], [3]], [[4], [5, 6]], [[7], [8]]
+
+
+def test_fingerprint_is_stable_and_blind_to_storage() -> None:
+    one = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
+    padded = pa.array([[9, 9], *CHOSEN, [9]], type=LISTS)[1:3]
+    two = fingerprint([column(PROMPTS), TokenColumn(padded), column(REJECTED)])
+    assert one == two
+    assert len(one) == 64
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ([[1, 9], [3]], CHOSEN, REJECTED),
+        (PROMPTS, CHOSEN, [[7], [9]]),
+        # The same tokens in the same order with a boundary moved: within a column,
+        ([[1], [2, 3]], CHOSEN, REJECTED),
+        # between prompt and completion,
+        ([[1, 2], [3, 4]], [[], [5, 6]], REJECTED),
+        # and between columns.
+        (CHOSEN, PROMPTS, REJECTED),
+        (PROMPTS, REJECTED, CHOSEN),
+        ([*PROMPTS, []], [*CHOSEN, []], [*REJECTED, []]),
+    ],
+)
+def test_fingerprint_changes_with_any_token_and_any_boundary(changed: Any) -> None:
+    original = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
+    assert fingerprint(map(column, changed)) != original
+
+
+@given(lists=token_lists.filter(lambda lists: any(lists)), data=st.data())
+def test_fingerprint_sees_every_single_token(lists: list[list[int]], data: st.DataObject) -> None:
+    row = data.draw(st.sampled_from([i for i, ids in enumerate(lists) if ids]))
+    place = data.draw(st.integers(0, len(lists[row]) - 1))
+    changed = [list(ids) for ids in lists]
+    changed[row][place] ^= 1
+    assert fingerprint([column(changed)]) != fingerprint([column(lists)])
