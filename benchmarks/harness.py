@@ -99,7 +99,9 @@ def in_fresh_process(setup: Setup, function: Callable[..., T], *arguments: Any) 
     context = multiprocessing.get_context("spawn" if setup.device == "cuda" else "forkserver")
     if setup.device == "cpu":
         context.set_forkserver_preload(["benchmarks.preload"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    # Whatever the call starts in turn (data loaders' workers) it starts as in any other process.
+    reset = {"initializer": multiprocessing.set_start_method, "initargs": (None, True)}
+    with ProcessPoolExecutor(1, mp_context=context, **reset) as pool:
         return pool.submit(function, *arguments).result()
 
 
