@@ -17,7 +17,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm test-crash bench-sampling lint types audit docs wheel clean
+.PHONY: demo test test-vllm test-crash bench bench-gpu bench-sampling lint types audit docs wheel clean
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,13 @@ test-vllm: $(READY) $(VLLM_READY)
 test-crash: $(READY)
 	$(BIN)/python -m tests.crash $(or $(ARGS),--points 60 --table docs/reliability.md)
 
+# Half an hour on a quiet machine. ARGS="--only scoring" measures one part; docs/benchmarks.md.
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks --device cuda --shape tinyllama-1.1b mistral-7b $(ARGS)
+
 # ARGS="--model ... --prompts ..." measures another model; VLLM_PYTHON=... another vLLM.
 VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
 bench-sampling: $(READY) $(if $(filter $(VLLM_VENV)/bin/python,$(VLLM_PYTHON)),$(VLLM_READY))
@@ -67,6 +74,7 @@ audit: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m benchmarks --render
 
 wheel: $(READY)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -47,6 +47,15 @@ HOST_KEYS = [
         "`enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and `port`. See "
         "sampling.md.",
     ),
+    (
+        "gradient_accumulation_steps, gradient_checkpointing, optimizer",
+        "As for any other `rl`: reentrant or not, 8-bit and paged optimizers too.",
+    ),
+    (
+        "activation_offloading",
+        "`true` keeps activations in host memory (TRL's offloader, for accelerators only); "
+        "`hidden_states` with reentrant checkpointing is the host's own.",
+    ),
     ("lora_model_dir", "An adapter to continue; theta_0 is the base model with it."),
     (
         "auto_resume_from_checkpoints, resume_from_checkpoint",
@@ -121,11 +130,18 @@ def render() -> str:
         "## Refused, with the remedy, before any model is loaded",
         "",
         "`max_steps`, `streaming`, `pretraining_dataset`, `sample_packing`, `relora`,",
-        "`dpo_use_liger_kernel`, `rl_adapter_ref_model`, `neftune_noise_alpha`,",
+        "`dpo_use_liger_kernel` (Liger's fused DPO loss computes its reference itself, and TRL",
+        "refuses precomputed values with it, for any `sera.loss` or `dpo_loss_type`),",
+        "`use_liger_kernel`,",
+        "`layer_offloading`, other kinds of `activation_offloading`,",
+        "`precompute_ref_log_probs: false`, `rl_adapter_ref_model`, `neftune_noise_alpha`,",
         "`context_parallel_size` above 1, a `trainer_cls` of your own, a `num_epochs` that is not",
         "whole, misspelt `sera` keys inside or beside the block, a `sera:` block or the plugin",
         "line with another `rl`, a `dpo_loss_type` that TRL does not have, and `datasets` or",
         "`test_datasets` that are no list of blocks with a `path`.",
+        "",
+        "Kernels for the cross-entropy of labels (`liger_fused_linear_cross_entropy`,",
+        "`cut_cross_entropy`, ...) have no effect on a preference loss: a warning names them.",
         "",
     ]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
 from sera_plugin.data_config import check_datasets, name_types, restore_entries
+from sera_plugin.features import check_features
 from sera_plugin.shown import plain, quoted
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
@@ -254,7 +255,7 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
         "pretraining_dataset": "rl: sera needs preference pairs; use datasets",
         "sample_packing": "preference pairs cannot be packed; remove sample_packing",
         "dpo_use_liger_kernel": "the fused loss cannot take reference values as data, which "
-        "rl: sera relies on; remove dpo_use_liger_kernel",
+        "rl: sera relies on (TRL refuses precomputed ones too); remove dpo_use_liger_kernel",
         "rl_adapter_ref_model": "rl: sera keeps no reference model; remove rl_adapter_ref_model",
         "neftune_noise_alpha": "noise makes the policy differ from its own reference; remove "
         "neftune_noise_alpha",
@@ -278,6 +279,7 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
             f"context_parallel_size: {_brief(cfg['context_parallel_size'])} does not work here: "
             "scoring needs whole sequences; remove context_parallel_size."
         )
+    check_features(cfg)
     _reject_loss_conflicts(cfg, config)
 
 

@@ -24,6 +24,7 @@ FORBIDDEN = {
     "data_config": PURE,
     "dataset": PURE,
     "encoding": PURE,
+    "features": PURE,
     "fields": PURE,
     "iteration": PURE,
     "method": PURE,

@@ -99,6 +99,12 @@ def test_beta_is_the_losss_own_unless_set(loss: str) -> None:
         {"dpo_label_smoothing": 0.0, "sera": {"loss": "ipo"}},
         {"max_steps": None, "sample_packing": False, "streaming": False},
         {"context_parallel_size": 1},
+        {"activation_offloading": True, "gradient_checkpointing": True},
+        {
+            "activation_offloading": "hidden_states",
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        {"precompute_ref_log_probs": True, "layer_offloading": False},
     ],
 )
 def test_what_works_is_left_alone(keys: dict[str, Any]) -> None:
@@ -115,6 +121,13 @@ def test_unset_keys_of_the_vllm_block_stay_unset() -> None:
     named = {"gpu_memory_utilization": 0.4, "host": "10.0.0.5"}
     assert register(vllm=named)["vllm"] == named
     assert "vllm" not in register()
+
+
+def test_kernels_for_labels_are_named_as_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="axolotl.sera"):
+        register(liger_fused_linear_cross_entropy=True, cut_cross_entropy=True)
+    assert "liger_fused_linear_cross_entropy, cut_cross_entropy: no effect" in caplog.text
+    assert "remove them" in caplog.text
 
 
 # ------------------------------------------------------------------ misuse
@@ -165,6 +178,27 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "packing": ({"sample_packing": True}, ["sample_packing: True", "remove sample_packing"]),
     "liger": ({"dpo_use_liger_kernel": True}, ["dpo_use_liger_kernel", "remove"]),
+    "liger of transformers": (
+        {"use_liger_kernel": True},
+        ["use_liger_kernel: True", "LigerPlugin"],
+    ),
+    "layers offloaded": ({"layer_offloading": True}, ["layer_offloading: True", "qlora"]),
+    "offloaded as of old": (
+        {"activation_offloading": "legacy", "gradient_checkpointing": True},
+        ["activation_offloading: 'legacy'", "activation_offloading: true"],
+    ),
+    "offloaded to a disk": (
+        {"gradient_checkpointing": "offload_disk"},
+        ["gradient_checkpointing: 'offload_disk'", "activation_offloading: true"],
+    ),
+    "hidden states offloaded": (
+        {"activation_offloading": "hidden_states", "gradient_checkpointing": True},
+        ["activation_offloading: 'hidden_states'", "activation_offloading: true"],
+    ),
+    "no precomputed reference": (
+        {"precompute_ref_log_probs": False},
+        ["precompute_ref_log_probs: False", "Remove"],
+    ),
     "ref adapter": ({"rl_adapter_ref_model": True}, ["rl_adapter_ref_model", "remove"]),
     "neftune": ({"neftune_noise_alpha": 5}, ["neftune_noise_alpha: 5", "remove"]),
     "relora": ({"relora": True}, ["relora: True", "remove relora"]),

@@ -1,0 +1,83 @@
+"""`python -m benchmarks`: measure, keep the figures as JSON, and write docs/benchmarks.md's tables.
+
+make bench                          all parts on this machine's CPU
+make bench ARGS="--only scoring"    one of them
+make bench-gpu                      the same on one CUDA GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Setup, provenance
+from benchmarks.report import PARTS, RESULTS, update_page
+from benchmarks.workload import SHAPES
+
+#: Fewer rounds, or a toy, are for trying things out: their figures are shown and not kept.
+FEWEST_ROUNDS = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["small"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS)
+    parser.add_argument("--pairs", type=int, help="default: each part's own number")
+    parser.add_argument("--model", type=Path, help="a directory, instead of random weights")
+    parser.add_argument("--data", type=Path, help="JSONL with prompt, chosen, rejected")
+    parser.add_argument("--render", action="store_true", help="only write the page's tables again")
+    options = parser.parse_args(arguments)
+    if options.data and not options.model:
+        parser.error("--data needs --model: random weights come with a vocabulary of their own")
+    if options.render:
+        update_page()
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"this needs a CUDA GPU, and torch {torch.__version__} sees none here. Run `make "
+            "bench-gpu` on a machine that has one, with a CUDA build of torch in the environment; "
+            "`make bench` measures on the CPU."
+        )
+    for shape in options.shape:
+        with tempfile.TemporaryDirectory() as directory:
+            setup = Setup(
+                device=options.device,
+                shape=shape,
+                rounds=options.rounds,
+                pairs=options.pairs,
+                model=options.model and options.model.resolve(),
+                data=options.data and options.data.resolve(),
+                directory=Path(directory),
+            )
+            for part in options.only:
+                if setup.device in PARTS[part]:
+                    run(part, setup)
+
+
+def run(part: str, setup: Setup) -> None:
+    """Measure one part, show its table, and keep its figures where they are worth keeping."""
+    module = importlib.import_module(f"benchmarks.{part}")
+    about = provenance(setup)
+    result = module.measure(setup)
+    print(f"\n{module.TITLE}\n\n{module.table(result)}\n", flush=True)
+    if setup.rounds < FEWEST_ROUNDS or (setup.shape == "toy" and setup.model is None):
+        print(f"{part}: not kept ({setup.rounds} rounds, shape {setup.shape})", flush=True)
+        return
+    name = setup.model.name if setup.model else setup.shape
+    path = RESULTS / part / f"{setup.device}-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"about": about, "result": result}
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    update_page()
+
+
+if __name__ == "__main__":
+    main()

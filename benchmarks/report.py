@@ -1,0 +1,50 @@
+"""docs/benchmarks.md: the tables between its markers, made of benchmarks/results alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+
+from benchmarks.harness import ROOT, described
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+#: Parts in the page's order, and the devices each is measured on.
+PARTS = {
+    "scoring": ("cpu", "cuda"),
+    "memory": ("cpu", "cuda"),
+    "step": ("cpu", "cuda"),
+    "whole_run": ("cpu", "cuda"),
+    "ranks": ("cpu",),
+}
+NOTHING = "No results yet."
+
+
+def tables(part: str) -> str:
+    """What stands between a part's markers."""
+    module = importlib.import_module(f"benchmarks.{part}")
+    found = []
+    for path in sorted((RESULTS / part).glob("*.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        found.append(f"{module.table(kept['result'])}\n\n{described(kept['about'])}")
+    return "\n\n".join(found) or NOTHING
+
+
+def render(page: str) -> str:
+    """The page with its tables as the results have them.
+
+    Raises:
+        ValueError: if the markers of a part are not there once.
+    """
+    for part in PARTS:
+        between = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- end of {part} -->)", re.DOTALL)
+        text = tables(part)
+        page, count = between.subn(lambda match, text=text: match[1] + text + match[2], page)
+        if count != 1:
+            raise ValueError(f"{PAGE.name} has {count} places for {part}; it needs one")
+    return page
+
+
+def update_page() -> None:
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
