@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import Setup, figure, interleave, markdown, times
-from benchmarks.sides import token_budget
 from benchmarks.workload import load_model, longest_of, make_model, read_rows, vocabulary_of
 from sera_plugin.distributed import current_ranks
-from sera_plugin.logprobs import TokenBudget, score_sequences
+from sera_plugin.logprobs import score_sequences, scoring_budget
 from sera_plugin.selection import select_largest
 
 TITLE = "Two ranks"
@@ -88,7 +87,7 @@ def score_as_rank(
 
     prompts = [tokens(row["prompt"]) for row in rows] * 2
     completions = [tokens(row[side]) for side in ("chosen", "rejected") for row in rows]
-    budget = TokenBudget(token_budget(model, longest))
+    budget = scoring_budget(model, model.device, longest)
 
     def score() -> np.ndarray:
         found = score_sequences(

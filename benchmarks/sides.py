@@ -6,19 +6,16 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.harness import Setup
 from benchmarks.workload import ANSWER_FORMAT, PROMPT_FORMAT, load_model
-from sera_plugin.logprobs import TokenBudget, score_sequences
-from sera_plugin.trainer import SeraTrainer
+from sera_plugin.logprobs import score_sequences, scoring_budget
 
 #: What TRL takes unless told otherwise (`precompute_ref_batch_size` unset).
 DEFAULT_BATCH = int(DPOConfig.__dataclass_fields__["per_device_train_batch_size"].default)
@@ -97,7 +94,7 @@ class Sides:
             self.prompts * 2,
             self.completions[0] + self.completions[1],
             pad_id=self.pad_id,
-            budget=TokenBudget(token_budget(self.model, self.sequence_len)),
+            budget=scoring_budget(self.model, self.model.device, self.sequence_len),
             autocast=self.autocast,
         )
 
@@ -106,9 +103,3 @@ class Sides:
         if self.device == "cpu":
             return nullcontext
         return lambda: torch.autocast("cuda", torch.bfloat16)
-
-
-def token_budget(model: Any, sequence_len: int) -> int:
-    """Tokens per forward pass, as the trainer plans them."""
-    run = SimpleNamespace(model=model, cfg=DictDefault({"sequence_len": sequence_len}))
-    return int(SeraTrainer._token_budget.fget(run))  # type: ignore[attr-defined]

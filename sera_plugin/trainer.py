@@ -32,7 +32,6 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from sera_plugin import checkpoints
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
-from sera_plugin.budget import TokenBudget, plan_tokens
 from sera_plugin.checksums import explained, seal
 from sera_plugin.dataset import report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
@@ -45,6 +44,7 @@ from sera_plugin.gate import (
     low_precision,
 )
 from sera_plugin.loading import DataError, Split, edited_since
+from sera_plugin.logprobs import scoring_budget
 from sera_plugin.loop import RECORD, Loop
 from sera_plugin.losses import PreferenceLoss
 from sera_plugin.method import Method, Pairs
@@ -257,15 +257,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._score = PolicyScorer(
             self._policies,
             int(self._tokenizer.pad_token_id),
-            # A token's activations without gradients: up to 32 hidden states of 16 bits.
-            TokenBudget(
-                plan_tokens(
-                    self.accelerator.device,
-                    bytes_per_token=64 * self.model.config.get_text_config().hidden_size,
-                    longest=int(self.cfg.sequence_len or 0),
-                    on_cpu=2_048,
-                )
-            ),
+            scoring_budget(self.model, self.accelerator.device, int(self.cfg.sequence_len or 0)),
             self.compute_loss_context_manager,
             self.store.ranks,
             quiet=bool(self.args.disable_tqdm) or not self.store.ranks.main,

@@ -167,14 +167,13 @@ class Watch:
     def _watch_phases(self, set_up: Callable[[], None]) -> None:
         import sera_plugin.logprobs
         import sera_plugin.samplers
-        import sera_plugin.trainer
         from sera_plugin.forward import innermost
         from sera_plugin.loop import Loop
         from sera_plugin.sampling.transformers import TransformersSampler
         from sera_plugin.scoring import PolicyScorer
         from sera_plugin.store import RunStore
 
-        for module in (sera_plugin.trainer, sera_plugin.samplers):
+        for module in (sera_plugin.logprobs, sera_plugin.samplers):
             module.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[attr-defined]
 
         def opened(*_: Any, **__: Any) -> None:
