@@ -117,7 +117,11 @@ class TokenBudget:
         self.tokens = self.planned
 
     def run(
-        self, batches: Sequence[list[int]], sizes: Sequence[int], work: Callable[[list[int]], T]
+        self,
+        batches: Sequence[list[int]],
+        sizes: Sequence[int],
+        work: Callable[[list[int]], T],
+        in_step: bool = False,
     ) -> Iterator[tuple[list[int], T]]:
         """Work through batches, in smaller parts once memory has run out.
 
@@ -125,18 +129,19 @@ class TokenBudget:
             batches: indices, from `batches_by_length`.
             sizes: tokens by index.
             work: what to do with a batch or a part of one.
+            in_step: whether `work` is a collective call, which no rank makes in parts alone.
 
         Yields:
             (batch or part of one, what came out).
 
         Raises:
-            ValueError: if not even one sequence fits into memory.
+            ValueError: if not even one sequence fits into memory, or a batch that cannot be split.
         """
         left = deque(batches)
         while left:
             batch = left.popleft()
             size = sizes[batch[0]]
-            if len(batch) > 1 and len(batch) * size > self.tokens:
+            if len(batch) > 1 and len(batch) * size > self.tokens and not in_step:
                 fits = max(1, self.tokens // size)
                 left.extendleft((batch[fits:], batch[:fits]))
                 continue
@@ -145,6 +150,8 @@ class TokenBudget:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
+                if in_step:
+                    raise ValueError(self._in_step_message(len(batch), size)) from error
                 self._exceeded(len(batch), size)
                 error.__traceback__ = None  # its frames hold what did not fit
             else:
@@ -152,6 +159,15 @@ class TokenBudget:
                 continue
             clear_device_cache(garbage_collection=True)
             left.appendleft(batch)
+
+    def _in_step_message(self, sequences: int, size: int) -> str:
+        return (
+            f"out of memory while {self.purpose} {sequences} sequences of {size} tokens at a time. "
+            "Every forward pass over sharded weights is made by all processes together, so this "
+            "one cannot go on with smaller batches alone, and the run stops. Set "
+            "fsdp_config.offload_params: true, take more processes, or lower sequence_len (for "
+            "sampling sera.max_new_tokens or sera.candidates, or set sera.sampler: vllm)."
+        )
 
     def _exceeded(self, sequences: int, size: int) -> None:
         if sequences == 1:
@@ -191,7 +207,7 @@ def score_sequences(
         pad_id: padding token id.
         budget: most tokens per forward pass; halved, for good, when memory runs out.
         autocast: the context training computes its loss in.
-        shard: this process's part of the batches.
+        shard: this process's part of the batches; in step where the model is sharded.
         progress: called with the tokens of each finished batch.
 
     Returns:
@@ -211,10 +227,14 @@ def score_sequences(
     was_training = model.training
     model.eval()
     try:
-        batches = shard.of(list(batches_by_length(lengths, budget.planned)))
-        for batch, logps in budget.run(batches, lengths, score):
+        batches = list(batches_by_length(lengths, budget.planned))
+        tokens = [sum(lengths[index] for index in batch) for batch in batches]
+        mine = shard.of(batches, tokens)
+        for batch, logps in budget.run(mine, lengths, score, shard.in_step):
             scores[batch] = logps
             progress(sum(lengths[index] for index in batch))
+        for _ in range(shard.idle(batches)):
+            score(batches[-1])  # the smallest: only to take part
     finally:
         model.train(was_training)
     return scores

@@ -91,7 +91,7 @@ class Samplers:
                 self.scorer.pad_id,
                 self.scorer.budget.planned,
                 self.scorer.autocast,
-                ranks.shard,
+                self.scorer.shard,
                 partial(policies.at, iteration - 1),
             )
         served = self._served(iteration)

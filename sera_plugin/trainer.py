@@ -69,6 +69,9 @@ from sera_plugin.store import RunStore, make_table, write_json
 
 LOG = logging.getLogger("axolotl.sera")
 
+#: Where the host saves the optimizer's state: alone and under DDP, under FSDP whole and in parts.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+
 _DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
     "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
@@ -235,7 +238,7 @@ class SeraTrainer(AxolotlDPOTrainer):
 
         super().__init__(model, None, args=args, **kwargs)
 
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
                 "rl: sera keeps the whole model on each GPU for now (DDP). Remove deepspeed, "
                 "fsdp_version and fsdp_config."
@@ -358,7 +361,18 @@ class SeraTrainer(AxolotlDPOTrainer):
             self.train_dataset.data.table,
             bool(self._asked_checkpoint or self.cfg.auto_resume_from_checkpoints),
             self._asked_checkpoint,
+            sharded_later=bool(self.is_fsdp_enabled),
         )
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Remember theta_0 before a checkpoint is loaded over it.
+
+        Under FSDP that waits until the weights are where they will be used: before, they are in
+        the host's memory, and with `cpu_ram_efficient_loading` on the first rank alone.
+        """
+        if self._loop is not None:
+            self._loop.recall()
+        super()._load_from_checkpoint(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`.
@@ -388,7 +402,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         _, steps = self._loop.schedule.locate(step)
         finished = step == self._loop.schedule.total_steps
         unneeded = finished or (self.config.restart_optimizer and steps == 0)
-        if not unneeded and not (path / "optimizer.pt").exists():
+        if not unneeded and not any((path / name).exists() for name in _OPTIMIZER_FILES):
             raise ValueError(
                 f"{path} was saved without the optimizer (save_only_model), so the run cannot "
                 "continue from it as if it had not been interrupted. Start fresh in another "
@@ -490,6 +504,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         resumed = kwargs.get("epochs_trained") == epoch and bool(
             kwargs.get("steps_trained_in_current_epoch")
         )
+        loop.recall()
         prepared = loop.begin(iteration, resumed, self.optimizer)
         if prepared.held_out is not None:
             assert self._eval_pairs is not None
@@ -561,7 +576,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         seal(path)
 
     def _require_finite_weights(self) -> None:
-        if not is_finite(self.model):
+        if not is_finite(self.model, self.store.ranks):
             raise ValueError(
                 f"the policy's weights are not finite after step {self.state.global_step} "
                 f"(iteration {self._iteration}), so they are not saved. {_DIVERGED}"
@@ -583,7 +598,8 @@ class SeraTrainer(AxolotlDPOTrainer):
         # Accelerate keeps every optimizer it has prepared and would unscale the old ones too.
         self.accelerator._optimizers.clear()
         self.optimizer = self.lr_scheduler = None
-        self.optimizer = self.accelerator.prepare(self.create_optimizer())
+        # Not `prepare`: under FSDP2 that wants the model too, which is sharded already.
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
         self.create_scheduler(num_training_steps=steps)
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
