@@ -196,6 +196,17 @@ class PolicyHistory:
                 f"copy, or continue from the checkpoint at the end of iteration {policy} or from "
                 "an earlier one (resume_from_checkpoint): the run is then trained again from there."
             )
+        return self._read(directory)
+
+    def load(self, directory: Path) -> None:
+        """Write the policy in a directory into the model.
+
+        Raises:
+            FileNotFoundError: if an adapter's weights are not there.
+        """
+        restore_snapshot(self.model, self._read(directory))
+
+    def _read(self, directory: Path) -> Snapshot:
         if not self.is_adapter:
             saved = type(self.model).from_pretrained(
                 str(directory), dtype="auto", use_safetensors=True, trust_remote_code=False

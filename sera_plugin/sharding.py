@@ -63,4 +63,11 @@ def whole_weights(model: nn.Module, trainable_only: bool) -> dict[str, Any]:
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable_only
     )
-    return get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=options)
+    # Tied weights are gathered one by one; told apart they would be written twice.
+    first: dict[int, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        name = name.replace(_WRAPPED, "")
+        if name in state:
+            state[name] = state[first.setdefault(id(weight), name)]
+    return state

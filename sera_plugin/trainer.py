@@ -364,7 +364,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             sharded_later=bool(self.is_fsdp_enabled),
         )
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
 
         Under FSDP that waits until the weights are where they will be used: before, they are in
@@ -372,7 +372,12 @@ class SeraTrainer(AxolotlDPOTrainer):
         """
         if self._loop is not None:
             self._loop.recall()
-        super()._load_from_checkpoint(*args, **kwargs)
+        if self.is_fsdp_enabled and is_peft_model(self.model):
+            # accelerate 1.13 saves only rank 0's part of the adapter for this, and would load it on
+            # rank 0 alone. The checkpoint's adapter, as PEFT has it, is whole.
+            self._policies.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`.
