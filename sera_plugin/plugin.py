@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
 from sera_plugin.data_config import check_datasets, name_types, restore_entries
+from sera_plugin.parallel_config import check_parallel
 from sera_plugin.shown import plain, quoted
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
@@ -80,6 +81,7 @@ class SeraPlugin(BasePlugin):
             )
         config = _parse(cfg.get("sera"))
         _reject_incompatible(cfg, config)
+        check_parallel(cfg)
         check_datasets(cfg, *_host_dataset_keys())
         name_types(cfg)
         self._entries = {key: copy.deepcopy(cfg.get(key)) for key in ("datasets", "test_datasets")}
@@ -109,8 +111,9 @@ class SeraPlugin(BasePlugin):
         guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:
-        from sera_plugin.trainer import keep_one_model_loaded
+        from sera_plugin.trainer import keep_one_model_loaded, require_mesh
 
+        require_mesh(cfg)
         keep_one_model_loaded()
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
@@ -272,11 +275,6 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
         raise ValueError(
             "sera.sampler: vllm-server needs an adapter: the weights of full fine-tuning cannot be "
             "loaded into a running server. Set sera.sampler to vllm, or set `adapter: lora`."
-        )
-    if _number("context_parallel_size", cfg.get("context_parallel_size") or 1) != 1:
-        raise ValueError(
-            f"context_parallel_size: {_brief(cfg['context_parallel_size'])} does not work here: "
-            "scoring needs whole sequences; remove context_parallel_size."
         )
     _reject_loss_conflicts(cfg, config)
 

@@ -78,6 +78,30 @@ _DIVERGED = (
 )
 
 
+_NO_FSDP = (
+    "fsdp_config is set, but the host cannot shard the model here: it does so over several "
+    "processes, each with a GPU of its own. Start as many as there are GPUs (`axolotl train "
+    "config.yaml --launcher torchrun`), or remove fsdp_version and fsdp_config."
+)
+
+
+def require_mesh(cfg: DictDefault) -> None:
+    """Refuse FSDP where the host would fail to make a mesh.
+
+    axolotl 0.19 makes one of CUDA devices whatever there is, and without any fails in torch.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    from axolotl.loaders import model as host
+
+    if cfg.fsdp_config and not torch.cuda.is_available():
+        try:
+            host.build_parallelism_config(cfg)
+        except (AttributeError, AssertionError, RuntimeError) as error:
+            raise ValueError(_NO_FSDP) from error
+
+
 def keep_one_model_loaded() -> None:
     """Stop the host from loading a reference model beside the policy for `rl: sera`.
 
@@ -240,9 +264,11 @@ class SeraTrainer(AxolotlDPOTrainer):
 
         if self.is_deepspeed_enabled:
             raise ValueError(
-                "rl: sera keeps the whole model on each GPU for now (DDP). Remove deepspeed, "
-                "fsdp_version and fsdp_config."
+                "the launcher has turned DeepSpeed on, which does not work with rl: sera yet. Take "
+                "it out of the launcher's configuration (docs/many-gpus.md)."
             )
+        if self.cfg.fsdp_config and not self.is_fsdp_enabled:
+            raise ValueError(_NO_FSDP)
         if self.accelerator.num_processes != self.store.ranks.world:
             raise ValueError(
                 f"{self.store.ranks.world} processes were started, but the host trains in each of "
