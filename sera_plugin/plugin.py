@@ -104,6 +104,10 @@ class SeraPlugin(BasePlugin):
         """Before the host loads its datasets, which it does because this returns nothing."""
         restore_entries(cfg, self._entries)
         self._guard_rows()
+        if cfg.fsdp_config and not preprocess:
+            from sera_plugin.trainer import require_mesh
+
+            require_mesh(cfg)
 
     def _guard_rows(self) -> None:
         from sera_plugin.trainer import guard_host_rows
@@ -111,10 +115,10 @@ class SeraPlugin(BasePlugin):
         guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:
-        from sera_plugin.trainer import keep_one_model_loaded, require_mesh
+        from sera_plugin.trainer import keep_one_model_loaded, save_whole_adapters
 
-        require_mesh(cfg)
         keep_one_model_loaded()
+        save_whole_adapters()
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """The host calls this for training alone, and before it writes into output_dir."""

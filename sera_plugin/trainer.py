@@ -95,11 +95,31 @@ def require_mesh(cfg: DictDefault) -> None:
     """
     from axolotl.loaders import model as host
 
-    if cfg.fsdp_config and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         try:
             host.build_parallelism_config(cfg)
         except (AttributeError, AssertionError, RuntimeError) as error:
             raise ValueError(_NO_FSDP) from error
+
+
+def save_whole_adapters() -> None:
+    """Let the host save what it trained under FSDP, for `rl: sera`.
+
+    axolotl 0.19 hands `axolotl.train.save_trained_model` the base model, whose names for the
+    adapter's weights PEFT does not find in a file. Safe to call more than once.
+    """
+    import axolotl.train as host
+
+    original = host.save_trained_model
+    if getattr(original, "_sera", False):
+        return
+
+    def save_trained_model(cfg: DictDefault, trainer: Any, model: Any) -> None:
+        ours = cfg.get("sera") and cfg.get("fsdp_config")
+        original(cfg, trainer, trainer.model if ours else model)
+
+    save_trained_model._sera = True  # type: ignore[attr-defined]
+    host.save_trained_model = save_trained_model
 
 
 def keep_one_model_loaded() -> None:
