@@ -29,6 +29,12 @@ def check_parallel(cfg: dict[str, Any]) -> None:
             f"deepspeed: {quoted(cfg['deepspeed'])} does not work here yet. Remove it; to share "
             "the weights out set fsdp_version: 2 and an fsdp_config (docs/many-gpus.md)."
         )
+    if cfg.get("use_ray"):
+        raise ValueError(
+            "use_ray: true does not work here: the host asks Ray for a GPU per worker, and SeRA "
+            "has never been run so. Remove use_ray, and start `axolotl train` with `--launcher "
+            "torchrun` (docs/many-gpus.md)."
+        )
     block = cfg.get("fsdp_config")
     if block is None and not cfg.get("fsdp"):
         return

@@ -179,6 +179,7 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size: 2", "remove"]),
     "tensor parallel": ({"tensor_parallel_size": 4}, ["tensor_parallel_size: 4", "remove"]),
     "deepspeed": ({"deepspeed": "zero1.json"}, ["deepspeed: 'zero1.json'", "fsdp_version: 2"]),
+    "ray": ({"use_ray": True}, ["use_ray: true", "--launcher torchrun"]),
     "fsdp, old style": ({"fsdp": ["full_shard"]}, ["fsdp_config: None", "fsdp_version: 2"]),
     "fsdp 1": ({"fsdp_config": {"offload_params": True}}, ["fsdp_version: None", "version: 2"]),
     "fsdp in pieces": (
