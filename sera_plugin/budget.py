@@ -73,7 +73,11 @@ class TokenBudget:
         self.tokens = self.planned
 
     def run(
-        self, batches: Sequence[list[int]], sizes: Sequence[int], work: Callable[[list[int]], T]
+        self,
+        batches: Sequence[list[int]],
+        sizes: Sequence[int],
+        work: Callable[[list[int]], T],
+        in_step: bool = False,
     ) -> Iterator[tuple[list[int], T]]:
         """Work through batches, in smaller parts once memory has run out.
 
@@ -81,18 +85,19 @@ class TokenBudget:
             batches: indices, from `batches_by_length`.
             sizes: tokens by index.
             work: what to do with a batch or a part of one.
+            in_step: whether `work` is a collective call, which no rank makes in parts alone.
 
         Yields:
             (batch or part of one, what came out).
 
         Raises:
-            ValueError: if not even one sequence fits into memory.
+            ValueError: if not even one sequence fits into memory, or a batch that cannot be split.
         """
         left = deque(batches)
         while left:
             batch = left.popleft()
             size = sizes[batch[0]]
-            if len(batch) > 1 and len(batch) * size > self.tokens:
+            if len(batch) > 1 and len(batch) * size > self.tokens and not in_step:
                 fits = max(1, self.tokens // size)
                 left.extendleft((batch[fits:], batch[:fits]))
                 continue
@@ -101,6 +106,8 @@ class TokenBudget:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
+                if in_step:
+                    raise ValueError(self._in_step_message(len(batch), size)) from error
                 self._exceeded(len(batch), size)
                 error.__traceback__ = None  # its frames hold what did not fit
             else:
@@ -108,6 +115,15 @@ class TokenBudget:
                 continue
             clear_device_cache(garbage_collection=True)
             left.appendleft(batch)
+
+    def _in_step_message(self, sequences: int, size: int) -> str:
+        return (
+            f"out of memory while {self.purpose} {sequences} sequences of {size} tokens at a time. "
+            "Every forward pass over sharded weights is made by all processes together, so this "
+            "one cannot go on with smaller batches alone, and the run stops. Set "
+            "fsdp_config.offload_params: true, take more processes, or lower sequence_len (for "
+            "sampling sera.max_new_tokens or sera.candidates, or set sera.sampler: vllm)."
+        )
 
     def _exceeded(self, sequences: int, size: int) -> None:
         if sequences == 1:

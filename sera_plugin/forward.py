@@ -176,7 +176,8 @@ def abilities(model: nn.Module) -> Abilities:
                 logps, output = score(layout, in_head)
             except _REFUSALS:
                 return False
-            if in_head and not torch.equal(output.logits.flatten().to(logps.dtype), logps):
+            returned = output.logits.flatten()
+            if in_head and not torch.equal(returned, logps.to(returned.dtype)):
                 return False  # something comes after the output layer
             return torch.allclose(logps, plain, rtol=0.01)
 

@@ -36,7 +36,7 @@ def score_sequences(
         pad_id: padding token id.
         budget: most tokens per forward pass; halved, for good, when memory runs out.
         autocast: the context training computes its loss in.
-        shard: this process's part of the batches.
+        shard: this process's part of the batches; in step where the model is sharded.
         progress: called with the prompt and completion tokens of each finished batch.
 
     Returns:
@@ -54,7 +54,7 @@ def score_sequences(
     sizes = [len(prompts[line[0]]) + sum(len(completions[i]) for i in line) for line in lines]
     scores = np.zeros(len(prompts), dtype=np.float64)
 
-    def score(batch: list[int]) -> int:
+    def score(batch: list[int]) -> tuple[list[int], npt.NDArray[np.float64]]:
         chosen = [lines[number] for number in batch]
         layout: Layout = "packed" if can.packed else "padded"
         if len(chosen[0]) > 1:
@@ -62,9 +62,7 @@ def score_sequences(
         inputs, targets = collate(prompts, completions, chosen, layout, pad_id, device)
         with autocast():
             logps, _ = forward_logps(model, inputs, targets)
-        indices = [index for line in chosen for index in line]
-        scores[indices] = logps.double().cpu().numpy()
-        return sum(len(prompts[index]) + len(completions[index]) for index in indices)
+        return [index for line in chosen for index in line], logps.double().cpu().numpy()
 
     was_training = model.training
     model.eval()
@@ -76,8 +74,12 @@ def score_sequences(
             kind_sizes = [sizes[number] for number in kind]
             for batch in batches_by_length(kind_sizes, budget.planned):
                 batches.append([kind[index] for index in batch])
-        for _, tokens in budget.run(shard.of(batches), sizes, score):
-            progress(tokens)
+        mine = shard.of(batches, [sum(sizes[number] for number in batch) for batch in batches])
+        for _, (indices, logps) in budget.run(mine, sizes, score, shard.in_step):
+            scores[indices] = logps
+            progress(sum(len(prompts[index]) + len(completions[index]) for index in indices))
+        for _ in range(shard.idle(batches)):
+            score(batches[-1])  # one of the smallest: only to take part
     finally:
         model.train(was_training)
     return scores

@@ -83,6 +83,9 @@ class Loop:
     log: Callable[[dict[str, float]], None]
     #: Steps as planned, which one learning-rate schedule over all iterations spans.
     planned_steps: int = field(init=False)
+    _earlier: bool = field(default=False, init=False)
+    _few: Pairs = field(init=False)
+    _recalled: bool = field(default=False, init=False)
     _summary: dict[str, Any] = field(default_factory=dict, init=False)
     _began: float = field(default=0.0, init=False)
 
@@ -101,6 +104,7 @@ class Loop:
         dataset: pa.Table,
         resuming: bool,
         asked: str | None,
+        sharded_later: bool = False,
     ) -> None:
         """Start the run's record, or continue it; nothing is recorded before all checks are passed.
 
@@ -110,6 +114,8 @@ class Loop:
             dataset: the offline pairs.
             resuming: whether the configuration allows to continue an earlier run.
             asked: `resume_from_checkpoint` as the YAML has it.
+            sharded_later: whether the weights are not where they will be used yet; then it is for
+                the trainer to call `recall`, before it loads a checkpoint or begins.
 
         Raises:
             ValueError: if the checkpoint that is asked for cannot be used, the directory holds
@@ -135,9 +141,9 @@ class Loop:
             )
         else:
             require_same_run(earlier, description, self.store.root)
-        self.scorer.policies.keep_initial(recorded=earlier is not None)
-        if earlier is not None:
-            self._require_same_model(dataset)
+        self._earlier, self._few = earlier is not None, Pairs.from_table(dataset.slice(0, _FEW))
+        if not sharded_later:
+            self.recall()
         sampler = self.samplers.choose() if self._will_sample() else None
         for name, values in columns.items():
             dataset = dataset.append_column(name, values)
@@ -146,6 +152,19 @@ class Loop:
         else:
             self.store.repair_dataset(dataset)
         LOG.info("%s", announce(description, self.method, self.schedule, self.store, sampler))
+
+    def recall(self) -> None:
+        """Remember theta_0, once, when the model holds it and can be used.
+
+        Raises:
+            ValueError: if the run began with another model.
+        """
+        if self._recalled:
+            return
+        self._recalled = True
+        self.scorer.policies.keep_initial(recorded=self._earlier)
+        if self._earlier:
+            self._require_same_model()
 
     def _require_empty(self) -> None:
         remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]
@@ -163,13 +182,13 @@ class Loop:
             self.store.finished(iteration, "candidates") for iteration in iterations
         )
 
-    def _require_same_model(self, dataset: pa.Table) -> None:
+    def _require_same_model(self) -> None:
         """The loaded model gives the first pairs the log-probabilities the run began with."""
         names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("logp", "length")]
         recorded = self.store.read(1, "offline", names)
         if recorded is None:
             return
-        few = Pairs.from_table(dataset.slice(0, _FEW))
+        few = self._few
         logps = score_pairs(few, 0, self.scorer, "check")
         for side in ("chosen", "rejected"):
             before = recorded[f"{side}_logp"].to_numpy()[: len(few)]

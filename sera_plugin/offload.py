@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sera_plugin.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
@@ -121,7 +122,10 @@ def make_room(
 
 
 def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
-    """Every tensor that a training run keeps on its device between steps, each once."""
+    """Every tensor that a training run keeps on its device between steps, each once.
+
+    Without the parts of sharded weights, whose storage FSDP2 holds on to by itself.
+    """
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     found += [weight.grad for weight in model.parameters() if weight.grad is not None]
     for weight in model.parameters():
@@ -136,7 +140,7 @@ def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
             for value in values.values()
             if isinstance(value, Tensor) and not getattr(value, "is_paged", False)
         ]
-    return list({id(tensor): tensor for tensor in found}.values())
+    return list({id(each): each for each in found if not isinstance(each, DTensor)}.values())
 
 
 def _to_host(tensors: list[Tensor]) -> list[tuple[Tensor, torch.device]]:

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
 from sera_plugin.data_config import check_datasets, name_types, restore_entries
 from sera_plugin.features import check_features
+from sera_plugin.parallel_config import check_parallel
 from sera_plugin.shown import plain, quoted
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
@@ -81,6 +82,7 @@ class SeraPlugin(BasePlugin):
             )
         config = _parse(cfg.get("sera"))
         _reject_incompatible(cfg, config)
+        check_parallel(cfg)
         check_datasets(cfg, *_host_dataset_keys())
         name_types(cfg)
         self._entries = {key: copy.deepcopy(cfg.get(key)) for key in ("datasets", "test_datasets")}
@@ -103,6 +105,10 @@ class SeraPlugin(BasePlugin):
         """Before the host loads its datasets, which it does because this returns nothing."""
         restore_entries(cfg, self._entries)
         self._guard_rows()
+        if cfg.fsdp_config and not preprocess:
+            from sera_plugin.trainer import require_mesh
+
+            require_mesh(cfg)
 
     def _guard_rows(self) -> None:
         from sera_plugin.trainer import guard_host_rows
@@ -110,9 +116,10 @@ class SeraPlugin(BasePlugin):
         guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:
-        from sera_plugin.trainer import keep_one_model_loaded
+        from sera_plugin.trainer import keep_one_model_loaded, save_whole_adapters
 
         keep_one_model_loaded()
+        save_whole_adapters()
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """The host calls this for training alone, and before it writes into output_dir."""
@@ -273,11 +280,6 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
         raise ValueError(
             "sera.sampler: vllm-server needs an adapter: the weights of full fine-tuning cannot be "
             "loaded into a running server. Set sera.sampler to vllm, or set `adapter: lora`."
-        )
-    if _number("context_parallel_size", cfg.get("context_parallel_size") or 1) != 1:
-        raise ValueError(
-            f"context_parallel_size: {_brief(cfg['context_parallel_size'])} does not work here: "
-            "scoring needs whole sequences; remove context_parallel_size."
         )
     check_features(cfg)
     _reject_loss_conflicts(cfg, config)

@@ -16,43 +16,49 @@ from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sera_plugin.checksums import damage, replace_directory
+from sera_plugin.ranks import Ranks
+from sera_plugin.sharding import is_sharded, local, part_of, trainable, whole_weights
 from sera_plugin.store import RunStore, write_json
 
 Snapshot = dict[str, Tensor]
 
 
 def take_snapshot(model: nn.Module) -> Snapshot:
-    """Copy the trainable weights to host memory, bit for bit, in their own type."""
-    return {
-        name: weight.detach().to("cpu", copy=True)
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
+    """Copy the trainable weights to host memory, bit for bit, in their own type.
+
+    Of sharded weights this process's part.
+    """
+    return {name: local(weight).to("cpu", copy=True) for name, weight in trainable(model).items()}
 
 
 @torch.no_grad()
 def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
     """Write a snapshot into the model's own storage.
 
+    One that was taken before the model was sharded holds whole weights, and is cut.
+
     Raises:
         ValueError: if the snapshot was taken from other trainable weights.
     """
-    weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    weights = trainable(model)
     if weights.keys() != snapshot.keys():
         differing = sorted(weights.keys() ^ snapshot.keys())[:3]
         raise ValueError(f"the snapshot's weights are not the model's: {', '.join(differing)}")
     for name, weight in weights.items():
-        weight.copy_(snapshot[name])
+        here, saved = local(weight), snapshot[name]
+        here.copy_(saved if saved.shape == here.shape else part_of(saved, weight))
 
 
-def is_finite(model: nn.Module) -> bool:
-    """Whether no trainable weight is NaN or infinite."""
-    found = [w.detach().isfinite().all().cpu() for w in model.parameters() if w.requires_grad]
-    return bool(torch.stack(found).all())
+def is_finite(model: nn.Module, ranks: Ranks) -> bool:
+    """Whether no trainable weight is NaN or infinite, on any rank; a collective call."""
+    found = [local(weight).isfinite().all().cpu() for weight in trainable(model).values()]
+    bad = np.array([0.0 if torch.stack(found).all() else 1.0])
+    return not ranks.sum(bad).any()
 
 
 @contextmanager
@@ -116,18 +122,25 @@ class PolicyHistory:
         self.current = policy
         if policy not in self._snapshots:
             self._snapshots[policy] = take_snapshot(self.model)
-        self.store.ranks.on_main(lambda: self._write(policy))
+        whole: dict[str, Any] = {}
+        if is_sharded(self.model) and not self._is_base(policy):
+            # Every rank takes part, or the others would wait for it.
+            whole = {"state_dict": whole_weights(self.model, trainable_only=self.is_adapter)}
+        self.store.ranks.on_main(lambda: self._write(policy, whole))
 
-    def _write(self, policy: int) -> None:
+    def _is_base(self, policy: int) -> bool:
+        return policy == 0 and not self.is_adapter
+
+    def _write(self, policy: int, whole: dict[str, Any]) -> None:
         final = self.store.policy(policy + 1)
         if not final.exists() or damage(final) is not None:
-            replace_directory(final, lambda directory: self._save(policy, directory))
+            replace_directory(final, lambda directory: self._save(policy, directory, whole))
 
-    def _save(self, policy: int, directory: Path) -> None:
-        if policy == 0 and not self.is_adapter:
+    def _save(self, policy: int, directory: Path, whole: dict[str, Any]) -> None:
+        if self._is_base(policy):
             write_json(directory / "base_model.json", {"base_model": self.base_model})
         else:
-            self.model.save_pretrained(str(directory))
+            self.model.save_pretrained(str(directory), **whole)
             self.tokenizer.save_pretrained(str(directory))
 
     @contextmanager
@@ -183,23 +196,48 @@ class PolicyHistory:
                 f"copy, or continue from the checkpoint at the end of iteration {policy} or from "
                 "an earlier one (resume_from_checkpoint): the run is then trained again from there."
             )
-        current = take_snapshot(self.model)
+        return self._read(directory)
+
+    def load(self, directory: Path) -> None:
+        """Write the policy in a directory into the model.
+
+        Raises:
+            FileNotFoundError: if an adapter's weights are not there.
+        """
+        restore_snapshot(self.model, self._read(directory))
+
+    def _read(self, directory: Path) -> Snapshot:
         if not self.is_adapter:
             saved = type(self.model).from_pretrained(
                 str(directory), dtype="auto", use_safetensors=True, trust_remote_code=False
             )
-            weights = saved.state_dict()
-            return {name: weights[name] for name in current}
+            return self._parts(saved.state_dict())
         if not (directory / "adapter_model.safetensors").is_file():
             # PEFT would go on to a pickled adapter_model.bin, then to a hub.
             raise FileNotFoundError(
                 f"{directory} has no adapter_model.safetensors. Restore it, or train anew in "
                 "another output_dir."
             )
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
+        weights = load_peft_weights(str(directory), device="cpu")
+        if is_sharded(self.model):
+            # PEFT cannot load into parts, but it knows what it calls each weight in a file.
+            names = {id(weight): name for name, weight in trainable(self.model).items()}
+            called = get_peft_model_state_dict(
+                self.model, state_dict=trainable(self.model), save_embedding_layers=False
+            )
+            return self._parts({names[id(w)]: weights[key] for key, w in called.items()})
+        current = take_snapshot(self.model)
         try:
-            set_peft_model_state_dict(self.model, load_peft_weights(str(directory), device="cpu"))
+            set_peft_model_state_dict(self.model, weights)
             return take_snapshot(self.model)
         finally:
             restore_snapshot(self.model, current)
+
+    def _parts(self, saved: dict[str, Tensor]) -> Snapshot:
+        """This process's part of whole weights, as rank 0 has read them."""
+        return {
+            name: part_of(saved[name], weight, source=0).to("cpu", copy=True)
+            for name, weight in trainable(self.model).items()
+        }

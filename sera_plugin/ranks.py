@@ -17,14 +17,44 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of some work: every `count`-th piece from `index` on, none at all if that is 0."""
+    """One part of some work.
+
+    Attributes:
+        index, count: which of how many parts; a count of 0 is no part at all.
+        in_step: whether a piece is a collective call, in which every part takes a turn together.
+    """
 
     index: int = 0
     count: int = 1
+    in_step: bool = False
 
-    def of(self, pieces: Sequence[T]) -> Sequence[T]:
-        """The pieces of this part."""
-        return pieces[self.index :: self.count] if self.count else []
+    def of(self, pieces: Sequence[T], sizes: Sequence[int]) -> list[T]:
+        """The pieces of this part, in the order they came in. All parts must ask alike.
+
+        The largest piece left goes to the part that has the least. In step a turn takes as long as
+        its largest piece, and every `count`-th piece, largest first, makes the fewest turns.
+
+        Args:
+            pieces: all of the work, largest first.
+            sizes: what each piece costs.
+        """
+        if self.in_step or not self.count:
+            return list(pieces[self.index :: self.count]) if self.count else []
+        loads = [0] * self.count
+        mine = []
+        for place in sorted(range(len(pieces)), key=lambda place: (-sizes[place], place)):
+            least = loads.index(min(loads))
+            loads[least] += sizes[place]
+            if least == self.index:
+                mine.append(place)
+        return [pieces[place] for place in sorted(mine)]
+
+    def idle(self, pieces: Sequence[T]) -> int:
+        """How many turns this part has nothing to do in while another has (in step)."""
+        if not self.in_step:
+            return 0
+        turns = -(-len(pieces) // self.count)
+        return turns - len(pieces[self.index :: self.count])
 
 
 WHOLE, NO_PART = Shard(), Shard(0, 0)

@@ -97,7 +97,7 @@ class Samplers:
                     on_cpu=16_384,
                 ),
                 self.scorer.autocast,
-                ranks.shard,
+                self.scorer.shard,
                 partial(policies.at, iteration - 1),
             )
         served = self._served(iteration)

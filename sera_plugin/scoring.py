@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,9 +14,10 @@ from sera_plugin.iteration import Progress
 from sera_plugin.logprobs import score_sequences
 from sera_plugin.method import Phases
 from sera_plugin.policies import PolicyHistory
-from sera_plugin.ranks import Ranks
+from sera_plugin.ranks import Ranks, Shard
 from sera_plugin.rewards import FloatArray
 from sera_plugin.sampling import Chunk
+from sera_plugin.sharding import is_sharded
 
 
 class PolicyScorer:
@@ -48,6 +50,11 @@ class PolicyScorer:
         #: What the current iteration has cost; the trainer starts a new one each iteration.
         self.phases = Phases()
 
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of forward passes over the model, as it is now."""
+        return replace(self.ranks.shard, in_step=is_sharded(self.policies.model))
+
     def __call__(
         self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
     ) -> FloatArray:
@@ -70,7 +77,7 @@ class PolicyScorer:
                 pad_id=self.pad_id,
                 budget=self.budget,
                 autocast=self.autocast,
-                shard=self.ranks.shard,
+                shard=self.shard,
                 progress=bar.update,
             )
             bar.total = bar.n

@@ -69,10 +69,57 @@ from sera_plugin.store import RunStore, make_table, write_json
 
 LOG = logging.getLogger("axolotl.sera")
 
+#: Where the host saves the optimizer's state: alone and under DDP, under FSDP whole and in parts.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+
 _DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
     "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
 )
+
+
+_NO_FSDP = (
+    "fsdp_config is set, but the host cannot shard the model here: it does so over several "
+    "processes, each with a GPU of its own. Start as many as there are GPUs (`axolotl train "
+    "config.yaml --launcher torchrun`), or remove fsdp_version and fsdp_config."
+)
+
+
+def require_mesh(cfg: DictDefault) -> None:
+    """Refuse FSDP where the host would fail to make a mesh.
+
+    axolotl 0.19 makes one of CUDA devices whatever there is, and without any fails in torch.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    from axolotl.loaders import model as host
+
+    if not torch.cuda.is_available():
+        try:
+            host.build_parallelism_config(cfg)
+        except (AttributeError, AssertionError, RuntimeError) as error:
+            raise ValueError(_NO_FSDP) from error
+
+
+def save_whole_adapters() -> None:
+    """Let the host save what it trained under FSDP, for `rl: sera`.
+
+    axolotl 0.19 hands `axolotl.train.save_trained_model` the base model, whose names for the
+    adapter's weights PEFT does not find in a file. Safe to call more than once.
+    """
+    import axolotl.train as host
+
+    original = host.save_trained_model
+    if getattr(original, "_sera", False):
+        return
+
+    def save_trained_model(cfg: DictDefault, trainer: Any, model: Any) -> None:
+        ours = cfg.get("sera") and cfg.get("fsdp_config")
+        original(cfg, trainer, trainer.model if ours else model)
+
+    save_trained_model._sera = True  # type: ignore[attr-defined]
+    host.save_trained_model = save_trained_model
 
 
 def keep_one_model_loaded() -> None:
@@ -235,11 +282,13 @@ class SeraTrainer(AxolotlDPOTrainer):
 
         super().__init__(model, None, args=args, **kwargs)
 
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "rl: sera keeps the whole model on each GPU for now (DDP). Remove deepspeed, "
-                "fsdp_version and fsdp_config."
+                "the launcher has turned DeepSpeed on, which does not work with rl: sera yet. Take "
+                "it out of the launcher's configuration (docs/many-gpus.md)."
             )
+        if self.cfg.fsdp_config and not self.is_fsdp_enabled:
+            raise ValueError(_NO_FSDP)
         if self.accelerator.num_processes != self.store.ranks.world:
             raise ValueError(
                 f"{self.store.ranks.world} processes were started, but the host trains in each of "
@@ -352,7 +401,23 @@ class SeraTrainer(AxolotlDPOTrainer):
             self.train_dataset.data.table,
             bool(self._asked_checkpoint or self.cfg.auto_resume_from_checkpoints),
             self._asked_checkpoint,
+            sharded_later=bool(self.is_fsdp_enabled),
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Remember theta_0 before a checkpoint is loaded over it.
+
+        Under FSDP that waits until the weights are where they will be used: before, they are in
+        the host's memory, and with `cpu_ram_efficient_loading` on the first rank alone.
+        """
+        if self._loop is not None:
+            self._loop.recall()
+        if self.is_fsdp_enabled and is_peft_model(self.model):
+            # accelerate 1.13 saves only rank 0's part of the adapter for this, and would load it on
+            # rank 0 alone. The checkpoint's adapter, as PEFT has it, is whole.
+            self._policies.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`.
@@ -382,7 +447,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         _, steps = self._loop.schedule.locate(step)
         finished = step == self._loop.schedule.total_steps
         unneeded = finished or (self.config.restart_optimizer and steps == 0)
-        if not unneeded and not (path / "optimizer.pt").exists():
+        if not unneeded and not any((path / name).exists() for name in _OPTIMIZER_FILES):
             raise ValueError(
                 f"{path} was saved without the optimizer (save_only_model), so the run cannot "
                 "continue from it as if it had not been interrupted. Start fresh in another "
@@ -484,6 +549,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         resumed = kwargs.get("epochs_trained") == epoch and bool(
             kwargs.get("steps_trained_in_current_epoch")
         )
+        loop.recall()
         prepared = loop.begin(iteration, resumed, self.optimizer)
         if prepared.held_out is not None:
             assert self._eval_pairs is not None
@@ -555,7 +621,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         seal(path)
 
     def _require_finite_weights(self) -> None:
-        if not is_finite(self.model):
+        if not is_finite(self.model, self.store.ranks):
             raise ValueError(
                 f"the policy's weights are not finite after step {self.state.global_step} "
                 f"(iteration {self._iteration}), so they are not saved. {_DIVERGED}"
@@ -577,7 +643,8 @@ class SeraTrainer(AxolotlDPOTrainer):
         # Accelerate keeps every optimizer it has prepared and would unscale the old ones too.
         self.accelerator._optimizers.clear()
         self.optimizer = self.lr_scheduler = None
-        self.optimizer = self.accelerator.prepare(self.create_optimizer())
+        # Not `prepare`: under FSDP2 that wants the model too, which is sharded already.
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
         self.create_scheduler(num_training_steps=steps)
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler

@@ -54,6 +54,10 @@ def seams():
             AxolotlDPOTrainer.create_scheduler,
             "self num_training_steps optimizer",
         ),
+        "load_from_checkpoint": (
+            Trainer._load_from_checkpoint,
+            "self resume_from_checkpoint model",
+        ),
         "create_optimizer": (Trainer.create_optimizer, "self model"),
         "prepare_dataset": (
             DPOTrainer._prepare_dataset,
@@ -93,6 +97,7 @@ def seams():
         "save_checkpoint",
         "rotate_checkpoints",
         "create_scheduler",
+        "load_from_checkpoint",
         "create_optimizer",
         "prepare_dataset",
         "precompute_ref_logps",
@@ -170,6 +175,49 @@ def test_reference_model_is_not_loaded_for_sera_alone():
     assert parameters(original) == ["cfg", "tokenizer", "processor"]
     # Without a sera block the host's own function answers (here: no reference for ORPO).
     assert patched(DictDefault({"rl": "orpo"}), None) is None
+
+
+def test_the_host_shards_as_sharded_runs_rely_on():
+    import axolotl.train
+    from axolotl.loaders import model
+    from transformers import Trainer
+
+    prepare = inspect.getsource(Trainer._prepare_for_training)
+    # theta_0 is remembered once the weights are sharded, and before a checkpoint is loaded.
+    assert prepare.index("accelerator.prepare(") < prepare.index("self._load_from_checkpoint(")
+    # Sampling calls `generate` of the outermost model, which then gathers its own weights.
+    assert 'register_fsdp_forward_method(self.model, "generate")' in prepare
+    assert parameters(model.build_parallelism_config) == ["cfg"]
+    assert 'build_device_mesh("cuda")' in inspect.getsource(model.build_parallelism_config)
+    assert "save_trained_model(cfg, trainer, model)" in inspect.getsource(axolotl.train.train)
+
+
+def test_accelerate_still_saves_a_part_of_a_sharded_adapter():
+    """The reason to load the adapter from the checkpoint ourselves."""
+    from accelerate.utils import fsdp_utils
+
+    source = inspect.getsource(fsdp_utils._get_model_state_dict)
+    assert "return get_peft_model_state_dict(model, adapter_name=model.active_adapter)" in source
+
+
+def test_the_host_saves_the_model_it_is_handed_in_our_place():
+    code = (
+        "import axolotl.train as host\n"
+        "from axolotl.utils.dict import DictDefault\n"
+        "from types import SimpleNamespace\n"
+        "from sera_plugin.trainer import save_whole_adapters\n"
+        "saved = []\n"
+        "host.save_trained_model = lambda cfg, trainer, model: saved.append(model)\n"
+        "save_whole_adapters()\n"
+        "save_whole_adapters()\n"
+        "trainer = SimpleNamespace(model='whole')\n"
+        "for keys in ({}, {'sera': {'gamma': 0.3}}, {'fsdp_config': {'offload_params': True}},\n"
+        "             {'sera': {'gamma': 0.3}, 'fsdp_config': {'offload_params': True}}):\n"
+        "    host.save_trained_model(DictDefault(keys), trainer, 'base')\n"
+        "assert saved == ['base', 'base', 'base', 'whole'], saved\n"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=300)
 
 
 def test_first_values_of_the_training_tuple_are_where_we_write_them():

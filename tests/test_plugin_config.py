@@ -91,6 +91,13 @@ def test_beta_is_the_losss_own_unless_set(loss: str) -> None:
     assert register(**keys, trl={})["rl_beta"] == DEFAULT_BETA[loss]
 
 
+@pytest.mark.parametrize("keys", [{"fsdp_version": 2}, {"fsdp_config": {"fsdp_version": "2"}}])
+def test_sharded_runs_keep_whole_checkpoints(keys: dict[str, Any]) -> None:
+    block = keys.get("fsdp_config", {}) | {"offload_params": True}
+    cfg = register(**keys | {"fsdp_config": block})
+    assert cfg["fsdp_config"] == block | {"state_dict_type": "FULL_STATE_DICT"}
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -105,6 +112,7 @@ def test_beta_is_the_losss_own_unless_set(loss: str) -> None:
             "gradient_checkpointing_kwargs": {"use_reentrant": True},
         },
         {"precompute_ref_log_probs": True, "layer_offloading": False},
+        {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
     ],
 )
 def test_what_works_is_left_alone(keys: dict[str, Any]) -> None:
@@ -203,6 +211,24 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "neftune": ({"neftune_noise_alpha": 5}, ["neftune_noise_alpha: 5", "remove"]),
     "relora": ({"relora": True}, ["relora: True", "remove relora"]),
     "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size: 2", "remove"]),
+    "tensor parallel": ({"tensor_parallel_size": 4}, ["tensor_parallel_size: 4", "remove"]),
+    "deepspeed": ({"deepspeed": "zero1.json"}, ["deepspeed: 'zero1.json'", "fsdp_version: 2"]),
+    "ray": ({"use_ray": True}, ["use_ray: true", "--launcher torchrun"]),
+    "fsdp, old style": ({"fsdp": ["full_shard"]}, ["fsdp_config: None", "fsdp_version: 2"]),
+    "fsdp 1": ({"fsdp_config": {"offload_params": True}}, ["fsdp_version: None", "version: 2"]),
+    "fsdp in pieces": (
+        {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+        ["fsdp_config.state_dict_type: 'SHARDED_STATE_DICT'", "FULL_STATE_DICT"],
+    ),
+    "fsdp quantised": (
+        {"fsdp_version": 2, "fsdp_config": {"offload_params": True}, "load_in_4bit": True},
+        ["load_in_4bit: true", "Remove load_in_4bit"],
+    ),
+    "fsdp, best adapter": (
+        {"fsdp_version": 2, "fsdp_config": {"offload_params": True}, "adapter": "lora"}
+        | {"load_best_model_at_end": True},
+        ["load_best_model_at_end: true", "Remove it"],
+    ),
     "too few candidates": (
         {"sera": {"bootstrap_ratio": 3, "candidates": 4}},
         ["bootstrap_ratio: 3", "candidates: 4", "Raise candidates to 6"],

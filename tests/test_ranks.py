@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,11 +30,35 @@ def free_port() -> int:
 
 
 def test_shards_take_every_piece_once():
-    pieces = list(range(7))
-    assert WHOLE.of(pieces) == pieces
-    assert NO_PART.of(pieces) == []
-    parts = [Shard(index, 3).of(pieces) for index in range(3)]
-    assert parts == [[0, 3, 6], [1, 4], [2, 5]]
+    pieces, sizes = list("abcdefg"), [9, 9, 8, 5, 4, 4, 3]
+    assert WHOLE.of(pieces, sizes) == pieces
+    assert NO_PART.of(pieces, sizes) == []
+    parts = [Shard(index, 3).of(pieces, sizes) for index in range(3)]
+    # 9, 9, 8 first; 5 to the 8; 4 and 4 to the nines; 3 to one of three 13s, the first.
+    assert parts == [["a", "e", "g"], ["b", "f"], ["c", "d"]]
+    assert [Shard(index, 3).idle(pieces) for index in range(3)] == [0, 0, 0]
+
+
+def test_no_rank_has_more_than_one_piece_too_many():
+    sizes = sorted(np.random.default_rng(3).pareto(1.5, 400).astype(int).tolist(), reverse=True)
+    for count in (2, 3, 8):
+        places = [Shard(index, count).of(range(400), sizes) for index in range(count)]
+        assert sorted(place for part in places for place in part) == list(range(400))
+        loads = [sum(sizes[place] for place in part) for part in places]
+        # The part with most got its last piece when no other had less.
+        assert max(loads) - min(loads) <= max(sizes[part[-1]] for part in places)
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2, 5, 6, 7])
+def test_ranks_in_step_take_turns_together(pieces):
+    shards = [Shard(index, 3, in_step=True) for index in range(3)]
+    parts = [shard.of(list(range(pieces)), [1] * pieces) for shard in shards]
+    assert sorted(place for part in parts for place in part) == list(range(pieces))
+    turns = {
+        len(part) + shard.idle(list(range(pieces)))
+        for shard, part in zip(shards, parts, strict=True)
+    }
+    assert turns == {-(-pieces // 3)}
 
 
 def test_one_process_neither_waits_nor_adds():
@@ -59,7 +84,7 @@ def test_ranks_share_engines(world, local_world, size, expected):
     found = [Ranks(rank, world, local_world).engine_shard(size) for rank in range(world)]
     assert found == expected
     rows = list(range(37))
-    assert sorted(row for shard in found for row in shard.of(rows)) == rows
+    assert sorted(row for shard in found for row in shard.of(rows, rows)) == rows
 
 
 def test_ranks_that_cannot_share_engines_are_told():
@@ -132,14 +157,16 @@ def test_a_rank_that_dies_ends_the_wait_of_the_others():
     assert [process.exitcode for process in processes] == [0, 3]
 
 
-def launch(config: dict, directory: Path, processes: int = 2) -> subprocess.CompletedProcess:
+def launch(
+    config: dict, directory: Path, processes: int = 2, module: str = "axolotl.cli.train"
+) -> subprocess.CompletedProcess:
     """`axolotl train` under torchrun on the CPU."""
     # Without an accelerator the host asks for device 0 unless it is told how much memory there is.
     config = config | {"max_memory": {"cpu": "8GiB"}}
     path = directory / "ranks.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += [f"--master_port={free_port()}", "-m", "axolotl.cli.train", str(path)]
+    command += [f"--master_port={free_port()}", "-m", module, str(path)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
@@ -184,6 +211,128 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
         for run in (one, other)
     ]
     assert states[0]["global_step"] == states[1]["global_step"] == states[1]["max_steps"]
+
+
+def fsdp(**keys) -> dict:
+    """The keys that share the weights out."""
+    wrap = {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    }
+    return {"fsdp_version": 2, "fsdp_config": wrap | keys}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
+    config = base_config | (adapter() if kind == "lora" else {})
+    config["sera"]["sampler"] = "transformers"
+    two = config | fsdp() | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
+    two |= {"saves_per_epoch": 3, "auto_resume_from_checkpoints": True}
+    result = launch(two, tmp_path, module="tests.host_on_cpu")
+    assert result.returncode == 0, result.stderr[-3000:]
+    first = train(config)
+    one, other = first.run, tmp_path / "two/sera"
+
+    # To the last bit before training, up to rounding after it.
+    for name in ("offline", "evaluation"):
+        assert table(one, 1, name) == table(other, 1, name)
+    for iteration in (2, 3):
+        mine, theirs = (table(run, iteration, "offline") for run in (one, other))
+        assert mine["selected"] == theirs["selected"]
+        np.testing.assert_allclose(mine["chosen_logp"], theirs["chosen_logp"], atol=1e-3)
+        mine, theirs = (table(run, iteration, "candidates") for run in (one, other))
+        assert mine["token_ids"] == theirs["token_ids"]
+        np.testing.assert_allclose(mine["reward"], theirs["reward"], atol=1e-3)
+        mine, theirs = (table(run, iteration, "bootstrapped") for run in (one, other))
+        for column in ("row", "chosen_candidate", "rejected_candidate", "selected"):
+            assert mine[column] == theirs[column]
+    # Whole weights, written once: the policies, the checkpoints, what is left at the end.
+    weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    for path in (f"sera/iteration-03/policy/{weights}", weights):
+        mine, theirs = load_file(one.parent / path), load_file(other.parent / path)
+        for name, weight in mine.items():
+            np.testing.assert_allclose(weight, theirs[name], atol=1e-4)
+    policy = load_file(other / f"iteration-03/policy/{weights}")
+    assert policy.keys() == load_file(one / f"iteration-03/policy/{weights}").keys()
+    saved = load_file(other.parent / f"checkpoint-6/{weights}")
+    for name, weight in policy.items():
+        np.testing.assert_array_equal(weight, saved[name])
+
+    # Cut off after one step of iteration 3, with theta_2 scored anew and theta_1 read back.
+    whole = load_file(other.parent / weights)
+    tables = {name: table(other, 3, name) for name in ("offline", "candidates")}
+    for step in (8, 9):
+        shutil.rmtree(other.parent / f"checkpoint-{step}")
+    for name in tables:
+        (other / f"iteration-03/{name}.parquet").unlink()
+    result = launch(two, tmp_path, module="tests.host_on_cpu")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, before in tables.items():
+        assert table(other, 3, name) == before
+    for name, weight in load_file(other.parent / weights).items():
+        np.testing.assert_array_equal(weight, whole[name])
+
+
+@pytest.mark.slow
+def test_sharding_that_the_host_cannot_do_is_refused(base_config, tmp_path):
+    result = launch(base_config | fsdp(), tmp_path)
+    assert result.returncode != 0
+    assert "fsdp_config is set, but the host cannot shard the model here" in result.stderr
+
+
+def _meet_sharded(rank: int, port: int, directory: str) -> None:
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    from sera_plugin.policies import is_finite, restore_snapshot, take_snapshot
+    from sera_plugin.ranks import Ranks
+    from sera_plugin.sharding import is_sharded, whole_weights
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(1)
+    # 3 rows cannot be halved, and of 1 row the second rank has none.
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    assert not is_sharded(model)
+    before = take_snapshot(model)
+    for layer in model:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    assert is_sharded(model)
+    parts = take_snapshot(model)
+    assert [len(parts["0.weight"]), len(parts["1.weight"])] == ([2, 1], [1, 0])[rank]
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        value = model(x)
+        # The forward pass has left whole weights behind, which nothing may be written to.
+        for weight in model.parameters():
+            weight.zero_()
+        restore_snapshot(model, {name: torch.zeros_like(part) for name, part in parts.items()})
+        assert model(x).abs().sum() == 0
+        for snapshot in (parts, before):
+            restore_snapshot(model, {name: torch.zeros_like(part) for name, part in parts.items()})
+            restore_snapshot(model, snapshot)
+            assert torch.equal(model(x), value)
+    whole = whole_weights(model, trainable_only=False)
+    assert whole.keys() == (before.keys() if rank == 0 else set())
+    assert all(torch.equal(weight, before[name]) for name, weight in whole.items())
+
+    from sera_plugin.distributed import current_ranks
+
+    ranks = current_ranks()
+    assert is_finite(model, ranks)
+    if rank == 1:  # the last row of the first weight is its part
+        part = take_snapshot(model)
+        part["0.weight"][0, 0] = float("nan")
+        restore_snapshot(model, part)
+    assert is_finite(model, Ranks()) == (rank == 0)
+    assert not is_finite(model, ranks)
+    dist.destroy_process_group()
+
+
+def test_snapshots_of_sharded_weights_are_parts(tmp_path):
+    mp.spawn(_meet_sharded, args=(free_port(), str(tmp_path)), nprocs=2)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ class TransformersSampler:
         pad_id: padding token id.
         token_budget: most tokens of one batch's prompts and candidates together.
         autocast: the context training computes its loss in.
-        shard: this process's part of the batches.
+        shard: this process's part of the batches; in step where the model is sharded.
         policy: the context in which the model is the policy to sample from.
     """
 
@@ -81,12 +81,17 @@ class TransformersSampler:
         self.model.eval()
         try:
             with self.policy():
-                for batch, generated in self.budget.run(self.shard.of(batches), sizes, generate):
+                tokens = [sum(sizes[row] for row in batch) for batch in batches]
+                mine = self.shard.of(batches, tokens)
+                in_step = self.shard.in_step
+                for batch, generated in self.budget.run(mine, sizes, generate, in_step):
                     found = zip(batch, generated, strict=True)
                     # Another sampler may have finished a part of the batch.
                     chunk = [(row, candidates) for row, candidates in found if row not in skip]
                     if chunk:
                         yield chunk
+                for _ in range(self.shard.idle(batches)):
+                    generate(batches[-1])  # the smallest: only to take part
         finally:
             self.model.train(was_training)
 
@@ -116,20 +121,27 @@ class TransformersSampler:
             pad_token_id=self.pad_id,
         )
         devices = [device] if device.type == "cuda" else []
-        model = innermost(self.model)
+        inner = innermost(self.model)
+        # The outermost sharded model gathers what is left outside its layers.
+        model = self.model if self.shard.in_step else inner
         # transformers fills what a config leaves open from the model's own (a repetition penalty,
         # a minimum length), which would sample from another policy.
-        own, model.generation_config = model.generation_config, GenerationConfig()
+        own = [(each, each.generation_config) for each in {inner, model}]
         try:
+            for each, _ in own:
+                each.generation_config = GenerationConfig()
             with torch.random.fork_rng(devices=devices), self.autocast():
                 torch.manual_seed(seed)
                 output = model.generate(
                     input_ids=input_ids.to(device),
                     attention_mask=attention.to(device),
                     generation_config=config,
+                    # A rank that has finished makes forward passes until all have.
+                    synced_gpus=self.shard.in_step,
                 )
         finally:
-            model.generation_config = own
+            for each, before in own:
+                each.generation_config = before
         sampled = output[:, width:].cpu().view(len(prompts), settings.candidates, -1).tolist()
         return [
             [_finish(ids, limit, settings.end_ids) for ids in group]

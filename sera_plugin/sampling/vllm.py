@@ -217,7 +217,7 @@ class VllmSampler:
             for row in rows
         ]
         length = max(len(token_ids) + limit for _, token_ids, limit, _ in jobs)
-        mine = self.shard.of(jobs)
+        mine = self.shard.of(jobs, [len(token_ids) + limit for _, token_ids, limit, _ in jobs])
         with self.make_room(length) as memory:
             if not mine:
                 return

@@ -130,7 +130,8 @@ class VllmServerSampler:
         skip: Collection[int] = (),
     ) -> Generator[Chunk, None, None]:
         """See `CandidateSampler.sample`. A chunk is what is finished when one prompt is."""
-        rows = self.shard.of(longest_first(prompts, skip))
+        left = longest_first(prompts, skip)
+        rows = self.shard.of(left, [len(prompts[row]) for row in left])
         if not rows:
             return
         context = self.check()
