@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from safetensors.numpy import load_file
 
+from sera_plugin.logprobs import TokenBudget
 from sera_plugin.ranks import NO_PART, WHOLE, Ranks, Shard
 from tests.conftest import adapter
 
@@ -222,6 +224,17 @@ def fsdp(**keys) -> dict:
     return {"fsdp_version": 2, "fsdp_config": wrap | keys}
 
 
+def test_no_rank_goes_on_in_smaller_batches_alone():
+    def work(batch: list[int]) -> None:
+        tried.append(batch)
+        raise RuntimeError("CUDA out of memory.")
+
+    tried: list[list[int]] = []
+    with pytest.raises(ValueError, match=r"scoring 2 sequences of 5 .* all processes together"):
+        list(TokenBudget(10).run([[0, 1]], [5, 5], work, in_step=True))
+    assert tried == [[0, 1]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
@@ -282,7 +295,6 @@ def test_sharding_that_the_host_cannot_do_is_refused(base_config, tmp_path):
 
 
 def _meet_sharded(rank: int, port: int, directory: str) -> None:
-    import torch
     from torch.distributed.fsdp import fully_shard
 
     from sera_plugin.policies import is_finite, restore_snapshot, take_snapshot
