@@ -1,8 +1,5 @@
 """Our own part of a run with many pairs: what is neither the model's nor an engine's work.
 
-    python benchmarks/large_n.py                      # 10k, 100k and 1M pairs
-    python benchmarks/large_n.py --sizes 10000 --json figures.json
-
 A run of three iterations goes through `prepare_iteration` and `summarize` with a real run
 directory; log-probabilities and candidates are simulated. Every run is a process of its own, so
 that its peak memory is its own. Time is counted where it is spent: what the simulation takes is
@@ -11,22 +8,14 @@ a line of its own and in no other figure.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -35,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from benchmarks.harness import Setup, in_fresh_process
 from sera_plugin import iteration as algorithm
 from sera_plugin import store, summary
 from sera_plugin.args import SeraConfig
@@ -43,8 +33,9 @@ from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
 from sera_plugin.store import RunStore
 from sera_plugin.tokens import fingerprint
 
-#: Pairs -> runs.
-SIZES = {10_000: 5, 100_000: 5, 1_000_000: 1}
+TITLE = "Many pairs"
+#: A million pairs are run once only.
+SIZES, ONCE = (10_000, 100_000, 1_000_000), 1_000_000
 CONFIG = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.3, candidates=4)
 #: Mean tokens; lengths are log-normal, which has the long tail of real answers.
 PROMPT, COMPLETION, TAIL = 40, 80, 0.7
@@ -245,37 +236,20 @@ def resident_peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(sizes: dict[int, int], directory: Path | None = None) -> dict[str, Any]:
-    """Run every size as often as it says, each time in a process of its own.
-
-    Args:
-        sizes: number of pairs -> repeats.
-        directory: where run directories are written (and removed); default: the temporary one.
-
-    Returns:
-        The machine, the simulation's constants and `runs`: by size, what `one_run` returned.
-    """
+def measure(setup: Setup) -> dict[str, Any]:
+    """Runs by number of pairs, each in a process of its own, what `one_run` returned."""
+    sizes = (setup.pairs,) if setup.pairs else SIZES
     runs: dict[str, list[dict[str, Any]]] = {str(count): [] for count in sizes}
-    for repeat in range(max(sizes.values())):
-        for count, repeats in sizes.items():
-            if repeat >= repeats:
+    for number in range(setup.rounds):
+        for count in sizes:
+            if number and count >= ONCE:
                 continue
-            work = Path(tempfile.mkdtemp(prefix="sera-large-n-", dir=directory))
-            try:
-                command = [sys.executable, __file__, "--one", str(count), str(work)]
-                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-            finally:
-                shutil.rmtree(work)
-            runs[str(count)].append(json.loads(printed))
+            directory = setup.directory / "many"
+            runs[str(count)].append(in_fresh_process(setup, one_run, count, directory))
+            shutil.rmtree(directory)
             seconds = sum(runs[str(count)][-1]["seconds"].values())
-            print(f"{count} pairs, run {repeat + 1}: {seconds:.1f} s", file=sys.stderr)
+            print(f"round {number + 1}/{setup.rounds}: {count} pairs: {seconds:.1f} s", flush=True)
     return {
-        "date": f"{date.today():%Y-%m-%d}",
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "pyarrow")},
-        },
         "candidates": CONFIG.candidates,
         "mean_tokens": {"prompt": PROMPT, "completion": COMPLETION, "longest": LONGEST},
         "chunk_prompts": CHUNK_PROMPTS,
@@ -286,7 +260,6 @@ def measure(sizes: dict[int, int], directory: Path | None = None) -> dict[str, A
 def table(result: dict[str, Any]) -> str:
     """Markdown: medians by phase and size."""
     tokens = result["mean_tokens"]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     sizes = [int(size) for size in result["runs"]]
 
     def median(size: int, value: Callable[[dict[str, Any]], float]) -> float:
@@ -300,7 +273,7 @@ def table(result: dict[str, Any]) -> str:
         return sum(spent for name, spent in run[what].items() if name != SIMULATION)
 
     lines = [
-        f"{result['date']}, {result['machine']}, {versions}. Three iterations, "
+        "Three iterations, "
         f"R = {result['candidates']}; simulated prompts of {tokens['prompt']} and completions of "
         f"{tokens['completion']} tokens on average (log-normal, at most {tokens['longest']}); "
         f"chunks of {result['chunk_prompts']} prompts. Medians over the runs that the first line "
@@ -333,26 +306,4 @@ def table(result: dict[str, Any]) -> str:
         ),
         line("run directory, MiB", 0, lambda size, run: run["disk"] / 2**20),
     ]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--repeats", type=int, help="default: 5 at 10k and 100k, else 1")
-    parser.add_argument("--directory", type=Path, help="a disk with room: 5 GB for a million pairs")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(one_run(int(arguments.one[0]), Path(arguments.one[1]))))
-        return
-    sizes = {size: arguments.repeats or SIZES.get(size, 1) for size in arguments.sizes}
-    result = measure(sizes, arguments.directory)
-    print(table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join(lines)

@@ -17,6 +17,7 @@ PARTS = {
     "step": ("cpu", "cuda"),
     "whole_run": ("cpu", "cuda"),
     "ranks": ("cpu",),
+    "large_n": ("cpu",),
 }
 NOTHING = "No results yet."
 
