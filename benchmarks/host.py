@@ -86,7 +86,9 @@ def axolotl(*arguments: str) -> str:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [str(Path(sys.executable).with_name("axolotl")), *arguments]
+    programs = Path(sys.executable).parent
+    environment["PATH"] = os.pathsep.join([str(programs), environment.get("PATH", "")])
+    command = [str(programs / "axolotl"), *arguments]
     result = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

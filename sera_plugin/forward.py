@@ -84,7 +84,8 @@ def _forward(
         with _scoring_head(base.get_output_embeddings(), targets, length, vocabulary) as found:
             output = model(**inputs, use_cache=False)
         (logps,) = found
-        return logps, output
+        # Sharded weights are gathered for the backward pass once a gradient reaches the output.
+        return logps + 0.0 * output.logits.flatten(), output
     # Logits are needed from the first token's predecessor on, and nowhere before.
     keep = {}
     if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
