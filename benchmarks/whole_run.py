@@ -29,7 +29,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     """Seconds of each side by round, seconds by phase, and tokens forwarded without gradients.
 
     Raises:
-        ValueError: if SeRA's own count of forwarded tokens is not what was forwarded.
+        ValueError: if SeRA forwarded more tokens than it says.
     """
     model = make_model(setup)
     rows_path = setup.directory / "whole.jsonl"
@@ -91,7 +91,8 @@ def measure(setup: Setup) -> dict[str, Any]:
 
     counted = {"selection": sera("selection", probe=True), "iterative": iterative(probe=True)}
     selection = counted["selection"]
-    if selection["probed"] != selection["forwarded"]["score_offline"]:
+    # Fewer where completions share a prompt.
+    if selection["probed"] > selection["forwarded"]["score_offline"]:
         raise ValueError(
             f"summary.json counts {selection['forwarded']} tokens, but {selection['probed']} were "
             "forwarded without gradients"
