@@ -118,10 +118,10 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> Chart | None:
             ("dropped by it", ~one.selected & kept_without, DROPPED),
         ],
         (float(without[kept_without].min()), float(one.margin[one.selected].min())),
+        one.selected != kept_without,
     )
-    note = (
-        "Dashed: the margin from which pairs are kept. Recomputed from recorded log-probabilities."
-    )
+    note = "Dashed: the margin from which pairs are kept"
+    note += ", zoomed in on the pairs that changed." if changed["exchanged"] else "."
     sampled = figures.get("bootstrapped_ensemble")
     if sampled:
         note += f" Of {sampled['kept']:,} sampled pairs kept, {sampled['exchanged']:,} are others."

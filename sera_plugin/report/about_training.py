@@ -114,7 +114,7 @@ def samples(found: Figures) -> Section:
                 ]
             )
     if rows:
-        head = ["t", "prompts", "answers", "duplicates", "unfinished"]
+        head = ["iteration", "prompts", "answers", "duplicates", "unfinished"]
         head += ["prompts without a pair", "ties", "pairs kept"]
         section.tables.append(Table("What became of the samples", head, rows))
     return section

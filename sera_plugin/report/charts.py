@@ -173,12 +173,13 @@ def _name_sides(
     axes: Any, cut: float, low: float, high: float, what: str, kept: Bools, colour: str
 ) -> None:
     """Name what is left and right of the margin from which pairs are kept."""
-    share = min(max((cut - low) / (high - low), 0.0), 1.0)
+    # Neither name may leave the picture, however far out the cut is.
+    share = min(max((cut - low) / (high - low), 0.42), 0.62)
     dropped = int((~kept).sum())
     if dropped:
         axes.axvline(cut, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
         axes.text(
-            max(share, 0.34) - 0.01,
+            share - 0.01,
             1.03,
             f"{dropped:,} {what} dropped",
             transform=axes.transAxes,
@@ -186,7 +187,7 @@ def _name_sides(
             color=DROPPED,
         )
     axes.text(
-        min(share, 0.66) + 0.01 if dropped else 0.5,
+        share + 0.01 if dropped else 0.5,
         1.03,
         f"{int(kept.sum()):,} {what} kept",
         transform=axes.transAxes,
@@ -203,6 +204,7 @@ def scatter(
     ylabel: str,
     marks: Sequence[tuple[str, Bools, str]],
     cuts: tuple[float, float] | None = None,
+    around: Bools | None = None,
 ) -> Markup:
     """Points in groups, the rarer group on top; at most a few hundred of each, chosen evenly.
 
@@ -212,6 +214,7 @@ def scatter(
         xlabel, ylabel: what they are, with the unit.
         marks: (name, which points, colour), in drawing order.
         cuts: where to draw a line on each axis.
+        around: points to zoom in on; all unless given.
     """
     finite = np.isfinite(x) & np.isfinite(y)
     with _drawing(title, 3.1) as figure:
@@ -230,9 +233,19 @@ def scatter(
             if name:
                 axes.text(place, 1.04, name, transform=axes.transAxes, color=colour)
                 place += 0.034 * 0.5 * len(name) + 0.06
+        if around is not None and (around & finite).any():
+            axes.set_xlim(*_surroundings(x[around & finite], cuts and cuts[0]))
+            axes.set_ylim(*_surroundings(y[around & finite], cuts and cuts[1]))
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         return _svg(figure, title)
+
+
+def _surroundings(values: FloatArray, cut: float | None) -> tuple[float, float]:
+    """A range with the values and the cut in its middle part."""
+    inside = [*values, *([] if cut is None else [cut])]
+    room = (max(inside) - min(inside) or 1.0) * 0.8
+    return min(inside) - room, max(inside) + room
 
 
 def lines(

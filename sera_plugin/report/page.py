@@ -129,7 +129,7 @@ def _overview(found: dict[str, Any]) -> Table:
                 str(raised.count((at, True))),
             ]
         )
-    head = ["t", "pairs trained", "offline kept", "sampled kept", "kept above"]
+    head = ["iteration", "pairs trained", "offline kept", "sampled kept", "kept above"]
     head += ["offline accuracy", "held-out accuracy", "Jaccard with last", "alarms"]
     return Table("Iterations", head, rows, "Accuracies are those of the policy it starts from.")
 
