@@ -89,8 +89,8 @@ def test_the_page_has_a_chart_or_table_for_each_question(tmp_path):
 
 def test_hostile_text_stays_text(tmp_path):
     scores = {
-        "<b onclick=x>_chosen": np.arange(12.0).tolist(),
-        "<b onclick=x>_rejected": [1.0] * 12,
+        "$\\frac{$<b onclick=x>_chosen": np.arange(12.0).tolist(),
+        "$\\frac{$<b onclick=x>_rejected": [1.0] * 12,
         "$\\frac{": [*HOSTILE, "x"],
     }
     words = ["</s>", *HOSTILE, *WORDS[1:]]
@@ -115,7 +115,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 def test_the_page_asks_nobody(tmp_path):
     found = make(tmp_path)
-    script = (PACKAGE / "page.js").read_text()
+    script = (PACKAGE / "page.js").read_text().removesuffix("\n")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     assert any(policy in value for name, value in found.attributes if name == "content")

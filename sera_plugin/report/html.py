@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from sera_plugin import __version__
 from sera_plugin.checksums import explained
@@ -36,12 +35,10 @@ def fill(template: str, **content: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    script = environment.get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
         **content,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # nosec B704: ours
-        script=Markup(script),  # nosec B704: ours
         script_hash=digest,
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
