@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from sera_plugin.report.about_training import _curve
 from sera_plugin.report.agreement import r_squared, score_columns
 from sera_plugin.report.figures import figures
 from sera_plugin.report.reading import find_run, read_run
@@ -180,3 +181,17 @@ def test_held_out_accuracy_is_that_of_the_summary(tmp_path):
         recorded = one.summary.get("evaluation")
         assert (found["held_out"] or {}).get("accuracy") == (recorded or {}).get("accuracy")
     assert figures(run)["iterations"][2]["held_out"]["pairs"] == 9
+
+
+def test_curves_have_a_gap_where_an_iteration_starts():
+    history = [
+        {"step": 0, "sera/iteration": 1.0},
+        {"step": 2, "loss": 0.6},
+        {"step": 4, "loss": 0.5, "eval_loss": "nan"},
+        {"step": 4, "sera/iteration": 2.0},
+        {"step": 6, "loss": 0.7},
+    ]
+    steps, losses = _curve(history, "loss")
+    assert steps == [2, 4, 6, 6]
+    assert losses == pytest.approx([0.6, 0.5, math.nan, 0.7], nan_ok=True)
+    assert _curve(history, "eval_loss") == ([], [])

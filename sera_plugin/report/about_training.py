@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -196,13 +197,8 @@ def training(run: Run) -> Section:
     ):
         series = []
         for key, name, colour in keys:
-            points = [
-                (entry["step"], entry[key])
-                for entry in run.history
-                if _is_number(entry.get("step")) and _is_number(entry.get(key))
-            ]
-            if points:
-                x, y = zip(*points, strict=True)
+            x, y = _curve(run.history, key)
+            if x:
                 series.append(Series(name, x, y, colour))
         if series:
             svg = charts.curves(title, series, ylabel, boundaries)
@@ -212,6 +208,23 @@ def training(run: Run) -> Section:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """A figure of the log over steps, with a gap where an iteration starts."""
+    x: list[float] = []
+    y: list[float] = []
+    started = False
+    for entry in history:
+        started |= "sera/iteration" in entry
+        if _is_number(entry.get("step")) and _is_number(entry.get(key)):
+            if started and x:
+                x.append(entry["step"])
+                y.append(np.nan)
+            started = False
+            x.append(entry["step"])
+            y.append(entry[key])
+    return x, y
 
 
 def _boundaries(run: Run) -> dict[int, int]:

@@ -48,7 +48,7 @@ def length_r2(one: Iteration, margin: FloatArray) -> dict[str, float | None]:
         "margin": r_squared(columns["chosen_length"] - columns["rejected_length"], margin),
     }
     if one.candidates is not None:
-        found["sampled"] = r_squared(one.candidates.tokens.lengths, one.candidates.reward)
+        found["sampled"] = r_squared(one.candidates.lengths, one.candidates.reward)
     return found
 
 

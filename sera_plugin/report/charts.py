@@ -322,7 +322,7 @@ def curves(
 
 
 def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Means of neighbours, so that a long run's curve stays small."""
+    """Means of neighbours, so that a long run's curve stays small; gaps (nan) stay."""
     if len(x) <= _CURVE:
         return x, y
     parts = np.array_split(np.arange(len(x)), _CURVE)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.store import TokenColumn
@@ -22,19 +24,33 @@ class Candidates:
     """An iteration's samples, (n,) each, in the order of (row, candidate).
 
     Attributes:
+        path: candidates.parquet, from which their token ids are read when they are asked for: most
+            of a run's bytes, and most of what is said of it does not need them.
         row, candidate: which sample of which prompt.
-        tokens: their token ids.
+        lengths: tokens of each.
+        identity: the same number for the same token ids.
         unfinished: whether sampling was cut off at the longest length.
         logps: (n, policies) nats, newest policy first.
         reward: nats, per token where the run's loss is.
     """
 
+    path: Path
     row: npt.NDArray[np.int64]
     candidate: npt.NDArray[np.int32]
-    tokens: TokenColumn
+    lengths: npt.NDArray[np.int32]
+    identity: npt.NDArray[np.int64]
     unfinished: npt.NDArray[np.bool_]
     logps: FloatArray
     reward: FloatArray
+
+    @cached_property
+    def tokens(self) -> TokenColumn:
+        """Their token ids.
+
+        Raises:
+            OSError: if the file has gone since it was read.
+        """
+        return TokenColumn(pq.read_table(self.path, columns=["token_ids"])["token_ids"])
 
     def index(self, rows: npt.ArrayLike, candidates: npt.ArrayLike) -> npt.NDArray[np.intp]:
         """Where in these arrays the samples `candidates` of the prompts `rows` are."""

@@ -48,11 +48,10 @@ def bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     if len(candidates.row) % count:
         return None
     weights = reward_weights(one.number, 0.0, run.description["loss"] == "simpo")
-    lengths = candidates.tokens.lengths if run.description["per_token"] else None
+    lengths = candidates.lengths if run.description["per_token"] else None
     reward = implicit_reward(candidates.logps.T[: len(weights)], weights, lengths)
-    starts = range(0, len(reward), count)
     found = pair_candidates(
-        [[candidates.tokens[first + i].tobytes() for i in range(count)] for first in starts],
+        candidates.identity.reshape(-1, count).tolist(),
         list(reward.reshape(-1, count)),
         max(1, int(np.ceil(run.settings["bootstrap_ratio"]))),
     )

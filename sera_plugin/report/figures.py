@@ -115,11 +115,11 @@ def _lengths(one: Iteration) -> dict[str, float]:
             if one.margin is not None and one.selected is not None and one.selected.any():
                 found[f"kept_{side}"] = float(lengths[one.selected].mean())
     if one.candidates is not None and len(one.candidates.row):
-        found["sampled"] = float(one.candidates.tokens.lengths.mean())
+        found["sampled"] = float(one.candidates.lengths.mean())
         if one.bootstrapped is not None and one.bootstrapped["selected"].any():
             for side in SIDES:
                 at = one.sampled(side)[one.bootstrapped["selected"]]
-                found[f"bootstrapped_{side}"] = float(one.candidates.tokens.lengths[at].mean())
+                found[f"bootstrapped_{side}"] = float(one.candidates.lengths[at].mean())
     return found
 
 

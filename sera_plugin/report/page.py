@@ -22,13 +22,15 @@ MEANINGS = {
     "chosen_length": "selection and ranking prefer length beyond the data's own taste",
     "drift": "down: the policy unlearns what the data calls good; up: it learns it by heart",
     "held_out_accuracy": "the policy ranks answers worse than before, or in reverse",
-    "offline_accuracy": "the same; there are more offline pairs, so this one sees smaller falls",
+    "offline_accuracy": "the policy ranks answers worse than before, or in reverse; with more "
+    "pairs than are held out, this one sees smaller falls",
     "duplicates": "half of sampling and scoring is for nothing",
     "without_pair": "these prompts give no pair; D_t leans towards the others",
     "unfinished": "half of the pairs have a cut answer; trained as chosen it teaches not to stop",
     "constant_rewards": "candidates are ranked by rounding: the last iteration hardly changed the "
     "policy",
-    "constant_margins": "the same for selection",
+    "constant_margins": "pairs are selected by rounding: the last iteration hardly changed the "
+    "policy",
 }
 
 

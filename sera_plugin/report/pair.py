@@ -58,7 +58,7 @@ def _candidates(one: Iteration, row: int, texts: Texts) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             "candidate": number,
             "text": texts.exact(candidates.tokens[int(index)]),
-            "tokens": int(candidates.tokens.lengths[index]),
+            "tokens": int(candidates.lengths[index]),
             "unfinished": bool(candidates.unfinished[index]),
             "logps": candidates.logps[index].tolist(),
             "reward": float(candidates.reward[index]),

@@ -140,7 +140,9 @@ def _read_iteration(reader: _Reader, number: int) -> Iteration:
         number=number,
         offline=reader.columns(store.table_file(number, "offline"), (*_SCORED, *choice)),
         evaluation=reader.columns(store.table_file(number, "evaluation"), _SCORED),
-        candidates=None if candidates is None else _candidates(candidates),
+        candidates=None
+        if candidates is None
+        else _candidates(store.table_file(number, "candidates"), candidates),
         bootstrapped=reader.columns(
             store.table_file(number, "bootstrapped"),
             ("row", "chosen_candidate", "rejected_candidate", "margin", "selected"),
@@ -149,13 +151,17 @@ def _read_iteration(reader: _Reader, number: int) -> Iteration:
     )
 
 
-def _candidates(table: pa.Table) -> Candidates:
+def _candidates(path: Path, table: pa.Table) -> Candidates:
+    tokens = TokenColumn(table["token_ids"])
     logps = table["logps"].combine_chunks()
     policies = len(logps[0]) if len(logps) else 0
     return Candidates(
+        path=path,
         row=table["row"].to_numpy(),
         candidate=table["candidate"].to_numpy(),
-        tokens=TokenColumn(table["token_ids"]),
+        lengths=tokens.lengths,
+        # 64 bits: that two of a prompt's answers share one by chance will not happen.
+        identity=np.fromiter((hash(one.tobytes()) for one in tokens), np.int64, len(tokens)),
         unfinished=np.asarray(pc.equal(table["finish_reason"], "length")),
         logps=logps.flatten().to_numpy().reshape(-1, policies),
         reward=table["reward"].to_numpy(),
