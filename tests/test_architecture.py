@@ -15,6 +15,7 @@ TORCH = HEAVY - {"torch"}
 #: What each module may not import, anywhere in its file.
 FORBIDDEN = {
     "__init__": PURE,
+    "__main__": PURE,
     "alarms": PURE,
     "args": PURE,
     "bootstrap": PURE,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from sera_plugin.cli import sera
 from sera_plugin.store import RunStore
 from tests.report_run import WORDS, make_run
+
+ROOT = Path(__file__).parents[1]
 
 
 def call(*arguments, fails=False):
@@ -38,6 +43,15 @@ def test_report_goes_into_the_run_or_where_it_is_told(run, tmp_path):
     assert call("report", run / "sera", "--output", tmp_path / "mine.html").strip().endswith("html")
     assert (tmp_path / "mine.html").read_text().startswith("<!DOCTYPE html>")
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_commands_run_without_the_host_and_its_banner(run):
+    command = [sys.executable, "-m", "sera_plugin", "report", run, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert json.loads(done.stdout)["run"]["pairs"] == 12
+    done = subprocess.run([*command[:4], run / "no"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no SeRA run there" in done.stderr
 
 
 def test_report_as_json(run):

@@ -37,7 +37,7 @@ def _read(path: Path) -> Any:
 Examples:
   axolotl sera report outputs/my-run
   axolotl sera report outputs/my-run --output for-a-colleague.html
-  axolotl sera report outputs/my-run --json | jq .jaccard
+  python -m sera_plugin report outputs/my-run --json | jq .jaccard
 """
 )
 @click.argument("output_dir", type=_RUN)
