@@ -185,6 +185,7 @@ def test_held_out_accuracy_is_that_of_the_summary(tmp_path):
 
 def test_curves_have_a_gap_where_an_iteration_starts():
     history = [
+        {"step": 0, "loss": 0.7},
         {"step": 0, "sera/iteration": 1.0},
         {"step": 2, "loss": 0.6},
         {"step": 4, "loss": 0.5, "eval_loss": "nan"},
@@ -192,6 +193,6 @@ def test_curves_have_a_gap_where_an_iteration_starts():
         {"step": 6, "loss": 0.7},
     ]
     steps, losses = _curve(history, "loss")
-    assert steps == [2, 4, 6, 6]
-    assert losses == pytest.approx([0.6, 0.5, math.nan, 0.7], nan_ok=True)
+    assert steps == [0, 2, 4, 6, 6]
+    assert losses == pytest.approx([0.7, 0.6, 0.5, math.nan, 0.7], nan_ok=True)
     assert _curve(history, "eval_loss") == ([], [])

@@ -154,12 +154,12 @@ def lengths(run: Run, found: Figures) -> Section:
     if series:
         sampled = [one["lengths"] for one in iterations if "sampled" in one["lengths"]]
         title = (
-            f"Sampled answers have {sampled[-1]['sampled']:.0f} tokens on average, chosen ones "
-            f"{sampled[-1]['chosen']:.0f}"
+            f"Sampled answers have {sampled[-1]['sampled']:,.1f} tokens on average, chosen ones "
+            f"{sampled[-1]['chosen']:,.1f}"
             if sampled and "chosen" in sampled[-1]
             else "Mean length of answers in tokens"
         )
-        svg = charts.lines(title, series, "mean tokens", decimals=0)
+        svg = charts.lines(title, series, "mean tokens", decimals=1)
         note = "Its best: the chosen answers of sampled pairs that are kept." if sampled else ""
         section.charts.append(Chart(title, svg, note))
     for one, figures in zip(run.iterations, iterations, strict=True):

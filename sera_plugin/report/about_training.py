@@ -216,7 +216,7 @@ def _curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
     y: list[float] = []
     started = False
     for entry in history:
-        started |= "sera/iteration" in entry
+        started |= entry.get("sera/iteration", 1) != 1  # nothing is before the first
         if _is_number(entry.get("step")) and _is_number(entry.get(key)):
             if started and x:
                 x.append(entry["step"])

@@ -11,7 +11,7 @@ from sera_plugin.report.data import Run
 from sera_plugin.report.figures import figures
 from sera_plugin.report.html import fill, write_page
 from sera_plugin.report.terminal import plain_table
-from sera_plugin.report.tokens import shown_text
+from sera_plugin.report.tokens import shown_name
 from sera_plugin.run import flat
 from sera_plugin.summary import jaccard
 
@@ -82,9 +82,9 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
 def _names(runs: Sequence[Run]) -> list[str]:
     """Short names: of the directories as far as they tell the runs apart."""
     paths = [run.root.parent.resolve() for run in runs]
-    names = [shown_text(path.name, 40) for path in paths]
+    names = [shown_name(path.name) for path in paths]
     alike = len(set(names)) < len(names)
-    return [shown_text(str(path), 120) for path in paths] if alike else names
+    return [shown_name(str(path), 120) for path in paths] if alike else names
 
 
 def _differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -135,7 +135,7 @@ def tables(compared: dict[str, Any]) -> list[Table]:
             "Settings that differ",
             ["setting", *names],
             [
-                [shown_text(key, 60), *(_setting(value) for value in values)]
+                [shown_name(key), *(_setting(value) for value in values)]
                 for key, values in compared["settings"].items()
             ],
         ),
@@ -169,7 +169,7 @@ def tables(compared: dict[str, Any]) -> list[Table]:
 
 
 def _setting(value: Any) -> str:
-    return "unset" if value is None else shown_text(str(value), 60).replace("\n", " ")
+    return "unset" if value is None else shown_name(str(value), 32)
 
 
 def _units(runs: Sequence[dict[str, Any]]) -> str:

@@ -70,9 +70,9 @@ def shown_text(text: str, limit: int) -> str:
     return "\n".join(map(printable, lines)) + cut
 
 
-def shown_name(name: str) -> str:
-    """A column's or a file's name, on one line."""
-    return printable(name[:_NAME])
+def shown_name(name: str, limit: int = _NAME) -> str:
+    """A column's name or a value on one line, its end cut."""
+    return printable(name[:limit]) + ("..." if len(name) > limit else "")
 
 
 def texts_of(run: Run) -> Texts:
