@@ -190,36 +190,32 @@ def test_a_run_at_every_moment_of_its_making_has_a_report(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "how"),
     [
-        "dataset.parquet",
-        "run.json",
+        ("run.json", "damaged"),  # without it no run is there
         *(
-            f"iteration-02/{name}"
+            (name, how)
+            for how in ("damaged", "missing")
             for name in (
-                "offline.parquet",
-                "evaluation.parquet",
-                "candidates.parquet",
-                "bootstrapped.parquet",
-                "summary.json",
+                "dataset.parquet",
+                "iteration-02/offline.parquet",
+                "iteration-02/evaluation.parquet",
+                "iteration-02/candidates.parquet",
+                "iteration-02/bootstrapped.parquet",
+                "iteration-02/summary.json",
             )
         ),
     ],
 )
-@pytest.mark.parametrize("how", ["damaged", "missing"])
 def test_what_is_not_whole_is_named_and_left_out(tmp_path, name, how):
-    store = make_run(tmp_path)
-    path = store.root / name
+    path = make_run(tmp_path).root / name
     if how == "damaged":
         damage(path)
         assert not is_whole(path)
-    elif name == "run.json":
-        pytest.skip("no run is there without it")
     else:
         path.unlink()
     found = Page(write_report(tmp_path))
-    if how == "damaged" or name != "iteration-02/summary.json":
-        assert f"sera/{name} is {how}" in found.text
+    assert f"sera/{name} is {how}" in found.text
     assert "Iteration 3: offline pairs above" in found.text
     assert ('<section id="examples">' in found.html) == (name != "dataset.parquet")
 

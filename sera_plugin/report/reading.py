@@ -175,14 +175,16 @@ def _name_what_is_missing(
     sampling = (description.get("config", {}).get("sera") or {}).get("bootstrap_ratio", 0) > 0
     for one in iterations:
         past = bool(one.summary) or one.number < iterations[-1].number
+        sampled = sampling and one.number > 1
         due = {
-            "offline": past or one.bootstrapped is not None or one.candidates is not None,
-            "candidates": sampling and one.number > 1 and (past or one.bootstrapped is not None),
-            "bootstrapped": sampling and one.number > 1 and past,
-            "evaluation": bool(description.get("evaluation_pairs")) and past,
+            "offline.parquet": past or one.bootstrapped is not None or one.candidates is not None,
+            "candidates.parquet": sampled and (past or one.bootstrapped is not None),
+            "bootstrapped.parquet": sampled and past,
+            "evaluation.parquet": bool(description.get("evaluation_pairs")) and past,
+            "summary.json": one.number < iterations[-1].number,
         }
         for name, expected in due.items():
-            path = reader.store.table_file(one.number, name)
+            path = reader.store.iteration(one.number) / name
             if expected and not path.exists():
                 reader.note(path, "is missing")
     present = [one.number for one in iterations]
