@@ -23,6 +23,7 @@ The map, in reading order:
 - `checksums`, `checkpoints`   what is whole, and where a run continues
 - `trainer`     everything that touches the host's private seams
 - `plugin`, `cli`   the host's public hooks
+- `report`      what a run did to its data, for people
 - `demo`        a small world with a known true reward
 
 The names below are loaded on first use: the host imports this package while it reads the

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sera_plugin import __version__
+from sera_plugin.report.commands import compare, inspect, report
 
 
 @click.group(help="SeRA: preference tuning that reviews its own data.")
@@ -38,3 +39,7 @@ def demo(config: Path | None, directory: Path) -> None:
         run_demo(directory, config or shipped)
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
+
+
+for command in (report, inspect, compare):
+    sera.add_command(command)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import logging
 import math
 import os
 import sys
@@ -27,6 +28,8 @@ from sera_plugin.data_config import check_datasets, name_types, restore_entries
 from sera_plugin.features import check_features
 from sera_plugin.parallel_config import check_parallel
 from sera_plugin.shown import plain, quoted
+
+LOG = logging.getLogger("axolotl.sera")
 
 TRAINER = "sera_plugin.trainer.SeraTrainer"
 _FIELDS = tuple(SeraConfig.model_fields)
@@ -124,6 +127,27 @@ class SeraPlugin(BasePlugin):
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """The host calls this for training alone, and before it writes into output_dir."""
         trainer.open_run()
+
+    def post_train_unload(self, cfg: DictDefault) -> None:
+        """After the last thing the host does: a report on the run, which nothing waits for."""
+        if os.environ.get("RANK", "0") == "0":
+            _report(Path(cfg["output_dir"]))
+
+
+def _report(output_dir: Path) -> None:
+    """Write the report; a run that is trained does not fail for want of one."""
+    try:
+        from sera_plugin.report.page import write_report
+
+        LOG.info("SeRA report: %s", write_report(output_dir))
+    except Exception as error:  # whatever it is: the model is saved
+        LOG.warning(
+            "SeRA: the report could not be written (%s: %s). The run is complete; to try again: "
+            "axolotl sera report %s",
+            type(error).__name__,
+            plain(str(error), 300),
+            output_dir,
+        )
 
 
 def _leave_unset_keys_unset(cfg: dict[str, Any]) -> None:

@@ -169,7 +169,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
         for key, meaning in _IDENTITY
         if earlier.get(key) != now[key]
     ]
-    before, after = _flat(earlier["config"]), _flat(now["config"])
+    before, after = flat(earlier["config"]), flat(now["config"])
     changed += [
         f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
@@ -184,7 +184,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
         )
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the keys of `sera:` beside the others, as `sera.KEY`."""
     flat = {key: value for key, value in config.items() if key != "sera"}
     return flat | {f"sera.{key}": value for key, value in (config.get("sera") or {}).items()}

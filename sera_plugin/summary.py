@@ -70,7 +70,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
             "kept": quantiles(margin[kept]),
             "dropped": quantiles(margin[~kept]),
         }
-        summary |= _accuracy("offline_accuracy", margin)
+        summary |= accuracy("offline_accuracy", margin)
         middle = summary["margins"]["offline"]
         tokens = 1.0 if method.per_token else _mean_length(columns)
         summary["spread"] = {"offline": (middle["0.75"] - middle["0.25"]) / tokens}
@@ -88,7 +88,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
     return summary
 
 
-def _accuracy(name: str, margin: npt.NDArray[np.float64]) -> dict[str, float]:
+def accuracy(name: str, margin: npt.NDArray[np.float64]) -> dict[str, float]:
     """The share of margins above 0, and its standard error as `<name>_error`.
 
     For the error two pairs of either kind are added (Agresti and Coull, 1998): a small set that is
@@ -179,7 +179,7 @@ def _add_evaluation(
     margin = rewards[0] - rewards[1]
     summary["evaluation"] = {
         "pairs": len(current),
-        **_accuracy("accuracy", margin),
+        **accuracy("accuracy", margin),
         "margin": quantiles(margin),
     }
 

@@ -42,6 +42,13 @@ def test_preprocess_train_evaluate_inference_and_merge(base_config, world, axolo
     out = tmp_path / "out"
     summary = json.loads((out / "sera/iteration-02/summary.json").read_text())
     assert summary["pairs"]["trained"] == 24
+    # The report comes by itself, with the texts of the world's own tokenizer.
+    assert f"SeRA report: {out / 'sera/report.html'}" in log
+    report = (out / "sera/report.html").read_text()
+    assert "SeRA run, <strong>finished</strong>" in report
+    assert "Missing or damaged" not in report
+    assert "&lt;|assistant|&gt;" in report
+    assert "  <s> <|user|>" in axolotl("sera", "inspect", out, "--row", 0)
     # A damaged held-out row, in a command that asks no plugin before it loads its data.
     held_out = [*world.rows[24:28], world.rows[28] | {"chosen": None}]
     write_rows(tmp_path / "held-out.jsonl", held_out)

@@ -66,6 +66,7 @@ def run_demo(directory: Path, config: Path) -> None:
         table = _table(base, run)
     console.print(table)
     console.print(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
+    console.print(f"Open {run / 'sera/report.html'} to see what it did to the data.")
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+"""How far rewards agree with length and with the dataset's own columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sera_plugin.report.data import SIDES, Iteration, Run
+from sera_plugin.rewards import FloatArray
+
+#: A column with more different values than this is not broken down by value.
+_MOST_GROUPS = 12
+
+
+def r_squared(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:
+    """The squared correlation of two variables: the share of one's variance the other explains.
+
+    Pairs of values of which one is not finite are left out. None with fewer than three pairs, or
+    where a variable is constant.
+    """
+    one, other = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    good = np.isfinite(one) & np.isfinite(other)
+    one, other = one[good], other[good]
+    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return None
+    return float(np.corrcoef(one, other)[0, 1] ** 2)
+
+
+def pooled(values: Callable[[str], Any]) -> FloatArray:
+    """A figure of the chosen completions, then of the rejected ones."""
+    return np.concatenate([np.asarray(values(side), dtype=np.float64) for side in SIDES])
+
+
+def length_r2(one: Iteration, margin: FloatArray) -> dict[str, float | None]:
+    """R^2 of rewards with length (Fig. 2), of margins with the difference in length."""
+    columns = one.offline
+    assert columns is not None
+    found = {
+        "reward": r_squared(
+            pooled(lambda side: columns[f"{side}_length"]),
+            pooled(lambda side: columns[f"{side}_reward"]),
+        )
+        if "chosen_reward" in columns
+        else None,
+        "margin": r_squared(columns["chosen_length"] - columns["rejected_length"], margin),
+    }
+    if one.candidates is not None:
+        found["sampled"] = r_squared(one.candidates.lengths, one.candidates.reward)
+    return found
+
+
+def score_columns(run: Run) -> dict[str, tuple[str, str] | None]:
+    """Numeric score columns: what to call them, and the two columns of a score per completion.
+
+    `score_chosen` and `score_rejected` are one score of two completions. Any other column of
+    numbers is one per pair, and has None.
+    """
+    numeric = [name for name, values in run.scores.items() if _is_numeric(values)]
+    found: dict[str, tuple[str, str] | None] = {}
+    for name in numeric:
+        rejected = name.replace("chosen", "rejected")
+        if rejected != name and rejected in numeric:
+            found[name.replace("chosen", "").strip("_-. ") or name] = (name, rejected)
+    halves = {column for columns in found.values() if columns is not None for column in columns}
+    return found | {name: None for name in numeric if name not in halves}
+
+
+def numbers(values: Sequence[Any]) -> FloatArray:
+    """A column as floats; what is missing is not a number."""
+    return np.array([np.nan if value is None else float(value) for value in values])
+
+
+def _is_numeric(values: Sequence[Any]) -> bool:
+    known = [value for value in values if value is not None]
+    return bool(known) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in known
+    )
+
+
+def score_difference(run: Run, columns: tuple[str, str] | None, name: str) -> FloatArray:
+    """Per pair the chosen completion's score less the rejected one's, or the pair's own figure."""
+    if columns is None:
+        return numbers(run.scores[name])
+    return numbers(run.scores[columns[0]]) - numbers(run.scores[columns[1]])
+
+
+def score_r2(run: Run, one: Iteration) -> dict[str, Any]:
+    """R^2 of rewards and margins with the dataset's own scores (Fig. 2, Fig. 11)."""
+    offline, margin = one.offline, one.margin
+    assert offline is not None
+    assert margin is not None
+    found = {}
+    for name, columns in score_columns(run).items():
+        difference = score_difference(run, columns, name)
+        if len(difference) != len(margin):
+            continue
+        entry: dict[str, Any] = {"margin": r_squared(difference, margin)}
+        if columns is not None and "chosen_reward" in offline:
+            scores = np.concatenate([numbers(run.scores[column]) for column in columns])
+            entry["reward"] = r_squared(scores, pooled(lambda side: offline[f"{side}_reward"]))
+        if columns is not None:
+            differs = np.isfinite(difference) & (difference != 0)
+            agree = (np.sign(difference) == np.sign(margin))[differs]
+            entry["agreement"] = float(agree.mean()) if len(agree) else None
+        found[name] = entry
+    return found
+
+
+def groups(run: Run, one: Iteration) -> dict[str, list[dict[str, Any]]]:
+    """Columns with few different values (a source, a flag): what was kept of each."""
+    margin, selected = one.margin, one.selected
+    assert margin is not None
+    assert selected is not None
+    found = {}
+    for name, values in run.scores.items():
+        if len(values) != len(margin) or not all(
+            isinstance(value, bool | str | int | None) for value in values
+        ):
+            continue
+        distinct = sorted(set(values), key=lambda value: (str(type(value)), str(value)))
+        if not 2 <= len(distinct) <= _MOST_GROUPS:
+            continue
+        of = np.array([distinct.index(value) for value in values])
+        found[name] = [
+            {
+                "value": value,
+                "pairs": int((of == index).sum()),
+                "kept": float(selected[of == index].mean()),
+                "median_margin": float(np.median(margin[of == index])),
+            }
+            for index, value in enumerate(distinct)
+        ]
+    return found

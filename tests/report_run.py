@@ -1,0 +1,152 @@
+"""Run directories for the report's tests: the real phases, with a scorer and a sampler made up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from sera_plugin.alarms import judge, records
+from sera_plugin.args import SeraConfig
+from sera_plugin.checksums import seal
+from sera_plugin.iteration import prepare_iteration
+from sera_plugin.method import Method, Pairs, Phases
+from sera_plugin.offline import held_out_table
+from sera_plugin.run import describe_run
+from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
+from sera_plugin.schedule import Schedule
+from sera_plugin.store import RunStore, make_table
+from sera_plugin.summary import summarize
+
+END = 0
+#: What token ids 0, 1, 2, ... read as unless a test says otherwise.
+WORDS = ["</s>", *(f"w{number}" for number in range(1, 40))]
+
+
+class Scorer:
+    """Log-probabilities of offline pairs as the test has them, of all else by chance."""
+
+    def __init__(self, logps: Mapping[int, Sequence[Sequence[float]]]) -> None:
+        self.logps = logps
+
+    def __call__(
+        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
+    ) -> np.ndarray[Any, Any]:
+        if phase == "score_offline" and policy in self.logps:
+            return np.concatenate([np.asarray(one, float) for one in self.logps[policy]])
+        lengths = np.fromiter(map(len, completions), float)
+        noise = np.random.default_rng([policy, len(prompts)]).normal(size=len(prompts))
+        return -2.0 * lengths + (1 + policy) * noise
+
+
+class Sampler:
+    """Distinct answers of 2 and more tokens; every seventh is cut off."""
+
+    report: dict[str, Any] = {"name": "transformers"}  # noqa: RUF012
+    seconds: dict[str, float] = {}  # noqa: RUF012
+
+    def sample(
+        self, prompts: Sequence[Any], settings: SamplingSettings, skip: Collection[int] = ()
+    ) -> Generator[Chunk, None, None]:
+        yield [
+            (
+                row,
+                [
+                    Candidate([1 + one] * (1 + one) + [END], "length" if row % 7 == 0 else "stop")
+                    for one in range(settings.candidates)
+                ],
+            )
+            for row in range(len(prompts))
+            if row not in skip
+        ]
+
+
+def make_run(
+    output_dir: Path,
+    *,
+    pairs: int = 12,
+    iterations: int = 3,
+    sera: Mapping[str, Any] | None = None,
+    loss: str = "dpo",
+    per_token: bool = False,
+    words: Sequence[str] | None = tuple(WORDS),
+    scores: Mapping[str, Sequence[Any]] | None = None,
+    held_out: int = 4,
+    logps: Mapping[int, Sequence[Sequence[float]]] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> RunStore:
+    """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
+    block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
+    store = RunStore(output_dir)
+    data, test = (_pairs(number) for number in (pairs, held_out))
+    method = Method(block, loss == "simpo", per_token, total=pairs)
+    schedule = Schedule.plan(pairs, iterations, method.kept, method.bootstrapped, 4, 1)
+    resolved = {
+        "base_model": "org/none-such",
+        "num_epochs": iterations,
+        "output_dir": str(output_dir),
+        "sera": block.model_dump(mode="json"),
+        **(config or {}),
+    }
+    loaded = Pairs.from_table(data)
+    other = Pairs.from_table(test) if held_out else None
+    run = describe_run(resolved, loss, 0.1, method, schedule, loaded, other, (END,), 7)
+    for name, values in (scores or {}).items():
+        data = data.append_column(name, [list(values)])
+    store.begin(run, data)
+    scorer = Scorer(logps or {})
+    summaries: list[dict[str, Any]] = []
+    for iteration in range(1, iterations + 1):
+        phases = Phases()
+        settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
+        prepare_iteration(iteration, method, loaded, store, scorer, Sampler(), settings, phases)
+        if other is not None:
+            held_out_table(iteration, other, store, scorer, phases)
+        summaries.append(summarize(iteration, method, store, phases))
+        phases.spend("train", 10.0)
+        seconds = {"seconds": dict(phases.seconds)}
+        alarms = {"alarms": records(judge(summaries))}
+        store.write_summary(iteration, summaries[-1] | seconds | alarms)
+    if words is not None:
+        write_tokenizer(output_dir, words)
+    write_history(output_dir, iterations)
+    return store
+
+
+def _pairs(count: int) -> Any:
+    tokens = [1 + row % 30 for row in range(count)]
+    return make_table(
+        {
+            "row": range(count),
+            "prompt_ids": [[token, token] for token in tokens],
+            "chosen_ids": [[token] * 3 + [END] for token in tokens],
+            "rejected_ids": [[token, END] for token in tokens],
+        }
+    )
+
+
+def write_tokenizer(directory: Path, words: Sequence[str]) -> None:
+    vocabulary = {word: number for number, word in enumerate(words)}
+    Tokenizer(WordLevel(vocabulary, unk_token=words[1])).save(str(directory / "tokenizer.json"))
+
+
+def write_history(output_dir: Path, iterations: int) -> None:
+    history = [
+        entry
+        for iteration in range(1, iterations + 1)
+        for entry in (
+            {"step": 3 * iteration - 3, "sera/iteration": float(iteration)},
+            {"step": 3 * iteration - 2, "loss": 0.693, "rewards/margins": 0.0},
+            {"step": 3 * iteration, "loss": 0.6, "rewards/margins": 0.1, "rewards/accuracies": 0.8},
+            {"step": 3 * iteration, "eval_loss": 0.65},
+        )
+    ]
+    checkpoint = output_dir / f"checkpoint-{3 * iterations}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    seal(checkpoint)

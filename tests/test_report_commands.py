@@ -1,0 +1,254 @@
+"""`axolotl sera report`, `inspect` and `compare`, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from sera_plugin.cli import sera
+from sera_plugin.store import RunStore
+from tests.report_run import WORDS, make_run
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(*arguments, fails=False):
+    result = CliRunner().invoke(sera, [str(one) for one in arguments])
+    assert result.exit_code == (2 if fails else 0), result.output
+    return result.output if fails else result.stdout
+
+
+@pytest.fixture
+def run(tmp_path):
+    make_run(tmp_path / "run", scores={"source": ["web", "book"] * 6})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("command", ["report", "inspect", "compare"])
+def test_help_has_examples(command):
+    said = call(command, "--help")
+    assert f"  axolotl sera {command} outputs/" in said
+
+
+def test_report_goes_into_the_run_or_where_it_is_told(run, tmp_path):
+    assert call("report", run).strip() == str(run / "sera/report.html")
+    assert call("report", run / "sera", "--output", tmp_path / "mine.html").strip().endswith("html")
+    assert (tmp_path / "mine.html").read_text().startswith("<!DOCTYPE html>")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_commands_run_without_the_host_and_its_banner(run):
+    command = [sys.executable, "-m", "sera_plugin", "report", run, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert json.loads(done.stdout)["run"]["pairs"] == 12
+    done = subprocess.run([*command[:4], run / "no"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no SeRA run there" in done.stderr
+
+
+def test_report_as_json(run):
+    found = json.loads(call("report", run, "--json"))
+    assert [one["iteration"] for one in found["iterations"]] == [1, 2, 3]
+    assert found["run"]["state"] == "finished"
+    assert not (run / "sera/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("report", "{}/nowhere"), "no SeRA run there, no such directory"),
+        (("report", "{}/empty"), "empty/sera/run.json does not exist"),
+        (("report", "{}/run", "--output", "{}/no/such/place.html"), "No such file or directory"),
+        (("report", "{}/run", "--json", "--output", "x"), "leave --output out"),
+        (("inspect", "{}/run"), "give one of --row, --mislabelled and --export"),
+        (("inspect", "{}/run", "--row", "1", "--mislabelled"), "give one of"),
+        (("inspect", "{}/run", "--row", "12"), "12 is not in the run; it has rows 0 to 11"),
+        (("inspect", "{}/run", "--row", "-1"), "-1 is not in the run"),
+        (("inspect", "{}/run", "--export", "{}/x.jsonl"), "--export and --which go together"),
+        (("inspect", "{}/run", "--row", "1", "--iteration", "2"), "--iteration needs --export"),
+        (("inspect", "{}/run", "--export", "{}/x.csv", "--which", "kept"), ".jsonl or .parquet"),
+        (
+            ("inspect", "{}/run", "--export", "{}/x.jsonl", "--which", "kept", "--iteration", "9"),
+            "iteration 9 is not in",
+        ),
+        (
+            (
+                *("inspect", "{}/run", "--export", "{}/x.jsonl"),
+                *("--which", "bootstrapped", "--iteration", "1"),
+            ),
+            "1 has no bootstrapped pairs",
+        ),
+        (("compare", "{}/run"), "give two runs or more"),
+        (("compare", "{}/run", "{}/nowhere"), "no SeRA run there"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(run, tmp_path, arguments, said):
+    (tmp_path / "empty").mkdir()
+    output = call(*(one.format(tmp_path) for one in arguments), fails=True)
+    assert said in output
+    assert "Traceback" not in output
+
+
+def test_inspect_shows_a_pair_under_every_policy(run):
+    pair = json.loads(call("inspect", run, "--row", 3, "--json"))
+    assert (pair["prompt"], pair["chosen"]) == ("w4 w4", "w4 w4 w4 </s>")
+    assert pair["columns"] == {"source": "book"}
+    store = RunStore(run)
+    for iteration, thought in enumerate(pair["iterations"], start=1):
+        recorded = store.read(iteration, "offline").to_pylist()[3]
+        for name in ("chosen_logp", "rejected_logp", "chosen_reward", "margin", "selected"):
+            if name in recorded:
+                assert thought[name] == recorded[name]
+    third = pair["iterations"][2]["candidates"]
+    assert [one["text"].split()[0] for one in third] == ["w1", "w2", "w3", "w4"]
+    rewards = [one["reward"] for one in third]
+    best, worst = (third[rewards.index(f(rewards))] for f in (max, min))
+    assert (best["paired_as"], worst["paired_as"]) == ("chosen", "rejected")
+    assert best["pair_margin"] == pytest.approx(max(rewards) - min(rewards))
+    said = call("inspect", run, "--row", 3)
+    assert "w4 w4 w4 </s>" in said
+    assert f"{pair['iterations'][2]['margin']:.3f}" in said
+
+
+def test_inspect_lists_the_pairs_whose_label_the_policy_doubts(run):
+    margins = RunStore(run).column(3, "offline", "margin")
+    doubted = [int(row) for row in margins.argsort() if margins[row] < 0]
+    found = json.loads(call("inspect", run, "--mislabelled", "--json"))
+    assert [one["row"] for one in found] == doubted
+    assert len(doubted) > 2
+    found = json.loads(call("inspect", run, "--mislabelled", 2, "--json"))
+    assert [one["row"] for one in found] == doubted[:2]
+    said = call("inspect", run, "--mislabelled", 2)
+    assert f"row {doubted[0]}\n" in said
+    assert f"{margins[doubted[0]]:+.3f}" in said
+
+
+def test_no_terminal_obeys_what_inspect_shows(tmp_path):
+    words = ["</s>", *(f"\x1b]0;{n}\x07\u202e\x9b" for n in range(39))]
+    make_run(tmp_path, words=words, scores={"\x1b[2J": ["\x07"] * 12})
+    for arguments in (("--row", 3), ("--mislabelled",), ("--row", 3, "--json")):
+        said = call("inspect", tmp_path, *arguments)
+        assert all(one.isprintable() or one == "\n" for one in said)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("which", "count"), [("kept", 6), ("dropped", 6), ("bootstrapped", 6)])
+def test_exports_are_preference_datasets(run, tmp_path, suffix, which, count):
+    path = tmp_path / f"pairs.{suffix}"
+    call("inspect", run, "--export", path, "--which", which)
+    if suffix == "parquet":
+        rows = pq.read_table(path).to_pylist()
+    else:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == count
+    table = RunStore(run).read(3, "bootstrapped" if which == "bootstrapped" else "offline")
+    wanted = [one for one in table.to_pylist() if one["selected"] == (which != "dropped")]
+    assert [(one["row"], one["margin"]) for one in rows] == [
+        (one["row"], one["margin"]) for one in wanted
+    ]
+    for one in rows:
+        word = WORDS[1 + one["row"]]
+        assert one["prompt"] == f"{word} {word}"
+        if which != "bootstrapped":
+            assert (one["chosen"], one["rejected"]) == (f"{word} {word} {word}", word)
+    if which == "bootstrapped":
+        first = wanted[0]["chosen_candidate"] + 1
+        assert rows[0]["chosen"] == " ".join([f"w{first}"] * first)
+    assert "exists. Remove it" in call(
+        "inspect", run, "--export", path, "--which", which, fails=True
+    )
+
+
+def test_the_first_iteration_keeps_all_pairs(run, tmp_path):
+    path = tmp_path / "all.jsonl"
+    said = call("inspect", run, "--export", path, "--which", "kept", "--iteration", 1)
+    assert said == f"12 kept pairs of iteration 1 in {path}\n"
+    assert json.loads(path.read_text().splitlines()[0])["margin"] is None
+
+
+def test_an_exported_prompt_gives_its_token_ids_again(run, tmp_path):
+    """A tokenizer that puts a token in front by itself would put it there twice."""
+    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="w4 $A", special_tokens=[("w4", 4)])
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(run / "tokenizer.json"))
+    path = tmp_path / "kept.jsonl"
+    call("inspect", run, "--export", path, "--which", "kept", "--iteration", 1)
+    prompt = json.loads(path.read_text().splitlines()[3])["prompt"]
+    assert prompt == "w4"
+    assert tokenizer.encode(prompt).ids == [4, 4]
+
+
+def test_export_without_a_tokenizer_is_refused(tmp_path):
+    make_run(tmp_path / "run", words=None)
+    output = call(
+        *("inspect", tmp_path / "run", "--export", tmp_path / "x.jsonl", "--which", "kept"),
+        fails=True,
+    )
+    assert "there is no tokenizer.json" in output
+
+
+@pytest.fixture
+def runs(tmp_path):
+    same = {0: ([-9] * 4, [-9] * 4), 1: ([-5, -6, -7, -8], [-9] * 4)}
+    turned = {0: same[0], 1: ([-8, -6, -7, -5], [-9] * 4)}
+    keys = {"pairs": 4, "iterations": 2}
+    make_run(tmp_path / "one", logps=same, **keys)
+    make_run(tmp_path / "two", logps=turned, sera={"gamma": 0.1}, **keys)
+    make_run(tmp_path / "other", pairs=8, iterations=2)
+    return [tmp_path / name for name in ("one", "two", "other")]
+
+
+def test_compare_says_what_differs_and_how_alike_selections_are(runs):
+    found = json.loads(call("compare", *runs, "--json"))
+    assert [one["name"] for one in found["runs"]] == ["one", "two", "other"]
+    assert found["settings"]["sera.gamma"] == [0.3, 0.1, 0.3]
+    assert found["settings"]["pairs"] == [4, 4, 8]
+    assert "output_dir" not in found["settings"]
+    # Rows 0 and 1 against rows 3 and 1; the third run has other data.
+    assert found["selections"] == [
+        {
+            "iteration": 2,
+            "matrix": [
+                [1.0, pytest.approx(1 / 3), None],
+                [pytest.approx(1 / 3), 1.0, None],
+                [None, None, 1.0],
+            ],
+        }
+    ]
+    threshold = [one for one in found["metrics"] if one["name"] == "kept above (margin)"]
+    assert threshold[0]["values"][:2] == [3.0, 3.0]
+
+
+def test_compare_prints_tables_or_writes_a_page(runs, tmp_path):
+    said = call("compare", *runs)
+    assert "Jaccard index of the pairs kept in iteration 2" in said
+    assert "sera.gamma" in said
+    page = tmp_path / "compared.html"
+    assert call("compare", *runs, "--html", page).strip() == str(page)
+    assert "Settings that differ" in page.read_text()
+    assert "0.33" in page.read_text()
+
+
+def test_compare_tells_runs_of_the_same_name_apart(tmp_path):
+    for place in ("a", "b"):
+        make_run(tmp_path / place / "out", pairs=4, iterations=1)
+    found = json.loads(call("compare", tmp_path / "a/out", tmp_path / "b/out", "--json"))
+    assert len({one["name"] for one in found["runs"]}) == 2
+
+
+def test_compare_warns_of_margins_in_other_units(tmp_path):
+    make_run(tmp_path / "dpo", pairs=4, iterations=2)
+    make_run(tmp_path / "ipo", pairs=4, iterations=2, loss="ipo", per_token=True)
+    said = call("compare", tmp_path / "dpo", tmp_path / "ipo")
+    assert "Margins are not comparable: dpo nats, ipo nats per token." in said

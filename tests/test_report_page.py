@@ -1,0 +1,377 @@
+"""The page: harmless whatever is in it, of runs in any state, and small."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from sera_plugin.checksums import is_whole
+from sera_plugin.report import page
+from sera_plugin.report.page import MEANINGS, write_report
+from sera_plugin.report.reading import find_run, read_run
+from sera_plugin.store import make_table
+from tests.report_run import WORDS, make_run, write_tokenizer
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sera_plugin" / "report"
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "\" onmouseover='alert(1)' x=\"",
+    "</pre></article><style>*{display:none}</style>",
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;b&gt;&#x3c;",
+    "]]><!--",
+    "\u202egnp.exe \u200b\u2066",
+    "\x1b[31mred\x1b[0m\x08\x00\x9b\r",
+    "مرحبا بالعالم",
+    "$\\frac{1}{0}$",
+]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page as a browser sees them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.html = path.read_text(encoding="utf-8")
+        self.feed(self.html)
+        self.text = "".join(self.texts)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def make(output_dir, **keys):
+    make_run(output_dir, **keys)
+    return Page(write_report(output_dir))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_the_page_has_a_chart_or_table_for_each_question(tmp_path):
+    scores = {"score_chosen": np.arange(12.0).tolist(), "score_rejected": [3.0] * 12}
+    found = make(tmp_path, scores=scores)
+    for section in ("margins", "selection", "lengths", "scores", "accuracy", "samples", "cost"):
+        assert f'<section id="{section}">' in found.html
+    for section in ("alarms", "training", "examples", "settings"):
+        assert f'<section id="{section}">' in found.html
+    # Margins, lengths and scores of two iterations, the ensemble of one, mean lengths, accuracy,
+    # drift, and three training curves.
+    assert found.tags.count("svg") == 2 * 3 + 1 + 3 + 3
+    assert "Iteration 3: the ensemble exchanged" in found.text
+    assert "The last two selections have a Jaccard index of" in found.text
+    assert "SeRA run, finished" in found.text
+
+
+def test_hostile_text_stays_text(tmp_path):
+    scores = {
+        "$\\frac{$<b onclick=x>_chosen": np.arange(12.0).tolist(),
+        "$\\frac{$<b onclick=x>_rejected": [1.0] * 12,
+        "$\\frac{": [*HOSTILE, "x"],
+    }
+    words = ["</s>", *HOSTILE, *WORDS[1:]]
+    found = make(
+        tmp_path / "<img src=x>",
+        scores=scores,
+        words=words,
+        config={"base_model": "</title><script>alert(1)</script>", "optimizer": HOSTILE[0]},
+    )
+    assert found.tags.count("script") == 1
+    assert not {"img", "iframe", "object", "link", "b"} & set(found.tags)
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    assert found.tags.count("style") == 1
+    for word in HOSTILE[:7]:
+        assert word in found.text
+    assert "مرحبا بالعالم" in found.text
+    shown = re.sub(r"[\n\t]", "", found.html)
+    assert all(one.isprintable() for one in shown), {o for o in shown if not o.isprintable()}
+    assert r"\u202egnp.exe \u200b\u2066" in found.text
+    assert r"red\x08\x00\x9b\r" in found.text
+
+
+def test_the_page_asks_nobody(tmp_path):
+    found = make(tmp_path)
+    script = (PACKAGE / "page.js").read_text().removesuffix("\n")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert any(policy in value for name, value in found.attributes if name == "content")
+    assert f"<script>{script}</script>" in found.html
+    links = [value for name, value in found.attributes if name in ("href", "src", "xlink:href")]
+    assert links
+    assert all(value.startswith("#") for value in links)
+    assert set(re.findall(r"https?://[^\s\"'<]+", found.html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", found.html))
+
+
+def test_charts_take_the_page_s_colours(tmp_path):
+    found = make(tmp_path)
+    assert "prefers-color-scheme: dark" in found.html
+    charts = re.findall(r"<svg.*?</svg>", found.html, flags=re.DOTALL)
+    for colour in set(re.findall(r"#[0-9a-f]{6}\b", "".join(charts))):
+        # matplotlib's own defaults for what is drawn in no colour.
+        pytest.fail(f"{colour} is the same in light and dark")
+    assert "var(--kept)" in "".join(charts)
+
+
+def test_units_are_those_of_the_loss(tmp_path):
+    assert "margin, nats<" in make(tmp_path / "dpo").html
+    for loss in ("ipo", "simpo"):
+        found = make(tmp_path / loss, loss=loss, sera={"loss": loss}, per_token=True)
+        assert "margin, nats per token<" in found.html
+        assert "margin, nats<" not in found.html
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"iterations": 2},
+        {"iterations": 1},
+        {"sera": {"bootstrap_ratio": 0}},
+        {"sera": {"selection_ratio": 0}},
+        {"pairs": 1, "sera": {"selection_ratio": 1, "bootstrap_ratio": 1}},
+        {"held_out": 0},
+        {"sera": {"gamma": 0}},
+        {"iterations": 7},
+        {"sera": {"candidates": 6, "bootstrap_ratio": 2.5}},
+    ],
+    ids=["two", "one", "selection", "bootstrap", "n1", "no-test", "gamma-0", "seven", "nested"],
+)
+def test_runs_of_every_kind_have_a_report(tmp_path, keys):
+    found = make(tmp_path, **keys)
+    assert "SeRA run, finished" in found.text
+    assert "Missing or damaged" not in found.text
+    assert ("margins" in found.html) == (keys.get("iterations") != 1)
+
+
+def test_a_run_at_every_moment_of_its_making_has_a_report(tmp_path):
+    """Files are taken away in the reverse order of their writing, as if it were cut off there."""
+    store = make_run(tmp_path, iterations=2)
+    lock = os.open(store.root / "lock", os.O_RDWR | os.O_CREAT)
+    written = ("summary.json", "evaluation.parquet", "bootstrapped.parquet", "candidates.parquet")
+    for iteration in (2, 1):
+        for name in (*written, "offline.parquet"):
+            (store.iteration(iteration) / name).unlink(missing_ok=True)
+            found = Page(write_report(tmp_path))
+            assert "SeRA run, stopped" in found.text
+            assert "Missing or damaged" not in found.text
+        shutil.rmtree(store.iteration(iteration))
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    found = Page(write_report(tmp_path))
+    os.close(lock)
+    assert "SeRA run, going on" in found.text
+    assert "No iteration has begun yet." in found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("run.json", "damaged"),  # without it no run is there
+        *(
+            (name, how)
+            for how in ("damaged", "missing")
+            for name in (
+                "dataset.parquet",
+                "iteration-02/offline.parquet",
+                "iteration-02/evaluation.parquet",
+                "iteration-02/candidates.parquet",
+                "iteration-02/bootstrapped.parquet",
+                "iteration-02/summary.json",
+            )
+        ),
+    ],
+)
+def test_what_is_not_whole_is_named_and_left_out(tmp_path, name, how):
+    path = make_run(tmp_path).root / name
+    if how == "damaged":
+        damage(path)
+        assert not is_whole(path)
+    else:
+        path.unlink()
+    found = Page(write_report(tmp_path))
+    assert f"sera/{name} is {how}" in found.text
+    assert "Iteration 3: offline pairs above" in found.text
+    assert ('<section id="examples">' in found.html) == (name != "dataset.parquet")
+
+
+def test_a_table_without_its_columns_is_named(tmp_path):
+    store = make_run(tmp_path)
+    store.write(3, "offline", make_table({"row": [0]}))
+    found = Page(write_report(tmp_path))
+    assert "iteration-03/offline.parquet has no column chosen_length" in found.text
+
+
+def test_curves_come_from_the_newest_whole_checkpoint(tmp_path):
+    store = make_run(tmp_path)
+    older = tmp_path / "checkpoint-3"
+    shutil.copytree(tmp_path / "checkpoint-9", older)
+    damage(tmp_path / "checkpoint-9" / "trainer_state.json")
+    run = read_run(store)
+    assert run.history
+    assert any("checkpoint-9/trainer_state.json is not whole" in note for note in run.notes)
+
+
+def test_token_ids_are_shown_where_no_tokenizer_is(tmp_path):
+    found = make(tmp_path, words=None, config={"base_model": str(tmp_path / "nowhere")})
+    assert "Token ids, not text: no tokenizer.json in the run's policies" in found.text
+    assert "5 5 5 0" in found.text
+
+
+def test_the_tokenizer_of_the_first_policy_is_used(tmp_path):
+    store = make_run(tmp_path, words=None)
+    policy = store.policy(1)
+    policy.mkdir()
+    write_tokenizer(policy, ["</s>", *(f"policy{n}" for n in range(1, 40))])
+    assert "policy5" not in Page(write_report(tmp_path)).text  # it is not sealed
+    from sera_plugin.checksums import seal
+
+    seal(policy)
+    assert "policy5" in Page(write_report(tmp_path)).text
+
+
+def test_long_texts_are_cut(tmp_path):
+    found = make(tmp_path, words=["</s>", *(f"{'long ' * 1000}{n}" for n in range(1, 40))])
+    assert "more characters]" in found.text
+    assert len(found.html) < 1_000_000
+
+
+def test_sixty_thousand_pairs_are_a_small_page(tmp_path):
+    """Nothing of a page grows with the pairs, at the longest texts that it shows."""
+    total = 60_000
+    words = ["</s>", *("\U0010ffff&\"'<" * 500 + str(n) for n in range(1, 40))]
+    scores = {"score_chosen": np.linspace(0, 1, total).tolist(), "score_rejected": [0.5] * total}
+    store = make_run(tmp_path, pairs=total, words=words, scores=scores, sera={"bootstrap_ratio": 0})
+    rows = np.repeat(np.arange(total), 2)
+    noise = np.random.default_rng(0).normal(size=(2 * total, 3))
+    offsets = np.arange(2 * total + 1, dtype=np.int32)
+    tokens = np.tile(np.arange(1, 31, dtype=np.int32), total // 15)
+    candidates = {
+        "row": rows,
+        "candidate": np.tile([0, 1], total),
+        "token_ids": pa.ListArray.from_arrays(offsets, tokens),
+        "finish_reason": np.where(np.arange(2 * total) % 9, "stop", "length").tolist(),
+        "logps": pa.ListArray.from_arrays(offsets * 3, noise.ravel()),
+        "reward": noise.sum(axis=1),
+    }
+    store.write(3, "candidates", make_table(candidates))
+    pairs = {
+        "row": np.arange(total),
+        "chosen_candidate": np.zeros(total),
+        "rejected_candidate": np.ones(total),
+        "margin": np.abs(noise[::2].sum(axis=1)),
+        "selected": np.arange(total) % 3 == 0,
+    }
+    store.write(3, "bootstrapped", make_table(pairs))
+    path = write_report(tmp_path)
+    assert "Best bootstrapped pairs" in path.read_text()
+    assert path.stat().st_size < 5_000_000
+
+
+def test_the_report_needs_no_torch(tmp_path):
+    make_run(tmp_path)
+    code = (
+        "import sys\n"
+        "from sera_plugin.cli import sera\n"
+        "heavy = lambda *names: sorted(set(names) & set(sys.modules))\n"
+        "assert not heavy('numpy', 'pyarrow', 'matplotlib')\n"
+        "try: sera(['report', sys.argv[1]])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(heavy('torch', 'transformers', 'trl', 'axolotl', 'matplotlib.pyplot'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
+def test_only_charts_import_matplotlib():
+    importers = {
+        path.relative_to(ROOT / "sera_plugin").as_posix()
+        for path in (ROOT / "sera_plugin").rglob("*.py")
+        if re.search(r"^\s*(import|from) matplotlib", path.read_text(), flags=re.MULTILINE)
+    }
+    assert importers == {"report/charts.py"}
+
+
+def test_alarms_mean_what_the_docs_say():
+    table = (ROOT / "docs/alarms.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^\n]*", table, flags=re.MULTILINE)
+    for name, row in zip(rows, re.findall(r"^\| `\w+` \|[^\n]*", table, re.MULTILINE), strict=True):
+        assert re.split(r"(?<!\\)\|", row)[4].strip() == MEANINGS[name]
+    assert sorted(rows) == sorted(MEANINGS)
+
+
+class TestAtTheEndOfTraining:
+    """`post_train_unload`, which the host calls last of all."""
+
+    @pytest.fixture
+    def end(self, tmp_path, monkeypatch):
+        from axolotl.utils.dict import DictDefault
+
+        from sera_plugin.plugin import SeraPlugin
+
+        def call(rank=None):
+            if rank is not None:
+                monkeypatch.setenv("RANK", rank)
+            SeraPlugin().post_train_unload(DictDefault(output_dir=str(tmp_path)))
+            return (tmp_path / "sera/report.html").exists()
+
+        return call
+
+    def test_it_is_written(self, tmp_path, end):
+        make_run(tmp_path)
+        assert end()
+
+    def test_only_the_first_process_writes(self, tmp_path, end):
+        make_run(tmp_path)
+        assert not end(rank="1")
+        assert end(rank="0")
+
+    def test_a_failure_is_a_warning_with_the_command(self, tmp_path, end, monkeypatch, caplog):
+        def fails(*_):
+            raise RuntimeError("no more ink")
+
+        make_run(tmp_path)
+        monkeypatch.setattr(page, "render", fails)
+        assert not end()
+        assert "no more ink" in caplog.text
+        assert f"axolotl sera report {tmp_path}" in caplog.text
+
+    def test_no_run_is_a_warning_too(self, end, caplog):
+        assert not end()
+        assert "no SeRA run there" in caplog.text
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    from sera_plugin.store import read_json, write_json
+
+    store = make_run(tmp_path, iterations=1)
+    write_json(store.run_file, read_json(store.run_file) | {"format_version": 2})
+    with pytest.raises(ValueError, match="format version 2; this sera_plugin reads 1"):
+        read_run(find_run(tmp_path))
