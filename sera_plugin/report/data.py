@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.store import TokenColumn
+from sera_plugin.tokens import TokenColumn
 
 Columns = dict[str, npt.NDArray[Any]]
 SIDES = ("chosen", "rejected")

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from sera_plugin import checkpoints
 from sera_plugin.checksums import is_whole
 from sera_plugin.report.data import Candidates, Columns, Iteration, Run
-from sera_plugin.store import FORMAT_VERSION, RunStore, TokenColumn, read_json
+from sera_plugin.store import FORMAT_VERSION, RunStore, read_json
+from sera_plugin.tokens import TokenColumn
 
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SCORED = ("row", "chosen_length", "rejected_length", "chosen_logp", "rejected_logp")
