@@ -13,6 +13,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 #: Parts in the page's order, and the devices each is measured on.
 PARTS = {
     "scoring": ("cpu", "cuda"),
+    "sharing": ("cpu", "cuda"),
     "memory": ("cpu", "cuda"),
     "step": ("cpu", "cuda"),
     "whole_run": ("cpu", "cuda"),
