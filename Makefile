@@ -48,7 +48,7 @@ test-vllm: $(READY) $(VLLM_READY)
 test-crash: $(READY)
 	$(BIN)/python -m tests.crash $(or $(ARGS),--points 60 --table docs/reliability.md)
 
-# Half an hour on a quiet machine. ARGS="--only scoring" measures one part; docs/benchmarks.md.
+# Takes an hour or more. ARGS="--only scoring" measures one part; docs/benchmarks.md.
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
 
