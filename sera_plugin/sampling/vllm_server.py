@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -38,6 +39,8 @@ API_KEY = "VLLM_API_KEY"
 RETRIES, BACKOFF = 6, 1.0
 #: Prompts asked for at a time.
 IN_FLIGHT = 64
+#: Finished prompts are handed over at least so often.
+_CHUNK_SECONDS = 5.0
 #: Text whose tokens tell tokenizers apart.
 _PROBE = "Hello, wörld!  1234567 你好 🙂\n\tdef f(x): return x"
 
@@ -129,7 +132,7 @@ class VllmServerSampler:
         settings: SamplingSettings,
         skip: Collection[int] = (),
     ) -> Generator[Chunk, None, None]:
-        """See `CandidateSampler.sample`. A chunk is what is finished when one prompt is."""
+        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
         left = longest_first(prompts, skip)
         rows = self.shard.of(left, [len(prompts[row]) for row in left])
         if not rows:
@@ -149,6 +152,8 @@ class VllmServerSampler:
         with self._loaded_adapter() as name, ThreadPoolExecutor(IN_FLIGHT) as pool:
             waiting = iter(rows)
             running: dict[Future[list[Candidate]], int] = {}
+            chunk: Chunk = []
+            until = monotonic() + _CHUNK_SECONDS
             try:
                 while True:
                     for row in waiting:
@@ -161,10 +166,13 @@ class VllmServerSampler:
                         running[pool.submit(self._complete, request)] = row
                         if len(running) == IN_FLIGHT:
                             break
+                    if chunk and (len(chunk) >= IN_FLIGHT or monotonic() > until or not running):
+                        yield chunk
+                        chunk, until = [], monotonic() + _CHUNK_SECONDS
                     if not running:
                         return
                     finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                    yield [(running.pop(future), future.result()) for future in finished]
+                    chunk += [(running.pop(future), future.result()) for future in finished]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
