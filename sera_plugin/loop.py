@@ -20,12 +20,13 @@ from sera_plugin.alarms import alarm_metrics, judge, records
 from sera_plugin.iteration import prepare_iteration
 from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.offline import held_out_table, offline_table, score_pairs
+from sera_plugin.progress import sampling_progress
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.samplers import Samplers
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.schedule import Schedule
-from sera_plugin.scoring import PolicyScorer, sampling_progress
+from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, read_json
 from sera_plugin.summary import describe_end, describe_start, metrics, summarize
 
