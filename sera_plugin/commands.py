@@ -34,5 +34,5 @@ def refusing() -> Iterator[None]:
         yield
     except (ValueError, *_NAMED_WRONGLY) as error:
         raise Refused(str(error)) from error
-    except (RuntimeError, OSError) as error:
+    except OSError as error:
         raise click.ClickException(str(error)) from error
