@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
 from typing import TypeVar
 
@@ -32,6 +32,11 @@ Row = TypeVar("Row")
 Advance = Callable[..., None]
 
 
+def above_bars() -> AbstractContextManager[None]:
+    """What is printed inside goes above a terminal's bars, which are then drawn again."""
+    return tqdm.external_write_mode() if sys.stderr.isatty() else nullcontext()
+
+
 @contextmanager
 def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[Advance]:
     """A phase under way; yields what to call with the units that are done.
@@ -49,7 +54,9 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
     if quiet:
         yield lambda done, note="": None
     elif sys.stderr.isatty():
-        with tqdm(total=total, unit=unit, unit_scale=total > _COUNTED, desc=description) as bar:
+        with tqdm(
+            total=total, unit=f" {unit}", unit_scale=total > _COUNTED, desc=description
+        ) as bar:
 
             def advance(done: int, note: str = "") -> None:
                 if note:
@@ -58,6 +65,8 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
 
             yield advance
             bar.total = bar.n
+        with above_bars():  # what the bar has left of itself behind goes
+            pass
     else:
         lines = _Lines(description, total, unit)
         yield lines.advance
@@ -77,7 +86,7 @@ class _Lines:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.note = 0, ""
         self.began = self.told = monotonic()
-        LOG.info("%s, %s %s", description, f"{total:,}", unit)
+        LOG.info("%s: %s %ss", description, f"{total:,}", unit)
 
     def advance(self, done: int, note: str = "") -> None:
         self.done += done
@@ -97,7 +106,7 @@ class _Lines:
             self.total,
             self.told - self.began,
             prefix=self.description,
-            unit=self.unit,
+            unit=f" {self.unit}",
             unit_scale=self.total > _COUNTED,
             bar_format=_LINE,
             postfix=self.note,

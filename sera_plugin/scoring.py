@@ -61,7 +61,7 @@ class PolicyScorer:
         what = f"{phase.replace('_', ' ')} under theta_{policy}"
         # An equal part of all ranks'; the last batches are not equal.
         mine = tokens // self.ranks.world
-        with self.policies.at(policy), progress(what, mine, "tok", self.quiet) as advance:
+        with self.policies.at(policy), progress(what, mine, "token", self.quiet) as advance:
             scores = score_sequences(
                 self.policies.model,
                 prompts,

@@ -240,6 +240,14 @@ class _EndOfIteration(TrainerCallback):
         self.trainer.end_iteration(state, control)
 
 
+class _TrainingBar(ProgressCallback):
+    """The host's bar, without SeRA's figures: they are for trackers, and the log has a summary."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not any(name.startswith("sera/") for name in logs):
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
 class SeraTrainer(AxolotlDPOTrainer):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
@@ -299,6 +307,8 @@ class SeraTrainer(AxolotlDPOTrainer):
         if is_peft_model(self.model):
             tidy_adapters(self.model, continued)
         self.add_callback(_EndOfIteration(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_TrainingBar)
         self._pairs = Pairs.from_table(self.train_dataset.data.table)
         self._eval_pairs = self._held_out_pairs()
         self._policies = PolicyHistory(
