@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schema: `make docs`."""
+"""Write docs/configuration.md and the tables of docs/convert.md from the code: `make docs`."""
 
 from __future__ import annotations
 
@@ -8,60 +8,13 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sera_plugin.args import DEFAULT_BETA, SeraConfig
+from sera_plugin.args import SeraConfig
+from sera_plugin.convert.keys import RULES
+from sera_plugin.convert.left_out import LEFT_OUT
+from sera_plugin.convert.templates import TEMPLATES
+from sera_plugin.host_keys import HOST_KEYS
 
 PAGE = Path(__file__).parent / "configuration.md"
-
-HOST_KEYS = [
-    ("num_epochs", "T, the number of iterations; a whole number. 3 unless set."),
-    (
-        "rl_beta, trl.beta",
-        "beta of the loss. Unless set, the paper's: "
-        + ", ".join(f"{beta:g} for {loss}" for loss, beta in DEFAULT_BETA.items())
-        + " (SimPO: the SimPO paper's).",
-    ),
-    (
-        "dpo_label_smoothing",
-        "Share of labels taken to be wrong: cDPO with `loss: dpo`, rDPO with `loss: robust`.",
-    ),
-    (
-        "dpo_loss_type, dpo_loss_weights, dpo_use_weighting",
-        "Any loss type of the host's DPO trainer instead of `sera.loss`.",
-    ),
-    ("simpo_gamma, cpo_alpha", "SimPO's target margin and NLL weight; 0 unless set."),
-    ("sequence_len", "Longest prompt + completion in tokens, for data and for samples."),
-    (
-        "excess_length_strategy",
-        "`drop` (default), `truncate` or `raise` for longer rows; see data.md.",
-    ),
-    ("seed", "Seeds new adapters, data order and samples."),
-    (
-        "warmup_ratio, warmup_steps",
-        "Warm-up of each iteration with `restart_optimizer: true`, else of the run.",
-    ),
-    ("val_set_size, test_datasets", "Held-out pairs, scored and referenced anew each iteration."),
-    (
-        "vllm",
-        "How vLLM samples: `gpu_memory_utilization` (unset: what is free), `tensor_parallel_size`, "
-        "`dtype` (unset: as trained), `max_model_len` (unset: prompts + `max_new_tokens`), "
-        "`enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and `port`. See "
-        "sampling.md.",
-    ),
-    (
-        "gradient_accumulation_steps, gradient_checkpointing, optimizer",
-        "As for any other `rl`: reentrant or not, 8-bit and paged optimizers too.",
-    ),
-    (
-        "activation_offloading",
-        "`true` keeps activations in host memory (TRL's offloader, for accelerators only); "
-        "`hidden_states` with reentrant checkpointing is the host's own.",
-    ),
-    ("lora_model_dir", "An adapter to continue; theta_0 is the base model with it."),
-    (
-        "auto_resume_from_checkpoints, resume_from_checkpoint",
-        "Continue the run in `output_dir` where it stopped.",
-    ),
-]
 
 
 def kind(field: FieldInfo) -> str:
@@ -147,5 +100,39 @@ def render() -> str:
     return "\n".join(lines)
 
 
+def convert_tables() -> list[str]:
+    """The tables of docs/convert.md: keys, keys that become nothing, templates."""
+    keys = ["| LLaMA-Factory | Axolotl | |", "|---|---|---|"]
+    same = []
+    for rule in filter(None, RULES):
+        names = ", ".join(f"`{name}`" for name in rule.keys)
+        if names == rule.to and not rule.about:
+            same.append(names)
+        else:
+            keys.append(f"| {names} | {rule.to} | {rule.about} |")
+    keys.append(f"| {', '.join(same)} | the same | |")
+    reasons: dict[str, list[str]] = {}
+    for name, why in LEFT_OUT.items():
+        reasons.setdefault(why, []).append(f"`{name}`")
+    lost = ["| left out | why |", "|---|---|"]
+    lost += [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
+    templates = ["| `template` | `chat_template` | |", "|---|---|---|"]
+    templates += [f"| `{one}` | `{host}` | {note} |" for one, (host, note) in TEMPLATES.items()]
+    return ["\n".join(table) for table in (keys, lost, templates)]
+
+
+def fill(page: str, tables: list[str]) -> str:
+    """A page with tables put in place of those that begin with the same line."""
+    for table in tables:
+        head = table.partition("\n")[0]
+        start = page.index(head)
+        end = page.find("\n\n", start)
+        page = page[:start] + table + (page[end:] if end >= 0 else "\n")
+    return page
+
+
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
+    converting = PAGE.with_name("convert.md")
+    filled = fill(converting.read_text(encoding="utf-8"), convert_tables())
+    converting.write_text(filled, encoding="utf-8")

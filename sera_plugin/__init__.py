@@ -23,6 +23,8 @@ The map, in reading order:
 - `checksums`, `checkpoints`   what is whole, and where a run continues
 - `trainer`     everything that touches the host's private seams
 - `plugin`, `cli`   the host's public hooks
+- `progress`    how far a phase is
+- `schema`, `convert`   what an editor knows of a YAML; a YAML that comes from LLaMA-Factory
 - `report`      what a run did to its data, for people
 - `demo`        a small world with a known true reward
 

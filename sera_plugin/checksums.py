@@ -67,6 +67,20 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text beside its place and rename it into place. No checksum is listed.
+
+    Raises:
+        OSError: if it cannot be written. The old file is still there.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def is_whole(path: Path) -> bool:
     """Whether a file is there and is one that `replace_file` has written."""
     return path.is_file() and digest(path) in _read(path.parent).get(path.name, ())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
 
 from sera_plugin import __version__
+from sera_plugin.commands import refusing
 from sera_plugin.report.commands import compare, inspect, report
 
 
@@ -16,7 +20,13 @@ def sera() -> None:
     """The group that the host registers as `axolotl sera`."""
 
 
-@sera.command()
+@sera.command(
+    epilog="""\b
+Examples:
+  axolotl sera demo
+  axolotl sera demo --directory /tmp/sera-demo --config my-demo.yaml
+"""
+)
 @click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -35,10 +45,71 @@ def demo(config: Path | None, directory: Path) -> None:
     from sera_plugin.demo.run import run_demo
 
     shipped = Path(__file__).parent / "demo" / "demo-cpu.yaml"
-    try:
-        run_demo(directory, config or shipped)
-    except (ValueError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
+    with refusing():
+        try:
+            run_demo(directory, config or shipped)
+        except RuntimeError as error:  # training failed, and has said why
+            raise click.ClickException(str(error)) from error
+
+
+@sera.command(
+    epilog="""\b
+Examples:
+  axolotl sera schema --output axolotl-schema.json
+  python -m sera_plugin schema | jq .properties.sera
+"""
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="Where the schema goes; an earlier one is replaced. Printed unless given.",
+)
+def schema(output: Path | None) -> None:
+    """Write a JSON Schema of an Axolotl YAML with SeRA's keys, for editors.
+
+    With it an editor completes, explains and checks every key as it is typed (docs/editor.md).
+    """
+    # A library of the host's looks for kernels on the hub as soon as it is imported.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with refusing(), redirect_stdout(sys.stderr):  # the host may have something to say
+        from sera_plugin.schema import schema_text, write_schema
+
+        if output is None:
+            text = schema_text()
+        else:
+            write_schema(output)
+    click.echo(text if output is None else output)
+
+
+@sera.command(
+    epilog="""\b
+Examples:
+  axolotl sera convert examples/train_lora/my_dpo.yaml --output sera.yaml
+  python -m sera_plugin convert my_dpo.yaml > sera.yaml
+"""
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="A new file for the YAML; printed unless given.",
+)
+def convert(file: Path, output: Path | None) -> None:
+    """Turn a LLaMA-Factory YAML for DPO into one for rl: sera.
+
+    What has nothing like it, and what was assumed, goes to standard error, key by key. Paths are
+    relative to the working directory, as LLaMA-Factory reads them.
+    """
+    from sera_plugin.convert.convert import convert as read
+
+    with refusing():
+        converted = read(file, output)
+        if output is not None:
+            converted.write(output)
+    click.echo(converted.said, err=True)
+    click.echo(converted.text.rstrip() if output is None else output)
 
 
 for command in (report, inspect, compare):

@@ -20,12 +20,13 @@ from sera_plugin.alarms import alarm_metrics, judge, records
 from sera_plugin.iteration import prepare_iteration
 from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.offline import held_out_table, offline_table, score_pairs
+from sera_plugin.progress import above_bars, sampling_progress
 from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.samplers import Samplers
 from sera_plugin.sampling import SamplingSettings
 from sera_plugin.schedule import Schedule
-from sera_plugin.scoring import PolicyScorer, sampling_progress
+from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, read_json
 from sera_plugin.summary import describe_end, describe_start, metrics, summarize
 
@@ -291,10 +292,11 @@ class Loop:
         before = filter(None, map(self.store.summary, range(1, iteration)))
         alarms = judge([*before, summary])
         if tell:
-            LOG.info("%s", describe_start(summary))
-            for alarm in alarms:
-                if alarm.raised:
-                    LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
+            with above_bars():
+                LOG.info("%s", describe_start(summary))
+                for alarm in alarms:
+                    if alarm.raised:
+                        LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
             self.log(metrics(summary) | alarm_metrics(alarms))
         return summary | {"alarms": records(alarms)}
 
@@ -322,4 +324,5 @@ class Loop:
         self._summary = self._summary | {"seconds": dict(phases.seconds)}
         self.store.write_summary(self._summary["iteration"], self._summary)
         self.log({"sera/seconds/train": self._summary["seconds"]["train"]})
-        LOG.info("%s", describe_end(self._summary))
+        with above_bars():
+            LOG.info("%s", describe_end(self._summary))

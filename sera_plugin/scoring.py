@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from sera_plugin.budget import TokenBudget
-from sera_plugin.iteration import Progress
 from sera_plugin.logprobs import score_sequences
 from sera_plugin.method import Phases
 from sera_plugin.policies import PolicyHistory
+from sera_plugin.progress import progress
 from sera_plugin.ranks import Ranks, Shard
 from sera_plugin.rewards import FloatArray
-from sera_plugin.sampling import Chunk
 from sera_plugin.sharding import is_sharded
 
 
@@ -29,7 +26,7 @@ class PolicyScorer:
         budget: most tokens per forward pass.
         autocast: the context training computes its loss in.
         ranks: the run's processes; each scores its part.
-        quiet: no progress bars.
+        quiet: tells nothing about its progress.
     """
 
     def __init__(
@@ -61,15 +58,10 @@ class PolicyScorer:
         """See `sera_plugin.iteration.Scorer`."""
         tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         self.phases.count(phase, len(prompts), tokens)
-        bar = tqdm(
-            total=tokens // self.ranks.world,
-            unit="tok",
-            unit_scale=True,
-            desc=f"SeRA: {phase.replace('_', ' ')} under theta_{policy}",
-            disable=self.quiet,
-        )
-        # The total is planned as an equal part of all ranks'; the last batches are not equal.
-        with self.policies.at(policy), bar:
+        what = f"{phase.replace('_', ' ')} under theta_{policy}"
+        # An equal part of all ranks'; the last batches are not equal.
+        mine = tokens // self.ranks.world
+        with self.policies.at(policy), progress(what, mine, "token", self.quiet) as advance:
             scores = score_sequences(
                 self.policies.model,
                 prompts,
@@ -78,28 +70,6 @@ class PolicyScorer:
                 budget=self.budget,
                 autocast=self.autocast,
                 shard=self.shard,
-                progress=bar.update,
+                progress=advance,
             )
-            bar.total = bar.n
         return self.ranks.sum(scores)
-
-
-def sampling_progress(quiet: bool) -> Progress:
-    """A progress bar over prompts with tokens per second, as `prepare_iteration` wants it."""
-
-    @contextmanager
-    def start(total: int, phase: str) -> Iterator[Callable[[Chunk], None]]:
-        tokens = 0
-        with tqdm(total=total, unit="prompt", desc=f"SeRA: {phase}", disable=quiet) as bar:
-
-            def advance(chunk: Chunk) -> None:
-                nonlocal tokens
-                tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
-                spent = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{tokens / spent:,.0f} tok/s" if spent else "", refresh=False)
-                bar.update(len(chunk))
-
-            yield advance
-            bar.total = bar.n
-
-    return start

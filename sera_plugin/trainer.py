@@ -25,7 +25,6 @@ from axolotl.utils.data.utils import md5
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, Features, Value
 from datasets.table import InMemoryTable
-from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
@@ -51,6 +50,7 @@ from sera_plugin.method import Method, Pairs
 from sera_plugin.objective import Objective
 from sera_plugin.offline import score_pairs
 from sera_plugin.policies import PolicyHistory, is_finite
+from sera_plugin.progress import told
 from sera_plugin.rewards import FloatArray
 from sera_plugin.rows import (
     GUARD_VERSION,
@@ -240,6 +240,14 @@ class _EndOfIteration(TrainerCallback):
         self.trainer.end_iteration(state, control)
 
 
+class _TrainingBar(ProgressCallback):
+    """The host's bar, without SeRA's figures: they are for trackers, and the log has a summary."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not any(name.startswith("sera/") for name in logs):
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
 class SeraTrainer(AxolotlDPOTrainer):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
@@ -254,6 +262,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         self.store = RunStore(args.output_dir, current_ranks())
         if not self.store.ranks.main:
             LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
+        self._quiet = bool(args.disable_tqdm) or not self.store.ranks.main
         self._loop: Loop | None = None
         self._gate_pending = False
         self._iteration = 0
@@ -298,6 +307,8 @@ class SeraTrainer(AxolotlDPOTrainer):
         if is_peft_model(self.model):
             tidy_adapters(self.model, continued)
         self.add_callback(_EndOfIteration(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_TrainingBar)
         self._pairs = Pairs.from_table(self.train_dataset.data.table)
         self._eval_pairs = self._held_out_pairs()
         self._policies = PolicyHistory(
@@ -309,7 +320,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             scoring_budget(self.model, self.accelerator.device, int(self.cfg.sequence_len or 0)),
             self.compute_loss_context_manager,
             self.store.ranks,
-            quiet=bool(self.args.disable_tqdm) or not self.store.ranks.main,
+            self._quiet,
         )
         if self.loss is not None:
             self._objective = Objective(
@@ -332,7 +343,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             return dataset
         long_rows = str(self.cfg.excess_length_strategy or "").lower()
         result = tokenize_rows(
-            tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair"),
+            told(dataset, f"tokenize {dataset_name} pairs", "pair", self._quiet),
             processing_class,
             self._model_end_ids,
             self.cfg.sequence_len,

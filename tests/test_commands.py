@@ -39,6 +39,10 @@ def test_preprocess_train_evaluate_inference_and_merge(base_config, world, axolo
     assert "SeRA run" in log
     assert "SeRA iteration 2: trains on 24 pairs" in log
     assert "SeRA iteration 2 is trained" in log
+    # Standard error is no terminal: a line a phase, no bar, and no figures that trackers get.
+    assert log.count("SeRA: sample: 24 prompts\n") == 1
+    assert "SeRA: sample:  " not in log
+    assert "sera/iteration" not in log
     out = tmp_path / "out"
     summary = json.loads((out / "sera/iteration-02/summary.json").read_text())
     assert summary["pairs"]["trained"] == 24

@@ -73,7 +73,8 @@ def train_base_model(
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in (bar := tqdm(range(steps), desc="training the base model", unit="step")):
+    # Without a terminal, without a bar.
+    for _ in (bar := tqdm(range(steps), desc="train the base model", unit="step", disable=None)):
         prompts = [make_prompt(random) for _ in range(batch_size)]
         texts = [
             f"{PROMPT_FORMAT.format(prompt=prompt)} {demonstrate(prompt, random)}</s>"
@@ -135,7 +136,8 @@ def respond(
     responses: list[str] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for first in tqdm(range(0, len(prompts), batch_size), desc="sampling", unit="batch"):
+        starts = range(0, len(prompts), batch_size)
+        for first in tqdm(starts, desc="sample", unit="batch", disable=None):
             texts = [PROMPT_FORMAT.format(prompt=p) for p in prompts[first : first + batch_size]]
             batch = tokenizer(
                 texts,

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sera_plugin.demo.world import Labelling, label, make_prompt, true_reward
+from sera_plugin.shown import plain
 
 PAIRS = 3_000
 HELD_OUT = 1_000
@@ -81,17 +82,24 @@ def _step(console: Console, what: str, done: bool = False) -> Iterator[None]:
 
 def _check(config: Path, base: Path, pairs: Path) -> Path:
     """The YAML's output_dir, once the YAML and the demo's directory agree."""
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        paths = settings["base_model"], settings["datasets"][0]["path"], settings["output_dir"]
+        model, data, run = map(Path, paths)
+    except (yaml.YAMLError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{config} has to be a YAML with base_model, datasets and output_dir: "
+            f"{type(error).__name__}: {plain(str(error), 200)}"
+        ) from error
     for key, given, expected in (
-        ("base_model", settings["base_model"], base),
-        ("datasets[0].path", settings["datasets"][0]["path"], pairs),
+        ("base_model", model, base),
+        ("datasets[0].path", data, pairs),
     ):
-        if Path(given).resolve() != expected.resolve():
+        if given.resolve() != expected.resolve():
             raise ValueError(
                 f"{config} has {key}: {given}, but the demo writes {expected}. Change the YAML, "
                 "or give the matching --directory."
             )
-    run = Path(settings["output_dir"])
     if (run / "sera").exists():
         raise ValueError(f"{run} holds an earlier run. Remove it, or set another output_dir.")
     # The host names prepared data by the configuration, not by what is in the file: it would

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from sera_plugin.commands import refusing
+
 _RUN = click.Path(path_type=Path)
-
-
-class Refused(click.ClickException):
-    """What was asked for is not there, or cannot be done."""
-
-    exit_code = 2
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise Refused(str(error)) from error
 
 
 def _read(path: Path) -> Any:
@@ -56,7 +42,7 @@ def report(output_dir: Path, output: Path | None, as_json: bool) -> None:
     """
     if as_json and output is not None:
         raise click.UsageError("--json prints; it writes no page, so leave --output out.")
-    with _refusing():
+    with refusing():
         if as_json:
             from sera_plugin.report.figures import figures
             from sera_plugin.report.terminal import json_text
@@ -122,7 +108,7 @@ def inspect(
         raise click.UsageError("give one of --row, --mislabelled and --export.")
     if (path is None) != (which is None) or (iteration is not None and path is None):
         raise click.UsageError("--export and --which go together; --iteration needs --export.")
-    with _refusing():
+    with refusing():
         from sera_plugin.report.pair import describe_pair, show_pair, show_suspects, suspects
         from sera_plugin.report.terminal import json_text
         from sera_plugin.report.tokens import texts_of
@@ -168,7 +154,7 @@ def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
         raise click.UsageError("give two runs or more.")
     if as_json and html is not None:
         raise click.UsageError("--json prints; it writes no page, so leave --html out.")
-    with _refusing():
+    with refusing():
         from sera_plugin.report import compare as comparison
         from sera_plugin.report.terminal import json_text
 

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from sera_plugin import __version__
-from sera_plugin.checksums import explained
+from sera_plugin.checksums import explained, write_text
 
 _HERE = Path(__file__).parent
 
@@ -51,10 +51,5 @@ def write_page(path: Path, html: str) -> None:
     Raises:
         OSError: if it cannot be written, with what to do about it.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with explained(path.parent):
-            partial.write_text(html, encoding="utf-8")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explained(path.parent):
+        write_text(path, html)

@@ -1,0 +1,121 @@
+"""Bars on a terminal, lines in a log, and nothing from other ranks."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+import pytest
+
+from sera_plugin import progress as module
+from sera_plugin.progress import progress, sampling_progress, told
+from sera_plugin.sampling import Candidate
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+    now = [100.0]
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def log(caplog):
+    """Lines of the log; standard error is no terminal under pytest."""
+    caplog.set_level(logging.INFO, "axolotl.sera")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_short_phase_is_one_line_in_a_log(log, clock, capsys):
+    with progress("score offline under theta_1", 12_000, "token") as advance:
+        for _ in range(12):
+            clock[0] += 4
+            advance(1_000)
+    assert log() == ["SeRA: score offline under theta_1: 12,000 tokens"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_phase_is_a_line_a_minute_and_one_at_its_end(log, clock):
+    with progress("score offline", 1_000, "token") as advance:
+        for _ in range(10):
+            clock[0] += 20
+            advance(100, "a note")
+    started, *lines, ended = log()
+    assert started == "SeRA: score offline: 1,000 tokens"
+    assert [line.partition(" of ")[0] for line in lines] == [
+        f"SeRA: score offline: {share}%" for share in (30, 60, 90)
+    ]
+    assert lines[0].endswith("of 1000 [01:00<02:20,  5.00 token/s, a note]")
+    assert ended.startswith("SeRA: score offline: 100% of 1000 [03:20<00:00")
+
+
+def test_a_total_that_was_estimated_is_corrected_at_the_end(log, clock):
+    with progress("score", 1_000, "token") as advance:
+        clock[0] += 120
+        advance(700)
+    assert log()[-1].startswith("SeRA: score: 100% of 700 ")
+
+
+def test_a_phase_of_nothing_can_be_told_too(log, clock):
+    with progress("score", 0, "token"):
+        clock[0] += 120
+    assert log() == ["SeRA: score: 0 tokens"]
+
+
+def test_a_phase_that_fails_has_no_end(log, clock):
+    def fail():
+        with progress("score", 10, "token") as advance:
+            clock[0] += 61
+            advance(5)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert len(log()) == 2
+
+
+def test_a_terminal_has_a_bar_with_the_rate_and_no_lines(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "axolotl.sera")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress("score offline", 2_000, "token") as advance:
+        advance(1_000, "a note")
+        advance(1_000, "another")
+    shown = sys.stderr.getvalue()
+    assert "SeRA: score offline: 100%|" in shown
+    assert "2000/2000" in shown
+    assert " token/s, another]" in shown
+    assert shown.endswith("\n")  # it stays
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_another_rank_tells_nothing(stream, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "axolotl.sera")
+    monkeypatch.setattr(sys, "stderr", stream())
+    with progress("score", 10, "token", quiet=True) as advance:
+        advance(10, "a note")
+    assert sys.stderr.getvalue() == ""
+    assert caplog.records == []
+
+
+def test_rows_come_through_as_they_are(log, clock):
+    assert list(told([1, 2, 3], "tokenize", "pair")) == [1, 2, 3]
+    assert log() == ["SeRA: tokenize: 3 pairs"]
+
+
+def test_sampling_tells_samples_and_tokens_per_second(log, clock):
+    sample = Candidate([5, 6, 7], "stop")
+    with sampling_progress(quiet=False)(4, "sample") as advance:
+        clock[0] += 60
+        advance([(0, [sample] * 4), (1, [sample] * 4)])
+        clock[0] += 1
+        advance([(2, [sample] * 4), (3, [sample] * 4)])
+    assert "50% of 4 [01:00<01:00, 30.00s/ prompt, 0.1 samples/s, 0 tok/s]" in log()[1]
+    assert log()[2].startswith("SeRA: sample: 100% of 4 ")

@@ -1,0 +1,212 @@
+"""`axolotl sera schema`: what an editor is told of a YAML."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from jsonschema import Draft202012Validator
+
+from sera_plugin.args import SeraConfig
+from sera_plugin.cli import sera
+from sera_plugin.host_keys import HOST_KEYS
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2 as editors read it: 1e-5 is a number, `on` and `yes` are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in found if "bool" not in tag]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(true|false|True|False|TRUE|FALSE)$"), list("tfTF")
+)
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict:
+    from sera_plugin.schema import config_schema
+
+    return json.loads(json.dumps(config_schema()))
+
+
+@pytest.fixture(scope="module")
+def problems(schema):
+    """What an editor underlines: (path of the value, message)."""
+    validator = Draft202012Validator(schema)
+
+    def find(keys: dict | str) -> list[tuple[str, str]]:
+        read = yaml.load(keys, Loader) if isinstance(keys, str) else keys
+        return [
+            (".".join(map(str, leaf.absolute_path)), leaf.message)
+            for error in validator.iter_errors(read)
+            for leaf in leaves(error)
+        ]
+
+    return find
+
+
+def leaves(error):
+    if not error.context:
+        return [error]
+    return [leaf for inner in error.context for leaf in leaves(inner)]
+
+
+@pytest.fixture
+def good() -> dict:
+    return yaml.safe_load((ROOT / "example_yamls/mistral-7b-lora.yaml").read_text())
+
+
+def test_it_is_a_schema_of_the_draft_it_names(schema):
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_shipped_yaml_is_right(path, problems):
+    assert problems(path.read_text()) == []
+
+
+def test_the_hosts_own_yamls_are_right(problems):
+    """Of those that the host's package holds; they train in other ways."""
+    import axolotl.integrations as host
+
+    found = sorted(Path(next(iter(host.__path__))).glob("*/examples/*.yaml"))
+    assert found
+    for path in found:
+        assert problems(path.read_text()) == [], path
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "said"),
+    [
+        ({"selecton_ratio": 0.7}, "sera", "'selecton_ratio' was unexpected"),
+        ({"selection_ratio": 1.5}, "sera.selection_ratio", "1.5 is greater than the maximum of 1"),
+        ({"selection_ratio": "most"}, "sera.selection_ratio", "'most' is not of type 'number'"),
+        ({"selection_ratio": True}, "sera.selection_ratio", "True is not of type 'number'"),
+        ({"temperature": 0}, "sera.temperature", "less than or equal to the minimum of 0"),
+        ({"candidates": 2.5}, "sera.candidates", "2.5 is not of type 'integer'"),
+        ({"candidates": 1}, "sera.candidates", "1 is less than the minimum of 2"),
+        ({"loss": "dp0"}, "sera.loss", "'dp0' is not one of ['dpo', 'ipo', 'slic', 'robust'"),
+        ({"keep_policies": "yes"}, "sera.keep_policies", "'yes' is not of type 'boolean'"),
+        ({"score_columns": "score"}, "sera.score_columns", "'score' is not of type 'array'"),
+    ],
+)
+def test_a_slip_inside_sera_is_underlined(keys, where, said, good, problems):
+    found = problems(good | {"sera": keys})
+    assert any(place == where and said in message for place, message in found), found
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "said"),
+    [
+        ({"micro_batch_sise": 2}, "", "'micro_batch_sise' was unexpected"),
+        ({"selection_ratio": 0.5}, "", "'selection_ratio' was unexpected"),
+        ({"micro_batch_size": "two"}, "micro_batch_size", "'two' is not of type 'integer'"),
+        ({"rl": "seraa"}, "rl", "'seraa' is not one of ["),
+        ({"rl": "dpo"}, "rl", "'sera' was expected"),
+        ({"plugins": []}, "plugins", "[] does not contain items matching the given schema"),
+        ({"gradient_checkpointing": "of"}, "gradient_checkpointing", "'of' is not one of"),
+    ],
+)
+def test_a_slip_anywhere_else_is_underlined(change, where, said, good, problems):
+    found = problems(good | change)
+    assert any(place == where and said in message for place, message in found), found
+
+
+@pytest.mark.parametrize("missing", ["plugins", "datasets", "base_model", "learning_rate"])
+def test_what_is_missing_is_told(missing, good, problems):
+    del good[missing]
+    assert ("", f"'{missing}' is a required property") in problems(good)
+
+
+def test_keys_of_the_hosts_plugins_are_known(good, problems):
+    liger = "axolotl.integrations.liger.LigerPlugin"
+    good["plugins"].append(liger)
+    assert problems(good | {"liger_rope": True}) == []
+    assert problems(good | {"liger_rope": "always"}) != []
+
+
+def test_keys_of_a_plugin_that_nobody_knows_are_not_judged(good, problems):
+    assert problems(good | {"their_key": 1}) != []
+    good["plugins"].append("their_package.TheirPlugin")
+    assert problems(good | {"their_key": 1}) == []
+    # What is known still is.
+    assert problems(good | {"their_key": 1, "sera": {"gama": 0.3}}) != []
+
+
+def test_a_key_may_have_its_alias_or_its_name(good, problems):
+    for name in ("type_of_model", "model_type", "revision_of_model", "overrides_of_model_config"):
+        value = {} if "config" in name else "x"
+        assert problems(good | {name: value}) == [], name
+
+
+def test_without_rl_sera_the_schema_is_the_hosts(problems):
+    dpo = {"base_model": "x", "learning_rate": 1e-5, "rl": "dpo", "datasets": [{"path": "x"}]}
+    assert problems(dpo) == []
+    assert problems({"base_model": "x", "learning_rate": 1e-5}) == []
+    assert problems(dpo | {"sera": {}}) != []
+
+
+def test_every_key_of_sera_is_explained(schema):
+    block = schema["$defs"]["SeraConfig"]
+    assert block["additionalProperties"] is False
+    for name, field in SeraConfig.model_fields.items():
+        assert block["properties"][name]["description"] == field.description
+    assert "`rl: sera`" in schema["properties"]["sera"]["description"]
+
+
+def test_keys_of_the_host_say_what_sera_does_with_them(schema):
+    keys = schema["properties"]
+    for names, meaning in HOST_KEYS:
+        for name in names.split(", "):
+            if "." not in name:
+                assert keys[name]["description"].endswith(f"With rl: sera: {meaning}")
+    assert keys["sequence_len"]["description"].startswith("The maximum length")
+    explained = [key for key in keys.values() if key.get("description")]
+    assert len(explained) > 0.6 * len(keys)
+
+
+def test_the_plugins_line_can_be_completed(schema):
+    (items,) = [one["items"] for one in schema["properties"]["plugins"]["anyOf"] if "items" in one]
+    assert "sera_plugin.SeraPlugin" in items["examples"]
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_it_is_printed_or_written_and_written_again(tmp_path, schema):
+    printed = CliRunner().invoke(sera, ["schema"])
+    assert printed.exit_code == 0
+    assert json.loads(printed.stdout) == schema
+    path = tmp_path / "schema.json"
+    for _ in range(2):
+        written = CliRunner().invoke(sera, ["schema", "--output", str(path)])
+        assert (written.exit_code, written.stdout) == (0, f"{path}\n")
+        assert json.loads(path.read_text()) == schema
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["base_model: x\n", "{}", "[]", '{"$comment": "mine"}'])
+def test_another_file_is_not_overwritten(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(sera, ["schema", "--output", str(path)])
+    assert result.exit_code == 2
+    assert "is no schema of this command" in result.output
+    assert path.read_text() == text

@@ -1,0 +1,136 @@
+"""What docs/terminal.md promises: exit codes, help, completion."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.shell_completion import BashComplete
+from click.testing import CliRunner
+
+from sera_plugin.cli import sera
+from sera_plugin.commands import refusing
+from tests.report_run import make_run
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(sera.commands)
+
+
+def call(*arguments):
+    return CliRunner().invoke(sera, [str(one) for one in arguments])
+
+
+# ------------------------------------------------------------------ exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("a key"), 2),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2),
+        (FileExistsError("it is there"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_2_and_what_fails_is_1(error, code):
+    @click.command()
+    def command():
+        with refusing():
+            raise error
+
+    result = CliRunner().invoke(command)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr == f"Error: {error}\n"
+
+
+def test_what_is_done_is_0(tmp_path):
+    make_run(tmp_path / "run", pairs=4, iterations=2)
+    make_run(tmp_path / "other", pairs=4, iterations=2)
+    assert call("report", tmp_path / "run").exit_code == 0
+    assert call("inspect", tmp_path / "run", "--row", 1).exit_code == 0
+    assert call("compare", tmp_path / "run", tmp_path / "other").exit_code == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_that_is_not_there_is_2_in_every_command(command):
+    result = call(command, "--no-such-option")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "No such option" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["a: [", "base_model: x", "[]", "datasets: [{path: 1}]"])
+def test_a_wrong_yaml_for_the_demo_is_2(text, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(text)
+    result = call("demo", "--config", config, "--directory", tmp_path / "demo")
+    assert result.exit_code == 2
+    assert "has to be a YAML with base_model, datasets and output_dir" in result.output
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_training_that_fails_is_1(tmp_path, monkeypatch):
+    """The host is started for real, and refuses the YAML."""
+    monkeypatch.chdir(tmp_path)
+    demo = tmp_path / "demo"
+    (demo / "base-model").mkdir(parents=True)
+    (demo / "pairs.jsonl").write_text('{"score_chosen": 1, "score_rejected": 0}\n')
+    config = tmp_path / "mine.yaml"
+    entry = {"path": str(demo / "pairs.jsonl")}
+    keys = {"base_model": str(demo / "base-model"), "datasets": [entry], "output_dir": "out"}
+    config.write_text(yaml.safe_dump(keys | {"plugins": ["sera_plugin.SeraPlugin"], "rl": "seraa"}))
+    result = call("demo", "--config", config, "--directory", demo)
+    assert result.exit_code == 1
+    assert "its message is above" in result.output
+
+
+# ------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_examples(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    examples = result.output.partition("Examples:\n")[2]
+    assert f"  axolotl sera {command}" in examples
+
+
+def test_no_command_shows_help():
+    result = call()
+    assert "Usage: sera [OPTIONS] COMMAND" in result.output
+    assert all(f"  {command} " in result.output for command in COMMANDS)
+
+
+# ------------------------------------------------------------------ completion
+
+
+def complete(words: list[str], begun: str) -> list[str]:
+    found = BashComplete(sera, {}, "axolotl sera", "_X").get_completions(words, begun)
+    return [one.value for one in found if one.type == "plain"]
+
+
+def test_commands_options_and_choices_are_completed():
+    assert complete([], "rep") == ["report"]
+    assert "--mislabelled" in complete(["inspect", "out"], "--mis")
+    assert complete(["inspect", "out", "--which"], "k") == ["kept"]
+    (path,) = BashComplete(sera, {}, "sera", "_X").get_completions(["report"], "out")
+    assert path.type == "file"
+
+
+def test_the_host_passes_completion_on():
+    """Its banner on standard output would be taken for a completion."""
+    environment = os.environ | {
+        "_AXOLOTL_COMPLETE": "bash_complete",
+        "COMP_WORDS": "axolotl sera rep",
+        "COMP_CWORD": "2",
+    }
+    done = subprocess.run(
+        [Path(sys.executable).with_name("axolotl")], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "plain,report\n"
