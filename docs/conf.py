@@ -1,0 +1,19 @@
+"""How Sphinx makes the site out of these pages: `make docs`."""
+
+from sera_plugin import __version__
+
+project = "sera_plugin"
+release = __version__
+html_title = f"sera_plugin {release}"
+
+extensions = ["myst_parser"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+
+# Messages and options stay as they are written, so that they can be searched for.
+smartquotes = False
+
+html_theme = "furo"
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
