@@ -15,5 +15,9 @@ smartquotes = False
 
 html_theme = "furo"
 html_copy_source = False
+html_use_index = False
 html_show_sphinx = False
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
