@@ -18,7 +18,9 @@ from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
+from sera_plugin.report.compare import compare, write
 from sera_plugin.report.page import write_report
+from sera_plugin.report.reading import find_run, read_run
 from tests.report_run import WORDS, make_run
 from tests.test_report_page import HOSTILE
 
@@ -219,6 +221,22 @@ class TestReport:
         assert HOSTILE[1] in browser.find("#examples")[0].text
         assert browser.overflow() == []
         browser.picture(f"hostile-{size[0]}")
+        assert browser.complaints() == []
+
+
+class TestComparison:
+    """The page of `axolotl sera compare --html`."""
+
+    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+    def test_it_reads_well(self, browser, tmp_path, size):
+        for name, gamma in (("one", 0.3), ("two", 0.1)):
+            make_run(tmp_path / name, sera={"gamma": gamma})
+        page = tmp_path / "comparison.html"
+        write(compare([read_run(find_run(tmp_path / name)) for name in ("one", "two")]), page)
+        browser.open(page.as_uri(), size)
+        browser.picture(f"comparison-{size[0]}")
+        assert "Settings that differ" in browser.find("main")[0].text
+        assert browser.overflow() == []
         assert browser.complaints() == []
 
 
