@@ -55,7 +55,7 @@ def check(text: str, parse):
     cfg = parse(text)
     assert cfg.rl == "dpo"
     assert cfg.trainer_cls == "sera_plugin.trainer.SeraTrainer"
-    for key, value in (written["sera"] or {}).items():
+    for key, value in (written.get("sera") or {}).items():
         parsed = cfg.sera[key]
         assert (list(parsed) if isinstance(parsed, tuple) else parsed) == value
     # The host drops keys that it does not know.
