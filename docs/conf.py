@@ -16,6 +16,8 @@ smartquotes = False
 html_theme = "furo"
 html_copy_source = False
 html_use_index = False
+# It would fetch the pages it found, which a browser does not do from disk.
+html_show_search_summary = False
 html_show_sphinx = False
 html_show_copyright = False
 html_static_path = ["_static"]
