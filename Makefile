@@ -72,12 +72,14 @@ audit: $(READY)
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml sera_plugin
 	$(BIN)/python .ci/audit.py
 
+# Writes what is generated, then the site: docs/_build/index.html.
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m benchmarks --render
+	$(BIN)/python -m sphinx --nitpicky --fail-on-warning --keep-going --quiet docs docs/_build
 
 wheel: $(READY)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sera-demo
+	rm -rf $(VENV) build dist *.egg-info sera-demo docs/_build

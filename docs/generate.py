@@ -34,7 +34,7 @@ def limits(field: FieldInfo) -> str:
     """Bounds in words."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     found = [
-        f"{sign} {getattr(bound, name):g}"
+        f"{sign} {getattr(bound, name):,.12g}"
         for bound in field.metadata
         for name, sign in signs.items()
         if hasattr(bound, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -211,3 +212,15 @@ def bench(world, tmp_path_factory):
     directory = tmp_path_factory.mktemp("crash")
     with ForkServer(directory / "server.log") as server:
         yield Bench(directory, world.directory, server)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The docs as `make docs` builds them; a warning is an error."""
+    directory = tmp_path_factory.mktemp("site")
+    root = Path(__file__).parents[1]
+    options = ["--nitpicky", "--fail-on-warning", "--keep-going", "--quiet"]
+    command = [sys.executable, "-m", "sphinx", *options, root / "docs", directory]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return directory

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sera_plugin import __version__
 from sera_plugin.args import SeraConfig
+from tests.doc_pages import PAGES, ROOT, blocks, inline_code, tokens
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def test_configuration_reference_is_generated_from_the_schema():
-    generated = runpy.run_path(str(ROOT / "docs/generate.py"))["render"]()
-    assert (ROOT / "docs/configuration.md").read_text() == generated, "run `make docs`"
+    generated = runpy.run_path(str(DOCS / "generate.py"))["render"]()
+    assert (DOCS / "configuration.md").read_text() == generated, "run `make docs`"
     assert all(f"| `{name}` |" in generated for name in SeraConfig.model_fields)
 
 
@@ -29,15 +34,54 @@ def test_readme_lists_every_key_with_its_default():
         assert f"| `{name}` | `{shown}` |" in readme
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_relative_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+def links(page: Path) -> list[str]:
+    return [str(token.attrs["href"]) for token in tokens(page) if token.type == "link_open"]
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """What the site and plain git hosts call the headings of a page."""
+    pairs = pairwise(tokens(page))
+    titles = [after.content for token, after in pairs if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_links_and_anchors_lead_somewhere(page):
+    for link in links(page):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_no_text_is_taken_for_html(page):
+    """`list<int32>` outside of code would lose its brackets and what is in them."""
+    for token in tokens(page):
+        if token.type in ("html_inline", "html_block"):
+            assert token.content.startswith("<!--"), token.content
+
+
+@every_page
+def test_yaml_blocks_are_what_the_plugin_reads(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    python = tmp_path / "vllm/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch(mode=0o755)
+    for block in blocks(page, "yaml"):
+        content = yaml.safe_load(block.text)
+        assert isinstance(content, dict), block.place
+        if "sera" in content:
+            SeraConfig.model_validate(content["sera"])
+    for code in inline_code(page):
+        if code.startswith("sera: {") and "..." not in code:
+            SeraConfig.model_validate(yaml.safe_load(code)["sera"])
 
 
 def test_every_module_is_in_the_architecture():
-    text = (ROOT / "docs/architecture.md").read_text()
+    text = (DOCS / "architecture.md").read_text()
     for module in (ROOT / "sera_plugin").rglob("*.py"):
         name = module.relative_to(ROOT / "sera_plugin").as_posix()
         assert f"`{name}`" in text, name
@@ -45,3 +89,41 @@ def test_every_module_is_in_the_architecture():
 
 def test_changelog_has_this_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/troubleshooting.md"])
+def test_messages_are_those_of_the_code(name):
+    from axolotl.utils.schemas.enums import RLType
+
+    *first, last = (repr(one.value) for one in RLType)
+    said = {f"Input should be {', '.join(first)} or {last}"}
+    for path in (ROOT / "sera_plugin").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    bold = re.findall(r"\*\*`(.+?)`\*\*", (ROOT / name).read_text(), re.DOTALL)
+    assert bold
+    for message in bold:
+        for piece in filter(str.strip, message.replace("\n", " ").split("...")):
+            assert any(piece.strip() in one for one in said), message
+
+
+def test_the_keys_of_other_trainers_are_theirs_and_ours():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.datasets import SFTDataset
+    from trl import DPOConfig, ModelConfig, ScriptArguments
+
+    trl = {key for one in (DPOConfig, ModelConfig, ScriptArguments)
+           for key in one.__dataclass_fields__}  # fmt: skip
+    # alignment-handbook's own, and what older versions of it and of transformers have.
+    trl |= {"dataset_mixture", "dataset_mixer", "dataset_splits", "split", "test_split_size"}
+    trl |= {"preprocessing_num_workers", "chat_template", "warmup_ratio"}
+    ours = {*AxolotlInputConfig.model_fields, *(f"sera.{key}" for key in SeraConfig.model_fields)}
+    ours |= {f"datasets[].{key}" for key in SFTDataset.model_fields}
+    rows = re.findall(r"^\| (.+) \|$", (DOCS / "coming-from.md").read_text(), re.M)
+    tables = [row.split(" | ") for row in rows if row.count(" | ") >= 2]
+    assert len(tables) > 40
+    for here, there, *_ in tables:
+        for cell, known in ((here, ours), (there, trl)):
+            for key in re.findall(r"`([\w.\[\]]+)(?:: [^`]+)?`", cell):
+                assert key in known, f"{key} in | {here} | {there} |"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.doc_pages import PAGES, ROOT, blocks
+
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()
 EXPECTED = {
@@ -55,7 +55,7 @@ def check(text: str, parse):
     cfg = parse(text)
     assert cfg.rl == "dpo"
     assert cfg.trainer_cls == "sera_plugin.trainer.SeraTrainer"
-    for key, value in (written["sera"] or {}).items():
+    for key, value in (written.get("sera") or {}).items():
         parsed = cfg.sera[key]
         assert (list(parsed) if isinstance(parsed, tuple) else parsed) == value
     # The host drops keys that it does not know.
@@ -88,6 +88,22 @@ def test_the_quickstart_turns_a_dpo_yaml_into_a_sera_one(parse):
     assert (cfg.num_epochs, cfg.rl_beta) == (3, 0.2)
     before = yaml.safe_load("\n".join(line[1:] for line in lines if not line.startswith("+")))
     assert before["rl"] == "dpo"
+
+
+SHOWN = [(block, yaml.safe_load(block.text)) for page in PAGES for block in blocks(page, "yaml")]
+WHOLE = [block for block, keys in SHOWN if "base_model" in keys and keys.get("rl") == "sera"]
+
+
+@pytest.mark.parametrize("block", WHOLE, ids=lambda block: block.place)
+def test_a_whole_yaml_of_a_page_is_read(block, parse):
+    check(block.text, parse)
+
+
+def test_the_host_knows_every_key_that_a_page_shows():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    for block, keys in SHOWN:
+        assert keys.keys() <= {*AxolotlInputConfig.model_fields, "sera"}, block.place
 
 
 def test_the_expectations_are_complete():

@@ -136,7 +136,7 @@ def inspect(
 @click.command(
     epilog="""\b
 Examples:
-  axolotl sera compare outputs/dpo outputs/sera
+  axolotl sera compare outputs/iterative-dpo outputs/sera
   axolotl sera compare outputs/sera-* --html comparison.html
 """
 )

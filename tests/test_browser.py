@@ -1,0 +1,295 @@
+"""What a reader sees in a browser: the run report and the docs, in light, in dark, on a phone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from base64 import b64decode
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from selenium import webdriver
+from selenium.common.exceptions import NoAlertPresentException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+
+from sera_plugin.report.compare import compare, write
+from sera_plugin.report.page import write_report
+from sera_plugin.report.reading import find_run, read_run
+from tests.report_run import WORDS, make_run
+from tests.test_report_page import HOSTILE
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH"
+)
+ARGUMENTS = (
+    *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "no-proxy-server"),
+    *("disable-background-networking", "disable-component-update", "disable-sync"),
+    "window-size=1280,900",
+)
+DESKTOP, PHONE = (1280, 900), (360, 740)
+
+
+class Browser:
+    """A Chromium that nobody sees.
+
+    Args:
+        driver: Selenium's.
+        pictures: where screenshots go.
+    """
+
+    def __init__(self, driver: webdriver.Chrome, pictures: Path) -> None:
+        self.driver = driver
+        self.pictures = pictures
+
+    def open(self, url: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
+        width, height = size
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        self.driver.get(url)
+        self.wait("document.documentElement.clientWidth > 0")
+
+    def ask(self, script: str, *arguments: object) -> object:
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def find(self, selector: str) -> list[webdriver.remote.webelement.WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def click(self, element: webdriver.remote.webelement.WebElement) -> None:
+        """At once where it is, however gently the page would scroll there."""
+        self.ask("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        element.click()
+
+    def wait(self, script: str) -> None:
+        WebDriverWait(self.driver, 10).until(lambda _: self.ask(script), script)
+
+    def picture(self, name: str) -> None:
+        """All of the page, below the window's edge too."""
+        page = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        options = {"captureBeyondViewport": True, "clip": {**page, "scale": 1}}
+        shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", options)
+        (self.pictures / f"{name}.png").write_bytes(b64decode(shot["data"]))
+
+    def complaints(self) -> list[str]:
+        """What the console has to say since the last call: errors, warnings, refused requests."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def overflow(self) -> list[str]:
+        """What is wider than the window and can be scrolled to, if anything is."""
+        return self.ask(
+            """(() => {
+              const room = document.documentElement.clientWidth;
+              if (document.documentElement.scrollWidth <= room) return [];
+              return [...document.querySelectorAll("body *")].filter(
+                one => one.getBoundingClientRect().right > room + 1
+              ).map(one => one.tagName + "." + one.className).slice(0, 5).concat("page");
+            })()"""
+        )
+
+    def contrast(self, selector: str) -> float:
+        """Of the first such element's text against what is behind it, as WCAG counts it."""
+        return self.ask(
+            """(() => {
+              const numbers = text => text.match(/[\\d.]+/g).map(Number);
+              const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(
+                c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4
+              ).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+              let one = document.querySelector(arguments[0]);
+              const colour = one.closest("svg") ? "fill" : "color";
+              const ink = light(numbers(getComputedStyle(one)[colour]));
+              while (one && /rgba\\(.*, 0\\)/.test(getComputedStyle(one).backgroundColor))
+                one = one.parentElement;
+              const page = light(numbers(getComputedStyle(one ?? document.body).backgroundColor));
+              return (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05);
+            })()""",
+            selector,
+        )
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ARGUMENTS:
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with pytest.MonkeyPatch.context() as environment:
+        for name in os.environ:
+            if name.lower().endswith("_proxy"):
+                environment.delenv(name)
+        # With the path of the driver, so that Selenium looks for none and downloads none.
+        started = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        yield started
+        started.quit()
+
+
+@pytest.fixture
+def browser(driver, tmp_path) -> Browser:
+    driver.get("about:blank")
+    driver.get_log("browser")
+    return Browser(driver, tmp_path)
+
+
+class TestReport:
+    """The page of a run, opened from disk as a reader opens it."""
+
+    @pytest.fixture(scope="class")
+    def page(self, tmp_path_factory) -> str:
+        random = np.random.default_rng(7)
+        scores = {
+            "score_chosen": random.uniform(0.4, 1, 60).tolist(),
+            "score_rejected": random.uniform(0, 0.8, 60).tolist(),
+            "source": ["web", "book", "forum"] * 20,
+        }
+        run = tmp_path_factory.mktemp("report") / "my-run"
+        make_run(run, pairs=60, iterations=4, scores=scores)
+        return write_report(run).as_uri()
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+    def test_it_reads_well(self, browser, page, scheme, size):
+        browser.open(page, size, scheme)
+        browser.picture(f"report-{scheme}-{size[0]}")
+        assert browser.overflow() == []
+        for selector in ("h1", ".lead", "nav a", "td", ".chart svg text", ".facts dt"):
+            assert browser.contrast(selector) >= 4.5, selector
+        for number, details in enumerate(browser.find("details:not([open]) > summary")):
+            browser.click(details)
+            assert browser.overflow() == [], number
+        browser.picture(f"report-{scheme}-{size[0]}-open")
+        assert browser.complaints() == []
+
+    def test_every_section_is_a_click_away(self, browser, page):
+        browser.open(page)
+        links = browser.find("nav a")
+        assert len(links) > 8
+        for link in links:
+            name = link.get_attribute("href").partition("#")[2]
+            browser.ask("window.scrollTo(0, 0)")
+            browser.click(link)
+            browser.wait(
+                f"(({{top, bottom}}) => top < innerHeight && bottom > 0)"
+                f"(document.getElementById('{name}').getBoundingClientRect())"
+            )
+        assert browser.complaints() == []
+
+    def test_the_search_finds_examples(self, browser, page):
+        browser.open(page, PHONE)
+        box = browser.find("#search")[0]
+        shown = browser.find("article.pair")
+        # Row r is made of the word w<1 + r % 30>.
+        box.send_keys("KEPT w8")
+        browser.wait("document.getElementById('found').textContent != ''")
+        left = [one for one in shown if one.is_displayed()]
+        assert 0 < len(left) < len(shown)
+        assert all("w8" in one.text and "kept" in one.text for one in left)
+        assert browser.ask("document.getElementById('found').textContent").startswith(
+            f"{len([one for one in shown if not one.get_property('hidden')])} of {len(shown)}"
+        )
+        box.clear()
+        box.send_keys("no such word")
+        assert not any(one.is_displayed() for one in shown)
+        assert browser.overflow() == []
+        assert browser.complaints() == []
+
+    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+    def test_hostile_text_stays_text(self, browser, tmp_path, size):
+        words = ["</s>", *HOSTILE, *WORDS[1:]]
+        scores = {HOSTILE[0]: [*HOSTILE, "x"], f"{HOSTILE[1]}_chosen": [1.0, 2.0] * 6}
+        make_run(
+            tmp_path / "<img src=x onerror=alert(1)>",
+            words=words,
+            scores=scores,
+            config={"base_model": "</title><script>alert(1)</script>", "optimizer": "x" * 300},
+        )
+        browser.open(write_report(tmp_path / "<img src=x onerror=alert(1)>").as_uri(), size)
+        with pytest.raises(NoAlertPresentException):
+            _ = browser.driver.switch_to.alert
+        for details in browser.find("details:not([open]) > summary"):
+            browser.click(details)
+        assert browser.find("img, iframe, object, b, article script") == []
+        assert browser.find(".pair pre")[0].is_displayed()
+        assert HOSTILE[1] in browser.find("#examples")[0].text
+        assert browser.overflow() == []
+        browser.picture(f"hostile-{size[0]}")
+        assert browser.complaints() == []
+
+
+class TestComparison:
+    """The page of `axolotl sera compare --html`."""
+
+    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+    def test_it_reads_well(self, browser, tmp_path, size):
+        for name, gamma in (("one", 0.3), ("two", 0.1)):
+            make_run(tmp_path / name, sera={"gamma": gamma})
+        page = tmp_path / "comparison.html"
+        write(compare([read_run(find_run(tmp_path / name)) for name in ("one", "two")]), page)
+        browser.open(page.as_uri(), size)
+        browser.picture(f"comparison-{size[0]}")
+        assert "Settings that differ" in browser.find("main")[0].text
+        assert browser.overflow() == []
+        assert browser.complaints() == []
+
+
+class TestSite:
+    """The docs, from a web server and from disk."""
+
+    @pytest.fixture(scope="class")
+    def server(self, site) -> Iterator[str]:
+        class Quiet(SimpleHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        server.server_close()
+
+    @pytest.fixture(params=["http", "file"])
+    def root(self, request, site, server) -> str:
+        return server if request.param == "http" else site.as_uri()
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+    def test_every_page_reads_well(self, browser, server, site, scheme, size):
+        for page in sorted(set(site.glob("*.html")) - {site / "search.html"}):
+            browser.open(f"{server}/{page.name}", size, scheme)
+            browser.picture(f"{page.stem}-{scheme}-{size[0]}")
+            assert browser.overflow() == [], page.name
+            assert browser.contrast("article p") >= 4.5, page.name
+            assert browser.complaints() == [], page.name
+
+    def test_it_can_be_walked_through(self, browser, root):
+        browser.open(f"{root}/index.html")
+        browser.click(browser.find(".sidebar-tree a[href='tutorial-demo.html']")[0])
+        browser.wait("document.title.startsWith('Ten minutes')")
+        browser.click(browser.find("article a[href^='demo.html']")[0])
+        browser.wait("document.title.startsWith('The demo')")
+        browser.open(f"{root}/index.html", PHONE)
+        menu = browser.find("a[href='method.html']")[0]
+        assert browser.ask("arguments[0].getBoundingClientRect().right <= 0", menu)
+        browser.click(browser.find("label.nav-overlay-icon")[0])
+        browser.wait('document.querySelector(".sidebar-tree a").getBoundingClientRect().left >= 0')
+        assert browser.complaints() == []
+
+    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+    def test_the_search_finds_pages(self, browser, root, size):
+        browser.open(f"{root}/search.html?q=selection_ratio", size)
+        browser.wait("document.querySelectorAll('ul.search li a').length > 2")
+        browser.wait("document.querySelector('.search-summary').textContent.includes('found')")
+        browser.picture(f"search-{size[0]}")
+        assert browser.overflow() == []
+        assert browser.complaints() == []
+        browser.click(browser.find("ul.search li a")[0])
+        browser.wait("document.body.textContent.includes('selection_ratio')")
+        assert browser.complaints() == []

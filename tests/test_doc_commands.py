@@ -1,0 +1,162 @@
+"""Every command that README and docs show is run, or listed here with the reason why not.
+
+A page's blocks are followed in order, in a directory of its own: `yaml` blocks that begin with
+`# NAME.yaml` and `diff` blocks with `--- A.yaml` and `+++ B.yaml` make files, `sh` and `python`
+blocks are run. What lies in that directory beforehand is said at `playground`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.doc_pages import PAGES, ROOT, blocks, commands, file_name, inline_code, patched
+
+#: Commands that are not run, and why. Whatever matches none of these is.
+NOT_RUN = {
+    r"make [a-z-]+.*": "makes an environment of its own; the target is looked up below",
+    r"pip install \.": "needs a package index",
+    r"python3(\.\d+)? -m venv ~/vllm( && ~/vllm/bin/pip install vllm)?": "needs a package index",
+    r"~/vllm/bin/pip install vllm": "needs a package index",
+    r"CUDA_VISIBLE_DEVICES=1 .* ~/vllm/bin/vllm serve .*": "needs a GPU and a model from the hub",
+    r"axolotl train example_yamls/\S+\.yaml --launcher python": "needs a GPU and a model from the "
+    "hub; tests/test_example_yamls.py has the host parse each of these files",
+}
+#: Run once, before any page, because other pages need what it makes.
+MADE_BEFORE = "axolotl sera demo"
+
+SHOWN = [
+    (block, line) for page in PAGES for block in blocks(page, "sh") for line in commands(block)
+]
+
+
+def reason(line: str) -> str | None:
+    return next((why for pattern, why in NOT_RUN.items() if re.fullmatch(pattern, line)), None)
+
+
+def test_every_block_says_what_it_is():
+    """A command could hide in a block that is not marked as one."""
+    known = {"sh", "yaml", "diff", "python", "json", "text", "{toctree}"}
+    for page in PAGES:
+        for block in blocks(page):
+            assert block.language in known, block.place
+            if block.language == "text":
+                assert not re.search(
+                    r"^\s*(\$ *)?(axolotl|make|pip|python3?) ", block.text, re.M
+                ), f"{block.place} holds a command: mark it as sh"
+
+
+def test_the_list_of_commands_that_are_not_run_is_short_and_needed():
+    for pattern in NOT_RUN:
+        assert any(re.fullmatch(pattern, line) for _, line in SHOWN), f"{pattern}: remove it"
+    assert sum(reason(line) is None for _, line in SHOWN) > len(SHOWN) / 2
+
+
+def test_what_is_not_run_exists():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for block, line in SHOWN:
+        words = line.split()
+        if words[0] == "make":
+            assert words[1] in targets, block.place
+        if words[:2] == ["axolotl", "train"] and reason(line):
+            assert (ROOT / words[2]).exists(), block.place
+
+
+def test_commands_within_sentences_have_the_options_that_they_name():
+    from sera_plugin.cli import sera
+
+    for page in PAGES:
+        for code in inline_code(page):
+            words = code.split()
+            if words[:2] == ["axolotl", "sera"] and len(words) > 2 and words[2] != "...":
+                command = sera.commands[words[2]]
+                known = {option for parameter in command.params for option in parameter.opts}
+                given = {word.split("=")[0] for word in words if word.startswith("--")}
+                assert given <= known | {"--help"}, f"{page.name}: {code}"
+
+
+@pytest.fixture(scope="session")
+def playground(world, tmp_path_factory) -> Path:
+    """A directory as the pages find it.
+
+    - `sera-demo/`: what `axolotl sera demo` makes, with few pairs
+    - `outputs/my-run`, `outputs/other-run`: two finished runs
+    - `config.yaml`: a YAML that trains
+    - `example_yamls/`, and an empty `.venv/bin/activate`
+    """
+    here = tmp_path_factory.mktemp("playground")
+    (here / "sera-demo").mkdir()
+    shutil.copytree(world.base, here / "sera-demo/base-model")
+    shutil.copy(world.directory / "train.jsonl", here / "sera-demo/pairs.jsonl")
+    shutil.copytree(ROOT / "example_yamls", here / "example_yamls")
+    config = (ROOT / "example_yamls/demo-cpu.yaml").read_text()
+    (here / "config.yaml").write_text(config.replace("./sera-demo/run", "./outputs/config"))
+    (here / ".venv/bin").mkdir(parents=True)
+    (here / ".venv/bin/activate").touch()
+    run(here, MADE_BEFORE)
+    for name in ("my-run", "other-run"):
+        shutil.copytree(here / "sera-demo/run", here / "outputs" / name)
+    return here
+
+
+def run(here: Path, command: str | list[str]) -> None:
+    """Run a shell line, with `axolotl` and `python` of this environment, or a program."""
+    programs = here / ".programs"
+    if not programs.exists():
+        programs.mkdir()
+        # The group without the host, which takes ten seconds to start; that the host has it is
+        # tested in test_commands.py.
+        (programs / "axolotl").write_text(
+            '#!/bin/sh\n[ "$1" = sera ] && { shift; exec python -m sera_plugin "$@"; }\n'
+            'exec python -m axolotl.cli.main "$@"\n'
+        )
+        (programs / "axolotl").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(here),
+    }
+    line = ["bash", "-euo", "pipefail", "-c", command] if isinstance(command, str) else command
+    done = subprocess.run(
+        line,
+        cwd=here,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def runs(page: Path) -> bool:
+    return bool(blocks(page, "python")) or any(
+        reason(line) is None for block in blocks(page, "sh") for line in commands(block)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", filter(runs, PAGES), ids=lambda page: page.name)
+def test_what_a_page_shows_runs(page, playground, tmp_path):
+    here = tmp_path / "here"
+    shutil.copytree(playground, here)
+    files: dict[str, str] = {}
+    for block in blocks(page):
+        if block.language == "yaml" and (name := file_name(block)):
+            files[name] = block.text
+            (here / name).write_text(block.text)
+        elif block.language == "diff" and (made := patched(block, files)):
+            name, files[made[0]] = made
+            (here / name).write_text(files[name])
+        elif block.language == "python":
+            run(here, [sys.executable, "-c", block.text])
+        elif block.language == "sh":
+            for line in commands(block):
+                if reason(line) is None and line != MADE_BEFORE:
+                    run(here, line)
