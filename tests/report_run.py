@@ -84,8 +84,8 @@ def make_run(
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
     store = RunStore(output_dir)
     data, test = (_pairs(number) for number in (pairs, held_out))
-    method = Method(block, loss == "simpo", per_token, total=pairs)
-    schedule = Schedule.plan(pairs, iterations, method.kept, method.bootstrapped, 4, 1)
+    method = Method(block, loss == "simpo", per_token, total=pairs, iterations=iterations)
+    schedule = Schedule(method.sizes, 4, 1)
     resolved = {
         "base_model": "org/none-such",
         "num_epochs": iterations,
