@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Losses whose reward is log pi alone, per token (paper Eq. 17).
-REFERENCE_FREE = frozenset({"simpo", "orpo"})
+from sera_plugin.rewards import REFERENCE_FREE
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,7 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     if host_loss is not None and "loss" in config.model_fields_set:
         raise ValueError(
             f"dpo_loss_type: {host_loss} and sera.loss: {config.loss} both name the loss. Keep "
-            "sera.loss for dpo, ipo, slic, robust and simpo, dpo_loss_type for any other."
+            f"sera.loss for {', '.join(DEFAULT_BETA)}, dpo_loss_type for any other."
         )
     for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", _trl_beta(cfg))):
         if beta is not None and not _number(key, beta) > 0:

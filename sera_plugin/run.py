@@ -120,8 +120,8 @@ def announce(
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
         f"{'averaged per token' if method.per_token else 'summed over tokens'}",
         f"  keep {config.selection_ratio:g} N{_unlike('irm', config.selection)}, sample "
-        f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature {config.temperature:g}, top_p "
-        f"{config.top_p:g}, up to {config.max_new_tokens} tokens)"
+        f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
+        f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
         f"{_unlike('implicit', config.labeler)}, gamma {config.gamma:g}",
         f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
         "  optimizer and learning-rate schedule "

@@ -240,7 +240,7 @@ def describe_start(summary: Mapping[str, Any]) -> str:
         f"SeRA iteration {summary['iteration']}: trains on {pairs['trained']} pairs",
         f"  offline: {pairs['kept']} of {pairs['offline']} pairs kept",
     ]
-    if "margins" in summary:
+    if "offline_accuracy" in summary:
         lines[-1] += (
             f", median margin {summary['margins']['offline']['0.5']:+.3f} nats, "
             f"{summary['offline_accuracy']:.0%} agree with their label"

@@ -48,12 +48,12 @@ from sera_plugin.labelers import Labelers
 from sera_plugin.loading import DataError, Split, edited_since
 from sera_plugin.logprobs import scoring_budget
 from sera_plugin.loop import RECORD, Loop
-from sera_plugin.losses import REFERENCE_FREE, PreferenceLoss
+from sera_plugin.losses import PreferenceLoss
 from sera_plugin.method import Method, Pairs
 from sera_plugin.objective import Objective
 from sera_plugin.offline import score_pairs
 from sera_plugin.policies import PolicyHistory, is_finite
-from sera_plugin.rewards import FloatArray
+from sera_plugin.rewards import REFERENCE_FREE, FloatArray
 from sera_plugin.rows import (
     GUARD_VERSION,
     PROBLEM,

@@ -16,7 +16,7 @@ DATASET = "dataset"
 class Spin(Ranker):
     """The dataset's chosen answer is a candidate too, and better than every sample.
 
-    It is the last one of its prompt. Samples are equal to each other: the first that differs from
+    It is the last one of its prompt. Samples are equal to each other: the last that differs from
     the chosen answer is the rejected one, and a prompt without any gives no pair.
     """
 
