@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
+from sera_plugin.judging.config import JudgeConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -18,7 +19,7 @@ HOST_KEYS = [
         "rl_beta, trl.beta",
         "beta of the loss. Unless set, the paper's: "
         + ", ".join(f"{beta:g} for {loss}" for loss, beta in DEFAULT_BETA.items())
-        + " (SimPO: the SimPO paper's).",
+        + " (SimPO, KTO-Pair and ORPO: those of their own papers).",
     ),
     (
         "dpo_label_smoothing",
@@ -66,15 +67,24 @@ HOST_KEYS = [
 
 def kind(field: FieldInfo) -> str:
     """The type as a YAML author thinks of it."""
-    if typing.get_origin(field.annotation) is typing.Literal:
-        return " \\| ".join(f"`{value}`" for value in typing.get_args(field.annotation))
+    return " \\| ".join(_kinds(field.annotation))
+
+
+def _kinds(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return [f"`{value}`" for value in typing.get_args(annotation)]
     names: dict[Any, str] = {
         float: "number",
         int: "whole number",
         bool: "true or false",
         str | None: "path",
+        JudgeConfig | None: "block of keys",
     }
-    return names.get(field.annotation, "list of names")
+    if annotation in names:
+        return [names[annotation]]
+    if typing.get_origin(annotation) is typing.Union:
+        return [kind for one in typing.get_args(annotation) for kind in _kinds(one)]
+    return ["list of names"]
 
 
 def limits(field: FieldInfo) -> str:
@@ -116,7 +126,8 @@ def render() -> str:
     lines += [
         "",
         "`bootstrap_ratio` needs `ceil(bootstrap_ratio)` disjoint pairs a prompt, and `candidates`",
-        "give `candidates // 2`: asking for more is an error that says which number to raise.",
+        "give `candidates // 2`: asking for more is an error that says which number to raise. What",
+        "`selection`, `labeler`, `reference` and length control make of a run is in systems.md.",
         "",
         "## Host keys that SeRA reads",
         "",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sera_plugin.judging.config import JudgeConfig
 from sera_plugin.shown import quoted
 
 #: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
@@ -98,6 +99,12 @@ class SeraConfig(BaseModel):
         None,
         description="For `labeler: reward_model`: a local sequence classification model with one "
         "label and a chat template. Loaded for the phase alone.",
+    )
+    judge: JudgeConfig | None = Field(
+        None,
+        description="For `labeler: judge`: an OpenAI-compatible endpoint, with the keys of eval.md "
+        "(`base_url`, `model`, `api_key_env`, ...). Every two different samples of a prompt are "
+        "compared, in both orders. What it said is kept in the run directory and not asked again.",
     )
     gamma: float = Field(
         0.3,
@@ -261,12 +268,13 @@ class SeraConfig(BaseModel):
                 f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
                 "bootstrap_ratio, for example to 0.3, or remove labeler."
             )
-        if (self.labeler == "reward_model") != (self.reward_model is not None):
-            raise ValueError(
-                f"labeler: {self.labeler} and reward_model: {self.reward_model} do not go "
-                "together. Set both (labeler: reward_model, reward_model: ./my-reward-model), or "
-                "neither."
-            )
+        for name, example in (("reward_model", "./my-model"), ("judge", "{base_url: ...}")):
+            if (self.labeler == name) != (getattr(self, name) is not None):
+                is_set = "set" if self.labeler != name else "unset"
+                raise ValueError(
+                    f"labeler: {self.labeler} with {name} {is_set} do not go together. Set both "
+                    f"(labeler: {name}, {name}: {example}), or neither."
+                )
         return self
 
     @field_validator("vllm_python")

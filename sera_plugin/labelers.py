@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from sera_plugin.args import SeraConfig
+from sera_plugin.journal import Journal
+from sera_plugin.judging import Judge
+from sera_plugin.judging.api import api_judge
 from sera_plugin.labeling import Labeler
 from sera_plugin.labeling.conversation import Conversation
 from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.labeling.judged import Judged
+from sera_plugin.labeling.self_judge import SelfJudge
 from sera_plugin.labeling.spin import Spin
 from sera_plugin.method import Method
 from sera_plugin.samplers import Samplers
+from sera_plugin.sampling import SamplingSettings
+from sera_plugin.scoring import sampling_progress
 
 
 @dataclass
@@ -30,30 +42,58 @@ class Labelers:
     samplers: Samplers
     tokenizer: Any
 
-    def make(self, iteration: int, optimizer: Any) -> Labeler:
+    def make(self, iteration: int, settings: SamplingSettings, optimizer: Any) -> Labeler:
         """The labeler that the configuration names.
 
         Args:
             iteration: t, 1-based.
+            settings: how the iteration samples.
             optimizer: may wait in host memory while an engine samples.
         """
-        return getattr(self, f"_{self.config.labeler}")(iteration, optimizer)
+        scorer, store = self.samplers.scorer, self.samplers.store
+        conversation = Conversation(self.tokenizer)
 
-    def _implicit(self, iteration: int, optimizer: Any) -> Labeler:
-        return ImplicitReward(self.method)
+        def judged(judge: Callable[[Journal], Judge]) -> Labeler:
+            @contextmanager
+            def opened() -> Iterator[Judge]:
+                # One for all iterations: what is judged again, in a run that is continued, is here.
+                with Journal(store.root / "judgements.jsonl") as journal:
+                    yield judge(journal)
 
-    def _spin(self, iteration: int, optimizer: Any) -> Labeler:
-        return Spin()
+            return Judged(
+                self.config.labeler, opened, conversation, scorer.ranks, _progress(scorer.quiet)
+            )
 
-    def _reward_model(self, iteration: int, optimizer: Any) -> Labeler:
-        from sera_plugin.labeling.reward_model import RewardModel
+        def reward_model(journal: Journal) -> Judge:
+            from sera_plugin.judging.reward_model import RewardModelJudge
 
-        scorer = self.samplers.scorer
-        assert self.config.reward_model is not None
-        return RewardModel(
-            self.config.reward_model,
-            Conversation(self.tokenizer),
-            next(scorer.policies.model.parameters()).device,
-            scorer.ranks,
-            scorer.quiet,
-        )
+            assert self.config.reward_model is not None
+            return RewardModelJudge(Path(self.config.reward_model), journal)
+
+        def endpoint(journal: Journal) -> Judge:
+            assert self.config.judge is not None
+            return api_judge(self.config.judge, journal)
+
+        kinds: dict[str, Callable[[], Labeler]] = {
+            "implicit": lambda: ImplicitReward(self.method),
+            "reward_model": lambda: judged(reward_model),
+            "judge": lambda: judged(endpoint),
+            "self_judge": lambda: SelfJudge(
+                self.samplers.make(iteration, optimizer),
+                settings,
+                conversation,
+                scorer.ranks,
+                sampling_progress(scorer.quiet),
+            ),
+            "spin": Spin,
+        }
+        return kinds[self.config.labeler]()
+
+
+def _progress(quiet: bool) -> Any:
+    @contextmanager
+    def start(total: int) -> Iterator[Callable[[int], object]]:
+        with tqdm(total=total, unit="verdict", desc="SeRA: judge", disable=quiet) as bar:
+            yield bar.update
+
+    return start

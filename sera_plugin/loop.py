@@ -248,6 +248,15 @@ class Loop:
         else:
             policies.keep_current(iteration - 1)
         method, config = self.method, self.method.config
+        settings = SamplingSettings(
+            candidates=config.candidates,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            max_length=self.cfg["sequence_len"],
+            end_ids=self.end_ids,
+            seed=self.seed * 1_000 + iteration,
+        )
         pairs = prepare_iteration(
             iteration,
             method,
@@ -255,18 +264,10 @@ class Loop:
             self.store,
             self.scorer,
             self.samplers.make(iteration, optimizer),
-            SamplingSettings(
-                candidates=config.candidates,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens,
-                max_length=self.cfg["sequence_len"],
-                end_ids=self.end_ids,
-                seed=self.seed * 1_000 + iteration,
-            ),
+            settings,
             phases,
             sampling_progress(self.scorer.quiet),
-            self.labelers.make(iteration, optimizer),
+            self.labelers.make(iteration, settings, optimizer),
         )
         held_out = None
         if self.held_out is not None:

@@ -379,3 +379,159 @@ def test_a_block_that_was_written_out_is_read_again():
     config = SeraConfig(selection="all", bootstrap_ratio=0)
     assert config.selection_ratio == 1
     assert SeraConfig(**config.model_dump(mode="json")) == config
+
+
+# ------------------------------------------------------------------ judges that rank
+
+
+class Words:
+    """A tokenizer of single words without a chat template."""
+
+    chat_template = None
+    bos_token = None
+    all_special_tokens = ("<end>",)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        words = [f"w{token}" for token in ids if token != END]
+        return " ".join(words if skip_special_tokens else [*words, *["<end>"] * (END in ids)])
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(text.split())}
+
+
+def ranked(*answers: list[int], per_prompt: int) -> Ranked:
+    from sera_plugin.tokens import TokenColumn
+
+    table = make_table({"token_ids": answers, "prompt_ids": [[1]] * len(answers)})
+    return Ranked(
+        2, per_prompt, TokenColumn(table["prompt_ids"]), TokenColumn(table["token_ids"]),
+        ["stop"] * len(answers), [np.zeros(len(answers))],
+    )  # fmt: skip
+
+
+class PrefersHigher:
+    """Compares answers by their number; has nothing to say about w9."""
+
+    name = "by number"
+
+    def __init__(self) -> None:
+        from sera_plugin.judging import Usage
+
+        self.usage = Usage()
+        self.description: dict[str, Any] = {}
+        self.met: list[tuple[str, str]] = []
+
+    def compare(self, comparisons):
+        from sera_plugin.judging import Verdict
+
+        for index, one in enumerate(comparisons):
+            self.met.append((one.first, one.second))
+            if "w9" in (one.first, one.second):
+                yield index, Verdict((None, None))
+            else:
+                share = 0.5 * (1 + (one.first > one.second) - (one.first < one.second))
+                yield index, Verdict((share, share))
+
+
+def judged(judge):
+    from contextlib import nullcontext
+
+    from sera_plugin.labeling.conversation import Conversation
+    from sera_plugin.labeling.judged import Judged
+    from sera_plugin.ranks import Ranks
+
+    return Judged(
+        "judge",
+        lambda: nullcontext(judge),
+        Conversation(Words()),
+        Ranks(),
+        lambda total: nullcontext(lambda done: None),
+    )
+
+
+def test_a_judge_that_compares_gives_shares_of_wins():
+    """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat is not shown; w9 gets no verdict."""
+    judge = PrefersHigher()
+    labeler = judged(judge)
+    found = labeler.rewards(
+        ranked([1, END], [3, END], [2, END], [3], [1], [2], [9], [9], per_prompt=4)
+    )
+    np.testing.assert_array_equal(found, [0, 1, 0.5, np.nan, 0, 1, np.nan, np.nan])
+    assert judge.met[:3] == [("w1", "w3"), ("w1", "w2"), ("w3", "w2")]
+    assert len(judge.met) == 3 + 3
+    assert labeler.report["judge"] == "by number"
+
+
+def test_a_policy_judges_itself_by_the_mean_of_what_it_says(monkeypatch):
+    from contextlib import nullcontext
+
+    from sera_plugin.labeling.conversation import Conversation
+    from sera_plugin.labeling.self_judge import SelfJudge
+    from sera_plugin.ranks import Ranks
+    from sera_plugin.sampling import Candidate, SamplingSettings
+
+    said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
+    replies = iter(["abb", "ccc", "dab"])
+
+    class Sampler:
+        def __init__(self) -> None:
+            self.settings: SamplingSettings | None = None
+
+        def sample(self, prompts, settings, skip=()):
+            self.settings = settings
+            for row in range(len(prompts)):
+                if row not in skip:
+                    yield [(row, [Candidate([ord(one)], "stop") for one in next(replies)])]
+
+    class Letters(Words):
+        def decode(self, ids, skip_special_tokens=False):
+            return said.get(chr(ids[0]), "words")
+
+        def __call__(self, text):
+            return {"input_ids": [1] * (90 if "long" in text else 5)}
+
+    sampler = Sampler()
+    settings = SamplingSettings(4, 1.0, 1.0, 12, 64, (END,), seed=5)
+    labeler = SelfJudge(
+        sampler, settings, Conversation(Letters()), Ranks(),
+        lambda total, phase: nullcontext(lambda chunk: None),
+    )  # fmt: skip
+    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+    np.testing.assert_array_equal(found, [2.0, np.nan, 2.5])
+    assert labeler.report["unparsed"] == 4
+    assert labeler.report["replies"] == 9
+    assert sampler.settings is not None
+    assert sampler.settings.candidates == 3
+
+
+class ChatWords(Words):
+    """A tokenizer whose text is in its ids, with a chat template."""
+
+    chat_template = "some"
+    bos_token = "<s>"
+    all_special_tokens = ("<s>", "<|user|>", "<|assistant|>", "<end>")
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        self.texts = texts
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return f"<s><|user|>\n{messages[0]['content']}<end>\n<|assistant|>\n"
+
+    def decode(self, ids, skip_special_tokens=False):
+        text = self.texts[int(ids[0])]
+        if skip_special_tokens:
+            for token in self.all_special_tokens:
+                text = text.replace(token, "")
+        return text
+
+
+def test_a_judge_reads_the_question_and_not_the_template_around_it():
+    from sera_plugin.labeling.conversation import Conversation
+
+    one = "<|user|>\nWhat is\n it?<end>\n<|assistant|>\n"
+    several = "<|user|>\nHi<end>\n<|assistant|>\nYes?<end>\n<|user|>\nWhy?<end>\n<|assistant|>\n"
+    conversation = Conversation(ChatWords({1: "<s>" + one, 2: one, 3: several, 4: "plain text"}))
+    assert conversation.question(np.array([1])) == "What is\n it?"
+    assert conversation.question(np.array([2])) == "What is\n it?"
+    assert conversation.question(np.array([3])) == "Hi\n\nYes?\n\nWhy?"
+    assert conversation.question(np.array([4])) == "plain text"
