@@ -28,6 +28,7 @@ FORBIDDEN = {
     "features": PURE,
     "fields": PURE,
     "iteration": PURE,
+    "journal": PURE,
     "method": PURE,
     "offline": PURE,
     "loading": PURE,
@@ -60,6 +61,14 @@ FORBIDDEN = {
     "sampling/vllm": PURE,
     "sampling/vllm_server": PURE,
     "sampling/vllm_worker": HEAVY - {"vllm"},
+    "judging/__init__": PURE,
+    "judging/api": PURE,
+    "judging/choose": PURE,
+    "judging/client": PURE,
+    "judging/config": PURE,
+    "judging/function": PURE,
+    "judging/prompts": PURE,
+    "judging/reward_model": TORCH - {"transformers"},
     "report/__init__": PURE,
     "report/about_data": PURE,
     "report/about_training": PURE,
@@ -133,7 +142,8 @@ def test_nothing_imports_the_plugin_and_only_the_plugin_the_trainer(module):
     assert not any(name.startswith("sera_plugin.trainer") for name in names)
 
 
-LAZY = ("__init__", "cli", "demo/run")  # these import heavy modules inside a function
+#: These import heavy modules inside a function.
+LAZY = ("__init__", "cli", "demo/run", "judging/choose")
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if FORBIDDEN[m] == PURE and m not in LAZY])
