@@ -1,7 +1,7 @@
 """A server that speaks /v1/chat/completions, in a process of its own: run by `judge_server`.
 
-It prefers the answer with more stars (`*`) and rates an answer by its stars; the shipped templates
-say where the answers are. A plan, set over HTTP, says how it misbehaves on its next requests.
+It prefers the answer with more stars (`*`), or of what else it is told to count, and rates an answer
+by them; the shipped templates say where the answers are. A plan, set over HTTP, says how it misbehaves on its next requests.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any
 
 import requests
 
+COUNTED = sys.argv[1] if len(sys.argv) == 2 and __name__ == "__main__" else "*"
 KEY = 'a-planted-key-91c4"\\'  # with characters that Python and JSON write otherwise
 
 
 def verdict(prompt: str) -> str:
     pair = re.search(r"===== ANSWER A =====(.*)===== ANSWER B =====(.*)===== END", prompt, re.S)
     if pair:
-        a, b = (text.count("*") for text in pair.groups())
+        a, b = (text.count(COUNTED) for text in pair.groups())
         return f"They have {a} and {b} stars.\n[[{'C' if a == b else 'A' if a > b else 'B'}]]"
     single = re.search(r"===== ANSWER =====(.*)===== END", prompt, re.S)
-    stars = single[1].count("*") if single else 0
+    stars = single[1].count(COUNTED) if single else 0
     return f"It has {stars} stars.\nRating: [[{1 + min(9, stars)}]]"
 
 
@@ -147,8 +148,8 @@ class JudgeServer:
 
 
 @contextmanager
-def judge_server() -> Iterator[JudgeServer]:
-    command = [sys.executable, __file__]
+def judge_server(counted: str = "*") -> Iterator[JudgeServer]:
+    command = [sys.executable, __file__, counted]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import adapter, write_rows
+from tests.judge_server import KEY, judge_server
 
 pytestmark = pytest.mark.slow
 SIDES = ("chosen", "rejected")
@@ -198,6 +200,41 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
             assert rewards[row][best] == rewards[row].max()
             assert rewards[row][worst] == rewards[row].min()
         assert summary(result, iteration)["labeler"]["name"] == "reward_model"
+
+
+def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(config, train, monkeypatch):
+    """It prefers the answer with more words; equally long ones tie."""
+    monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
+    with judge_server(counted=" ") as server:
+        server.plan("fine", ["say", "I cannot say."], ["status", 429, {"Retry-After": "0"}])
+        judge = {"base_url": server.url, "model": "some", "api_key_env": "JUDGE_TEST_KEY"}
+        settings = system(config, labeler="judge", judge=judge) | {"num_epochs": 3}
+        result = train(settings)
+        passed_gates(result)
+        for iteration in (2, 3):
+            candidates = table(result, iteration, "candidates")
+            words = np.reshape(list(map(len, candidates["token_ids"])), (-1, 4))
+            pairs = table(result, iteration, "bootstrapped")
+            assert len(pairs["row"]) > 12
+            for row, best, worst in zip(
+                pairs["row"], pairs["chosen_candidate"], pairs["rejected_candidate"], strict=True
+            ):
+                assert words[row][best] > words[row][worst]
+            took = summary(result, iteration)["labeler"]["usage"]
+            assert took["asked"]["count"] > 24
+        assert KEY not in (result.run / "judgements.jsonl").read_text()
+        assert KEY not in (result.run / "run.json").read_text()
+        # The last iteration's samples are made and ranked again, as after a crash.
+        before = table(result, 3, "candidates")
+        shutil.rmtree(max(result.output.glob("checkpoint-*"), key=lambda one: one.stat().st_mtime))
+        for name in ("candidates", "bootstrapped"):
+            (result.run / f"iteration-03/{name}.parquet").unlink()
+        server.plan()
+        again = train(settings | {"auto_resume_from_checkpoints": True})
+        assert server.calls == 0
+    assert table(again, 3, "candidates") == before
+    took = summary(again, 3)["labeler"]["usage"]
+    assert (took["asked"]["count"], took["cached"]["count"] > 24) == (0, True)
 
 
 def test_a_policy_that_cannot_judge_itself_adds_no_pair(config, train):
