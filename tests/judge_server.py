@@ -1,7 +1,8 @@
 """A server that speaks /v1/chat/completions, in a process of its own: run by `judge_server`.
 
-It prefers the answer with more stars (`*`), or of what else it is told to count, and rates an answer
-by them; the shipped templates say where the answers are. A plan, set over HTTP, says how it misbehaves on its next requests.
+It prefers the answer with more stars (`*`), or of what else it is told to count, and rates an
+answer by them; the shipped templates say where the answers are. A plan, set over HTTP, says how it
+misbehaves on its next requests.
 """
 
 from __future__ import annotations
