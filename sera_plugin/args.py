@@ -104,7 +104,8 @@ class SeraConfig(BaseModel):
         None,
         description="For `labeler: judge`: an OpenAI-compatible endpoint, with the keys of "
         "judges.md (`base_url`, `model`, `api_key_env`, ...). Every two different samples of a "
-        "prompt are compared, in both orders. What it said is kept in the run directory and not asked again.",
+        "prompt are compared, in both orders. What it said is kept in the run directory and not "
+        "asked again.",
     )
     gamma: float = Field(
         0.3,
