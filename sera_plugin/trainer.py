@@ -384,9 +384,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._offline_columns = {c: kept[c][:] for c in self.config.score_columns}
             self._end_ids = result.end_ids
             if self.config.label_noise:
-                self._swapped = swapped_rows(
-                    len(result.rows), self.config.label_noise, self.args.seed
-                )
+                self._swapped = swapped_rows(len(result.rows), self.config.label_noise, args.seed)
                 columns = swap(columns, self._swapped)
                 self._offline_columns = swap(self._offline_columns, self._swapped)
         return Dataset(InMemoryTable(make_table(columns)))
