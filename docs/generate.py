@@ -13,21 +13,31 @@ from sera_plugin.convert.keys import RULES
 from sera_plugin.convert.left_out import LEFT_OUT
 from sera_plugin.convert.templates import TEMPLATES
 from sera_plugin.host_keys import HOST_KEYS
+from sera_plugin.judging.config import JudgeConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 
 
 def kind(field: FieldInfo) -> str:
     """The type as a YAML author thinks of it."""
-    if typing.get_origin(field.annotation) is typing.Literal:
-        return " \\| ".join(f"`{value}`" for value in typing.get_args(field.annotation))
+    return " \\| ".join(_kinds(field.annotation))
+
+
+def _kinds(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return [f"`{value}`" for value in typing.get_args(annotation)]
     names: dict[Any, str] = {
         float: "number",
         int: "whole number",
         bool: "true or false",
         str | None: "path",
+        JudgeConfig | None: "block of keys",
     }
-    return names.get(field.annotation, "list of names")
+    if annotation in names:
+        return [names[annotation]]
+    if typing.get_origin(annotation) is typing.Union:
+        return [kind for one in typing.get_args(annotation) for kind in _kinds(one)]
+    return ["list of names"]
 
 
 def limits(field: FieldInfo) -> str:
@@ -69,7 +79,8 @@ def render() -> str:
     lines += [
         "",
         "`bootstrap_ratio` needs `ceil(bootstrap_ratio)` disjoint pairs a prompt, and `candidates`",
-        "give `candidates // 2`: asking for more is an error that says which number to raise.",
+        "give `candidates // 2`: asking for more is an error that says which number to raise. What",
+        "`selection`, `labeler`, `reference` and length control make of a run is in systems.md.",
         "",
         "## Host keys that SeRA reads",
         "",

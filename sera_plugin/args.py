@@ -9,18 +9,32 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sera_plugin.judging.config import JudgeConfig
 from sera_plugin.shown import quoted
 
 #: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
-#: `trl.beta`. SimPO is not tuned there: 2.0 is the SimPO paper's own starting point.
-DEFAULT_BETA = {"dpo": 0.2, "ipo": 1.0, "slic": 0.2, "robust": 0.2, "simpo": 2.0}
+#: `trl.beta`. What is not tuned there has the starting point of its own paper.
+DEFAULT_BETA = {
+    "dpo": 0.2,
+    "ipo": 1.0,
+    "slic": 0.2,
+    "robust": 0.2,
+    "simpo": 2.0,
+    # Of the KTO and the ORPO papers.
+    "kto_pair": 0.1,
+    "orpo": 0.1,
+}
 
 #: Loss types of the host's DPO trainer whose reward is averaged over the completion's tokens.
 PER_TOKEN_HOST_LOSSES = frozenset({"ipo", "sigmoid_norm"})
+
+
+#: Values of `selection` that do not read `selection_ratio`.
+_WITHOUT_RATIO = ("all", "curriculum")
 
 
 class SeraConfig(BaseModel):
@@ -43,6 +57,56 @@ class SeraConfig(BaseModel):
         "iteration 2 on, relative to N. May exceed 1 (the paper's best-SeRA uses 2.0): a prompt "
         "gives up to candidates // 2 disjoint pairs. 0 turns sampling off.",
     )
+    selection: Literal["irm", "reference_logp", "score", "random", "all", "curriculum"] = Field(
+        "irm",
+        description="What offline pairs are ranked by. `irm` is SeRA's implicit reward margin, "
+        "`reference_logp` how much likelier the reference makes chosen than rejected, `score` the "
+        "gap of a score of the dataset's (see `score_columns`), `random` a seeded draw. `all` "
+        "keeps every pair, and `curriculum` trains iteration t on each prompt's t-th easiest pair "
+        "by score; neither reads `selection_ratio`. See systems.md.",
+    )
+    labeler: Literal["implicit", "reward_model", "judge", "self_judge", "spin"] = Field(
+        "implicit",
+        description="Who ranks a prompt's samples. `implicit` is SeRA's implicit reward, "
+        "`reward_model` the model that `reward_model` names, `judge` the endpoint under `judge`, "
+        "`self_judge` the policy itself in words, `spin` takes the dataset's chosen answer for "
+        "the best and the samples for worse. See systems.md.",
+    )
+    reference: Literal["previous", "initial"] = Field(
+        "previous",
+        description="The loss's reference: theta_{t-1}, the policy that the iteration starts "
+        "from, or theta_0, the one that the run started from.",
+    )
+    length_control: Literal["none", "auto"] | float = Field(
+        "none",
+        description="Nats per token taken off the rewards of samples before they are paired: a "
+        "number, or `auto` for the one with which chosen and rejected samples are equally long on "
+        "average (DICE). `none` is the paper.",
+    )
+    offline_length_control: Literal["none", "auto"] | float = Field(
+        "none",
+        description="The same for the margins that offline pairs are selected by. `auto` takes "
+        "what the margin's regression on the difference in length gives.",
+    )
+    label_noise: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Swap chosen and rejected of this share of the offline pairs, at random by "
+        "`seed`, and record which: an experiment on how many of them selection drops.",
+    )
+    reward_model: str | None = Field(
+        None,
+        description="For `labeler: reward_model`: a local sequence classification model with one "
+        "label and a chat template. Loaded for the phase alone.",
+    )
+    judge: JudgeConfig | None = Field(
+        None,
+        description="For `labeler: judge`: an OpenAI-compatible endpoint, with the keys of "
+        "judges.md (`base_url`, `model`, `api_key_env`, ...). Every two different samples of a "
+        "prompt are compared, in both orders. What it said is kept in the run directory and not "
+        "asked again.",
+    )
     gamma: float = Field(
         0.3,
         ge=0.0,
@@ -50,12 +114,12 @@ class SeraConfig(BaseModel):
         description="Reward ensemble (Eq. 7): the weight of the previous iteration's implicit "
         "reward, from iteration 3 on. 0 turns the ensemble off.",
     )
-    loss: Literal["dpo", "ipo", "slic", "robust", "simpo"] = Field(
+    loss: Literal["dpo", "ipo", "slic", "robust", "simpo", "kto_pair", "orpo"] = Field(
         "dpo",
         description="The direct alignment loss. `dpo` with `dpo_label_smoothing` is cDPO; "
         "`robust` (rDPO) needs `dpo_label_smoothing`; `simpo` reads `simpo_gamma` and "
-        "`cpo_alpha`, both 0 unless set. For any other loss type of the host's DPO trainer set "
-        "`dpo_loss_type` and leave this out.",
+        "`cpo_alpha`, both 0 unless set; `orpo` takes beta for its lambda. For any other "
+        "loss type of the host's DPO trainer set `dpo_loss_type` and leave this out.",
     )
     ipo_reduction: Literal["mean", "sum"] = Field(
         "mean",
@@ -64,9 +128,10 @@ class SeraConfig(BaseModel):
     )
     candidates: int = Field(
         4,
-        ge=2,
+        ge=1,
         le=64,
-        description="R: how many candidates are sampled per prompt.",
+        description="R: how many candidates are sampled per prompt. One is enough for "
+        "`labeler: spin`, any other needs two.",
     )
     temperature: float = Field(
         0.7, gt=0.0, le=10.0, description="Sampling temperature of the candidates."
@@ -113,7 +178,9 @@ class SeraConfig(BaseModel):
     score_columns: tuple[str, ...] = Field(
         (),
         description="Columns of the dataset (scores, sources, anything per pair) to copy to "
-        "`dataset.parquet` for later analysis. They never influence training.",
+        "`dataset.parquet` for later analysis. `selection: score` and `curriculum` rank by the "
+        "first that has numbers: by the gap of two columns whose names differ in `chosen` and "
+        "`rejected`, or by a column that is a gap. Nothing else trains by them.",
     )
 
     @property
@@ -129,6 +196,9 @@ class SeraConfig(BaseModel):
         "temperature",
         "top_p",
         "max_new_tokens",
+        "length_control",
+        "offline_length_control",
+        "label_noise",
         mode="before",
     )
     @classmethod
@@ -137,15 +207,75 @@ class SeraConfig(BaseModel):
             raise ValueError(f"{value} is not a number. Set one, or remove the key.")
         return value
 
+    @field_validator("length_control", "offline_length_control")
+    @classmethod
+    def _is_finite(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is not finite. Set nats per token, such as 0.1, or auto.")
+        return value
+
     @model_validator(mode="after")
     def _enough_candidates(self) -> SeraConfig:
+        if self.bootstrap_ratio == 0 or self.labeler == "spin":
+            return self
         if self.pairs_per_prompt > self.candidates // 2:
+            most = self.candidates // 2
             raise ValueError(
                 f"bootstrap_ratio: {self.bootstrap_ratio} needs {self.pairs_per_prompt} pairs per "
-                f"prompt, but candidates: {self.candidates} gives at most "
-                f"{self.candidates // 2}. Raise candidates to {2 * self.pairs_per_prompt} or "
-                f"lower bootstrap_ratio to {self.candidates // 2}."
+                f"prompt, but candidates: {self.candidates} gives at most {most}. Raise candidates "
+                f"to {2 * self.pairs_per_prompt}"
+                + (f" or lower bootstrap_ratio to {most}." if most else ".")
             )
+        return self
+
+    @model_validator(mode="after")
+    def _spin_gives_one_pair(self) -> SeraConfig:
+        if self.labeler == "spin" and self.bootstrap_ratio > 1:
+            raise ValueError(
+                f"bootstrap_ratio: {self.bootstrap_ratio} asks for more than one pair a prompt, "
+                "but labeler: spin has one chosen answer for each. Set bootstrap_ratio to 1."
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_without_a_ratio(cls, block: Any) -> Any:
+        if isinstance(block, dict) and block.get("selection") in _WITHOUT_RATIO:
+            return {"selection_ratio": 1.0, **block}
+        return block
+
+    @model_validator(mode="after")
+    def _selection_reads_the_ratio(self) -> SeraConfig:
+        if self.selection in _WITHOUT_RATIO and self.selection_ratio != 1:
+            raise ValueError(
+                f"selection_ratio: {self.selection_ratio} has no effect with selection: "
+                f"{self.selection}. Remove selection_ratio, or set selection to irm."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selection_has_scores(self) -> SeraConfig:
+        if self.selection in ("score", "curriculum") and not self.score_columns:
+            raise ValueError(
+                f"selection: {self.selection} ranks by a score of the dataset's, and none is "
+                "named. Add for example score_columns: [score_chosen, score_rejected]."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labeler_has_something_to_rank(self) -> SeraConfig:
+        if self.labeler != "implicit" and self.bootstrap_ratio == 0:
+            raise ValueError(
+                f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
+                "bootstrap_ratio, for example to 0.3, or remove labeler."
+            )
+        for name, example in (("reward_model", "./my-model"), ("judge", "{base_url: ...}")):
+            if (self.labeler == name) != (getattr(self, name) is not None):
+                is_set = "set" if self.labeler != name else "unset"
+                raise ValueError(
+                    f"labeler: {self.labeler} with {name} {is_set} do not go together. Set both "
+                    f"(labeler: {name}, {name}: {example}), or neither."
+                )
         return self
 
     @field_validator("vllm_python")

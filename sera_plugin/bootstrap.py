@@ -18,6 +18,7 @@ class CandidatePairs:
         margin: reward of chosen minus reward of rejected, nats (per token for some losses), > 0.
         duplicates: candidates that repeat an earlier one of their prompt token for token.
         ties: pairs not made because both rewards were equal.
+        unranked: candidates without a reward (NaN), which are in no pair.
         too_few: prompts with fewer than two distinct candidates.
     """
 
@@ -28,6 +29,7 @@ class CandidatePairs:
     duplicates: int
     ties: int
     too_few: int
+    unranked: int
 
 
 def pair_candidates(
@@ -38,20 +40,20 @@ def pair_candidates(
     Args:
         candidates: (prompts, R) numbers, equal within a prompt where the token ids are
             (`TokenColumn.numbered`). Identical candidates count once (the first stands for them).
-        rewards: (prompts, R) rewards of the candidates.
+        rewards: (prompts, R) rewards of the candidates; NaN where whoever ranks them could not.
         pairs_per_prompt: at most this many nested pairs a prompt; one is the paper's default.
 
     Returns:
         The pairs. Equal rewards give none; fewer than two distinct candidates give none.
 
     Raises:
-        ValueError: naming prompt and candidate of a reward that is not finite, or both shapes if
+        ValueError: naming prompt and candidate of a reward that is infinite, or both shapes if
             they differ.
     """
     answers, reward = np.asarray(candidates), np.asarray(rewards, dtype=np.float64)
     if answers.shape != reward.shape:
         raise ValueError(f"candidates are {answers.shape}, their rewards {reward.shape}")
-    broken = np.argwhere(~np.isfinite(reward))
+    broken = np.argwhere(np.isinf(reward))
     if broken.size:
         prompt, candidate = broken[0]
         raise ValueError(
@@ -63,9 +65,11 @@ def pair_candidates(
     for index in range(1, reward.shape[1]):
         earlier, this = answers[:, :index], answers[:, index : index + 1]
         repeats[:, index] = (earlier == this).any(axis=1)
-    distinct = reward.shape[1] - repeats.sum(axis=1, keepdims=True)
-    # Best first, equal ones in their order, repeats behind all others.
-    ranked = np.argsort(np.where(repeats, np.inf, -reward), axis=1, kind="stable")
+    unknown = np.isnan(reward)
+    left_out = repeats | unknown
+    distinct = reward.shape[1] - left_out.sum(axis=1, keepdims=True)
+    # Best first, equal ones in their order, those that are left out behind all others.
+    ranked = np.argsort(np.where(left_out, np.inf, -reward), axis=1, kind="stable")
     rank = np.arange(min(pairs_per_prompt, reward.shape[1] // 2))
     possible = rank < distinct // 2
     best = ranked[:, : len(rank)]
@@ -80,4 +84,5 @@ def pair_candidates(
         duplicates=int(repeats.sum()),
         ties=int((possible & ~made).sum()),
         too_few=int((distinct < 2).sum()),
+        unranked=int(unknown.sum()),
     )

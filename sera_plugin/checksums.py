@@ -203,11 +203,15 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def explained(directory: Path) -> Iterator[None]:
+def explained(
+    directory: Path,
+    then: str = "continue the run with `auto_resume_from_checkpoints: true`",
+) -> Iterator[None]:
     """Say what to do about a disk that does not take a file.
 
     Args:
         directory: where files are written inside the block.
+        then: what to do once there is room.
 
     Raises:
         OSError: instead of any error that comes from a full or closed disk.
@@ -224,8 +228,7 @@ def explained(directory: Path) -> Iterator[None]:
         raise OSError(
             number,
             f"{directory} takes no more files: {os.strerror(number)}. {_REMEDIES[number]}, then "
-            "continue the run with `auto_resume_from_checkpoints: true`. Nothing that was finished "
-            "is lost",
+            f"{then}. Nothing that was finished is lost",
         ) from error
 
 

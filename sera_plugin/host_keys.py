@@ -11,7 +11,7 @@ HOST_KEYS: tuple[tuple[str, str], ...] = (
         "rl_beta, trl.beta",
         "beta of the loss. Unless set, the paper's: "
         + ", ".join(f"{beta:g} for {loss}" for loss, beta in DEFAULT_BETA.items())
-        + " (SimPO: the SimPO paper's).",
+        + " (SimPO, KTO-Pair and ORPO: those of their own papers).",
     ),
     (
         "dpo_label_smoothing",

@@ -20,6 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sera_plugin.bootstrap import pair_candidates
+from sera_plugin.labeling import Labeler, Ranked
+from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.length_control import equalizing_alpha
 from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.offline import Scorer, offline_table, require_finite
 from sera_plugin.sampling import CandidateSampler, Chunk, SamplingSettings
@@ -45,6 +48,7 @@ def prepare_iteration(
     settings: SamplingSettings,
     phases: Phases,
     progress: Progress = _no_progress,
+    labeler: Labeler | None = None,
 ) -> pa.Table:
     """Score, select, bootstrap: everything between two epochs (Algorithm 1, lines 3 to 9).
 
@@ -55,32 +59,39 @@ def prepare_iteration(
         settings: how to sample.
         phases: receives what each phase cost.
         progress: told (prompts to sample, phase), opens a bar that takes finished chunks.
+        labeler: ranks the samples; by the implicit reward unless given.
 
     Returns:
-        D_t with columns prompt_ids, chosen_ids, rejected_ids (token ids) and ref_chosen_logps,
-        ref_rejected_logps (log pi_{t-1}): kept offline pairs in row order, then sampled pairs.
+        D_t with columns prompt_ids, chosen_ids, rejected_ids (token ids), ref_chosen_logps,
+        ref_rejected_logps (under the reference) and policy_chosen_logps, policy_rejected_logps
+        (log pi_{t-1}): kept offline pairs in row order, then sampled pairs.
 
     Raises:
         ValueError: naming the row or candidate whose log-probability is not finite.
     """
-    offline = offline_table(iteration, method, pairs, store, scorer, phases)
-    if iteration == 1 or method.bootstrapped == 0:
-        return training_pairs(pairs, offline)
+    labeler = labeler or ImplicitReward(method)
+    offline, reference = (
+        offline_table(policy + 1, method, pairs, store, scorer, phases)
+        for policy in (iteration - 1, method.reference(iteration))
+    )
+    if not method.sampled(iteration):
+        return training_pairs(pairs, offline, reference)
 
     candidates = store.read(iteration, "candidates")
     if candidates is None:
         with phases.timed("sample"):
             samples = _sample(iteration, pairs, store, sampler, settings, phases, progress)
-        candidates = _score_candidates(iteration, method, pairs, samples, scorer, phases)
+        samples = labeler.complete(samples, pairs.chosen_ids)
+        candidates = _label(iteration, method, pairs, samples, scorer, labeler, phases)
         store.write(iteration, "candidates", candidates)
     store.remove_samples(iteration)
 
     bootstrapped = store.read(iteration, "bootstrapped")
     if bootstrapped is None:
         with phases.timed("select"):
-            bootstrapped = _pair(method, candidates, settings.candidates)
+            bootstrapped = _pair(iteration, method, candidates)
         store.write(iteration, "bootstrapped", bootstrapped)
-    return training_pairs(pairs, offline, candidates, bootstrapped, settings.candidates)
+    return training_pairs(pairs, offline, reference, candidates, bootstrapped)
 
 
 def _sample(
@@ -134,61 +145,91 @@ def _samples_table(chunk: Chunk) -> pa.Table:
     )
 
 
-def _score_candidates(
+def _label(
     iteration: int,
     method: Method,
     pairs: Pairs,
     samples: pa.Table,
     scorer: Scorer,
+    labeler: Labeler,
     phases: Phases,
 ) -> pa.Table:
-    """Score candidates under each policy their reward needs, and under theta_{t-1}."""
+    """Score candidates under the reference and each policy their reward needs, and rank them."""
     token_ids = TokenColumn(samples["token_ids"])
     rows = samples["row"].to_numpy()
     prompts = pairs.prompt_ids.take(rows)
+    ranking = [iteration - back for back in range(1, labeler.policies(iteration) + 1)]
+    reference = method.reference(iteration)
     with phases.timed("score_candidates"):
-        logps = [
-            scorer(iteration - back, prompts, token_ids, "score_candidates")
-            for back in range(1, len(method.weights(iteration)) + 1)
-        ]
-    for values in logps:
+        logps = {
+            policy: scorer(policy, prompts, token_ids, "score_candidates")
+            for policy in dict.fromkeys([*ranking, reference])
+        }
+    for values in logps.values():
         require_finite(values, "log-probability of a candidate", rows)
-    reward = method.reward(logps, iteration, token_ids.lengths)
-    by_candidate = np.stack(logps, axis=1)
-    return samples.append_column(
+    ranked = Ranked(
+        iteration,
+        len(samples) // len(pairs),
+        prompts,
+        token_ids,
+        samples["finish_reason"].to_pylist(),
+        [logps[policy] for policy in ranking],
+    )
+    with phases.timed("label"):
+        reward = labeler.rewards(ranked)
+    by_candidate = np.stack(ranked.logps, axis=1)
+    table = samples.append_column(
         "logps",
         pa.ListArray.from_arrays(
             np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1], by_candidate.ravel()
         ),
     ).append_column("reward", pa.array(reward))
+    if reference != iteration - 1:
+        table = table.append_column("reference_logp", pa.array(logps[reference]))
+    told = {"labeler": json.dumps(labeler.report, sort_keys=True)}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **told})
 
 
-def _pair(method: Method, candidates: pa.Table, per_prompt: int) -> pa.Table:
+def _pair(iteration: int, method: Method, candidates: pa.Table) -> pa.Table:
     """Pair best with worst within each prompt, keep the pairs with the largest margin."""
-    found = pair_candidates(
-        TokenColumn(candidates["token_ids"]).numbered(per_prompt),
-        candidates["reward"].to_numpy().reshape(-1, per_prompt),
-        method.config.pairs_per_prompt,
-    )
+    rows = candidates["row"].to_numpy()
+    per_prompt = len(rows) // len(np.unique(rows))
+    tokens = TokenColumn(candidates["token_ids"])
+    identity = tokens.numbered(per_prompt)
+    lengths = tokens.lengths.reshape(-1, per_prompt)
+    rewards = candidates["reward"].to_numpy().reshape(-1, per_prompt)
+
+    def longer(controlled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        found = pair_candidates(identity, controlled, method.config.pairs_per_prompt)
+        chosen, rejected = (
+            lengths[found.prompt, one].astype(np.float64) for one in (found.chosen, found.rejected)
+        )
+        return chosen - rejected
+
+    setting = method.config.length_control
+    alpha = 0.0 if setting == "none" else setting
+    if alpha == "auto":
+        alpha = equalizing_alpha(rewards, lengths, longer)
+    found = pair_candidates(identity, rewards - alpha * lengths, method.config.pairs_per_prompt)
     table = make_table(
         {
-            "row": candidates["row"].to_numpy()[found.prompt * per_prompt],
+            "row": rows[found.prompt * per_prompt],
             "chosen_candidate": found.chosen,
             "rejected_candidate": found.rejected,
             "margin": found.margin,
-            "selected": select_largest(found.margin, method.bootstrapped),
+            "selected": select_largest(found.margin, method.sampled(iteration)),
         }
     )
-    counts = {"duplicates": found.duplicates, "ties": found.ties, "too_few": found.too_few}
-    return table.replace_schema_metadata({name: str(value) for name, value in counts.items()})
+    counts = {name: getattr(found, name) for name in ("duplicates", "ties", "too_few", "unranked")}
+    told = counts | {"alpha": alpha}
+    return table.replace_schema_metadata({name: str(value) for name, value in told.items()})
 
 
 def candidate_places(
-    candidates: pa.Table, bootstrapped: pa.Table, per_prompt: int
+    candidates: pa.Table, bootstrapped: pa.Table
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Where in candidates.parquet each sampled pair has its chosen and its rejected one."""
-    prompts = candidates["row"].to_numpy()[::per_prompt]
-    first = per_prompt * np.searchsorted(prompts, bootstrapped["row"].to_numpy())
+    first = np.searchsorted(candidates["row"].to_numpy(), bootstrapped["row"].to_numpy())
     return {
         side: first + bootstrapped[f"{side}_candidate"].to_numpy()
         for side in ("chosen", "rejected")
@@ -198,11 +239,17 @@ def candidate_places(
 def training_pairs(
     pairs: Pairs,
     offline: pa.Table,
+    reference: pa.Table,
     candidates: pa.Table | None = None,
     bootstrapped: pa.Table | None = None,
-    per_prompt: int = 1,
 ) -> pa.Table:
-    """D_t from the run directory's tables: token ids and reference log-probabilities.
+    """D_t from the run directory's tables: token ids and log-probabilities.
+
+    Args:
+        pairs: the offline pairs.
+        offline: the iteration's offline.parquet.
+        reference: offline.parquet of the iteration that began from the reference.
+        candidates, bootstrapped: the iteration's, if it samples.
 
     Raises:
         ValueError: if D_t is empty.
@@ -211,15 +258,23 @@ def training_pairs(
     if "selected" in offline.column_names:
         rows = np.flatnonzero(offline["selected"].to_numpy(zero_copy_only=False))
     token_ids = {"chosen": pairs.chosen_ids.take(rows), "rejected": pairs.rejected_ids.take(rows)}
-    logps = {side: offline[f"{side}_logp"].to_numpy()[rows] for side in token_ids}
+    logps = {
+        f"{kind}_{side}_logps": table[f"{side}_logp"].to_numpy()[rows]
+        for kind, table in (("ref", reference), ("policy", offline))
+        for side in token_ids
+    }
     if candidates is not None and bootstrapped is not None:
         selected = bootstrapped.filter(bootstrapped["selected"])
         rows = np.concatenate([rows, selected["row"].to_numpy()])
         sampled = TokenColumn(candidates["token_ids"])
-        reference = pc.list_element(candidates["logps"], 0).to_numpy()
-        for side, places in candidate_places(candidates, selected, per_prompt).items():
+        policy = pc.list_element(candidates["logps"], 0).to_numpy()
+        other = "reference_logp" in candidates.column_names
+        kinds = {"policy": policy, "ref": candidates["reference_logp"] if other else policy}
+        for side, places in candidate_places(candidates, selected).items():
             token_ids[side] = token_ids[side].joined(sampled.take(places))
-            logps[side] = np.concatenate([logps[side], reference[places]])
+            for kind, values in kinds.items():
+                name = f"{kind}_{side}_logps"
+                logps[name] = np.concatenate([logps[name], np.asarray(values)[places]])
     if not len(rows):
         raise ValueError(
             "nothing is left to train on: no offline pair is kept and no two candidates of a "
@@ -230,6 +285,6 @@ def training_pairs(
         {
             "prompt_ids": pairs.prompt_ids.take(rows),
             **{f"{side}_ids": column for side, column in token_ids.items()},
-            **{f"ref_{side}_logps": values for side, values in logps.items()},
+            **logps,
         }
     )

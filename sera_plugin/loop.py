@@ -18,6 +18,7 @@ import pyarrow as pa
 from sera_plugin import checkpoints
 from sera_plugin.alarms import alarm_metrics, judge, records
 from sera_plugin.iteration import prepare_iteration
+from sera_plugin.labelers import Labelers
 from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.offline import held_out_table, offline_table, score_pairs
 from sera_plugin.progress import above_bars, sampling_progress
@@ -45,7 +46,8 @@ class Prepared:
 
     Attributes:
         pairs: D_t, see `prepare_iteration`.
-        held_out: log pi_{t-1} of the held-out pairs' chosen and rejected, None without any.
+        held_out: the held-out pairs' chosen and rejected log-probabilities under the reference,
+            None without any.
     """
 
     pairs: pa.Table
@@ -65,7 +67,7 @@ class Loop:
         seed: the host's.
         store: the run directory.
         scorer: scores under any policy; owns the model's policies.
-        samplers: makes the sampler of an iteration.
+        samplers, labelers: make what samples in an iteration, and what ranks its samples.
         nats: how far a policy's log-probabilities may move when nothing has changed, per token.
         log: takes figures for the trackers.
     """
@@ -80,6 +82,7 @@ class Loop:
     store: RunStore
     scorer: PolicyScorer
     samplers: Samplers
+    labelers: Labelers
     nats: float
     log: Callable[[dict[str, float]], None]
     #: Steps as planned, which one learning-rate schedule over all iterations spans.
@@ -147,7 +150,7 @@ class Loop:
             self.recall()
         sampler = self.samplers.choose() if self._will_sample() else None
         for name, values in columns.items():
-            dataset = dataset.append_column(name, values)
+            dataset = dataset.append_column(name, pa.array(values))
         if earlier is None:
             self.store.begin(description, dataset)
         else:
@@ -178,9 +181,10 @@ class Loop:
 
     def _will_sample(self) -> bool:
         """Whether any iteration still lacks its candidates."""
-        iterations = range(2, len(self.schedule.pairs) + 1)
-        return bool(self.method.bootstrapped) and not all(
-            self.store.finished(iteration, "candidates") for iteration in iterations
+        iterations = range(1, len(self.schedule.pairs) + 1)
+        return any(
+            self.method.sampled(iteration) and not self.store.finished(iteration, "candidates")
+            for iteration in iterations
         )
 
     def _require_same_model(self) -> None:
@@ -245,6 +249,15 @@ class Loop:
         else:
             policies.keep_current(iteration - 1)
         method, config = self.method, self.method.config
+        settings = SamplingSettings(
+            candidates=config.candidates,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            max_length=self.cfg["sequence_len"],
+            end_ids=self.end_ids,
+            seed=self.seed * 1_000 + iteration,
+        )
         pairs = prepare_iteration(
             iteration,
             method,
@@ -252,27 +265,21 @@ class Loop:
             self.store,
             self.scorer,
             self.samplers.make(iteration, optimizer),
-            SamplingSettings(
-                candidates=config.candidates,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens,
-                max_length=self.cfg["sequence_len"],
-                end_ids=self.end_ids,
-                seed=self.seed * 1_000 + iteration,
-            ),
+            settings,
             phases,
             sampling_progress(self.scorer.quiet),
+            self.labelers.make(iteration, settings, optimizer),
         )
         held_out = None
         if self.held_out is not None:
             needed = range(max(1, method.oldest_policy(iteration) + 1), iteration + 1)
-            tables = [
-                held_out_table(each, self.held_out, self.store, self.scorer, phases)
+            tables = {
+                each - 1: held_out_table(each, self.held_out, self.store, self.scorer, phases)
                 for each in needed
-            ]
+            }
+            reference = tables[method.reference(iteration)]
             held_out = {
-                side: tables[-1][f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")
+                side: reference[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")
             }
         if not earlier:
             # What drift and Jaccard compare with; made again if a file is damaged.

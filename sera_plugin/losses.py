@@ -2,10 +2,11 @@
 
 Each loss is a link function of the margin between two rewards. With `log pi(y|x)` summed over the
 completion's tokens, in nats, a completion's reward is `log pi - log pi_ref`, or `log pi` for the
-reference-free SimPO; SimPO and averaged IPO divide it by the completion's tokens.
+reference-free SimPO and ORPO; these two and averaged IPO divide it by the completion's tokens.
 
 Why these are not TRL's: TRL 1.9 ignores label smoothing in its `sigmoid` loss (so cDPO cannot be
-had), has no summed IPO and no SimPO margin. The formulas agree with TRL's where both exist; a test
+had), has no summed IPO, no SimPO margin, no KTO-Pair, and ORPO in a trainer of its own. The
+formulas agree with TRL's where both exist; a test
 holds that.
 """
 
@@ -17,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sera_plugin.rewards import REFERENCE_FREE
+
 
 @dataclass(frozen=True)
 class PreferenceLoss:
     """One of SeRA's losses with its constants.
 
     Attributes:
-        kind: dpo, ipo, slic, robust or simpo.
-        beta: strength of the preference (1 / strength of the KL anchor).
+        kind: dpo, ipo, slic, robust, simpo, kto_pair or orpo.
+        beta: strength of the preference (1 / strength of the KL anchor); ORPO's lambda.
         label_smoothing: share of labels taken to be wrong; cDPO for `dpo`, rDPO for `robust`.
         simpo_gamma: SimPO's target margin, 0 in the paper's Eq. 18.
         per_token: divide rewards by the completion's tokens.
@@ -45,7 +48,7 @@ class PreferenceLoss:
     @property
     def reference_free(self) -> bool:
         """Whether the reward is log pi alone (paper Eq. 17)."""
-        return self.kind == "simpo"
+        return self.kind in REFERENCE_FREE
 
     def rewards(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Tensor:
         """(n,) rewards without beta, nats (per token if `per_token`), from (n,) summed logps."""
@@ -57,7 +60,10 @@ class PreferenceLoss:
 
         Sources: DPO Eq. 7 of Rafailov et al. 2023, with cDPO's smoothing (Mitchell 2023); rDPO
         Eq. 12 of Chowdhury et al. 2024; IPO Eq. 17 of Azar et al. 2023; SLiC-HF as in Zhao et al.
-        2023 with the margin scaled by beta; SimPO Eq. 6 of Meng et al. 2024 (here Eq. 18).
+        2023 with the margin scaled by beta; SimPO Eq. 6 of Meng et al. 2024 (here Eq. 18);
+        KTO-Pair: KTO of Ethayarajh et al. 2024 on pairs, where the rewards of one side, averaged
+        over the batch, estimate the KL divergence that the other side's are compared with; ORPO
+        Eq. 6 and 7 of Hong et al. 2024 without its likelihood term, which `Objective` adds.
         """
         margin = chosen_rewards - rejected_rewards
         logit = self.beta * margin
@@ -73,4 +79,26 @@ class PreferenceLoss:
             return (margin - 1 / (2 * self.beta)) ** 2
         if self.kind == "simpo":
             return -F.logsigmoid(logit - self.simpo_gamma)
-        raise ValueError(f"unknown loss {self.kind!r}; dpo, ipo, slic, robust, simpo are known")
+        if self.kind == "kto_pair":
+            # Constants: KTO takes no gradient through its estimate.
+            chosen_kl, rejected_kl = (
+                side.detach().mean().clamp(min=0) for side in (chosen_rewards, rejected_rewards)
+            )
+            chosen = 1 - torch.sigmoid(self.beta * (chosen_rewards - rejected_kl))
+            rejected = 1 - torch.sigmoid(self.beta * (chosen_kl - rejected_rewards))
+            return (chosen + rejected) / 2
+        if self.kind == "orpo":
+            log_odds = margin - (_log1mexp(chosen_rewards) - _log1mexp(rejected_rewards))
+            return -self.beta * F.logsigmoid(log_odds)
+        raise ValueError(
+            f"unknown loss {self.kind!r}; dpo, ipo, slic, robust, simpo, kto_pair, orpo are known"
+        )
+
+
+def _log1mexp(values: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, exact near zero and far from it (Maechler 2012)."""
+    values = values.clamp(max=-torch.finfo(values.dtype).tiny)
+    near = values > -0.693
+    # Either branch in its own range, so that the other's gradient is not NaN times zero.
+    small, large = (torch.where(mask, values, -0.693) for mask in (near, ~near))
+    return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))

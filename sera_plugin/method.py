@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -12,7 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sera_plugin.args import SeraConfig
+from sera_plugin.labeling import FIRST_ITERATION
 from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
+from sera_plugin.selection import SELECTIONS, Question, Selection
 from sera_plugin.tokens import TokenColumn
 
 
@@ -35,6 +38,21 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known of the offline pairs beside their tokens, where it is asked for; (N,) each.
+
+    Attributes:
+        score_gap: the dataset's score of chosen less that of rejected.
+        prompts: numbers, equal where the prompts are.
+        swapped: which rows had their answers swapped on purpose.
+    """
+
+    score_gap: FloatArray | None = None
+    prompts: npt.NDArray[np.int32] | None = None
+    swapped: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
 class Method:
     """The method's constants, fixed for the run.
 
@@ -43,35 +61,83 @@ class Method:
         reference_free: whether the loss has no reference (SimPO).
         per_token: whether the loss averages its reward over tokens; the margin follows it.
         total: N, the number of offline pairs.
+        iterations: T.
+        seed: the run's.
+        facts: what else is known of the pairs.
     """
 
     config: SeraConfig
     reference_free: bool
     per_token: bool
     total: int
-
-    @property
-    def kept(self) -> int:
-        """k = round(selection_ratio N)."""
-        return round(self.config.selection_ratio * self.total)
+    iterations: int = 1
+    seed: int = 0
+    facts: Facts = Facts()
 
     @property
     def bootstrapped(self) -> int:
         """k~ = round(bootstrap_ratio N)."""
         return round(self.config.bootstrap_ratio * self.total)
 
+    @property
+    def first(self) -> int:
+        """The iteration from which pairs are selected and sampled: 2, as in the paper.
+
+        1 where no offline pairs are asked for (`selection_ratio: 0`) and whoever ranks the samples
+        needs no earlier policy: the run is then on samples from its first step (SPIN, OAIF).
+        """
+        online = self.config.selection_ratio == 0
+        return FIRST_ITERATION[self.config.labeler] if online else 2
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which offline pairs an iteration trains on."""
+        return SELECTIONS[self.config.selection](
+            Question(
+                total=self.total,
+                kept=round(self.config.selection_ratio * self.total),
+                first=self.first,
+                iterations=self.iterations,
+                seed=self.seed,
+                score_gap=self.facts.score_gap,
+                prompts=self.facts.prompts,
+            )
+        )
+
+    def kept(self, iteration: int) -> int:
+        """How many offline pairs iteration t keeps: N, then k = round(selection_ratio N)."""
+        return self.selection.count(iteration)
+
+    def sampled(self, iteration: int) -> int:
+        """How many sampled pairs iteration t asks for: none, then k~."""
+        return self.bootstrapped if iteration >= self.first else 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """|D_1|, ..., |D_T| as asked for; fewer sampled pairs may exist."""
+        return tuple(self.kept(t) + self.sampled(t) for t in range(1, self.iterations + 1))
+
+    def reference(self, iteration: int) -> int:
+        """The policy that iteration t's loss refers to."""
+        return 0 if self.config.reference == "initial" else iteration - 1
+
     def weights(self, iteration: int) -> tuple[float, ...]:
         return reward_weights(iteration, self.config.gamma, self.reference_free)
 
     def oldest_policy(self, iteration: int) -> int:
         """The oldest policy that iteration t's phases score under."""
-        return iteration - len(self.weights(iteration)) if iteration > 1 else 0
+        rewards = iteration - len(self.weights(iteration)) if iteration > 1 else 0
+        return min(rewards, self.reference(iteration))
 
     def reward(
         self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
     ) -> FloatArray:
         weights = self.weights(iteration)
         return implicit_reward(np.stack(logps), weights, lengths if self.per_token else None)
+
+    def reduced(self, logps: FloatArray, lengths: npt.ArrayLike) -> FloatArray:
+        """Log-probabilities as the loss reduces them: summed, or per token."""
+        return logps / np.asarray(lengths) if self.per_token else logps
 
 
 @dataclass

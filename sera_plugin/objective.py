@@ -41,13 +41,16 @@ class Objective:
 
     Attributes:
         loss: the preference loss.
-        nll_weight: of CPO's term on the chosen completions (`cpo_alpha`), 0 in the paper.
+        nll_weight: of the likelihood term on the chosen completions: CPO's (`cpo_alpha`), 0 in the
+            paper; 1 for ORPO.
+        nll_of_prompts: whether that term counts the prompts' tokens too, as the host's ORPO does.
         router_weight: of a mixture-of-experts model's balancing loss, None where it has none.
         mean: takes the metrics of one process to their mean over all.
     """
 
     loss: PreferenceLoss
     nll_weight: float = 0.0
+    nll_of_prompts: bool = False
     router_weight: float | None = None
     mean: Callable[[Tensor], Tensor] = lambda metrics: metrics
 
@@ -63,15 +66,21 @@ class Objective:
         if self.router_weight is not None:
             taken["output_router_logits"] = True
         mask = inputs["completion_mask"]
-        logps, outputs = forward_logps(model, taken, Targets.of(inputs["input_ids"], mask))
-        chosen_logps, rejected_logps = logps.chunk(2)
+        targets = Targets.of(inputs["input_ids"], mask)
+        if self.nll_of_prompts:
+            targets = targets.with_prompts(inputs["input_ids"], mask)
+        logps, outputs = forward_logps(model, taken, targets)
+        pairs = len(mask) // 2
+        chosen_logps, rejected_logps = logps[:pairs], logps[pairs : 2 * pairs]
         chosen_lengths, rejected_lengths = mask.sum(dim=1).chunk(2)
         chosen = self.loss.rewards(chosen_logps, inputs["ref_chosen_logps"], chosen_lengths)
         rejected = self.loss.rewards(rejected_logps, inputs["ref_rejected_logps"], rejected_lengths)
         preference_loss = loss = self.loss(chosen, rejected).mean()
         if self.nll_weight:
-            # Mean over the chosen tokens of the micro-batch (CPO, Xu et al. 2024, Eq. 5).
-            loss = loss - self.nll_weight * chosen_logps.sum() / chosen_lengths.sum()
+            # Mean over the tokens of the micro-batch (CPO, Xu et al. 2024, Eq. 5; ORPO as in TRL).
+            likely = chosen_logps.sum() + logps[2 * pairs :].sum()
+            tokens = chosen_lengths.sum() + sum(targets.lengths[2 * pairs :])
+            loss = loss - self.nll_weight * likely / tokens
         if self.router_weight is not None:
             loss = loss + self.router_weight * outputs.aux_loss
         metrics = {

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sera_plugin.length_control import regressed_alpha
 from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.rewards import FloatArray
-from sera_plugin.selection import select_largest
+from sera_plugin.selection import Offline, select_largest
 from sera_plugin.store import RunStore, make_table
 
 
@@ -46,7 +47,7 @@ def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[s
 def offline_table(
     iteration: int, method: Method, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
 ) -> pa.Table:
-    """Iteration t's offline.parquet: log pi_{t-1} of all pairs, and from t = 2 the selection.
+    """Iteration t's offline.parquet: log pi_{t-1} of all pairs, and which of them are kept.
 
     Each policy scores the offline set once; earlier policies' values are read back.
     """
@@ -76,10 +77,43 @@ def offline_table(
                     columns[f"{side}_length"],
                 )
             columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
-            columns["selected"] = select_largest(columns["margin"], method.kept)
+    with phases.timed("select"):
+        columns |= _selection(iteration, method, columns)
+    if method.facts.swapped is not None:
+        columns["swapped"] = method.facts.swapped
     table = make_table(columns)
     store.write(iteration, "offline", table)
     return table
+
+
+def _selection(iteration: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
+    """`selected`, and `priority` where pairs are not ranked by `margin` as it stands."""
+    kept = method.kept(iteration)
+    margin = columns.get("margin")
+    if margin is None and kept == method.total:
+        return {}
+    lengths = {side: columns[f"{side}_length"] for side in ("chosen", "rejected")}
+    controlled = margin
+    if margin is not None and method.config.offline_length_control != "none":
+        longer = (lengths["chosen"] - lengths["rejected"]).astype(np.float64)
+        controlled = margin - offline_alpha(method, margin, longer) * longer
+    gap = method.reduced(columns["chosen_logp"], lengths["chosen"]) - method.reduced(
+        columns["rejected_logp"], lengths["rejected"]
+    )
+    priority = method.selection.priority(Offline(iteration, controlled, gap))
+    found = {"selected": select_largest(priority, kept)}
+    return found if priority is margin else {"priority": priority, **found}
+
+
+def offline_alpha(method: Method, margin: FloatArray, longer: FloatArray) -> float:
+    """What length control takes off a margin, in nats per token.
+
+    Args:
+        margin: (N,) margins.
+        longer: (N,) tokens of chosen less those of rejected.
+    """
+    setting = method.config.offline_length_control
+    return regressed_alpha(margin[None], longer[None]) if setting == "auto" else float(setting)
 
 
 def held_out_table(

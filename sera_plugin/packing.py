@@ -106,6 +106,24 @@ class Targets:
         label = input_ids[line, position]
         return cls(line, position - 1, label, completion_mask.sum(dim=1).tolist())
 
+    def with_prompts(self, input_ids: Tensor, completion_mask: Tensor) -> Targets:
+        """The same and the prompts of the first half of the lines, all but their first token.
+
+        Args:
+            input_ids, completion_mask: as `of` takes them.
+        """
+        begins = completion_mask.argmax(dim=1, keepdim=True)
+        before = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < begins
+        before[:, 0] = False  # nothing predicts it
+        before = before[: len(input_ids) // 2]
+        prompts = Targets.of(input_ids, before)
+        return Targets(
+            torch.cat([self.line, prompts.line]),
+            torch.cat([self.position, prompts.position]),
+            torch.cat([self.label, prompts.label]),
+            [*self.lengths, *prompts.lengths],
+        )
+
 
 def collate(
     prompts: Sequence[Ids],

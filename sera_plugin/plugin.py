@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from sera_plugin.args import DEFAULT_BETA, SeraConfig
 from sera_plugin.data_config import check_datasets, name_types, restore_entries
 from sera_plugin.features import check_features
+from sera_plugin.judging.config import JudgeConfig
 from sera_plugin.parallel_config import check_parallel
 from sera_plugin.shown import plain, quoted
 
@@ -238,8 +239,9 @@ def _readable(error: Any) -> str:
     """One sentence a problem: the key, the value, what is allowed."""
     key = ".".join(map(_brief, error["loc"]))
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.5)
-        hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(_FIELDS)}."
+        known = tuple(JudgeConfig.model_fields) if error["loc"][0] == "judge" else _FIELDS
+        close = difflib.get_close_matches(_brief(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
         return f"sera.{key} is not a key. {hint}"
     if error["type"] == "value_error":
         message = error["msg"].removeprefix("Value error, ")
@@ -354,7 +356,7 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     if host_loss is not None and "loss" in config.model_fields_set:
         raise ValueError(
             f"dpo_loss_type: {host_loss} and sera.loss: {config.loss} both name the loss. Keep "
-            "sera.loss for dpo, ipo, slic, robust and simpo, dpo_loss_type for any other."
+            f"sera.loss for {', '.join(DEFAULT_BETA)}, dpo_loss_type for any other."
         )
     for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", _trl_beta(cfg))):
         if beta is not None and not _number(key, beta) > 0:

@@ -19,6 +19,9 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
+#: Losses whose reward is log pi alone, per token (paper Eq. 17).
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+
 
 def reward_weights(iteration: int, gamma: float, reference_free: bool) -> tuple[float, ...]:
     """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward.

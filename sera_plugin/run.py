@@ -119,24 +119,30 @@ def announce(
         "SeRA run",
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
         f"{'averaged per token' if method.per_token else 'summed over tokens'}",
-        f"  keep {config.selection_ratio:g} N, sample {config.bootstrap_ratio:g} N "
-        f"(R = {config.candidates}, temperature {config.temperature:g}, top_p "
-        f"{config.top_p:g}, up to {config.max_new_tokens} tokens), gamma {config.gamma:g}",
+        f"  keep {config.selection_ratio:g} N{_unlike('irm', config.selection)}, sample "
+        f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
+        f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
+        f"{_unlike('implicit', config.labeler)}, gamma {config.gamma:g}",
         f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
         "  optimizer and learning-rate schedule "
         + ("restart every iteration" if config.restart_optimizer else "run on"),
     ]
     for iteration, size in enumerate(schedule.pairs, start=1):
-        what = f"{method.kept} kept + {method.bootstrapped} sampled"
+        kept, sampled = method.kept(iteration), method.sampled(iteration)
+        whole = kept == method.total and not sampled
         lines.append(
             f"  iteration {iteration}: {size} pairs "
-            f"({'all offline pairs' if iteration == 1 else what}), {schedule.steps(iteration)} "
-            f"steps, reference theta_{iteration - 1}"
+            f"({'all offline pairs' if whole else f'{kept} kept + {sampled} sampled'}), "
+            f"{schedule.steps(iteration)} steps, reference theta_{method.reference(iteration)}"
         )
     if sampler is not None:
         lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
     lines.append(f"  {schedule.total_steps} steps in all; files go to {store.root}")
     return "\n".join(lines)
+
+
+def _unlike(usual: str, name: str) -> str:
+    return "" if name == usual else f" by {name}"
 
 
 #: What run.json says beside the configuration that makes a run what it is, for a reader.

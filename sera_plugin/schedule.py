@@ -22,21 +22,6 @@ class Schedule:
     accumulation: int
     drop_last: bool = False
 
-    @classmethod
-    def plan(
-        cls,
-        total: int,
-        iterations: int,
-        kept: int,
-        bootstrapped: int,
-        batch_size: int,
-        accumulation: int,
-        drop_last: bool = False,
-    ) -> Schedule:
-        """|D_1| = N and |D_t| = k + k~ for t >= 2 (paper Algorithm 1)."""
-        sizes = (total,) + (kept + bootstrapped,) * (iterations - 1)
-        return cls(sizes, batch_size, accumulation, drop_last)
-
     def batches(self, iteration: int) -> int:
         """Micro-batches of iteration t (1-based)."""
         rounding = math.floor if self.drop_last else math.ceil

@@ -54,6 +54,8 @@ _TYPES: dict[str, pa.DataType] = {
     "reward": pa.float64(),
     "chosen_candidate": pa.int32(),
     "rejected_candidate": pa.int32(),
+    "priority": pa.float64(),
+    "swapped": pa.bool_(),
 }
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from sera_plugin.iteration import candidate_places
+from sera_plugin.labeling.spin import DATASET
 from sera_plugin.method import Method, Phases
 from sera_plugin.store import RunStore
 from sera_plugin.tokens import TokenColumn
@@ -48,7 +49,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
             "offline": len(offline),
             "kept": int(kept.sum()),
             "dropped": int((~kept).sum()),
-            "bootstrapped_wanted": method.bootstrapped if iteration > 1 else 0,
+            "bootstrapped_wanted": method.sampled(iteration),
             "bootstrapped_found": 0,
             "bootstrapped_kept": 0,
             "trained": int(kept.sum()),
@@ -63,7 +64,9 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         "forwarded": {phase: dict(counts) for phase, counts in phases.forwarded.items()},
     }
     trained = {side: columns[f"{side}_length"][kept] for side in ("chosen", "rejected")}
-    if iteration > 1:
+    if "swapped" in columns and not kept.all():
+        summary["label_noise"] = noise_found(columns["swapped"], kept)
+    if "margin" in columns:
         margin = columns["margin"]
         summary["margins"] = {
             "offline": quantiles(margin),
@@ -79,13 +82,36 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         assert before is not None
         previous = before["selected"].to_numpy(zero_copy_only=False)
         summary["jaccard_with_previous"] = jaccard(kept, previous)
-    if iteration > 1 and method.bootstrapped:
+    if method.sampled(iteration):
         sampled = _add_bootstrapping(summary, iteration, method, store)
         trained = {side: np.concatenate([trained[side], sampled[side]]) for side in trained}
     for side, lengths in trained.items():
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
     _add_evaluation(summary, iteration, method, store)
     return summary
+
+
+def noise_found(
+    swapped: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]
+) -> dict[str, float | None]:
+    """How well selection found the labels that were swapped on purpose.
+
+    Args:
+        swapped, kept: (N,) of the offline pairs.
+
+    Returns:
+        How many of the dropped pairs were swapped (`precision`), how many of the swapped ones were
+        dropped (`recall`), and both counts. By chance precision is the share that was swapped, and
+        recall the share that is dropped.
+    """
+    found = int((swapped & ~kept).sum())
+    dropped, all_swapped = int((~kept).sum()), int(swapped.sum())
+    return {
+        "swapped": all_swapped,
+        "swapped_dropped": found,
+        "precision": found / dropped if dropped else None,
+        "recall": found / all_swapped if all_swapped else None,
+    }
 
 
 def accuracy(name: str, margin: npt.NDArray[np.float64]) -> dict[str, float]:
@@ -121,27 +147,35 @@ def _add_bootstrapping(
     assert candidates is not None
     assert bootstrapped is not None
     selected = bootstrapped.filter(bootstrapped["selected"])
-    count = method.config.candidates
+    count = len(candidates) // len(np.unique(candidates["row"].to_numpy()))
     lengths, differ = _candidate_tokens(iteration, count, store)
     metadata = bootstrapped.schema.metadata or {}
-    summary["sampler"] = json.loads((candidates.schema.metadata or {}).get(b"sampler", b"{}"))
+    for who in ("sampler", "labeler"):
+        told = (candidates.schema.metadata or {}).get(who.encode(), b"{}")
+        summary[who] = json.loads(told)
+    counted = ("duplicates", "ties", "too_few", "unranked")
+    sampled = pc.not_equal(candidates["finish_reason"], DATASET).to_numpy()
     summary["samples"] = {
         "prompts": len(differ),
-        "sampled": len(candidates),
+        "sampled": int(sampled.sum()),
         "unfinished": int(pc.equal(candidates["finish_reason"], "length").to_numpy().sum()),
-        **{name: int(metadata[name.encode()]) for name in ("duplicates", "ties", "too_few")},
+        **{name: int(metadata.get(name.encode(), 0)) for name in counted},
     }
+    if method.config.length_control != "none":
+        summary["samples"]["length_control"] = float(metadata[b"alpha"])
     summary["pairs"]["bootstrapped_found"] = len(bootstrapped)
     summary["pairs"]["bootstrapped_kept"] = len(selected)
     summary["pairs"]["trained"] += len(selected)
-    summary["margins"]["bootstrapped"] = quantiles(selected["margin"].to_numpy())
-    summary["lengths"]["sampled"] = float(lengths.mean())
-    spread = np.ptp(candidates["reward"].to_numpy().reshape(-1, count), axis=1)
-    if not method.per_token:
-        spread = spread / lengths.reshape(-1, count).mean(axis=1)
-    # Only where candidates differ: equal ones say nothing about the reward.
-    summary["spread"]["sampled"] = float(np.median(spread[differ])) if differ.any() else None
-    places = candidate_places(candidates, selected, count)
+    margins = summary.setdefault("margins", {})
+    margins["bootstrapped"] = quantiles(selected["margin"].to_numpy())
+    summary["lengths"]["sampled"] = float(lengths[sampled].mean())
+    if method.config.labeler == "implicit":
+        spread = np.ptp(candidates["reward"].to_numpy().reshape(-1, count), axis=1)
+        if not method.per_token:
+            spread = spread / lengths.reshape(-1, count).mean(axis=1)
+        # Only where candidates differ: equal ones say nothing about the reward.
+        summary["spread"]["sampled"] = float(np.median(spread[differ])) if differ.any() else None
+    places = candidate_places(candidates, selected)
     kept = {side: lengths[place] for side, place in places.items()}
     for side, values in kept.items():
         summary["lengths"][f"bootstrapped_{side}"] = float(values.mean()) if len(values) else None
@@ -206,13 +240,19 @@ def describe_start(summary: Mapping[str, Any]) -> str:
         f"SeRA iteration {summary['iteration']}: trains on {pairs['trained']} pairs",
         f"  offline: {pairs['kept']} of {pairs['offline']} pairs kept",
     ]
-    if "margins" in summary:
+    if "offline_accuracy" in summary:
         lines[-1] += (
             f", median margin {summary['margins']['offline']['0.5']:+.3f} nats, "
             f"{summary['offline_accuracy']:.0%} agree with their label"
         )
     if "jaccard_with_previous" in summary:
         lines[-1] += f", Jaccard with the last selection {summary['jaccard_with_previous']:.2f}"
+    noise = summary.get("label_noise")
+    if noise and noise["recall"] is not None:
+        lines.append(
+            f"  label noise: {noise['swapped_dropped']} of {noise['swapped']} swapped pairs "
+            f"dropped (recall {noise['recall']:.0%}, precision {noise['precision']:.0%})"
+        )
     if "samples" in summary:
         samples = summary["samples"]
         lines.append(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -35,6 +34,7 @@ from sera_plugin.checksums import explained, seal
 from sera_plugin.dataset import report_rows, tokenize_rows
 from sera_plugin.distributed import current_ranks
 from sera_plugin.encoding import model_end_ids
+from sera_plugin.facts import offline_facts
 from sera_plugin.fields import SYSTEM, TEXTS
 from sera_plugin.gate import (
     FLOAT32_LIMITS,
@@ -42,6 +42,8 @@ from sera_plugin.gate import (
     check_step_zero,
     low_precision,
 )
+from sera_plugin.label_noise import swap, swapped_rows
+from sera_plugin.labelers import Labelers
 from sera_plugin.loading import DataError, Split, edited_since
 from sera_plugin.logprobs import scoring_budget
 from sera_plugin.loop import RECORD, Loop
@@ -51,7 +53,7 @@ from sera_plugin.objective import Objective
 from sera_plugin.offline import score_pairs
 from sera_plugin.policies import PolicyHistory, is_finite
 from sera_plugin.progress import told
-from sera_plugin.rewards import FloatArray
+from sera_plugin.rewards import REFERENCE_FREE, FloatArray
 from sera_plugin.rows import (
     GUARD_VERSION,
     PROBLEM,
@@ -230,6 +232,20 @@ def guard_host_rows() -> None:
     host_utils._deduplicate_dataset = _deduplicate_dataset
 
 
+class _Collator:
+    """TRL's collator, and log pi_{t-1} for the gate, which TRL has no name for."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collate(examples)
+        for name in ("policy_chosen_logps", "policy_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
 class _EndOfIteration(TrainerCallback):
     """Completes an iteration before the host saves the epoch's end."""
 
@@ -269,11 +285,13 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._saved_step: int | None = None
         # Before the host puts its own find in place of what the YAML says.
         self._asked_checkpoint = self.cfg.resume_from_checkpoint
-        self._offline_columns: dict[str, Any] = {}
+        self._offline_columns: dict[str, list[Any]] = {}
+        self._swapped: np.ndarray[Any, Any] | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
         # References are columns of the data: no reference model, no forward pass for one.
         args.precompute_ref_log_probs = True
+        args.remove_unused_columns = False
         if self.loss is not None:
             args.loss_type = ["sigmoid"]
         if self.config.restart_optimizer and self.cfg.warmup_steps is None:
@@ -290,6 +308,8 @@ class SeraTrainer(AxolotlDPOTrainer):
             kwargs.pop("peft_config", None)
 
         super().__init__(model, None, args=args, **kwargs)
+
+        self.data_collator: Any = _Collator(self.data_collator)
 
         if self.is_deepspeed_enabled:
             raise ValueError(
@@ -325,7 +345,8 @@ class SeraTrainer(AxolotlDPOTrainer):
         if self.loss is not None:
             self._objective = Objective(
                 self.loss,
-                nll_weight=float(self.cfg.cpo_alpha or 0.0),
+                nll_weight=1.0 if self.loss.kind == "orpo" else float(self.cfg.cpo_alpha or 0.0),
+                nll_of_prompts=self.loss.kind == "orpo",
                 router_weight=self.router_aux_loss_coef if self.aux_loss_enabled else None,
                 mean=lambda metrics: self.accelerator.reduce(metrics, reduction="mean"),
             )
@@ -357,7 +378,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             raise_long=long_rows == "raise",
             max_length=self.cfg.sequence_len,
         )
-        columns = {
+        columns: dict[str, Any] = {
             "row": np.arange(len(result.rows)),
             "prompt_ids": result.prompt_ids,
             "chosen_ids": result.chosen_ids,
@@ -371,8 +392,12 @@ class SeraTrainer(AxolotlDPOTrainer):
                     f"{', '.join(dataset.column_names)}."
                 )
             kept = dataset.select(result.rows)
-            self._offline_columns = {c: pa.array(kept[c][:]) for c in self.config.score_columns}
+            self._offline_columns = {c: kept[c][:] for c in self.config.score_columns}
             self._end_ids = result.end_ids
+            if self.config.label_noise:
+                self._swapped = swapped_rows(len(result.rows), self.config.label_noise, args.seed)
+                columns = swap(columns, self._swapped)
+                self._offline_columns = swap(self._offline_columns, self._swapped)
         return Dataset(InMemoryTable(make_table(columns)))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Dataset:
@@ -476,16 +501,17 @@ class SeraTrainer(AxolotlDPOTrainer):
             reference_free=self.loss is not None and self.loss.reference_free,
             per_token=self._per_token,
             total=len(self._pairs),
-        )
-        schedule = Schedule.plan(
-            total=method.total,
             iterations=int(self.args.num_train_epochs),
-            kept=method.kept,
-            bootstrapped=method.bootstrapped,
-            batch_size=self.args.train_batch_size * self.store.ranks.world,
-            accumulation=self.args.gradient_accumulation_steps,
-            drop_last=self.args.dataloader_drop_last,
+            seed=int(self.args.seed),
+            facts=offline_facts(self.config, self._pairs, self._offline_columns, self._swapped),
         )
+        schedule = Schedule(
+            method.sizes,
+            self.args.train_batch_size * self.store.ranks.world,
+            self.args.gradient_accumulation_steps,
+            self.args.dataloader_drop_last,
+        )
+        samplers = Samplers(self.cfg, self.config, self.store, self._score, self.processing_class)
         return Loop(
             cfg=self.cfg,
             method=method,
@@ -496,9 +522,8 @@ class SeraTrainer(AxolotlDPOTrainer):
             seed=int(self.args.seed),
             store=self.store,
             scorer=self._score,
-            samplers=Samplers(
-                self.cfg, self.config, self.store, self._score, self.processing_class
-            ),
+            samplers=samplers,
+            labelers=Labelers(self.config, method, samplers, self.processing_class),
             nats=self._limits[0],
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
@@ -692,8 +717,9 @@ class SeraTrainer(AxolotlDPOTrainer):
                 recorded = self._metrics["train"]
                 # What the host records are means over all processes.
                 references = {
-                    name: self.accelerator.gather(inputs[name])
-                    for name in ("ref_chosen_logps", "ref_rejected_logps")
+                    name: self.accelerator.gather(values)
+                    for name, values in inputs.items()
+                    if name.endswith("_logps")
                 }
                 self._pass_gate(
                     inputs | references,
@@ -758,6 +784,6 @@ def preference_loss(cfg: DictDefault, config: SeraConfig) -> PreferenceLoss:
         beta=float(beta),
         label_smoothing=float(cfg.dpo_label_smoothing or 0.0),
         simpo_gamma=float(cfg.simpo_gamma or 0.0),
-        per_token=config.loss == "simpo"
+        per_token=config.loss in REFERENCE_FREE
         or (config.loss == "ipo" and config.ipo_reduction == "mean"),
     )

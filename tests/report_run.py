@@ -15,7 +15,7 @@ from sera_plugin.alarms import judge, records
 from sera_plugin.args import SeraConfig
 from sera_plugin.checksums import seal
 from sera_plugin.iteration import prepare_iteration
-from sera_plugin.method import Method, Pairs, Phases
+from sera_plugin.method import Facts, Method, Pairs, Phases
 from sera_plugin.offline import held_out_table
 from sera_plugin.run import describe_run
 from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
@@ -79,13 +79,16 @@ def make_run(
     held_out: int = 4,
     logps: Mapping[int, Sequence[Sequence[float]]] | None = None,
     config: Mapping[str, Any] | None = None,
+    swapped: Any = None,
 ) -> RunStore:
     """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
     store = RunStore(output_dir)
     data, test = (_pairs(number) for number in (pairs, held_out))
-    method = Method(block, loss == "simpo", per_token, total=pairs)
-    schedule = Schedule.plan(pairs, iterations, method.kept, method.bootstrapped, 4, 1)
+    method = Method(
+        block, loss == "simpo", per_token, pairs, iterations, facts=Facts(swapped=swapped)
+    )
+    schedule = Schedule(method.sizes, 4, 1)
     resolved = {
         "base_model": "org/none-such",
         "num_epochs": iterations,

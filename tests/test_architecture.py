@@ -40,9 +40,20 @@ FORBIDDEN = {
     "fields": PURE,
     "host_keys": PURE,
     "iteration": PURE,
+    "journal": PURE,
     "method": PURE,
     "offline": PURE,
     "loading": PURE,
+    "facts": PURE,
+    "label_noise": PURE,
+    "labelers": TORCH,
+    "labeling/__init__": PURE,
+    "labeling/conversation": PURE,
+    "labeling/implicit": PURE,
+    "labeling/judged": PURE,
+    "labeling/self_judge": PURE,
+    "labeling/spin": PURE,
+    "length_control": PURE,
     "parallel_config": PURE,
     "progress": PURE,
     "ranks": PURE,
@@ -63,6 +74,14 @@ FORBIDDEN = {
     "sampling/vllm": PURE,
     "sampling/vllm_server": PURE,
     "sampling/vllm_worker": HEAVY - {"vllm"},
+    "judging/__init__": PURE,
+    "judging/api": PURE,
+    "judging/choose": PURE,
+    "judging/client": PURE,
+    "judging/config": PURE,
+    "judging/function": PURE,
+    "judging/prompts": PURE,
+    "judging/reward_model": TORCH - {"transformers"},
     "report/__init__": PURE,
     "report/about_data": PURE,
     "report/about_training": PURE,
@@ -137,7 +156,8 @@ def test_nothing_imports_the_plugin_and_only_the_plugin_the_trainer(module):
     assert not any(name.startswith("sera_plugin.trainer") for name in names)
 
 
-LAZY = ("__init__", "cli", "demo/run")  # these import heavy modules inside a function
+#: These import heavy modules inside a function.
+LAZY = ("__init__", "cli", "demo/run", "judging/choose")
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if FORBIDDEN[m] == PURE and m not in LAZY])

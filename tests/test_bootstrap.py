@@ -52,8 +52,8 @@ def test_equal_rewards_give_no_pair():
 
 
 def test_a_reward_that_is_not_finite_is_named():
-    with pytest.raises(ValueError, match="candidate 1 of prompt 1 is nan"):
-        pair_candidates([[0, 1], [0, 1]], [[0.0, 1.0], [0.0, np.nan]])
+    with pytest.raises(ValueError, match="candidate 1 of prompt 1 is inf"):
+        pair_candidates([[0, 1], [0, 1]], [[0.0, 1.0], [0.0, np.inf]])
 
 
 REWARDS = st.lists(st.integers(-99, 99), min_size=2, max_size=10, unique=True)

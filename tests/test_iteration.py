@@ -153,9 +153,9 @@ def assert_reference_is(policy: int, trained: dict[str, list[Any]]) -> None:
 
 def test_counts_are_rounded_shares_of_n() -> None:
     method = Method(SeraConfig(), reference_free=False, per_token=False, total=9)
-    assert (method.kept, method.bootstrapped) == (6, 3)  # 6.3 and 2.7
+    assert (method.kept(2), method.sampled(2)) == (6, 3)  # 6.3 and 2.7
     method = Method(SeraConfig(bootstrap_ratio=2.0), False, False, total=9)
-    assert method.bootstrapped == 18
+    assert method.sampled(2) == 18
 
 
 def test_iteration_one_trains_on_all_pairs_against_the_initial_policy(run: Run) -> None:
@@ -207,7 +207,7 @@ def test_iteration_two_by_hand(run: Run) -> None:
     assert bootstrapped["margin"] == [3, 1, 6]
     assert bootstrapped["selected"] == [True, False, True]
 
-    assert len(trained["prompt_ids"]) == run.method.kept + run.method.bootstrapped == 4
+    assert len(trained["prompt_ids"]) == run.method.kept(2) + run.method.sampled(2) == 4
     assert firsts(trained) == [(1, 11, 12), (3, 31, 32), (1, 13, 14), (3, 33, 34)]
     assert_reference_is(1, trained)
     # Offline pairs once, under the current policy only; candidates under both.
@@ -415,7 +415,7 @@ def test_sampled_sequences_and_tokens_are_counted(run: Run) -> None:
     run.prepare(2)
     assert run.phases.forwarded["sample"] == {"sequences": 6, "tokens": 12}
     assert run.phases.seconds.keys() == {
-        *("score_offline", "select", "sample", "score_candidates"),
+        *("score_offline", "select", "sample", "score_candidates", "label"),
         "start_engine",
     }
     assert run.phases.seconds["start_engine"] == 0.5

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
 from sera_plugin.losses import PreferenceLoss
+from sera_plugin.objective import Objective
 
 BETA = 0.5
 CHOSEN = torch.tensor([1.2, -0.4, 3.0])
@@ -123,3 +125,78 @@ def test_gradients_are_finite_where_a_naive_log_sigmoid_is_not(kind):
     assert torch.isfinite(losses).all()
     assert torch.isfinite(chosen.grad).all()
     torch.testing.assert_close(chosen.grad, -rejected.grad)
+
+
+def test_kto_pair_at_zero_and_by_hand():
+    """Rewards all zero: 1 - s(0) on either side, 0.5.
+
+    Chosen 2 and 0, rejected 1 and -3, beta 0.5: the averages are 1 and max(0, -1) = 0. First pair:
+    1 - s(0.5 (2 - 0)) and 1 - s(0.5 (1 - 1)); second: 1 - s(0) and 1 - s(0.5 (1 + 3)).
+    """
+    zero = torch.zeros(3)
+    assert PreferenceLoss("kto_pair", BETA)(zero, zero).tolist() == [0.5] * 3
+
+    def logistic(x):
+        return 1 / (1 + math.exp(-x))
+
+    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, -3.0])
+    found = PreferenceLoss("kto_pair", BETA)(chosen, rejected)
+    expected = [(1 - logistic(1) + 0.5) / 2, (0.5 + 1 - logistic(2)) / 2]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_kto_pair_takes_no_gradient_through_its_averages():
+    """d/dr of (1 - s(beta (r - z))) / 2 is -beta s (1 - s) / 2, with z a constant."""
+    chosen = torch.tensor([2.0], requires_grad=True)
+    rejected = torch.tensor([1.0], requires_grad=True)
+    PreferenceLoss("kto_pair", BETA)(chosen, rejected).sum().backward()
+    s = 1 / (1 + math.exp(-BETA * (2 - 1)))
+    assert chosen.grad.item() == pytest.approx(-BETA * s * (1 - s) / 2, abs=1e-6)
+
+
+def test_orpo_agrees_with_the_hosts():
+    from trl.experimental.orpo import ORPOTrainer
+
+    chosen, rejected = torch.tensor([-0.1, -2.0, -8.0]), torch.tensor([-1.0, -0.5, -8.0])
+    trainer = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
+    theirs = -ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
+    torch.testing.assert_close(PreferenceLoss("orpo", BETA)(chosen, rejected), theirs)
+    # Odds exp(-ln 2) / (1 - exp(-ln 2)) = 1 against exp(-ln 4) / (1 - 1/4) = 1/3.
+    found = PreferenceLoss("orpo", 1.0)(-torch.tensor([2.0]).log(), -torch.tensor([4.0]).log())
+    assert found.item() == pytest.approx(math.log1p(1 / 3), abs=1e-6)
+
+
+@pytest.mark.parametrize("certain", [0.0, -1e-20, -1e-6, -40.0])
+def test_orpo_has_a_gradient_wherever_a_policy_can_be(certain):
+    chosen = torch.tensor([certain], requires_grad=True)
+    PreferenceLoss("orpo", BETA)(chosen, torch.tensor([-1.0])).sum().backward()
+    assert torch.isfinite(chosen.grad).all()
+
+
+def test_orpo_adds_the_likelihood_of_prompt_and_chosen(model):
+    """As the host has it: the mean over all tokens of prompt and chosen but the first."""
+    batch = {
+        "input_ids": torch.tensor([[6, 7, 8, 9, 10, 0], [6, 7, 11, 12, 0, 0],
+                                   [6, 7, 8, 13, 0, 0], [6, 7, 14, 15, 16, 17]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0],
+                                        [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]),
+        "completion_mask": torch.tensor([[0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 0, 0],
+                                         [0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1]]),
+        "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2),
+    }  # fmt: skip
+    loss = PreferenceLoss("orpo", BETA, per_token=True)
+    result = Objective(loss, nll_weight=1.0, nll_of_prompts=True)(model, batch)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:2]
+        likelihood = torch.nn.functional.cross_entropy(
+            logits[:2, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        )
+        logps = logits[:, :-1].float().log_softmax(-1)
+        logps = logps.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+        mask = batch["completion_mask"][:, 1:]
+        rewards = (logps * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(
+        result.loss.detach(), loss(rewards[:2], rewards[2:]).mean() + likelihood
+    )
+    torch.testing.assert_close(result.chosen_logps.detach(), (logps * mask).sum(1)[:2])

@@ -169,6 +169,7 @@ def test_samples_and_lengths(tmp_path):
         "duplicates": 0,
         "ties": 0,
         "too_few": 0,
+        "unranked": 0,
     }
     assert second["lengths"]["sampled"] == 3.5
     assert (second["lengths"]["chosen"], second["lengths"]["rejected"]) == (4, 2)

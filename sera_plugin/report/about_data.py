@@ -27,6 +27,8 @@ def margins(run: Run, found: Figures) -> Section:
     )
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
         pairs, margin = one.bootstrapped, one.margin
+        if run.settings.get("labeler", "implicit") != "implicit":
+            pairs = None  # their margins are not in nats
         if margin is None and pairs is None:
             continue
         said = []
@@ -72,6 +74,7 @@ def choice(run: Run, found: Figures) -> Section:
                 [[None, *values] for values in shared["matrix"]],
             )
         )
+    section.tables.extend(_noise(found))
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
         chart = _ensemble(run, one, figures)
         if chart is not None:
@@ -94,6 +97,36 @@ def choice(run: Run, found: Figures) -> Section:
             )
         )
     return section
+
+
+def _noise(found: Figures) -> list[Table]:
+    """How many of the labels that were swapped on purpose selection has dropped."""
+    noisy = [one for one in found["iterations"] if one.get("label_noise") and one.get("dropped")]
+    if not noisy:
+        return []
+    last = noisy[-1]
+    noise, total = last["label_noise"], last["kept"] + last["dropped"]
+    return [
+        Table(
+            f"Iteration {last['iteration']} drops {noise['swapped_dropped']:,} of the "
+            f"{noise['swapped']:,} labels swapped on purpose",
+            ["iteration", "swapped", "dropped", "both", "recall", "precision"],
+            [
+                [
+                    str(one["iteration"]),
+                    f"{one['label_noise']['swapped']:,}",
+                    f"{one['dropped']:,}",
+                    f"{one['label_noise']['swapped_dropped']:,}",
+                    number(one["label_noise"]["recall"], ".0%"),
+                    number(one["label_noise"]["precision"], ".0%"),
+                ]
+                for one in noisy
+            ],
+            "Recall: the share of the swapped pairs that is dropped; by chance "
+            f"{last['dropped'] / total:.0%}. Precision: the share of the dropped pairs that was "
+            f"swapped; by chance {noise['swapped'] / total:.0%}.",
+        )
+    ]
 
 
 def _ensemble(run: Run, one: Iteration, figures: Figures) -> Chart | None:

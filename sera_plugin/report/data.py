@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
+from sera_plugin.rewards import REFERENCE_FREE, FloatArray, implicit_reward, reward_weights
 from sera_plugin.tokens import TokenColumn
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -182,7 +182,7 @@ class Run:
         weights = reward_weights(
             iteration,
             self.settings["gamma"] if gamma is None else gamma,
-            self.description["loss"] == "simpo",
+            self.description["loss"] in REFERENCE_FREE,
         )
         needed = [tables.get(iteration - back) for back in range(len(weights))]
         if any(one is None for one in needed):

@@ -8,7 +8,7 @@ import numpy as np
 
 from sera_plugin.bootstrap import pair_candidates
 from sera_plugin.report.data import SIDES, Iteration, Run
-from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
+from sera_plugin.rewards import REFERENCE_FREE, FloatArray, implicit_reward, reward_weights
 from sera_plugin.selection import select_largest
 from sera_plugin.summary import jaccard
 
@@ -18,6 +18,8 @@ def margins_without_ensemble(run: Run, one: Iteration) -> FloatArray | None:
     gamma = run.settings.get("gamma", 0)
     if one.number < 3 or not gamma or one.margin is None:
         return None
+    if "priority" in (one.offline or {}):
+        return None  # selection looked at something else
     rewards = [run.reward(one.number, side, gamma=0.0) for side in SIDES]
     if rewards[0] is None or rewards[1] is None:
         return None
@@ -44,10 +46,13 @@ def bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     gamma = run.settings.get("gamma", 0)
     if candidates is None or pairs is None or one.number < 3 or not gamma:
         return None
+    plain = {"labeler": "implicit", "length_control": "none"}
+    if any(run.settings.get(key, value) != value for key, value in plain.items()):
+        return None  # the pairs were ranked by something else
     count = int(run.settings["candidates"])
     if len(candidates.row) % count:
         return None
-    weights = reward_weights(one.number, 0.0, run.description["loss"] == "simpo")
+    weights = reward_weights(one.number, 0.0, run.description["loss"] in REFERENCE_FREE)
     lengths = candidates.lengths if run.description["per_token"] else None
     reward = implicit_reward(candidates.logps.T[: len(weights)], weights, lengths)
     found = pair_candidates(

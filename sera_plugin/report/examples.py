@@ -128,8 +128,13 @@ def _offline_example(run: Run, one: Iteration, row: int, texts: Texts) -> Exampl
         prompt=shown_text(texts.exact(run.tokens["prompt_ids"][row]), _PROMPT),
         chosen=shown_text(texts.exact(run.tokens["chosen_ids"][row]), _COMPLETION),
         rejected=shown_text(texts.exact(run.tokens["rejected_ids"][row]), _COMPLETION),
-        facts=facts(run, row),
+        facts=facts(run, row) | _swapped(one, row),
     )
+
+
+def _swapped(one: Iteration, row: int) -> dict[str, str]:
+    swapped = (one.offline or {}).get("swapped")
+    return {"label": "swapped on purpose"} if swapped is not None and swapped[row] else {}
 
 
 def margins_of(run: Run, row: int) -> dict[int, float]:

@@ -11,7 +11,7 @@ from sera_plugin.alarms import judge
 from sera_plugin.report.agreement import groups, length_r2, score_r2
 from sera_plugin.report.data import SIDES, Iteration, Run
 from sera_plugin.report.ensemble import bootstrapped_ensemble, ensemble
-from sera_plugin.summary import accuracy, jaccard, quantiles
+from sera_plugin.summary import accuracy, jaccard, noise_found, quantiles
 
 
 def figures(run: Run) -> dict[str, Any]:
@@ -59,12 +59,16 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
             "kept": quantiles(margin[selected]),
             "dropped": quantiles(margin[~selected]),
         }
-        found["threshold"] = float(margin[selected].min()) if selected.any() else None
+        # With a priority pairs are not kept by their margin.
+        by_margin = selected.any() and "priority" not in one.offline
+        found["threshold"] = float(margin[selected].min()) if by_margin else None
         found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
         found["length_r2"] = length_r2(one, margin)
         found["scores"] = score_r2(run, one)
         found["groups"] = groups(run, one)
         found["ensemble"] = ensemble(run, one)
+    if selected is not None and one.offline is not None and "swapped" in one.offline:
+        found["label_noise"] = noise_found(one.offline["swapped"], selected)
     if one.bootstrapped is not None:
         pairs = one.bootstrapped
         found.setdefault("margins", {})["bootstrapped_kept"] = quantiles(
@@ -129,9 +133,9 @@ def _samples(one: Iteration) -> dict[str, Any] | None:
     counted: Mapping[str, int] = one.summary.get("samples", {})
     return {
         "prompts": len(np.unique(one.candidates.row)),
-        "sampled": len(one.candidates.row),
+        "sampled": counted.get("sampled", len(one.candidates.row)),
         "unfinished": int(one.candidates.unfinished.sum()),
-        **{name: counted.get(name) for name in ("duplicates", "ties", "too_few")},
+        **{name: counted.get(name) for name in ("duplicates", "ties", "too_few", "unranked")},
     }
 
 

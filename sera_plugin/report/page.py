@@ -98,8 +98,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("rewards in", run.unit),
         ("pairs", f"{run.total:,}"),
         ("held out", f"{run.description.get('evaluation_pairs') or 0:,}"),
-        ("keeps", f"{settings['selection_ratio']:g} N"),
-        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each"
+        ("keeps", f"{settings['selection_ratio']:g} N by {settings.get('selection', 'irm')}"),
+        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each, "
+         f"ranked by {settings.get('labeler', 'implicit')}"
          if settings["bootstrap_ratio"] else "nothing"),
         ("gamma", f"{settings['gamma']:g}"),
         ("seed", str(run.description.get("seed"))),

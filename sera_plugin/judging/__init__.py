@@ -1,0 +1,169 @@
+"""Judges: who says which of two answers is better, or how good one is.
+
+- `prompts`   what a judge is asked, and how its replies are read
+- `config`    an API judge in YAML
+- `client`    one request to an OpenAI-compatible endpoint, until it is answered
+- `api`       judges behind such an endpoint
+- `function`  a Python function that knows the truth
+- `reward_model`   a sequence-classification model on this machine
+- `choose`    a judge by what the command line calls it
+
+Nothing here but `reward_model` knows torch, and nothing the host.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+
+class JudgeFailed(RuntimeError):
+    """Judging stopped; the message says why and what to do. What was judged is kept."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with one answer to it."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A question with two answers to it."""
+
+    question: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge thinks of the first answer against the second.
+
+    Attributes:
+        orders: for each order in which the two were shown (the first answer first, then second):
+            1 the first answer is better, 0.5 a tie, 0 the second is better, None no verdict.
+            A judge that scores answers one by one has one entry.
+    """
+
+    orders: tuple[float | None, ...]
+
+    @property
+    def outcome(self) -> float | None:
+        """The mean over the orders; None where one is missing, because half would be biased."""
+        seen = [one for one in self.orders if one is not None]
+        return sum(seen) / len(seen) if len(seen) == len(self.orders) else None
+
+    @property
+    def consistent(self) -> bool | None:
+        """Whether the verdict is the same in both orders; None where that cannot be told."""
+        if len(self.orders) < 2 or self.outcome is None:
+            return None
+        return len(set(self.orders)) == 1
+
+
+@dataclass
+class Replies:
+    """Replies of a judge that is paid by the token."""
+
+    count: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass
+class Usage:
+    """What judging took.
+
+    Attributes:
+        asked: replies that were asked for.
+        cached: replies that were there from before.
+        retries: requests that were made again after an error.
+        malformed: replies without a verdict that can be read; the judge was asked again.
+        unparsed: verdicts that were given up, so are missing, after several such replies.
+        refused: verdicts that are missing because the endpoint refused the request.
+    """
+
+    asked: Replies = field(default_factory=Replies)
+    cached: Replies = field(default_factory=Replies)
+    retries: int = 0
+    malformed: int = 0
+    unparsed: int = 0
+    refused: int = 0
+
+    def add(self, other: Usage) -> None:
+        """Count another's in."""
+        _add(self.asked, other.asked)
+        _add(self.cached, other.cached)
+        for name in ("retries", "malformed", "unparsed", "refused"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+def _add(total: Replies, more: Replies) -> None:
+    for one in fields(Replies):
+        setattr(total, one.name, getattr(total, one.name) + getattr(more, one.name))
+
+
+class Judge(Protocol):
+    """Compares answers."""
+
+    #: For people.
+    name: str
+    #: What determines its verdicts, without secrets, for records.
+    description: dict[str, Any]
+    usage: Usage
+
+    def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
+        """Yield (index, verdict) of every comparison as they are done, in any order.
+
+        Raises:
+            JudgeFailed: if it cannot go on.
+        """
+        ...
+
+
+class ScoringJudge(ABC):
+    """A judge that gives each answer a number; the larger one wins, equal ones tie."""
+
+    def __init__(self, name: str, description: dict[str, Any]) -> None:
+        self.name = name
+        self.description = description
+        self.usage = Usage()
+
+    @abstractmethod
+    def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
+        """Yield (index, score) of every answer as they are done, in any order; None is no verdict.
+
+        Raises:
+            JudgeFailed: if it cannot go on.
+        """
+
+    def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
+        """See `Judge.compare`. An answer that occurs several times is scored once."""
+        sides = [
+            (Answered(one.question, one.first), Answered(one.question, one.second))
+            for one in comparisons
+        ]
+        places: dict[Answered, list[int]] = {}
+        for index, pair in enumerate(sides):
+            for answer in pair:
+                places.setdefault(answer, []).append(index)
+        distinct = list(places)
+        scores: dict[Answered, float | None] = {}
+        for index, score in self.score(distinct):
+            scores[distinct[index]] = score
+            for place in dict.fromkeys(places[distinct[index]]):
+                first, second = sides[place]
+                if first in scores and second in scores:
+                    yield place, by_scores(scores[first], scores[second])
+
+
+def by_scores(first: float | None, second: float | None) -> Verdict:
+    """The verdict that two scores come to."""
+    if first is None or second is None:
+        return Verdict((None,))
+    return Verdict((0.5 * (1 + (first > second) - (first < second)),))

@@ -1,0 +1,65 @@
+"""Prompts and answers as the texts they were, for whoever ranks by reading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sera_plugin.tokens import IntArray
+
+_PLACE = "SERA-PLUGIN-USER-TEXT"
+
+
+class Conversation:
+    """Token ids back to text, without the chat template around it.
+
+    Args:
+        tokenizer: a transformers tokenizer, with or without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._around = self._template()
+        self._special = [token for token in tokenizer.all_special_tokens if token]
+
+    def _template(self) -> tuple[str, str] | None:
+        """What the chat template puts before and behind a single question."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        messages = [{"role": "user", "content": _PLACE}]
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        before, found, behind = text.partition(_PLACE)
+        return (self._without_bos(before), behind) if found else None
+
+    def _without_bos(self, text: str) -> str:
+        return text.removeprefix(self.tokenizer.bos_token or "")
+
+    def question(self, prompt_ids: IntArray) -> str:
+        """What the user said: one question as it was, or a longer conversation as the policy sees
+        it, special tokens left out."""
+        text = self._without_bos(self.tokenizer.decode(prompt_ids, skip_special_tokens=False))
+        if self._around is not None:
+            before, behind = self._around
+            if text.startswith(before) and text.endswith(behind):
+                inner = text[len(before) : len(text) - len(behind)]
+                if not any(token in inner for token in self._special):
+                    return inner
+        plain: str = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        return plain.strip()
+
+    def answer(self, token_ids: IntArray) -> str:
+        """An answer's text."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.strip()
+
+    def prompt(self, question: str) -> list[int]:
+        """A question as the policy is asked it: token ids, ready for its answer."""
+        if self._around is None:
+            ids: list[int] = self.tokenizer(question)["input_ids"]
+            return ids
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found

@@ -1,0 +1,20 @@
+"""The implicit reward: SeRA's own ranking (paper Eq. 7, Algorithm 1, line 7)."""
+
+from __future__ import annotations
+
+from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.method import Method
+
+
+class ImplicitReward(Ranker):
+    """r_t, from the log-probabilities of theta_{t-1} and the policies before it."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__("implicit")
+        self.method = method
+
+    def policies(self, iteration: int) -> int:
+        return len(self.method.weights(iteration))
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        return self.method.reward(ranked.logps, ranked.iteration, ranked.answers.lengths)

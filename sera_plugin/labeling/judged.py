@@ -1,0 +1,101 @@
+"""A judge ranks: a reward model (the paper's OAIF row, Guo et al. 2024) or an endpoint.
+
+A judge that gives numbers gives rewards. One that compares meets every two different candidates of
+a prompt, and a candidate's reward is its share of wins, a tie counting half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from itertools import combinations
+
+import numpy as np
+
+from sera_plugin.judging import Answered, Comparison, Judge, ScoringJudge
+from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.labeling.conversation import Conversation
+from sera_plugin.ranks import Ranks
+
+
+class Judged(Ranker):
+    """Rewards from a judge, which rank 0 asks.
+
+    Args:
+        name: as in `sera.labeler`.
+        judge: opens the judge for the phase.
+        conversation: token ids to the texts that a judge reads.
+        ranks: the run's processes.
+        progress: (how many answers or comparisons) to a bar that takes finished ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        judge: Callable[[], AbstractContextManager[Judge]],
+        conversation: Conversation,
+        ranks: Ranks,
+        progress: Callable[[int], AbstractContextManager[Callable[[int], object]]],
+    ) -> None:
+        super().__init__(name)
+        self.judge, self.conversation = judge, conversation
+        self.ranks, self.progress = ranks, progress
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`.
+
+        Raises:
+            ValueError: if the judge cannot be used.
+            JudgeFailed: if it stops answering. What it has said is kept and not asked again.
+        """
+        found = np.zeros(len(ranked.answers))
+        if self.ranks.main:
+            questions = list(map(self.conversation.question, ranked.prompts))
+            answers = list(map(self.conversation.answer, ranked.answers))
+            with self.judge() as judge:
+                if isinstance(judge, ScoringJudge):
+                    found = self._scores(judge, questions, answers)
+                else:
+                    found = self._wins(judge, questions, answers, ranked.per_prompt)
+                self.report |= {"judge": judge.name, "usage": asdict(judge.usage)}
+        # NaN would spread to every rank's sum all the same.
+        return self.ranks.sum(found)
+
+    def _scores(self, judge: ScoringJudge, questions: list[str], answers: list[str]) -> FloatArray:
+        asked = [Answered(*pair) for pair in zip(questions, answers, strict=True)]
+        found = np.full(len(asked), np.nan)
+        with self.progress(len(asked)) as advance:
+            for index, score in judge.score(asked):
+                found[index] = np.nan if score is None else score
+                advance(1)
+        return found
+
+    def _wins(
+        self, judge: Judge, questions: list[str], answers: list[str], per_prompt: int
+    ) -> FloatArray:
+        pairs = [
+            (first + one, first + other)
+            for first in range(0, len(answers), per_prompt)
+            for one, other in combinations(_distinct(answers, first, per_prompt), 2)
+        ]
+        met = [Comparison(questions[one], answers[one], answers[other]) for one, other in pairs]
+        won, known = np.zeros(len(answers)), np.zeros(len(answers))
+        with self.progress(len(met)) as advance:
+            for index, verdict in judge.compare(met):
+                if verdict.outcome is not None:
+                    for place, share in zip(
+                        pairs[index], (verdict.outcome, 1 - verdict.outcome), strict=True
+                    ):
+                        won[place] += share
+                        known[place] += 1
+                advance(1)
+        return np.divide(won, known, out=np.full(len(answers), np.nan), where=known > 0)
+
+
+def _distinct(answers: list[str], first: int, per_prompt: int) -> list[int]:
+    """Within a prompt, where each different text occurs first."""
+    places: dict[str, int] = {}
+    for index, text in enumerate(answers[first : first + per_prompt]):
+        places.setdefault(text, index)
+    return list(places.values())

@@ -1,0 +1,103 @@
+"""The policy judges its own answers in words (self-rewarding language models, Yuan et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from dataclasses import replace
+
+import numpy as np
+
+from sera_plugin.judging.prompts import additive_prompt, parse_points, read_template
+from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.labeling.conversation import Conversation
+from sera_plugin.ranks import Ranks
+from sera_plugin.sampling import CandidateSampler, Chunk, SamplingSettings
+
+#: Replies to each question, whose points are averaged, and how they are sampled (section 2.3).
+REPLIES, TEMPERATURE, TOP_P = 3, 0.7, 0.9
+#: Longest reply in tokens: some reasoning and a score.
+_LONGEST = 256
+
+
+class SelfJudge(Ranker):
+    """Rewards are the mean points, 0 to 5, of what the policy says of an answer.
+
+    Args:
+        sampler: samples from theta_{t-1}.
+        settings: of the run's sampling; lengths, end tokens and seed are taken from it.
+        conversation: token ids to texts and back.
+        ranks: the run's processes.
+        progress: as `sera_plugin.iteration.Progress`.
+    """
+
+    def __init__(
+        self,
+        sampler: CandidateSampler,
+        settings: SamplingSettings,
+        conversation: Conversation,
+        ranks: Ranks,
+        progress: Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]],
+    ) -> None:
+        super().__init__("self_judge")
+        self.sampler, self.conversation = sampler, conversation
+        self.ranks, self.progress = ranks, progress
+        self.settings = replace(
+            settings,
+            candidates=REPLIES,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            max_new_tokens=_LONGEST,
+            seed=settings.seed + 1_000_000_000,  # not the seeds of what is judged
+        )
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`; NaN where no reply has a score that can be read."""
+        template = read_template("additive")
+        prompts = [
+            np.array(
+                self.conversation.prompt(
+                    additive_prompt(
+                        self.conversation.question(prompt),
+                        self.conversation.answer(answer),
+                        template,
+                    )
+                ),
+                dtype=np.int32,
+            )
+            for prompt, answer in zip(ranked.prompts, ranked.answers, strict=True)
+        ]
+        longest = self.settings.max_length
+        # A question that leaves no room for a reply cannot be judged.
+        too_long = [
+            index
+            for index, prompt in enumerate(prompts)
+            if longest is not None and len(prompt) >= longest
+        ]
+        points, counted = np.zeros((2, len(prompts)))
+        said = unread = 0
+        skip = frozenset(too_long)
+        with (
+            self.progress((len(prompts) - len(skip)) // self.ranks.world, "self-judge") as advance,
+            closing(self.sampler.sample(prompts, self.settings, skip=skip)) as chunks,
+        ):
+            for chunk in chunks:
+                for row, replies in chunk:
+                    for reply in replies:
+                        ids = np.array(reply.token_ids, dtype=np.int32)
+                        score = parse_points(self.conversation.answer(ids))
+                        said += 1
+                        if score is None:
+                            unread += 1
+                        else:
+                            points[row] += score
+                            counted[row] += 1
+                advance(chunk)
+        totals = self.ranks.sum(np.concatenate([points, counted, [float(said), float(unread)]]))
+        points, counted = totals[:-2].reshape(2, -1)
+        self.report |= {
+            "replies": int(totals[-2]),
+            "unparsed": int(totals[-1]),
+            "too_long": len(too_long),
+        }
+        return np.divide(points, counted, out=np.full(len(prompts), np.nan), where=counted > 0)

@@ -1,0 +1,46 @@
+"""SPIN: the dataset's chosen answer against the policy's own (Chen et al. 2024)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.store import make_table
+from sera_plugin.tokens import TokenColumn
+
+#: `finish_reason` of an answer that was not sampled.
+DATASET = "dataset"
+
+
+class Spin(Ranker):
+    """The dataset's chosen answer is a candidate too, and better than every sample.
+
+    It is the last one of its prompt. Samples are equal to each other: the last that differs from
+    the chosen answer is the rejected one, and a prompt without any gives no pair.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("spin")
+
+    def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
+        per_prompt = len(samples) // len(chosen)
+        row, last = np.arange(len(chosen)), np.full(len(chosen), per_prompt)
+        order = np.lexsort(
+            (
+                np.concatenate([samples["candidate"].to_numpy(), last]),
+                np.concatenate([samples["row"].to_numpy(), row]),
+            )
+        )
+        reasons = [*samples["finish_reason"].to_pylist(), *[DATASET] * len(chosen)]
+        return make_table(
+            {
+                "row": np.concatenate([samples["row"].to_numpy(), row])[order],
+                "candidate": np.concatenate([samples["candidate"].to_numpy(), last])[order],
+                "token_ids": TokenColumn(samples["token_ids"]).joined(chosen).take(order),
+                "finish_reason": pa.array(reasons).take(order),
+            }
+        ).replace_schema_metadata(samples.schema.metadata)
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        return np.array([float(reason == DATASET) for reason in ranked.finish_reasons])

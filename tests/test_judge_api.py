@@ -1,0 +1,406 @@
+"""API judges against a server in a process of its own, on its good days and its bad ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sera_plugin.journal import Journal
+from sera_plugin.judging import Answered, Comparison, JudgeFailed, Replies, Usage
+from sera_plugin.judging import client as client_module
+from sera_plugin.judging.api import PairwiseJudge, RatingJudge, api_judge
+from sera_plugin.judging.config import JudgeConfig
+from tests.conftest import fill
+from tests.judge_server import KEY, JudgeServer, judge_server
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[JudgeServer]:
+    with judge_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running, monkeypatch) -> JudgeServer:
+    """As good as new, for a client that does not wait long."""
+    running.plan()
+    monkeypatch.setattr(client_module, "BACKOFF", 0.002)
+    monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
+    # A proxy would not know this machine.
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://192.0.2.1:9")
+    return running
+
+
+@pytest.fixture
+def make(server, tmp_path):
+    """A judge with a journal; another call is another process's judge."""
+    journals: list[Journal] = []
+
+    def build(url: str = "", **keys: Any) -> Any:
+        for journal in journals:
+            journal.close()
+        journals.append(Journal(tmp_path / "judge.jsonl"))
+        settings = {"base_url": url or server.url, "model": "some-model", "timeout": 5, **keys}
+        return api_judge(JudgeConfig(**settings), journals[-1])
+
+    return build
+
+
+PAIRS = [
+    Comparison("Which?", "a **", "b *"),
+    Comparison("Which?", "a", "b *"),
+    Comparison("Which?", "a *", "b *"),
+    Comparison("Which?", "the same", "the same"),
+    Comparison("Wer? 🙂 \x1b[31m {answer_a}", "", "*" * 3000),
+]
+OUTCOMES = [1.0, 0.0, 0.5, 0.5, 0.0]
+#: Two orders of all that are not the same.
+CALLS = 8
+
+
+def outcomes(judge, pairs=PAIRS) -> list[float | None]:
+    found = dict(judge.compare(pairs))
+    return [found[index].outcome for index in range(len(pairs))]
+
+
+# ------------------------------------------------------------------ good days
+
+
+def test_pairs_are_compared_in_both_orders(make, server):
+    judge = make(concurrency=1)
+    assert outcomes(judge) == OUTCOMES
+    assert judge.usage == Usage(asked=Replies(CALLS, 100 * CALLS, 10 * CALLS))
+    seen = server.seen
+    assert {one["path"] for one in seen} == {"/v1/chat/completions"}
+    assert seen[0]["body"]["model"] == "some-model"
+    assert seen[0]["body"]["temperature"] == 0
+    first, second = (one["body"]["messages"][0]["content"] for one in seen[:2])
+    assert first.index("a **") < first.index("b *\n")
+    assert second.index("b *\n") < second.index("a **")
+
+
+def test_a_judge_with_a_favourite_place_makes_ties_that_tell(make, server):
+    server.plan(*[["say", "[[A]]"]] * 2)
+    ((_, verdict),) = make().compare(PAIRS[:1])
+    assert (verdict.outcome, verdict.consistent) == (0.5, False)
+
+
+def test_done_again_nothing_is_asked(make, server):
+    server.plan(["say", "no verdict"])
+    outcomes(make())
+    server.plan()
+    again = make()
+    assert outcomes(again) == OUTCOMES
+    assert server.calls == 0
+    assert again.usage.asked == Replies()
+    assert again.usage.cached == Replies(CALLS + 1, 100 * (CALLS + 1), 10 * (CALLS + 1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "another"},
+        {"request": {"temperature": 1}},
+        {"base_url": "localhost"},
+        {"template": "{question} {answer_a} {answer_b} *"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_judge_is_asked_anew(make, server, tmp_path, changes):
+    outcomes(make())
+    server.plan()
+    if "template" in changes:
+        (tmp_path / "t.txt").write_text(changes["template"])
+        changes = {"template": tmp_path / "t.txt"}
+    if "base_url" in changes:
+        changes = {"base_url": server.url.replace("127.0.0.1", "localhost")}
+    judge = make(changes.pop("base_url", ""), **changes)
+    dict(judge.compare(PAIRS))
+    assert server.calls >= CALLS
+    assert judge.usage.cached == Replies()
+
+
+def test_prices_and_concurrency_make_no_other_judge(make, server):
+    outcomes(make())
+    server.plan()
+    outcomes(make(prompt_price=1, completion_price=2, concurrency=3, timeout=9, mode="pairwise"))
+    assert server.calls == 0
+
+
+def test_answers_are_rated(make, server):
+    judge = make(mode="single")
+    assert isinstance(judge, RatingJudge)
+    answers = [Answered("Which?", "*" * stars) for stars in (0, 3, 20)]
+    assert sorted(judge.score(answers)) == [(0, 1.0), (1, 4.0), (2, 10.0)]
+    assert outcomes(judge) == OUTCOMES
+    assert server.calls == 3 + 7  # answers that occur twice are rated once
+
+
+def test_no_more_requests_at_a_time_than_allowed(make, server):
+    judge = make(concurrency=3)
+    server.plan(*[["sleep", 0.05]] * 20)
+    list(judge.compare([Comparison("?", f"{n}", "*") for n in range(10)]))
+    assert server.most_at_once == 3
+
+
+def test_the_key_goes_to_the_endpoint_and_a_judge_without_one_sends_none(
+    make, server, tmp_path, monkeypatch
+):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".netrc").write_text("machine 127.0.0.1 login me password not-yours\n")
+    monkeypatch.setenv("HOME", str(home))
+    outcomes(make(api_key_env="JUDGE_TEST_KEY"), PAIRS[:1])
+    outcomes(make(), PAIRS[1:2])
+    keys = [one["key"] for one in server.seen]
+    assert keys == [f"Bearer {KEY}"] * 2 + [None] * 2
+
+
+def test_fields_of_the_request_are_sent_as_they_are(make, server):
+    outcomes(make(request={"max_completion_tokens": 5, "seed": 1, "top_p": None}), PAIRS[:1])
+    body = server.seen[0]["body"]
+    assert body.keys() == {"max_completion_tokens", "seed", "model", "messages"}
+
+
+# ------------------------------------------------------------------ replies without a verdict
+
+
+def test_a_reply_without_a_verdict_is_asked_again(make, server):
+    server.plan(["say", "Hm."], ["say", ""])
+    judge = make(concurrency=1)
+    assert outcomes(judge, PAIRS[:1]) == [1.0]
+    assert (judge.usage.malformed, judge.usage.unparsed, judge.usage.asked.count) == (2, 0, 4)
+    conversation = server.seen[2]["body"]["messages"]
+    assert [one["role"] for one in conversation] == ["user", "assistant"] * 2 + ["user"]
+    assert conversation[1]["content"] == "Hm."
+    assert "[[A]], [[B]] or [[C]]" in conversation[-1]["content"]
+
+
+def test_after_three_such_replies_there_is_no_verdict_and_no_tie(make, server):
+    server.plan(*[["say", "I will not say."]] * 3)
+    judge = make(concurrency=1)
+    assert outcomes(judge, PAIRS[:2]) == [None, 0.0]
+    assert (judge.usage.malformed, judge.usage.unparsed) == (3, 1)
+    server.plan()
+    again = make()
+    assert outcomes(again, PAIRS[:2]) == [None, 0.0]
+    assert (server.calls, again.usage.unparsed) == (0, 1)
+
+
+def test_a_reply_of_nothing_is_one_without_a_verdict(make, server):
+    nothing = {"choices": [{"message": {"content": None}}]}
+    server.plan(["raw", json.dumps(nothing)])
+    judge = make(concurrency=1)
+    assert outcomes(judge, PAIRS[:1]) == [1.0]
+    assert (judge.usage.malformed, judge.usage.asked.prompt_tokens) == (1, 200)
+
+
+# ------------------------------------------------------------------ bad days
+
+TROUBLE = {
+    "too many requests": ["status", 429],
+    "a date to come back at": ["status", 429, {"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}],
+    "no date at all": ["status", 429, {"Retry-After": "soon"}],
+    "error of the server": ["status", 500],
+    "bad gateway": ["status", 502],
+    "overloaded": ["status", 529],
+    "no JSON": ["raw", "<html>"],
+    "half of JSON": ["raw", '{"choices": [{"mes'],
+    "no choices": ["raw", '{"choices": []}'],
+    "other JSON": ["raw", "[1, 2]"],
+    "no text": ["raw", '{"choices": [{"message": {"content": 7}}]}'],
+    "cut off half-way": "drop",
+    "hangs up": "hang up",
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_trouble_that_passes_is_waited_for(make, server, trouble):
+    server.plan(*[TROUBLE[trouble]] * 3)
+    judge = make(concurrency=1)
+    assert outcomes(judge) == OUTCOMES
+    assert judge.usage.retries == 3
+    assert server.calls == CALLS + 3
+    assert judge.usage.malformed == 0
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_trouble_that_stays_ends_the_judging_and_what_was_judged_is_kept(make, server, trouble):
+    server.plan("fine", "fine", *[TROUBLE[trouble]] * 50)
+    with pytest.raises(JudgeFailed, match=r"did not answer in 7 tries.*What was judged is kept"):
+        outcomes(make(concurrency=1))
+    server.plan()
+    judge = make()
+    assert outcomes(judge) == OUTCOMES
+    assert judge.usage.cached.count == 2
+    assert server.calls == CALLS - 2
+
+
+class Waits:
+    """Stands for the event that ends waiting; remembers how long it was waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.seconds.append(seconds)
+        return False
+
+
+def test_waits_double_unless_the_endpoint_says_how_long(server, monkeypatch):
+    monkeypatch.setattr(client_module, "BACKOFF", 1.0)
+    client = client_module.ChatClient(JudgeConfig(base_url=server.url, model="m"))
+    again, told = ["status", 500], ["status", 503, {"Retry-After": "17"}]
+    server.plan(again, again, told, again)
+    waits = Waits()
+    reply = client.ask([{"role": "user", "content": "?"}], waits)
+    assert reply.retries == 4
+    first, second, third, fourth = waits.seconds
+    assert third == 17
+    for waited, doubled in ((first, 1), (second, 2), (fourth, 8)):
+        assert 0.75 * doubled <= waited <= 1.25 * doubled
+
+
+def test_an_endpoint_that_asks_for_hours_is_not_waited_for(make, server):
+    server.plan(["status", 429, {"Retry-After": "7200"}])
+    with pytest.raises(JudgeFailed, match=r"asks to come back in 7200 seconds"):
+        outcomes(make(concurrency=1))
+
+
+def test_a_request_that_hangs_is_made_again(make, server):
+    server.plan(["sleep", 3.0])
+    judge = make(concurrency=1, timeout=0.3)
+    assert outcomes(judge, PAIRS[:1]) == [1.0]
+    assert judge.usage.retries == 1
+
+
+def test_a_server_that_dies_in_the_middle(make, server, monkeypatch):
+    with judge_server() as mortal:
+        judge = make(mortal.url, concurrency=1)
+        judging = judge.compare(PAIRS)
+        assert next(judging)[0] == 0
+        mortal.process.kill()
+        mortal.process.wait()
+        with pytest.raises(JudgeFailed, match=r"connection failed.*Look after the endpoint"):
+            list(judging)
+
+
+def test_nobody_there(make):
+    with pytest.raises(JudgeFailed, match=r"http://127.0.0.1:1/v1 did not answer in 7 tries"):
+        outcomes(make("http://127.0.0.1:1"))
+
+
+def test_threads_that_wait_to_try_again_stop_when_another_gives_up(make, server):
+    """One is turned away for good while seven are told to wait for minutes."""
+    slow = ["status", 429, {"Retry-After": "200"}]
+    server.plan(*[slow] * 7, ["sleep", 0.3], *[["status", 404]] * 2)
+    finished = threading.Event()
+
+    def judging() -> None:
+        with pytest.raises(JudgeFailed, match="Check base_url and model"):
+            outcomes(make(), [Comparison("?", f"{n}", "*") for n in range(8)])
+        finished.set()
+
+    thread = threading.Thread(target=judging, daemon=True)
+    thread.start()
+    assert finished.wait(60)
+
+
+# ------------------------------------------------------------------ requests that are wrong
+
+
+@pytest.mark.parametrize(
+    ("status", "key", "said"),
+    [
+        (401, "JUDGE_TEST_KEY", "Set the environment variable that api_key_env names"),
+        (403, None, "Give the name of the environment variable"),
+        (404, None, "it answered 404: no, None. Check base_url and model"),
+        (307, None, "it answered 307"),
+        (204, None, "it answered 204"),
+    ],
+)
+def test_a_wrong_request_is_not_made_again(make, server, status, key, said):
+    headers = {"Location": "/v1/chat/completions"}
+    server.plan(*[["status", status, headers]] * 20)
+    with pytest.raises(JudgeFailed, match=said):
+        outcomes(make(concurrency=1, api_key_env=key))
+    assert server.calls == 1
+
+
+def test_one_refused_request_is_a_missing_verdict(make, server):
+    server.plan("fine", "fine", ["status", 400])
+    judge = make(concurrency=1)
+    assert outcomes(judge) == [1.0, None, *OUTCOMES[2:]]
+    assert (judge.usage.refused, judge.usage.unparsed) == (1, 0)
+
+
+def test_an_endpoint_that_refuses_everything_is_not_asked_to_the_end(make, server):
+    server.plan(*[["status", 400]] * 100)
+    pairs = [Comparison("?", f"{n}", "*") for n in range(40)]
+    with pytest.raises(JudgeFailed, match=r"refused all of the first 10 .*it answered 400: no"):
+        outcomes(make(concurrency=1), pairs)
+    assert server.calls == 10
+    with pytest.raises(JudgeFailed, match="refused all of the first 2 requests"):
+        outcomes(make(), pairs[:1])
+
+
+def test_a_key_that_is_not_there(make, monkeypatch):
+    monkeypatch.setenv("JUDGE_TEST_KEY", " ")
+    with pytest.raises(JudgeFailed, match=r"names an environment variable that is not set"):
+        make(api_key_env="JUDGE_TEST_KEY")
+    monkeypatch.setenv("JUDGE_TEST_KEY", "kéy")
+    with pytest.raises(JudgeFailed, match=r"printable ASCII") as error:
+        make(api_key_env="JUDGE_TEST_KEY")
+    assert "kéy" not in str(error.value)
+
+
+# ------------------------------------------------------------------ what is kept and shown
+
+
+@pytest.mark.parametrize("status", [401, 404, 429, 500])
+def test_no_error_has_the_key_that_an_endpoint_sends_back(make, server, status):
+    server.plan(*[["status", status]] * 20)
+    with pytest.raises(JudgeFailed) as error:
+        outcomes(make(concurrency=1, api_key_env="JUDGE_TEST_KEY"))
+    assert f"{status}: no, Bearer ***" in str(error.value)
+    for spelled in (KEY, repr(KEY)[1:-1], json.dumps(KEY)[1:-1]):
+        assert spelled not in str(error.value)
+    chain = [error.value.__cause__, error.value.__context__]
+    assert error.value.__suppress_context__ or chain == [None, None]
+
+
+def test_the_key_is_in_no_file(make, server, tmp_path):
+    judge = make(api_key_env="JUDGE_TEST_KEY")
+    outcomes(judge)
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"some-model" in kept
+    for spelled in (KEY, repr(KEY)[1:-1], json.dumps(KEY)[1:-1]):
+        assert spelled.encode() not in kept
+        assert spelled not in repr(judge.description)
+
+
+def test_a_torn_journal_costs_one_reply(make, server, tmp_path):
+    outcomes(make())
+    path: Path = tmp_path / "judge.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    server.plan()
+    assert outcomes(make()) == OUTCOMES
+    assert server.calls == 1
+
+
+def test_a_full_disk_stops_the_judging(server, small_disk):
+    judge = PairwiseJudge(
+        JudgeConfig(base_url=server.url, model="m"), Journal(small_disk / "judge.jsonl")
+    )
+    fill(small_disk)
+    with pytest.raises(OSError, match=r"takes no more files.*start the same command again"):
+        outcomes(judge)
+    os.unlink(small_disk / "filler")
+    assert outcomes(judge) == OUTCOMES

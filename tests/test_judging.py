@@ -1,0 +1,346 @@
+"""Judges without an endpoint: prompts, verdicts, configuration, Python functions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sera_plugin.journal import Journal
+from sera_plugin.judging import (
+    Answered,
+    Comparison,
+    JudgeFailed,
+    Replies,
+    ScoringJudge,
+    Usage,
+    Verdict,
+    by_scores,
+)
+from sera_plugin.judging.choose import make_judge
+from sera_plugin.judging.config import JudgeConfig, parse_judge, read_judge
+from sera_plugin.judging.function import FunctionJudge
+from sera_plugin.judging.prompts import (
+    PLACES,
+    additive_prompt,
+    additive_scores,
+    parse_points,
+    parse_rating,
+    parse_verdict,
+    read_template,
+)
+
+# ------------------------------------------------------------------ verdicts
+
+
+@pytest.mark.parametrize(
+    ("reply", "outcome"),
+    [
+        ("[[A]]", 1.0),
+        ("A is clearer.\n\n[[B]]", 0.0),
+        ("Both do. My verdict: [[C]].", 0.5),
+        ("**[[ A ]]**", 1.0),
+        # What was quoted on the way is no verdict; the last one is.
+        ("Answer A says 'reply with [[A]]', which is no reason. [[B]]", 0.0),
+        ("<think>[[A]] or [[B]]? [[A]]</think>They are equal. [[C]]", 0.5),
+        ("<think>is it [[A]]", None),
+        ("<think>it is [[A]]</think> I cannot decide.", None),
+        ("", None),
+        ("A", None),
+        ("[A]", None),
+        ("[[D]]", None),
+        ("[[a]]", None),
+        ("[[AB]]", None),
+        ("[[A]", None),
+    ],
+)
+def test_verdicts_are_those_of_mt_bench(reply, outcome):
+    assert parse_verdict(reply) == outcome
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("Rating: [[7]]", 7.0),
+        ("good\nRating: [[8.5]].", 8.5),
+        ("[[1]]", 1.0),
+        ("[[10]]", 10.0),
+        ("It asks for [[10]]. Rating: [[2]]", 2.0),
+        ("<think>[[3]]</think>[[4]]", 4.0),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("Rating: 7", None),
+        ("[[-3]]", None),
+        ("[[seven]]", None),
+        ("", None),
+    ],
+)
+def test_ratings_are_those_of_mt_bench(reply, rating):
+    assert parse_rating(reply) == rating
+
+
+@pytest.mark.parametrize(
+    ("reply", "points"),
+    [
+        ("It helps.\nScore: 4", 4.0),
+        ("Score: 0", 0.0),
+        ("**Score: 5**", 5.0),
+        ("**Score:** 3", 3.0),
+        ("score: 2/5", 2.0),
+        ("Score: 3.5 points", 3.5),
+        ("The answer claims 'Score: 5'.\nScore: 1", 1.0),
+        ("<think>Score: 5</think>Score: 2", 2.0),
+        ("Score: 6", None),
+        ("Score: 45", None),
+        ("It scores 3 points", None),
+        ("Score: four", None),
+        ("4", None),
+        ("", None),
+    ],
+)
+def test_points_are_those_of_self_rewarding_models(reply, points):
+    assert parse_points(reply) == points
+
+
+def test_points_that_cannot_be_read_are_counted():
+    assert additive_scores(["Score: 4", "nothing", "Score: 9", "Score: 0"]) == (
+        [4.0, None, None, 0.0],
+        2,
+    )
+
+
+def test_both_orders_make_an_outcome_or_none_does():
+    assert Verdict((1.0, 1.0)).outcome == 1.0
+    assert Verdict((1.0, 0.0)).outcome == 0.5
+    assert Verdict((1.0, 0.5)).outcome == 0.75
+    assert Verdict((1.0, None)).outcome is None
+    assert Verdict((0.0,)).outcome == 0.0
+    assert [Verdict(orders).consistent for orders in ((1.0, 1.0), (1.0, 0.0), (1.0,))] == [
+        True,
+        False,
+        None,
+    ]
+    assert [by_scores(*pair).outcome for pair in ((2, 1), (1, 2), (1, 1), (None, 1))] == [
+        1.0,
+        0.0,
+        0.5,
+        None,
+    ]
+
+
+# ------------------------------------------------------------------ prompts
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_shipped_prompts_ask_for_what_is_parsed(kind):
+    template = read_template(kind)
+    prompt = template.fill({place: f"<{place}>" for place in template.places})
+    assert all(f"<{place}>" in prompt for place in template.places)
+    parse = {"pairwise": parse_verdict, "single": parse_rating, "additive": parse_points}[kind]
+    assert parse(prompt.splitlines()[-1]) is not None
+
+
+def test_braces_in_answers_stay_what_they_are():
+    hostile = "{answer_b} {question} {0} {} {{answer_a}} {answer_a.__class__} %s $x \\1 \\g<0>"
+    filled = read_template("pairwise").fill(
+        {"question": hostile, "answer_a": hostile, "answer_b": "the truth"}
+    )
+    assert filled.count(hostile) == 2
+    assert filled.count("the truth") == 1
+
+
+def test_a_template_of_ones_own(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text('{question} {"json": 1} {answer_a} ü {answer_b} {answer_a}\n')
+    filled = read_template("pairwise", path).fill(
+        {"question": "Q", "answer_a": "1", "answer_b": "2"}
+    )
+    assert filled == 'Q {"json": 1} 1 ü 2 1'
+    path.write_text("{question} {answer_a}")
+    with pytest.raises(ValueError, match=r"mine.txt has no {answer_b}. A pairwise template holds"):
+        read_template("pairwise", path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"mine.txt is not UTF-8"):
+        read_template("pairwise", path)
+    with pytest.raises(OSError, match=r"none\.txt"):
+        read_template("pairwise", tmp_path / "none.txt")
+
+
+def test_the_additive_prompt_holds_question_and_answer():
+    prompt = additive_prompt("Why {answer}?", "Because.")
+    assert "Why {answer}?" in prompt
+    assert "Because." in prompt
+
+
+# ------------------------------------------------------------------ configuration
+
+URL = "http://127.0.0.1:1/v1"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_judge_in_yaml(tmp_path):
+    path = write(
+        tmp_path / "judge.yaml",
+        "base_url: https://api.example.com\nmodel: m\napi_key_env: SOME_KEY\ntemplate: t.txt\n"
+        "request: {max_completion_tokens: 100}\nprompt_price: 2\ncompletion_price: 8\n",
+    )
+    config = read_judge(path)
+    assert config.base_url == "https://api.example.com/v1"
+    assert config.template == tmp_path / "t.txt"
+    assert config.request == {"max_completion_tokens": 100}
+    assert config.cost(1_000_000, 500_000) == 6.0
+    assert JudgeConfig(base_url=URL, model="m").cost(1, 1) is None
+    assert JudgeConfig(base_url="https://x.org/a/v2/", model="m").base_url == "https://x.org/a/v2"
+
+
+SECRET = "sk-planted-secret"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": None}, r"model is missing"),
+        ({"model": ""}, r"model: .*at least 1 character"),
+        ({"base_url": "api.example.com"}, r"base_url: give an address such as https"),
+        ({"base_url": "ftp://x/v1"}, r"base_url: give an address"),
+        ({"base_url": f"https://u:{SECRET}@x.org/v1"}, r"base_url: an address with a user"),
+        ({"base_url": f"https://x.org/v1?key={SECRET}"}, r"base_url: an address with a user"),
+        ({"api_key": SECRET}, r"'api_key': no key belongs in a file.* api_key_env"),
+        ({"api_key_env": SECRET}, r"api_key_env: give the NAME of an environment variable"),
+        ({"request": {"api_key": SECRET}}, r"request: 'api_key' cannot be set here"),
+        ({"request": {"messages": []}}, r"request: 'messages' cannot be set here"),
+        ({"concurrency": 0}, r"concurrency: .*greater than or equal to 1"),
+        ({"mode": "triple"}, r"mode: .*'pairwise' or 'single'"),
+        ({"modle": "m"}, r"'modle' is no key of a judge. There are base_url, model"),
+        ({"timeout": SECRET}, r"timeout: .*number"),
+    ],
+)
+def test_a_wrong_key_is_named_and_no_secret_repeated(changes, said):
+    keys = {"base_url": URL, "model": "m", **changes}
+    with pytest.raises(ValueError, match=rf"judge\.yaml: .*{said}") as error:
+        parse_judge({key: value for key, value in keys.items() if value is not None}, "judge.yaml")
+    assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: b: c", r"is not YAML, line 1"),
+        ("- a", r"holds no mapping"),
+        ("", r"holds no mapping"),
+        ("1: 2", r"base_url is missing"),
+    ],
+)
+def test_a_file_that_is_no_judge(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said):
+        read_judge(write(tmp_path / "judge.yaml", text))
+
+
+# ------------------------------------------------------------------ functions
+
+
+def test_a_function_in_a_file_judges(tmp_path):
+    path = write(
+        tmp_path / "truth.py",
+        "from dataclasses import dataclass\n@dataclass\nclass D:\n    x: 'int' = 0\n"
+        "def length(question, answer):\n    return None if answer == 'hm' else len(answer)\n",
+    )
+    judge = make_judge(f"{path}:length", Journal(tmp_path / "judge.jsonl"))
+    assert isinstance(judge, ScoringJudge)
+    verdicts = dict(
+        judge.compare(
+            [
+                Comparison("q", "long", "no"),
+                Comparison("q", "no", "long"),
+                Comparison("q", "one", "two"),
+                Comparison("q", "hm", "long"),
+                Comparison("q", "same", "same"),
+            ]
+        )
+    )
+    assert [verdicts[i].outcome for i in range(5)] == [1.0, 0.0, 0.5, None, 0.5]
+    assert judge.usage == Usage(unparsed=1)
+    assert dict(judge.score([Answered("q", "abc")])) == {0: 3.0}
+
+
+def test_each_answer_is_scored_once(tmp_path):
+    path = write(
+        tmp_path / "count.py",
+        "calls = []\ndef f(question, answer):\n    calls.append(answer)\n    return len(calls)\n",
+    )
+    judge = FunctionJudge(f"{path}:f")
+    pairs = [Comparison("q", "base", name) for name in ("a", "b", "base", "a")]
+    assert [judge_outcome.outcome for _, judge_outcome in sorted(judge.compare(pairs))] == [
+        0.0,
+        0.0,
+        0.5,
+        0.0,
+    ]
+    assert sys.modules["count"].calls == ["base", "a", "b"]
+
+
+def test_a_function_of_a_module_judges():
+    judge = FunctionJudge("sera_plugin.demo.world:true_reward")
+    assert dict(judge.score([Answered("b a d c f e", "a b c d e f")])) == {0: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('x')", r"raised KeyError: 'x' on the question 'why\?' and the answer"),
+        ("return 'much'", r"raised ValueError: .*It must return a number"),
+        ("return float('nan')", r"returned nan on the question 'why\?'"),
+        ("return float('inf')", r"returned inf"),
+    ],
+)
+def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, said):
+    path = write(tmp_path / "bad.py", f"def f(question, answer):\n    {body}\n")
+    with pytest.raises(JudgeFailed, match=said):
+        list(FunctionJudge(f"{path}:f").score([Answered("why?", "so")]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("nowhere.py:f", r"there is no file nowhere.py"),
+        ("no.such.module:f", r"no.such.module cannot be imported: ModuleNotFoundError"),
+        ("sera_plugin.texts:nothing", r"sera_plugin.texts has no function 'nothing'"),
+        ("sera_plugin.texts:_ODD", r"has no function '_ODD'"),
+        (":", r"cannot be imported"),
+        ("gpt-4", r"'gpt-4' is no YAML file, no directory and no function"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_named(tmp_path, spec, said):
+    with pytest.raises(ValueError, match=said):
+        make_judge(spec, Journal(tmp_path / "judge.jsonl"))
+
+
+def test_a_file_that_cannot_be_imported_is_named(tmp_path):
+    path = write(tmp_path / "broken.py", "def f(:\n")
+    with pytest.raises(ValueError, match=r"broken.py cannot be imported: SyntaxError"):
+        FunctionJudge(f"{path}:f")
+
+
+# ------------------------------------------------------------------ the package
+
+
+def test_usage_adds_up():
+    usage = Usage(asked=Replies(1, 10, 2), malformed=1)
+    usage.add(Usage(asked=Replies(2, 5, 5), cached=Replies(1, 1, 1), unparsed=1))
+    assert usage == Usage(Replies(3, 15, 7), Replies(1, 1, 1), malformed=1, unparsed=1)
+
+
+def test_judges_are_imported_without_torch_and_the_host():
+    script = (
+        "import sys, sera_plugin.judging.choose, sera_plugin.judging.prompts\n"
+        "heavy = {'torch', 'transformers', 'axolotl', 'trl', 'vllm'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,537 @@
+"""Every system of the paper's comparison, followed by hand on three pairs.
+
+The world is test_iteration's: every token id is a known completion whose log-probability under
+theta_0, theta_1, theta_2 stands in its table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sera_plugin.args import SeraConfig
+from sera_plugin.bootstrap import pair_candidates
+from sera_plugin.facts import offline_facts, score_gap
+from sera_plugin.label_noise import swap, swapped_rows
+from sera_plugin.labeling import FIRST_ITERATION, FloatArray, Ranked, Ranker
+from sera_plugin.labeling.spin import Spin
+from sera_plugin.length_control import equalizing_alpha, regressed_alpha
+from sera_plugin.method import Facts, Method, Pairs
+from sera_plugin.selection import SELECTIONS
+from sera_plugin.store import make_table
+from tests.test_iteration import END, Run, assert_reference_is, firsts
+
+
+@dataclasses.dataclass
+class System(Run):
+    """One system on the three pairs."""
+
+    facts: Facts = dataclasses.field(default_factory=Facts)
+    iterations: int = 3
+
+    @property
+    def method(self) -> Method:
+        return Method(
+            self.config,
+            self.reference_free,
+            self.per_token,
+            total=3,
+            iterations=self.iterations,
+            seed=7,
+            facts=self.facts,
+        )
+
+
+def system(directory: Path, facts: Facts | None = None, **block: Any) -> System:
+    defaults = {"selection_ratio": 0.67, "bootstrap_ratio": 0.0, "candidates": 2}
+    return System(directory, SeraConfig(**{**defaults, **block}), facts=facts or Facts())
+
+
+# ------------------------------------------------------------------ which offline pairs
+
+
+def kept_rows(run: System, iteration: int) -> list[int]:
+    return np.flatnonzero(run.offline(iteration)["selected"]).tolist()
+
+
+def test_every_selection_and_labeler_has_a_name_in_the_configuration():
+    fields = SeraConfig.model_fields
+    assert set(SELECTIONS) == set(fields["selection"].annotation.__args__)
+    assert set(FIRST_ITERATION) == set(fields["labeler"].annotation.__args__)
+
+
+def test_reference_logp_keeps_what_the_reference_prefers(tmp_path):
+    """Under theta_1: -9 + 12 = 3, -21 + 20 = -1, -28 + 29 = 1; under theta_2: 7, 1, 2."""
+    run = system(tmp_path, selection="reference_logp")
+    trained = [run.prepare(t) for t in (1, 2, 3)]
+    assert firsts(trained[0]) == [(1, 11, 12), (2, 21, 22), (3, 31, 32)]
+    assert run.offline(2)["priority"] == [3, -1, 1]
+    assert run.offline(3)["priority"] == [7, 1, 2]
+    assert kept_rows(run, 2) == kept_rows(run, 3) == [0, 2]
+    assert_reference_is(2, trained[2])
+
+
+def test_reference_logp_is_per_token_where_the_loss_is(tmp_path):
+    """Lengths (2, 2), (4, 2), (2, 4): -9/2 + 12/2 = 1.5, -21/4 + 20/2 = 4.75, -28/2 + 29/4."""
+    run = system(tmp_path, selection="reference_logp")
+    run.per_token = True
+    run.prepare(1)
+    run.prepare(2)
+    assert run.offline(2)["priority"] == [1.5, 4.75, -6.75]
+    assert kept_rows(run, 2) == [0, 1]
+
+
+def test_score_keeps_the_widest_gaps(tmp_path):
+    run = system(
+        tmp_path,
+        Facts(score_gap=np.array([0.5, 4.0, 1.0])),
+        selection="score",
+        score_columns=["score_chosen", "score_rejected"],
+    )
+    run.prepare(1)
+    run.prepare(2)
+    assert kept_rows(run, 2) == [1, 2]
+    assert run.offline(2)["margin"] == [3, -1, 1]  # recorded all the same
+
+
+def test_random_is_another_draw_each_iteration_and_the_same_for_a_seed():
+    asked = {"selection": "random", "selection_ratio": 0.5, "bootstrap_ratio": 0}
+    masks = []
+    for seed in (1, 1, 2):
+        method = Method(SeraConfig(**asked), False, False, total=40, seed=seed)
+        masks.append([draw(method, t) for t in (2, 3)])
+    assert masks[0] == masks[1]
+    assert masks[0] != masks[2]
+    assert masks[0][0] != masks[0][1]
+    assert all(len(one) == 20 for pair in masks for one in pair)
+
+
+def draw(method: Method, iteration: int) -> tuple[int, ...]:
+    from sera_plugin.selection import Offline, select_largest
+
+    none = np.zeros(method.total)
+    priority = method.selection.priority(Offline(iteration, none, none))
+    return tuple(np.flatnonzero(select_largest(priority, method.kept(iteration))))
+
+
+def test_all_is_iterative_dpo(tmp_path):
+    run = system(tmp_path, selection="all", selection_ratio=1.0)
+    trained = [run.prepare(t) for t in (1, 2, 3)]
+    for policy, table in enumerate(trained):
+        assert len(firsts(table)) == 3
+        assert_reference_is(policy, table)
+    assert run.method.sizes == (3, 3, 3)
+
+
+def test_curriculum_trains_on_each_prompts_next_easiest_pair(tmp_path):
+    """Rows 0 and 2 have the same prompt; row 2's gap is wider, so it comes first."""
+    facts = Facts(score_gap=np.array([1.0, 3.0, 2.0]), prompts=np.array([0, 1, 0]))
+    run = system(tmp_path, facts, selection="curriculum", score_columns=["gap"], selection_ratio=1)
+    with pytest.raises(ValueError, match="none has more than 2"):
+        _ = run.method.sizes
+    run.iterations = 2
+    assert run.method.sizes == (2, 1)
+    trained = [run.prepare(t) for t in (1, 2)]
+    assert firsts(trained[0]) == [(2, 21, 22), (3, 31, 32)]
+    assert firsts(trained[1]) == [(1, 11, 12)]
+    assert_reference_is(1, trained[1])
+
+
+# ------------------------------------------------------------------ which reference
+
+
+def test_the_initial_policy_as_reference(tmp_path):
+    run = system(tmp_path, reference="initial", bootstrap_ratio=0.67)
+    for iteration in (1, 2, 3):
+        trained = run.prepare(iteration)
+        assert_reference_is(0, trained)
+        # What the gate compares with is the policy itself.
+        policy = dict(zip(firsts(trained), trained["policy_chosen_logps"], strict=True))
+        assert policy[1, 11, 12] == [-10, -9, -8][iteration - 1]
+    assert run.method.oldest_policy(3) == 0
+    # No policy scores the same pairs twice for it: theta_0 has scored them in iteration 1.
+    assert [call for call in run.scorer.calls if call[1] == "score_offline"] == [
+        (policy, "score_offline", 6) for policy in (0, 1, 2)
+    ]
+
+
+def test_an_initial_reference_is_scored_once_more_where_no_reward_needs_it(tmp_path):
+    run = system(tmp_path, reference="initial", labeler="spin", bootstrap_ratio=1.0)
+    for iteration in (1, 2, 3):
+        trained = prepare_labelled(run, iteration, Spin())
+        assert_reference_is(0, trained)
+    table = run.table(3, "candidates")
+    assert table["logps"][:2] == [[-2], [-6]]  # theta_2 of 13 and 14
+    assert table["reference_logp"][:2] == [-5, -5]  # theta_0
+
+
+# ------------------------------------------------------------------ who ranks the samples
+
+
+class ByToken(Ranker):
+    """Prefers what a table says, by an answer's first token."""
+
+    def __init__(self, rewards: dict[int, float]) -> None:
+        super().__init__("by token")
+        self.by_token = rewards
+        self.seen: list[Ranked] = []
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        self.seen.append(ranked)
+        return np.array([self.by_token[int(answer[0])] for answer in ranked.answers])
+
+
+REWARDS = {13: 0.0, 14: 1.0, 23: 5.0, 24: np.nan, 33: 4.0, 34: 2.0}
+
+
+def test_a_ranker_of_its_own_decides_and_needs_the_current_policy_alone(tmp_path):
+    """Row 0: 14 over 13 by 1; row 1: one sample has no reward; row 2: 33 over 34 by 2."""
+    run = system(tmp_path, labeler="reward_model", reward_model="m", bootstrap_ratio=1.0)
+    ranker = ByToken(REWARDS)
+    run.prepare(1)
+    trained = prepare_labelled(run, 2, ranker)
+    assert firsts(trained)[-2:] == [(1, 14, 13), (3, 33, 34)]
+    table = run.table(2, "candidates")
+    assert table["logps"] == [[-3], [-6], [-6], [-5], [-1], [-7]]  # theta_1 alone
+    assert [call[0] for call in run.scorer.calls if call[1] == "score_candidates"] == [1]
+    assert run.table(2, "bootstrapped")["margin"] == [1, 2]
+    assert ranker.seen[0].per_prompt == 2
+
+
+def prepare_labelled(run: Run, iteration: int, labeler: Any) -> dict[str, list[Any]]:
+    from sera_plugin.iteration import prepare_iteration
+    from sera_plugin.sampling import SamplingSettings
+
+    pairs = Pairs.from_table(
+        make_table(
+            {
+                "prompt_ids": [[1], [2, 2], [3]],
+                "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
+                "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
+            }
+        )
+    )
+    settings = SamplingSettings(run.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
+    table = prepare_iteration(
+        iteration, run.method, pairs, run.store, run.scorer, run.sampler, settings, run.phases,
+        labeler=labeler,
+    )  # fmt: skip
+    columns: dict[str, list[Any]] = table.to_pydict()
+    return columns
+
+
+def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_on(tmp_path):
+    run = system(tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0)
+    assert run.method.first == 1
+    assert run.method.sizes == (3, 3, 3)
+    for iteration in (1, 2):
+        trained = prepare_labelled(run, iteration, Spin())
+        assert firsts(trained) == [(1, 11, 14), (2, 21, 24), (3, 31, 34)]
+        assert_reference_is(iteration - 1, trained)
+        assert not any(run.offline(iteration)["selected"])
+    table = run.table(1, "candidates")
+    assert table["finish_reason"] == ["stop", "stop", "dataset"] * 3
+    assert table["token_ids"][2] == [11, END]
+
+
+def test_spin_beside_offline_pairs_begins_with_selection(tmp_path):
+    run = system(tmp_path, labeler="spin", selection_ratio=0.67, bootstrap_ratio=1.0)
+    assert run.method.sizes == (3, 5, 5)
+    assert len(firsts(prepare_labelled(run, 1, Spin()))) == 3
+
+
+def test_a_sample_that_is_the_datasets_answer_gives_no_spin_pair():
+    found = pair_candidates([[0, 0], [0, 1]], [[0.0, 1.0], [0.0, 1.0]])
+    assert (found.prompt.tolist(), found.chosen.tolist(), found.rejected.tolist()) == (
+        [1],
+        [1],
+        [0],
+    )
+
+
+# ------------------------------------------------------------------ length control
+
+
+def test_a_fixed_alpha_is_taken_off_every_token(tmp_path):
+    """Margins 3, -1, 1 of pairs longer by 0, 2, -2: less 1.5 each, 3, -4, 4."""
+    run = system(tmp_path, offline_length_control=1.5)
+    run.prepare(1)
+    run.prepare(2)
+    assert run.offline(2)["margin"] == [3, -1, 1]
+    assert run.offline(2)["priority"] == [3, -4, 4]
+    assert kept_rows(run, 2) == [0, 2]
+
+
+def test_regressed_alpha_by_hand():
+    """Within groups: lengths -1, 1 and -2, 2; rewards -1, 1 and -3, 3: 14 / 10."""
+    assert regressed_alpha([[1, 3], [0, 6]], [[2, 4], [1, 5]]) == pytest.approx(1.4)
+    assert regressed_alpha([[1, np.nan], [0, 6]], [[2, 400], [1, 5]]) == pytest.approx(1.5)
+    assert regressed_alpha([[1, 2]], [[3, 3]]) == 0.0
+
+
+@given(st.integers(0, 2**31), st.floats(-0.5, 0.5))
+def test_auto_makes_chosen_and_rejected_equally_long(seed, slope):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, 60, (200, 4))
+    rewards = slope * lengths + rng.normal(0, 3, lengths.shape)
+    identity = np.arange(800).reshape(200, 4)
+
+    def longer(controlled):
+        found = pair_candidates(identity, controlled)
+        return (lengths[found.prompt, found.chosen] - lengths[found.prompt, found.rejected]) * 1.0
+
+    alpha = equalizing_alpha(rewards, lengths, longer)
+    before, after = (abs(longer(rewards - a * lengths).mean()) for a in (0.0, alpha))
+    assert after <= before
+    # One pair's answers changing places moves the mean by at most twice 55 tokens / 200 pairs.
+    assert after < 0.6
+
+
+def test_length_control_of_samples_is_recorded(tmp_path):
+    run = system(tmp_path, bootstrap_ratio=1.0, length_control=2.0)
+    run.prepare(1)
+    run.prepare(2)
+    table = run.store.read(2, "bootstrapped")
+    assert float(table.schema.metadata[b"alpha"]) == 2.0
+    # All samples have two tokens, so nothing else changes.
+    assert table["margin"].to_pylist() == [3, 1, 6]
+
+
+# ------------------------------------------------------------------ noise and scores
+
+
+def test_noise_swaps_the_share_that_is_asked_for_and_what_belongs_to_an_answer():
+    swapped = swapped_rows(10, 0.25, seed=3)
+    assert swapped.sum() == 2  # round(2.5)
+    assert (swapped == swapped_rows(10, 0.25, seed=3)).all()
+    assert (swapped != swapped_rows(10, 0.25, seed=4)).any()
+    columns = {"chosen_ids": [1, 2], "rejected_ids": [3, 4], "source": ["a", "b"],
+               "score_chosen": [9, 8], "score_rejected": [1, 2]}  # fmt: skip
+    assert swap(columns, np.array([False, True])) == {
+        "chosen_ids": [1, 4], "rejected_ids": [3, 2], "source": ["a", "b"],
+        "score_chosen": [9, 2], "score_rejected": [1, 8],
+    }  # fmt: skip
+
+
+def test_noise_is_recorded_per_row_and_counted(tmp_path):
+    from sera_plugin.summary import summarize
+
+    facts = Facts(swapped=np.array([False, True, False]))
+    run = system(tmp_path, facts, label_noise=0.33)
+    run.prepare(1)
+    run.prepare(2)
+    assert run.offline(1)["swapped"] == run.offline(2)["swapped"] == [False, True, False]
+    summary = summarize(2, run.method, run.store, run.phases)
+    assert summary["label_noise"] == {
+        "swapped": 1, "swapped_dropped": 1, "precision": 1.0, "recall": 1.0,
+    }  # fmt: skip
+
+
+def test_a_score_is_a_gap_of_two_columns_or_a_column_that_is_one():
+    assert score_gap({"source": ["a"], "s_rejected": [1], "s_chosen": [4]}).tolist() == [3]
+    assert score_gap({"source": ["a", "b"], "gap": [1, 2.5]}).tolist() == [1, 2.5]
+    with pytest.raises(ValueError, match="has no numbers to select by"):
+        score_gap({"source": ["a"]})
+    with pytest.raises(ValueError, match="column 'gap' is None in row 1"):
+        score_gap({"gap": [1, None]})
+    with pytest.raises(ValueError, match="column 's_rejected' is nan in row 0"):
+        score_gap({"s_chosen": [1.0], "s_rejected": [float("nan")]})
+
+
+def test_prompts_are_numbered_for_a_curriculum():
+    ids = {"prompt_ids": [[1], [2], [1]], "chosen_ids": [[3]] * 3, "rejected_ids": [[4]] * 3}
+    pairs = Pairs.from_table(make_table(ids))
+    config = SeraConfig(selection="curriculum", score_columns=["gap"], bootstrap_ratio=0)
+    facts = offline_facts(config, pairs, {"gap": [1, 2, 3]}, None)
+    assert facts.prompts is not None
+    first, second, third = facts.prompts
+    assert first == third != second
+    assert facts.score_gap.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"selection": "all", "selection_ratio": 0.5}, "Remove selection_ratio"),
+        ({"selection": "score"}, "none is named"),
+        ({"labeler": "spin", "bootstrap_ratio": 2.0, "candidates": 4}, "one chosen answer"),
+        ({"labeler": "spin", "bootstrap_ratio": 0}, "samples none"),
+        ({"labeler": "reward_model"}, "do not go together"),
+        ({"reward_model": "here"}, "do not go together"),
+        ({"candidates": 1}, "Raise candidates to 2"),
+        ({"length_control": float("inf")}, "not finite"),
+        ({"length_control": True}, "not a number"),
+        ({"length_control": "some"}, "length_control"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(block, said):
+    with pytest.raises(ValueError, match=said):
+        SeraConfig(**block)
+
+
+def test_a_block_that_was_written_out_is_read_again():
+    config = SeraConfig(selection="all", bootstrap_ratio=0)
+    assert config.selection_ratio == 1
+    assert SeraConfig(**config.model_dump(mode="json")) == config
+
+
+# ------------------------------------------------------------------ judges that rank
+
+
+class Words:
+    """A tokenizer of single words without a chat template."""
+
+    chat_template = None
+    bos_token = None
+    all_special_tokens = ("<end>",)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        words = [f"w{token}" for token in ids if token != END]
+        return " ".join(words if skip_special_tokens else [*words, *["<end>"] * (END in ids)])
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(text.split())}
+
+
+def ranked(*answers: list[int], per_prompt: int) -> Ranked:
+    from sera_plugin.tokens import TokenColumn
+
+    table = make_table({"token_ids": answers, "prompt_ids": [[1]] * len(answers)})
+    return Ranked(
+        2, per_prompt, TokenColumn(table["prompt_ids"]), TokenColumn(table["token_ids"]),
+        ["stop"] * len(answers), [np.zeros(len(answers))],
+    )  # fmt: skip
+
+
+class PrefersHigher:
+    """Compares answers by their number; has nothing to say about w9."""
+
+    name = "by number"
+
+    def __init__(self) -> None:
+        from sera_plugin.judging import Usage
+
+        self.usage = Usage()
+        self.description: dict[str, Any] = {}
+        self.met: list[tuple[str, str]] = []
+
+    def compare(self, comparisons):
+        from sera_plugin.judging import Verdict
+
+        for index, one in enumerate(comparisons):
+            self.met.append((one.first, one.second))
+            if "w9" in (one.first, one.second):
+                yield index, Verdict((None, None))
+            else:
+                share = 0.5 * (1 + (one.first > one.second) - (one.first < one.second))
+                yield index, Verdict((share, share))
+
+
+def judged(judge):
+    from contextlib import nullcontext
+
+    from sera_plugin.labeling.conversation import Conversation
+    from sera_plugin.labeling.judged import Judged
+    from sera_plugin.ranks import Ranks
+
+    return Judged(
+        "judge",
+        lambda: nullcontext(judge),
+        Conversation(Words()),
+        Ranks(),
+        lambda total: nullcontext(lambda done: None),
+    )
+
+
+def test_a_judge_that_compares_gives_shares_of_wins():
+    """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat is not shown; w9 gets no verdict."""
+    judge = PrefersHigher()
+    labeler = judged(judge)
+    found = labeler.rewards(
+        ranked([1, END], [3, END], [2, END], [3], [1], [2], [9], [9], per_prompt=4)
+    )
+    np.testing.assert_array_equal(found, [0, 1, 0.5, np.nan, 0, 1, np.nan, np.nan])
+    assert judge.met[:3] == [("w1", "w3"), ("w1", "w2"), ("w3", "w2")]
+    assert len(judge.met) == 3 + 3
+    assert labeler.report["judge"] == "by number"
+
+
+def test_a_policy_judges_itself_by_the_mean_of_what_it_says(monkeypatch):
+    from contextlib import nullcontext
+
+    from sera_plugin.labeling.conversation import Conversation
+    from sera_plugin.labeling.self_judge import SelfJudge
+    from sera_plugin.ranks import Ranks
+    from sera_plugin.sampling import Candidate, SamplingSettings
+
+    said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
+    replies = iter(["abb", "ccc", "dab"])
+
+    class Sampler:
+        def __init__(self) -> None:
+            self.settings: SamplingSettings | None = None
+
+        def sample(self, prompts, settings, skip=()):
+            self.settings = settings
+            for row in range(len(prompts)):
+                if row not in skip:
+                    yield [(row, [Candidate([ord(one)], "stop") for one in next(replies)])]
+
+    class Letters(Words):
+        def decode(self, ids, skip_special_tokens=False):
+            return said.get(chr(ids[0]), "words")
+
+        def __call__(self, text):
+            return {"input_ids": [1] * (90 if "long" in text else 5)}
+
+    sampler = Sampler()
+    settings = SamplingSettings(4, 1.0, 1.0, 12, 64, (END,), seed=5)
+    labeler = SelfJudge(
+        sampler, settings, Conversation(Letters()), Ranks(),
+        lambda total, phase: nullcontext(lambda chunk: None),
+    )  # fmt: skip
+    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+    np.testing.assert_array_equal(found, [2.0, np.nan, 2.5])
+    assert labeler.report["unparsed"] == 4
+    assert labeler.report["replies"] == 9
+    assert sampler.settings is not None
+    assert sampler.settings.candidates == 3
+
+
+class ChatWords(Words):
+    """A tokenizer whose text is in its ids, with a chat template."""
+
+    chat_template = "some"
+    bos_token = "<s>"
+    all_special_tokens = ("<s>", "<|user|>", "<|assistant|>", "<end>")
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        self.texts = texts
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return f"<s><|user|>\n{messages[0]['content']}<end>\n<|assistant|>\n"
+
+    def decode(self, ids, skip_special_tokens=False):
+        text = self.texts[int(ids[0])]
+        if skip_special_tokens:
+            for token in self.all_special_tokens:
+                text = text.replace(token, "")
+        return text
+
+
+def test_a_judge_reads_the_question_and_not_the_template_around_it():
+    from sera_plugin.labeling.conversation import Conversation
+
+    one = "<|user|>\nWhat is\n it?<end>\n<|assistant|>\n"
+    several = "<|user|>\nHi<end>\n<|assistant|>\nYes?<end>\n<|user|>\nWhy?<end>\n<|assistant|>\n"
+    conversation = Conversation(ChatWords({1: "<s>" + one, 2: one, 3: several, 4: "plain text"}))
+    assert conversation.question(np.array([1])) == "What is\n it?"
+    assert conversation.question(np.array([2])) == "What is\n it?"
+    assert conversation.question(np.array([3])) == "Hi\n\nYes?\n\nWhy?"
+    assert conversation.question(np.array([4])) == "plain text"
