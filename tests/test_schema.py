@@ -101,7 +101,7 @@ def test_the_hosts_own_yamls_are_right(problems):
         ({"selection_ratio": True}, "sera.selection_ratio", "True is not of type 'number'"),
         ({"temperature": 0}, "sera.temperature", "less than or equal to the minimum of 0"),
         ({"candidates": 2.5}, "sera.candidates", "2.5 is not of type 'integer'"),
-        ({"candidates": 1}, "sera.candidates", "1 is less than the minimum of 2"),
+        ({"candidates": 0}, "sera.candidates", "0 is less than the minimum of 1"),
         ({"loss": "dp0"}, "sera.loss", "'dp0' is not one of ['dpo', 'ipo', 'slic', 'robust'"),
         ({"keep_policies": "yes"}, "sera.keep_policies", "'yes' is not of type 'boolean'"),
         ({"score_columns": "score"}, "sera.score_columns", "'score' is not of type 'array'"),
