@@ -15,14 +15,17 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sera_plugin.cli import sera
 from sera_plugin.convert.convert import convert
-from sera_plugin.convert.keys import RULES
+from sera_plugin.convert.keys import KNOWN, RULES
 from sera_plugin.convert.left_out import LEFT_OUT
 from sera_plugin.convert.rows import read_rows
 from sera_plugin.convert.templates import TEMPLATES
+from sera_plugin.shown import plain
 
 ROOT = Path(__file__).parents[1]
 
@@ -441,6 +444,27 @@ def test_what_has_nothing_like_it_is_refused(keys, said, place):
     assert not Path("sera.yaml").exists()
 
 
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-9, 99), st.floats(), st.text(max_size=5),
+    st.sampled_from(["dpo", "lora", "full", "sigmoid", "simpo", "ipo", "steps", "5e-6", "all"]),
+    st.lists(st.integers(0, 9), max_size=2), st.dictionaries(st.text(max_size=3), st.none()),
+)  # fmt: skip
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.dictionaries(st.sampled_from(sorted(KNOWN)) | st.text(max_size=9), VALUES))
+def test_whatever_a_yaml_holds_is_converted_told_or_refused(keys, place):
+    """No value ends in anything but a refusal, and no key disappears."""
+    read = source(**keys | {"dataset_dir": "data", "dataset": "talks", "stage": "dpo"})
+    try:
+        _, said = run(read)
+    except ValueError:
+        return
+    taken = {name for rule in RULES if rule for name in rule.keys}
+    for name in {name for name, value in read.items() if value is not None} - taken:
+        assert f"  {plain(name)}: " in said
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text"])
 def test_what_is_no_yaml_of_keys_is_refused(text, place):
     Path("llama.yaml").write_text(text)
@@ -563,6 +587,38 @@ def test_a_dataset_of_the_hub_is_not_looked_at(place):
 def test_max_samples_never_asks_for_more_rows_than_there_are(place):
     assert entry("talks", max_samples=5)["split"] == "train"
     assert entry("talks", max_samples=4)["split"] == "train[:4]"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"folder": "part"}, "Put the files' names into `data_files`"),
+        ({"num_samples": 3}, "To take the first N rows write `split: train[:N]`"),
+        ({"columns": {"tools": "tools"}}, "Descriptions of tools do not come into the prompts"),
+    ],
+)
+def test_what_a_description_loses_is_said(change, said, place):
+    columns = INFO["talks"]["columns"] | change.get("columns", {})
+    info = INFO["talks"] | change | {"columns": columns}
+    (place / "data/dataset_info.json").write_text(json.dumps({"talks": info}))
+    assert said in " ".join(run(source())[1].split())
+
+
+@pytest.mark.parametrize(
+    ("info", "said"),
+    [
+        ({"script_url": "x"}, "comes from 'script_url', 'ranking', 'columns'"),
+        ({"file_name": "x.txt"}, "is no json, jsonl, csv, parquet, arrow file"),
+        ({"file_name": "talks.json", "columns": 3}, "has columns that are no block"),
+        ({"file_name": "talks.json", "columns": {}}, "names no columns chosen and rejected"),
+        ({"file_name": "talks.json", "columns": SIDES}, "names no column of prompts"),
+    ],
+)
+def test_a_description_that_cannot_be_followed_is_refused(info, said, place):
+    described = {"ranking": True, "columns": SIDES} | info
+    (place / "data/dataset_info.json").write_text(json.dumps({"talks": {**info, **described}}))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        run(source())
 
 
 @pytest.mark.parametrize("column", ["images", "videos", "audios"])

@@ -56,7 +56,7 @@ def put_datasets(settings: Settings) -> None:
     Raises:
         ValueError: if a dataset cannot be had, or is none of preference pairs in text.
     """
-    if not settings.has("dataset"):
+    if not settings.texts("dataset"):
         raise ValueError("dataset is not set")
     given = str(settings.text("dataset_dir"))
     described = _read_info(given)
@@ -85,7 +85,11 @@ def _read_info(given: str) -> dict[str, Any]:
 
 
 def _entry(settings: Settings, one: _Described) -> dict[str, Any]:
-    info, columns = one.info, one.columns
+    info = one.info
+    for name in ("columns", "tags"):
+        if not isinstance(info.get(name, {}), Mapping):
+            raise ValueError(f"dataset: {quoted(one.name)} has {name} that are no block in {INFO}")
+    columns = one.columns
     if not info.get("ranking"):
         raise ValueError(f"dataset: {quoted(one.name)} has no `ranking: true`: it holds no pairs")
     for name in ("images", "videos", "audios"):
@@ -95,9 +99,7 @@ def _entry(settings: Settings, one: _Described) -> dict[str, Any]:
         raise ValueError(f"dataset: {quoted(one.name)} names no columns chosen and rejected")
     for name in ("tools", "folder", "num_samples"):
         if columns.get(name) or info.get(name):
-            settings.notes.append(
-                f"{one.name}: `{name}` of {INFO} is left out. " + _LOST[name].format(one.name)
-            )
+            settings.notes.append(f"{one.name}: `{name}` of {INFO} is left out. {_LOST[name]}")
     entry, rows = _source(one)
     limit = settings.whole("max_samples")
     if limit and (rows is None or limit < len(rows)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 _GENERATION = "it is for generation, inference or export, not for this training."
 _IMAGES = "it is for images, sound and video; rl: sera trains on text."
 _NOTHING = "there is nothing like it in the host's preference training."
+_LOG_IN = "log in with `hf auth login` instead; a YAML is no place for it."
+_PADDING = "padding never counts."
 _CODE = "it would run code of the model's repository. Add it only if the model needs that."
 
 #: Keys that become nothing, or patterns of them -> why.
@@ -41,7 +43,7 @@ LEFT_OUT: dict[str, str] = {
     "tool_format": "tool calls are rendered by the chat template.",
     "train_on_prompt": "DPO never does.",
     "mask_history": "DPO trains the last answer only.",
-    "ignore_pad_token_for_loss": "padding never counts.",
+    "ignore_pad_token_for_loss": _PADDING,
     "rope_scaling": "write it into `overrides_of_model_config`.",
     "resize_vocab": "the host grows the embeddings when tokens are added.",
     "upcast_*": "log-probabilities are in float32; nothing else is upcast.",
@@ -96,7 +98,7 @@ LEFT_OUT: dict[str, str] = {
     "remove_unused_columns": "it is decided by the trainer.",
     "label_names": "it is decided by the trainer.",
     "push_to_hub": "`hub_model_id` alone pushes.",
-    "*_token": "log in with `hf auth login` instead; a YAML is no place for it.",
+    "*_token": _LOG_IN,
     "*_api_key": "set it in the environment; a YAML is no place for it.",
     "logging_dir": "the host puts tensorboard's files into `output_dir`.",
     "logging_strategy": "the host logs by `logging_steps`.",

@@ -81,7 +81,7 @@ def put_quantization(settings: Settings) -> None:
 
 
 def put_lora(settings: Settings) -> None:
-    """The new adapter."""
+    """The new adapter. Raises: ValueError: if no module gets one."""
     out = settings.out
     if "adapter" not in out:
         return
@@ -91,6 +91,8 @@ def put_lora(settings: Settings) -> None:
     out["lora_alpha"] = settings.whole("lora_alpha") or 2 * rank
     out["lora_dropout"] = settings.number("lora_dropout")
     targets = settings.texts("lora_target")
+    if not targets:
+        raise ValueError(f"lora_target: {quoted(settings.given['lora_target'])} names no module")
     if targets == ["all"]:
         out["lora_target_linear"] = True
     else:
@@ -104,9 +106,9 @@ def put_lora(settings: Settings) -> None:
 
 def put_trained_adapter(settings: Settings) -> None:
     """Raises: ValueError: if an adapter is to be merged first."""
-    if "adapter" not in settings.out or not settings.has("adapter_name_or_path"):
+    adapters = settings.texts("adapter_name_or_path") if "adapter" in settings.out else []
+    if not adapters:
         return
-    adapters = settings.texts("adapter_name_or_path")
     if len(adapters) > 1 or settings.switch("create_new_adapter"):
         raise ValueError(
             "adapter_name_or_path: LLaMA-Factory merges adapters into the model and trains a new "
@@ -135,6 +137,10 @@ def put_layers(settings: Settings) -> None:
     # The host takes every dot for a dot.
     patterns = [f"[a-z_.]+.{named}.{'' if one == 'all' else one}" for one in modules]
     patterns += [f"[a-z0-9_.]*{one}" for one in settings.texts("freeze_extra_modules")]
+    if not numbers or not modules:
+        raise ValueError(
+            "freeze_trainable_layers and freeze_trainable_modules leave nothing to train"
+        )
     settings.out["unfrozen_parameters"] = patterns
 
 

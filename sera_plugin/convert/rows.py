@@ -83,10 +83,11 @@ def as_messages(row: Any, columns: Mapping[str, Any], tags: Mapping[str, str]) -
         messages += turns
         answers = [_message(row.get(columns[side]), tags) for side in ("chosen", "rejected")]
     else:
-        for asked, answered in row.get(columns.get("history")) or ():
+        for turn in row.get(columns.get("history")) or ():
+            said = turn if isinstance(turn, list | tuple) else [turn]
             messages += [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": answered},
+                {"role": role, "content": one}
+                for role, one in zip(("user", "assistant"), said, strict=False)
             ]
         parts = [row.get(columns.get(name)) for name in ("prompt", "query")]
         messages.append({"role": "user", "content": "\n".join(map(str, filter(None, parts)))})
