@@ -416,7 +416,8 @@ def test_secrets_and_odd_values_are_not_shown(place):
     [
         ({"model_name_or_path": None}, "model_name_or_path is not set"),
         ({"stage": "sft"}, "stage: 'sft' trains no preference pairs"),
-        ({"pref_loss": "orpo"}, "pref_loss: 'orpo' is no loss that rl: sera has"),
+        ({"pref_loss": "bco"}, "pref_loss: 'bco' is no loss that rl: sera has"),
+        ({"pref_loss": "orpo", "pref_ftx": 0.1}, "has nothing like it with pref_loss: orpo"),
         ({"finetuning_type": "oft"}, "finetuning_type: 'oft' has nothing like it"),
         ({"quantization_bit": 2}, "quantization_bit: 2"),
         ({"quantization_bit": 4, "finetuning_type": "full"}, "needs finetuning_type: lora"),

@@ -70,8 +70,8 @@ RULES: tuple[Rule | None, ...] = (
         "stage, pref_loss, pref_beta, dpo_label_smoothing, pref_ftx, simpo_gamma",
         "`rl: sera`, `sera.loss`, `rl_beta`, `dpo_label_smoothing`, `simpo_gamma`",
         training.put_method,
-        "`stage: dpo` alone. `sigmoid` is `dpo`, `hinge` is `slic`, `ipo` and `simpo` keep their "
-        "names, `orpo` and `kto_pair` are refused. `pref_ftx` becomes `dpo_loss_type: [sigmoid, "
+        "`stage: dpo` alone. `sigmoid` is `dpo`, `hinge` is `slic`, the others keep their "
+        "names. `pref_ftx` becomes `dpo_loss_type: [sigmoid, "
         "sft]` with `dpo_loss_weights`, for SimPO `cpo_alpha`.",
     ),
     None,

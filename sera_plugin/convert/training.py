@@ -10,7 +10,14 @@ from sera_plugin.convert.settings import Settings
 from sera_plugin.convert.templates import OWN, TEMPLATES
 from sera_plugin.shown import plain, quoted
 
-_LOSSES = {"sigmoid": "dpo", "hinge": "slic", "ipo": "ipo", "simpo": "simpo"}
+_LOSSES = {
+    "sigmoid": "dpo",
+    "hinge": "slic",
+    "ipo": "ipo",
+    "simpo": "simpo",
+    "kto_pair": "kto_pair",
+    "orpo": "orpo",
+}
 _TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 
 
@@ -39,6 +46,8 @@ def put_method(settings: Settings) -> None:
     if smoothing:
         out["dpo_label_smoothing"] = smoothing
     weight = settings.number("pref_ftx") or 0.0
+    if weight and loss in ("kto_pair", "orpo"):
+        raise ValueError(f"pref_ftx has nothing like it with pref_loss: {loss}. Remove pref_ftx")
     if weight and loss != "simpo":
         if smoothing:
             raise ValueError(
@@ -47,6 +56,11 @@ def put_method(settings: Settings) -> None:
         out["dpo_loss_type"], out["dpo_loss_weights"] = [loss, "sft"], [1.0, weight]
     else:
         block["loss"] = _LOSSES[loss]
+    if loss == "orpo":
+        settings.notes.append(
+            "pref_loss: orpo counts the prompt's tokens in its likelihood term, as TRL does; "
+            "LLaMA-Factory counts the answer's alone."
+        )
     if loss == "simpo":
         out["simpo_gamma"] = settings.number("simpo_gamma")
         if weight:
