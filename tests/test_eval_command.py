@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,12 +21,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from sera_plugin.checksums import seal
 from sera_plugin.cli import sera
 from sera_plugin.demo.world import make_prompt, true_reward
 from sera_plugin.evaluation.answers import NO_ROOM, Decoding
 from sera_plugin.evaluation.models import Model
+from sera_plugin.store import write_json
 from tests.conftest import adapter, fill, write_rows
 from tests.judge_server import KEY, judge_server
+from tests.report_run import make_run
 
 TRUTH = "sera_plugin.demo.world:true_reward"
 GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
@@ -218,6 +223,39 @@ def test_figures_of_alpacaeval_are_reproduced_from_files_of_answers(tmp_path):
         for row in rows
     )
     assert chosen["win_rate"]["rate"] == pytest.approx(wins / len(rows))
+
+
+def test_the_example_in_the_docs_runs(models, tmp_path, monkeypatch):
+    """docs/eval.md, word for word, with a run of two models that are here already."""
+    text = (Path(__file__).parents[1] / "docs/eval.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"```\n(axolotl sera eval sera-demo/run .*?)```", text, re.DOTALL)
+    base = models.base.resolve()
+    monkeypatch.chdir(tmp_path)
+    store = make_run(Path("sera-demo/run"), iterations=2, config={"base_model": str(base)})
+    write_json(store.policy(1) / "base_model.json", {"base_model": str(base)})
+    seal(store.policy(1))
+    shutil.copytree(models.better, store.policy(2))
+    seal(store.policy(2))
+    shutil.copytree(models.better, "sera-demo/run", dirs_exist_ok=True)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    said = call(*shlex.split(command.replace("\\\n", " "))[3:])
+    shown = re.search(r"^model .*", text, re.MULTILINE)[0].split()
+    assert re.search(r"^model .*", said, re.MULTILINE)[0].split() == shown
+    assert re.findall(r"^(run\S*) .* [\d,]+$", said, re.MULTILINE) == ["run@0", "run@1", "run"]
+    assert "on 1000 prompts" in said
+    for name in re.findall(r"^\| `([\w./]+)` \|", text[text.index("## Files") :], re.MULTILINE):
+        if name not in ("judge.jsonl", "vllm.log"):  # of other judges and samplers
+            assert list(Path("sera-eval").glob(name.replace("NAME", "run@1"))), name
+
+
+def test_the_docs_name_every_option():
+    text = (Path(__file__).parents[1] / "docs/eval.md").read_text()
+    for option in sera.commands["eval"].params:
+        if option.param_type_name == "option":
+            assert option.opts[0] in text
+            if isinstance(option.default, int | float) and not isinstance(option.default, bool):
+                assert f"| `{option.opts[0]}` | `{option.default}` |" in text
 
 
 # ------------------------------------------------------------------ a trained run

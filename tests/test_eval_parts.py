@@ -524,7 +524,7 @@ def test_figures_of_an_evaluation(evaluation):
     assert (same["win_rate"]["rate"], same["win_rate"]["missing"]) == (0.5, 1)
     assert found["judge"]["name"] == "longest <b>"
     (note,) = found["notes"]
-    assert note.startswith("<i>: 1 prompts without an answer")
+    assert note.startswith("<i>: 1 of 20 prompts have no answer")
 
 
 def test_a_terminal_shows_figures_and_obeys_nothing(evaluation):

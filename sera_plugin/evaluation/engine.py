@@ -180,7 +180,7 @@ def _answers(
 def _load(model: Model) -> Any:
     """The model on the GPU if there is one, read from safetensors."""
     _free()
-    weights = AutoModelForCausalLM.from_pretrained(
+    weights = AutoModelForCausalLM.from_pretrained(  # nosec B615
         model.weights, dtype="auto", use_safetensors=True, **_SAFE
     )
     if model.adapter is not None:

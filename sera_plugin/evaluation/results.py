@@ -131,20 +131,21 @@ def _notes(found: Evaluation) -> list[str]:
     notes = []
     again = duplicates(found.prompts)
     if again:
-        notes.append(f"{again} prompts occur again; each time counts.")
+        notes.append(f"{again} of {len(found.prompts)} prompts are repetitions; each counts.")
     for model, answers in zip(found.models, found.answers, strict=True):
         missing = [p.row for p, one in zip(found.prompts, answers, strict=True) if one is None]
         if missing:
             rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             why = "not in its file" if model.answers else "no room in its context"
             notes.append(
-                f"{model.name}: {len(missing)} prompts without an answer, left out of its "
-                f"comparisons ({why}; rows {rows})."
+                f"{model.name}: {len(missing)} of {len(answers)} prompts have no answer and are "
+                f"left out of its comparisons ({why}; rows {rows})."
             )
         cut = sum(one.unfinished for one in answers if one is not None)
         if cut:
             notes.append(
-                f"{model.name}: {cut} answers were cut at {found.decoding.max_new_tokens} tokens."
+                f"{model.name}: {cut} of {len(answers)} answers are cut at --max-new-tokens, "
+                f"{found.decoding.max_new_tokens}."
             )
     if found.judge is not None:
         usage = found.judge.usage
@@ -235,7 +236,9 @@ def shown(figures: Mapping[str, Any]) -> str:
 
 def _judging(judge: Mapping[str, Any]) -> str:
     asked, cached = (judge["usage"][name] for name in ("asked", "cached"))
-    said = f"Judge {shown_name(judge['name'], 120)}: {asked['count']:,} replies asked for"
+    said = f"Judge {shown_name(judge['name'], 120)}"
+    if asked["count"] or cached["count"]:
+        said += f": {asked['count']:,} replies asked for"
     if cached["count"]:
         said += f", {cached['count']:,} were there"
     if asked["prompt_tokens"] or asked["completion_tokens"]:

@@ -39,13 +39,14 @@ class RewardModelJudge(ScoringJudge):
         self._tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             directory, trust_remote_code=False, local_files_only=True
         )
-        self._model = AutoModelForSequenceClassification.from_pretrained(
+        self._model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
             directory,
             dtype="auto",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-        ).eval()
+        )
+        self._model.eval()
         if self._model.config.num_labels != 1:
             raise ValueError(
                 f"{directory} has {self._model.config.num_labels} outputs. A reward model has one "
