@@ -377,6 +377,14 @@ def test_a_tokenizer_without_a_template_needs_a_format(sample, models, tmp_path)
     assert sample([PROMPT], decoding, path=bare) == sample([PROMPT])
 
 
+def test_weights_that_cannot_be_read_are_named(sample, models, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(models.base, damaged)
+    (damaged / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"m \(m\) cannot be loaded"):
+        sample([PROMPT], path=damaged)
+
+
 # ------------------------------------------------------------------ bad luck
 
 

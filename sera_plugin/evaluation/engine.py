@@ -45,14 +45,15 @@ class Speaker:
     def __init__(self, model: Model, prompt_format: str | None) -> None:
         self._model = model
         self._format = prompt_format
-        # Files that are here already: there is no revision to pin, and nothing is downloaded.
-        self.tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_SAFE)  # nosec B615
+        with _named(model):
+            # Files that are here already: there is no revision to pin, nothing is downloaded.
+            self.tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_SAFE)  # nosec B615
+            config = AutoConfig.from_pretrained(model.weights, **_SAFE)  # nosec B615
         if prompt_format is None and not self.tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {model.name} ({model.tokenizer}) has no chat template, so how "
                 "it is asked is not known. Give --prompt-format, such as 'Q: {prompt} A:'."
             )
-        config = AutoConfig.from_pretrained(model.weights, **_SAFE)  # nosec B615
         self.context: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
@@ -123,7 +124,9 @@ def load_engine(model: Model, decoding: Decoding, vllm_python: str | None, log: 
     speaker = Speaker(model, decoding.prompt_format)
     sampler: CandidateSampler
     if vllm_python is not None:
-        sampler = VllmSampler(vllm_python, _served(model), {}, log, _room)
+        # The child starts elsewhere; a link to an interpreter is not the interpreter.
+        python = str(Path(vllm_python).expanduser().absolute())
+        sampler = VllmSampler(python, _served(model), {}, log, _room)
     else:
         policy = _load(model)
         pad = speaker.tokenizer.pad_token_id
@@ -180,24 +183,35 @@ def _answers(
 def _load(model: Model) -> Any:
     """The model on the GPU if there is one, read from safetensors."""
     _free()
-    weights = AutoModelForCausalLM.from_pretrained(  # nosec B615
-        model.weights, dtype="auto", use_safetensors=True, **_SAFE
-    )
-    if model.adapter is not None:
-        # `find_models` has seen adapter_model.safetensors, which PEFT prefers to a pickled file.
-        weights = PeftModel.from_pretrained(weights, str(model.adapter))
+    with _named(model):
+        weights = AutoModelForCausalLM.from_pretrained(  # nosec B615
+            model.weights, dtype="auto", use_safetensors=True, **_SAFE
+        )
+        if model.adapter is not None:
+            # `find_models` has seen adapter_model.safetensors, which PEFT takes first.
+            weights = PeftModel.from_pretrained(weights, str(model.adapter))
     return weights.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+@contextmanager
+def _named(model: Model) -> Iterator[None]:
+    """Say which model it is that cannot be loaded: libraries raise whatever they like."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{model.name} ({model.source}) cannot be loaded: {error}") from error
+
+
 def _served(model: Model) -> ServedPolicy:
+    weights = str(Path(model.weights).resolve())
     if model.adapter is None:
-        return ServedPolicy(model.weights, None, 0, "auto", None, {})
+        return ServedPolicy(weights, None, 0, "auto", None, {})
     config = json.loads((model.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     problem = adapter_problem(config)
     if problem is not None:
         raise ValueError(f"--vllm-python: {problem}. Leave it out to sample in this process.")
     adapter = str(model.adapter.resolve())
-    return ServedPolicy(model.weights, adapter, config["r"], "auto", None, {})
+    return ServedPolicy(weights, adapter, config["r"], "auto", None, {})
 
 
 @contextmanager

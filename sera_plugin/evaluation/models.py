@@ -102,7 +102,7 @@ def _other(spec: str) -> Model:
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise ValueError(f"there is no file {path}.")
-        return Model(path.stem, spec, answers=path)
+        return Model(shown_name(path.stem), spec, answers=path)
     if path.is_dir():
         return _directory(path, spec)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
