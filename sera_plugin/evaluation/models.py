@@ -189,12 +189,11 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
         raise ValueError(f"{spec}@{number}: the run has the policies 0 to {last}.")
     if number == last:
         directory = store.root.parent
-        try:
-            model = _directory(directory, spec, config["base_model"])
-        except ValueError as error:
+        if not any(directory.glob("*.safetensors")):
             raise ValueError(
-                f"{error} The run has not finished; {spec}@t is its policy after t iterations."
-            ) from None
+                f"{spec} has not finished: {directory} has no weights. {spec}@t is its policy "
+                "after t iterations."
+            )
     else:
         directory = store.policy(number + 1)
         problem = damage(directory)
@@ -203,7 +202,7 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
                 f"{spec}@{number} is in {directory}, but {problem}. Whole weights of earlier "
                 "iterations are kept with sera.keep_policies: true."
             )
-        model = _directory(directory, spec, config["base_model"])
+    model = _directory(directory, spec, config["base_model"])
     end_ids = tuple((store.description() or {}).get("end_ids") or ())
     name = shown_name(store.root.parent.resolve().name)
     label = name if number == last else f"{name}@{number}"

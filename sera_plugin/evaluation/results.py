@@ -19,7 +19,7 @@ from sera_plugin.evaluation.verdicts import Judged
 from sera_plugin.evaluation.winrate import FloatArray, by_category, mean_score, win_rate
 from sera_plugin.judging import Judge
 from sera_plugin.judging.config import JudgeConfig
-from sera_plugin.report.blocks import Table, number
+from sera_plugin.report.blocks import NOTHING, Table, number
 from sera_plugin.report.terminal import plain_table
 from sera_plugin.report.tokens import shown_name
 
@@ -138,7 +138,7 @@ def _notes(found: Evaluation) -> list[str]:
             rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             why = "not in its file" if model.answers else "no room in its context"
             notes.append(
-                f"{model.name}: {len(missing)} of {len(answers)} prompts have no answer and are "
+                f"{model.name}: no answer to {len(missing)} of {len(answers)} prompts, which are "
                 f"left out of its comparisons ({why}; rows {rows})."
             )
         cut = sum(one.unfinished for one in answers if one is not None)
@@ -169,7 +169,7 @@ def table(figures: Mapping[str, Any]) -> Table:
     for one in models:
         row = [one["name"]]
         if scored:
-            row += [number(one["score"]["mean"]), number(one["score"]["error"], ".2g")]
+            row += [number(one["score"]["mean"], ".4g"), number(one["score"]["error"], ".2g")]
         if judged:
             row += _wins(one)
         answers = one["answers"]
@@ -204,18 +204,18 @@ def category_table(figures: Mapping[str, Any]) -> Table | None:
     rows, shades = [], []
     for name in names:
         rates = [one["categories"][name] for one in judged]
-        total = rates[0]["wins"] + rates[0]["ties"] + rates[0]["losses"] + rates[0]["missing"]
-        rows.append(
-            [
-                shown_name(name) or "(none)",
-                str(total),
-                *(f"{number(r['rate'], '.1%')} ± {number(r['error'], '.1%')}" for r in rates),
-            ]
-        )
-        values = [r["rate"] for r in rates]
+        total = sum(rates[0][what] for what in ("wins", "ties", "losses", "missing"))
+        rows.append([shown_name(name) or "(none)", str(total), *map(_with_error, rates)])
+        values = [rate["rate"] for rate in rates]
         shades.append([None, None, *(None if np.isnan(value) else value for value in values)])
     head = ["category", "prompts", *(one["name"] for one in judged)]
     return Table("Win rates by category", head, rows, "Rate and one standard error.", shades)
+
+
+def _with_error(rate: Mapping[str, Any]) -> str:
+    if np.isnan(rate["rate"]):
+        return NOTHING
+    return f"{number(rate['rate'], '.1%')} ± {number(rate['error'], '.1%')}"
 
 
 def shown(figures: Mapping[str, Any]) -> str:
