@@ -117,11 +117,15 @@ def _cached(name: str) -> str:
     """The snapshot of a hub model in the local cache; asks no server."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # a path is no name of the hub
+        found = None
     if not isinstance(found, str):
         raise ValueError(
             f"{name} is neither a directory nor in the local hub cache, and nothing is downloaded "
-            f"here. Fetch it first: hf download {name}"
+            "here. Relative paths start in the working directory; a model of the hub is fetched "
+            "with `hf download`."
         )
     return str(Path(found).parent)
 
@@ -158,9 +162,7 @@ def _weights(base: str, named_by: Path) -> str:
     try:
         return _cached(base)
     except ValueError as error:
-        raise ValueError(
-            f"{named_by} stands on {base}: {error}. Relative paths start in the working directory."
-        ) from None
+        raise ValueError(f"{named_by} stands on {base}: {error}") from None
 
 
 def _last(store: RunStore) -> int:
