@@ -11,6 +11,7 @@ import click
 
 from sera_plugin import __version__
 from sera_plugin.commands import refusing
+from sera_plugin.evaluation.command import evaluate
 from sera_plugin.report.commands import compare, inspect, report
 
 
@@ -112,5 +113,5 @@ def convert(file: Path, output: Path | None) -> None:
     click.echo(converted.text.rstrip() if output is None else output)
 
 
-for command in (report, inspect, compare):
+for command in (report, inspect, compare, evaluate):
     sera.add_command(command)

@@ -6,6 +6,7 @@ on a line of its own.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -86,6 +87,10 @@ class Journal:
                 f"{self.path} is being written by another process. Wait for it or end it, then "
                 "start the same command again."
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                os.close(file)
+                raise
         return file
 
     def close(self) -> None:

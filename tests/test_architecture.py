@@ -74,6 +74,18 @@ FORBIDDEN = {
     "sampling/vllm": PURE,
     "sampling/vllm_server": PURE,
     "sampling/vllm_worker": HEAVY - {"vllm"},
+    "evaluation/__init__": PURE,
+    "evaluation/answers": PURE,
+    "evaluation/command": PURE,
+    "evaluation/engine": TORCH - {"transformers", "peft"},
+    "evaluation/length": PURE,
+    "evaluation/models": PURE,
+    "evaluation/page": PURE,
+    "evaluation/prompts": PURE,
+    "evaluation/results": PURE,
+    "evaluation/run": PURE,
+    "evaluation/verdicts": PURE,
+    "evaluation/winrate": PURE,
     "judging/__init__": PURE,
     "judging/api": PURE,
     "judging/choose": PURE,
@@ -157,7 +169,7 @@ def test_nothing_imports_the_plugin_and_only_the_plugin_the_trainer(module):
 
 
 #: These import heavy modules inside a function.
-LAZY = ("__init__", "cli", "demo/run", "judging/choose")
+LAZY = ("__init__", "cli", "demo/run", "evaluation/run", "judging/choose")
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if FORBIDDEN[m] == PURE and m not in LAZY])

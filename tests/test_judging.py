@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sera_plugin.journal import Journal
 from sera_plugin.judging import (
@@ -240,6 +242,21 @@ def test_a_wrong_key_is_named_and_no_secret_repeated(changes, said):
 def test_a_file_that_is_no_judge(tmp_path, text, said):
     with pytest.raises(ValueError, match=said):
         read_judge(write(tmp_path / "judge.yaml", text))
+
+
+def test_the_docs_list_every_key_with_its_default():
+    text = (Path(__file__).parents[1] / "docs/judges.md").read_text()
+    shown = {None: "unset"}
+    for name, field in JudgeConfig.model_fields.items():
+        if field.is_required():
+            assert f"| `{name}` | |" in text
+        elif name not in ("template", "request", "prompt_price", "completion_price", "timeout"):
+            default = shown.get(field.default, field.default)
+            assert f"| `{name}` | {default} |" in text or f"| `{name}` | `{default}` |" in text
+        else:
+            assert f"`{name}`" in text
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert parse_judge(yaml.safe_load(example), "docs").api_key_env == "OPENAI_API_KEY"
 
 
 # ------------------------------------------------------------------ functions

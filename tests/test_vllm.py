@@ -464,3 +464,33 @@ def test_lost_connections_are_tried_again(servers, client):
         threading.Thread(target=forward, args=(listener,), daemon=True).start()
         assert client(listener.getsockname()[1]).check() == 40
     assert len(dropped) == 3
+
+
+def test_an_evaluation_samples_what_it_samples_without_vllm(config, train, tmp_path, monkeypatch):
+    """Greedy answers of a base model and an adapter, at relative paths, through the command."""
+    from click.testing import CliRunner
+
+    from sera_plugin.cli import sera
+
+    config |= adapter(lora_r=8)
+    config["num_epochs"] = 2
+    config["sera"]["sampler"] = "transformers"
+    output = train(config).output
+    rows = [{"prompt": "f b d a e c"}, {"turns": ["c a b", "z y"]}, {"prompt": "q r s t"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    monkeypatch.chdir(tmp_path)
+    relative = [os.path.relpath(path) for path in (config["base_model"], output)]
+    for name, engine in (("here", []), ("there", ["--vllm-python", os.path.relpath(PYTHON)])):
+        arguments = [*relative, "--prompts", "prompts.jsonl", "--output", name]
+        arguments += ["--temperature", 0, "--max-new-tokens", 12, "--json", *engine]
+        arguments += ["--judge", "sera_plugin.demo.world:true_reward"]
+        done = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
+        assert done.exit_code == 0, done.output
+        found.append(
+            [(tmp_path / name / f"outputs/{one}.json").read_text() for one in ("base", "out")]
+        )
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+    assert (tmp_path / "there/vllm.log").stat().st_size > 0
+    assert not workers(psutil.Process())

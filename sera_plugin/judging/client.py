@@ -99,7 +99,7 @@ class ChatClient:
                     ) from None
                 # Many threads that were turned away together should not come back together.
                 delay = BACKOFF * 2**attempt * random.uniform(0.75, 1.25)
-                if stop.wait(delay if problem.wait is None else problem.wait):
+                if stop.wait(problem.wait or delay):
                     raise self._failed("was not asked again") from None
         raise AssertionError  # the last attempt returns or raises
 

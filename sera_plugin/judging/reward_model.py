@@ -36,7 +36,7 @@ class RewardModelJudge(ScoringJudge):
         self._journal = journal
         self._identity = key_of("reward-model", str(directory.resolve()), stamps)
         # A directory of the user's: there is no revision to pin.
-        self._tokenizer = AutoTokenizer.from_pretrained(
+        self._tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             directory, trust_remote_code=False, local_files_only=True
         )
         self._model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
@@ -45,7 +45,8 @@ class RewardModelJudge(ScoringJudge):
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-        ).eval()
+        )
+        self._model.eval()
         if self._model.config.num_labels != 1:
             raise ValueError(
                 f"{directory} has {self._model.config.num_labels} outputs. A reward model has one "

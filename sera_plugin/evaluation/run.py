@@ -1,0 +1,127 @@
+"""One evaluation: answers, verdicts, figures, and the files they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sera_plugin.checksums import explained
+from sera_plugin.evaluation.answers import Answer, Decoding, given, sampled
+from sera_plugin.evaluation.models import Model, find_models
+from sera_plugin.evaluation.prompts import read_prompts
+from sera_plugin.evaluation.results import Evaluation, figures
+from sera_plugin.evaluation.verdicts import judge_all
+from sera_plugin.journal import Journal
+from sera_plugin.judging.choose import make_judge
+
+
+def evaluate(
+    specs: Sequence[str],
+    prompt_file: Path,
+    judge_spec: str | None,
+    output: Path,
+    decoding: Decoding,
+    *,
+    iterations: bool = False,
+    limit: int | None = None,
+    vllm_python: str | None = None,
+) -> dict[str, Any]:
+    """Compare models on a set of prompts; everything that is done is kept in `output`.
+
+    Args:
+        specs: see `find_models`.
+        prompt_file: see `read_prompts`.
+        judge_spec: see `make_judge`; None only samples answers.
+        output: a directory of this command's.
+        decoding: how answers are sampled.
+        iterations: all policies of a run in place of its last.
+        limit: so many prompts, drawn by the seed.
+        vllm_python: the interpreter of an environment with vLLM, to sample with it.
+
+    Returns:
+        The figures, which are in `output/results.json` too.
+
+    Raises:
+        ValueError: if something that is asked for is not there or cannot be used.
+        JudgeFailed, SamplingFailed, OSError: what was finished is kept.
+    """
+    if "{prompt}" not in (decoding.prompt_format or "{prompt}"):
+        raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
+    prompts = read_prompts(prompt_file, limit, decoding.seed)
+    models = find_models(specs, iterations)
+    with ExitStack() as files:
+        judge = None
+        if judge_spec is not None:
+            judge = make_judge(judge_spec, files.enter_context(Journal(output / "judge.jsonl")))
+
+        def answers_of(model: Model) -> list[Answer | None]:
+            if model.answers is not None:
+                return given(model.answers, prompts)
+            journal = files.enter_context(Journal(output / "answers" / f"{_file(model)}.jsonl"))
+            engine = partial(_engine, model, decoding, vllm_python, output / "vllm.log")
+            return sampled(model, prompts, decoding, journal, engine)
+
+        answers = [answers_of(model) for model in models]
+        judged = [] if judge is None else judge_all(judge, prompts, answers)
+    found = Evaluation(prompt_file, prompts, models, decoding, answers, judge, judged)
+    result = figures(found)
+    _write(found, result, output)
+    return result
+
+
+def _engine(*arguments: Any) -> Any:
+    from sera_plugin.evaluation.engine import load_engine  # loads torch
+
+    return load_engine(*arguments)
+
+
+def _file(model: Model) -> str:
+    """A file name for a model: what its name has of letters, digits and `.@_-`."""
+    return "".join(one if one.isalnum() or one in ".@_-" else "_" for one in model.name)
+
+
+def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
+    from sera_plugin.evaluation.page import page
+    from sera_plugin.report.terminal import json_text
+
+    for model, answers in zip(found.models, found.answers, strict=True):
+        rows = [
+            {"instruction": prompt.question, "output": answer.text, "generator": model.name}
+            for prompt, answer in zip(found.prompts, answers, strict=True)
+            if answer is not None
+        ]
+        _replace(output / "outputs" / f"{_file(model)}.json", json.dumps(rows, indent=1))
+    if found.judged:
+        lines = [
+            json.dumps(
+                {
+                    "row": prompt.row,
+                    "category": prompt.category,
+                    "model": model.name,
+                    "outcome": verdict.outcome,
+                    "orders": verdict.orders,
+                }
+            )
+            for model, judged in zip(found.models[1:], found.judged[1:], strict=True)
+            for prompt, verdict in zip(found.prompts, judged.verdicts, strict=True)
+            if verdict is not None
+        ]
+        _replace(output / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
+    _replace(output / "results.json", json_text(result) + "\n")
+    _replace(output / "eval.html", page(found, result))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it into it."""
+    partial_file = path.with_name(f".{path.name}.partial")
+    try:
+        with explained(path.parent, "start the same command again"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_file.write_text(text, encoding="utf-8")
+            partial_file.replace(path)
+    finally:
+        partial_file.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""What a judge says of every model against the baseline, prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from sera_plugin.evaluation.answers import Answer
+from sera_plugin.evaluation.prompts import Prompt
+from sera_plugin.evaluation.winrate import FloatArray
+from sera_plugin.judging import Answered, Comparison, Judge, ScoringJudge, Verdict, by_scores
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model, judged. Everything is in the order of the prompts.
+
+    Attributes:
+        verdicts: on its answers against the baseline's; None for the baseline, and for a prompt
+            that either has not answered.
+        scores: (n,) of a judge that scores, nan where there is none; else None.
+    """
+
+    verdicts: list[Verdict | None]
+    scores: FloatArray | None = None
+
+    @property
+    def outcomes(self) -> FloatArray:
+        """(n,) 0 to 1, nan where there is none."""
+        found = [None if one is None else one.outcome for one in self.verdicts]
+        return np.array([np.nan if one is None else one for one in found])
+
+    @property
+    def inconsistent(self) -> float | None:
+        """The share of verdicts that turn with the order of the answers; None if none can."""
+        told = [one.consistent for one in self.verdicts if one is not None]
+        told = [one for one in told if one is not None]
+        return told.count(False) / len(told) if told else None
+
+
+def judge_all(
+    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]]
+) -> list[Judged]:
+    """Every model against the first one.
+
+    Args:
+        judge: who judges.
+        prompts: what was asked.
+        answers: per model, in the order of the prompts.
+
+    Raises:
+        JudgeFailed: as the judge does.
+    """
+    if isinstance(judge, ScoringJudge):
+        scores = _scores(judge, prompts, answers)
+        return [
+            Judged([None] * len(prompts) if model == 0 else _compared(mine, scores[0]), mine)
+            for model, mine in enumerate(scores)
+        ]
+    places, comparisons = [], []
+    for model in range(1, len(answers)):
+        for row, prompt in enumerate(prompts):
+            mine, theirs = answers[model][row], answers[0][row]
+            if mine is not None and theirs is not None:
+                places.append((model, row))
+                comparisons.append(Comparison(prompt.question, mine.text, theirs.text))
+    judged = [Judged([None] * len(prompts)) for _ in answers]
+    total = len(comparisons)
+    judging = tqdm(judge.compare(comparisons), "judging", total, unit="pair", disable=None)
+    for index, verdict in judging:
+        model, row = places[index]
+        judged[model].verdicts[row] = verdict
+    return judged
+
+
+def _scores(
+    judge: ScoringJudge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]]
+) -> FloatArray:
+    """(models, prompts) scores, nan where there is none. Equal answers are scored once."""
+    places: dict[Answered, list[tuple[int, int]]] = {}
+    for model, each in enumerate(answers):
+        for row, (prompt, answer) in enumerate(zip(prompts, each, strict=True)):
+            if answer is not None:
+                one = Answered(prompt.question, answer.text)
+                places.setdefault(one, []).append((model, row))
+    scores = np.full((len(answers), len(prompts)), np.nan)
+    distinct = list(places)
+    judging = tqdm(judge.score(distinct), "judging", len(distinct), unit="answer", disable=None)
+    for index, score in judging:
+        for place in places[distinct[index]]:
+            scores[place] = np.nan if score is None else score
+    return scores
+
+
+def _compared(mine: FloatArray, theirs: FloatArray) -> list[Verdict | None]:
+    return [
+        None if np.isnan(one) or np.isnan(other) else by_scores(one, other)
+        for one, other in zip(mine.tolist(), theirs.tolist(), strict=True)
+    ]

@@ -1,0 +1,386 @@
+"""`axolotl sera eval` with a real model, a true reward, and processes that are killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from sera_plugin.checksums import seal
+from sera_plugin.cli import sera
+from sera_plugin.demo.world import make_prompt, true_reward
+from sera_plugin.store import write_json
+from tests.conftest import adapter, fill, write_rows
+from tests.judge_server import KEY, judge_server
+from tests.report_run import make_run
+
+TRUTH = "sera_plugin.demo.world:true_reward"
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.stdout if code == 0 else result.output
+
+
+@pytest.fixture(scope="session")
+def models(world, tmp_path_factory) -> SimpleNamespace:
+    """The world's model, and one that was trained longer."""
+    from sera_plugin.demo.base_model import train_base_model
+
+    better = tmp_path_factory.mktemp("eval") / "better"
+    train_base_model(better, steps=80, batch_size=32, seed=1)
+    return SimpleNamespace(base=world.base, better=better)
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """60 prompts of the world in two categories."""
+    random = Random(8)
+    rows = [{"prompt": make_prompt(random), "category": "ab"[n % 2]} for n in range(60)]
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    return tmp_path / "prompts.jsonl"
+
+
+def options(prompts: Path, output: Path, judge: str | None = TRUTH) -> list:
+    given = ["--prompts", prompts, "--output", output, "--max-new-tokens", 12]
+    return given if judge is None else [*given, "--judge", judge]
+
+
+# ------------------------------------------------------------------ from end to end
+
+
+def test_models_are_compared_by_the_true_reward(models, prompts, tmp_path):
+    out = tmp_path / "eval"
+    arguments = [models.base, models.better, *options(prompts, out)]
+    found = json.loads(call(*arguments, "--json"))
+    assert found == json.loads((out / "results.json").read_text())
+    base, better = found["models"]
+    assert (base["name"], better["name"]) == ("base", "better")
+    rate = better["win_rate"]
+    assert rate["low"] < rate["rate"] < rate["high"]
+    assert rate["wins"] + rate["ties"] + rate["losses"] == 60
+    assert list(better["categories"]) == ["a", "b"]
+
+    # The figures are those of the answers, by the world's own reward.
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    outputs = {
+        name: json.loads((out / f"outputs/{name}.json").read_text()) for name in ("base", "better")
+    }
+    assert [one["instruction"] for one in outputs["base"]] == [row["prompt"] for row in rows]
+    assert outputs["better"][0].keys() == {"instruction", "output", "generator"}
+    rewards = {
+        name: np.array([true_reward(one["instruction"], one["output"]) for one in each])
+        for name, each in outputs.items()
+    }
+    difference = rewards["better"] - rewards["base"]
+    assert better["score"]["mean"] == pytest.approx(rewards["better"].mean())
+    assert rate["rate"] == pytest.approx(np.mean((np.sign(difference) + 1) / 2))
+    verdicts = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
+    assert [one["outcome"] for one in verdicts] == ((np.sign(difference) + 1) / 2).tolist()
+
+    said = call(*arguments)
+    assert f"{rate['rate']:.1%}" in said
+    assert str(out / "eval.html") in said
+    assert (out / "eval.html").read_text().startswith("<!DOCTYPE html>")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_rerun_needs_no_model(models, prompts, tmp_path):
+    """Without torch even: a child process whose torch cannot be imported has the same figures."""
+    first = call(models.base, models.better, *options(prompts, tmp_path / "eval"), "--json")
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'peft'): sys.modules[name] = None\n"
+        "from sera_plugin.cli import sera\nsera()"
+    )
+    arguments = [models.base, models.better, *options(prompts, tmp_path / "eval"), "--json"]
+    command = [sys.executable, "-c", script, "eval", *map(str, arguments)]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == first, again.stderr
+
+
+def test_answers_alone_and_answers_that_were_exported(models, prompts, tmp_path):
+    out = tmp_path / "eval"
+    said = call(models.base, models.better, *options(prompts, out, judge=None))
+    assert "win" not in said
+    assert not (out / "verdicts.jsonl").exists()
+    files = [out / "outputs/base.json", out / "outputs/better.json"]
+    by_file, by_model = (
+        json.loads(call(*compared, *options(prompts, tmp_path / "again"), "--json"))["models"][1]
+        for compared in (files, (models.base, models.better))
+    )
+    assert by_file["win_rate"] == by_model["win_rate"]
+    assert by_file["length_controlled"] == by_model["length_controlled"]
+
+
+def test_an_api_judge_judges_and_is_asked_once(models, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVAL_TEST_KEY", KEY)
+    with judge_server() as server:
+        judge = {
+            "base_url": server.url,
+            "model": "some-model",
+            "api_key_env": "EVAL_TEST_KEY",
+            "prompt_price": 10,
+            "completion_price": 100,
+            "template": "stars.txt",
+        }
+        (tmp_path / "judge.yaml").write_text(yaml.safe_dump(judge))
+        # The longer answer has more stars in this template.
+        (tmp_path / "stars.txt").write_text(
+            "{question}\n===== ANSWER A =====\n{answer_a}*\n===== ANSWER B =====\n{answer_b}\n"
+            "===== END ====="
+        )
+        arguments = [models.base, models.better, *options(prompts, tmp_path / "eval")]
+        arguments[-1] = tmp_path / "judge.yaml"
+        found = json.loads(call(*arguments, "--limit", 20, "--json"))
+        usage = found["judge"]["usage"]
+        # Whatever stands first wins; equal answers are not shown.
+        assert found["models"][1]["win_rate"]["rate"] == 0.5
+        assert found["models"][1]["inconsistent"] > 0.5
+        assert usage["asked"]["count"] == server.calls > 20
+        cost = (100 * 10 + 10 * 100) * server.calls / 1e6
+        assert found["judge"]["cost"] == pytest.approx(cost)
+        server.plan()
+        again = json.loads(call(*arguments, "--limit", 20, "--json"))
+        assert server.calls == 0
+        assert again["judge"]["cached_cost"] == pytest.approx(cost)
+        assert again["models"] == found["models"]
+        said = call(*arguments, "--limit", 20)
+        assert f"0 replies asked for, {usage['asked']['count']} were there" in said
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY.encode() not in kept
+    assert json.dumps(KEY)[1:-1].encode() not in kept
+    # The server is gone: what is missing is not judged, what is there is kept and told.
+    monkeypatch.setattr("sera_plugin.judging.client.BACKOFF", 0.002)
+    said = call(*arguments, code=1)
+    assert "did not answer in 7 tries" in said
+    assert "What was judged is kept" in said
+    assert KEY not in said
+
+
+def test_figures_of_alpacaeval_are_reproduced_from_files_of_answers(tmp_path):
+    """A published preference is an outcome: the command's figures are those of the leaderboard."""
+    data = Path(__file__).parents[2] / "shared/data"
+    if not (data / "alpacaeval_prefs_test.jsonl.gz").exists():
+        pytest.skip(f"AlpacaEval's answers are not there: {data}")
+    import gzip
+
+    with gzip.open(data / "alpacaeval_prefs_test.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    write_rows(tmp_path / "prompts.jsonl", [{"instruction": row["prompt"]} for row in rows])
+    for name in ("chosen", "rejected"):
+        answers = [{"instruction": row["prompt"], "output": row[name]} for row in rows]
+        (tmp_path / f"{name}.json").write_text(json.dumps(answers))
+    scores = {
+        (row["prompt"].strip(), row[name].strip()): row[f"score_{name}"]
+        for row in rows
+        for name in ("chosen", "rejected")
+    }
+    (tmp_path / "scores.json").write_text(
+        json.dumps([[*key, score] for key, score in scores.items()])
+    )
+    (tmp_path / "judge_of_record.py").write_text(
+        "import json, pathlib\n"
+        "rows = json.loads((pathlib.Path(__file__).parent / 'scores.json').read_text())\n"
+        "scores = {(prompt, answer): score for prompt, answer, score in rows}\n"
+        "def judge(prompt, answer):\n    return scores[prompt.strip(), answer]\n"
+    )
+    found = json.loads(
+        call(
+            tmp_path / "rejected.json",
+            tmp_path / "chosen.json",
+            *options(
+                tmp_path / "prompts.jsonl", tmp_path / "out", f"{tmp_path}/judge_of_record.py:judge"
+            ),
+            "--json",
+        )
+    )
+    chosen = found["models"][1]
+    assert chosen["answers"]["number"] == len(rows)
+    wins = sum(
+        (row["score_chosen"] > row["score_rejected"])
+        + 0.5 * (row["score_chosen"] == row["score_rejected"])
+        for row in rows
+    )
+    assert chosen["win_rate"]["rate"] == pytest.approx(wins / len(rows))
+
+
+def test_the_example_in_the_docs_runs(models, tmp_path, monkeypatch):
+    """docs/eval.md, word for word, with a run of two models that are here already."""
+    text = (Path(__file__).parents[1] / "docs/eval.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"```\n(axolotl sera eval sera-demo/run .*?)```", text, re.DOTALL)
+    base = models.base.resolve()
+    monkeypatch.chdir(tmp_path)
+    store = make_run(Path("sera-demo/run"), iterations=2, config={"base_model": str(base)})
+    write_json(store.policy(1) / "base_model.json", {"base_model": str(base)})
+    seal(store.policy(1))
+    shutil.copytree(models.better, store.policy(2))
+    seal(store.policy(2))
+    shutil.copytree(models.better, "sera-demo/run", dirs_exist_ok=True)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    said = call(*shlex.split(command.replace("\\\n", " "))[3:])
+    shown = re.search(r"^model .*", text, re.MULTILINE)[0].split()
+    assert re.search(r"^model .*", said, re.MULTILINE)[0].split() == shown
+    assert re.findall(r"^(run\S*) .* [\d,]+$", said, re.MULTILINE) == ["run@0", "run@1", "run"]
+    assert "on 1000 prompts" in said
+    for name in re.findall(r"^\| `([\w./]+)` \|", text[text.index("## Files") :], re.MULTILINE):
+        if name not in ("judge.jsonl", "vllm.log"):  # of other judges and samplers
+            assert list(Path("sera-eval").glob(name.replace("NAME", "run@1"))), name
+
+
+def test_the_docs_name_every_option():
+    text = (Path(__file__).parents[1] / "docs/eval.md").read_text()
+    for option in sera.commands["eval"].params:
+        if option.param_type_name == "option":
+            assert option.opts[0] in text
+            if isinstance(option.default, int | float) and not isinstance(option.default, bool):
+                assert f"| `{option.opts[0]}` | `{option.default}` |" in text
+
+
+# ------------------------------------------------------------------ a trained run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "whole weights"])
+def test_a_trained_run_and_its_iterations(base_config, train, prompts, tmp_path, kind):
+    if kind == "adapter":
+        base_config |= adapter()
+    base_config["num_epochs"] = 2
+    base_config["sera"]["keep_policies"] = True
+    output = train(base_config).output
+    found = json.loads(call(output, "--iterations", *options(prompts, tmp_path / "eval"), "--json"))
+    assert [one["name"] for one in found["models"]] == ["out@0", "out@1", "out"]
+    texts = [
+        [one["output"] for one in json.loads((tmp_path / f"eval/outputs/{name}.json").read_text())]
+        for name in ("out@0", "out@1", "out")
+    ]
+    assert texts[0] != texts[1] != texts[2]
+    # theta_0 is the base model: the same seed gives the same answers.
+    alone = json.loads(
+        call(base_config["base_model"], output, *options(prompts, tmp_path / "two"), "--json")
+    )
+    base = json.loads((tmp_path / "two/outputs/base.json").read_text())
+    assert [one["output"] for one in base] == texts[0]
+    assert alone["models"][1]["win_rate"] == found["models"][2]["win_rate"]
+
+
+# ------------------------------------------------------------------ bad luck
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_figures(models, prompts, tmp_path):
+    """kill -9 while it samples, then while it judges; nothing is done twice."""
+    judge = tmp_path / "slow.py"
+    judge.write_text(
+        "import pathlib, time\nfrom sera_plugin.demo.world import true_reward\n"
+        "mark = pathlib.Path(__file__).with_name('judging')\n"
+        "def score(prompt, answer):\n"
+        "    if mark.exists():\n        mark.write_text('now')\n        time.sleep(600)\n"
+        "    return true_reward(prompt, answer)\n"
+    )
+    arguments = [models.base, models.better, *options(prompts, tmp_path / "eval")]
+    arguments[-1] = f"{judge}:score"
+    whole = [*arguments[:4], "--output", tmp_path / "whole", *arguments[6:]]
+    expected = json.loads(call(*whole, "--json"))
+
+    command = [sys.executable, "-m", "sera_plugin", "eval", *map(str, arguments)]
+    answers = tmp_path / "eval/answers"
+    mark = tmp_path / "judging"
+    mark.touch()
+    for reached in (
+        lambda: any(answers.glob("base.jsonl")),
+        lambda: any(answers.glob("better.jsonl")),
+        lambda: mark.read_text() == "now",
+    ):
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            until = time.monotonic() + 120
+            while not reached() and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.005)
+            assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+        assert reached()
+        assert not (tmp_path / "eval/results.json").exists()
+    mark.unlink()
+    found = json.loads(call(*arguments, "--json"))
+    assert found["models"] == expected["models"]
+    for name in ("base", "better"):
+        assert (tmp_path / f"eval/outputs/{name}.json").read_text() == (
+            tmp_path / f"whole/outputs/{name}.json"
+        ).read_text()
+        lines = (answers / f"{name}.jsonl").read_text().splitlines()
+        keys = [json.loads(line)["key"] for line in lines if line.endswith("}")]
+        assert len(keys) == len(set(keys)) == 60
+
+
+def test_a_full_disk(models, prompts, small_disk):
+    arguments = [models.base, models.better, *options(prompts, small_disk / "eval")]
+    fill(small_disk)
+    said = call(*arguments, code=2)
+    assert "takes no more files" in said
+    assert "start the same command again" in said
+    (small_disk / "filler").unlink()
+    found = json.loads(call(*arguments, "--json"))
+    fill(small_disk)
+    before = (small_disk / "eval/results.json").read_text()
+    assert "takes no more files" in call(*arguments, "--seed", 1, code=2)
+    assert (small_disk / "eval/results.json").read_text() == before
+    os.unlink(small_disk / "filler")
+    assert json.loads(call(*arguments, "--json")) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--prompts": "{}/none.jsonl"}, "No such file or directory"),
+        ({"--prompts": "{}/empty.jsonl"}, "holds no prompts"),
+        ({"--judge": "nobody"}, "'nobody' is no YAML file"),
+        ({"--judge": "{}/judge.yaml"}, "judge.yaml: base_url is missing"),
+        ({"--prompt-format": "no place"}, "--prompt-format has no {prompt}"),
+        ({"--temperature": "-1"}, "Invalid value for '--temperature'"),
+        ({"--limit": "0"}, "Invalid value for '--limit'"),
+    ],
+)
+def test_wrong_usage_ends_with_2_before_anything_is_sampled(
+    models, prompts, tmp_path, changes, said
+):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "judge.yaml").write_text("model: m")
+    given = dict(zip(*[iter(options(prompts, tmp_path / "eval"))] * 2, strict=True))
+    given |= {key: value.format(tmp_path) for key, value in changes.items() if "{}" in value}
+    given |= {key: value for key, value in changes.items() if "{}" not in value}
+    flat = [one for pair in given.items() for one in pair]
+    output = call(models.base, models.better, *flat, code=2)
+    assert said in output
+    assert not (tmp_path / "eval").exists()
+
+
+def test_help_has_examples():
+    said = call("--help")
+    assert "axolotl sera eval outputs/my-run --prompts" in said
+
+
+def test_answers_open_in_a_spreadsheet_of_anybody(models, prompts, tmp_path):
+    """Other tools read the exported answers as AlpacaEval's."""
+    pandas = pytest.importorskip("pandas")
+    call(models.base, models.better, *options(prompts, tmp_path / "eval", judge=None))
+    table = pandas.read_json(tmp_path / "eval/outputs/base.json")
+    assert list(table.columns) == ["instruction", "output", "generator"]
+    assert len(table) == 60
+    table.to_csv(tmp_path / "a.csv", quoting=csv.QUOTE_ALL)

@@ -1,0 +1,108 @@
+"""The engine of an evaluation: what a real model is asked, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from sera_plugin.evaluation.answers import NO_ROOM, Decoding
+from sera_plugin.evaluation.models import Model
+
+GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
+
+
+@pytest.fixture
+def sample(world, tmp_path):
+    """Answers of a model to conversations, by index."""
+    from sera_plugin.evaluation.engine import load_engine
+
+    def run(conversations, decoding=GREEDY, done=(), path=None, **keys):
+        model = Model("m", "m", str(path or world.base), **keys)
+        engine = load_engine(model, decoding, None, tmp_path / "vllm.log")
+        return dict(engine([(c,) if isinstance(c, str) else c for c in conversations], done, 0))
+
+    return run
+
+
+PROMPT = "f b d a e c"
+
+
+def test_temperature_0_takes_the_likeliest_token(sample, world):
+    import torch
+
+    from sera_plugin.demo.base_model import load_model
+
+    answer = sample([PROMPT])[0]
+    model, tokenizer = load_model(world.base)
+    ids = tokenizer(f"<s> <|user|> {PROMPT} <|assistant|>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+    assert answer.text == tokenizer.decode(out, skip_special_tokens=True)
+    assert answer.tokens == len(out)
+
+
+def test_a_resumed_sample_is_the_one_it_would_have_been(sample):
+    decoding = Decoding(1.0, 1.0, 12, 3)
+    conversations = [" ".join(Random(n).sample("abcdefghij", 2 + n % 5)) for n in range(30)]
+    whole = sample(conversations, decoding)
+    for done in (range(11), range(0, 30, 2), [29]):
+        rest = sample(conversations, decoding, done)
+        assert rest == {index: one for index, one in whole.items() if index not in set(done)}
+
+
+def test_a_format_in_place_of_the_template(sample):
+    decoding = replace(GREEDY, prompt_format="<s> <|user|> {prompt} <|assistant|>")
+    assert sample([PROMPT], decoding) == sample([PROMPT])
+    other = replace(GREEDY, prompt_format="{prompt}")
+    assert sample([PROMPT], other) != sample([PROMPT])
+    with pytest.raises(ValueError, match="need the chat template of m"):
+        sample([("a", "b", "c")], decoding)
+
+
+def test_a_prompt_that_fills_the_context_is_told_and_one_that_nearly_does_is_answered(sample):
+    # The context has 64 tokens; three more stand around a prompt.
+    found = sample([" ".join("a" * 61), " ".join("a" * 60), PROMPT, " ".join("b" * 9000)])
+    assert [found[n].finish_reason == NO_ROOM for n in range(4)] == [True, False, False, True]
+    assert found[1].tokens == 1
+    assert found[2] == sample([PROMPT])[0]
+
+
+def test_an_answer_of_nothing_is_an_empty_one(sample, world, tmp_path):
+    """A model whose first token is an end token."""
+    from transformers import AutoModelForCausalLM
+
+    from sera_plugin.demo.base_model import build_tokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    model.model.norm.weight.data[:] = 0  # all tokens are equally likely, and each is an end
+    model.save_pretrained(tmp_path / "silent")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "silent")
+    found = sample([PROMPT], path=tmp_path / "silent", end_ids=tuple(range(len(tokenizer))))
+    assert (found[0].text, found[0].tokens, found[0].finish_reason) == ("", 1, "stop")
+
+
+def test_a_tokenizer_without_a_template_needs_a_format(sample, world, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(world.base, bare)
+    for path in bare.glob("chat_template*"):
+        path.unlink()
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"m \(.*bare\) has no chat template.*--prompt-format"):
+        sample([PROMPT], path=bare)
+    decoding = replace(GREEDY, prompt_format="<s> <|user|> {prompt} <|assistant|>")
+    assert sample([PROMPT], decoding, path=bare) == sample([PROMPT])
+
+
+def test_weights_that_cannot_be_read_are_named(sample, world, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(world.base, damaged)
+    (damaged / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"m \(m\) cannot be loaded"):
+        sample([PROMPT], path=damaged)

@@ -1,0 +1,163 @@
+"""A reward model as a judge, with a model made up on the spot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from sera_plugin.journal import Journal
+from sera_plugin.judging import Answered, Comparison, JudgeFailed
+from sera_plugin.judging.choose import make_judge
+
+PROMPT = "f b d a e c"
+ANSWERS = [Answered(PROMPT, " ".join("abcdefghijklmnopqrst"[:n])) for n in (6, 1, 20, 0, 13, 6)]
+
+
+def save(directory: Path, labels: int = 1, **keys) -> Path:
+    from sera_plugin.demo.base_model import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        num_labels=labels,
+        **{"pad_token_id": tokenizer.pad_token_id, **keys},
+    )
+    LlamaForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("reward") / "model")
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A judge with a journal; another call is another process's judge."""
+    journals: list[Journal] = []
+
+    def load(directory: Path):
+        for journal in journals:
+            journal.close()
+        journals.append(Journal(tmp_path / "judge.jsonl"))
+        return make_judge(str(directory), journals[-1])
+
+    return load
+
+
+def alone(directory: Path, answers) -> list[float]:
+    """Each answer's logit by itself, without padding."""
+    from sera_plugin.demo.base_model import build_tokenizer
+
+    model = LlamaForSequenceClassification.from_pretrained(directory).eval()
+    tokenizer = build_tokenizer()
+    found = []
+    for one in answers:
+        text = f"<s> <|user|> {one.question} <|assistant|> {one.answer}</s>"
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            found.append(model(ids).logits.item())
+    return found
+
+
+def test_scores_are_the_models_logits_however_they_are_batched(reward_model, judge):
+    scores = dict(judge(reward_model).score(ANSWERS))
+    expected = alone(reward_model, ANSWERS)
+    assert [scores[n] for n in range(6)] == pytest.approx(expected, abs=1e-5)
+    assert len(set(expected)) == 5
+
+
+def test_scores_are_kept_and_belong_to_the_files(reward_model, judge, tmp_path):
+    first = judge(reward_model)
+    scores = dict(first.score(ANSWERS))
+    assert (first.usage.asked.count, first.usage.cached.count) == (6, 0)
+    again = judge(reward_model)
+    again._model = None  # a forward pass would fail
+    assert dict(again.score(ANSWERS)) == scores
+    assert (again.usage.asked.count, again.usage.cached.count) == (0, 6)
+    other = tmp_path / "other"
+    shutil.copytree(reward_model, other)
+    assert dict(judge(other).score(ANSWERS)) == pytest.approx(scores, abs=1e-6)
+    assert judge(other).usage.cached.count == 0
+
+
+def test_the_larger_score_wins_and_equal_answers_tie(reward_model, judge):
+    scores = alone(reward_model, ANSWERS)
+    pairs = [(0, 1), (1, 0), (2, 4), (0, 5)]
+    found = dict(
+        judge(reward_model).compare(
+            [Comparison(PROMPT, ANSWERS[i].answer, ANSWERS[j].answer) for i, j in pairs]
+        )
+    )
+    outcomes = [found[n].outcome for n in range(4)]
+    assert outcomes == [
+        float(scores[0] > scores[1]),
+        float(scores[1] > scores[0]),
+        float(scores[2] > scores[4]),
+        0.5,
+    ]
+
+
+def test_an_answer_that_does_not_fit_has_no_score(reward_model, judge):
+    loaded = judge(reward_model)
+    found = dict(loaded.score([Answered(PROMPT, " ".join("a" * 200)), ANSWERS[0]]))
+    assert found[0] is None
+    assert found[1] == pytest.approx(alone(reward_model, ANSWERS[:1])[0], abs=1e-5)
+    assert loaded.usage.refused == 1
+
+
+def test_a_padding_token_may_be_the_tokenizers(judge, tmp_path, reward_model):
+    directory = save(tmp_path / "unpadded", pad_token_id=None)
+    assert dict(judge(directory).score(ANSWERS)) == pytest.approx(
+        dict(enumerate(alone(reward_model, ANSWERS))), abs=1e-5
+    )
+
+
+def broken(directory: Path, what: str) -> None:
+    if what == "no template":
+        for path in directory.glob("chat_template*"):
+            path.unlink()
+        path = directory / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config.pop("chat_template", None)
+        path.write_text(json.dumps(config))
+    if what == "pickled":
+        model = LlamaForSequenceClassification.from_pretrained(directory)
+        torch.save(model.state_dict(), directory / "pytorch_model.bin")
+        (directory / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "labels", "error", "said"),
+    [
+        ("no template", 1, ValueError, "no chat template"),
+        ("two outputs", 2, ValueError, "has 2 outputs. A reward model has one"),
+        ("pickled", 1, OSError, "safetensors"),
+    ],
+)
+def test_a_model_that_is_none_is_refused(judge, tmp_path, what, labels, error, said):
+    directory = save(tmp_path / "model", labels)
+    broken(directory, what)
+    with pytest.raises(error, match=said):
+        judge(directory)
+
+
+def test_damaged_weights_stop_the_judging(judge, tmp_path):
+    directory = save(tmp_path / "model")
+    model = LlamaForSequenceClassification.from_pretrained(directory)
+    model.score.weight.data[:] = float("nan")
+    model.save_pretrained(directory)
+    with pytest.raises(JudgeFailed, match=r"scores an answer nan. .* too large for torch.float32"):
+        list(judge(directory).score(ANSWERS[:1]))

@@ -1,0 +1,205 @@
+"""Win rates: by hand, and against published figures."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sera_plugin.evaluation.length import length_controlled
+from sera_plugin.evaluation.winrate import by_category, mean_score, win_rate
+
+NAN = float("nan")
+
+
+def test_a_win_rate_by_hand():
+    """Outcomes 1, 1/2, 0, 1/4 and two missing: mean 7/16.
+
+    Deviations 9/16, 1/16, -7/16, -3/16; squares 140/256; variance 140/256/3; error its root / 2.
+    """
+    found = win_rate([1.0, 0.5, NAN, 0.0, 0.25, NAN], seed=3)
+    assert found.rate == 7 / 16
+    assert found.error == pytest.approx((140 / 256 / 3) ** 0.5 / 2, abs=1e-15)
+    assert (found.wins, found.ties, found.losses, found.missing) == (1, 1, 2, 2)
+    assert found.judged == 4
+
+
+def test_the_interval_is_that_of_a_binomial():
+    """60 wins of 100: a resample's wins are binomial(100, 0.6), whose 2.5% and 97.5% quantiles
+    are 50 and 69. A quantile of 2,000 draws may be off by one win."""
+    found = win_rate([1.0] * 60 + [0.0] * 40)
+    assert found.low == pytest.approx(0.50, abs=0.011)
+    assert found.high == pytest.approx(0.69, abs=0.011)
+
+
+def test_the_bootstrap_is_seeded():
+    outcomes = np.random.default_rng(0).random(50)
+    intervals = [(found.low, found.high) for found in (win_rate(outcomes, s) for s in (1, 1, 2))]
+    assert intervals[0] == intervals[1] != intervals[2]
+
+
+def test_few_outcomes_or_none():
+    one = win_rate([1.0])
+    assert (one.rate, one.low, one.high, one.judged) == (1.0, 1.0, 1.0, 1)
+    assert np.isnan(one.error)
+    for none in (win_rate([]), win_rate([NAN, NAN])):
+        assert np.isnan([none.rate, none.error, none.low, none.high]).all()
+        assert none.judged == 0
+    assert win_rate([NAN, NAN]).missing == 2
+
+
+def test_categories_are_apart():
+    found = by_category([1.0, 0.0, 0.5, NAN, 1.0], ["math", "art", "math", "art", ""])
+    assert list(found) == ["math", "art", ""]
+    assert [one.rate for one in found.values()] == [0.75, 0.0, 1.0]
+    assert [one.missing for one in found.values()] == [0, 1, 0]
+
+
+def test_mean_scores():
+    """2, 4, 9 and one missing: mean 5; deviations -3, -1, 4; variance 26/2; error root(13/3)."""
+    mean, error = mean_score([2.0, NAN, 4.0, 9.0])
+    assert mean == 5.0
+    assert error == pytest.approx((13 / 3) ** 0.5, abs=1e-15)
+    assert np.isnan(mean_score([])).all()
+    assert np.isnan(mean_score([3.0])[1])
+
+
+# ------------------------------------------------------------------ length control
+
+
+def test_without_differences_in_length_nothing_is_controlled():
+    random = np.random.default_rng(0)
+    outcomes = (random.random((3, 400)) < np.array([[0.3], [0.5], [0.9]])).astype(float)
+    outcomes[1, :7] = NAN
+    for same in (0.0, 250.0):
+        rates = length_controlled(outcomes, np.full((3, 400), same))
+        assert rates == pytest.approx(np.nanmean(outcomes, axis=1), abs=1e-4)
+
+
+def simulate(theta: float, phi: float, longer: float, prompts: int = 4000, seed: int = 0):
+    """Outcomes of the regression's own kind, for a model whose answers are `longer` by so many
+    standard deviations; and the rate that it would have at equal length."""
+    random = np.random.default_rng(seed)
+    difference = random.normal(longer, 1.0, prompts)
+    logit = theta + phi * np.tanh(difference / difference.std(ddof=1))
+    outcomes = (random.random(prompts) < 1 / (1 + np.exp(-logit))).astype(float)
+    return outcomes, difference * 100, 1 / (1 + np.exp(-theta))
+
+
+@pytest.mark.parametrize("longer", [1.5, -1.5])
+def test_a_length_that_pays_is_taken_out(longer):
+    outcomes, difference, true = simulate(theta=0.3, phi=1.0, longer=longer)
+    raw, (rate,) = outcomes.mean(), length_controlled(outcomes, difference)
+    assert abs(raw - true) > 0.1
+    # The prior holds phi back, so some of the difference stays.
+    assert abs(rate - true) < 0.6 * abs(raw - true)
+    assert (rate - raw) * (true - raw) > 0
+
+
+def test_a_length_that_does_not_pay_changes_nothing():
+    outcomes, difference, _ = simulate(theta=0.5, phi=0.0, longer=2.0)
+    assert length_controlled(outcomes, difference)[0] == pytest.approx(outcomes.mean(), abs=0.03)
+
+
+def test_models_that_are_compared_together_share_what_length_does():
+    """The second model's own outcomes tell nothing of length; the first one's do."""
+    outcomes, difference, _ = simulate(theta=0.0, phi=1.5, longer=1.0)
+    other = np.zeros(len(outcomes))
+    other[::2] = 1.0
+    constant = np.where(np.arange(len(outcomes)) < 20, -100.0, 300.0)
+    (alone,) = length_controlled(other, constant)
+    together = length_controlled(np.stack([other, outcomes]), np.stack([constant, difference]))
+    assert alone == pytest.approx(0.5, abs=0.03)
+    assert together[0] < alone - 0.02
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_model_that_wins_or_loses_every_time(rate):
+    random = np.random.default_rng(0)
+    controlled = length_controlled(np.full(100, rate), random.normal(1, 1, 100))
+    assert controlled[0] == pytest.approx(rate, abs=0.02)
+
+
+def test_missing_outcomes_are_left_out():
+    outcomes, difference, _ = simulate(theta=0.2, phi=1.0, longer=1.0, prompts=500)
+    more = np.concatenate([outcomes, [NAN] * 50])
+    for missing in (NAN, 1e9):
+        lengths = np.concatenate([difference, np.full(50, missing)])
+        assert length_controlled(more, lengths) == pytest.approx(
+            length_controlled(outcomes, difference), abs=1e-6
+        )
+    rates = length_controlled(np.stack([outcomes, np.full(500, NAN)]), np.stack([difference] * 2))
+    assert np.isnan(rates).tolist() == [False, True]
+    assert np.isnan(length_controlled([NAN], [3.0])).all()
+    assert length_controlled([1.0], [3.0])[0] == pytest.approx(1.0, abs=0.05)
+
+
+# ------------------------------------------------------------------ published figures
+
+DATA = Path(__file__).parents[2] / "shared/data"
+PREFERENCES, LEADERBOARD = (
+    DATA / "alpacaeval_preferences.csv.gz",
+    DATA / "alpacaeval_leaderboard.csv",
+)
+
+
+@pytest.fixture(scope="module")
+def published() -> SimpleNamespace:
+    """AlpacaEval 2's verdicts on every prompt, and the leaderboard made of them."""
+    if not PREFERENCES.exists():
+        pytest.skip(f"AlpacaEval's verdicts are not there: {PREFERENCES}")
+    outcomes, differences = defaultdict(dict), defaultdict(dict)
+    with gzip.open(PREFERENCES, "rt", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            model, prompt = row["model"], row["prompt_id"]
+            outcomes[model][prompt] = float(row["preference"]) - 1
+            differences[model][prompt] = float(row["output_chars"]) - float(row["baseline_chars"])
+    with LEADERBOARD.open(encoding="utf-8") as file:
+        board = {row["model"]: row for row in csv.DictReader(file)}
+    prompts = list(dict.fromkeys(prompt for one in outcomes.values() for prompt in one))
+
+    def matrix(found):
+        return np.array([[found[model].get(prompt, NAN) for prompt in prompts] for model in board])
+
+    figures = {
+        name: np.array([float(row[name]) for row in board.values()])
+        for name in ("win_rate", "standard_error", "length_controlled_winrate")
+    }
+    return SimpleNamespace(outcomes=matrix(outcomes), longer_by=matrix(differences), **figures)
+
+
+def test_published_win_rates_and_errors(published):
+    found = [win_rate(outcomes) for outcomes in published.outcomes]
+    assert len(found) == 57
+    rates, errors = (
+        100 * np.array([getattr(f, name) for f in found]) for name in ("rate", "error")
+    )
+    assert rates == pytest.approx(published.win_rate, abs=0.1)
+    assert errors == pytest.approx(published.standard_error, abs=0.05)
+
+
+@pytest.mark.parametrize("models", [57, 5, 3, 2, 1])
+def test_length_control_moves_every_model_as_published(published, models):
+    """All at once, or in groups as small as an evaluation of one's own."""
+    order = np.random.default_rng(0).permutation(len(published.outcomes))
+    controlled = np.full(len(order), NAN)
+    for first in range(0, len(order), models):
+        group = order[first : first + models]
+        controlled[group] = 100 * length_controlled(
+            published.outcomes[group], published.longer_by[group]
+        )
+    theirs = published.length_controlled_winrate - published.win_rate
+    ours = controlled - published.win_rate
+    moved = np.abs(theirs) > 1e-6  # the baseline against itself does not move
+    assert moved.sum() == 56
+    assert np.sign(ours[moved]).tolist() == np.sign(theirs[moved]).tolist()
+    assert ours[~moved] == pytest.approx(0.0, abs=1e-3)
+    apart = np.abs(controlled - published.length_controlled_winrate)
+    print(f"{models} at a time: mean {apart.mean():.2f} points apart, at most {apart.max():.2f}")
+    assert apart.mean() < np.abs(theirs).mean() / 2
+    assert np.corrcoef(controlled, published.length_controlled_winrate)[0, 1] > 0.99
