@@ -184,6 +184,7 @@ def _load(model: Model) -> Any:
     """The model on the GPU if there is one, read from safetensors."""
     _free()
     with _named(model):
+        # As above: files that are here already.
         weights = AutoModelForCausalLM.from_pretrained(  # nosec B615
             model.weights, dtype="auto", use_safetensors=True, **_SAFE
         )
