@@ -228,11 +228,18 @@ def _parse(block: Any) -> SeraConfig:
     try:
         return SeraConfig.model_validate(dict(block))
     except ValidationError as error:
-        raise ValueError("; ".join(map(_readable, error.errors()))) from None
+        raise ValueError(_once("; ".join(map(_readable, error.errors())))) from None
     except (OverflowError, RecursionError) as error:
         raise ValueError(
             f"sera: {quoted(block)} has a value that cannot be read: {error}"
         ) from None
+
+
+def _once(sentences: str) -> str:
+    """Say which keys are known at the last unknown one alone."""
+    hint = f" Known keys: {', '.join(_FIELDS)}."
+    before, found, after = sentences.rpartition(hint)
+    return before.replace(hint, "") + found + after
 
 
 def _readable(error: Any) -> str:

@@ -226,7 +226,7 @@ def test_the_example_in_the_docs_runs(models, tmp_path, monkeypatch):
     """docs/eval.md, word for word, with a run of two models that are here already."""
     text = (Path(__file__).parents[1] / "docs/eval.md").read_text()
     (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (command,) = re.findall(r"```\n(axolotl sera eval sera-demo/run .*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"```sh\n(axolotl sera eval sera-demo/run .*?)```", text, re.DOTALL)
     base = models.base.resolve()
     monkeypatch.chdir(tmp_path)
     store = make_run(Path("sera-demo/run"), iterations=2, config={"base_model": str(base)})
@@ -332,14 +332,14 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(models, prompts, tmp_pa
 def test_a_full_disk(models, prompts, small_disk):
     arguments = [models.base, models.better, *options(prompts, small_disk / "eval")]
     fill(small_disk)
-    said = call(*arguments, code=2)
+    said = call(*arguments, code=1)
     assert "takes no more files" in said
     assert "start the same command again" in said
     (small_disk / "filler").unlink()
     found = json.loads(call(*arguments, "--json"))
     fill(small_disk)
     before = (small_disk / "eval/results.json").read_text()
-    assert "takes no more files" in call(*arguments, "--seed", 1, code=2)
+    assert "takes no more files" in call(*arguments, "--seed", 1, code=1)
     assert (small_disk / "eval/results.json").read_text() == before
     os.unlink(small_disk / "filler")
     assert json.loads(call(*arguments, "--json")) == found

@@ -8,6 +8,7 @@ import runpy
 import pytest
 import yaml
 
+from sera_plugin.judging.config import JudgeConfig
 from tests.doc_pages import PAGES, ROOT, blocks
 
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
@@ -122,6 +123,9 @@ def test_the_host_knows_every_key_that_a_page_shows():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     for block, keys in SHOWN:
+        if "base_url" in keys:  # a judge's own file
+            JudgeConfig(**keys)
+            continue
         assert keys.keys() <= {*AxolotlInputConfig.model_fields, "sera"}, block.place
 
 
