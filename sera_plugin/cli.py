@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sera_plugin import __version__
+from sera_plugin.planning.commands import plan
 from sera_plugin.report.commands import compare, inspect, report
 
 
@@ -41,5 +42,5 @@ def demo(config: Path | None, directory: Path) -> None:
         raise click.ClickException(str(error)) from error
 
 
-for command in (report, inspect, compare):
+for command in (plan, report, inspect, compare):
     sera.add_command(command)

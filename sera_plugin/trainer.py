@@ -33,7 +33,7 @@ from sera_plugin import checkpoints
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.checksums import explained, seal
-from sera_plugin.dataset import report_rows, tokenize_rows
+from sera_plugin.dataset import prepare_rows
 from sera_plugin.distributed import current_ranks
 from sera_plugin.encoding import model_end_ids
 from sera_plugin.fields import SYSTEM, TEXTS
@@ -330,21 +330,9 @@ class SeraTrainer(AxolotlDPOTrainer):
     ) -> Dataset:
         if "prompt_ids" in dataset.column_names:
             return dataset
-        long_rows = str(self.cfg.excess_length_strategy or "").lower()
-        result = tokenize_rows(
-            tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair"),
-            processing_class,
-            self._model_end_ids,
-            self.cfg.sequence_len,
-            truncate=long_rows == "truncate",
-            name=dataset_name,
-        )
-        report_rows(
-            result,
-            dataset_name,
-            raise_bad=self.config.bad_rows == "raise",
-            raise_long=long_rows == "raise",
-            max_length=self.cfg.sequence_len,
+        rows = tqdm(dataset, desc=f"SeRA: tokenizing {dataset_name} pairs", unit="pair")
+        result = prepare_rows(
+            rows, processing_class, self._model_end_ids, self.cfg, self.config, dataset_name
         )
         columns = {
             "row": np.arange(len(result.rows)),
