@@ -84,7 +84,6 @@ def setting(**changes) -> Setting:
         bits=None,
         double_quantised=True,
         wide_norms=True,
-        wide_embeddings=False,
         optimizer="adamw_torch_fused",
         micro_batch=2,
         accumulation=8,
@@ -350,6 +349,7 @@ def make(memory: int | None, speed: Speed | None = None):
             pairs=pairs(),
             saving=saving,
             device=Device("a GPU", memory),
+            room=(GIB, 2**20),
             notes=["A note."],
             speed=speed,
             speed_from="A clock.",
@@ -362,6 +362,7 @@ def test_a_plan_in_words():
     assert "Does not fit: " in text
     assert "adapter: qlora" in text
     assert "A note." in text
+    assert "1.00 GiB are free here, which is too little" in text
     assert "floating-point operations. A clock." in text
     text = show.text(make(200 * GIB, Speed(1e9, 1e9, 1e9, 0.5, 0.0, 30.0)))
     assert "Fits: at most " in text

@@ -13,18 +13,20 @@ import click
 
 from sera_plugin.report.commands import Refused
 
+#: The host's handlers that print.
+_CONSOLES = ("console", "color_console")
+
 
 @contextmanager
 def _figures_alone() -> Iterator[None]:
-    """What the host says meanwhile goes to stderr, and of that only warnings."""
-    handlers = [h for name in ("", "axolotl") for h in logging.getLogger(name).handlers]
-    for handler in handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
-            handler.setStream(sys.stderr)
+    """What the host says meanwhile goes to stderr, and of its log only warnings."""
     with redirect_stdout(sys.stderr):
-        import axolotl.cli.config  # noqa: F401  its logging is set up on import
+        import axolotl.cli.config  # noqa: F401  sets up its log, if the host has not yet
 
-        logging.getLogger("axolotl").setLevel(logging.WARNING)
+        for handler in [*logging.getLogger().handlers, *logging.getLogger("axolotl").handlers]:
+            if isinstance(handler, logging.StreamHandler) and handler.name in _CONSOLES:
+                handler.setStream(sys.stderr)
+                handler.setLevel(logging.WARNING)
         yield
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from sera_plugin.limits import GIB
@@ -60,12 +62,21 @@ def read_inputs(path: Path, gpu: float | None, measuring: bool) -> Inputs:
         pairs=prepared.pairs,
         saving=keys.saving_of(cfg, shape, setting, counting, prepared.tokenizer_bytes),
         device=device,
+        room=None if gpu is not None else _room(Path(cfg.output_dir)),
         notes=keys.notes_of(
             cfg, setting, counting, prepared.model.other_layers, prepared.model.quantised_already
         ),
         speed=speed,
         speed_from=speed_from,
     )
+
+
+def _room(output_dir: Path) -> tuple[int, int]:
+    """Bytes free in host memory, and on the disk of a directory that may not be there yet."""
+    place = output_dir.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return psutil.virtual_memory().available, shutil.disk_usage(place).free
 
 
 def _device(gpu: float | None) -> Device:

@@ -82,7 +82,6 @@ def setting_of(
         bits=bits if adapter else None,
         double_quantised=bool(quantisation.get("bnb_4bit_use_double_quant", True)),
         wide_norms=not (adapter or narrowed or cfg.get("cut_cross_entropy")),
-        wide_embeddings=bool(cfg.get("embeddings_skip_upcast")),
         optimizer=optimizer_of(cfg),
         micro_batch=int(cfg["micro_batch_size"]),
         accumulation=int(cfg["gradient_accumulation_steps"]),

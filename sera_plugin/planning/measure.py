@@ -8,6 +8,7 @@ memory is allocated, and the model's abilities are known.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ from sera_plugin.planning.prepare import Prepared
 from sera_plugin.planning.setting import Setting
 from sera_plugin.planning.shape import Shape
 from sera_plugin.store import RunStore
+
+LOG = logging.getLogger("axolotl.sera")
 
 ITERATIONS = 2
 #: Optimizer steps of an iteration that are timed at least, beside the first, which is not.
@@ -92,6 +95,8 @@ def measure(prepared: Prepared, shape: Shape, setting: Setting, counting: Counti
     rows = [prepared.rows.rows[index] for index in chosen]
     start = perf_counter()
     watch = _Steps()
+    # Alarms about a run of a few pairs mean nothing.
+    LOG.setLevel(logging.ERROR)
     with _directory(prepared.cfg) as directory:
         cfg = _shortened(prepared, directory)
         PluginManager.get_instance().cfg = cfg
@@ -105,6 +110,7 @@ def measure(prepared: Prepared, shape: Shape, setting: Setting, counting: Counti
         trainer.train()
         store = RunStore(directory)
         summaries = [store.summary(number) for number in range(1, ITERATIONS + 1)]
+    LOG.setLevel(logging.NOTSET)
     PluginManager.get_instance().cfg = prepared.cfg
     sampled = summaries[-1]["forwarded"].get("sample")
     mean = sampled["tokens"] / sampled["sequences"] if sampled else None

@@ -98,6 +98,8 @@ def _engine(
     taken = wanted if beside or setting.utilization is not None else needed
     stays = resident if beside else {}
     possible = needed <= given and (setting.utilization is None or wanted <= room)
+    if not possible:
+        note += f"; it needs {needed / GIB:.1f} GiB and would get {min(given, room) / GIB:.1f}"
     return Phase(
         "sample",
         {**stays, "engine": taken + ENGINE_SLACK, **other},

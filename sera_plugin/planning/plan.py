@@ -40,6 +40,7 @@ class Inputs:
         pairs: the data as token ids.
         saving: what goes to disk.
         device: where it will run.
+        room: bytes of host memory and disk that are free, None where the run is elsewhere.
         notes: what the figures leave out.
         speed: of this machine, None where it is not known.
         speed_from: where the speed comes from.
@@ -52,6 +53,7 @@ class Inputs:
     pairs: Pairs
     saving: Saving
     device: Device
+    room: tuple[int, int] | None
     notes: list[str]
     speed: Speed | None
     speed_from: str

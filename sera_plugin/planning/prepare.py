@@ -18,7 +18,6 @@ from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.tee import close_debug_log
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import GenerationConfig
 
@@ -111,10 +110,7 @@ def parse(path: Path) -> DictDefault:
     _require_model(written)
     # The host begins output_dir's debug.log anew, and there may be a run there.
     with TemporaryDirectory() as scratch:
-        try:
-            cfg = load_cfg(str(path), output_dir=scratch)
-        finally:
-            close_debug_log()
+        cfg = load_cfg(str(path), output_dir=scratch)
     cfg.output_dir = str(written.get("output_dir") or "./model-out")
     if not cfg.sera:
         raise ValueError(

@@ -17,7 +17,6 @@ class Setting:
         bits: 4 or 8 where the base is quantised, else None.
         double_quantised: whether the scales of 4-bit blocks are quantised again.
         wide_norms: whether the host keeps norms and embeddings in float32.
-        wide_embeddings: whether it keeps the embeddings of a quantised base in float32.
         optimizer: as the YAML names it.
         micro_batch: pairs.
         accumulation: micro-batches per step.
@@ -40,7 +39,6 @@ class Setting:
     bits: int | None
     double_quantised: bool
     wide_norms: bool
-    wide_embeddings: bool
     optimizer: str
     micro_batch: int
     accumulation: int
@@ -66,8 +64,6 @@ def element_bytes(weight: Weight, setting: Setting) -> int:
     in float32 for full fine-tuning with SDPA or eager attention; takes them back to 16 bits for
     adapters and flash attention; and PEFT casts whatever else a quantised base has to float32.
     """
-    if weight.role == "embedding" and setting.bits and setting.wide_embeddings:
-        return 4
     if weight.role != "plain":
         return 4 if setting.wide_norms else setting.width
     return 4 if setting.bits else setting.width

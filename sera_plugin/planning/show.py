@@ -11,6 +11,7 @@ from sera_plugin.planning.counts import Work
 from sera_plugin.planning.memory import Phase
 from sera_plugin.planning.plan import Plan
 from sera_plugin.report.terminal import plain_table
+from sera_plugin.shown import printable
 
 #: Columns of the memory table, in order.
 _PARTS = (
@@ -23,27 +24,29 @@ _PARTS = (
     "engine",
     "other",
 )
+_SAMPLED = ("sample", "score_candidates")
 _COUNTED = ("score_offline", "score_evaluation", "sample", "score_candidates", "train")
 
 
 def text(plan: Plan) -> str:
     """The plan in tables."""
     blocks = [
-        "\n".join(f"{name:<10} {value}" for name, value in plan.inputs.about.items()),
+        "\n".join(f"{name:<10} {printable(value)}" for name, value in plan.inputs.about.items()),
         _iterations(plan),
         _memory(plan),
         _verdict(plan),
-        _other_memory(plan),
+        _elsewhere(plan),
         _time(plan),
         "\n".join(plan.inputs.notes),
     ]
     return "\n\n".join(filter(None, blocks))
 
 
-def _number(work: Work | None) -> str:
+def _number(phase: str, work: Work | None) -> str:
     if work is None:
         return "-"
-    return f"{work.tokens:,}" if work.exact else f"~{work.tokens:,}"
+    known = work.exact and phase not in _SAMPLED
+    return f"{work.tokens:,}" if known else f"~{work.tokens:,}"
 
 
 def _iterations(plan: Plan) -> str:
@@ -51,10 +54,10 @@ def _iterations(plan: Plan) -> str:
     rows = []
     for one in plan.iterations:
         what = f"{one.kept:,} + {one.bootstrapped:,}" if one.number > 1 else f"{one.kept:,}"
-        counts = [_number(one.phases.get(name)) for name in phases]
+        counts = [_number(name, one.phases.get(name)) for name in phases]
         rows.append([str(one.number), what, f"{one.steps:,}", *counts])
     steps = sum(one.steps for one in plan.iterations)
-    rows.append(["all", "", f"{steps:,}", *(_number(_sum(plan, name)) for name in phases)])
+    rows.append(["all", "", f"{steps:,}", *(_number(name, _sum(plan, name)) for name in phases)])
     if any(not work.exact for one in plan.iterations for work in one.phases.values()):
         most = [f"{_sum(plan, name).most:,}" for name in phases]
         rows.append(["at most", "", "", *most])
@@ -73,18 +76,25 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
+def size(amount: float) -> str:
+    """Bytes in GiB, or in MiB where there are few."""
+    return f"{_gib(amount)} GiB" if amount >= GIB else f"{amount / 2**20:.1f} MiB"
+
+
 def _memory(plan: Plan) -> str:
     parts = [name for name in _PARTS if any(phase.parts.get(name) for phase in plan.phases)]
+    small = max(phase.total for phase in plan.phases) < GIB
+    unit, name = (2**20, "MiB") if small else (GIB, "GiB")
     rows = [
         [
             phase.name,
-            *(_gib(phase.parts[p]) if p in phase.parts else "-" for p in parts),
-            _gib(phase.total),
+            *(f"{phase.parts[p] / unit:.2f}" if p in phase.parts else "-" for p in parts),
+            f"{phase.total / unit:.2f}",
         ]
         for phase in plan.phases
     ]
     notes = [f"{phase.name}: {phase.note}" for phase in plan.phases if phase.note]
-    return "\n".join([plain_table(["GiB", *parts, "all"], rows), *notes])
+    return "\n".join([plain_table([name, *parts, "all"], rows), *notes])
 
 
 def _largest(phases: list[Phase]) -> Phase:
@@ -95,17 +105,17 @@ def _verdict(plan: Plan) -> str:
     device, most = plan.inputs.device, _largest(plan.phases)
     if device.memory is None:
         return (
-            f"At most {_gib(most.total)} GiB, in `{most.name}`. There is no GPU here to compare "
-            "with; --gpu GIB compares with one of that size."
+            f"At most {size(most.total)}, in `{most.name}`. There is no GPU here to compare with; "
+            "--gpu GIB compares with one of that size."
         )
     if plan.fits:
         return (
-            f"Fits: at most {_gib(most.total)} of {_gib(device.memory)} GiB ({device.name}), in "
+            f"Fits: at most {size(most.total)} of {_gib(device.memory)} GiB ({device.name}), in "
             f"`{most.name}`."
         )
     failing = [phase.name for phase in plan.phases if not phase.fits(device.memory)]
     lines = [
-        f"Does not fit: {_gib(most.total)} GiB in `{most.name}`, of {_gib(device.memory)} GiB "
+        f"Does not fit: {size(most.total)} in `{most.name}`, of {_gib(device.memory)} GiB "
         f"({device.name}). Phases that do not: {', '.join(failing)}."
     ]
     rows = []
@@ -125,16 +135,20 @@ def _verdict(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _other_memory(plan: Plan) -> str:
-    rows = [
-        [
-            name,
-            ", ".join(f"{part} {_gib(size)}" for part, size in sizes.items() if size),
-            _gib(sum(sizes.values())),
-        ]
-        for name, sizes in (("host memory", plan.host), ("disk", plan.disk))
-    ]
-    return plain_table(["GiB", "", "all"], rows)
+def _elsewhere(plan: Plan) -> str:
+    lines = []
+    room = plan.inputs.room or (None, None)
+    for name, parts, free in zip(
+        ("host memory", "disk"), (plan.host, plan.disk), room, strict=True
+    ):
+        each = ", ".join(f"{part} {size(amount)}" for part, amount in parts.items() if amount)
+        needed = sum(parts.values())
+        line = f"{name:<12}{size(needed)}: {each}"
+        if free is not None:
+            line += f"; {size(free)} are free here"
+            line += ", which is too little" if needed > free else ""
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
@@ -197,8 +211,10 @@ def data(plan: Plan) -> dict[str, Any]:
             "fits": plan.fits,
             "phases": [_phase(phase, device.memory) for phase in plan.phases],
             "host": plan.host,
+            "host_free": None if inputs.room is None else inputs.room[0],
         },
         "disk": plan.disk,
+        "disk_free": None if inputs.room is None else inputs.room[1],
         "changes": [
             {
                 "keys": change.keys,
