@@ -14,6 +14,8 @@ from sera_plugin.store import make_table
 
 #: Pairs that are compressed to see how well this dataset does.
 _TRIED = 5_000
+#: Model card, configuration and checksums beside each model.
+_BESIDE = 2**13
 #: A checkpoint's scheduler, random states, arguments and trainer_state.json; a summary.
 _SMALL = 2**17
 
@@ -49,7 +51,7 @@ def disk_parts(
         iterations: as planned.
         saving: what is saved.
     """
-    one = saving.model + saving.tokenizer
+    one = saving.model + saving.tokenizer + _BESIDE
     kept = min(saving.saves, saving.limit + 1)
     return {
         "policies": _policies(method, len(iterations), saving) * one,

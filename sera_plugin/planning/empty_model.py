@@ -16,6 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sera_plugin.planning.shape import Kind, Linear, Role, Shape, Source, Weight
 from sera_plugin.sampling.vllm import adapter_problem
+from sera_plugin.shown import quoted
+
+#: What configurations call the number of their experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ def read_model(cfg: DictDefault, tokenizer: Any) -> EmptyModel:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"base_model: {cfg.base_model} (model_type {config.model_type}) is no causal language "
-            "model that transformers has code for, and a plan runs no code that comes with a "
-            "model. Train a few steps of it instead to see what it needs."
+            f"base_model: {quoted(cfg.base_model, 200)} (model_type {config.model_type}) is no "
+            "causal language model that transformers has code for, and a plan runs no code that "
+            "comes with a model. Train a few steps of it instead to see what it needs."
         ) from error
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows or (len(tokenizer) < rows and cfg.shrink_embeddings):
@@ -63,13 +67,18 @@ def read_model(cfg: DictDefault, tokenizer: Any) -> EmptyModel:
             len(tokenizer), pad_to_multiple_of=multiple, mean_resizing=False
         )
     text = model.config.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        raise ValueError(
+            f"base_model: {quoted(cfg.base_model, 200)} (model_type {config.model_type}) has no "
+            "attention. A plan knows what layers of attention take, and nothing of others."
+        )
     layers = _linear_layers(model)
     weights = _weights(model, set(layers), get_linear_embedding_layers(cfg.model_config_type))
     adapter, adapted, unserved = _adapter(model, cfg)
     if adapter and model.get_input_embeddings().num_embeddings != rows:
         unserved = "the adapter stands on a model whose vocabulary was resized after loading"
-    experts = sum(w.elements for w in weights if len(w.shape) == 3)
-    number = next((w.shape[0] for w in weights if len(w.shape) == 3), 1)
+    number = next((int(getattr(text, name)) for name in _EXPERTS if getattr(text, name, 0)), 0)
+    experts = sum(w.elements for w in weights if len(w.shape) == 3 and w.shape[0] == number)
     shape = Shape(
         kind=str(config.model_type),
         weights=weights,
@@ -88,7 +97,7 @@ def read_model(cfg: DictDefault, tokenizer: Any) -> EmptyModel:
         head=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
         gated=any("gate" in name for name in layers) or bool(experts),
         expert_elements=experts,
-        expert_share=int(getattr(text, "num_experts_per_tok", None) or 1) / number,
+        expert_share=int(getattr(text, "num_experts_per_tok", None) or 1) / max(1, number),
     )
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     quantised = getattr(config, "quantization_config", None) or {}
@@ -113,10 +122,14 @@ def _linear_layers(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def _source(name: str, layers: dict[str, tuple[int, int]], hidden: int) -> Source:
-    """What a linear layer takes: the last of its block takes what the block has made."""
+    """What a linear layer takes: the last that gives hidden states, what its block has made."""
     block = name.rpartition(".")[0]
-    last = [other for other in layers if other.rpartition(".")[0] == block][-1]
-    if name != last or layers[name][1] != hidden:
+    outputs = [
+        other
+        for other, sizes in layers.items()
+        if other.rpartition(".")[0] == block and sizes[1] == hidden
+    ]
+    if not outputs or name != outputs[-1]:
         return "normed"
     return "attention" if "attn" in block or "attention" in block else "activated"
 

@@ -19,8 +19,8 @@ from sera_plugin.planning.prepare import Prepared, prepare
 from sera_plugin.planning.setting import Setting
 
 _AT_LEAST = (
-    "The times are what it takes at least: as if all of it were products of matrices of this "
-    "model's size, which were timed here. --measure times a short run instead."
+    "The times are what it takes at least: as if all of it were products of large matrices, which "
+    "were timed here. --measure times a short run instead."
 )
 _NO_TIME = (
     "How long they take depends on the GPU: run `axolotl sera plan --measure` on the machine that "
@@ -40,7 +40,8 @@ def read_inputs(path: Path, gpu: float | None, measuring: bool) -> Inputs:
         ValueError, OSError: for a configuration or data that cannot be trained, with what to do.
     """
     prepared = prepare(path, elsewhere=gpu is not None)
-    cfg, shape = prepared.cfg, prepared.model.shape
+    cfg, empty = prepared.cfg, prepared.model
+    shape = empty.shape
     held_out = None if prepared.held_out is None else Lengths.of(prepared.held_out)
     counting = keys.counting_of(cfg, prepared.method, Lengths.of(prepared.pairs), held_out)
     device = _device(gpu)
@@ -64,7 +65,7 @@ def read_inputs(path: Path, gpu: float | None, measuring: bool) -> Inputs:
         device=device,
         room=None if gpu is not None else _room(Path(cfg.output_dir)),
         notes=keys.notes_of(
-            cfg, setting, counting, prepared.model.other_layers, prepared.model.quantised_already
+            cfg, shape, setting, counting, empty.other_layers, empty.quantised_already
         ),
         speed=speed,
         speed_from=speed_from,

@@ -34,7 +34,7 @@ def counting_of(
         kept=method.kept,
         bootstrapped=method.bootstrapped,
         batch_size=micro_batch,
-        accumulation=int(cfg["gradient_accumulation_steps"]),
+        accumulation=int(cfg.get("gradient_accumulation_steps") or 1),
         drop_last=bool(cfg.get("dataloader_drop_last")),
     )
     strategy = "steps" if cfg.get("eval_steps") else cfg.get("eval_strategy")
@@ -84,7 +84,7 @@ def setting_of(
         wide_norms=not (adapter or narrowed or cfg.get("cut_cross_entropy")),
         optimizer=optimizer_of(cfg),
         micro_batch=int(cfg["micro_batch_size"]),
-        accumulation=int(cfg["gradient_accumulation_steps"]),
+        accumulation=int(cfg.get("gradient_accumulation_steps") or 1),
         checkpointing=bool(cfg.get("gradient_checkpointing")),
         offloading=bool(cfg.get("activation_offloading")),
         eager=cfg.get("attn_implementation") == "eager",
@@ -139,6 +139,7 @@ def saving_of(
 
 def notes_of(
     cfg: Mapping[str, Any],
+    shape: Shape,
     setting: Setting,
     counting: Counting,
     other_layers: tuple[str, ...],
@@ -158,6 +159,8 @@ def notes_of(
             "State of paged optimizers is counted on the device; where that is short it moves to "
             "host memory by itself."
         )
+    if shape.expert_elements:
+        notes.append("Activations of a mixture of experts are counted as one feed-forward part's.")
     if other_layers:
         notes.append(f"Activations of {', '.join(other_layers)} layers are counted as attention's.")
     if quantised_already:

@@ -47,8 +47,8 @@ LOG = logging.getLogger("axolotl.sera")
 ITERATIONS = 2
 #: Optimizer steps of an iteration that are timed at least, beside the first, which is not.
 _STEPS = 3
-#: Seconds that a product of matrices is tried for, so many at a time.
-_PROBE, _PRODUCTS = 0.3, 8
+#: Rows and columns of the matrices that are multiplied, on a GPU and on a CPU; for how many seconds.
+_ON_GPU, _ON_CPU, _PROBE = 8192, 1024, 1.0
 
 
 @dataclass(frozen=True)
@@ -206,29 +206,27 @@ class _Steps(TrainerCallback):
 
 
 def fastest(shape: Shape, setting: Setting) -> Speed:
-    """The speed of this machine if all work were products of matrices of this model's size.
+    """The speed of this machine if all work were products of large matrices.
 
     Real work is slower: this gives a time that a run takes at least. A step of sampling multiplies
     one row per sequence, which is slower than many rows: it reads as many weights.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, size = ("cuda", _ON_GPU) if torch.cuda.is_available() else ("cpu", _ON_CPU)
     kind = torch.float32 if setting.width == 4 else torch.bfloat16
-    weights = torch.ones(shape.hidden, shape.intermediate, dtype=kind, device=device)
+    weights = torch.ones(size, size, dtype=kind, device=device)
 
     def rate(rows: int) -> float:
-        tokens = torch.ones(rows, shape.hidden, dtype=kind, device=device)
+        tokens = torch.ones(rows, size, dtype=kind, device=device)
         best, until = 0.0, perf_counter() + _PROBE
         while perf_counter() < until:
             start = perf_counter()
-            for _ in range(_PRODUCTS):
-                tokens @ weights
+            tokens @ weights
             if device == "cuda":
                 torch.cuda.synchronize()
-            spent = perf_counter() - start
-            best = max(best, 2.0 * _PRODUCTS * rows * weights.numel() / spent)
+            best = max(best, 2.0 * rows * weights.numel() / (perf_counter() - start))
         return best
 
-    many = rate(SCORED_ON_CPU)
+    many = rate(size)
     per_token = 2.0 * (shape.matrix_elements + shape.vocabulary * shape.hidden)
     sequences = _batch_tokens(shape, setting, _memory()) // max(1, setting.prompt + setting.sample)
     return Speed(many, many, many, sampling=per_token / rate(max(setting.candidates, sequences)))
