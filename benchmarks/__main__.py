@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, keep the figures as JSON, and write docs/benchmarks.md's tables.
+"""`python -m benchmarks`: measure, keep the figures as JSON, and write the pages' tables.
 
 make bench                          all parts on this machine's CPU
 make bench ARGS="--only scoring"    one of them
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Setup, provenance
-from benchmarks.report import PARTS, RESULTS, update_page
+from benchmarks.report import PARTS, RESULTS, update_pages
 from benchmarks.workload import SHAPES
 
 #: Fewer rounds, or a toy, are for trying things out: their figures are shown and not kept.
@@ -33,12 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, help="default: each part's own number")
     parser.add_argument("--model", type=Path, help="a directory, instead of random weights")
     parser.add_argument("--data", type=Path, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--render", action="store_true", help="only write the page's tables again")
+    parser.add_argument("--render", action="store_true", help="only write the pages' tables again")
     options = parser.parse_args(arguments)
     if options.data and not options.model:
         parser.error("--data needs --model: random weights come with a vocabulary of their own")
     if options.render:
-        update_page()
+        update_pages()
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
@@ -76,7 +76,7 @@ def run(part: str, setup: Setup) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {"about": about, "result": result}
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    update_page()
+    update_pages()
 
 
 if __name__ == "__main__":

@@ -74,23 +74,27 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
+def environment() -> dict[str, str]:
+    """For commands of the host and of this package, which are not to look anything up."""
+    programs = str(Path(sys.executable).parent)
+    return os.environ | {
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),
+    }
+
+
 def axolotl(*arguments: str) -> str:
     """Run the host's command as a user does, and return what it printed.
 
     Raises:
         RuntimeError: if it fails, with the end of what it printed.
     """
-    environment = os.environ | {
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    programs = Path(sys.executable).parent
-    environment["PATH"] = os.pathsep.join([str(programs), environment.get("PATH", "")])
-    command = [str(programs / "axolotl"), *arguments]
+    command = [str(Path(sys.executable).with_name("axolotl")), *arguments]
     result = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-4000:]}")

@@ -1,16 +1,16 @@
-"""docs/benchmarks.md: the tables between its markers, made of benchmarks/results alone."""
+"""Tables between the markers of pages, made of benchmarks/results alone."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+from collections.abc import Sequence
 
 from benchmarks.harness import ROOT, described
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
-#: Parts in the page's order, and the devices each is measured on.
+#: Parts in their order, and the devices each is measured on.
 PARTS = {
     "scoring": ("cpu", "cuda"),
     "sharing": ("cpu", "cuda"),
@@ -19,6 +19,12 @@ PARTS = {
     "whole_run": ("cpu", "cuda"),
     "ranks": ("cpu",),
     "large_n": ("cpu",),
+    "plan": ("cpu", "cuda"),
+}
+#: Pages and the parts that each has a place for.
+PAGES = {
+    ROOT / "docs" / "benchmarks.md": tuple(part for part in PARTS if part != "plan"),
+    ROOT / "docs" / "plan.md": ("plan",),
 }
 NOTHING = "No results yet."
 
@@ -33,20 +39,21 @@ def tables(part: str) -> str:
     return "\n\n".join(found) or NOTHING
 
 
-def render(page: str) -> str:
-    """The page with its tables as the results have them.
+def render(page: str, parts: Sequence[str]) -> str:
+    """A page with its tables as the results have them.
 
     Raises:
         ValueError: if the markers of a part are not there once.
     """
-    for part in PARTS:
+    for part in parts:
         between = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- end of {part} -->)", re.DOTALL)
         text = tables(part)
         page, count = between.subn(lambda match, text=text: match[1] + text + match[2], page)
         if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for {part}; it needs one")
+            raise ValueError(f"the page has {count} places for {part}; it needs one")
     return page
 
 
-def update_page() -> None:
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+def update_pages() -> None:
+    for page, parts in PAGES.items():
+        page.write_text(render(page.read_text(encoding="utf-8"), parts), encoding="utf-8")

@@ -11,12 +11,11 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from sera_plugin.limits import tokens_per_pass
+
 LOG = logging.getLogger("axolotl.sera")
 
 T = TypeVar("T")
-
-#: Of a GPU's memory one pass may take this part; more tokens than these are no faster.
-_SHARE, _MOST = 8, 32_768
 
 
 def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu: int) -> int:
@@ -31,11 +30,9 @@ def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu
         longest: tokens of the longest sequence there can be.
         on_cpu: the number where there is no GPU.
     """
-    tokens = on_cpu
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory // _SHARE
-        tokens = min(_MOST, 1 << (max(1, room // bytes_per_token).bit_length() - 1))
-    return max(longest, tokens)
+    cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    return tokens_per_pass(memory, bytes_per_token, longest, on_cpu)
 
 
 def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ import click
 from sera_plugin import __version__
 from sera_plugin.commands import refusing
 from sera_plugin.evaluation.command import evaluate
+from sera_plugin.planning.commands import plan
 from sera_plugin.report.commands import compare, inspect, report
 
 
@@ -113,5 +114,5 @@ def convert(file: Path, output: Path | None) -> None:
     click.echo(converted.text.rstrip() if output is None else output)
 
 
-for command in (report, inspect, compare, evaluate):
+for command in (plan, report, inspect, compare, evaluate):
     sera.add_command(command)

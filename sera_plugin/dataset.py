@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sera_plugin.args import SeraConfig
 from sera_plugin.encoding import RowTokenizer
 from sera_plugin.rows import PROBLEM, ROW, SOURCE, too_long
 from sera_plugin.shown import plain
@@ -102,6 +103,56 @@ DUPLICATE = (
     "repeat an earlier row, token for token; they are trained as often as they are there. Set "
     "`dataset_exact_deduplication: true` to keep one of each"
 )
+
+
+def prepare_rows(
+    examples: Any,
+    tokenizer: Any,
+    end_ids: Sequence[int],
+    cfg: Mapping[str, Any],
+    config: SeraConfig,
+    name: str,
+) -> TokenizedRows:
+    """Tokenise the host's rows and say what was dropped, as the configuration has it.
+
+    Args:
+        examples, tokenizer, end_ids: see `tokenize_rows`.
+        cfg: the host's resolved configuration.
+        config: the `sera:` block in it.
+        name: what the rows are for, "train" or "eval".
+
+    Raises:
+        ValueError: if no usable row is left, or some are dropped that must not be.
+    """
+    long_rows = str(cfg.get("excess_length_strategy") or "").lower()
+    length = cfg.get("sequence_len")
+    result = tokenize_rows(
+        examples, tokenizer, end_ids, length, truncate=long_rows == "truncate", name=name
+    )
+    report_rows(
+        result,
+        name,
+        raise_bad=config.bad_rows == "raise",
+        raise_long=long_rows == "raise",
+        max_length=length,
+    )
+    return result
+
+
+def kept_columns(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of the host's rows that can be used, (N,) each.
+
+    Raises:
+        ValueError: naming those that are not there.
+    """
+    missing = [name for name in names if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"sera.score_columns: {', '.join(missing)} not in the prepared dataset. It has "
+            f"{', '.join(dataset.column_names)}."
+        )
+    kept = dataset.select(rows)
+    return {name: kept[name][:] for name in names}
 
 
 def tokenize_rows(

@@ -21,11 +21,8 @@ from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sera_plugin.limits import KEPT_LOGITS, LOGITS
 from sera_plugin.packing import Layout, Targets, collate
-
-#: Float32 logits at a time, 64 MiB: more is slower on a CPU and saves nothing on a GPU. Of a batch
-#: with no more than 256 MiB training keeps them all for its backward pass.
-_LOGITS, _KEPT_LOGITS = 2**24, 2**26
 
 
 def completion_logps(
@@ -47,9 +44,9 @@ def completion_logps(
     def losses(states: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits(states).float(), labels, reduction="none")
 
-    size = max(1, _LOGITS // vocabulary)
+    size = max(1, LOGITS // vocabulary)
     chunks = list(zip(states.split(size), targets.label.split(size), strict=True))
-    if torch.is_grad_enabled() and len(states) * vocabulary > _KEPT_LOGITS:
+    if torch.is_grad_enabled() and len(states) * vocabulary > KEPT_LOGITS:
         found = [checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks]
     else:
         found = [losses(*chunk) for chunk in chunks]

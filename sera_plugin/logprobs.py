@@ -12,6 +12,7 @@ import torch
 
 from sera_plugin.budget import TokenBudget, batches_by_length, plan_tokens
 from sera_plugin.forward import abilities, forward_logps, innermost
+from sera_plugin.limits import SCORED_ON_CPU, scoring_bytes_per_token
 from sera_plugin.packing import Ids, Layout, Sharing, collate, plan_lines
 from sera_plugin.ranks import WHOLE, Shard
 
@@ -93,10 +94,8 @@ def scoring_budget(model: Any, device: torch.device, longest: int) -> TokenBudge
         device: where it will score.
         longest: tokens of the longest sequence there can be.
     """
-    # A token's activations without gradients: up to 32 hidden states of 16 bits. On a CPU more
-    # tokens than these leave its cache and are slower.
-    per_token = 64 * innermost(model).config.get_text_config().hidden_size
-    return TokenBudget(plan_tokens(device, per_token, longest, on_cpu=2_048))
+    per_token = scoring_bytes_per_token(innermost(model).config.get_text_config().hidden_size)
+    return TokenBudget(plan_tokens(device, per_token, longest, on_cpu=SCORED_ON_CPU))
 
 
 def cost_of_sharing(model: Any, longest: int) -> Sharing:

@@ -124,6 +124,13 @@ class Method:
     def weights(self, iteration: int) -> tuple[float, ...]:
         return reward_weights(iteration, self.config.gamma, self.reference_free)
 
+    def candidates_under(self, iteration: int) -> tuple[int, ...]:
+        """The policies that iteration t's candidates are scored under, theta_{t-1} first."""
+        implicit = self.config.labeler == "implicit"
+        ranking = len(self.weights(iteration)) if implicit else 1
+        policies = [iteration - back for back in range(1, ranking + 1)]
+        return tuple(dict.fromkeys([*policies, self.reference(iteration)]))
+
     def oldest_policy(self, iteration: int) -> int:
         """The oldest policy that iteration t's phases score under."""
         rewards = iteration - len(self.weights(iteration)) if iteration > 1 else 0

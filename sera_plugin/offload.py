@@ -16,21 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sera_plugin.limits import (
+    ENGINE_OVERHEAD,
+    ENGINE_SEQUENCES,
+    ENGINE_SLACK,
+    GIB,
+    cache_bytes,
+)
 from sera_plugin.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 
 LOG = logging.getLogger("axolotl.sera")
 
-_GIB = 2**30
-#: Context, activations and CUDA graphs of an engine; what two measurements may differ by.
-_OVERHEAD, _SLACK = 3 * _GIB, 1 * _GIB
-#: Prompts at full length that the engine's cache should hold for sampling to be fast.
-_AT_ONCE = 32
 _BACK_WITHIN = 60.0
 
 
 def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
-    """Bytes of the unquantised weights, and of a cache for `_AT_ONCE` sequences.
+    """Bytes of the unquantised weights, and of a cache for `ENGINE_SEQUENCES` sequences.
 
     Args:
         model: what is trained; only its configuration and parameter count are read.
@@ -38,7 +40,7 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
         element_size: bytes per weight as served.
     """
     per_token = cache_bytes_per_token(model, element_size)
-    return model.num_parameters() * element_size, _AT_ONCE * length * per_token
+    return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
 
 
 def cache_bytes_per_token(model: Any, element_size: int) -> int:
@@ -46,7 +48,7 @@ def cache_bytes_per_token(model: Any, element_size: int) -> int:
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * int(heads) * int(size) * element_size
+    return cache_bytes(int(text.num_hidden_layers), int(heads), int(size), element_size)
 
 
 @contextmanager
@@ -76,43 +78,43 @@ def make_room(
     if device.type != "cuda":
         available = psutil.virtual_memory().available // ranks.local_world
         ranks.barrier()  # measured before any engine starts
-        room = max(1, min(8 * cache, available // 4) // _GIB)
+        room = max(1, min(8 * cache, available // 4) // GIB)
         yield Memory(None, weights < available // 2, cache_gib=room)
         return
     size = int(options.get("tensor_parallel_size") or 1)
     devices = _devices((device.index or 0) // size * size, size)
-    wanted = (weights + cache) // len(devices) + _OVERHEAD
+    wanted = (weights + cache) // len(devices) + ENGINE_OVERHEAD
     free, total = _free(device)
     asked = options.get("gpu_memory_utilization")
     if asked is not None:
         wanted = int(asked * total)
     homes: list[tuple[Tensor, torch.device]] = []
-    if free < wanted + _SLACK:
+    if free < wanted + ENGINE_SLACK:
         homes = _to_host(resident_tensors(model, optimizer))
         before, (free, _) = free, _free(device)
         LOG.info(
             "SeRA: weights and optimizer state wait in host memory: the engine wants %.1f GiB, "
             "%.1f GiB were free, %.1f GiB are now",
-            wanted / _GIB,
-            before / _GIB,
-            free / _GIB,
+            wanted / GIB,
+            before / GIB,
+            free / GIB,
         )
     else:
         LOG.info(
             "SeRA: the engine fits beside the training run: it wants %.1f GiB of %.1f GiB free",
-            wanted / _GIB,
-            free / _GIB,
+            wanted / GIB,
+            free / GIB,
         )
     try:
         free = _least_free(free, size, ranks)
         if asked is not None and asked * total > free:
             raise ValueError(
-                f"vllm.gpu_memory_utilization: {asked} asks for {asked * total / _GIB:.1f} GiB, "
-                f"but {free / _GIB:.1f} GiB are free. Leave it out, so that it is derived, or set "
+                f"vllm.gpu_memory_utilization: {asked} asks for {asked * total / GIB:.1f} GiB, "
+                f"but {free / GIB:.1f} GiB are free. Leave it out, so that it is derived, or set "
                 f"it to {free / total:.2f} or less."
             )
-        utilization = asked if asked is not None else min(0.95, (free - _SLACK) / total)
-        fits = weights // len(devices) + _OVERHEAD <= utilization * total
+        utilization = asked if asked is not None else min(0.95, (free - ENGINE_SLACK) / total)
+        fits = weights // len(devices) + ENGINE_OVERHEAD <= utilization * total
         yield Memory(utilization, fits, devices)
         ranks.barrier()  # a neighbour's engine may still be on this device
         _wait_until_back(device, free)
@@ -169,12 +171,12 @@ def _least_free(free: int, size: int, ranks: Ranks) -> int:
 def _wait_until_back(device: torch.device, free: int) -> None:
     """The driver returns a dead process's memory a little later than the process ends."""
     until = monotonic() + _BACK_WITHIN
-    while (now := _free(device)[0]) < free - _SLACK // 2:
+    while (now := _free(device)[0]) < free - ENGINE_SLACK // 2:
         if monotonic() > until:
             LOG.warning(
                 "SeRA: %.1f GiB of GPU memory have not come back since sampling; another program "
                 "may have taken them",
-                (free - now) / _GIB,
+                (free - now) / GIB,
             )
             return
         sleep(0.5)

@@ -15,6 +15,7 @@ import numpy as np
 from sera_plugin.args import SeraConfig
 from sera_plugin.budget import plan_tokens
 from sera_plugin.checksums import damage
+from sera_plugin.limits import SAMPLED_ON_CPU
 from sera_plugin.offload import cache_bytes_per_token, engine_needs, make_room
 from sera_plugin.ranks import NO_PART, WHOLE
 from sera_plugin.sampling import CandidateSampler
@@ -94,7 +95,7 @@ class Samplers:
                     next(policies.model.parameters()).device,
                     bytes_per_token=cache_bytes_per_token(policies.model, element_size=4),
                     longest=int(self.cfg["sequence_len"] or 0),
-                    on_cpu=16_384,
+                    on_cpu=SAMPLED_ON_CPU,
                 ),
                 self.scorer.autocast,
                 self.scorer.shard,

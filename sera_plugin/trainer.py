@@ -31,7 +31,7 @@ from sera_plugin import checkpoints
 from sera_plugin.adapters import continue_adapter, tidy_adapters
 from sera_plugin.args import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.checksums import explained, seal
-from sera_plugin.dataset import report_rows, tokenize_rows
+from sera_plugin.dataset import kept_columns, prepare_rows
 from sera_plugin.distributed import current_ranks
 from sera_plugin.encoding import model_end_ids
 from sera_plugin.facts import offline_facts
@@ -362,21 +362,9 @@ class SeraTrainer(AxolotlDPOTrainer):
     ) -> Dataset:
         if "prompt_ids" in dataset.column_names:
             return dataset
-        long_rows = str(self.cfg.excess_length_strategy or "").lower()
-        result = tokenize_rows(
-            told(dataset, f"tokenize {dataset_name} pairs", "pair", self._quiet),
-            processing_class,
-            self._model_end_ids,
-            self.cfg.sequence_len,
-            truncate=long_rows == "truncate",
-            name=dataset_name,
-        )
-        report_rows(
-            result,
-            dataset_name,
-            raise_bad=self.config.bad_rows == "raise",
-            raise_long=long_rows == "raise",
-            max_length=self.cfg.sequence_len,
+        rows = told(dataset, f"tokenize {dataset_name} pairs", "pair", self._quiet)
+        result = prepare_rows(
+            rows, processing_class, self._model_end_ids, self.cfg, self.config, dataset_name
         )
         columns: dict[str, Any] = {
             "row": np.arange(len(result.rows)),
@@ -385,14 +373,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             "rejected_ids": result.rejected_ids,
         }
         if dataset_name == "train":
-            missing = [c for c in self.config.score_columns if c not in dataset.column_names]
-            if missing:
-                raise ValueError(
-                    f"sera.score_columns: {', '.join(missing)} not in the prepared dataset. It has "
-                    f"{', '.join(dataset.column_names)}."
-                )
-            kept = dataset.select(result.rows)
-            self._offline_columns = {c: kept[c][:] for c in self.config.score_columns}
+            self._offline_columns = kept_columns(dataset, result.rows, self.config.score_columns)
             self._end_ids = result.end_ids
             if self.config.label_noise:
                 self._swapped = swapped_rows(len(result.rows), self.config.label_noise, args.seed)

@@ -15,9 +15,14 @@ from benchmarks import __main__ as command
 from benchmarks import harness, report, scoring, step, whole_run, workload
 
 
-def test_the_page_has_what_the_results_say():
-    page = report.PAGE.read_text(encoding="utf-8")
-    assert page == report.render(page), "run `make docs`"
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
+def test_pages_have_what_the_results_say(path):
+    page = path.read_text(encoding="utf-8")
+    assert page == report.render(page, report.PAGES[path]), "run `make docs`"
+
+
+def test_every_part_has_its_place_on_one_page():
+    assert sorted(part for parts in report.PAGES.values() for part in parts) == sorted(report.PARTS)
 
 
 @pytest.mark.parametrize("part", report.PARTS)

@@ -196,8 +196,8 @@ def test_logits_in_chunks_give_the_same_values_and_gradients(monkeypatch):
     whole = run()
     assert largest == [8]
     largest.clear()
-    monkeypatch.setattr(forward, "_LOGITS", 15)
-    monkeypatch.setattr(forward, "_KEPT_LOGITS", 15)
+    monkeypatch.setattr(forward, "LOGITS", 15)
+    monkeypatch.setattr(forward, "KEPT_LOGITS", 15)
     chunked = run()
     assert sorted(largest) == [2, 2, 3, 3, 3, 3]  # once more in the backward pass
     for one, other in zip(whole, chunked, strict=True):
