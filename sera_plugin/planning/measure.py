@@ -47,7 +47,7 @@ LOG = logging.getLogger("axolotl.sera")
 ITERATIONS = 2
 #: Optimizer steps of an iteration that are timed at least, beside the first, which is not.
 _STEPS = 3
-#: Rows and columns of the matrices that are multiplied, on a GPU and on a CPU, and for how long.
+#: Rows of the square matrices that are multiplied, on a GPU and on a CPU; for how many seconds.
 _ON_GPU, _ON_CPU, _PROBE = 8192, 1024, 1.0
 
 
