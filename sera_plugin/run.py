@@ -119,10 +119,15 @@ def announce(
         "SeRA run",
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
         f"{'averaged per token' if method.per_token else 'summed over tokens'}",
-        f"  keep {config.selection_ratio:g} N{_unlike('irm', config.selection)}, sample "
+        f"  keep {config.selection_ratio:g} N{unlike('irm', config.selection)}, sample "
         f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
         f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
-        f"{_unlike('implicit', config.labeler)}, gamma {config.gamma:g}",
+        f"{unlike('implicit', config.labeler)}, gamma {config.gamma:g}",
+        *(
+            f"  {key}: {getattr(config, key)}"
+            for key in ("length_control", "offline_length_control", "label_noise")
+            if getattr(config, key) not in ("none", 0)
+        ),
         f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
         "  optimizer and learning-rate schedule "
         + ("restart every iteration" if config.restart_optimizer else "run on"),
@@ -141,8 +146,9 @@ def announce(
     return "\n".join(lines)
 
 
-def _unlike(usual: str, name: str) -> str:
-    return "" if name == usual else f" by {name}"
+def unlike(usual: str, name: str | None) -> str:
+    """By what something is ranked, where that is not the usual."""
+    return "" if name in (usual, None) else f" by {name}"
 
 
 #: What run.json says beside the configuration that makes a run what it is, for a reader.

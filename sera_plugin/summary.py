@@ -261,6 +261,8 @@ def describe_start(summary: Mapping[str, Any]) -> str:
             f"({samples['duplicates']} duplicate, {samples['unfinished']} unfinished, "
             f"{samples['ties']} ties)"
         )
+        if "length_control" in samples:
+            lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
     if pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
         lines.append(
             f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "

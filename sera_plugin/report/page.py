@@ -13,6 +13,7 @@ from sera_plugin.report.figures import figures
 from sera_plugin.report.html import fill, write_page
 from sera_plugin.report.reading import find_run, read_run
 from sera_plugin.report.tokens import Texts, shown_text, texts_of
+from sera_plugin.run import unlike
 
 NAME = "report.html"
 #: What each alarm means; docs/alarms.md says the same.
@@ -98,9 +99,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("rewards in", run.unit),
         ("pairs", f"{run.total:,}"),
         ("held out", f"{run.description.get('evaluation_pairs') or 0:,}"),
-        ("keeps", f"{settings['selection_ratio']:g} N by {settings.get('selection', 'irm')}"),
-        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each, "
-         f"ranked by {settings.get('labeler', 'implicit')}"
+        ("keeps", f"{settings['selection_ratio']:g} N{unlike('irm', settings.get('selection'))}"),
+        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each"
+         f"{unlike('implicit', settings.get('labeler'))}"
          if settings["bootstrap_ratio"] else "nothing"),
         ("gamma", f"{settings['gamma']:g}"),
         ("seed", str(run.description.get("seed"))),
