@@ -25,7 +25,7 @@ from sera_plugin.length_control import equalizing_alpha, regressed_alpha
 from sera_plugin.method import Facts, Method, Pairs
 from sera_plugin.selection import SELECTIONS
 from sera_plugin.store import make_table
-from tests.test_iteration import END, Run, assert_reference_is, firsts
+from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
 @dataclasses.dataclass
@@ -246,13 +246,18 @@ def test_spin_beside_offline_pairs_begins_with_selection(tmp_path):
     assert len(firsts(prepare_labelled(run, 1, Spin()))) == 3
 
 
-def test_a_sample_that_is_the_datasets_answer_gives_no_spin_pair():
-    found = pair_candidates([[0, 0], [0, 1]], [[0.0, 1.0], [0.0, 1.0]])
-    assert (found.prompt.tolist(), found.chosen.tolist(), found.rejected.tolist()) == (
-        [1],
-        [1],
-        [0],
-    )
+@pytest.mark.parametrize("repeated", [0, 1])
+def test_a_sample_that_is_the_datasets_answer_stands_for_it(tmp_path, monkeypatch, repeated):
+    """Row 0 has it and 13 or 14 beside it, row 1 has it twice and no pair, row 2 has it never."""
+    other = CANDIDATES[0][1 - repeated]
+    samples = [other, other]
+    samples[repeated] = [11, END]
+    monkeypatch.setitem(CANDIDATES, 0, samples)
+    monkeypatch.setitem(CANDIDATES, 1, [[21, 0, 0, END]] * 2)
+    run = system(tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0)
+    trained = prepare_labelled(run, 1, Spin())
+    assert firsts(trained) == [(1, 11, other[0]), (3, 31, 34)]
+    assert run.store.read(1, "bootstrapped").schema.metadata[b"ties"] == b"0"
 
 
 # ------------------------------------------------------------------ length control
