@@ -119,10 +119,11 @@ def announce(
         "SeRA run",
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
         f"{'averaged per token' if method.per_token else 'summed over tokens'}",
-        f"  keep {config.selection_ratio:g} N{_unlike('irm', config.selection)}, sample "
+        f"  keep {keeps(config.selection, config.selection_ratio)}, sample "
         f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
         f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
-        f"{_unlike('implicit', config.labeler)}, gamma {config.gamma:g}",
+        f"{'' if config.labeler == 'implicit' else f' by {config.labeler}'}, gamma "
+        f"{config.gamma:g}",
         f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
         "  optimizer and learning-rate schedule "
         + ("restart every iteration" if config.restart_optimizer else "run on"),
@@ -133,7 +134,12 @@ def announce(
         lines.append(
             f"  iteration {iteration}: {size} pairs "
             f"({'all offline pairs' if whole else f'{kept} kept + {sampled} sampled'}), "
-            f"{schedule.steps(iteration)} steps, reference theta_{method.reference(iteration)}"
+            f"{schedule.steps(iteration)} steps, "
+            + (
+                "no reference"
+                if method.reference_free
+                else f"reference theta_{method.reference(iteration)}"
+            )
         )
     if sampler is not None:
         lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
@@ -141,8 +147,17 @@ def announce(
     return "\n".join(lines)
 
 
-def _unlike(usual: str, name: str) -> str:
-    return "" if name == usual else f" by {name}"
+def keeps(selection: str, ratio: float) -> str:
+    """What selection keeps of the offline pairs, for a reader.
+
+    Args:
+        selection, ratio: `selection` and `selection_ratio` in `sera:`.
+    """
+    if selection == "curriculum":
+        return "each prompt's t-th easiest pair"
+    if selection == "all":
+        return "all pairs"
+    return f"{ratio:g} N" + ("" if selection == "irm" else f" by {selection}")
 
 
 #: What run.json says beside the configuration that makes a run what it is, for a reader.
