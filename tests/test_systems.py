@@ -341,6 +341,11 @@ def test_noise_is_recorded_per_row_and_counted(tmp_path):
 def test_a_score_is_a_gap_of_two_columns_or_a_column_that_is_one():
     assert score_gap({"source": ["a"], "s_rejected": [1], "s_chosen": [4]}).tolist() == [3]
     assert score_gap({"source": ["a", "b"], "gap": [1, 2.5]}).tolist() == [1, 2.5]
+    # A swapped label turns a gap's sign; two columns have changed places by themselves.
+    swapped = np.array([False, True])
+    assert score_gap({"gap": [1, 2.5]}, swapped).tolist() == [1, -2.5]
+    sides = swap({"s_chosen": [4, 4], "s_rejected": [1, 1]}, swapped)
+    assert score_gap(sides, swapped).tolist() == [3, -3]
     with pytest.raises(ValueError, match="has no numbers to select by"):
         score_gap({"source": ["a"]})
     with pytest.raises(ValueError, match="column 'gap' is None in row 1"):
@@ -373,6 +378,9 @@ def test_prompts_are_numbered_for_a_curriculum():
         ({"length_control": float("inf")}, "not finite"),
         ({"length_control": True}, "not a number"),
         ({"length_control": "some"}, "length_control"),
+        ({"length_control": 0.1, "labeler": "spin"}, "no rewards to take it off"),
+        ({"offline_length_control": "auto", "selection": "random"}, "has no effect"),
+        ({"reference": "initial", "loss": "orpo"}, "has no reference. Remove reference"),
     ],
 )
 def test_what_does_not_go_together_is_refused(block, said):
