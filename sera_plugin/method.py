@@ -75,6 +75,11 @@ class Method:
     facts: Facts = Facts()
 
     @property
+    def unit(self) -> str:
+        """What implicit rewards and margins are measured in."""
+        return "nats per token" if self.per_token else "nats"
+
+    @property
     def bootstrapped(self) -> int:
         """k~ = round(bootstrap_ratio N)."""
         return round(self.config.bootstrap_ratio * self.total)

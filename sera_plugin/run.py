@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,9 @@ HARMLESS = (
     # who samples, and what is kept for reading
     *("sera.sampler", "sera.vllm_python", "sera.keep_policies", "sera.score_columns"),
     *("sera.bad_rows",),
+    # how a judge is reached, and what it costs
+    *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
+    *("sera.judge.prompt_price", "sera.judge.completion_price"),
     # compared as what they come to: a micro-batch of all processes, beta of the loss, seed
     *("batch_size", "gradient_accumulation_steps", "rl_beta", "seed"),
 )
@@ -71,6 +75,7 @@ def describe_run(
         end_ids: token ids that end a completion.
         seed: the host's seed.
     """
+    gap = method.facts.score_gap
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -88,6 +93,7 @@ def describe_run(
         "evaluation_pairs": len(held_out) if held_out else 0,
         "dataset_fingerprint": _fingerprint(pairs),
         "evaluation_fingerprint": _fingerprint(held_out) if held_out else None,
+        "score_fingerprint": None if gap is None else hashlib.sha256(gap.tobytes()).hexdigest(),
         "end_ids": [int(token) for token in end_ids],
         "seed": seed,
     }
@@ -165,6 +171,7 @@ _IDENTITY = (
     ("pairs", "N, the number of usable pairs"),
     ("dataset_fingerprint", "the pairs' token ids (datasets, chat_template, tokenizer)"),
     ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
+    ("score_fingerprint", "the scores that select (score_columns, datasets)"),
     ("end_ids", "the tokens that end a completion"),
     ("loss", "the loss"),
     ("beta", "beta of the loss (rl_beta, trl.beta)"),
@@ -206,9 +213,15 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the keys of `sera:` beside the others, as `sera.KEY`."""
-    flat = {key: value for key, value in config.items() if key != "sera"}
-    return flat | {f"sera.{key}": value for key, value in (config.get("sera") or {}).items()}
+    """The configuration with the keys of `sera:` and of `judge:` in it beside the others.
+
+    They are called `sera.KEY` and `sera.judge.KEY`.
+    """
+    found = dict(config)
+    for block in ("sera", "sera.judge"):
+        inner = found.pop(block, None) or {}
+        found |= {f"{block}.{key}": value for key, value in inner.items()}
+    return found
 
 
 def _short(value: Any) -> str:

@@ -23,6 +23,7 @@ from sera_plugin.labeling import FIRST_ITERATION, FloatArray, Ranked, Ranker
 from sera_plugin.labeling.spin import Spin
 from sera_plugin.length_control import equalizing_alpha, regressed_alpha
 from sera_plugin.method import Facts, Method, Pairs
+from sera_plugin.run import require_same_run
 from sera_plugin.selection import SELECTIONS
 from sera_plugin.store import make_table
 from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
@@ -392,6 +393,40 @@ def test_a_block_that_was_written_out_is_read_again():
     config = SeraConfig(selection="all", bootstrap_ratio=0)
     assert config.selection_ratio == 1
     assert SeraConfig(**config.model_dump(mode="json")) == config
+
+
+def described(facts: Facts | None = None, **block: Any) -> dict[str, Any]:
+    from sera_plugin.run import describe_run
+    from sera_plugin.schedule import Schedule
+
+    config = SeraConfig(**{"bootstrap_ratio": 0, **block})
+    method = Method(config, False, False, total=1, facts=facts or Facts())
+    ids = make_table({f"{name}_ids": [[1]] for name in ("prompt", "chosen", "rejected")})
+    cfg = {"sera": config.model_dump(mode="json")}
+    pairs, schedule = Pairs.from_table(ids), Schedule((1,), 1, 1)
+    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, (END,), 0)
+
+
+def test_a_run_is_continued_with_the_scores_that_it_selects_by():
+    by_score = {"selection": "score", "score_columns": ["gap"]}
+    one, other = (described(Facts(score_gap=np.array([gap])), **by_score) for gap in (1.0, 2.0))
+    require_same_run(one, one, Path("run"))
+    with pytest.raises(ValueError, match="the scores that select"):
+        require_same_run(one, other, Path("run"))
+    # Columns that are only kept for reading may be others.
+    require_same_run(described(), described(score_columns=["gap"]), Path("run"))
+
+
+def test_a_judge_that_did_not_answer_in_time_may_be_given_more():
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
+    online = {"labeler": "judge", "bootstrap_ratio": 1}
+    one, slow, other = (
+        described(**online, judge=judge | change)
+        for change in ({}, {"timeout": 900, "concurrency": 1, "api_key_env": "K"}, {"model": "n"})
+    )
+    require_same_run(one, slow, Path("run"))
+    with pytest.raises(ValueError, match=r"sera\.judge\.model: 'm' -> 'n'"):
+        require_same_run(one, other, Path("run"))
 
 
 # ------------------------------------------------------------------ judges that rank

@@ -68,8 +68,8 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         found["ensemble"] = ensemble(run, one)
     if selected is not None and one.offline is not None and "selected" in one.offline:
         found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
-    if selected is not None and one.offline is not None and "swapped" in one.offline:
-        found["label_noise"] = noise_found(one.offline["swapped"], selected)
+    if run.swapped is not None and selected is not None and selected.any():
+        found["label_noise"] = noise_found(run.swapped, selected)
     if one.bootstrapped is not None:
         pairs = one.bootstrapped
         found.setdefault("margins", {})["bootstrapped_kept"] = quantiles(
