@@ -102,7 +102,8 @@ def _sampled_length(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
         figure > SAMPLED_LENGTH,
         f"sampled answers have {lengths['sampled']:.1f} tokens on average, {figure:.2f} times the "
         f"{lengths['chosen']:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
-        "learning_rate, or rank per token with sera.loss: ipo or simpo.",
+        "learning_rate, set sera.length_control: auto, or rank per token with sera.loss: ipo or "
+        "simpo.",
     )
 
 
@@ -138,8 +139,9 @@ def _chosen_length(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
         CHOSEN_LENGTH,
         figure > CHOSEN_LENGTH,
         f"in the pairs to train on chosen answers are {trained:.2f} times as long as rejected "
-        f"ones, in the offline pairs {offline:.2f} times: the reward prefers length. Rank per "
-        "token with sera.loss: ipo or simpo, or lower sera.bootstrap_ratio.",
+        f"ones, in the offline pairs {offline:.2f} times: selection and ranking prefer length. Set "
+        "sera.length_control: auto, rank per token with sera.loss: ipo or simpo, or lower "
+        "sera.bootstrap_ratio.",
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sera_plugin.judging.config import JudgeConfig
+from sera_plugin.rewards import REFERENCE_FREE
 from sera_plugin.shown import quoted
 
 #: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
@@ -32,7 +33,6 @@ DEFAULT_BETA = {
 #: Loss types of the host's DPO trainer whose reward is averaged over the completion's tokens.
 PER_TOKEN_HOST_LOSSES = frozenset({"ipo", "sigmoid_norm"})
 
-
 #: Values of `selection` that do not read `selection_ratio`.
 _WITHOUT_RATIO = ("all", "curriculum")
 
@@ -47,7 +47,8 @@ class SeraConfig(BaseModel):
         ge=0.0,
         le=1.0,
         description="k / N: the share of the N offline pairs kept from iteration 2 on, largest "
-        "implicit-reward margin first. 1 keeps all, 0 none.",
+        "implicit-reward margin first. 1 keeps all. 0 keeps none, and a labeler that needs no "
+        "earlier policy (any but `implicit`) then samples for iteration 1 too.",
     )
     bootstrap_ratio: float = Field(
         0.3,
@@ -60,7 +61,7 @@ class SeraConfig(BaseModel):
     selection: Literal["irm", "reference_logp", "score", "random", "all", "curriculum"] = Field(
         "irm",
         description="What offline pairs are ranked by. `irm` is SeRA's implicit reward margin, "
-        "`reference_logp` how much likelier the reference makes chosen than rejected, `score` the "
+        "`reference_logp` how much likelier theta_{t-1} makes chosen than rejected, `score` the "
         "gap of a score of the dataset's (see `score_columns`), `random` a seeded draw. `all` "
         "keeps every pair, and `curriculum` trains iteration t on each prompt's t-th easiest pair "
         "by score; neither reads `selection_ratio`. See systems.md.",
@@ -79,13 +80,14 @@ class SeraConfig(BaseModel):
     )
     length_control: Literal["none", "auto"] | float = Field(
         "none",
-        description="Nats per token taken off the rewards of samples before they are paired: a "
-        "number, or `auto` for the one with which chosen and rejected samples are equally long on "
-        "average (DICE). `none` is the paper.",
+        description="What is taken off the rewards of samples per token before they are paired: a "
+        "number (nats; with another labeler than `implicit`, of what that ranks by), or `auto` for "
+        "the one with which chosen and rejected samples are equally long on average (DICE). "
+        "`none` is the paper.",
     )
     offline_length_control: Literal["none", "auto"] | float = Field(
         "none",
-        description="The same for the margins that offline pairs are selected by. `auto` takes "
+        description="The same for the margins that `selection: irm` ranks by. `auto` takes "
         "what the margin's regression on the difference in length gives.",
     )
     label_noise: float = Field(
@@ -276,6 +278,31 @@ class SeraConfig(BaseModel):
                     f"labeler: {self.labeler} with {name} {is_set} do not go together. Set both "
                     f"(labeler: {name}, {name}: {example}), or neither."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _length_has_a_reward_to_control(self) -> SeraConfig:
+        if self.length_control != "none" and self.labeler == "spin":
+            raise ValueError(
+                f"length_control: {self.length_control} with labeler: spin would put samples "
+                "before the dataset's answers, because there are no rewards to take it off. Remove "
+                "length_control, or set another labeler."
+            )
+        if self.offline_length_control != "none" and self.selection != "irm":
+            raise ValueError(
+                f"offline_length_control: {self.offline_length_control} has no effect with "
+                f"selection: {self.selection}, which ranks by no reward. Remove it, or set "
+                "selection to irm."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_a_reference(self) -> SeraConfig:
+        if self.reference == "initial" and self.loss in REFERENCE_FREE:
+            raise ValueError(
+                f"reference: initial has no effect with loss: {self.loss}, which has no reference. "
+                "Remove reference."
+            )
         return self
 
     @field_validator("vllm_python")

@@ -35,9 +35,9 @@ def offline_facts(
 
     Args:
         config: the `sera:` block.
-        pairs: the N offline pairs.
-        columns: those of `score_columns`, (N,) each.
-        swapped: (N,) which labels were swapped on purpose.
+        pairs: the N offline pairs, labels swapped.
+        columns: those of `score_columns`, (N,) each, as `label_noise.swap` leaves them.
+        swapped: (N,) which labels were swapped on purpose, None without label noise.
 
     Raises:
         ValueError: if selection is by a score and there is none, naming the row that lacks it.
@@ -45,11 +45,17 @@ def offline_facts(
     if config.selection not in BY_SCORE:
         return Facts(swapped=swapped)
     prompts = pairs.prompt_ids.numbered(len(pairs)).ravel()
-    return Facts(score_gap(columns), prompts, swapped)
+    return Facts(score_gap(columns, swapped), prompts, swapped)
 
 
-def score_gap(columns: Mapping[str, Sequence[Any]]) -> FloatArray:
+def score_gap(
+    columns: Mapping[str, Sequence[Any]], swapped: npt.NDArray[np.bool_] | None = None
+) -> FloatArray:
     """(N,) score of chosen less that of rejected, by the first column that has numbers.
+
+    Args:
+        columns: (N,) each; two columns of a score have followed a swapped label to the other side.
+        swapped: (N,) which labels were swapped: a column that is a gap turns its sign there.
 
     Raises:
         ValueError: if no column has, or a row of it has none.
@@ -60,7 +66,9 @@ def score_gap(columns: Mapping[str, Sequence[Any]]) -> FloatArray:
         if name in second or not any(map(_is_number, values)):
             continue
         gap = _numbers(name, values)
-        return gap - _numbers(rejected[name], columns[rejected[name]]) if name in rejected else gap
+        if name in rejected:
+            return gap - _numbers(rejected[name], columns[rejected[name]])
+        return gap if swapped is None else np.where(swapped, -gap, gap)
     raise ValueError(
         f"sera.score_columns: {', '.join(map(quoted, columns))} has no numbers to select by. Name "
         "a score of each answer, such as [score_chosen, score_rejected]."

@@ -25,13 +25,10 @@ from sera_plugin.labeling.implicit import ImplicitReward
 from sera_plugin.length_control import equalizing_alpha
 from sera_plugin.method import Method, Pairs, Phases
 from sera_plugin.offline import Scorer, offline_table, require_finite
-from sera_plugin.sampling import CandidateSampler, Chunk, SamplingSettings
+from sera_plugin.sampling import CandidateSampler, Chunk, Progress, SamplingSettings
 from sera_plugin.selection import select_largest
 from sera_plugin.store import RunStore, make_table
 from sera_plugin.tokens import TokenColumn
-
-#: Given (prompts to sample, phase), a block with a callable that takes finished chunks.
-Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
 
 
 def _no_progress(total: int, phase: str) -> AbstractContextManager[Callable[[Chunk], None]]:

@@ -300,7 +300,7 @@ class Loop:
         alarms = judge([*before, summary])
         if tell:
             with above_bars():
-                LOG.info("%s", describe_start(summary))
+                LOG.info("%s", describe_start(summary, self.method.unit))
                 for alarm in alarms:
                     if alarm.raised:
                         LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)

@@ -6,8 +6,7 @@ reference-free SimPO and ORPO; these two and averaged IPO divide it by the compl
 
 Why these are not TRL's: TRL 1.9 ignores label smoothing in its `sigmoid` loss (so cDPO cannot be
 had), has no summed IPO, no SimPO margin, no KTO-Pair, and ORPO in a trainer of its own. The
-formulas agree with TRL's where both exist; a test
-holds that.
+formulas agree with TRL's where both exist; a test holds that.
 """
 
 from __future__ import annotations
@@ -57,6 +56,9 @@ class PreferenceLoss:
 
     def __call__(self, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
         """(n,) losses from (n,) rewards as `rewards` gives them.
+
+        Raises:
+            ValueError: for a kind that is none of the above.
 
         Sources: DPO Eq. 7 of Rafailov et al. 2023, with cDPO's smoothing (Mitchell 2023); rDPO
         Eq. 12 of Chowdhury et al. 2024; IPO Eq. 17 of Azar et al. 2023; SLiC-HF as in Zhao et al.

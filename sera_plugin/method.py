@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sera_plugin.args import SeraConfig
-from sera_plugin.labeling import FIRST_ITERATION
+from sera_plugin.labeling import first_iteration
 from sera_plugin.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.selection import SELECTIONS, Question, Selection
 from sera_plugin.tokens import TokenColumn
@@ -58,7 +58,7 @@ class Method:
 
     Attributes:
         config: the `sera:` block.
-        reference_free: whether the loss has no reference (SimPO).
+        reference_free: whether the loss has no reference (SimPO, ORPO).
         per_token: whether the loss averages its reward over tokens; the margin follows it.
         total: N, the number of offline pairs.
         iterations: T.
@@ -75,19 +75,19 @@ class Method:
     facts: Facts = Facts()
 
     @property
+    def unit(self) -> str:
+        """What implicit rewards and margins are measured in."""
+        return "nats per token" if self.per_token else "nats"
+
+    @property
     def bootstrapped(self) -> int:
         """k~ = round(bootstrap_ratio N)."""
         return round(self.config.bootstrap_ratio * self.total)
 
     @property
     def first(self) -> int:
-        """The iteration from which pairs are selected and sampled: 2, as in the paper.
-
-        1 where no offline pairs are asked for (`selection_ratio: 0`) and whoever ranks the samples
-        needs no earlier policy: the run is then on samples from its first step (SPIN, OAIF).
-        """
-        online = self.config.selection_ratio == 0
-        return FIRST_ITERATION[self.config.labeler] if online else 2
+        """The iteration from which pairs are selected and sampled."""
+        return first_iteration(self.config.selection_ratio, self.config.labeler)
 
     @cached_property
     def selection(self) -> Selection:

@@ -15,8 +15,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from sera_plugin.iteration import Progress
-from sera_plugin.sampling import Chunk
+from sera_plugin.sampling import Chunk, Progress
 
 LOG = logging.getLogger("axolotl.sera")
 

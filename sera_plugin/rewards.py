@@ -8,8 +8,8 @@ completion's tokens, in nats, iteration t's reward (paper Eq. 7) is
                                + gamma     [log pi_{t-2} - log pi_{t-3}]
 
 without beta, which scales every margin alike. It is linear in the log-probabilities, so one row of
-weights says all of it. A reference-free loss (SimPO, Eq. 17) has `r = log pi / |y|` and the same
-ensemble.
+weights says all of it. A reference-free loss (SimPO, Eq. 17; ORPO) has `r = log pi / |y|` and the
+same ensemble.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def reward_weights(iteration: int, gamma: float, reference_free: bool) -> tuple[
     Args:
         iteration: t, 1-based; selection starts at t = 2.
         gamma: weight of the previous reward in the ensemble, 0 to 1.
-        reference_free: whether the loss has no reference (SimPO).
+        reference_free: whether the loss has no reference (SimPO, ORPO).
 
     Returns:
         As many weights as policies the reward needs, newest first.

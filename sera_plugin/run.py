@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,9 @@ HARMLESS = (
     # who samples, and what is kept for reading
     *("sera.sampler", "sera.vllm_python", "sera.keep_policies", "sera.score_columns"),
     *("sera.bad_rows",),
+    # how a judge is reached, and what it costs
+    *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
+    *("sera.judge.prompt_price", "sera.judge.completion_price"),
     # compared as what they come to: a micro-batch of all processes, beta of the loss, seed
     *("batch_size", "gradient_accumulation_steps", "rl_beta", "seed"),
 )
@@ -71,6 +75,7 @@ def describe_run(
         end_ids: token ids that end a completion.
         seed: the host's seed.
     """
+    gap = method.facts.score_gap
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -88,6 +93,7 @@ def describe_run(
         "evaluation_pairs": len(held_out) if held_out else 0,
         "dataset_fingerprint": _fingerprint(pairs),
         "evaluation_fingerprint": _fingerprint(held_out) if held_out else None,
+        "score_fingerprint": None if gap is None else hashlib.sha256(gap.tobytes()).hexdigest(),
         "end_ids": [int(token) for token in end_ids],
         "seed": seed,
     }
@@ -119,10 +125,11 @@ def announce(
         "SeRA run",
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
         f"{'averaged per token' if method.per_token else 'summed over tokens'}",
-        f"  keep {config.selection_ratio:g} N{unlike('irm', config.selection)}, sample "
+        f"  keep {keeps(config.selection, config.selection_ratio)}, sample "
         f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
         f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
-        f"{unlike('implicit', config.labeler)}, gamma {config.gamma:g}",
+        f"{'' if config.labeler == 'implicit' else f' by {config.labeler}'}, gamma "
+        f"{config.gamma:g}",
         *(
             f"  {key}: {getattr(config, key)}"
             for key in ("length_control", "offline_length_control", "label_noise")
@@ -138,7 +145,12 @@ def announce(
         lines.append(
             f"  iteration {iteration}: {size} pairs "
             f"({'all offline pairs' if whole else f'{kept} kept + {sampled} sampled'}), "
-            f"{schedule.steps(iteration)} steps, reference theta_{method.reference(iteration)}"
+            f"{schedule.steps(iteration)} steps, "
+            + (
+                "no reference"
+                if method.reference_free
+                else f"reference theta_{method.reference(iteration)}"
+            )
         )
     if sampler is not None:
         lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
@@ -146,9 +158,17 @@ def announce(
     return "\n".join(lines)
 
 
-def unlike(usual: str, name: str | None) -> str:
-    """By what something is ranked, where that is not the usual."""
-    return "" if name in (usual, None) else f" by {name}"
+def keeps(selection: str, ratio: float) -> str:
+    """What selection keeps of the offline pairs, for a reader.
+
+    Args:
+        selection, ratio: `selection` and `selection_ratio` in `sera:`.
+    """
+    if selection == "curriculum":
+        return "each prompt's t-th easiest pair"
+    if selection == "all":
+        return "all pairs"
+    return f"{ratio:g} N" + ("" if selection == "irm" else f" by {selection}")
 
 
 #: What run.json says beside the configuration that makes a run what it is, for a reader.
@@ -156,6 +176,7 @@ _IDENTITY = (
     ("pairs", "N, the number of usable pairs"),
     ("dataset_fingerprint", "the pairs' token ids (datasets, chat_template, tokenizer)"),
     ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
+    ("score_fingerprint", "the scores that select (score_columns, datasets)"),
     ("end_ids", "the tokens that end a completion"),
     ("loss", "the loss"),
     ("beta", "beta of the loss (rl_beta, trl.beta)"),
@@ -197,9 +218,15 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the keys of `sera:` beside the others, as `sera.KEY`."""
-    flat = {key: value for key, value in config.items() if key != "sera"}
-    return flat | {f"sera.{key}": value for key, value in (config.get("sera") or {}).items()}
+    """The configuration with the keys of `sera:` and of `judge:` in it beside the others.
+
+    They are called `sera.KEY` and `sera.judge.KEY`.
+    """
+    found = dict(config)
+    for block in ("sera", "sera.judge"):
+        inner = found.pop(block, None) or {}
+        found |= {f"{block}.{key}": value for key, value in inner.items()}
+    return found
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from sera_plugin.args import SeraConfig
 from sera_plugin.budget import plan_tokens
 from sera_plugin.checksums import damage
+from sera_plugin.labeling import first_iteration
 from sera_plugin.limits import SAMPLED_ON_CPU
 from sera_plugin.offload import cache_bytes_per_token, engine_needs, make_room
 from sera_plugin.ranks import NO_PART, WHOLE
@@ -139,11 +140,14 @@ class Samplers:
     def _unserved(self) -> str | None:
         """Why vLLM would not serve this kind of policy, or None."""
         model = self.scorer.policies.model
-        if not self.scorer.policies.is_adapter:
-            return None
+        adapter, config = self.scorer.policies.is_adapter, self.config
+        if not adapter and first_iteration(config.selection_ratio, config.labeler) > 1:
+            return None  # whole weights of its own
         base = type(model.config).from_pretrained(str(self.cfg["base_model"])).get_text_config()
         if model.get_input_embeddings().weight.shape[0] != base.vocab_size:
-            return "the adapter stands on a model whose vocabulary was resized after loading"
+            return "the policy stands on a model whose vocabulary was resized after loading"
+        if not adapter:
+            return None
         return adapter_problem(model.peft_config[model.active_adapter].to_dict())
 
     def _served(self, iteration: int) -> ServedPolicy:
@@ -159,8 +163,9 @@ class Samplers:
         if cfg.get("trust_remote_code"):
             loading["trust_remote_code"] = True
         dtype = self._vllm_options.get("dtype") or str(cfg["torch_dtype"]).split(".")[-1]
-        if not policies.is_adapter:
+        if not policies.is_adapter and iteration > 1:
             return ServedPolicy(directory, None, 0, dtype, None, loading)
+        # Of a base model that is fully fine-tuned theta_0 is the base model itself.
         if cfg.get("revision_of_model"):
             loading["revision"] = cfg["revision_of_model"]
         if cfg.get("overrides_of_model_config"):
@@ -174,8 +179,8 @@ class Samplers:
         model = policies.model
         return ServedPolicy(
             model=str(cfg["base_model"]),
-            adapter=directory,
-            rank=model.peft_config[model.active_adapter].r,
+            adapter=directory if policies.is_adapter else None,
+            rank=model.peft_config[model.active_adapter].r if policies.is_adapter else 0,
             dtype=dtype,
             quantized=quantized,
             options=loading,

@@ -44,7 +44,7 @@ class PolicyScorer:
         self.autocast = autocast
         self.ranks = ranks
         self.quiet = quiet
-        #: What the current iteration has cost; the trainer starts a new one each iteration.
+        #: What the current iteration has cost; the loop starts a new one each iteration.
         self.phases = Phases()
 
     @property
@@ -55,7 +55,7 @@ class PolicyScorer:
     def __call__(
         self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
     ) -> FloatArray:
-        """See `sera_plugin.iteration.Scorer`."""
+        """See `sera_plugin.offline.Scorer`."""
         tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         self.phases.count(phase, len(prompts), tokens)
         what = f"{phase.replace('_', ' ')} under theta_{policy}"

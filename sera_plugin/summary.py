@@ -36,6 +36,11 @@ def jaccard(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
 def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -> dict[str, Any]:
     """Read the iteration's finished phases and count.
 
+    Args:
+        iteration: t, 1-based.
+        method, store: the run.
+        phases: what the iteration has cost so far.
+
     Returns:
         The content of summary.json before the iteration has trained.
     """
@@ -64,7 +69,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         "forwarded": {phase: dict(counts) for phase, counts in phases.forwarded.items()},
     }
     trained = {side: columns[f"{side}_length"][kept] for side in ("chosen", "rejected")}
-    if "swapped" in columns and not kept.all():
+    if "swapped" in columns and kept.any() and not kept.all():
         summary["label_noise"] = noise_found(columns["swapped"], kept)
     if "margin" in columns:
         margin = columns["margin"]
@@ -198,7 +203,7 @@ def _candidate_tokens(
 def _add_evaluation(
     summary: dict[str, Any], iteration: int, method: Method, store: RunStore
 ) -> None:
-    """Accuracy of the implicit reward on the held-out pairs (same reward as selection's)."""
+    """Accuracy of the implicit reward, the one of the margins, on the held-out pairs."""
     current = store.read(iteration, "evaluation")
     if current is None or iteration == 1:
         return
@@ -233,8 +238,13 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def describe_start(summary: Mapping[str, Any]) -> str:
-    """The log block before an iteration's first step: what it will train on."""
+def describe_start(summary: Mapping[str, Any], unit: str) -> str:
+    """The log block before an iteration's first step: what it will train on.
+
+    Args:
+        summary: as `summarize` returns it.
+        unit: of margins.
+    """
     pairs: Mapping[str, int] = summary["pairs"]
     lines = [
         f"SeRA iteration {summary['iteration']}: trains on {pairs['trained']} pairs",
@@ -242,7 +252,7 @@ def describe_start(summary: Mapping[str, Any]) -> str:
     ]
     if "offline_accuracy" in summary:
         lines[-1] += (
-            f", median margin {summary['margins']['offline']['0.5']:+.3f} nats, "
+            f", median margin {summary['margins']['offline']['0.5']:+.3f} {unit}, "
             f"{summary['offline_accuracy']:.0%} agree with their label"
         )
     if "jaccard_with_previous" in summary:
@@ -259,7 +269,8 @@ def describe_start(summary: Mapping[str, Any]) -> str:
             f"  sampled: {pairs['bootstrapped_kept']} of {pairs['bootstrapped_found']} pairs kept, "
             f"from {samples['sampled']} samples of {summary['sampler'].get('name')} "
             f"({samples['duplicates']} duplicate, {samples['unfinished']} unfinished, "
-            f"{samples['ties']} ties)"
+            f"{samples['ties']} ties"
+            + (f", {samples['unranked']} without a verdict)" if samples["unranked"] else ")")
         )
         if "length_control" in samples:
             lines[-1] += f", {samples['length_control']:+.3g} a token taken off"

@@ -15,6 +15,7 @@ from sera_plugin.alarms import judge, records
 from sera_plugin.args import SeraConfig
 from sera_plugin.checksums import seal
 from sera_plugin.iteration import prepare_iteration
+from sera_plugin.labeling import Labeler
 from sera_plugin.method import Facts, Method, Pairs, Phases
 from sera_plugin.offline import held_out_table
 from sera_plugin.run import describe_run
@@ -79,15 +80,14 @@ def make_run(
     held_out: int = 4,
     logps: Mapping[int, Sequence[Sequence[float]]] | None = None,
     config: Mapping[str, Any] | None = None,
-    swapped: Any = None,
+    facts: Facts | None = None,
+    labeler: Labeler | None = None,
 ) -> RunStore:
     """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
     store = RunStore(output_dir)
     data, test = (_pairs(number) for number in (pairs, held_out))
-    method = Method(
-        block, loss == "simpo", per_token, pairs, iterations, facts=Facts(swapped=swapped)
-    )
+    method = Method(block, loss == "simpo", per_token, pairs, iterations, facts=facts or Facts())
     schedule = Schedule(method.sizes, 4, 1)
     resolved = {
         "base_model": "org/none-such",
@@ -107,7 +107,9 @@ def make_run(
     for iteration in range(1, iterations + 1):
         phases = Phases()
         settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
-        prepare_iteration(iteration, method, loaded, store, scorer, Sampler(), settings, phases)
+        prepare_iteration(
+            iteration, method, loaded, store, scorer, Sampler(), settings, phases, labeler=labeler
+        )
         if other is not None:
             held_out_table(iteration, other, store, scorer, phases)
         summaries.append(summarize(iteration, method, store, phases))

@@ -552,6 +552,17 @@ def test_instructions_with_more_are_written_as_messages(row, columns, messages, 
     assert "They are in sera.more.jsonl as messages" in " ".join(said.split())
 
 
+def test_a_text_may_hold_what_ends_a_line_for_python(place):
+    """U+2028 and U+0085 stand in JSON lines as they are."""
+    row = ALPACA | {"instruction": "Name a city.\u2028Now.", "input": "Any\x85one"}
+    info = INFO["plain"] | {"file_name": "odd.jsonl"}
+    (place / "data/dataset_info.json").write_text(json.dumps({"odd": info}))
+    (place / "data/odd.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    write(source(dataset="odd"))
+    found = json.loads(Path("sera.odd.jsonl").read_text())
+    assert found["messages"][-1]["content"] == f"{row['instruction']}\n{row['input']}"
+
+
 def test_a_system_column_beside_conversations_is_written_as_a_message(place):
     info = INFO["talks"] | {"columns": {**INFO["talks"]["columns"], "system": "rules"}}
     (place / "data/dataset_info.json").write_text(json.dumps({"talks": info}))

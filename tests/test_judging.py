@@ -26,8 +26,6 @@ from sera_plugin.judging.config import JudgeConfig, parse_judge, read_judge
 from sera_plugin.judging.function import FunctionJudge
 from sera_plugin.judging.prompts import (
     PLACES,
-    additive_prompt,
-    additive_scores,
     parse_points,
     parse_rating,
     parse_verdict,
@@ -106,13 +104,6 @@ def test_points_are_those_of_self_rewarding_models(reply, points):
     assert parse_points(reply) == points
 
 
-def test_points_that_cannot_be_read_are_counted():
-    assert additive_scores(["Score: 4", "nothing", "Score: 9", "Score: 0"]) == (
-        [4.0, None, None, 0.0],
-        2,
-    )
-
-
 def test_both_orders_make_an_outcome_or_none_does():
     assert Verdict((1.0, 1.0)).outcome == 1.0
     assert Verdict((1.0, 0.0)).outcome == 0.5
@@ -168,12 +159,6 @@ def test_a_template_of_ones_own(tmp_path):
         read_template("pairwise", path)
     with pytest.raises(OSError, match=r"none\.txt"):
         read_template("pairwise", tmp_path / "none.txt")
-
-
-def test_the_additive_prompt_holds_question_and_answer():
-    prompt = additive_prompt("Why {answer}?", "Because.")
-    assert "Why {answer}?" in prompt
-    assert "Because." in prompt
 
 
 # ------------------------------------------------------------------ configuration

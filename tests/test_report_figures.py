@@ -159,6 +159,19 @@ def test_scores_come_in_pairs_or_alone(tmp_path):
     }
 
 
+def test_scores_of_one_name_are_told_apart(tmp_path):
+    values = [1.0, 2.0, 3.0, 4.0]
+    names = ("score", "score_chosen", "score_rejected", "chosen_gpt", "rejected_gpt")
+    more = ("gpt_chosen", "gpt_rejected")
+    make_run(tmp_path, pairs=4, scores=dict.fromkeys((*names, *more), values))
+    assert score_columns(read(tmp_path)) == {
+        "score": None,
+        "score_chosen": ("score_chosen", "score_rejected"),
+        "gpt": ("chosen_gpt", "rejected_gpt"),
+        "gpt_chosen": ("gpt_chosen", "gpt_rejected"),
+    }
+
+
 def test_samples_and_lengths(tmp_path):
     second = of(tmp_path, pairs=14)["iterations"][1]
     # 14 prompts of 4 answers of 2, 3, 4 and 5 tokens; those of rows 0 and 7 are cut off.

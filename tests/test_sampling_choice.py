@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from sera_plugin.args import SeraConfig
+from sera_plugin.checksums import replace_directory
+from sera_plugin.samplers import Samplers
 from sera_plugin.sampling import (
     SamplingFailed,
     SamplingSettings,
@@ -17,8 +20,9 @@ from sera_plugin.sampling import (
     longest_first,
     vllm_server,
 )
-from sera_plugin.sampling.choose import choose_sampler
+from sera_plugin.sampling.choose import Choice, choose_sampler
 from sera_plugin.sampling.vllm import adapter_problem, find_vllm
+from sera_plugin.store import RunStore
 
 PLAIN = {"peft_type": "PeftType.LORA", "r": 16, "bias": "none"}
 
@@ -81,6 +85,30 @@ def test_what_vllm_does_not_serve_falls_back_and_says_so(with_vllm, change, word
 
 def test_a_plain_adapter_is_served():
     assert adapter_problem(PLAIN) is None
+
+
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_model(
+    tmp_path, iteration
+):
+    """theta_0 is a pointer in the run directory, which no engine loads."""
+    store = RunStore(tmp_path)
+    replace_directory(store.policy(iteration), lambda path: (path / "a.json").write_text("{}"))
+    policies = SimpleNamespace(model=None, is_adapter=False)
+    samplers = Samplers(
+        {"base_model": "org/base", "torch_dtype": "torch.bfloat16", "revision_of_model": "v2"},
+        SeraConfig(selection_ratio=0, bootstrap_ratio=1, labeler="spin", candidates=1),
+        store,
+        SimpleNamespace(policies=policies),
+        tokenizer=None,
+    )
+    samplers.choice = Choice("vllm", "it is asked for")
+    served = samplers.make(iteration, None).policy
+    assert served.adapter is None
+    assert (served.model, dict(served.options)) == {
+        1: ("org/base", {"revision": "v2"}),
+        2: (str(store.policy(2)), {}),
+    }[iteration]
 
 
 def test_transformers_by_name_looks_for_nothing():

@@ -10,7 +10,7 @@ import pytest
 
 from sera_plugin.args import SeraConfig
 from sera_plugin.store import make_table
-from sera_plugin.summary import summarize
+from sera_plugin.summary import describe_start, summarize
 from tests.test_iteration import CANDIDATES, Run
 
 
@@ -67,6 +67,16 @@ def test_accuracy_on_the_offline_pairs_has_its_error(tmp_path: Path) -> None:
     found = summary(Run(tmp_path), 2)
     assert found["offline_accuracy"] == pytest.approx(2 / 3)
     assert found["offline_accuracy_error"] == pytest.approx(sqrt(4 / 7 * 3 / 7 / 7))
+
+
+def test_the_log_says_what_margins_are_in_and_what_got_no_verdict(tmp_path: Path) -> None:
+    run = Run(tmp_path, per_token=True)
+    found = summary(run, 2)
+    said = describe_start(found, run.method.unit)
+    assert f"median margin {found['margins']['offline']['0.5']:+.3f} nats per token, " in said
+    assert "0 ties)" in said
+    found["samples"]["unranked"] = 2
+    assert "0 ties, 2 without a verdict)" in describe_start(found, "nats")
 
 
 def test_a_small_held_out_set_is_never_without_error(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from sera_plugin.labeling import FIRST_ITERATION, FloatArray, Ranked, Ranker
 from sera_plugin.labeling.spin import Spin
 from sera_plugin.length_control import equalizing_alpha, regressed_alpha
 from sera_plugin.method import Facts, Method, Pairs
+from sera_plugin.run import require_same_run
 from sera_plugin.selection import SELECTIONS
 from sera_plugin.store import make_table
-from tests.test_iteration import END, Run, assert_reference_is, firsts
+from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
 @dataclasses.dataclass
@@ -246,13 +247,18 @@ def test_spin_beside_offline_pairs_begins_with_selection(tmp_path):
     assert len(firsts(prepare_labelled(run, 1, Spin()))) == 3
 
 
-def test_a_sample_that_is_the_datasets_answer_gives_no_spin_pair():
-    found = pair_candidates([[0, 0], [0, 1]], [[0.0, 1.0], [0.0, 1.0]])
-    assert (found.prompt.tolist(), found.chosen.tolist(), found.rejected.tolist()) == (
-        [1],
-        [1],
-        [0],
-    )
+@pytest.mark.parametrize("repeated", [0, 1])
+def test_a_sample_that_is_the_datasets_answer_stands_for_it(tmp_path, monkeypatch, repeated):
+    """Row 0 has it and 13 or 14 beside it, row 1 has it twice and no pair, row 2 has it never."""
+    other = CANDIDATES[0][1 - repeated]
+    samples = [other, other]
+    samples[repeated] = [11, END]
+    monkeypatch.setitem(CANDIDATES, 0, samples)
+    monkeypatch.setitem(CANDIDATES, 1, [[21, 0, 0, END]] * 2)
+    run = system(tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0)
+    trained = prepare_labelled(run, 1, Spin())
+    assert firsts(trained) == [(1, 11, other[0]), (3, 31, 34)]
+    assert run.store.read(1, "bootstrapped").schema.metadata[b"ties"] == b"0"
 
 
 # ------------------------------------------------------------------ length control
@@ -336,6 +342,11 @@ def test_noise_is_recorded_per_row_and_counted(tmp_path):
 def test_a_score_is_a_gap_of_two_columns_or_a_column_that_is_one():
     assert score_gap({"source": ["a"], "s_rejected": [1], "s_chosen": [4]}).tolist() == [3]
     assert score_gap({"source": ["a", "b"], "gap": [1, 2.5]}).tolist() == [1, 2.5]
+    # A swapped label turns a gap's sign; two columns have changed places by themselves.
+    swapped = np.array([False, True])
+    assert score_gap({"gap": [1, 2.5]}, swapped).tolist() == [1, -2.5]
+    sides = swap({"s_chosen": [4, 4], "s_rejected": [1, 1]}, swapped)
+    assert score_gap(sides, swapped).tolist() == [3, -3]
     with pytest.raises(ValueError, match="has no numbers to select by"):
         score_gap({"source": ["a"]})
     with pytest.raises(ValueError, match="column 'gap' is None in row 1"):
@@ -368,6 +379,9 @@ def test_prompts_are_numbered_for_a_curriculum():
         ({"length_control": float("inf")}, "not finite"),
         ({"length_control": True}, "not a number"),
         ({"length_control": "some"}, "length_control"),
+        ({"length_control": 0.1, "labeler": "spin"}, "no rewards to take it off"),
+        ({"offline_length_control": "auto", "selection": "random"}, "has no effect"),
+        ({"reference": "initial", "loss": "orpo"}, "has no reference. Remove reference"),
     ],
 )
 def test_what_does_not_go_together_is_refused(block, said):
@@ -379,6 +393,40 @@ def test_a_block_that_was_written_out_is_read_again():
     config = SeraConfig(selection="all", bootstrap_ratio=0)
     assert config.selection_ratio == 1
     assert SeraConfig(**config.model_dump(mode="json")) == config
+
+
+def described(facts: Facts | None = None, **block: Any) -> dict[str, Any]:
+    from sera_plugin.run import describe_run
+    from sera_plugin.schedule import Schedule
+
+    config = SeraConfig(**{"bootstrap_ratio": 0, **block})
+    method = Method(config, False, False, total=1, facts=facts or Facts())
+    ids = make_table({f"{name}_ids": [[1]] for name in ("prompt", "chosen", "rejected")})
+    cfg = {"sera": config.model_dump(mode="json")}
+    pairs, schedule = Pairs.from_table(ids), Schedule((1,), 1, 1)
+    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, (END,), 0)
+
+
+def test_a_run_is_continued_with_the_scores_that_it_selects_by():
+    by_score = {"selection": "score", "score_columns": ["gap"]}
+    one, other = (described(Facts(score_gap=np.array([gap])), **by_score) for gap in (1.0, 2.0))
+    require_same_run(one, one, Path("run"))
+    with pytest.raises(ValueError, match="the scores that select"):
+        require_same_run(one, other, Path("run"))
+    # Columns that are only kept for reading may be others.
+    require_same_run(described(), described(score_columns=["gap"]), Path("run"))
+
+
+def test_a_judge_that_did_not_answer_in_time_may_be_given_more():
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
+    online = {"labeler": "judge", "bootstrap_ratio": 1}
+    one, slow, other = (
+        described(**online, judge=judge | change)
+        for change in ({}, {"timeout": 900, "concurrency": 1, "api_key_env": "K"}, {"model": "n"})
+    )
+    require_same_run(one, slow, Path("run"))
+    with pytest.raises(ValueError, match=r"sera\.judge\.model: 'm' -> 'n'"):
+        require_same_run(one, other, Path("run"))
 
 
 # ------------------------------------------------------------------ judges that rank

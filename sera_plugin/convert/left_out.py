@@ -30,13 +30,13 @@ LEFT_OUT: dict[str, str] = {
     "plot_loss": "`axolotl sera report` has the curves.",
     "cache_dir": "set HF_HOME instead.",
     "save_only_model": "a run that is cut off continues from whole checkpoints.",
-    "ref_model*": "the reference is the policy that an iteration starts from; the first is the "
-    "model itself.",
+    "ref_model*": "the reference is the policy that an iteration starts from, or with "
+    "`reference: initial` in `sera:` the model itself.",
     "pref_bco_weight": "rl: sera has no loss with BCO's.",
     "ld_alpha": "rl: sera has no LD-DPO.",
     "kto_*": "it is for KTO.",
     "ppo_*": "it is for PPO.",
-    "reward_model*": "there is no reward model.",
+    "reward_model*": "it is for PPO; one that ranks SeRA's samples is sera.reward_model.",
     "default_system": "put the system message into the data, or into a template of your own "
     "(`chat_template_jinja`).",
     "enable_thinking": "the host's template decides; `chat_template_kwargs` takes enable_thinking.",

@@ -46,7 +46,8 @@ def read_rows(path: Path) -> list[Any]:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Only line feeds end a line: texts may hold the other characters that end lines for Python.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise ValueError(f"{quoted(str(path), 200)} holds no rows: {error}") from error
 

@@ -67,7 +67,8 @@ def put_method(settings: Settings) -> None:
             out["cpo_alpha"] = weight
     settings.notes.append(
         "sera: selection_ratio 0.7 and bootstrap_ratio 0.3 are the paper's. 1.0 and 0 train on all "
-        "pairs and on no others, as LLaMA-Factory does, with a reference that moves every epoch."
+        "pairs and on no others, as LLaMA-Factory does, with a reference that moves every epoch; "
+        "`reference: initial` beside them leaves it where LLaMA-Factory's is."
     )
 
 

@@ -8,7 +8,7 @@ language models (Yuan et al. 2024).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def parse_rating(reply: str) -> float | None:
 
 
 def parse_points(reply: str) -> float | None:
-    """The last `Score: 4` of a reply to the additive prompt, 0 to 5, or None."""
+    """The last `Score: 4` of a reply to the `additive` prompt, 0 to 5, or None."""
     return _last(_POINTS, reply, 0, 5)
 
 
@@ -99,18 +99,6 @@ def _last(pattern: re.Pattern[str], reply: str, low: float, high: float) -> floa
 
 def _said(reply: str) -> str:
     return _THOUGHTS.sub("", reply)
-
-
-def additive_prompt(question: str, answer: str, template: Template | None = None) -> str:
-    """The additive five-point prompt, for a model that judges its own answers."""
-    template = template or read_template("additive")
-    return template.fill({"question": question, "answer": answer})
-
-
-def additive_scores(replies: Sequence[str]) -> tuple[list[float | None], int]:
-    """Points of each reply to `additive_prompt`, and how many replies have none to be read."""
-    scores = [parse_points(reply) for reply in replies]
-    return scores, scores.count(None)
 
 
 #: What a judge is told after a reply without a verdict.

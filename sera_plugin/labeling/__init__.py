@@ -29,6 +29,15 @@ FIRST_ITERATION: Mapping[str, int] = {
 }
 
 
+def first_iteration(selection_ratio: float, labeler: str) -> int:
+    """The iteration from which a run selects and samples: 2, as in the paper.
+
+    1 where no offline pairs are asked for (`selection_ratio: 0`) and whoever ranks the samples
+    needs no earlier policy: the run is then on samples from its first step (SPIN, OAIF).
+    """
+    return 2 if selection_ratio else FIRST_ITERATION[labeler]
+
+
 @dataclass(frozen=True)
 class Ranked:
     """Candidates to rank, n in all, those of a prompt next to each other.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 
-from sera_plugin.judging.prompts import additive_prompt, parse_points, read_template
+from sera_plugin.judging.prompts import parse_points, read_template
 from sera_plugin.labeling import FloatArray, Ranked, Ranker
 from sera_plugin.labeling.conversation import Conversation
 from sera_plugin.ranks import Ranks
-from sera_plugin.sampling import CandidateSampler, Chunk, SamplingSettings
+from sera_plugin.sampling import CandidateSampler, Progress, SamplingSettings
 
 #: Replies to each question, whose points are averaged, and how they are sampled (section 2.3).
 REPLIES, TEMPERATURE, TOP_P = 3, 0.7, 0.9
@@ -28,7 +27,7 @@ class SelfJudge(Ranker):
         settings: of the run's sampling; lengths, end tokens and seed are taken from it.
         conversation: token ids to texts and back.
         ranks: the run's processes.
-        progress: as `sera_plugin.iteration.Progress`.
+        progress: told (answers to judge, phase), opens a bar that takes finished chunks.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class SelfJudge(Ranker):
         settings: SamplingSettings,
         conversation: Conversation,
         ranks: Ranks,
-        progress: Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]],
+        progress: Progress,
     ) -> None:
         super().__init__("self_judge")
         self.sampler, self.conversation = sampler, conversation
@@ -57,10 +56,11 @@ class SelfJudge(Ranker):
         prompts = [
             np.array(
                 self.conversation.prompt(
-                    additive_prompt(
-                        self.conversation.question(prompt),
-                        self.conversation.answer(answer),
-                        template,
+                    template.fill(
+                        {
+                            "question": self.conversation.question(prompt),
+                            "answer": self.conversation.answer(answer),
+                        }
                     )
                 ),
                 dtype=np.int32,

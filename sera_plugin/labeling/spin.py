@@ -16,14 +16,16 @@ DATASET = "dataset"
 class Spin(Ranker):
     """The dataset's chosen answer is a candidate too, and better than every sample.
 
-    It is the last one of its prompt. Samples are equal to each other: the last that differs from
-    the chosen answer is the rejected one, and a prompt without any gives no pair.
+    It is the last one of its prompt. Samples that repeat it token for token are as good as it is,
+    all others equal to each other: the last of those is the rejected one, and a prompt without any
+    gives no pair.
     """
 
     def __init__(self) -> None:
         super().__init__("spin")
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
+        """See `Labeler.complete`: one more per prompt, with `finish_reason` `dataset`."""
         per_prompt = len(samples) // len(chosen)
         row, last = np.arange(len(chosen)), np.full(len(chosen), per_prompt)
         order = np.lexsort(
@@ -43,4 +45,6 @@ class Spin(Ranker):
         ).replace_schema_metadata(samples.schema.metadata)
 
     def rewards(self, ranked: Ranked) -> FloatArray:
-        return np.array([float(reason == DATASET) for reason in ranked.finish_reasons])
+        """See `Labeler.rewards`: 1 for the chosen answer, 0 for any other."""
+        answers = ranked.answers.numbered(ranked.per_prompt)
+        return (answers == answers[:, -1:]).ravel().astype(np.float64)

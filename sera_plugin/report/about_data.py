@@ -13,21 +13,24 @@ from sera_plugin.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Seri
 from sera_plugin.report.data import Iteration, Run
 from sera_plugin.report.ensemble import margins_without_ensemble
 from sera_plugin.report.tokens import shown_name
+from sera_plugin.selection import BY_SCORE
 
 Figures = dict[str, Any]
 
 
 def margins(run: Run, found: Figures) -> Section:
+    by_margin = any(figures.get("threshold") is not None for figures in found["iterations"])
+    kept = "The largest are kept. " if by_margin else ""
     section = Section(
         "margins",
         "Margins",
         "A pair's margin is the implicit reward of its chosen answer less that of its rejected "
-        "one: how far the last training has moved the policy towards the label. The largest are "
-        "kept. Below 0 the policy disagrees with the label.",
+        f"one: how far the last training has moved the policy towards the label. {kept}Below 0 "
+        "the policy disagrees with the label.",
     )
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
         pairs, margin = one.bootstrapped, one.margin
-        if run.settings.get("labeler", "implicit") != "implicit":
+        if run.labeler != "implicit":
             pairs = None  # their margins are not in nats
         if margin is None and pairs is None:
             continue
@@ -56,8 +59,9 @@ def choice(run: Run, found: Figures) -> Section:
         "changed, and which parts of the data were favoured.",
     )
     shared = found["jaccard"]
-    if shared is not None and len(shared["iterations"]) > 1:
-        chance = shared["by_chance"]
+    chance = None if shared is None else shared["by_chance"]
+    # Where all pairs are kept, or none, there is no choice to agree on.
+    if chance not in (None, 1.0) and len(shared["iterations"]) > 1:
         latest = shared["matrix"][-1][-2]
         names = [f"t = {number}" for number in shared["iterations"]]
         section.tables.append(
@@ -225,11 +229,15 @@ def lengths(run: Run, found: Figures) -> Section:
 
 
 def scores(run: Run, found: Figures) -> Section:
+    selection = run.settings.get("selection")
+    role = "They never influence training."
+    if selection in BY_SCORE:
+        role = f"sera.selection: {selection} chooses pairs by the first of them."
     section = Section(
         "scores",
         "The dataset's own scores",
         "How far the policy's implicit reward agrees with the scores that came with the data "
-        "(sera.score_columns). They never influence training.",
+        f"(sera.score_columns). {role}",
     )
     columns = score_columns(run)
     for one, figures in zip(run.iterations, found["iterations"], strict=True):

@@ -94,8 +94,10 @@ def samples(found: Figures) -> Section:
         "samples",
         "Sampled answers",
         "Duplicates repeat another answer to the same prompt; ties and prompts with too few "
-        "distinct answers give no pair; unfinished answers were cut at the longest length.",
+        "distinct answers give no pair; unfinished answers were cut at the longest length; "
+        "unranked ones got no verdict that could be read.",
     )
+    unranked = any((one["samples"] or {}).get("unranked") for one in found["iterations"])
     rows = []
     for one in found["iterations"]:
         samples, pairs = one["samples"], one["pairs"] or {}
@@ -109,14 +111,16 @@ def samples(found: Figures) -> Section:
                     _share(samples["duplicates"], total),
                     _share(samples["unfinished"], total),
                     _share(samples["too_few"], samples["prompts"]),
-                    NOTHING if samples["ties"] is None else f"{samples['ties']:,}",
+                    number(samples["ties"], ","),
+                    *([_share(samples["unranked"], total)] if unranked else []),
                     f"{number(pairs.get('bootstrapped_kept'), ',')} of "
                     f"{number(pairs.get('bootstrapped_found'), ',')}",
                 ]
             )
     if rows:
         head = ["iteration", "prompts", "answers", "duplicates", "unfinished"]
-        head += ["prompts without a pair", "ties", "pairs kept"]
+        head += ["prompts without a pair", "ties", *(["unranked"] if unranked else [])]
+        head += ["pairs kept"]
         section.tables.append(Table("What became of the samples", head, rows))
     return section
 
@@ -169,11 +173,13 @@ def cost(found: Figures) -> Section:
 
 
 def training(run: Run) -> Section:
+    anew = "Each iteration starts from its own reference, so loss and rewards start anew."
+    if run.settings.get("reference") == "initial":
+        anew = "All iterations have the initial policy as reference."
     section = Section(
         "training",
         "Training curves",
-        "From the host's log in the newest checkpoint. Each iteration starts from its own "
-        "reference, so loss and rewards start anew.",
+        f"From the host's log in the newest checkpoint. {anew}",
     )
     boundaries = _boundaries(run)
     for title, ylabel, keys in (

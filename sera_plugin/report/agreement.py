@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sera_plugin.facts import by_side
 from sera_plugin.report.data import SIDES, Iteration, Run
 from sera_plugin.rewards import FloatArray
 
@@ -48,24 +49,27 @@ def length_r2(one: Iteration, margin: FloatArray) -> dict[str, float | None]:
         "margin": r_squared(columns["chosen_length"] - columns["rejected_length"], margin),
     }
     if one.candidates is not None:
-        found["sampled"] = r_squared(one.candidates.lengths, one.candidates.reward)
+        sampled = ~one.candidates.from_dataset
+        found["sampled"] = r_squared(
+            one.candidates.lengths[sampled], one.candidates.reward[sampled]
+        )
     return found
 
 
 def score_columns(run: Run) -> dict[str, tuple[str, str] | None]:
     """Numeric score columns: what to call them, and the two columns of a score per completion.
 
-    `score_chosen` and `score_rejected` are one score of two completions. Any other column of
-    numbers is one per pair, and has None.
+    A column of numbers that is none of two (`facts.by_side`) is one per pair, and has None.
     """
     numeric = [name for name, values in run.scores.items() if _is_numeric(values)]
+    sides = by_side(numeric)
+    alone = [name for name in numeric if name not in {*sides, *sides.values()}]
     found: dict[str, tuple[str, str] | None] = {}
-    for name in numeric:
-        rejected = name.replace("chosen", "rejected")
-        if rejected != name and rejected in numeric:
-            found[name.replace("chosen", "").strip("_-. ") or name] = (name, rejected)
-    halves = {column for columns in found.values() if columns is not None for column in columns}
-    return found | {name: None for name in numeric if name not in halves}
+    for chosen, rejected in sides.items():
+        short = chosen.replace("chosen", "").strip("_-. ")
+        named = bool(short) and short not in found and short not in alone
+        found[short if named else chosen] = (chosen, rejected)
+    return found | dict.fromkeys(alone)
 
 
 def numbers(values: Sequence[Any]) -> FloatArray:

@@ -18,7 +18,8 @@ from sera_plugin.summary import jaccard
 #: Where things are on a machine says nothing of what a run is.
 _PLACES = frozenset({"output_dir", "dataset_prepared_path", "axolotl_config_path"})
 _BESIDE = ("loss", "beta", "per_token", "micro_batch", "accumulation", "pairs", "evaluation_pairs",
-           "dataset_fingerprint", "evaluation_fingerprint", "seed")  # fmt: skip
+           "dataset_fingerprint", "evaluation_fingerprint", "score_fingerprint",
+           "seed")  # fmt: skip
 
 
 def _ratio(part: str, whole: str) -> Callable[[dict[str, Any]], float | None]:

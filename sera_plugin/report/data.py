@@ -30,8 +30,10 @@ class Candidates:
         lengths: tokens of each.
         identity: the same number for the same token ids.
         unfinished: whether sampling was cut off at the longest length.
+        from_dataset: whether it was not sampled, but is the dataset's chosen answer (SPIN).
         logps: (n, policies) nats, newest policy first.
-        reward: nats, per token where the run's loss is.
+        reward: what `sera.labeler` ranked by, NaN where it could not; with `implicit` in nats, per
+            token where the run's loss is.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Candidates:
     lengths: npt.NDArray[np.int32]
     identity: npt.NDArray[np.int64]
     unfinished: npt.NDArray[np.bool_]
+    from_dataset: npt.NDArray[np.bool_]
     logps: FloatArray
     reward: FloatArray
 
@@ -65,7 +68,8 @@ class Iteration:
 
     Attributes:
         number: t, 1-based.
-        offline: columns of offline.parquet, (N,) each; `margin`, `selected` from t = 2.
+        offline: columns of offline.parquet, (N,) each; `margin` from t = 2, `selected` from then on
+            and wherever not all pairs are kept.
         evaluation: columns of evaluation.parquet.
         candidates, bootstrapped: samples, and columns of bootstrapped.parquet.
         summary: summary.json, empty without.
@@ -85,7 +89,7 @@ class Iteration:
 
     @property
     def selected(self) -> npt.NDArray[np.bool_] | None:
-        """(N,) which offline pairs are kept; all of them in iteration 1."""
+        """(N,) which offline pairs are kept."""
         if self.offline is None:
             return None
         return self.offline.get("selected", np.ones(len(self.offline["row"]), dtype=bool))
@@ -135,6 +139,17 @@ class Run:
     def settings(self) -> Mapping[str, Any]:
         """The `sera:` block."""
         return (self.description.get("config") or {}).get("sera") or {}
+
+    @property
+    def labeler(self) -> str:
+        """Who ranked the samples, as in `sera.labeler`."""
+        return str(self.settings.get("labeler", "implicit"))
+
+    @property
+    def swapped(self) -> npt.NDArray[np.bool_] | None:
+        """(N,) which labels were swapped on purpose; None where none were, or it is not known."""
+        tables = [one.offline for one in self.iterations if one.offline is not None]
+        return tables[0].get("swapped") if tables else None
 
     @property
     def total(self) -> int | None:

@@ -56,8 +56,8 @@ def bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     lengths = candidates.lengths if run.description["per_token"] else None
     reward = implicit_reward(candidates.logps.T[: len(weights)], weights, lengths)
     found = pair_candidates(
-        candidates.identity.reshape(-1, count).tolist(),
-        list(reward.reshape(-1, count)),
+        candidates.identity.reshape(-1, count),
+        reward.reshape(-1, count),
         max(1, int(np.ceil(run.settings["bootstrap_ratio"]))),
     )
     kept = int(pairs["selected"].sum())

@@ -15,6 +15,13 @@ from sera_plugin.report.tokens import Texts, shown_name, shown_text
 #: A report stays small, and a screen readable: `inspect --row` shows the whole of a pair.
 _PROMPT, _COMPLETION = 1_200, 1_600
 _FEW, _SUSPECTS = 8, 25
+#: Who ranks samples, by `sera.labeler`, for a sentence about theta_{t-1}.
+_WHO = {
+    "implicit": "its implicit reward",
+    "reward_model": "the reward model",
+    "judge": "the judge",
+    "self_judge": "its own verdict in words",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Example:
         margins: by iteration, what each policy thought of the pair.
         kept: whether the iteration trains on it.
         prompt, chosen, rejected: texts, made printable and cut.
-        facts: the dataset's own columns, or where the candidates came from.
+        facts: the dataset's own columns; of sampled pairs what is unusual about an answer.
     """
 
     row: int
@@ -128,13 +135,13 @@ def _offline_example(run: Run, one: Iteration, row: int, texts: Texts) -> Exampl
         prompt=shown_text(texts.exact(run.tokens["prompt_ids"][row]), _PROMPT),
         chosen=shown_text(texts.exact(run.tokens["chosen_ids"][row]), _COMPLETION),
         rejected=shown_text(texts.exact(run.tokens["rejected_ids"][row]), _COMPLETION),
-        facts=facts(run, row) | _swapped(one, row),
+        facts=facts(run, row) | swapped(run, row),
     )
 
 
-def _swapped(one: Iteration, row: int) -> dict[str, str]:
-    swapped = (one.offline or {}).get("swapped")
-    return {"label": "swapped on purpose"} if swapped is not None and swapped[row] else {}
+def swapped(run: Run, row: int) -> dict[str, str]:
+    """Says of a pair whose label was swapped on purpose that it was."""
+    return {"label": "swapped on purpose"} if run.swapped is not None and run.swapped[row] else {}
 
 
 def margins_of(run: Run, row: int) -> dict[int, float]:
@@ -171,21 +178,37 @@ def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
             for side, index in at.items()
         }
         cut = [side for side, index in at.items() if candidates.unfinished[index[pair]]]
+        given = [side for side, index in at.items() if candidates.from_dataset[index[pair]]]
         return Example(
             row=row,
             margins={one.number: float(pairs["margin"][pair])},
             kept=bool(pairs["selected"][pair]),
             prompt=shown_text(texts.exact(prompts[row]), _PROMPT),
-            facts={"cut at the longest length": " and ".join(cut)} if cut else {},
+            facts={
+                name: " and ".join(sides)
+                for name, sides in (("cut at the longest length", cut), ("the dataset's", given))
+                if sides
+            },
             **text,
         )
 
+    sampler = f"theta_{one.number - 1}"
+    if run.labeler == "spin":
+        return [
+            Examples(
+                "bootstrapped",
+                "Bootstrapped pairs",
+                f"The dataset's chosen answers before samples of {sampler}. Can you tell which is "
+                "which? Where nobody can, there is nothing left to learn.",
+                [example(int(pair)) for pair in order[:_FEW]],
+            )
+        ]
     return [
         Examples(
             "best-bootstrapped",
             "Best bootstrapped pairs",
-            f"Sampled answers of theta_{one.number - 1} that its implicit reward tells apart "
-            "most. Is the one it calls chosen better? If it is only longer, the reward is.",
+            f"Sampled answers of {sampler} that {_WHO.get(run.labeler, run.labeler)} tells apart "
+            "most. Is the one it calls chosen better, or only longer?",
             [example(int(pair)) for pair in order[:_FEW]],
         ),
         Examples(

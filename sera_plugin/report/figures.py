@@ -62,13 +62,14 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         # With a priority pairs are not kept by their margin.
         by_margin = selected.any() and "priority" not in one.offline
         found["threshold"] = float(margin[selected].min()) if by_margin else None
-        found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
         found["length_r2"] = length_r2(one, margin)
         found["scores"] = score_r2(run, one)
         found["groups"] = groups(run, one)
         found["ensemble"] = ensemble(run, one)
-    if selected is not None and one.offline is not None and "swapped" in one.offline:
-        found["label_noise"] = noise_found(one.offline["swapped"], selected)
+    if selected is not None and one.offline is not None and "selected" in one.offline:
+        found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
+    if run.swapped is not None and selected is not None and selected.any():
+        found["label_noise"] = noise_found(run.swapped, selected)
     if one.bootstrapped is not None:
         pairs = one.bootstrapped
         found.setdefault("margins", {})["bootstrapped_kept"] = quantiles(
@@ -119,7 +120,7 @@ def _lengths(one: Iteration) -> dict[str, float]:
             if one.margin is not None and one.selected is not None and one.selected.any():
                 found[f"kept_{side}"] = float(lengths[one.selected].mean())
     if one.candidates is not None and len(one.candidates.row):
-        found["sampled"] = float(one.candidates.lengths.mean())
+        found["sampled"] = float(one.candidates.lengths[~one.candidates.from_dataset].mean())
         if one.bootstrapped is not None and one.bootstrapped["selected"].any():
             for side in SIDES:
                 at = one.sampled(side)[one.bootstrapped["selected"]]
@@ -133,7 +134,7 @@ def _samples(one: Iteration) -> dict[str, Any] | None:
     counted: Mapping[str, int] = one.summary.get("samples", {})
     return {
         "prompts": len(np.unique(one.candidates.row)),
-        "sampled": counted.get("sampled", len(one.candidates.row)),
+        "sampled": int((~one.candidates.from_dataset).sum()),
         "unfinished": int(one.candidates.unfinished.sum()),
         **{name: counted.get(name) for name in ("duplicates", "ties", "too_few", "unranked")},
     }

@@ -13,7 +13,8 @@ from sera_plugin.report.figures import figures
 from sera_plugin.report.html import fill, write_page
 from sera_plugin.report.reading import find_run, read_run
 from sera_plugin.report.tokens import Texts, shown_text, texts_of
-from sera_plugin.run import unlike
+from sera_plugin.rewards import REFERENCE_FREE
+from sera_plugin.run import keeps
 
 NAME = "report.html"
 #: What each alarm means; docs/alarms.md says the same.
@@ -99,13 +100,20 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("rewards in", run.unit),
         ("pairs", f"{run.total:,}"),
         ("held out", f"{run.description.get('evaluation_pairs') or 0:,}"),
-        ("keeps", f"{settings['selection_ratio']:g} N{unlike('irm', settings.get('selection'))}"),
-        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each"
-         f"{unlike('implicit', settings.get('labeler'))}"
+        ("keeps", keeps(settings.get("selection", "irm"), settings["selection_ratio"])),
+        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each, "
+         f"ranked by {run.labeler}"
          if settings["bootstrap_ratio"] else "nothing"),
+        ("reference", _reference(run)),
         ("gamma", f"{settings['gamma']:g}"),
         ("seed", str(run.description.get("seed"))),
     ]  # fmt: skip
+
+
+def _reference(run: Run) -> str:
+    if run.description["loss"] in REFERENCE_FREE:
+        return "none"
+    return "theta_0" if run.settings.get("reference") == "initial" else "theta_{t-1}"
 
 
 def _overview(found: dict[str, Any]) -> Table:
@@ -114,6 +122,7 @@ def _overview(found: dict[str, Any]) -> Table:
     kept_sets = found["jaccard"] or {"iterations": [], "matrix": []}
     for one in found["iterations"]:
         pairs, held_out = one["pairs"] or {}, one["held_out"] or {}
+        samples = pairs.get("bootstrapped_wanted")
         at = one["iteration"]
         shared = None
         if at in kept_sets["iterations"] and at - 1 in kept_sets["iterations"]:
@@ -125,7 +134,7 @@ def _overview(found: dict[str, Any]) -> Table:
                 str(at),
                 trained if "train" in one["seconds"] or not pairs else f"{trained} (not done)",
                 number(one.get("kept"), ","),
-                number(pairs.get("bootstrapped_kept"), ",") if at > 1 else NOTHING,
+                number(pairs["bootstrapped_kept"], ",") if samples else NOTHING,
                 number(one.get("threshold"), "+.3g"),
                 number(one.get("offline_accuracy"), ".0%"),
                 number(held_out.get("accuracy"), ".0%"),

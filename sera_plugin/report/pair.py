@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from sera_plugin.report.blocks import NOTHING, number
 from sera_plugin.report.data import SIDES, Iteration, Run
-from sera_plugin.report.examples import facts, margins_of, mislabelled
+from sera_plugin.report.examples import facts, margins_of, mislabelled, swapped
 from sera_plugin.report.terminal import plain_table
 from sera_plugin.report.tokens import Texts, shown_name, shown_text
 
@@ -24,7 +25,7 @@ def describe_pair(run: Run, row: int, texts: Texts) -> dict[str, Any]:
     total = run.total or 0
     if not 0 <= row < total:
         raise ValueError(f"--row: {row} is not in the run; it has rows 0 to {total - 1}")
-    found: dict[str, Any] = {"row": row, "unit": run.unit}
+    found: dict[str, Any] = {"row": row, "unit": run.unit, "labeler": run.labeler}
     if run.tokens is not None:
         found |= {name: texts.exact(run.tokens[f"{name}_ids"][row]) for name in ("prompt", *SIDES)}
         found["tokens"] = {
@@ -32,6 +33,7 @@ def describe_pair(run: Run, row: int, texts: Texts) -> dict[str, Any]:
         }
     found["text"] = texts.source if texts.tokenizer is not None else None
     found["columns"] = {name: values[row] for name, values in run.scores.items()}
+    found |= swapped(run, row)
     found["iterations"] = [_thought(one, row, texts) for one in run.iterations]
     return found
 
@@ -60,6 +62,7 @@ def _candidates(one: Iteration, row: int, texts: Texts) -> list[dict[str, Any]]:
             "text": texts.exact(candidates.tokens[int(index)]),
             "tokens": int(candidates.lengths[index]),
             "unfinished": bool(candidates.unfinished[index]),
+            "from_dataset": bool(candidates.from_dataset[index]),
             "logps": candidates.logps[index].tolist(),
             "reward": float(candidates.reward[index]),
         }
@@ -85,21 +88,29 @@ def show_pair(found: dict[str, Any], texts: Texts) -> str:
         f"  {shown_name(name)}: {shown_text(str(value), 200)}"
         for name, value in found["columns"].items()
     ]
+    if "label" in found:
+        lines.append(f"  label: {found['label']}")
     for name in ("prompt", *SIDES):
         if name in found:
             lines += ["", f"{name} ({found['tokens'][name]} tokens)", _indented(found[name])]
     rows = [
         [
             str(one["iteration"]),
-            *(_figure(one.get(f"{side}_{what}")) for what in ("logp", "reward") for side in SIDES),
-            _figure(one.get("margin")),
-            {True: "kept", False: "dropped", None: "-"}[one.get("selected")],
+            *(
+                number(one.get(f"{side}_{what}"), ".3f")
+                for what in ("logp", "reward")
+                for side in SIDES
+            ),
+            number(one.get("margin"), ".3f"),
+            {True: "kept", False: "dropped", None: NOTHING}[one.get("selected")],
         ]
         for one in found["iterations"]
     ]
     head = ["iteration", "chosen logp", "rejected logp", "chosen reward", "rejected reward"]
     lines += ["", plain_table([*head, "margin", "pair"], rows)]
     lines.append(f"logps in nats, rewards and margins in {found['unit']}")
+    if found["labeler"] != "implicit":
+        lines.append(f"candidates have rewards of labeler: {found['labeler']}, in its own unit")
     for one in found["iterations"]:
         for each in one.get("candidates", ()):
             paired = (
@@ -111,8 +122,9 @@ def show_pair(found: dict[str, Any], texts: Texts) -> str:
             lines += [
                 "",
                 f"iteration {one['iteration']}, candidate {each['candidate']}: reward "
-                f"{each['reward']:+.3f}, {each['tokens']} tokens"
-                f"{', cut at the longest length' if each['unfinished'] else ''}{paired}",
+                f"{number(each['reward'], '+.3f')}, {each['tokens']} tokens"
+                f"{', cut at the longest length' if each['unfinished'] else ''}"
+                f"{', from the dataset' if each['from_dataset'] else ''}{paired}",
                 _indented(each["text"]),
             ]
     return "\n".join(lines)
@@ -133,6 +145,7 @@ def suspects(run: Run, most: int, texts: Texts) -> list[dict[str, Any]]:
             "margins": {str(number): margin for number, margin in margins_of(run, row).items()},
             "selected": bool(one.selected[row]),
             "columns": {name: values[row] for name, values in run.scores.items()},
+            **swapped(run, row),
         }
         if run.tokens is not None:
             for name in ("prompt", *SIDES):
@@ -149,12 +162,14 @@ def show_suspects(run: Run, found: list[dict[str, Any]]) -> str:
     names = ("prompt", *SIDES) if "prompt" in found[0] else ()
     head = ["row", *(f"margin t={number}" for number in numbers), "pair"]
     head += map(shown_name, run.scores)
+    head += [] if run.swapped is None else ["label"]
     rows = [
         [
             str(one["row"]),
             *(f"{one['margins'][number]:+.3f}" for number in numbers),
             "kept" if one["selected"] else "dropped",
             *facts(run, one["row"]).values(),
+            *([] if run.swapped is None else [one.get("label", "as given")]),
         ]
         for one in found
     ]
@@ -172,7 +187,3 @@ def _glance(text: str) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in shown_text(text, _WHOLE).split("\n"))
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 
 from sera_plugin import checkpoints
 from sera_plugin.checksums import is_whole
+from sera_plugin.labeling import first_iteration
+from sera_plugin.labeling.spin import DATASET
 from sera_plugin.report.data import Candidates, Columns, Iteration, Run
 from sera_plugin.store import FORMAT_VERSION, RunStore, read_json
 from sera_plugin.tokens import TokenColumn
@@ -164,6 +166,7 @@ def _candidates(path: Path, table: pa.Table) -> Candidates:
         # 64 bits: that two of a prompt's answers share one by chance will not happen.
         identity=np.fromiter((hash(one.tobytes()) for one in tokens), np.int64, len(tokens)),
         unfinished=np.asarray(pc.equal(table["finish_reason"], "length")),
+        from_dataset=np.asarray(pc.equal(table["finish_reason"], DATASET)),
         logps=logps.flatten().to_numpy().reshape(-1, policies),
         reward=table["reward"].to_numpy(),
     )
@@ -173,10 +176,12 @@ def _name_what_is_missing(
     reader: _Reader, description: Mapping[str, Any], iterations: tuple[Iteration, ...]
 ) -> None:
     """A file that later ones were made from must have been there; one at the end is not due yet."""
-    sampling = (description.get("config", {}).get("sera") or {}).get("bootstrap_ratio", 0) > 0
+    block = (description.get("config") or {}).get("sera") or {}
+    sampling = block.get("bootstrap_ratio", 0) > 0
+    first = first_iteration(block.get("selection_ratio", 1), block.get("labeler", "implicit"))
     for one in iterations:
         past = bool(one.summary) or one.number < iterations[-1].number
-        sampled = sampling and one.number > 1
+        sampled = sampling and one.number >= first
         due = {
             "offline.parquet": past or one.bootstrapped is not None or one.candidates is not None,
             "candidates.parquet": sampled and (past or one.bootstrapped is not None),

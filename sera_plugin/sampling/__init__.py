@@ -7,7 +7,8 @@ from the scorer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +57,8 @@ class Candidate:
 
 #: Finished prompts: (row, its R candidates).
 Chunk = list[tuple[int, list[Candidate]]]
+#: Given (prompts to sample, phase), a block with a callable that takes finished chunks.
+Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
 
 
 class SamplingFailed(RuntimeError):
