@@ -321,11 +321,11 @@ def pairs() -> Pairs:
     ("saving", "keep", "policies", "checkpoints"),
     [
         # Adapters are all kept; one more checkpoint is there while a new one is written.
-        (Saving(100, 200, 10, 3, 2, True), False, 3, 3),
-        (Saving(100, 200, 10, 9, 2, True), False, 3, 3),
-        (Saving(100, 200, 10, 3, 4, False), False, 2, 3),
-        (Saving(100, 200, 10, 3, 4, False), True, 2, 3),
-        (Saving(100, 0, 10, 0, 4, False), False, 2, 0),
+        (Saving(100, 5000, 200, 10, 3, 2, True), False, 3, 3),
+        (Saving(100, 0, 200, 10, 9, 2, True), False, 3, 3),
+        (Saving(100, 0, 200, 10, 3, 4, False), False, 2, 3),
+        (Saving(100, 0, 200, 10, 3, 4, False), True, 2, 3),
+        (Saving(100, 0, 0, 10, 0, 4, False), False, 2, 0),
     ],
 )
 def test_what_is_saved(saving, keep, policies, checkpoints):
@@ -333,13 +333,13 @@ def test_what_is_saved(saving, keep, policies, checkpoints):
     found = disk_parts(plan.method, pairs(), list(plan.iterations()), saving)
     one = 110 + 2**13
     assert found["policies"] == policies * one
-    assert found["trained model"] == one
+    assert found["trained model"] == one + saving.base
     assert found["checkpoints"] == checkpoints * (one + saving.optimizer + 2**17)
     assert found["tables"] > 0
 
 
 def make(memory: int | None, speed: Speed | None = None):
-    saving = Saving(100, 200, 10, 3, 2, True)
+    saving = Saving(100, 0, 200, 10, 3, 2, True)
     shape, found = llama(), setting()
     return make_plan(
         Inputs(
@@ -400,5 +400,5 @@ def test_the_tables_of_a_large_dataset_are_estimated_from_a_part():
                   for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
     )  # fmt: skip
     plan = counting(iterations=1)
-    few = Saving(0, 0, 0, 0, 1, True)
+    few = Saving(0, 0, 0, 0, 0, 1, True)
     assert disk_parts(plan.method, many, list(plan.iterations()), few)["tables"] > 8_000
