@@ -20,7 +20,7 @@ from sera_plugin.planning.disk import Saving, disk_parts
 from sera_plugin.planning.memory import device_phases
 from sera_plugin.planning.optimizers import state_bytes
 from sera_plugin.planning.plan import Device, Inputs, make_plan
-from sera_plugin.planning.setting import Setting, snapshots
+from sera_plugin.planning.setting import Setting, copied_bytes, snapshots
 from sera_plugin.planning.shape import Linear, Shape, Weight
 from sera_plugin.report.terminal import json_text
 from sera_plugin.schedule import Schedule
@@ -218,6 +218,30 @@ def test_a_known_model_at_known_settings():
     expected = (7_241_732_096 - wide) * 4.127 / 8 + 2 * wide + 4 * lora.adapter_parameters
     assert train.parts["weights"] == pytest.approx(expected, rel=1e-3)
     assert lora.adapter_parameters == 41_943_040
+
+
+def test_an_optimizer_that_copies_has_a_phase_of_its_own_on_a_gpu():
+    shape, plain = llama(), setting(optimizer="adamw_torch")
+    update = device_phases(shape, plain, 80 * GIB)[-1]
+    assert update.name == "update"
+    assert update.parts["other"] == GIB + update.parts["gradients"]
+    assert [phase.name for phase in device_phases(shape, plain, None)] == [
+        *("score", "sample", "train")
+    ]
+    (change,) = advise(case(shape, plain, 62))
+    assert change.keys == "optimizer: adamw_torch_fused"
+    assert change.case.fits
+
+
+def test_copies_that_passes_make():
+    shape = llama()
+    assert copied_bytes(shape, setting()) == 2 * 32_000 * 4096  # the output layer
+    assert copied_bytes(shape, setting(width=4)) == 0
+    lora = shape.with_lora(16)
+    assert copied_bytes(lora, setting(wide_norms=False)) == 2 * lora.adapter_parameters
+    largest = 2 * 4096 * 14_336
+    four = setting(wide_norms=False, bits=4)
+    assert copied_bytes(lora, four) == 2 * lora.adapter_parameters + largest
 
 
 def test_states_by_hand():
