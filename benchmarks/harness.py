@@ -105,6 +105,13 @@ def in_fresh_process(setup: Setup, function: Callable[..., T], *arguments: Any) 
         return pool.submit(function, *arguments).result()
 
 
+def highest_resident() -> int:
+    """Bytes of this process's greatest resident size so far."""
+    with open(f"/proc/{os.getpid()}/status", encoding="ascii") as file:
+        kib = next(line.split()[1] for line in file if line.startswith("VmHWM:"))
+    return int(kib) * 1024
+
+
 def provenance(setup: Setup) -> dict[str, Any]:
     """Where and on what figures were taken."""
     memory = psutil.virtual_memory().total / 2**30

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from benchmarks.harness import Setup, figure, in_fresh_process, interleave, markdown, times
+from benchmarks.harness import (
+    Setup,
+    figure,
+    highest_resident,
+    in_fresh_process,
+    interleave,
+    markdown,
+    times,
+)
 from benchmarks.sides import DEFAULT_BATCH, Sides
 from benchmarks.workload import longest_of, make_model, make_rows
 
@@ -56,14 +63,8 @@ def peak_gib(
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = psutil.Process().memory_info().rss
     sides.ours() if batch == 0 else sides.theirs(batch)
-    peak = torch.cuda.max_memory_allocated() if setup.device == "cuda" else _highest_resident()
+    peak = torch.cuda.max_memory_allocated() if setup.device == "cuda" else highest_resident()
     return (peak - before) / 2**30
-
-
-def _highest_resident() -> int:
-    with open(f"/proc/{os.getpid()}/status", encoding="ascii") as file:
-        kib = next(line.split()[1] for line in file if line.startswith("VmHWM:"))
-    return int(kib) * 1024
 
 
 def table(result: dict[str, Any]) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.harness import Setup, figure, interleave, markdown
-from benchmarks.host import SERA, environment, host_config, write_config, write_rows
+from benchmarks.host import PROBE, SERA, environment, host_config, write_config, write_rows
 from benchmarks.workload import make_model, read_rows, vocabulary_of
 
 TITLE = "A plan against the run"
@@ -37,7 +35,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     new_tokens = 96 if setup.device == "cpu" else 256
     config |= {
         "rl": "sera",
-        "plugins": [SERA],
+        "plugins": [SERA, PROBE],
         "sera": {"max_new_tokens": new_tokens, "sampler": "transformers"},
         "num_epochs": ITERATIONS,
         "micro_batch_size": 4,
@@ -66,17 +64,16 @@ def run(output: Path, config: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
     path = write_config(output.with_suffix(".yaml"), config | {"output_dir": str(output)})
     command = [sys.executable, "-m", "sera_plugin", "plan", str(path), "--json"]
-    printed, least, planning = watched(command)
+    printed, planning = timed(command)
     floor = json.loads(printed)
-    printed, _, measuring = watched([*command, "--measure"])
+    printed, measuring = timed([*command, "--measure"])
     planned = json.loads(printed)
-    train = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
-    _, most, _ = watched(train)
+    timed([sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"])
     found = [
         json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(output.glob("sera/iteration-*/summary.json"))
     ]
-    memory = planned["memory"]
+    probe = json.loads((output / "probe.json").read_text(encoding="utf-8"))
     return {
         "planning": planning,
         "measuring": measuring,
@@ -92,37 +89,36 @@ def run(output: Path, config: dict[str, Any]) -> dict[str, Any]:
         },
         "steps": {
             "planned": sum(one["steps"] for one in planned["iterations"]),
-            "taken": _steps(output),
+            "taken": len(probe["step_ends"]),
         },
         "disk": {
             "planned": sum(planned["disk"].values()),
             "taken": sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
         },
-        # A plan imports the same, and has the same data in memory.
-        "memory": {
-            "planned": max(one["all"] for one in memory["phases"]) + sum(memory["host"].values()),
-            "taken": most - least,
-        },
+        "memory": {"planned": _memory(planned["memory"]), "taken": probe["memory"]},
     }
 
 
-def watched(command: Sequence[str]) -> tuple[str, int, float]:
-    """What a command prints to stdout, its greatest resident size in bytes, and its seconds.
+def timed(command: Sequence[str]) -> tuple[str, float]:
+    """What a command prints to stdout, and its seconds.
 
     Raises:
         RuntimeError: if it fails, with the end of what it said.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, env=environment(), stdout=printed, stderr=errors)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        printed.seek(0)
-        errors.seek(0)
-        if status:
-            said = printed.read() + errors.read()
-            raise RuntimeError(f"{' '.join(command)} failed:\n{said[-4000:]}")
-        return printed.read(), 1024 * usage.ru_maxrss, seconds
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stdout + done.stderr)[-4000:]
+        raise RuntimeError(f"{' '.join(command)} failed:\n{said}")
+    return done.stdout, time.perf_counter() - start
+
+
+def _memory(planned: dict[str, Any]) -> int:
+    """Of the device; on a CPU what training adds to the loaded model, and host memory with it."""
+    if planned["bytes"] is not None:
+        return max(phase["all"] for phase in planned["phases"])
+    added = max(phase["all"] - phase["bytes"]["weights"] for phase in planned["phases"])
+    return added + sum(planned["host"].values())
 
 
 def _seconds(iterations: list[dict[str, Any]]) -> dict[str, float]:
@@ -135,11 +131,6 @@ def _tokens(iterations: Iterable[dict[str, Any]]) -> dict[str, int]:
         for phase in found:
             found[phase] += phases.get(phase, {"tokens": 0})["tokens"]
     return found
-
-
-def _steps(output: Path) -> int:
-    """Of the newest checkpoint."""
-    return max(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*"))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""A plugin that watches the host train: when steps end, and what is forwarded without gradients.
+"""A plugin that watches the host train: when steps end, what is forwarded without gradients, and
+how much memory training takes.
 
 It writes `probe.json` into output_dir and changes nothing.
 """
@@ -14,6 +15,7 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
+from benchmarks.harness import highest_resident
 from sera_plugin.forward import _KNOWN, innermost
 
 
@@ -32,6 +34,15 @@ class _Watch(TrainerCallback):
         self.sera = sera
         self.step_ends: list[float] = []
         self.tokens = {True: 0, False: 0}
+        self.memory = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        # Linux forgets the highest resident size so far (proc(5), clear_refs).
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self.memory = highest_resident()
 
     def forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self.sera and self.base not in _KNOWN:
@@ -47,5 +58,12 @@ class _Watch(TrainerCallback):
             "step_ends": self.step_ends,
             "trained_tokens": self.tokens[True],
             "forwarded_tokens": self.tokens[False],
+            "memory": self._peak(),
         }
         Path(args.output_dir, "probe.json").write_text(json.dumps(found), encoding="utf-8")
+
+    def _peak(self) -> int:
+        """Bytes that training took: on a GPU all that torch had, on a CPU beyond what was there."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_reserved()
+        return highest_resident() - self.memory

@@ -20,7 +20,7 @@ from sera_plugin.planning.disk import Saving, disk_parts
 from sera_plugin.planning.memory import device_phases
 from sera_plugin.planning.optimizers import state_bytes
 from sera_plugin.planning.plan import Device, Inputs, make_plan
-from sera_plugin.planning.setting import Setting, snapshots
+from sera_plugin.planning.setting import Setting, copied_bytes, snapshots
 from sera_plugin.planning.shape import Linear, Shape, Weight
 from sera_plugin.report.terminal import json_text
 from sera_plugin.schedule import Schedule
@@ -221,6 +221,30 @@ def test_a_known_model_at_known_settings():
     assert lora.adapter_parameters == 41_943_040
 
 
+def test_an_optimizer_that_copies_has_a_phase_of_its_own_on_a_gpu():
+    shape, plain = llama(), setting(optimizer="adamw_torch")
+    update = device_phases(shape, plain, 80 * GIB)[-1]
+    assert update.name == "update"
+    assert update.parts["other"] == GIB + update.parts["gradients"]
+    assert [phase.name for phase in device_phases(shape, plain, None)] == [
+        *("score", "sample", "train")
+    ]
+    (change,) = advise(case(shape, plain, 62))
+    assert change.keys == "optimizer: adamw_torch_fused"
+    assert change.case.fits
+
+
+def test_copies_that_passes_make():
+    shape = llama()
+    assert copied_bytes(shape, setting()) == 2 * 32_000 * 4096  # the output layer
+    assert copied_bytes(shape, setting(width=4)) == 0
+    lora = shape.with_lora(16)
+    assert copied_bytes(lora, setting(wide_norms=False)) == 2 * lora.adapter_parameters
+    largest = 2 * 4096 * 14_336
+    four = setting(wide_norms=False, bits=4)
+    assert copied_bytes(lora, four) == 2 * lora.adapter_parameters + largest
+
+
 def test_states_by_hand():
     weights = [(10_000, 2, False), (100, 4, False), (8_192, 4, True)]
     assert state_bytes("adamw_torch", weights) == 2 * (2 * 10_000 + 4 * 100 + 4 * 8_192)
@@ -322,11 +346,11 @@ def pairs() -> Pairs:
     ("saving", "keep", "policies", "checkpoints"),
     [
         # Adapters are all kept; one more checkpoint is there while a new one is written.
-        (Saving(100, 200, 10, 3, 2, True), False, 3, 3),
-        (Saving(100, 200, 10, 9, 2, True), False, 3, 3),
-        (Saving(100, 200, 10, 3, 4, False), False, 2, 3),
-        (Saving(100, 200, 10, 3, 4, False), True, 2, 3),
-        (Saving(100, 0, 10, 0, 4, False), False, 2, 0),
+        (Saving(100, 5000, 200, 10, 3, 2, True), False, 3, 3),
+        (Saving(100, 0, 200, 10, 9, 2, True), False, 3, 3),
+        (Saving(100, 0, 200, 10, 3, 4, False), False, 2, 3),
+        (Saving(100, 0, 200, 10, 3, 4, False), True, 2, 3),
+        (Saving(100, 0, 0, 10, 0, 4, False), False, 2, 0),
     ],
 )
 def test_what_is_saved(saving, keep, policies, checkpoints):
@@ -334,13 +358,13 @@ def test_what_is_saved(saving, keep, policies, checkpoints):
     found = disk_parts(plan.method, pairs(), list(plan.iterations()), saving)
     one = 110 + 2**13
     assert found["policies"] == policies * one
-    assert found["trained model"] == one
+    assert found["trained model"] == one + saving.base
     assert found["checkpoints"] == checkpoints * (one + saving.optimizer + 2**17)
     assert found["tables"] > 0
 
 
 def make(memory: int | None, speed: Speed | None = None):
-    saving = Saving(100, 200, 10, 3, 2, True)
+    saving = Saving(100, 0, 200, 10, 3, 2, True)
     shape, found = llama(), setting()
     return make_plan(
         Inputs(
@@ -401,5 +425,5 @@ def test_the_tables_of_a_large_dataset_are_estimated_from_a_part():
                   for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
     )  # fmt: skip
     plan = counting(iterations=1)
-    few = Saving(0, 0, 0, 0, 1, True)
+    few = Saving(0, 0, 0, 0, 0, 1, True)
     assert disk_parts(plan.method, many, list(plan.iterations()), few)["tables"] > 8_000

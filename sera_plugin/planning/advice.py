@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from sera_plugin.planning.counts import Lengths
 from sera_plugin.planning.memory import Phase, device_phases
+from sera_plugin.planning.optimizers import FOREACH
 from sera_plugin.planning.setting import Setting
 from sera_plugin.planning.shape import Shape
 
@@ -136,6 +137,13 @@ def _checkpointing(case: Case) -> Change | None:
     return Change("gradient_checkpointing: true", "one more forward pass per step", changed)
 
 
+def _fused(case: Case) -> Change | None:
+    if case.setting.optimizer not in FOREACH or not case.fails("update"):
+        return None
+    changed = replace(case, setting=replace(case.setting, optimizer="adamw_torch_fused"))
+    return Change("optimizer: adamw_torch_fused", "the same without copies", changed)
+
+
 def _optimizer(case: Case) -> Change | None:
     if "8bit" in case.setting.optimizer:
         return None
@@ -187,6 +195,7 @@ _TRIALS: tuple[Trial, ...] = (
     _utilization,
     _micro_batch,
     _checkpointing,
+    _fused,
     _optimizer,
     _sampler,
     _four_bits,

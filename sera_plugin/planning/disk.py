@@ -16,8 +16,10 @@ from sera_plugin.store import make_table
 _TRIED = 5_000
 #: Model card, configuration and checksums beside each model.
 _BESIDE = 2**13
-#: A checkpoint's scheduler, random states, arguments and trainer_state.json; a summary.
-_SMALL = 2**17
+#: A checkpoint's scheduler, random states, arguments and trainer_state.json.
+_STATE = 2**17
+#: An iteration's summary; the report.
+_SUMMARY, _REPORT = 2**14, 2**18
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Saving:
     """What is saved, and how often.
 
     Attributes:
-        model: bytes of what the host saves as the model: an adapter, or all weights.
+        model: bytes of what is trained: an adapter, or all weights.
+        base: bytes of the base model, which axolotl 0.19 writes beside an adapter; else 0.
         optimizer: bytes of its state, 0 with `save_only_model`.
         tokenizer: bytes of the tokenizer's files, which go beside every model.
         saves: checkpoints in the whole run.
@@ -34,6 +37,7 @@ class Saving:
     """
 
     model: int
+    base: int
     optimizer: int
     tokenizer: int
     saves: int
@@ -55,8 +59,8 @@ def disk_parts(
     kept = min(saving.saves, saving.limit + 1)
     return {
         "policies": _policies(method, len(iterations), saving) * one,
-        "checkpoints": kept * (one + saving.optimizer + _SMALL),
-        "trained model": one,
+        "checkpoints": kept * (one + saving.optimizer + _STATE),
+        "trained model": one + saving.base,
         "tables": _tables(method, pairs, iterations),
     }
 
@@ -97,7 +101,7 @@ def _tables(method: Method, pairs: Pairs, iterations: list[Iteration]) -> int:
             logps = len(method.weights(iteration.number))
             total += sampled.tokens * per_token + sampled.sequences * 8 * (logps + 1)
             total += len(pairs) * 8
-    return round(total) + len(iterations) * _SMALL
+    return round(total) + len(iterations) * _SUMMARY + _REPORT
 
 
 def _compressed(table: pa.Table) -> int:

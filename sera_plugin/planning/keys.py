@@ -9,7 +9,7 @@ from sera_plugin.method import Method
 from sera_plugin.planning.counts import Counting, Lengths, evaluations, padding
 from sera_plugin.planning.disk import Saving
 from sera_plugin.planning.optimizers import KNOWN, state_bytes
-from sera_plugin.planning.setting import Setting, trained, trained_bytes
+from sera_plugin.planning.setting import Setting, trained, trained_bytes, weight_bytes
 from sera_plugin.planning.shape import Shape
 from sera_plugin.schedule import Schedule
 
@@ -126,6 +126,7 @@ def saving_of(
     )
     return Saving(
         model=trained_bytes(shape, setting),
+        base=weight_bytes(shape, setting) if shape.adapter else 0,
         optimizer=optimizer,
         tokenizer=tokenizer,
         saves=saves,

@@ -88,30 +88,27 @@ def measure(prepared: Prepared, shape: Shape, setting: Setting, counting: Counti
         shape, setting, counting: as it is planned; the same arithmetic then scales the times.
 
     Raises:
-        ValueError, RuntimeError: whatever the run itself would raise.
+        ValueError: if it runs out of memory.
+        ValueError, RuntimeError: whatever else the run itself would raise.
     """
-    cuda = torch.cuda.is_available()
     chosen = choose(counting.pairs, _enough(shape, setting, counting))
     rows = [prepared.rows.rows[index] for index in chosen]
     start = perf_counter()
     watch = _Steps()
-    # Alarms about a run of a few pairs mean nothing.
-    LOG.setLevel(logging.ERROR)
-    with _directory(prepared.cfg) as directory:
-        cfg = _shortened(prepared, directory)
-        PluginManager.get_instance().cfg = cfg
-        data = TrainDatasetMeta(prepared.dataset.select(rows), None, None)
-        data.total_num_steps = counting.schedule.total_steps
-        trainer, *_ = setup_model_and_trainer(cfg, data)
-        trainer.add_callback(watch)
-        loading = perf_counter() - start
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        trainer.train()
-        store = RunStore(directory)
+    with _set_aside(prepared) as cfg:
+        data = TrainDatasetMeta(prepared.dataset.select(rows), None, counting.schedule.total_steps)
+        try:
+            trainer, *_ = setup_model_and_trainer(cfg, data)
+            trainer.add_callback(watch)
+            loading = perf_counter() - start
+            trainer.train()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the short run of --measure ran out of memory: {error}. The same command without "
+                "--measure says which phase needs how much, and what to change."
+            ) from error
+        store = RunStore(cfg.output_dir)
         summaries = [store.summary(number) for number in range(1, ITERATIONS + 1)]
-    LOG.setLevel(logging.NOTSET)
-    PluginManager.get_instance().cfg = prepared.cfg
     sampled = summaries[-1]["forwarded"].get("sample")
     mean = sampled["tokens"] / sampled["sequences"] if sampled else None
     pairs = counting.pairs
@@ -131,7 +128,7 @@ def measure(prepared: Prepared, shape: Shape, setting: Setting, counting: Counti
         sampled=mean,
         seconds=perf_counter() - start,
         loading=loading,
-        peak=torch.cuda.max_memory_reserved() if cuda else None,
+        peak=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
     )
 
 
@@ -167,19 +164,30 @@ def _enough(shape: Shape, setting: Setting, counting: Counting) -> int:
 
 
 @contextmanager
-def _directory(cfg: DictDefault) -> Iterator[Path]:
-    """On the disk that the run will write to, and gone afterwards."""
-    place = Path(cfg.output_dir).expanduser().absolute().parent
+def _set_aside(prepared: Prepared) -> Iterator[DictDefault]:
+    """The short run's configuration, for as long as its directory is there.
+
+    It is on the disk that the run will write to. Alarms about a run of a few pairs mean nothing, so
+    none are shown.
+    """
+    place = Path(prepared.cfg.output_dir).expanduser().absolute().parent
     while not place.exists():
         place = place.parent
-    with TemporaryDirectory(dir=place, prefix=".sera-plan-") as directory:
-        yield Path(directory)
+    plugins, level = PluginManager.get_instance(), LOG.level
+    LOG.setLevel(logging.ERROR)
+    try:
+        with TemporaryDirectory(dir=place, prefix=".sera-plan-") as directory:
+            plugins.cfg = _shortened(prepared, directory)
+            yield plugins.cfg
+    finally:
+        plugins.cfg = prepared.cfg
+        LOG.setLevel(level)
 
 
-def _shortened(prepared: Prepared, directory: Path) -> DictDefault:
+def _shortened(prepared: Prepared, directory: str) -> DictDefault:
     """The configuration of the short run: two iterations, nothing evaluated, saved or sent."""
     cfg: DictDefault = copy.deepcopy(prepared.cfg)
-    cfg.output_dir = str(directory)
+    cfg.output_dir = directory
     cfg.num_epochs = ITERATIONS
     cfg.save_strategy, cfg.save_steps = "no", None
     cfg.val_set_size, cfg.test_datasets, cfg.eval_steps, cfg.eval_strategy = 0, None, None, None

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from sera_plugin.limits import ENGINE_OVERHEAD, ENGINE_SEQUENCES, ENGINE_SLACK, GIB, cache_bytes
 from sera_plugin.planning import activations
-from sera_plugin.planning.optimizers import state_bytes
+from sera_plugin.planning.optimizers import FOREACH, state_bytes
 from sera_plugin.planning.setting import (
     Setting,
     adapter_bytes,
+    copied_bytes,
     trained,
     trained_bytes,
     weight_bytes,
@@ -30,7 +31,7 @@ class Phase:
     """What one phase takes of the device.
 
     Attributes:
-        name: `score`, `sample` or `train`.
+        name: `score`, `sample`, `train` or `update`, the optimizer's step.
         parts: bytes by what they are for.
         note: what to know about them, or "".
         possible: false where an engine could not start, whatever the sum.
@@ -57,7 +58,8 @@ def device_phases(shape: Shape, setting: Setting, memory: int | None) -> list[Ph
     Args:
         memory: of the GPU in bytes; None on a CPU, where host memory takes its place.
     """
-    other = {"other": DEVICE_OVERHEAD if memory is not None else 0}
+    overhead = DEVICE_OVERHEAD if memory is not None else 0
+    other = {"other": overhead + copied_bytes(shape, setting)}
     resident = {
         "weights": weight_bytes(shape, setting) + adapter_bytes(shape),
         "optimizer": state_bytes(setting.optimizer, trained(shape, setting)),
@@ -67,19 +69,18 @@ def device_phases(shape: Shape, setting: Setting, memory: int | None) -> list[Ph
         parts = resident | activations.sampling(shape, setting, memory) | other
         found.append(Phase("sample", parts))
     elif setting.sample and setting.sampler == "vllm" and memory is not None:
-        found.append(_engine(shape, setting, memory, resident, other))
+        found.append(_engine(shape, setting, memory, resident))
     kept, _ = activations.training_activations(shape, setting)
-    train = {
-        "gradients": trained_bytes(shape, setting),
-        "activations": kept,
-        "logits": activations.training_logits(shape, setting),
-    }
-    return [*found, Phase("train", resident | train | other)]
+    gradients = {"gradients": trained_bytes(shape, setting)}
+    passes = {"activations": kept, "logits": activations.training_logits(shape, setting)}
+    found.append(Phase("train", resident | gradients | passes | other))
+    if memory is not None and setting.optimizer in FOREACH:
+        copies = {"other": overhead + trained_bytes(shape, setting)}
+        found.append(Phase("update", resident | gradients | copies, "torch's foreach copies"))
+    return found
 
 
-def _engine(
-    shape: Shape, setting: Setting, memory: int, resident: dict[str, int], other: dict[str, int]
-) -> Phase:
+def _engine(shape: Shape, setting: Setting, memory: int, resident: dict[str, int]) -> Phase:
     """vLLM beside the training run or in its place, as `offload.make_room` decides."""
     sizes = (shape.layers, shape.kv_heads, shape.head)
     weights = shape.parameters * setting.width // setting.engines
@@ -87,7 +88,7 @@ def _engine(
     wanted = weights + cache // setting.engines + ENGINE_OVERHEAD
     if setting.utilization is not None:
         wanted = int(setting.utilization * memory)
-    room = memory - sum(other.values())
+    room = memory - DEVICE_OVERHEAD
     beside = room - sum(resident.values()) >= wanted + ENGINE_SLACK
     given = wanted if setting.utilization is not None else room - ENGINE_SLACK
     note = "beside the training run" if beside else "weights and optimizer wait in host memory"
@@ -102,7 +103,7 @@ def _engine(
         note += f"; it needs {needed / GIB:.1f} GiB and would get {min(given, room) / GIB:.1f}"
     return Phase(
         "sample",
-        {**stays, "engine": taken + ENGINE_SLACK, **other},
+        {**stays, "engine": taken + ENGINE_SLACK, "other": DEVICE_OVERHEAD},
         note,
         possible,
         waiting=0 if beside else sum(resident.values()),

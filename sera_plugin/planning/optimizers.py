@@ -26,6 +26,10 @@ _BLOCKWISE = {
 }
 _BLOCK, _SMALL = 256, 4096
 
+#: Those that make a copy as large as the weights in each step on a GPU (torch's documentation of
+#: `foreach`).
+FOREACH = frozenset({"adamw_torch"})
+
 KNOWN = frozenset({*_LIKE_WEIGHTS, *_WIDE, *_BLOCKWISE})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sera_plugin.method import Pairs
@@ -80,7 +80,7 @@ class Plan:
     phases: list[Phase]
     host: dict[str, int]
     disk: dict[str, int]
-    changes: list[Change] = field(default_factory=list)
+    changes: list[Change]
 
     @property
     def fits(self) -> bool | None:
@@ -109,10 +109,13 @@ def make_plan(inputs: Inputs) -> Plan:
             for one, each in zip(iterations, flops, strict=True)
         ]
     phases = device_phases(shape, setting, memory)
+    changes: list[Change] = []
+    if memory is not None and not all(phase.fits(memory) for phase in phases):
+        changes = advise(Case(shape, setting, counting.pairs, memory))
     method = counting.method
     oldest = [method.oldest_policy(one.number) for one in iterations]
     tokens = int(counting.pairs.prompt.sum() + counting.pairs.completions.sum())
-    plan = Plan(
+    return Plan(
         inputs=inputs,
         iterations=iterations,
         flops=flops,
@@ -120,8 +123,5 @@ def make_plan(inputs: Inputs) -> Plan:
         phases=phases,
         host=host_parts(shape, setting, phases, snapshots(oldest), tokens),
         disk=disk_parts(method, inputs.pairs, iterations, inputs.saving),
+        changes=changes,
     )
-    if plan.fits is False and memory is not None:
-        case = Case(shape, setting, counting.pairs, memory)
-        plan.changes.extend(advise(case))
-    return plan

@@ -118,6 +118,21 @@ def trained_bytes(shape: Shape, setting: Setting) -> int:
     return sum(elements * width for elements, width, _ in trained(shape, setting))
 
 
+def copied_bytes(shape: Shape, setting: Setting) -> int:
+    """Copies of weights in the type that passes compute in, while they are made.
+
+    Autocast keeps one of each matrix that is in float32, the adapter's or the output layer;
+    bitsandbytes makes one of a quantised layer at a time.
+    """
+    if setting.width == 4:
+        return 0
+    kept = setting.width * shape.adapter_parameters
+    if not shape.adapter and setting.wide_norms:
+        kept = setting.width * shape.vocabulary * shape.hidden
+    largest = max(layer.inputs * layer.outputs for layer in shape.linears)
+    return kept + (setting.width * largest if setting.bits else 0)
+
+
 def snapshots(oldest: list[int]) -> int:
     """Most policies in host memory at once, as `PolicyHistory` keeps and `Loop` forgets them.
 

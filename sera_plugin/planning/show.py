@@ -118,17 +118,14 @@ def _verdict(plan: Plan) -> str:
         f"Does not fit: {size(most.total)} in `{most.name}`, of {_gib(device.memory)} GiB "
         f"({device.name}). Phases that do not: {', '.join(failing)}."
     ]
-    rows = []
+    if plan.changes:
+        lines.append("What to change, each on top of those above it:")
     for change in plan.changes:
-        largest = _largest(change.case.phases)
+        most = _largest(change.case.phases)
         fits = "fits" if change.case.fits else "not yet"
-        rows.append([change.keys, change.remark, f"{_gib(largest.total)} ({largest.name})", fits])
-    if rows:
-        lines += [
-            "What to change, each with those above it:",
-            plain_table(["in the YAML", "", "GiB then", ""], rows),
-        ]
-    if not rows or not plan.changes[-1].case.fits:
+        lines.append(f"  {change.keys}")
+        lines.append(f"    {change.remark}; then {size(most.total)} in `{most.name}`: {fits}")
+    if not plan.changes or not plan.changes[-1].case.fits:
         lines.append(
             "No change that is known here makes it fit. Take a smaller base_model or a larger GPU."
         )
