@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -364,6 +365,31 @@ def test_prompts_are_numbered_for_a_curriculum():
     first, second, third = facts.prompts
     assert first == third != second
     assert facts.score_gap.tolist() == [1, 2, 3]
+
+
+def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monkeypatch):
+    from sera_plugin.judging import JudgeFailed
+    from sera_plugin.labelers import Labelers
+    from sera_plugin.store import RunStore
+
+    def check(**block: Any) -> None:
+        run = system(tmp_path, bootstrap_ratio=1, **block)
+        samplers = SimpleNamespace(store=RunStore(tmp_path))
+        Labelers(run.config, run.method, samplers, tokenizer=None).check()
+
+    model = {"labeler": "reward_model", "reward_model": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"sera.reward_model: .* has no config\.json"):
+        check(**model)
+    (tmp_path / "config.json").write_text("{}")
+    check(**model)
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "SERA_TEST_KEY"}
+    monkeypatch.delenv("SERA_TEST_KEY", raising=False)
+    with pytest.raises(JudgeFailed, match="environment variable that is not set"):
+        check(labeler="judge", judge=judge)
+    monkeypatch.setenv("SERA_TEST_KEY", "k")
+    check(labeler="judge", judge=judge)
+    check()
+    assert not list(tmp_path.rglob("judgements.jsonl"))
 
 
 @pytest.mark.parametrize(
