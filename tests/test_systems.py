@@ -536,6 +536,25 @@ def test_a_judge_that_compares_gives_shares_of_wins():
     assert labeler.report["judge"] == "by number"
 
 
+def test_a_judge_that_scores_is_asked_once_for_equal_answers():
+    from sera_plugin.judging import Answered, ScoringJudge
+
+    class Scores(ScoringJudge):
+        """By number; has nothing to say about w9."""
+
+        asked: tuple[Answered, ...] = ()
+
+        def score(self, answers):
+            self.asked += tuple(answers)
+            for index, one in reversed(list(enumerate(answers))):
+                yield index, None if one.answer == "w9" else float(one.answer[1:])
+
+    judge = Scores("by number", {})
+    found = judged(judge).rewards(ranked([3, END], [1], [3], [9], [3], [9, END], per_prompt=3))
+    np.testing.assert_array_equal(found, [3, 1, 3, np.nan, 3, np.nan])
+    assert [one.answer for one in judge.asked] == ["w3", "w1", "w9"]
+
+
 def test_a_policy_judges_itself_by_the_mean_of_what_it_says(monkeypatch):
     from contextlib import nullcontext
 
