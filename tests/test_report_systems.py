@@ -44,6 +44,7 @@ def test_every_system_has_a_report(tmp_path, block):
     assert [one["iteration"] for one in found] == [1, 2, 3]
     if "selection" in block:
         assert found[-1]["threshold"] is None
+    assert ("selection keeps them first" in page) == (block.keys() == {"reference"})
     if "length_control" in block:
         assert found[-1]["bootstrapped_ensemble"] is None
 
