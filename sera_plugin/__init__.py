@@ -9,7 +9,9 @@ ICLR 2025).
 The map, in reading order:
 
 - `iteration`   Algorithm 1 on one screen; `method`, `offline`   its records, its offline half
-- `rewards`, `selection`, `bootstrap`   the method: pure functions of arrays
+- `rewards`, `selection`, `bootstrap`, `length_control`   the method: pure functions of arrays
+- `facts`, `label_noise`   what the dataset says of its pairs; labels swapped on purpose
+- `labeling`, `labelers`   who ranks a prompt's samples: the reward, a model, a judge, the policy
 - `losses`      the direct alignment losses: pure functions of log-probabilities
 - `args`        the `sera:` block
 - `dataset`     from the host's rows to exact token ids
@@ -20,12 +22,13 @@ The map, in reading order:
 - `loop`        the iterations of one run in order
 - `store`, `run`, `summary`, `alarms`   the run directory, what a run is, what an iteration did,
   what to worry about
-- `checksums`, `checkpoints`   what is whole, and where a run continues
+- `checksums`, `checkpoints`, `journal`   what is whole, and where a run continues
 - `trainer`     everything that touches the host's private seams
 - `plugin`, `cli`   the host's public hooks
 - `progress`    how far a phase is
 - `schema`, `convert`   what an editor knows of a YAML; a YAML that comes from LLaMA-Factory
 - `report`      what a run did to its data, for people
+- `judging`, `evaluation`   who says which answer is better; which policy that makes the best
 - `demo`        a small world with a known true reward
 
 The names below are loaded on first use: the host imports this package while it reads the

@@ -22,6 +22,7 @@ from sera_plugin.method import Method
 from sera_plugin.progress import progress, sampling_progress
 from sera_plugin.samplers import Samplers
 from sera_plugin.sampling import SamplingSettings
+from sera_plugin.shown import quoted
 
 
 @dataclass
@@ -40,6 +41,31 @@ class Labelers:
     samplers: Samplers
     tokenizer: Any
 
+    def check(self) -> None:
+        """Find out now what a phase would find out after hours of sampling.
+
+        Raises:
+            ValueError: if the reward model is not there, or the judge's template cannot be used.
+            OSError: if that template cannot be read.
+            JudgeFailed: if the environment variable with the judge's key is not there.
+        """
+        config = self.config
+        if (
+            config.reward_model is not None
+            and not Path(config.reward_model, "config.json").exists()
+        ):
+            raise ValueError(
+                f"sera.reward_model: {quoted(config.reward_model, 200)} has no config.json. Name "
+                "the directory of a sequence classification model; relative paths start in the "
+                "working directory, and nothing is downloaded."
+            )
+        if config.judge is not None:
+            api_judge(config.judge, self._journal())
+
+    def _journal(self) -> Journal:
+        """One for all iterations: what is judged again, in a run that is continued, is here."""
+        return Journal(self.samplers.store.root / "judgements.jsonl")
+
     def make(self, iteration: int, settings: SamplingSettings, optimizer: Any) -> Labeler:
         """The labeler that the configuration names.
 
@@ -48,14 +74,13 @@ class Labelers:
             settings: how the iteration samples.
             optimizer: may wait in host memory while an engine samples.
         """
-        scorer, store = self.samplers.scorer, self.samplers.store
+        scorer = self.samplers.scorer
         conversation = Conversation(self.tokenizer)
 
         def judged(judge: Callable[[Journal], Judge]) -> Labeler:
             @contextmanager
             def opened() -> Iterator[Judge]:
-                # One for all iterations: what is judged again, in a run that is continued, is here.
-                with Journal(store.root / "judgements.jsonl") as journal:
+                with self._journal() as journal:
                     yield judge(journal)
 
             return Judged(

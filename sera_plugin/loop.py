@@ -123,10 +123,11 @@ class Loop:
 
         Raises:
             ValueError: if the checkpoint that is asked for cannot be used, the directory holds
-                another run or is in use by one, or if the sampler that the configuration names
-                cannot run.
+                another run or is in use by one, or if the sampler or the labeler that the
+                configuration names cannot run.
             OSError: if the directory cannot be written.
             SamplingFailed: if a server is named and cannot serve this run.
+            JudgeFailed: if a judge's key is not there.
         """
         description = describe_run(
             self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
@@ -148,7 +149,10 @@ class Loop:
         self._earlier, self._few = earlier is not None, Pairs.from_table(dataset.slice(0, _FEW))
         if not sharded_later:
             self.recall()
-        sampler = self.samplers.choose() if self._will_sample() else None
+        sampler = None
+        if self._will_sample():
+            sampler = self.samplers.choose()
+            self.store.ranks.on_main(self.labelers.check)
         for name, values in columns.items():
             dataset = dataset.append_column(name, pa.array(values))
         if earlier is None:

@@ -21,7 +21,7 @@ from sera_plugin.tokens import TokenColumn
 
 @dataclass(frozen=True)
 class Pairs:
-    """Preference pairs as token ids, (N,) each."""
+    """Preference pairs, (N,) lists of token ids each; completions with their end token."""
 
     prompt_ids: TokenColumn
     chosen_ids: TokenColumn
@@ -29,6 +29,7 @@ class Pairs:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Pairs:
+        """The pairs of a table with the columns of dataset.parquet."""
         return cls(
             *(TokenColumn(table[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
         )
@@ -122,6 +123,7 @@ class Method:
         return 0 if self.config.reference == "initial" else iteration - 1
 
     def weights(self, iteration: int) -> tuple[float, ...]:
+        """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward, t >= 2 (Eq. 7)."""
         return reward_weights(iteration, self.config.gamma, self.reference_free)
 
     def candidates_under(self, iteration: int) -> tuple[int, ...]:
@@ -132,18 +134,25 @@ class Method:
         return tuple(dict.fromkeys([*policies, self.reference(iteration)]))
 
     def oldest_policy(self, iteration: int) -> int:
-        """The oldest policy that iteration t's phases score under."""
+        """The oldest policy that iteration t's phases may score under."""
         rewards = iteration - len(self.weights(iteration)) if iteration > 1 else 0
         return min(rewards, self.reference(iteration))
 
     def reward(
         self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
     ) -> FloatArray:
+        """(n,) implicit rewards in `unit`.
+
+        Args:
+            logps: (n,) summed log-probabilities in nats per policy of `weights`, newest first.
+            iteration: t, at least 2.
+            lengths: (n,) tokens of the completions.
+        """
         weights = self.weights(iteration)
         return implicit_reward(np.stack(logps), weights, lengths if self.per_token else None)
 
     def reduced(self, logps: FloatArray, lengths: npt.ArrayLike) -> FloatArray:
-        """Log-probabilities as the loss reduces them: summed, or per token."""
+        """(n,) summed log-probabilities as the loss reduces them: as they are, or per token."""
         return logps / np.asarray(lengths) if self.per_token else logps
 
 

@@ -50,6 +50,9 @@ def offline_table(
     """Iteration t's offline.parquet: log pi_{t-1} of all pairs, and which of them are kept.
 
     Each policy scores the offline set once; earlier policies' values are read back.
+
+    Raises:
+        ValueError: naming the first row whose log-probability or margin is not finite.
     """
     table = store.read(iteration, "offline")
     if table is not None:

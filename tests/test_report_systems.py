@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from sera_plugin.labeling import Ranker
 from sera_plugin.labeling.spin import Spin
 from sera_plugin.method import Facts
+from sera_plugin.report.export import export
 from sera_plugin.report.figures import figures
 from sera_plugin.report.page import render
 from sera_plugin.report.pair import describe_pair, show_pair, show_suspects, suspects
@@ -40,6 +44,7 @@ def test_every_system_has_a_report(tmp_path, block):
     assert [one["iteration"] for one in found] == [1, 2, 3]
     if "selection" in block:
         assert found[-1]["threshold"] is None
+    assert ("selection keeps them first" in page) == (block.keys() == {"reference"})
     if "length_control" in block:
         assert found[-1]["bootstrapped_ensemble"] is None
 
@@ -64,6 +69,24 @@ def test_swapped_labels_are_counted_and_marked(tmp_path):
     for row in np.flatnonzero(run.iterations[-1].margin < 0).tolist():
         line = next(one for one in listed if one.split()[0] == str(row))
         assert line.endswith("swapped on purpose" if swapped[row] else "as given")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_export_says_which_labels_were_swapped_on_purpose(tmp_path, suffix):
+    swapped = np.arange(12) % 4 == 0
+    make_run(tmp_path, facts=Facts(swapped=swapped))
+    run = read_run(RunStore(tmp_path))
+    path = tmp_path / f"kept.{suffix}"
+    export(run, texts_of(run), path, "kept", 1)
+    rows = (
+        list(map(json.loads, path.read_text().splitlines()))
+        if suffix == "jsonl"
+        else pq.read_table(path).to_pylist()
+    )
+    assert [row["swapped"] for row in rows] == swapped.tolist()
+    made, _ = export(run, texts_of(run), tmp_path / f"made.{suffix}", "bootstrapped", 2)
+    assert made > 0
+    assert "swapped" not in (tmp_path / f"made.{suffix}").read_bytes().decode("latin-1")
 
 
 def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):

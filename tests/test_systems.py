@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -366,6 +367,31 @@ def test_prompts_are_numbered_for_a_curriculum():
     assert facts.score_gap.tolist() == [1, 2, 3]
 
 
+def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monkeypatch):
+    from sera_plugin.judging import JudgeFailed
+    from sera_plugin.labelers import Labelers
+    from sera_plugin.store import RunStore
+
+    def check(**block: Any) -> None:
+        run = system(tmp_path, bootstrap_ratio=1, **block)
+        samplers = SimpleNamespace(store=RunStore(tmp_path))
+        Labelers(run.config, run.method, samplers, tokenizer=None).check()
+
+    model = {"labeler": "reward_model", "reward_model": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"sera.reward_model: .* has no config\.json"):
+        check(**model)
+    (tmp_path / "config.json").write_text("{}")
+    check(**model)
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "SERA_TEST_KEY"}
+    monkeypatch.delenv("SERA_TEST_KEY", raising=False)
+    with pytest.raises(JudgeFailed, match="environment variable that is not set"):
+        check(labeler="judge", judge=judge)
+    monkeypatch.setenv("SERA_TEST_KEY", "k")
+    check(labeler="judge", judge=judge)
+    check()
+    assert not list(tmp_path.rglob("judgements.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("block", "said"),
     [
@@ -508,6 +534,25 @@ def test_a_judge_that_compares_gives_shares_of_wins():
     assert judge.met[:3] == [("w1", "w3"), ("w1", "w2"), ("w3", "w2")]
     assert len(judge.met) == 3 + 3
     assert labeler.report["judge"] == "by number"
+
+
+def test_a_judge_that_scores_is_asked_once_for_equal_answers():
+    from sera_plugin.judging import Answered, ScoringJudge
+
+    class Scores(ScoringJudge):
+        """By number; has nothing to say about w9."""
+
+        asked: tuple[Answered, ...] = ()
+
+        def score(self, answers):
+            self.asked += tuple(answers)
+            for index, one in reversed(list(enumerate(answers))):
+                yield index, None if one.answer == "w9" else float(one.answer[1:])
+
+    judge = Scores("by number", {})
+    found = judged(judge).rewards(ranked([3, END], [1], [3], [9], [3], [9, END], per_prompt=3))
+    np.testing.assert_array_equal(found, [3, 1, 3, np.nan, 3, np.nan])
+    assert [one.answer for one in judge.asked] == ["w3", "w1", "w9"]
 
 
 def test_a_policy_judges_itself_by_the_mean_of_what_it_says(monkeypatch):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.checksums import explained
+from sera_plugin.checksums import explained, write_text
 from sera_plugin.evaluation.answers import Answer, Decoding, given, sampled
 from sera_plugin.evaluation.models import Model, find_models
 from sera_plugin.evaluation.prompts import read_prompts
@@ -116,12 +116,7 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it into it."""
-    partial_file = path.with_name(f".{path.name}.partial")
-    try:
-        with explained(path.parent, "start the same command again"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_file.write_text(text, encoding="utf-8")
-            partial_file.replace(path)
-    finally:
-        partial_file.unlink(missing_ok=True)
+    """Write a file in one piece."""
+    with explained(path.parent, "start the same command again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)

@@ -63,11 +63,15 @@ class Judged(Ranker):
         return self.ranks.sum(found)
 
     def _scores(self, judge: ScoringJudge, questions: list[str], answers: list[str]) -> FloatArray:
-        asked = [Answered(*pair) for pair in zip(questions, answers, strict=True)]
-        found = np.full(len(asked), np.nan)
+        """Equal answers to one question are scored once."""
+        places: dict[Answered, list[int]] = {}
+        for place, pair in enumerate(zip(questions, answers, strict=True)):
+            places.setdefault(Answered(*pair), []).append(place)
+        asked = list(places)
+        found = np.full(len(answers), np.nan)
         with self.progress(len(asked)) as advance:
             for index, score in judge.score(asked):
-                found[index] = np.nan if score is None else score
+                found[places[asked[index]]] = np.nan if score is None else score
                 advance(1)
         return found
 

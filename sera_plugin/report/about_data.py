@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sera_plugin.report import charts
 from sera_plugin.report.agreement import numbers, pooled, score_columns, score_difference
 from sera_plugin.report.blocks import Chart, Section, Table, number
 from sera_plugin.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Series
-from sera_plugin.report.data import Iteration, Run
+from sera_plugin.report.data import Columns, Iteration, Run
 from sera_plugin.report.ensemble import margins_without_ensemble
 from sera_plugin.report.tokens import shown_name
-from sera_plugin.selection import BY_SCORE
+from sera_plugin.selection import BY_SCORE, select_largest
 
 Figures = dict[str, Any]
 
@@ -137,8 +138,7 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> Chart | None:
     without, changed = margins_without_ensemble(run, one), figures.get("ensemble")
     if without is None or changed is None or one.margin is None or one.selected is None:
         return None
-    kept_without = np.zeros(len(without), dtype=bool)
-    kept_without[np.argsort(-without, kind="stable")[: changed["kept"]]] = True
+    kept_without = select_largest(without, changed["kept"])
     title = (
         f"Iteration {one.number}: the ensemble exchanged {changed['exchanged']:,} of "
         f"{changed['kept']:,} kept pairs"
@@ -208,15 +208,13 @@ def lengths(run: Run, found: Figures) -> Section:
             f"Iteration {one.number}: length explains {number(explained, '.0%')} of the variance "
             "of rewards"
         )
-        half = len(offline["row"])
-        of_chosen = np.arange(2 * half) < half
         svg = charts.scatter(
             title,
-            pooled(lambda side, at=offline: at[f"{side}_length"]),  # type: ignore[misc]
-            pooled(lambda side, at=offline: at[f"{side}_reward"]),  # type: ignore[misc]
+            pooled(offline, "length"),
+            pooled(offline, "reward"),
             "tokens",
             f"implicit reward, {run.unit}",
-            [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)],
+            _sides(offline),
         )
         note = (
             f"R² {number(explained, '.3f')}; of margins with the difference in length "
@@ -226,6 +224,12 @@ def lengths(run: Run, found: Figures) -> Section:
             note += f"; of sampled answers {number(figures['length_r2']['sampled'], '.3f')}"
         section.charts.append(Chart(title, svg, note + "."))
     return section
+
+
+def _sides(offline: Columns) -> list[tuple[str, npt.NDArray[np.bool_], str]]:
+    """Which of `pooled` are chosen and which rejected, as a chart names and colours them."""
+    of_chosen = np.arange(2 * len(offline["row"])) < len(offline["row"])
+    return [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)]
 
 
 def scores(run: Run, found: Figures) -> Section:
@@ -250,14 +254,13 @@ def scores(run: Run, found: Figures) -> Section:
                     f"Iteration {one.number}: {name} explains {number(r2['reward'], '.0%')} of "
                     "the variance of rewards"
                 )
-                of_chosen = np.arange(2 * len(offline["row"])) < len(offline["row"])
                 svg = charts.scatter(
                     title,
                     np.concatenate([numbers(run.scores[half]) for half in both]),
-                    pooled(lambda side, at=offline: at[f"{side}_reward"]),  # type: ignore[misc]
+                    pooled(offline, "reward"),
                     f"{name} of the answer",
                     f"implicit reward, {run.unit}",
-                    [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)],
+                    _sides(offline),
                 )
                 note = (
                     f"R² {number(r2['reward'], '.3f')}; of margins with the difference "

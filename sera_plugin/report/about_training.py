@@ -11,6 +11,7 @@ from sera_plugin.report import charts
 from sera_plugin.report.blocks import NOTHING, Chart, Section, Table, number
 from sera_plugin.report.charts import DROPPED, KEPT, SAMPLED, Series
 from sera_plugin.report.data import SIDES, Run
+from sera_plugin.report.figures import spent
 
 Figures = dict[str, Any]
 
@@ -134,34 +135,25 @@ def cost(found: Figures) -> Section:
     )
     iterations = [one for one in found["iterations"] if one["seconds"]]
     phases = list(dict.fromkeys(phase for one in iterations for phase in one["seconds"]))
-    # Parts of `sample`, which is there as a whole.
-    total = sum(
-        seconds
-        for one in iterations
-        for phase, seconds in one["seconds"].items()
-        if phase not in ("start_engine", "stop_engine")
-    )
+    whole = [spent(one["seconds"]) for one in iterations]
+    total = sum(whole)
     rows = []
     for phase in phases:
         seconds = [one["seconds"].get(phase) for one in iterations]
-        spent = sum(one for one in seconds if one is not None)
+        of_phase = sum(one for one in seconds if one is not None)
         forwarded = [one["forwarded"].get(phase, {}) for one in iterations]
         tokens = sum(one.get("tokens", 0) for one in forwarded)
         rows.append(
             [
                 phase.replace("_", " "),
                 *(number(one, ",.1f") for one in seconds),
-                f"{spent:,.1f}",
-                f"{spent / total:.0%}" if total else NOTHING,
+                f"{of_phase:,.1f}",
+                f"{of_phase / total:.0%}" if total else NOTHING,
                 f"{tokens:,}" if tokens else NOTHING,
             ]
         )
     if rows:
         rows.sort(key=lambda row: -float(row[-3].replace(",", "")))
-        whole = [
-            sum(s for phase, s in one["seconds"].items() if not phase.endswith("_engine"))
-            for one in iterations
-        ]
         rows.append(["all", *(f"{one:,.1f}" for one in whole), f"{total:,.1f}", "100%", ""])
         head = ["phase, s", *(f"t = {one['iteration']}" for one in iterations)]
         head += ["all", "share", "tokens"]

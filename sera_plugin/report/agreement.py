@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sera_plugin.facts import by_side
-from sera_plugin.report.data import SIDES, Iteration, Run
+from sera_plugin.report.data import SIDES, Columns, Iteration, Run
 from sera_plugin.rewards import FloatArray
 
 #: A column with more different values than this is not broken down by value.
@@ -30,9 +30,9 @@ def r_squared(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:
     return float(np.corrcoef(one, other)[0, 1] ** 2)
 
 
-def pooled(values: Callable[[str], Any]) -> FloatArray:
-    """A figure of the chosen completions, then of the rejected ones."""
-    return np.concatenate([np.asarray(values(side), dtype=np.float64) for side in SIDES])
+def pooled(columns: Columns, what: str) -> FloatArray:
+    """(2N,) a figure (`length`, `logp`, `reward`) of the chosen completions, then the rejected."""
+    return np.concatenate([columns[f"{side}_{what}"].astype(np.float64) for side in SIDES])
 
 
 def length_r2(one: Iteration, margin: FloatArray) -> dict[str, float | None]:
@@ -40,10 +40,7 @@ def length_r2(one: Iteration, margin: FloatArray) -> dict[str, float | None]:
     columns = one.offline
     assert columns is not None
     found = {
-        "reward": r_squared(
-            pooled(lambda side: columns[f"{side}_length"]),
-            pooled(lambda side: columns[f"{side}_reward"]),
-        )
+        "reward": r_squared(pooled(columns, "length"), pooled(columns, "reward"))
         if "chosen_reward" in columns
         else None,
         "margin": r_squared(columns["chosen_length"] - columns["rejected_length"], margin),
@@ -104,7 +101,7 @@ def score_r2(run: Run, one: Iteration) -> dict[str, Any]:
         entry: dict[str, Any] = {"margin": r_squared(difference, margin)}
         if columns is not None and "chosen_reward" in offline:
             scores = np.concatenate([numbers(run.scores[column]) for column in columns])
-            entry["reward"] = r_squared(scores, pooled(lambda side: offline[f"{side}_reward"]))
+            entry["reward"] = r_squared(scores, pooled(offline, "reward"))
         if columns is not None:
             differs = np.isfinite(difference) & (difference != 0)
             agree = (np.sign(difference) == np.sign(margin))[differs]

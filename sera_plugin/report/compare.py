@@ -8,7 +8,7 @@ from typing import Any
 
 from sera_plugin.report.blocks import Table, number
 from sera_plugin.report.data import Run
-from sera_plugin.report.figures import figures
+from sera_plugin.report.figures import figures, spent
 from sera_plugin.report.html import fill, write_page
 from sera_plugin.report.terminal import plain_table
 from sera_plugin.report.tokens import shown_name
@@ -42,14 +42,8 @@ _METRICS: tuple[tuple[str, str, Callable[[dict[str, Any]], float | None]], ...] 
     ("sampled tokens, mean", ".1f", lambda one: one["lengths"].get("sampled")),
     ("duplicate samples", ".1%", _ratio("duplicates", "sampled")),
     ("unfinished samples", ".1%", _ratio("unfinished", "sampled")),
-    ("seconds", ",.0f", lambda one: _seconds(one["seconds"])),
+    ("seconds", ",.0f", lambda one: spent(one["seconds"]) or None),
 )
-
-
-def _seconds(phases: dict[str, float]) -> float | None:
-    """All phases; an engine's start and stop are parts of sampling."""
-    spent = [value for phase, value in phases.items() if not phase.endswith("_engine")]
-    return sum(spent) if spent else None
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def _offline(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
     assert margin is not None
     order = np.argsort(margin, kind="stable")
     when = f"in iteration {one.number}"
+    by_margin = one.offline is not None and "priority" not in one.offline
+    first = ", and selection keeps them first" if by_margin else ""
     sets = [
         (
             "mislabelled",
@@ -104,9 +106,8 @@ def _offline(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
         (
             "decided",
             "Most decided",
-            f"Largest margins {when}: training has moved these pairs furthest, and selection "
-            "keeps them first. If they share something trivial (length, a phrase, a format), that "
-            "is what the policy learns.",
+            f"Largest margins {when}: training has moved these pairs furthest{first}. If they "
+            "share something trivial (length, a phrase, a format), that is what the policy learns.",
             order[::-1][:_FEW],
         ),
         (

@@ -21,6 +21,7 @@ SUFFIXES = (".jsonl", ".parquet")
 def export(run: Run, texts: Texts, path: Path, which: str, number: int | None) -> tuple[int, int]:
     """Write pairs with `prompt`, `chosen`, `rejected`, and `row` and `margin` for the curious.
 
+    Of a run with `label_noise`, offline pairs have `swapped` too: their answers are as trained.
     Prompts are rendered by the run's own template and lack the token that the tokenizer adds by
     itself; completions lack their end token, which trainers add.
 
@@ -77,6 +78,7 @@ def _offline(run: Run, one: Iteration, texts: Texts, kept: bool) -> list[dict[st
             **{side: texts.completion(run.tokens[f"{side}_ids"][row]) for side in SIDES},
             "row": row,
             "margin": None if one.margin is None else float(one.margin[row]),
+            **({} if run.swapped is None else {"swapped": bool(run.swapped[row])}),
         }
         for row in np.flatnonzero(one.selected == kept).tolist()
     ]
@@ -104,9 +106,11 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     try:
         with explained(path.parent):
             if path.suffix == ".parquet":
-                text, schema = pa.string(), {"row": pa.int64(), "margin": pa.float64()}
-                names = dict.fromkeys(("prompt", *SIDES), text) | schema
-                pq.write_table(pa.Table.from_pylist(rows, pa.schema(names)), partial)
+                kinds = dict.fromkeys(("prompt", *SIDES), pa.string())
+                kinds |= {"row": pa.int64(), "margin": pa.float64()}
+                if any("swapped" in row for row in rows):
+                    kinds["swapped"] = pa.bool_()
+                pq.write_table(pa.Table.from_pylist(rows, pa.schema(kinds)), partial)
             else:
                 with partial.open("w", encoding="utf-8") as file:
                     for row in rows:

@@ -80,6 +80,11 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
     return found
 
 
+def spent(seconds: Mapping[str, float]) -> float:
+    """Seconds of all phases of an iteration; an engine's start and stop are parts of `sample`."""
+    return sum(value for phase, value in seconds.items() if not phase.endswith("_engine"))
+
+
 def selections(run: Run) -> dict[str, Any] | None:
     """Jaccard index of every two iterations' kept sets (Fig. 6), and what chance would give.
 
