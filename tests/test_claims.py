@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import claims, criteria, page, runs, systems, world
-from benchmarks.claims.claims import Comparison, Estimate, Results, Side, after, during, final
+from benchmarks.claims import claims, criteria, page, runs, systems, tables, world
+from benchmarks.claims.estimates import Comparison, Estimate, Results, Side, after, during, final
 from sera_plugin.args import SeraConfig
 
 SYSTEMS = (*systems.CORE, *(one for sweep in systems.SWEEPS.values() for one in sweep))
@@ -28,11 +28,11 @@ def record(system: str, seed: int, rewards: list[float], noise: float = 0.2) -> 
 
 def test_the_page_has_what_the_results_say():
     shown = page.PAGE.read_text(encoding="utf-8")
-    assert shown == page.render(shown, page.read()), "run `make docs`"
+    assert shown == page.render(shown), "run `make docs`"
 
 
 def test_kept_results_are_of_systems_that_exist_and_of_one_world():
-    kept = page.compared(page.read()).records
+    kept = tables.compared(page.read()).records
     assert kept
     known = {(one.name, noise): one for one in SYSTEMS for noise in one.noises}
     for one in kept:
@@ -44,8 +44,8 @@ def test_kept_results_are_of_systems_that_exist_and_of_one_world():
 
 
 def test_the_worlds_criteria_hold_in_the_kept_results():
-    assert "| no |" not in page.criteria_table(page.read())
-    assert not set(criteria.SEEDS) & {one["seed"] for one in page.compared(page.read()).records}
+    assert "| no |" not in tables.criteria_table(page.read())
+    assert not set(criteria.SEEDS) & {one["seed"] for one in tables.compared(page.read()).records}
 
 
 # ------------------------------------------------------------------ figures
@@ -117,9 +117,8 @@ def test_a_judges_scores_are_bradley_terry():
         one, other = (world.judged(prompt, t, world.LABELLING, random) for t in (long, short))
         wins += one.score > other.score
     expected = 1 / (1 + math.exp(-0.4))
-    assert wins / 4000 == pytest.approx(
-        expected, abs=4 * math.sqrt(expected * (1 - expected) / 4000)
-    )
+    error = math.sqrt(expected * (1 - expected) / 4000)
+    assert wins / 4000 == pytest.approx(expected, abs=4 * error)
 
 
 def test_a_pair_has_the_higher_score_chosen_and_equal_answers_none():
@@ -190,7 +189,7 @@ def without_time(value):
 @pytest.mark.slow
 def test_a_run_that_fails_says_where_its_output_is(tmp_path):
     job = runs.Job("a run", broken, (), tmp_path / "scratch")
-    with pytest.raises(RuntimeError, match="a run failed: ValueError: no. See .*log.txt"):
+    with pytest.raises(RuntimeError, match=r"a run failed: ValueError: no\. See .*log\.txt"):
         list(runs.perform_all([job], 1))
     assert "no" in (tmp_path / "scratch" / "log.txt").read_text()
 

@@ -5,9 +5,9 @@ criteria  what those parameters were fixed by: baselines alone
 systems   every system and every sweep, as lines of YAML
 runs      runs through the real host, each in a process of its own, as many as there are cores
 measure   what is measured of a run
-claims    each claim as a difference of two systems, and the rule for its verdict
-charts    pictures
-page      docs/claims.md between its markers, made of the kept results alone
+estimates figures of runs, differences over seeds, and the rule for a verdict
+claims    each claim as such differences
+tables    the page's tables, charts its pictures, page the page itself
 real      the same questions to a dataset and a model of yours
 
 `python -m benchmarks.claims --help` runs it.

@@ -4,6 +4,7 @@ make claims                          the core table, five seeds
 make claims ARGS="--sweeps"          what is varied around SeRA, too
 make claims ARGS="--criteria"        what the world's parameters were fixed by
 make claims ARGS="--smoke"           one seed of a toy, to see that it works; nothing is kept
+make claims ARGS="--data FILE --model DIR"   ways to select on a dataset with scores and a model
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,8 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims import criteria
-from benchmarks.claims.page import RESULTS, update_page
+from benchmarks.claims import criteria, real
+from benchmarks.claims.page import REAL, RESULTS, update_page
 from benchmarks.claims.runs import Job, Run, build, perform, perform_all
 from benchmarks.claims.systems import CORE, SWEEPS, System
 from benchmarks.claims.world import SMOKE, WORLD, World
@@ -44,16 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--render", action="store_true", help="only write the page's tables again")
     parser.add_argument("--directory", type=Path, help="where worlds are made, and kept")
+    parser.add_argument("--data", type=Path, help="JSONL with answers and scores, see real.py")
+    parser.add_argument("--model", type=Path, help="a directory, for --data")
     options = parser.parse_args(arguments)
+    if (options.data is None) != (options.model is None):
+        parser.error("--data and --model go together")
     if options.render:
         update_page()
         return
+    # `kill` ends the runs too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="sera-claims-") as temporary:
         directory = (options.directory or Path(temporary)).resolve()
         if options.smoke:
             systems = chosen(CORE, options.only)
             with Journal(directory / "smoke.jsonl") as journal:
                 run_all(plan(systems, [0], SMOKE), directory, journal, options.cores)
+            return
+        if options.data:
+            with Journal(REAL) as journal:
+                run_real(options, directory, journal)
+            update_page()
             return
         with Journal(RESULTS) as journal:
             if options.criteria:
@@ -125,6 +139,23 @@ def run_all(runs: Sequence[Run], directory: Path, journal: Journal, cores: int) 
         run = job.arguments[0]
         journal.add(run.key, {**record, **origin(run.world)})
         told(number, len(left), job, record, time.perf_counter() - start)
+
+
+def run_real(options: argparse.Namespace, directory: Path, journal: Journal) -> None:
+    """Each way to select on the dataset, unless the journal has it."""
+    data, model = options.data.resolve(), options.model.resolve()
+    jobs = []
+    for seed in options.seeds:
+        for system in chosen(real.SYSTEMS, options.only):
+            key = real.key(system, real.Settings(), seed, data.name, model.name)
+            if key not in journal:
+                arguments = (system, real.Settings(), seed, data, model)
+                scratch = directory / "scratch" / key
+                jobs.append(Job(f"{system.name}, seed {seed}", real.perform, arguments, scratch))
+    for job, record in perform_all(jobs, options.cores):
+        versions = {name: version(name) for name in PACKAGES}
+        journal.add(job.scratch.name, {**record, "versions": versions})
+        print(f"{job.name}: {record['seconds']:.0f} s", flush=True)
 
 
 def told(number: int, total: int, job: Job, record: dict[str, Any], spent: float) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure as Picture
 
-from benchmarks.claims.claims import CLAIMS, Estimate, Results, after
+from benchmarks.claims.claims import CLAIMS
+from benchmarks.claims.estimates import Estimate, Results, after
 from benchmarks.claims.systems import NOISES
 
 _STYLE: Any = {

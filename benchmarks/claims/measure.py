@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ def measure(directory: Path, place: Path, world: World, seed: int) -> dict[str, 
     root = directory / "sera"
     found = sorted(root.glob("iteration-*"))
     policies = [one / "policy" for one in found[1:]] + [directory]
+    held_out = HeldOut.read(place)
     return rounded(
         {
-            "policies": [policy_figures(policy, place, world, seed) for policy in policies],
+            "policies": [policy_figures(policy, held_out, world, seed) for policy in policies],
             "iterations": [iteration_figures(root, number) for number in range(1, len(found) + 1)],
         }
     )
@@ -47,20 +49,46 @@ def measure(directory: Path, place: Path, world: World, seed: int) -> dict[str, 
 
 def base_figures(place: Path) -> dict[str, Any]:
     """The base model's answers to the held-out prompts."""
-    held_out = json.loads((place / "held-out.json").read_text(encoding="utf-8"))
-    rewards = true_rewards(held_out["prompts"], held_out["answers"])
-    # The same prompts come again for every sample.
-    count = len(set(held_out["prompts"]))
+    held_out = HeldOut.read(place)
+    by_sample = held_out.rewards.reshape(-1, held_out.count)
     return rounded(
         {
-            "true_reward": float(rewards.mean()),
-            "spread": float(rewards.reshape(-1, count).std(axis=0, ddof=1).mean()),
-            "words": mean_words(held_out["answers"]),
+            "true_reward": float(held_out.rewards.mean()),
+            "spread": float(by_sample.std(axis=0, ddof=1).mean()),
+            "words": mean_words(held_out.answers),
         }
     )
 
 
-def policy_figures(policy: Path, place: Path, world: World, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class HeldOut:
+    """The base model's answers to the held-out prompts, (n,) each; prompts repeat for every sample.
+
+    Attributes:
+        prompts, answers: texts.
+        rewards: true rewards.
+        logps: log pi_0 of the answers.
+        count: how many different prompts there are.
+    """
+
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    rewards: FloatArray
+    logps: FloatArray
+    count: int
+
+    @classmethod
+    def read(cls, place: Path) -> HeldOut:
+        from sera_plugin.demo.base_model import load_model
+
+        texts = json.loads((place / "held-out.json").read_text(encoding="utf-8"))
+        prompts, answers = texts["prompts"], texts["answers"]
+        rewards = true_rewards(prompts, answers)
+        before = logps(*load_model(place / "base-model"), prompts, answers)
+        return cls(prompts, answers, rewards, before, len(set(prompts)))
+
+
+def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> dict[str, Any]:
     """A policy's answers, and its implicit reward log pi / pi_0 on the base model's answers.
 
     Returns:
@@ -71,24 +99,19 @@ def policy_figures(policy: Path, place: Path, world: World, seed: int) -> dict[s
     """
     from sera_plugin.demo.base_model import load_model
 
-    held_out = json.loads((place / "held-out.json").read_text(encoding="utf-8"))
-    prompts, theirs = held_out["prompts"], held_out["answers"]
-    base, tokenizer = load_model(place / "base-model")
-    model, _ = load_model(policy)
+    model, tokenizer = load_model(policy)
+    prompts, theirs = held_out.prompts, held_out.rewards
     ours = answer(model, tokenizer, prompts, world, 100 * seed + 99)
-    rewards, their_rewards = true_rewards(prompts, ours), true_rewards(prompts, theirs)
-    implicit = logps(model, tokenizer, prompts, theirs) - logps(base, tokenizer, prompts, theirs)
-    count = len(set(prompts))
+    rewards = true_rewards(prompts, ours)
+    implicit = logps(model, tokenizer, prompts, held_out.answers) - held_out.logps
+    first, second = slice(0, held_out.count), slice(held_out.count, 2 * held_out.count)
     return {
         "true_reward": float(rewards.mean()),
-        "win_rate": win_rate((np.sign(rewards - their_rewards) + 1) / 2).rate,
+        "win_rate": win_rate((np.sign(rewards - theirs) + 1) / 2).rate,
         "words": mean_words(ours),
-        "r2_true": r_squared(implicit, their_rewards),
-        "r2_words": r_squared(implicit, [len(text.split()) for text in theirs]),
-        "order": in_order(
-            implicit[:count] - implicit[count : 2 * count],
-            their_rewards[:count] - their_rewards[count : 2 * count],
-        ),
+        "r2_true": r_squared(implicit, theirs),
+        "r2_words": r_squared(implicit, [len(text.split()) for text in held_out.answers]),
+        "order": in_order(implicit[first] - implicit[second], theirs[first] - theirs[second]),
     }
 
 
