@@ -48,7 +48,8 @@ def criteria_table(records: Sequence[Record]) -> str:
     of_seeds = [one for one in records if one.get("seed") in criteria.SEEDS]
     bases = sorted((r for r in of_seeds if r["system"] == "base model"), key=lambda r: r["seed"])
     runs = [r for r in of_seeds if r["system"] == criteria.SYSTEM and r["noise"] == 0]
-    if len(runs) < len(criteria.SEEDS):
+    noisy = [r for r in of_seeds if r["system"] == criteria.SYSTEM and r["noise"] == 0.2]
+    if len(runs) < len(criteria.SEEDS) or not noisy:
         return "Not checked yet."
     found = criteria.check(bases, sorted(runs, key=lambda r: r["seed"]))
     rows = [
@@ -61,7 +62,12 @@ def criteria_table(records: Sequence[Record]) -> str:
         for one in found
     ]
     seeds = " and ".join(map(str, criteria.SEEDS))
-    return f"{markdown(('criterion', 'wanted', 'found', 'holds'), rows)}\n\nSeeds {seeds}."
+    words = mean(r["policies"][-1]["words"] for r in noisy)
+    table = markdown(("criterion", "wanted", "found", "holds"), rows)
+    return (
+        f"{table}\n\nSeeds {seeds}. With a fifth of the labels swapped, which is no criterion, "
+        f"plain DPO's answers have {words:.2f} words after 3 epochs."
+    )
 
 
 def claim_table(claims: Sequence[Claim], results: Results) -> str:
