@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import claims, criteria, page, runs, systems, tables, world
+from benchmarks.claims import claims, criteria, page, real, runs, systems, tables, world
 from benchmarks.claims.estimates import Comparison, Estimate, Results, Side, after, during, final
 from sera_plugin.args import SeraConfig
 
@@ -196,3 +196,30 @@ def test_a_run_that_fails_says_where_its_output_is(tmp_path):
 
 def broken(scratch):
     raise ValueError("no")
+
+
+@pytest.mark.slow
+def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
+    """The world's own files, as a dataset and a model that somebody brings."""
+    place = tmp_path / "world"
+    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
+    settings = real.Settings(pairs=32, tokens=40, batch=16)
+    arguments = (real.SYSTEMS[1], settings, 0, place / "pairs.jsonl", place / "base-model")
+    job = runs.Job("real", real.perform, arguments, tmp_path / "scratch")
+    list(runs.perform_all([toy], 1))
+    ((_, record),) = runs.perform_all([job], 1)
+    assert record["pairs"] == 32
+    assert [one["iteration"] for one in record["iterations"]] == [2, 3]
+    kept = record["iterations"][0]["kept"]
+    assert kept["score"]["score_gap"] >= max(one["score_gap"] for one in kept.values())
+    assert kept["irm"]["jaccard_irm"] == 1.0
+    assert kept["none"]["jaccard_irm"] == pytest.approx(22 / 32, abs=1e-5)
+    assert "| selection by irm | 0 | 3 |" in tables.real_table([record])
+
+
+def test_a_dataset_without_scores_is_refused_by_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1.0}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="line 1 has no score_rejected"):
+        real.read_pairs(path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from math import isnan
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.claims.claims import CLAIMS
-from benchmarks.claims.estimates import Estimate, Results, after
+from benchmarks.claims.estimates import FEWEST_SEEDS, Estimate, Results, after
 from benchmarks.claims.systems import NOISES
 
 _STYLE: Any = {
@@ -22,6 +21,12 @@ _STYLE: Any = {
     "axes.spines.right": False,
 }
 _COLOURS = {"reproduced": "#1a7f5a", "not reproduced": "#777777", "reversed": "#b3402e"}
+#: Of what, where it is neither true reward nor a share.
+_UNITS = {
+    "win rate": ": win rate",
+    "R^2 with words, the baseline's less SeRA's": ": R^2 with words",
+    "R^2 with true reward": ": R^2 with true reward",
+}
 _LINES = {
     "DPO, 3 epochs": "#777777",
     "iterative DPO": "#111111",
@@ -40,15 +45,15 @@ def draw(results: Results) -> dict[str, str]:
 def differences(results: Results) -> str:
     """Every claim's differences with their intervals, in the verdict's colour."""
     rows = [
-        (f"{one.label}, {one.noise:.0%}", estimate)
+        (f"{one.label}, {one.noise:.0%}{_UNITS.get(claim.unit, '')}", estimate)
         for claim in CLAIMS
         for one in claim.comparisons
-        if not isnan((estimate := one.estimate(results)).low)
+        if (estimate := one.estimate(results)).seeds >= FEWEST_SEEDS
     ]
     picture = Picture(figsize=(7.5, 0.6 + 0.17 * max(1, len(rows))))
     axes = picture.add_axes((0.46, 0.06, 0.52, 0.92))
     for place, (_, estimate) in enumerate(rows):
-        colour = _COLOURS.get(estimate.verdict, "#bbbbbb")
+        colour = _COLOURS[estimate.verdict]
         axes.plot([estimate.low, estimate.high], [place, place], color=colour, linewidth=1.4)
         axes.plot(estimate.mean, place, "o", color=colour, markersize=3.5)
     axes.axvline(0, color="#444444", linewidth=0.7)
@@ -73,7 +78,8 @@ def iterations(results: Results) -> str:
             means = [one.mean for one in found]
             axes.plot([1, 2, 3], means, "o-", color=colour, markersize=3, label=name)
             for t, one in enumerate(found, start=1):
-                axes.plot([t, t], [one.low, one.high], color=colour, linewidth=0.8)
+                if one.seeds >= FEWEST_SEEDS:
+                    axes.plot([t, t], [one.low, one.high], color=colour, linewidth=0.8)
         axes.set_title(f"{noise:.0%} swapped", fontsize=8)
         axes.set_xticks([1, 2, 3])
         axes.set_xlabel("after iteration")
