@@ -119,7 +119,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
     packages = ("torch", "transformers", "trl", "axolotl", "peft", "sera_plugin")
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory, 1),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -129,7 +129,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "commit": _commit(),
+        "commit": commit(),
         "device": setup.device,
         "dtype": str(setup.dtype).removeprefix("torch."),
         "model": setup.model.name if setup.model else f"random weights, shape `{setup.shape}`",
@@ -150,13 +150,13 @@ def described(about: Mapping[str, Any]) -> str:
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that is measured, marked where files differ from it."""
     commands = ["git", "-C", str(ROOT)]
     head = subprocess.run(

@@ -1,0 +1,14 @@
+"""The paper's claims, run again in a world where the true reward is known; docs/claims.md.
+
+world     the world and its parameters, fixed before anything was compared
+criteria  what those parameters were fixed by: baselines alone
+systems   every system and every sweep, as lines of YAML
+runs      runs through the real host, each in a process of its own, as many as there are cores
+measure   what is measured of a run
+estimates figures of runs, differences over seeds, and the rule for a verdict
+claims    each claim as such differences
+tables    the page's tables, charts its pictures, page the page itself
+real      the same questions to a dataset and a model of yours
+
+`python -m benchmarks.claims --help` runs it.
+"""

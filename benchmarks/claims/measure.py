@@ -1,0 +1,252 @@
+"""What is measured of a run: its policies on held-out prompts, its choices on the true reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from benchmarks.claims.world import World, answer
+from sera_plugin.demo.world import true_reward
+from sera_plugin.evaluation.winrate import win_rate
+from sera_plugin.report.agreement import r_squared
+from sera_plugin.selection import select_largest
+from sera_plugin.summary import jaccard
+
+FloatArray = npt.NDArray[np.float64]
+#: Figures are kept with this many digits: more than any conclusion needs.
+DIGITS = 5
+
+
+def measure(directory: Path, place: Path, world: World, seed: int) -> dict[str, Any]:
+    """All figures of one run.
+
+    Args:
+        directory: the run's `output_dir`.
+        place: the world's.
+        world, seed: what it was made from.
+
+    Returns:
+        `policies`, one per iteration (theta_1, ..., theta_T), and `iterations` (t = 1, ..., T).
+    """
+    root = directory / "sera"
+    found = sorted(root.glob("iteration-*"))
+    policies = [one / "policy" for one in found[1:]] + [directory]
+    held_out = HeldOut.read(place)
+    return rounded(
+        {
+            "policies": [policy_figures(policy, held_out, world, seed) for policy in policies],
+            "iterations": [iteration_figures(root, number) for number in range(1, len(found) + 1)],
+        }
+    )
+
+
+def base_figures(place: Path) -> dict[str, Any]:
+    """The base model's answers to the held-out prompts."""
+    held_out = HeldOut.read(place)
+    by_sample = held_out.rewards.reshape(-1, held_out.count)
+    return rounded(
+        {
+            "true_reward": float(held_out.rewards.mean()),
+            "spread": float(by_sample.std(axis=0, ddof=1).mean()),
+            "words": mean_words(held_out.answers),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The base model's answers to the held-out prompts, (n,) each; prompts repeat for every sample.
+
+    Attributes:
+        prompts, answers: texts.
+        rewards: true rewards.
+        logps: log pi_0 of the answers.
+        count: how many different prompts there are.
+    """
+
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    rewards: FloatArray
+    logps: FloatArray
+    count: int
+
+    @classmethod
+    def read(cls, place: Path) -> HeldOut:
+        from sera_plugin.demo.base_model import load_model
+
+        texts = json.loads((place / "held-out.json").read_text(encoding="utf-8"))
+        prompts, answers = texts["prompts"], texts["answers"]
+        rewards = true_rewards(prompts, answers)
+        before = logps(*load_model(place / "base-model"), prompts, answers)
+        return cls(prompts, answers, rewards, before, len(set(prompts)))
+
+
+def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> dict[str, Any]:
+    """A policy's answers, and its implicit reward log pi / pi_0 on the base model's answers.
+
+    Returns:
+        `true_reward`, `win_rate` (against the base model's answer to the same prompt, by true
+        reward, a tie is half) and `words` of its answers; of the implicit reward its R^2 with true
+        reward (`r2_true`) and with words (`r2_words`), and `order`: of two answers of the base
+        model to one prompt that differ in true reward, how often it prefers the better.
+    """
+    from sera_plugin.demo.base_model import load_model
+
+    model, tokenizer = load_model(policy)
+    prompts, theirs = held_out.prompts, held_out.rewards
+    ours = answer(model, tokenizer, prompts, world, 100 * seed + 99)
+    rewards = true_rewards(prompts, ours)
+    implicit = logps(model, tokenizer, prompts, held_out.answers) - held_out.logps
+    first, second = slice(0, held_out.count), slice(held_out.count, 2 * held_out.count)
+    return {
+        "true_reward": float(rewards.mean()),
+        "win_rate": win_rate((np.sign(rewards - theirs) + 1) / 2).rate,
+        "words": mean_words(ours),
+        "r2_true": r_squared(implicit, theirs),
+        "r2_words": r_squared(implicit, [len(text.split()) for text in held_out.answers]),
+        "order": in_order(implicit[first] - implicit[second], theirs[first] - theirs[second]),
+    }
+
+
+def iteration_figures(root: Path, number: int) -> dict[str, Any]:
+    """What an iteration kept, sampled and cost.
+
+    Returns:
+        From summary.json: `kept`, `sampled` (pairs), `recall` and `precision` of swapped labels
+        among those dropped, `jaccard_previous`, `sequences` forwarded without gradients, `seconds`
+        by phase. `r2_true`, `r2_words`: R^2 of the implicit reward (Eq. 7) of the offline answers.
+        `wrong_kept`, `wrong_dropped`: how often a label is against the true reward.
+        `jaccard_score`, `jaccard_reference`: of what is kept with what the score and the reference
+        would keep. `order_found`, `order_kept`: how often sampled pairs that differ in true reward
+        are in true order, of all that ranking found and of those trained on.
+    """
+    place = root / f"iteration-{number:02}"
+    summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    dataset = pq.read_table(root / "dataset.parquet")
+    offline = pq.read_table(place / "offline.parquet")
+    pairs, noise = summary["pairs"], summary.get("label_noise", {})
+    figures: dict[str, Any] = {
+        "kept": pairs["kept"],
+        "sampled": pairs["bootstrapped_kept"],
+        "recall": noise.get("recall"),
+        "precision": noise.get("precision"),
+        "jaccard_previous": summary.get("jaccard_with_previous"),
+        "sequences": {name: one["sequences"] for name, one in summary["forwarded"].items()},
+        "seconds": summary["seconds"],
+    }
+    true = {side: numbers(dataset, f"true_{side}") for side in ("chosen", "rejected")}
+    if "margin" in offline.column_names:
+        reward = np.concatenate([numbers(offline, f"{side}_reward") for side in true])
+        words = np.concatenate([numbers(offline, f"{side}_length") for side in true])
+        figures["r2_true"] = r_squared(reward, np.concatenate(list(true.values())))
+        figures["r2_words"] = r_squared(reward, words)
+    if 0 < pairs["kept"] < pairs["offline"]:
+        kept = offline["selected"].to_numpy(zero_copy_only=False)
+        figures |= about_selection(kept, true["chosen"] - true["rejected"], dataset, offline)
+    if pairs["bootstrapped_found"]:
+        figures |= about_samples(root, place, dataset)
+    return figures
+
+
+def about_selection(
+    kept: npt.NDArray[np.bool_], gap: FloatArray, dataset: Any, offline: Any
+) -> dict[str, Any]:
+    """What was kept against the true reward and against other ways to choose as many."""
+    score = numbers(dataset, "score_chosen") - numbers(dataset, "score_rejected")
+    reference = numbers(offline, "chosen_logp") - numbers(offline, "rejected_logp")
+    count = int(kept.sum())
+    return {
+        "wrong_kept": in_order(gap[kept], -np.ones(count)),
+        "wrong_dropped": in_order(gap[~kept], -np.ones(len(gap) - count)),
+        "jaccard_score": jaccard(kept, select_largest(score, count)),
+        "jaccard_reference": jaccard(kept, select_largest(reference, count)),
+    }
+
+
+def about_samples(root: Path, place: Path, dataset: Any) -> dict[str, Any]:
+    """Sampled pairs against the true reward of their answers."""
+    from transformers import PreTrainedTokenizerFast
+
+    # A directory that the harness has written: there is no revision to pin.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(  # nosec B615
+        root.parent, local_files_only=True
+    )
+    candidates = pq.read_table(
+        place / "candidates.parquet", columns=["row", "candidate", "token_ids"]
+    )
+    texts = tokenizer.batch_decode(candidates["token_ids"].to_pylist(), skip_special_tokens=True)
+    prompts = tokenizer.batch_decode(dataset["prompt_ids"].to_pylist(), skip_special_tokens=True)
+    prompt_of = dict(zip(dataset["row"].to_pylist(), prompts, strict=True))
+    at = zip(candidates["row"].to_pylist(), candidates["candidate"].to_pylist(), strict=True)
+    rewards = {
+        (row, candidate): true_reward(prompt_of[row], text)
+        for (row, candidate), text in zip(at, texts, strict=True)
+    }
+    found = pq.read_table(place / "bootstrapped.parquet").to_pydict()
+    gap = np.array(
+        [
+            rewards[row, chosen] - rewards[row, rejected]
+            for row, chosen, rejected in zip(
+                found["row"], found["chosen_candidate"], found["rejected_candidate"], strict=True
+            )
+        ]
+    )
+    selected = np.array(found["selected"], dtype=bool)
+    return {
+        "order_found": in_order(gap, np.ones(len(gap))),
+        "order_kept": in_order(gap[selected], np.ones(int(selected.sum()))),
+    }
+
+
+def logps(model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> FloatArray:
+    """(n,) log pi of each answer, its end included, in nats."""
+    import torch
+
+    from sera_plugin.demo.base_model import PROMPT_FORMAT
+
+    whole = [
+        f"{PROMPT_FORMAT.format(prompt=prompt)} {text}{tokenizer.eos_token}"
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    batch = tokenizer(whole, return_tensors="pt", padding=True, add_special_tokens=False)
+    ids, mask = batch["input_ids"], batch["attention_mask"].clone()
+    # Prompts are equally long.
+    mask[:, : len(PROMPT_FORMAT.format(prompt=prompts[0]).split())] = 0
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    summed: FloatArray = (each * mask[:, 1:]).sum(-1).double().numpy()
+    return summed
+
+
+def in_order(gap: FloatArray, true_gap: FloatArray) -> float | None:
+    """How often two gaps have the same sign, where neither is 0; None where one always is."""
+    differ = (gap != 0) & (true_gap != 0)
+    return float((gap[differ] * true_gap[differ] > 0).mean()) if differ.any() else None
+
+
+def true_rewards(prompts: Sequence[str], texts: Sequence[str]) -> FloatArray:
+    return np.array([true_reward(p, text) for p, text in zip(prompts, texts, strict=True)])
+
+
+def mean_words(texts: Sequence[str]) -> float:
+    return float(np.mean([len(text.split()) for text in texts]))
+
+
+def numbers(table: Any, column: str) -> FloatArray:
+    return table[column].to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, DIGITS) if isinstance(value, float) else value

@@ -1,0 +1,232 @@
+"""Runs: the real host, a process for each, as many at a time as there are cores.
+
+Importing the host takes longer than a run here. A server process imports it once and forks; a run
+is still a fresh process with one thread, and dies alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.claims.systems import System
+from benchmarks.claims.world import COLUMNS, World, make_world
+from sera_plugin.demo.base_model import PROMPT_FORMAT
+from sera_plugin.journal import key_of
+
+ONE_THREAD = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_DISABLED": "true",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a system in a world, with a share of labels swapped."""
+
+    system: System
+    noise: float
+    seed: int
+    world: World
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What it is, with nothing of how it went."""
+        return {
+            "system": self.system.name,
+            "noise": self.noise,
+            "seed": self.seed,
+            "sera": dict(self.system.sera),
+            "beside": dict(self.system.beside),
+            "data": self.system.data,
+        }
+
+    @property
+    def key(self) -> str:
+        return key_of(self.record, asdict(self.world))[:16]
+
+
+def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
+    """The YAML of a run."""
+    world = run.world
+    return {
+        "base_model": str(place / "base-model"),
+        "plugins": ["sera_plugin.SeraPlugin"],
+        "rl": "sera",
+        "sera": {
+            "temperature": world.temperature,
+            "top_p": 1.0,
+            "max_new_tokens": world.new_tokens,
+            "sampler": "transformers",
+            "keep_policies": True,
+            "score_columns": list(COLUMNS),
+            "label_noise": run.noise,
+            **run.system.sera,
+        },
+        "rl_beta": world.beta,
+        "datasets": [
+            {
+                "path": str(place / f"{run.system.data}.jsonl"),
+                "ds_type": "json",
+                "split": "train",
+                "type": {
+                    "field_prompt": "prompt",
+                    "field_chosen": "chosen",
+                    "field_rejected": "rejected",
+                    "prompt_format": PROMPT_FORMAT,
+                    "chosen_format": " {chosen}",
+                    "rejected_format": " {rejected}",
+                },
+            }
+        ],
+        "dataset_prepared_path": str(place / "prepared"),
+        "dataset_num_proc": 1,
+        "val_set_size": 0,
+        "output_dir": str(output),
+        "sequence_len": 64,
+        "num_epochs": 3,
+        "micro_batch_size": world.batch,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": world.learning_rate,
+        "lr_scheduler": "constant",
+        "optimizer": "adamw_torch",
+        "seed": run.seed,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "gradient_checkpointing": False,
+        "logging_steps": 1_000,
+        "save_strategy": "no",
+        **run.system.beside,
+    }
+
+
+def perform(run: Run, place: Path, scratch: Path) -> dict[str, Any]:
+    """Train and measure; the record that is kept."""
+    from axolotl.cli.train import do_cli
+
+    from benchmarks.claims.measure import measure
+
+    output = scratch / "out"
+    path = scratch / "config.yaml"
+    path.write_text(yaml.safe_dump(config(run, place, output)), encoding="utf-8")
+    start = time.perf_counter()
+    do_cli(config=str(path))
+    seconds = round(time.perf_counter() - start, 2)
+    return {**run.record, "seconds": seconds, **measure(output, place, run.world, run.seed)}
+
+
+# ------------------------------------------------------------------ processes
+
+
+@dataclass(frozen=True)
+class Job:
+    """`call(*arguments, scratch)` in a process of its own; it prints into scratch/log.txt."""
+
+    name: str
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    scratch: Path
+
+
+def perform_all(jobs: Sequence[Job], cores: int) -> Iterator[tuple[Job, Any]]:
+    """Run jobs in order, `cores` at a time, and yield each with what it returned as it ends.
+
+    Raises:
+        RuntimeError: if one fails; the others are ended.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.claims.preload"])
+    waiting, running = list(reversed(jobs)), dict[Connection, tuple[Job, Any]]()
+    with environment(ONE_THREAD):
+        try:
+            while waiting or running:
+                while waiting and len(running) < cores:
+                    job = waiting.pop()
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_inside, args=(job, theirs))
+                    process.start()
+                    theirs.close()
+                    running[ours] = job, process
+                for ready in wait(list(running)):
+                    job, process = running.pop(ready)
+                    yield job, _received(ready, job)
+                    process.join()
+        finally:
+            for _, process in running.values():
+                process.terminate()
+
+
+def _received(connection: Any, job: Job) -> Any:
+    try:
+        good, value = connection.recv()
+    except EOFError:
+        good, value = False, "it died"
+    if not good:
+        raise RuntimeError(
+            f"{job.name} failed: {value}. Its output is in {job.scratch / 'log.txt'}."
+        )
+    return value
+
+
+def _inside(job: Job, connection: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # Whatever the host starts in turn it starts as in any other process.
+    multiprocessing.set_start_method(None, force=True)
+    shutil.rmtree(job.scratch, ignore_errors=True)
+    job.scratch.mkdir(parents=True)
+    log = os.open(job.scratch / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    sys.argv = ["axolotl"]
+    try:
+        value = job.call(*job.arguments, job.scratch)
+    except BaseException as error:
+        traceback.print_exc()
+        connection.send((False, f"{type(error).__name__}: {error}"))
+        raise
+    connection.send((True, value))
+    shutil.rmtree(job.scratch)
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables set for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def build(world: World, seed: int, place: Path, scratch: Path) -> dict[str, Any]:
+    """Make a world; figures of its base model."""
+    from benchmarks.claims.measure import base_figures
+
+    if not place.exists():
+        make_world(place, world, seed)
+    return base_figures(place)

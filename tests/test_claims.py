@@ -1,0 +1,225 @@
+"""The claims harness at toy size, its statistics by hand, and the page in step with the results."""
+
+from __future__ import annotations
+
+import json
+import math
+from random import Random
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.claims import __main__ as command
+from benchmarks.claims import claims, criteria, page, real, runs, systems, tables, world
+from benchmarks.claims.estimates import Comparison, Estimate, Results, Side, after, during, final
+from sera_plugin.args import SeraConfig
+
+SYSTEMS = (*systems.CORE, *(one for sweep in systems.SWEEPS.values() for one in sweep))
+
+
+def record(system: str, seed: int, rewards: list[float], noise: float = 0.2) -> dict:
+    policies = [{"true_reward": value, "win_rate": value, "words": 6.0} for value in rewards]
+    return {"system": system, "noise": noise, "seed": seed, "policies": policies, "iterations": []}
+
+
+# ------------------------------------------------------------------ the page
+
+
+def test_the_page_has_what_the_results_say():
+    shown = page.PAGE.read_text(encoding="utf-8")
+    assert shown == page.render(shown), "run `make docs`"
+
+
+def test_kept_results_are_of_systems_that_exist_and_of_one_world():
+    kept = tables.compared(page.read()).records
+    assert kept
+    known = {(one.name, noise): one for one in SYSTEMS for noise in one.noises}
+    for one in kept:
+        system = known[one["system"], one["noise"]]
+        run = runs.Run(system, one["noise"], one["seed"], world.WORLD)
+        assert run.key == one["key"], f"{one['system']} is another system now"
+        assert one["versions"].keys() == set(command.PACKAGES)
+    assert len({one["key"] for one in kept}) == len(kept)
+
+
+def test_the_worlds_criteria_hold_in_the_kept_results():
+    assert "| no |" not in tables.criteria_table(page.read())
+    assert not set(criteria.SEEDS) & {one["seed"] for one in tables.compared(page.read()).records}
+
+
+# ------------------------------------------------------------------ figures
+
+
+def test_an_interval_is_students():
+    # Mean 2, standard deviation 1, three values: t(0.975, 2) = 4.302653, error 1 / sqrt 3.
+    found = Estimate.over([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert 2.0 - found.low == pytest.approx(found.high - 2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([1.0, 1.1, 0.9], "reproduced"),
+        ([-1.0, -1.1, -0.9], "reversed"),
+        ([-1.0, 0.1, 0.9], "not reproduced"),
+        ([1.0, 1.1], "not measured"),
+        ([], "not measured"),
+    ],
+)
+def test_a_verdict_is_where_the_interval_lies(values, verdict):
+    assert Estimate.over(values).verdict == verdict
+
+
+def test_differences_are_paired_by_seed():
+    # Seeds differ by 1, systems by 0.1; seed 9 has no partner.
+    ours = [record("a", seed, [seed + 0.1]) for seed in (0, 1, 2, 9)]
+    theirs = [record("b", seed, [float(seed)]) for seed in (2, 1, 0)]
+    found = Comparison("a - b", 0.2, Side("a"), Side("b")).estimate(Results(ours + theirs))
+    assert (found.seeds, found.low, found.high) == (3, pytest.approx(0.1), pytest.approx(0.1))
+    assert Comparison("", 0.4, Side("a"), Side("b")).estimate(Results(ours)).seeds == 0
+
+
+def test_a_figure_against_a_constant():
+    found = Comparison("a - 0.3", 0.2, Side("a"), Side(None, constant=0.3))
+    results = Results([record("a", seed, [0.5]) for seed in range(3)])
+    assert found.estimate(results).mean == pytest.approx(0.2)
+
+
+def test_figures_of_policies_and_iterations_are_found_or_missing():
+    one = record("a", 0, [0.1, 0.2]) | {"iterations": [{"recall": None}, {"recall": 0.4}]}
+    assert (final("true_reward")(one), after(1, "true_reward")(one)) == (0.2, 0.1)
+    assert after(3, "true_reward")(one) is None
+    assert (during(1, "recall")(one), during(2, "recall")(one)) == (None, 0.4)
+
+
+def test_criteria_look_at_baselines_only():
+    base = {"true_reward": 0.6, "spread": 0.2, "words": 6.0}
+    run = record(criteria.SYSTEM, 100, [0.7, 0.8, 0.8], noise=0.0)
+    run["policies"][-1]["words"] = 6.7
+    found = criteria.check([base], [run])
+    assert [one.holds for one in found] == [True] * 5
+    run["policies"][-1]["words"] = 6.1
+    assert [one.holds for one in criteria.check([base], [run])] == [True, True, True, False, False]
+
+
+# ------------------------------------------------------------------ world and systems
+
+
+def test_a_judges_scores_are_bradley_terry():
+    # Equal true reward, two words more: log-odds 2 x 0.2 of being preferred.
+    random = Random(0)
+    prompt, short, long = "c b a d e f", "a b c", "um a b c um"
+    wins = 0
+    for _ in range(4000):
+        one, other = (world.judged(prompt, t, world.LABELLING, random) for t in (long, short))
+        wins += one.score > other.score
+    expected = 1 / (1 + math.exp(-0.4))
+    error = math.sqrt(expected * (1 - expected) / 4000)
+    assert wins / 4000 == pytest.approx(expected, abs=4 * error)
+
+
+def test_a_pair_has_the_higher_score_chosen_and_equal_answers_none():
+    low, high = world.Answer("a", 0.9, -1.0), world.Answer("b", 0.1, 2.0)
+    row = world.pair("b a", low, high)
+    assert (row["chosen"], row["true_chosen"], row["score_rejected"]) == ("b", 0.1, -1.0)
+    assert world.pair("b a", low, low) is None
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda one: one.name)
+def test_a_systems_lines_are_a_sera_block(system, tmp_path):
+    run = runs.Run(system, 0.2, 0, world.WORLD)
+    text = yaml.safe_dump(runs.config(run, tmp_path, tmp_path / "out"))
+    block = yaml.safe_load(text)["sera"]
+    parsed = SeraConfig(**block)
+    assert parsed.label_noise == 0.2
+    assert run.key != runs.Run(system, 0.4, 0, world.WORLD).key
+
+
+def test_every_comparison_is_of_systems_and_levels_that_are_run():
+    known = {(one.name, noise) for one in SYSTEMS for noise in one.noises}
+    for claim in (*claims.CLAIMS, *claims.OURS):
+        for one in claim.comparisons:
+            for side in (one.more, one.less):
+                assert side.system is None or (side.system, one.noise) in known, one.label
+
+
+def test_names_are_unique_and_unknown_ones_refused():
+    assert len({one.name for one in SYSTEMS}) == len(SYSTEMS)
+    with pytest.raises(SystemExit, match="no system is called 'SERA'"):
+        command.chosen(systems.CORE, ["SERA"])
+
+
+# ------------------------------------------------------------------ runs
+
+
+@pytest.mark.slow
+def test_smoke_runs_again_with_the_same_numbers_and_continues(tmp_path, monkeypatch):
+    """Two runs of one seed in two places; a third call has nothing left to do."""
+    found = []
+    for name in ("one", "two"):
+        command.main(["--smoke", "--directory", str(tmp_path / name), "--only", "SeRA", "SPIN"])
+        found.append(kept(tmp_path / name / "smoke.jsonl"))
+    assert found[0].keys() == found[1].keys()
+    for key, one in found[0].items():
+        assert without_time(one) == without_time(found[1][key])
+    runs_kept = [one for one in found[0].values() if "policies" in one]
+    assert len(runs_kept) == 4  # SeRA at three shares of swapped labels, SPIN at one
+    for one in runs_kept:
+        assert len(one["policies"]) == len(one["iterations"]) == 3
+        assert 0 <= one["policies"][-1]["true_reward"] <= 1
+        assert np.isfinite(one["policies"][-1]["r2_true"])
+    monkeypatch.setattr(command, "perform_all", lambda *_: pytest.fail("ran again"))
+    command.main(["--smoke", "--directory", str(tmp_path / "one"), "--only", "SPIN"])
+
+
+def kept(path):
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {one.pop("key"): one for one in records if "about" not in one}
+
+
+def without_time(value):
+    if isinstance(value, dict):
+        return {key: without_time(inner) for key, inner in value.items() if key != "seconds"}
+    return [without_time(inner) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_where_its_output_is(tmp_path):
+    job = runs.Job("a run", broken, (), tmp_path / "scratch")
+    with pytest.raises(RuntimeError, match=r"a run failed: ValueError: no\. .*log\.txt"):
+        list(runs.perform_all([job], 1))
+    assert "no" in (tmp_path / "scratch" / "log.txt").read_text()
+
+
+def broken(scratch):
+    raise ValueError("no")
+
+
+@pytest.mark.slow
+def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
+    """The world's own files, as a dataset and a model that somebody brings."""
+    place = tmp_path / "world"
+    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
+    settings = real.Settings(pairs=32, tokens=40, batch=16)
+    arguments = (real.SYSTEMS[1], settings, 0, place / "pairs.jsonl", place / "base-model")
+    job = runs.Job("real", real.perform, arguments, tmp_path / "scratch")
+    list(runs.perform_all([toy], 1))
+    ((_, record),) = runs.perform_all([job], 1)
+    assert record["pairs"] == 32
+    assert [one["iteration"] for one in record["iterations"]] == [2, 3]
+    kept = record["iterations"][0]["kept"]
+    assert kept["score"]["score_gap"] >= max(one["score_gap"] for one in kept.values())
+    assert kept["irm"]["jaccard_irm"] == 1.0
+    assert kept["none"]["jaccard_irm"] == pytest.approx(22 / 32, abs=1e-5)
+    assert "| selection by irm | 0 | 3 |" in tables.real_table([record])
+
+
+def test_a_dataset_without_scores_is_refused_by_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1.0}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="line 1 has no score_rejected"):
+        real.read_pairs(path)
