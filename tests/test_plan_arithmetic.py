@@ -259,7 +259,7 @@ def test_checkpointing_and_smaller_batches_keep_less():
     shape = llama()
     kept = {
         (checkpointing, size): device_phases(
-            shape, setting(checkpointing=checkpointing, micro_batch=size), None
+            shape, setting(checkpointing=checkpointing, micro_batch=size, completion=60), None
         )[-1].parts["activations"]
         for checkpointing in (True, False)
         for size in (1, 2)

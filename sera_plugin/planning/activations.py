@@ -70,8 +70,10 @@ def _inputs(shape: Shape, setting: Setting) -> float:
 def training_activations(shape: Shape, setting: Setting) -> tuple[int, int]:
     """What a micro-batch of the longest pairs keeps for its backward pass: (device, host) bytes.
 
-    With checkpointing a layer's input stays, and one layer is computed again at a time. Offloading
-    moves what stays to host memory: with an adapter all activations, else the layers' inputs.
+    The first layer of the backward pass has gradients in work, of its output and two of what is
+    between (one where nothing is gated), when the logits are gone. With checkpointing the inputs of
+    layers stay, and one layer is computed again at a time. Offloading moves what stays to host
+    memory: with an adapter all activations, else the layers' inputs.
     """
     tokens = 2 * setting.micro_batch * setting.longest
     hidden_width = 4 if setting.wide_norms else setting.width
@@ -80,18 +82,23 @@ def training_activations(shape: Shape, setting: Setting) -> tuple[int, int]:
     inputs = tokens * shape.layers * hidden_width * shape.hidden
     if setting.offloading:
         return round(2 * one), round(layers if shape.adapter else inputs)
-    return round(inputs + one if setting.checkpointing else layers), 0
+    between = (2 if shape.gated else 1) * shape.intermediate
+    working = tokens * setting.width * (shape.hidden + between)
+    logits = training_logits(shape, setting)
+    if setting.checkpointing:
+        return round(inputs + max(0.0, one + working - logits)), 0
+    return round(layers + max(0, working - logits)), 0
 
 
 def training_logits(shape: Shape, setting: Setting) -> int:
     """Logits of a micro-batch while it is trained: what is kept, and one chunk in work.
 
-    Source: `forward.completion_logps`. A chunk has logits as computed and in float32, their
-    log-softmax, and in the backward pass the gradients of both.
+    Source: `forward.completion_logps`. All are kept as their log-softmax in float32, or those of
+    one chunk at a time; behind it come the gradients of the loss and of the logits.
     """
     elements = 2 * setting.micro_batch * setting.completion * shape.vocabulary
-    kept = 4 * elements if elements <= KEPT_LOGITS else 0
-    return kept + min(elements, LOGITS) * (2 * setting.width + 8 + (0 if kept else 4))
+    chunk = min(elements, LOGITS)
+    return 4 * (elements if elements <= KEPT_LOGITS else chunk) + 8 * chunk
 
 
 def _passing(shape: Shape, setting: Setting, tokens: int) -> int:
@@ -114,15 +121,18 @@ def scoring(shape: Shape, setting: Setting, memory: int | None) -> dict[str, int
     """
     per_token = scoring_bytes_per_token(shape.hidden)
     tokens = tokens_per_pass(memory, per_token, setting.sequence_len, SCORED_ON_CPU)
-    logits = min(tokens * shape.vocabulary, LOGITS) * (setting.width + 8)
+    # In float32, and their log-softmax; before that as they were computed.
+    each = 8 if setting.width == 4 else 8 + setting.width
+    logits = min(tokens * shape.vocabulary, LOGITS) * each
     return {"activations": _passing(shape, setting, tokens), "logits": logits}
 
 
 def sampling(shape: Shape, setting: Setting, memory: int | None) -> dict[str, int]:
     """A batch of prompts with all their candidates in `sampling.transformers`, at full length.
 
-    The cache grows by a copy of one layer at a time. Sampling by top_p sorts the logits: their
-    values, places, probabilities and sums take 32 bytes each.
+    The cache grows by a copy of one layer's keys or values at a time, and what computing the
+    prompts took is gone by then. Sampling by top_p sorts the logits: their values, places,
+    probabilities and sums take 32 bytes each.
 
     Args:
         memory: of the GPU in bytes, None on a CPU.
@@ -131,10 +141,12 @@ def sampling(shape: Shape, setting: Setting, memory: int | None) -> dict[str, in
     planned = tokens_per_pass(memory, cache_bytes(*sizes, 4), setting.sequence_len, SAMPLED_ON_CPU)
     tokens = max(planned, setting.candidates * setting.longest)
     lines = max(setting.candidates, tokens // (setting.prompt + setting.sample))
-    prefilled = max(0, tokens - lines * setting.sample)
-    cache = tokens * cache_bytes(*sizes, setting.width)
+    prompts = max(0, tokens - lines * setting.sample)
+    per_token = cache_bytes(*sizes, setting.width)
+    later = (tokens - prompts) * per_token
+    first, each = _passing(shape, setting, prompts), _passing(shape, setting, lines)
     return {
-        "activations": _passing(shape, setting, prefilled),
+        "activations": max(each, first - later),
         "logits": 32 * lines * shape.vocabulary,
-        "cache": cache + cache // shape.layers,
+        "cache": tokens * per_token + tokens * per_token // (2 * shape.layers),
     }
