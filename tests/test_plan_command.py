@@ -153,7 +153,19 @@ def test_exit_codes_and_what_is_printed(base_config, plan):
     code, printed, _ = plan(base_config, "--gpu", "0.5")
     assert code == 1
     assert "Does not fit: " in printed
-    assert plan(base_config, "--gpu", "0")[0] == 2
+    for nonsense in ("0", "-1", "inf", "nan", "much"):
+        assert plan(base_config, "--gpu", nonsense)[0] == 2
+
+
+def test_a_sampler_of_another_machine_is_believed_but_not_what_it_cannot_serve(
+    base_config, planned
+):
+    named = base_config | adapter() | {"sera": {"sampler": "vllm", "max_new_tokens": 12}}
+    found = planned(named, "--gpu", "24")
+    assert found["about"]["sampler"].startswith("vllm (as sera.sampler says")
+    assert "engine" in found["memory"]["phases"][1]["bytes"]
+    found = planned(named | {"peft_use_dora": True}, "--gpu", "24")
+    assert found["about"]["sampler"].startswith("transformers (in the training process: vLLM does")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ Examples:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
     "--gpu",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=10_000),
     default=None,
     metavar="GIB",
     help="Compare with a GPU of so many GiB instead of the one here.",

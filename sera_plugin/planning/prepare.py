@@ -176,6 +176,6 @@ def _pairs(rows: TokenizedRows) -> Pairs:
 
 
 def _choose(config: SeraConfig, model: EmptyModel, elsewhere: bool) -> Choice:
-    if elsewhere and config.sampler != "auto":
+    if elsewhere and not model.unserved and config.sampler in ("vllm", "vllm-server"):
         return Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
     return choose_sampler(config.sampler, config.vllm_python or sys.executable, model.unserved)
