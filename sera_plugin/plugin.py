@@ -72,9 +72,10 @@ class SeraPlugin(BasePlugin):
                 key, the value, and what to do.
         """
         _reject_misplaced_keys(cfg)
-        _leave_unset_keys_unset(cfg)
+        vllm = _with_unset_keys(cfg.get("vllm"))
         if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera"):
             _parse(cfg["sera"])
+            cfg["vllm"] = vllm
             return  # a launched worker parses the resolved configuration again
         if cfg.get("inference"):
             return  # `axolotl inference` clears rl: nothing is trained
@@ -90,6 +91,7 @@ class SeraPlugin(BasePlugin):
         check_datasets(cfg, *_host_dataset_keys())
         name_types(cfg)
         self._entries = {key: copy.deepcopy(cfg.get(key)) for key in ("datasets", "test_datasets")}
+        cfg["vllm"] = vllm
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER
         cfg["sera"] = config.model_dump(mode="json")
@@ -151,14 +153,14 @@ def _report(output_dir: Path) -> None:
         )
 
 
-def _leave_unset_keys_unset(cfg: dict[str, Any]) -> None:
-    """Keep the host from filling what we derive from free memory and from where we run.
+def _with_unset_keys(block: Any) -> dict[str, Any]:
+    """The `vllm:` block, so that the host fills in nothing that we derive.
 
-    Its defaults in the `vllm:` block are those of a server that has the GPU to itself.
+    What free memory and the place of the run decide, the host would set as for a server that has
+    the GPU to itself; it fills a block that is not there, too.
     """
-    block = cfg.get("vllm")
     if block is None:
-        return
+        block = {}
     if not isinstance(block, Mapping):
         raise ValueError(
             f"vllm: {quoted(block)} is not a block of keys. Write `vllm:` and indent its keys."
@@ -169,7 +171,7 @@ def _leave_unset_keys_unset(cfg: dict[str, Any]) -> None:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
             raise ValueError(f"vllm.{_brief(key)} is not a key. {hint}")
-    cfg["vllm"] = {"gpu_memory_utilization": None, "host": "127.0.0.1", **block}
+    return {"gpu_memory_utilization": None, "host": "127.0.0.1", **block}
 
 
 def _host_vllm_keys() -> list[str]:

@@ -128,7 +128,8 @@ def test_unset_keys_of_the_vllm_block_stay_unset() -> None:
     assert cfg["vllm"] == {"gpu_memory_utilization": None, "host": "127.0.0.1", "port": 8001}
     named = {"gpu_memory_utilization": 0.4, "host": "10.0.0.5"}
     assert register(vllm=named)["vllm"] == named
-    assert "vllm" not in register()
+    for absent in ({}, {"vllm": None}):
+        assert register(**absent)["vllm"] == {"gpu_memory_utilization": None, "host": "127.0.0.1"}
 
 
 def test_kernels_for_labels_are_named_as_without_effect(caplog: pytest.LogCaptureFixture) -> None:
@@ -417,13 +418,15 @@ def test_the_host_accepts_what_the_plugin_made(
     assert cfg.sera["candidates"] == 4
 
 
+@pytest.mark.parametrize("keys", [{}, {"vllm": None}, {"vllm": {"max_model_len": 512}}], ids=str)
 def test_the_host_keeps_unset_vllm_keys_unset(
-    tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
+    keys: dict[str, Any], tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
 ) -> None:
-    cfg = load({**tiny, "vllm": {"max_model_len": 512}})
+    cfg = load({**tiny, **keys})
     block = {key: value for key, value in cfg.vllm.items() if value is not None}
     assert block.keys() & {"gpu_memory_utilization", "enforce_eager"} == set()
-    assert (block["max_model_len"], block["host"]) == (512, "127.0.0.1")
+    assert block["host"] == "127.0.0.1"
+    assert block.get("max_model_len") == (keys.get("vllm") or {}).get("max_model_len")
 
 
 def test_the_hosts_own_result_can_be_registered_again(
@@ -433,6 +436,8 @@ def test_the_hosts_own_result_can_be_registered_again(
     cfg = load({**tiny, "sera": {"loss": "simpo"}, "simpo_gamma": 0.5})
     before = as_json(cfg)
     SeraPlugin().register(cfg)
+    # Set to nothing, or the host would fill it in when it validates again.
+    assert cfg["vllm"].pop("gpu_memory_utilization", 0.9) is None
     assert as_json(cfg) == before
 
 
