@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from random import Random
@@ -11,16 +12,28 @@ import pytest
 import yaml
 
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import claims, criteria, page, real, runs, systems, tables, world
+from benchmarks.claims import (
+    claims,
+    criteria,
+    page,
+    real,
+    real_tables,
+    runs,
+    systems,
+    tables,
+    world,
+)
 from benchmarks.claims.estimates import Comparison, Estimate, Results, Side, after, during, final
 from sera_plugin.args import SeraConfig
+from sera_plugin.journal import Journal
 
 SYSTEMS = (*systems.CORE, *(one for sweep in systems.SWEEPS.values() for one in sweep))
 
 
-def record(system: str, seed: int, rewards: list[float], noise: float = 0.2) -> dict:
+def record(system: str, seed: int, rewards: list[float], noise: float = 0.2, **more: str) -> dict:
     policies = [{"true_reward": value, "win_rate": value, "words": 6.0} for value in rewards]
-    return {"system": system, "noise": noise, "seed": seed, "policies": policies, "iterations": []}
+    found = {"system": system, "noise": noise, "seed": seed, "policies": policies, "iterations": []}
+    return found | more
 
 
 # ------------------------------------------------------------------ the page
@@ -31,13 +44,14 @@ def test_the_page_has_what_the_results_say():
     assert shown == page.render(shown), "run `make docs`"
 
 
-def test_kept_results_are_of_systems_that_exist_and_of_one_world():
-    kept = tables.compared(page.read()).records
+def test_kept_results_are_of_systems_and_worlds_that_exist():
+    kept = [one for one in page.read() if "policies" in one]
     assert kept
     known = {(one.name, noise): one for one in SYSTEMS for noise in one.noises}
+    worlds = {one.key: one for one in world.WORLDS.values()}
     for one in kept:
         system = known[one["system"], one["noise"]]
-        run = runs.Run(system, one["noise"], one["seed"], world.WORLD)
+        run = runs.Run(system, one["noise"], one["seed"], worlds[one["world"]])
         assert run.key == one["key"], f"{one['system']} is another system now"
         assert one["versions"].keys() == set(command.PACKAGES)
     assert len({one["key"] for one in kept}) == len(kept)
@@ -45,7 +59,45 @@ def test_kept_results_are_of_systems_that_exist_and_of_one_world():
 
 def test_the_worlds_criteria_hold_in_the_kept_results():
     assert "| no |" not in tables.criteria_table(page.read())
-    assert not set(criteria.SEEDS) & {one["seed"] for one in tables.compared(page.read()).records}
+    assert not set(criteria.SEEDS) & {*systems.SEEDS, *systems.FRESH}
+
+
+def test_a_table_has_the_runs_of_its_world_and_its_seeds():
+    here, there = world.WORLD.key, world.WORLDS["small-steps"].key
+    records = [
+        record("SeRA", seed, [0.5], world=key) for seed in (0, 5, 100) for key in (here, there)
+    ]
+    found = tables.compared(records).records
+    assert [(one["seed"], one["world"]) for one in found] == [(0, here)]
+    found = tables.compared(records, world.WORLDS["small-steps"], systems.FRESH).records
+    assert [(one["seed"], one["world"]) for one in found] == [(5, there)]
+
+
+def test_worlds_differ_in_what_their_names_say():
+    fixed = dataclasses.asdict(world.WORLD)
+    differ = {
+        name: {key for key, value in dataclasses.asdict(one).items() if value != fixed[key]}
+        for name, one in world.WORLDS.items()
+    }
+    assert differ == {
+        "fixed": set(),
+        "small-steps": {"learning_rate"},
+        "large-steps": {"learning_rate"},
+        "more-pairs": {"learning_rate", "pairs"},
+    }
+
+
+def test_fresh_seeds_are_told_apart_where_their_intervals_do_not_overlap():
+    fixed = [0.50, 0.51, 0.52, 0.53, 0.54]
+    records = []
+    for system, shift in (("iterative DPO", 0.01), ("SeRA", 0.5)):
+        for seed, value in enumerate(fixed):
+            records.append(record(system, seed, [value], world=world.WORLD.key))
+            records.append(record(system, seed + 5, [value + shift], world=world.WORLD.key))
+    table = tables.fresh_table(records)
+    rows = {line.split(" | ")[1]: line.split(" | ")[-1] for line in table.splitlines()[2:4]}
+    assert rows == {"iterative DPO": "yes |", "SeRA": "no |"}
+    assert "Of 2 pairs of intervals 1 overlap." in table
 
 
 # ------------------------------------------------------------------ figures
@@ -164,7 +216,7 @@ def test_smoke_runs_again_with_the_same_numbers_and_continues(tmp_path, monkeypa
         found.append(kept(tmp_path / name / "smoke.jsonl"))
     assert found[0].keys() == found[1].keys()
     for key, one in found[0].items():
-        assert without_time(one) == without_time(found[1][key])
+        assert command.timeless(one) == command.timeless(found[1][key])
     runs_kept = [one for one in found[0].values() if "policies" in one]
     assert len(runs_kept) == 4  # SeRA at three shares of swapped labels, SPIN at one
     for one in runs_kept:
@@ -175,15 +227,30 @@ def test_smoke_runs_again_with_the_same_numbers_and_continues(tmp_path, monkeypa
     command.main(["--smoke", "--directory", str(tmp_path / "one"), "--only", "SPIN"])
 
 
+def test_a_second_run_says_how_many_figures_differ(tmp_path, monkeypatch):
+    one, other, third = (
+        runs.Run(system, 0.2, 0, world.SMOKE) for system in (systems.CORE[0], *systems.CORE[-2:])
+    )
+    found = {one.key: 0.5, other.key: 0.5}
+
+    def again(asked, directory, journal, cores):
+        assert [run.key for run in asked] == [one.key, other.key]
+        for run in asked:
+            journal.add(run.key, record(run.system.name, 0, [found[run.key]]) | {"seconds": 2.0})
+
+    monkeypatch.setattr(command, "run_all", again)
+    with Journal(tmp_path / "kept.jsonl") as journal:
+        journal.add(one.key, record(one.system.name, 0, [0.5]) | {"seconds": 1.0})
+        journal.add(other.key, record(other.system.name, 0, [0.6]) | {"seconds": 2.0})
+        command.run_again([one, other, third], tmp_path, journal, 2)
+    said = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert (said[-1]["again"]["runs"], said[-1]["again"]["differ"]) == (2, 1)
+    assert f"| {said[-1]['again']['date']} | 2 | 1 |" in tables.again_table(said)
+
+
 def kept(path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {one.pop("key"): one for one in records if "about" not in one}
-
-
-def without_time(value):
-    if isinstance(value, dict):
-        return {key: without_time(inner) for key, inner in value.items() if key != "seconds"}
-    return [without_time(inner) for inner in value] if isinstance(value, list) else value
 
 
 @pytest.mark.slow
@@ -204,9 +271,16 @@ def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
     place = tmp_path / "world"
     toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
     settings = real.Settings(pairs=32, tokens=40, batch=16)
-    arguments = (real.SYSTEMS[1], settings, 0, place / "pairs.jsonl", place / "base-model")
+    pairs, held_out = place / "pairs.jsonl", tmp_path / "held-out.jsonl"
+    arguments = (real.SYSTEMS[1], settings, 0, pairs, place / "base-model", held_out)
     job = runs.Job("real", real.perform, arguments, tmp_path / "scratch")
     list(runs.perform_all([toy], 1))
+    with held_out.open("w") as file:
+        for row in real.read_pairs(pairs)[32:]:
+            responses = [
+                {"text": row[s], "score": row[f"score_{s}"]} for s in ("chosen", "rejected")
+            ]
+            file.write(json.dumps({"prompt": row["prompt"], "responses": responses}) + "\n")
     ((_, record),) = runs.perform_all([job], 1)
     assert record["pairs"] == 32
     assert [one["iteration"] for one in record["iterations"]] == [2, 3]
@@ -214,7 +288,13 @@ def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
     assert kept["score"]["score_gap"] >= max(one["score_gap"] for one in kept.values())
     assert kept["irm"]["jaccard_irm"] == 1.0
     assert kept["none"]["jaccard_irm"] == pytest.approx(22 / 32, abs=1e-5)
-    assert "| selection by irm | 0 | 3 |" in tables.real_table([record])
+    found = record["held_out"]
+    assert found["answers"] == 2 * found["prompts"] > 0
+    assert len(found["policies"]) == 3
+    assert all(0 <= one["r2_score"] <= 1 and 0 <= one["order"] <= 1 for one in found["policies"])
+    table = real_tables.real_table([record])
+    assert "| selection by irm | 2 |" in table
+    assert f"on {found['answers']} scored answers to {found['prompts']} other prompts" in table
 
 
 def test_a_dataset_without_scores_is_refused_by_line(tmp_path):

@@ -8,7 +8,7 @@ measure   what is measured of a run
 estimates figures of runs, differences over seeds, and the rule for a verdict
 claims    each claim as such differences
 tables    the page's tables, charts its pictures, page the page itself
-real      the same questions to a dataset and a model of yours
+real      the same questions to a dataset and a model of yours; real_tables shows the answers
 
 `python -m benchmarks.claims --help` runs it.
 """

@@ -2,7 +2,9 @@
 
 make claims                          the core table, five seeds
 make claims ARGS="--sweeps"          what is varied around SeRA, too
+make claims ARGS="--world small-steps"       the same in a world with one thing changed
 make claims ARGS="--criteria"        what the world's parameters were fixed by
+make claims ARGS="--again"           once more from nothing: are the kept figures found again?
 make claims ARGS="--smoke"           one seed of a toy, to see that it works; nothing is kept
 make claims ARGS="--data FILE --model DIR"   ways to select on a dataset with scores and a model
 """
@@ -26,12 +28,11 @@ from typing import Any
 from benchmarks.claims import criteria, real
 from benchmarks.claims.page import REAL, RESULTS, update_page
 from benchmarks.claims.runs import Job, Run, build, perform, perform_all
-from benchmarks.claims.systems import CORE, SWEEPS, System
-from benchmarks.claims.world import SMOKE, WORLD, World
+from benchmarks.claims.systems import CORE, SEEDS, SWEEPS, System
+from benchmarks.claims.world import SMOKE, WORLD, WORLDS, World
 from benchmarks.harness import commit, cpu_name
 from sera_plugin.journal import Journal, key_of
 
-SEEDS = (0, 1, 2, 3, 4)
 PACKAGES = ("torch", "transformers", "trl", "axolotl", "sera_plugin")
 
 
@@ -41,17 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="systems by name")
+    parser.add_argument("--world", choices=WORLDS, default="fixed", help="see world.py")
     parser.add_argument("--sweeps", action="store_true", help="the sweeps beside the core table")
     parser.add_argument("--criteria", action="store_true", help="check the world's parameters only")
+    parser.add_argument("--again", action="store_true", help="compare with what is kept")
     parser.add_argument("--smoke", action="store_true", help="one seed of a toy; nothing is kept")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--render", action="store_true", help="only write the page's tables again")
     parser.add_argument("--directory", type=Path, help="where worlds are made, and kept")
     parser.add_argument("--data", type=Path, help="JSONL with answers and scores, see real.py")
     parser.add_argument("--model", type=Path, help="a directory, for --data")
+    parser.add_argument("--held-out", type=Path, help="JSONL with scored answers, for --data")
     options = parser.parse_args(arguments)
     if (options.data is None) != (options.model is None):
         parser.error("--data and --model go together")
+    if options.held_out and options.data is None:
+        parser.error("--held-out goes with --data")
     if options.render:
         update_page()
         return
@@ -69,13 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run_real(options, directory, journal)
             update_page()
             return
+        sweeps = [one for sweep in SWEEPS.values() for one in sweep]
+        systems = chosen((*CORE, *sweeps * options.sweeps), options.only)
+        runs = plan(systems, options.seeds, WORLDS[options.world])
         with Journal(RESULTS) as journal:
             if options.criteria:
                 check_criteria(directory, journal, options.cores)
+            elif options.again:
+                run_again(runs, directory, journal, options.cores)
             else:
-                sweeps = [one for sweep in SWEEPS.values() for one in sweep]
-                systems = chosen((*CORE, *sweeps * options.sweeps), options.only)
-                run_all(plan(systems, options.seeds, WORLD), directory, journal, options.cores)
+                run_all(runs, directory, journal, options.cores)
     update_page()
 
 
@@ -107,13 +116,34 @@ def check_criteria(directory: Path, journal: Journal, cores: int) -> None:
     run_all(runs, directory, journal, cores)
 
 
+def run_again(runs: Sequence[Run], directory: Path, journal: Journal, cores: int) -> None:
+    """Run what is kept once more, from nothing, and keep how many runs gave other figures."""
+    kept = {run.key: found for run in runs if (found := journal.get(run.key))}
+    start = time.perf_counter()
+    with Journal(directory / f"again-{os.getpid()}.jsonl") as fresh:
+        run_all([run for run in runs if run.key in kept], directory, fresh, cores)
+        differ = [key for key in kept if timeless(fresh.get(key)) != timeless(kept[key])]
+    seconds = round(time.perf_counter() - start)
+    found = {"runs": len(kept), "differ": len(differ), "seconds": seconds, "at_a_time": cores}
+    about = {**machine(), **found}
+    journal.add(key_of("again", about)[:16], {"again": about})
+    print(f"{len(kept)} runs in {seconds / 60:.0f} min, {len(differ)} gave other figures: {differ}")
+
+
+def timeless(value: Any) -> Any:
+    """A record without seconds and versions."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "versions")}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
 def run_all(runs: Sequence[Run], directory: Path, journal: Journal, cores: int) -> None:
     """Make the worlds, then perform what the journal does not have yet."""
     left = [run for run in runs if run.key not in journal]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them done before", flush=True)
     if not left:
         return
-    about = machine()
+    about = {**machine(), "world": asdict(left[0].world)}
     journal.add(key_of("about", about)[:16], {"about": about})
     start = time.perf_counter()
     places = {(run.world, run.seed): place(directory, run.world, run.seed) for run in left}
@@ -144,12 +174,15 @@ def run_all(runs: Sequence[Run], directory: Path, journal: Journal, cores: int) 
 def run_real(options: argparse.Namespace, directory: Path, journal: Journal) -> None:
     """Each way to select on the dataset, unless the journal has it."""
     data, model = options.data.resolve(), options.model.resolve()
+    held_out = options.held_out and options.held_out.resolve()
     jobs = []
     for seed in options.seeds:
-        for system in chosen(real.SYSTEMS, options.only):
-            key = real.key(system, real.Settings(), seed, data.name, model.name)
+        for system in chosen((*real.SYSTEMS, real.SELF_JUDGING), options.only):
+            settings = real.Settings()
+            name = held_out and held_out.name
+            key = real.key(system, settings, seed, data.name, model.name, name)
             if key not in journal:
-                arguments = (system, real.Settings(), seed, data, model)
+                arguments = (system, settings, seed, data, model, held_out)
                 scratch = directory / "scratch" / key
                 jobs.append(Job(f"{system.name}, seed {seed}", real.perform, arguments, scratch))
     for job, record in perform_all(jobs, options.cores):
@@ -168,13 +201,13 @@ def told(number: int, total: int, job: Job, record: dict[str, Any], spent: float
 
 
 def place(directory: Path, world: World, seed: int) -> Path:
-    return directory / f"world-{key_of(asdict(world))[:8]}-{seed}"
+    return directory / f"world-{world.key}-{seed}"
 
 
 def origin(world: World) -> dict[str, Any]:
     """What a record came from: the world's parameters, and versions."""
     return {
-        "world": key_of(asdict(world))[:8],
+        "world": world.key,
         "versions": {name: version(name) for name in PACKAGES},
     }
 
@@ -188,7 +221,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": commit(),
-        "world": asdict(WORLD),
     }
 
 

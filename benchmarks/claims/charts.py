@@ -84,7 +84,8 @@ def iterations(results: Results) -> str:
         axes.set_xticks([1, 2, 3])
         axes.set_xlabel("after iteration")
     panels[0].set_ylabel("true reward")
-    panels[0].legend(frameon=False, fontsize=6)
+    if panels[0].lines:
+        panels[0].legend(frameon=False, fontsize=6)
     picture.tight_layout()
     return _svg(picture)
 

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.claims import tables
+from benchmarks.claims import real_tables, tables
 from benchmarks.claims.claims import CLAIMS, OURS
 from benchmarks.claims.estimates import Record
+from benchmarks.claims.world import WORLDS
 from benchmarks.harness import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "runs.jsonl"
 REAL = RESULTS.with_name("real.jsonl")
 PAGE = ROOT / "docs" / "claims.md"
 PICTURES = ROOT / "docs" / "_static" / "claims"
+#: The worlds in which every system is run.
+BOTH = ("fixed", "small-steps")
 
 
 def read(path: Path = RESULTS) -> list[Record]:
@@ -30,20 +33,28 @@ def read(path: Path = RESULTS) -> list[Record]:
 
 def texts(records: Sequence[Record], real: Sequence[Record]) -> dict[str, str]:
     """What stands between each pair of markers."""
-    results = tables.compared(records)
+    worlds = {
+        tables.step_size(WORLDS[name]): tables.compared(records, WORLDS[name]) for name in BOTH
+    }
+    fixed, small = worlds.values()
     return {
         "runs": tables.run_table(records),
+        "again": tables.again_table(records),
+        "fresh": tables.fresh_table(records),
         "criteria": tables.criteria_table(records),
-        "base": tables.base_table([r for r in records if "system" in r]),
-        "claims": tables.claim_table(CLAIMS, results),
-        "core": tables.core_table(results),
-        "iterations": tables.iteration_table(results),
-        "rewards": tables.reward_table(results),
-        "jaccard": tables.jaccard_table(results),
-        "cost": tables.cost_table(results),
-        "ours": tables.claim_table(OURS, results),
-        "sweeps": tables.sweep_table(results),
-        "real": tables.real_table(real),
+        "base": tables.base_table(records),
+        "claims": tables.claim_table(CLAIMS, worlds),
+        "core": tables.core_table(fixed),
+        "core with small steps": tables.core_table(small),
+        "worlds": tables.world_table(records),
+        "grid": tables.grid_table(records),
+        "iterations": tables.iteration_table(worlds),
+        "rewards": tables.reward_table(worlds),
+        "jaccard": tables.jaccard_table(worlds),
+        "cost": tables.cost_table(fixed),
+        "ours": tables.claim_table(OURS, worlds),
+        "sweeps": tables.sweep_table(worlds),
+        "real": real_tables.real_table(real),
     }
 
 
@@ -67,5 +78,7 @@ def update_page() -> None:
 
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     PICTURES.mkdir(parents=True, exist_ok=True)
-    for name, svg in draw(tables.compared(read())).items():
-        (PICTURES / f"{name}.svg").write_text(svg, encoding="utf-8")
+    records = read()
+    for world in BOTH:
+        for name, svg in draw(tables.compared(records, WORLDS[world])).items():
+            (PICTURES / f"{name}-{world}.svg").write_text(svg, encoding="utf-8")

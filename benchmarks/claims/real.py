@@ -1,7 +1,8 @@
-"""The questions of Fig. 1, 2 and 6 to a dataset with scores and a model of yours.
+"""The questions of Fig. 1, 2 and 6 and of Table 6 to a dataset with scores and a model of yours.
 
 There is no true reward here: how an answer was scored stands in for it. Every way to select is
-compared on the same margins, score gaps and log-probabilities, which one run has.
+compared on the same margins, score gaps and log-probabilities, which one run has; the policies are
+compared by what their implicit reward follows on answers that no run has trained on.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ import gzip
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.claims.measure import FloatArray, numbers, rounded
+from benchmarks.claims.measure import FloatArray, in_order, numbers, rounded
 from benchmarks.claims.systems import System
 from sera_plugin.journal import key_of
 from sera_plugin.report.agreement import r_squared
 from sera_plugin.selection import select_largest
 from sera_plugin.summary import jaccard
+from sera_plugin.tokens import IntArray
 
 SYSTEMS = (
     System("iterative DPO", {"selection": "all", "bootstrap_ratio": 0}),
@@ -31,6 +34,8 @@ SYSTEMS = (
     System("selection by score", {"selection": "score", "bootstrap_ratio": 0}),
     System("selection by reference", {"selection": "reference_logp", "bootstrap_ratio": 0}),
 )
+#: The policy as a judge in words, which takes long: an iteration is enough to see whether it can.
+SELF_JUDGING = System("self-judging", {"labeler": "self_judge"}, {"num_epochs": 2})
 COLUMNS = ("score_chosen", "score_rejected")
 RATIO = 0.7
 
@@ -43,6 +48,7 @@ class Settings:
         pairs: at most so many, the first that are short enough.
         tokens: most tokens of prompt and answer together.
         learning_rate, batch, beta, iterations: of training.
+        judged: pairs of the self-judging run.
     """
 
     pairs: int = 256
@@ -51,10 +57,14 @@ class Settings:
     batch: int = 16
     beta: float = 0.2
     iterations: int = 3
+    judged: int = 32
 
 
-def key(system: System, settings: Settings, seed: int, data: str, model: str) -> str:
-    return key_of("real", asdict(system), asdict(settings), seed, data, model)[:16]
+def key(
+    system: System, settings: Settings, seed: int, data: str, model: str, held_out: str | None
+) -> str:
+    parts = (asdict(system), asdict(settings), seed, data, model, held_out)
+    return key_of("real", *parts)[:16]
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
@@ -63,8 +73,20 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: naming the first line that lacks one of them.
     """
+    return _read(path, ("prompt", "chosen", "rejected", *COLUMNS))
+
+
+def read_responses(path: Path) -> list[dict[str, Any]]:
+    """JSONL, gzipped or not, with prompt and responses: objects with text and score.
+
+    Raises:
+        ValueError: naming the first line that lacks one of them.
+    """
+    return _read(path, ("prompt", "responses"))
+
+
+def _read(path: Path, wanted: Sequence[str]) -> list[dict[str, Any]]:
     opened = gzip.open if path.suffix == ".gz" else open
-    wanted = ("prompt", "chosen", "rejected", *COLUMNS)
     rows = []
     with opened(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -79,11 +101,20 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 def perform(
-    system: System, settings: Settings, seed: int, data: Path, model: Path, scratch: Path
+    system: System,
+    settings: Settings,
+    seed: int,
+    data: Path,
+    model: Path,
+    held_out: Path | None,
+    scratch: Path,
 ) -> dict[str, Any]:
     """Train on the dataset and measure; the record that is kept."""
     from axolotl.cli.train import do_cli
     from transformers import AutoTokenizer
+
+    if system is SELF_JUDGING:
+        settings = replace(settings, pairs=settings.judged)
 
     # A directory the user named: there is no revision to pin.
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)  # nosec B615
@@ -102,7 +133,7 @@ def perform(
     )
     start = time.perf_counter()
     do_cli(config=str(path))
-    return {
+    record = {
         "real": system.name,
         "seed": seed,
         "data": data.name,
@@ -110,10 +141,107 @@ def perform(
         "settings": asdict(settings),
         "pairs": len(rows),
         "seconds": round(time.perf_counter() - start, 2),
-        "iterations": rounded(
-            [iteration_figures(output / "sera", t) for t in range(2, settings.iterations + 1)]
-        ),
     }
+    if system is SELF_JUDGING:
+        return record | {"self_judging": self_judging_figures(output / "sera")}
+    numbers = range(2, settings.iterations + 1)
+    record["iterations"] = rounded([iteration_figures(output / "sera", t) for t in numbers])
+    if held_out is not None:
+        found = [one / "policy" for one in sorted((output / "sera").glob("iteration-*"))[1:]]
+        responses = Responses.read(held_out, tokenizer, template, settings)
+        record["held_out"] = rounded(responses.figures(model, [*found, output]))
+    return record
+
+
+def self_judging_figures(root: Path) -> dict[str, Any]:
+    """How many replies the policy gave as a judge, how many had no score, and pairs that came."""
+    summary = json.loads((root / "iteration-02" / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "replies": summary["labeler"]["replies"],
+        "unparsed": summary["labeler"]["unparsed"],
+        "found": summary["pairs"]["bootstrapped_found"],
+    }
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Scored answers to prompts that no run trains on, several to a prompt.
+
+    Attributes:
+        prompts, answers: (n,) token ids each; an answer ends with its end token.
+        scores: (n,) how they were scored.
+        rows: (n,) which prompt each is of.
+        pad: a token id.
+    """
+
+    prompts: Sequence[IntArray]
+    answers: Sequence[IntArray]
+    scores: FloatArray
+    rows: npt.NDArray[np.int64]
+    pad: int
+
+    @classmethod
+    def read(cls, path: Path, tokenizer: Any, template: str, settings: Settings) -> Responses:
+        """Those that are short enough, of a file for `read_responses`."""
+        prompts, answers, scores, rows = [], [], [], []
+        for number, row in enumerate(read_responses(path)):
+            prompt = tokenizer(template.format(prompt=row["prompt"]))["input_ids"]
+            for one in row["responses"]:
+                ids = tokenizer(one["text"], add_special_tokens=False)["input_ids"]
+                if len(prompt) + len(ids) < settings.tokens:
+                    prompts.append(np.array(prompt, dtype=np.int32))
+                    answers.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+                    scores.append(float(one["score"]))
+                    rows.append(number)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(prompts, answers, np.array(scores), np.array(rows), pad)
+
+    def figures(self, base: Path, policies: Sequence[Path]) -> dict[str, Any]:
+        """What the implicit reward log pi_t - log pi_0 follows.
+
+        Returns:
+            `prompts`, `answers`: how many. `score_r2_length`: R^2 of the scores themselves with
+            length. `policies`: for each `r2_score`, `r2_length`, and `order`: of two answers to a
+            prompt that differ in score, how often the reward prefers the higher.
+        """
+        before = self.logps(base)
+        lengths = np.array([len(one) for one in self.answers], dtype=np.float64)
+        first, second = np.triu_indices(len(self.rows), 1)
+        same = self.rows[first] == self.rows[second]
+        first, second = first[same], second[same]
+        found = []
+        for policy in policies:
+            reward = self.logps(policy) - before
+            found.append(
+                {
+                    "r2_score": r_squared(reward, self.scores),
+                    "r2_length": r_squared(reward, lengths),
+                    "order": in_order(
+                        reward[first] - reward[second], self.scores[first] - self.scores[second]
+                    ),
+                }
+            )
+        return {
+            "prompts": len(set(self.rows.tolist())),
+            "answers": len(self.answers),
+            "score_r2_length": r_squared(self.scores, lengths),
+            "policies": found,
+        }
+
+    def logps(self, directory: Path) -> FloatArray:
+        """(n,) log pi of each answer in nats."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from sera_plugin.logprobs import score_sequences, scoring_budget
+
+        # A directory that the user named or the run has written: there is no revision to pin.
+        model = AutoModelForCausalLM.from_pretrained(  # nosec B615
+            directory, local_files_only=True, dtype=torch.float32
+        )
+        longest = max(map(len, self.prompts)) + max(map(len, self.answers))
+        budget = scoring_budget(model, model.device, longest)
+        return score_sequences(model, self.prompts, self.answers, pad_id=self.pad, budget=budget)
 
 
 def fitting(
@@ -145,7 +273,12 @@ def config(
         "base_model": str(model),
         "plugins": ["sera_plugin.SeraPlugin"],
         "rl": "sera",
-        "sera": {"score_columns": list(COLUMNS), "sampler": "transformers", **system.sera},
+        "sera": {
+            "score_columns": list(COLUMNS),
+            "sampler": "transformers",
+            "keep_policies": True,
+            **system.sera,
+        },
         "rl_beta": settings.beta,
         "datasets": [
             {
@@ -180,6 +313,7 @@ def config(
         "gradient_checkpointing": False,
         "logging_steps": 1_000,
         "save_strategy": "no",
+        **system.beside,
     }
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+#: Seeds of the tables, and others that `MAIN` is run with once more.
+SEEDS, FRESH = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 #: Levels of swapped labels; one in the middle where only one is run.
 NOISES = (0.0, 0.2, 0.4)
 MIDDLE = (0.2,)
@@ -73,6 +75,8 @@ CORE = (
     System("Curri-DPO", {"selection": "curriculum", "bootstrap_ratio": 0}, data="curriculum"),
 )
 
+#: What is run in every world, and shown in every table that has no room for all.
+MAIN = ("DPO, 3 epochs", "iterative DPO", "SeRA, selection only", "SeRA", "SeRA, length control")
 
 #: What is varied, by what it is called. The default of each is SeRA itself, and not run again.
 SWEEPS: Mapping[str, tuple[System, ...]] = {
@@ -91,19 +95,9 @@ SWEEPS: Mapping[str, tuple[System, ...]] = {
         System("SeRA, 5 iterations", beside={"num_epochs": 5}),
         System("iterative DPO, 5 iterations", _ITERATIVE, {"num_epochs": 5}),
     ),
-    "step size and temperature": tuple(
-        System(
-            f"SeRA, learning rate {rate:.0e}, temperature {temperature:g}",
-            {"temperature": temperature},
-            {"learning_rate": rate},
-        )
-        for rate in (3e-5, 1e-4, 3e-4)
-        for temperature in (0.7, 1.0, 1.3)
-        if (rate, temperature) != (1e-4, 1.0)
-    ),
-    "step size, iterative DPO": tuple(
-        System(f"iterative DPO, learning rate {rate:.0e}", _ITERATIVE, {"learning_rate": rate})
-        for rate in (3e-5, 3e-4)
+    "sampling": (
+        *(System(f"SeRA, temperature {t:g}", {"temperature": t}) for t in (0.7, 1.3)),
+        System("SeRA, temperature 0.7, top_p 0.95", {"temperature": 0.7, "top_p": 0.95}),
     ),
     "restart_optimizer": tuple(
         System(f"{name}, one optimizer", {**lines, "restart_optimizer": False})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from math import isnan
 from statistics import mean
 
 from benchmarks.claims import criteria
 from benchmarks.claims.estimates import (
+    TRUE_REWARD,
     Claim,
     Estimate,
     Figure,
@@ -18,16 +20,23 @@ from benchmarks.claims.estimates import (
     during,
     final,
 )
-from benchmarks.claims.systems import CORE, NOISES, SWEEPS
+from benchmarks.claims.systems import CORE, FRESH, MAIN, NOISES, SEEDS, SWEEPS
+from benchmarks.claims.world import WORLD, WORLDS, World
 from benchmarks.harness import markdown
+from sera_plugin.journal import key_of
 
 MISSING = "-"
-_MAIN = ("DPO, 3 epochs", "iterative DPO", "SeRA, selection only", "SeRA", "SeRA, length control")
+#: Results of worlds that differ in the size of steps alone, by what a table calls that.
+ByRate = Mapping[str, Results]
 
 
-def compared(records: Sequence[Record]) -> Results:
-    """Runs of systems, without those of the seeds that only criteria use."""
-    return Results([r for r in records if "policies" in r and r["seed"] not in criteria.SEEDS])
+def compared(
+    records: Sequence[Record], world: World = WORLD, seeds: Sequence[int] = SEEDS
+) -> Results:
+    """Runs of systems in one world, with the tables' seeds or others."""
+    return Results(
+        [r for r in records if "policies" in r and r["world"] == world.key and r["seed"] in seeds]
+    )
 
 
 def shown(estimate: Estimate, digits: int = 3, sign: str = "") -> str:
@@ -70,23 +79,28 @@ def criteria_table(records: Sequence[Record]) -> str:
     )
 
 
-def claim_table(claims: Sequence[Claim], results: Results) -> str:
+def claim_table(claims: Sequence[Claim], worlds: ByRate) -> str:
     rows = []
     for claim in claims:
         for number, one in enumerate(claim.comparisons):
-            estimate = one.estimate(results)
+            found = [one.estimate(results) for results in worlds.values()]
+            cells = [cell for e in found for cell in (shown(e, sign="+"), e.verdict)]
             rows.append(
                 [
                     f"**{claim.says}** ({claim.where}); {claim.unit}" if number == 0 else "",
                     one.label,
                     share(one.noise),
-                    shown(estimate, sign="+"),
-                    str(estimate.seeds),
-                    estimate.verdict,
+                    *cells,
+                    _seeds(found),
                 ]
             )
-    head = ("claim", "difference", "swapped", "measured", "seeds", "verdict")
-    return markdown(head, rows)
+    measured = [title for rate in worlds for title in (f"measured, {rate}", "verdict")]
+    return markdown(("claim", "difference", "swapped", *measured, "seeds"), rows)
+
+
+def _seeds(found: Sequence[Estimate]) -> str:
+    """How many seeds each has, once where all have as many."""
+    return " and ".join(dict.fromkeys(str(one.seeds) for one in found))
 
 
 def core_table(results: Results) -> str:
@@ -115,7 +129,8 @@ def _core_rows(results: Results, name: str) -> list[tuple[str, list[dict[int, fl
 
 
 def base_table(records: Sequence[Record]) -> str:
-    bases = [r for r in records if r["system"] == "base model" and r["seed"] not in criteria.SEEDS]
+    bases = [r for r in records if r.get("system") == "base model" and r["seed"] in SEEDS + FRESH]
+    bases = [r for r in bases if r["world"] == WORLD.key]
     if not bases:
         return "No results yet."
     rows = [
@@ -125,7 +140,7 @@ def base_table(records: Sequence[Record]) -> str:
     return markdown(("seed", "true reward", "spread within a prompt", "words"), rows)
 
 
-def iteration_table(results: Results) -> str:
+def iteration_table(worlds: ByRate) -> str:
     """What happens from iteration to iteration."""
     columns: tuple[tuple[str, Callable[[int], Figure]], ...] = (
         ("true reward after", lambda t: after(t, "true_reward")),
@@ -137,70 +152,157 @@ def iteration_table(results: Results) -> str:
         ("wrong among dropped", lambda t: during(t, "wrong_dropped")),
     )
     rows = []
-    for name in ("SeRA", "SeRA, length control", "SeRA, selection only", "iterative DPO"):
-        for noise in NOISES:
-            for t in (1, 2, 3):
-                cells = [list(results.of(name, noise, make(t)).values()) for _, make in columns]
-                if cells[0]:
-                    text = [f"{mean(cell):.3f}" if cell else MISSING for cell in cells]
-                    rows.append([name, share(noise), str(t), *text])
-    return markdown(("system", "swapped", "t", *(title for title, _ in columns)), rows)
+    for (rate, results), name, noise in product(
+        worlds.items(),
+        ("SeRA", "SeRA, length control", "SeRA, selection only", "iterative DPO"),
+        NOISES,
+    ):
+        for t in (1, 2, 3):
+            cells = [list(results.of(name, noise, make(t)).values()) for _, make in columns]
+            if cells[0]:
+                text = [f"{mean(cell):.3f}" if cell else MISSING for cell in cells]
+                rows.append([rate, name, share(noise), str(t), *text])
+    head = ("", "system", "swapped", "t", *(title for title, _ in columns))
+    return markdown(head, rows)
 
 
-def jaccard_table(results: Results) -> str:
+def jaccard_table(worlds: ByRate) -> str:
     names = {
         "previous iteration's": "jaccard_previous",
         "score's": "jaccard_score",
         "reference's": "jaccard_reference",
     }
     rows = []
-    for noise in NOISES:
-        for t in (2, 3):
-            cells = [
-                Estimate.over(list(results.of("SeRA", noise, during(t, name)).values()))
-                for name in names.values()
-            ]
-            if cells[1].seeds:
-                rows.append([share(noise), str(t), *(shown(cell) for cell in cells)])
-    return markdown(("swapped", "t", *(f"with the {name}" for name in names)), rows)
+    for (rate, results), noise, t in product(worlds.items(), NOISES, (2, 3)):
+        cells = [
+            Estimate.over(list(results.of("SeRA", noise, during(t, name)).values()))
+            for name in names.values()
+        ]
+        if cells[1].seeds:
+            rows.append([rate, share(noise), str(t), *map(shown, cells)])
+    return markdown(("", "swapped", "t", *(f"with the {name}" for name in names)), rows)
 
 
-def reward_table(results: Results) -> str:
+def reward_table(worlds: ByRate) -> str:
     """Fig. 2: what the implicit reward of the last policy follows, on the base model's answers."""
     rows = []
-    for system in _MAIN:
-        for noise in NOISES:
-            cells = [
-                Estimate.over(list(results.of(system, noise, final(name)).values()))
-                for name in ("r2_true", "r2_words", "order")
-            ]
-            if cells[0].seeds:
-                rows.append([system, share(noise), *(shown(cell) for cell in cells)])
-    head = ("system", "swapped", "R^2 with true reward", "R^2 with words", "pairs in true order")
+    for (rate, results), system, noise in product(worlds.items(), MAIN, NOISES):
+        cells = [_finals(results, system, noise, name) for name in ("r2_true", "r2_words", "order")]
+        if cells[0].seeds:
+            rows.append([rate, system, share(noise), *map(shown, cells)])
+    head = ("", "system", "swapped", "R^2 with true reward", "R^2 with words", "in true order")
     return markdown(head, rows)
 
 
-def sweep_table(results: Results) -> str:
-    rows = []
-    for sweep, systems in SWEEPS.items():
-        for system in systems:
-            for noise in system.noises:
-                cells = [
-                    Estimate.over(list(results.of(system.name, noise, final(name)).values()))
-                    for name in ("true_reward", "words")
-                ]
-                if cells[0].seeds:
-                    rows.append(
-                        [sweep, system.name, *(shown(cell) for cell in cells), str(cells[0].seeds)]
-                    )
+def sweep_table(worlds: ByRate) -> str:
+    """What a user may turn, at 20% swapped labels."""
+
+    def cells(system: str) -> list[str]:
+        found = [
+            [_finals(results, system, 0.2, name) for name in ("true_reward", "words")]
+            for results in worlds.values()
+        ]
+        return [*(shown(one) for pair in found for one in pair), _seeds([one for one, _ in found])]
+
+    rows = [
+        [sweep if number == 0 else "", system.name, *cells(system.name)]
+        for sweep, systems in SWEEPS.items()
+        for number, system in enumerate(systems)
+        if any(results.of(system.name, 0.2, TRUE_REWARD) for results in worlds.values())
+    ]
     if not rows:
         return "No sweep has been run."
-    default = [
-        Estimate.over(list(results.of("SeRA", 0.2, final(name)).values()))
-        for name in ("true_reward", "words")
+    rows = [["", name, *cells(name)] for name in ("SeRA", "iterative DPO")] + rows
+    head = [f"{title}, {rate}" for rate in worlds for title in ("true reward", "words")]
+    return markdown(("sweep", "system", *head, "seeds"), rows)
+
+
+def world_table(records: Sequence[Record]) -> str:
+    """The main systems in every world: what the size of steps and the number of pairs change."""
+    rows = []
+    for noise in NOISES:
+        for system in MAIN:
+            found = [
+                _finals(compared(records, world), system, noise, "true_reward")
+                for world in WORLDS.values()
+            ]
+            if any(one.seeds for one in found[1:]):
+                rows.append([share(noise), system, *map(shown, found)])
+    if not rows:
+        return "No other world has been run."
+    head = [f"{world.pairs:,} pairs, {step_size(world)}" for world in WORLDS.values()]
+    return markdown(("swapped", "system", *head), rows)
+
+
+def grid_table(records: Sequence[Record]) -> str:
+    """SeRA by step size and by the temperature of what is sampled, at 20% swapped labels."""
+    temperatures = {"0.7": "SeRA, temperature 0.7", "1": "SeRA", "1.3": "SeRA, temperature 1.3"}
+    worlds = [WORLDS[name] for name in ("small-steps", "fixed", "large-steps")]
+    parts = []
+    for title, figure in (
+        ("True reward", final("true_reward")),
+        ("Sampled pairs in true order, t = 2", during(2, "order_found")),
+        ("Sampled pairs in true order, t = 3", during(3, "order_found")),
+    ):
+        rows = []
+        for world in worlds:
+            results = compared(records, world)
+            found = [
+                Estimate.over(list(results.of(name, 0.2, figure).values()))
+                for name in temperatures.values()
+            ]
+            if any(one.seeds for one in found):
+                rows.append([f"learning rate {step_size(world)}", *map(shown, found)])
+        parts.append(markdown((title, *(f"temperature {t}" for t in temperatures)), rows))
+    return "\n\n".join(parts)
+
+
+def fresh_table(records: Sequence[Record]) -> str:
+    """The main systems with five other seeds: do the intervals overlap?"""
+    first, second = compared(records), compared(records, seeds=FRESH)
+    rows, apart = [], 0
+    for noise in NOISES:
+        for system in MAIN:
+            one, other = (_finals(found, system, noise, "true_reward") for found in (first, second))
+            if one.seeds == other.seeds == len(FRESH):
+                overlap = one.low <= other.high and other.low <= one.high
+                apart += not overlap
+                cells = [shown(one), shown(other), "yes" if overlap else "no"]
+                rows.append([share(noise), system, *cells])
+    if not rows:
+        return "Not run yet."
+    names = ["seeds " + ", ".join(map(str, seeds)) for seeds in (SEEDS, FRESH)]
+    table = markdown(("swapped", "system", *names, "overlap"), rows)
+    return f"{table}\n\nOf {len(rows)} pairs of intervals {len(rows) - apart} overlap."
+
+
+def again_table(records: Sequence[Record]) -> str:
+    """What a second run with the same seeds found."""
+    found = [one["again"] for one in records if "again" in one]
+    if not found:
+        return "Not run yet."
+    rows = [
+        [
+            one["date"],
+            str(one["runs"]),
+            str(one["differ"]),
+            f"{one['seconds'] / 60:.0f}",
+            str(one["at_a_time"]),
+            f"{one['load']:g}",
+        ]
+        for one in found
     ]
-    rows.insert(0, ["", "SeRA", *map(shown, default), str(default[0].seeds)])
-    return markdown(("sweep", "system", "true reward", "words", "seeds"), rows)
+    head = ("date", "runs", "with other figures", "minutes", "runs at a time", "load before")
+    return markdown(head, rows)
+
+
+def _finals(results: Results, system: str, noise: float, name: str) -> Estimate:
+    return Estimate.over(list(results.of(system, noise, final(name)).values()))
+
+
+def step_size(world: World) -> str:
+    """A world's learning rate as tables call it."""
+    return f"{world.learning_rate:.0e}".replace("e-0", "e-")
 
 
 def cost_table(results: Results) -> str:
@@ -226,47 +328,6 @@ def cost_table(results: Results) -> str:
     return markdown(head, rows)
 
 
-def real_table(records: Sequence[Record]) -> str:
-    """What rewards follow and what ways to select keep, on a dataset with scores."""
-    if not records:
-        return "No run on a dataset yet."
-    rewards, kept = [], []
-    for one in records:
-        for found in one["iterations"]:
-            place = [one["real"], str(one["seed"]), str(found["iteration"])]
-            figures = (found["r2_score"], found["r2_length"], found["accuracy"])
-            rewards.append([*place, *(f"{figure:.3f}" for figure in figures)])
-            kept += [
-                [
-                    *place,
-                    name,
-                    f"{which['score_gap']:+.3f}",
-                    f"{which['length_gap']:+.1f}",
-                    f"{which['longer']:.3f}",
-                    f"{which['jaccard_irm']:.3f}",
-                ]
-                for name, which in found["kept"].items()
-                # What else the same policies would keep says nothing new of the second iteration.
-                if found["iteration"] > 2 or one is records[0]
-            ]
-    head = ("run", "seed", "t")
-    one = records[-1]
-    return "\n\n".join(
-        (
-            f"{one['pairs']} pairs of `{one['data']}`, model `{one['model']}`, "
-            f"{mean(r['seconds'] for r in records):.0f} s a run; `{json.dumps(one['settings'])}`.",
-            markdown(
-                (*head, "R^2 with score", "R^2 with length", "margins above 0"),
-                rewards,
-            ),
-            markdown(
-                (*head, "would keep by", "score gap", "length gap", "longer", "Jaccard with irm"),
-                kept,
-            ),
-        )
-    )
-
-
 def _total(record: Record, what: str, phase: str) -> float:
     return float(sum(one[what].get(phase, 0.0) for one in record["iterations"]))
 
@@ -274,23 +335,28 @@ def _total(record: Record, what: str, phase: str) -> float:
 def run_table(records: Sequence[Record]) -> str:
     """What the results are from."""
     abouts = [one["about"] for one in records if "about" in one]
-    runs = compared(records).records
+    runs = [r for r in records if "policies" in r and r["seed"] not in criteria.SEEDS]
     if not runs:
         return "No results yet."
-    seeds = sorted({r["seed"] for r in runs})
-    settings = sorted({(r["system"], r["noise"]) for r in runs})
-    counts = [sum(1 for r in runs if (r["system"], r["noise"]) == one) for one in settings]
-    expected = sum(len(system.noises) for system in CORE)
-    known = {system.name for system in CORE}
-    core = sum(1 for system, _ in settings if system in known)
+    rows = []
+    for name, world in WORLDS.items():
+        found = [r for r in runs if r["world"] == world.key]
+        if found:
+            settings = {(r["system"], r["noise"]) for r in found}
+            seeds = sorted({r["seed"] for r in found})
+            seconds = [r["seconds"] for r in found]
+            cells = (len(found), len(settings), ", ".join(map(str, seeds)), f"{mean(seconds):.0f}")
+            rows.append([f"`{name}`", *map(str, cells)])
     versions = ", ".join(f"{name} {number}" for name, number in runs[-1]["versions"].items())
     commits = ", ".join(dict.fromkeys(one["commit"] for one in abouts))
-    world = json.dumps(abouts[-1]["world"])
-    return (
-        f"{len(runs)} runs; seeds {', '.join(map(str, seeds))}. Of the {expected} settings of the "
-        f"core table {core} have results, from {min(counts)} to {max(counts)} seeds each. A run "
-        f"took {mean(r['seconds'] for r in runs):.0f} s on one core, with other work on the "
-        f"machine.\n\n{abouts[-1]['date'][:10]}; {abouts[-1]['cpu']}, {abouts[-1]['cores']} cores; "
-        f"Python {abouts[-1]['python']}, {versions}; at {commits}.\n\nThe world's parameters:\n\n"
-        f"```json\n{world}\n```"
+    dates = sorted({one["date"][:10] for one in abouts})
+    fixed = next(one for one in abouts if key_of(one["world"])[:8] == WORLD.key)
+    return "\n\n".join(
+        (
+            markdown(("world", "runs", "settings", "seeds", "seconds a run"), rows),
+            f"{' and '.join(dates)}; {abouts[-1]['cpu']}, {abouts[-1]['cores']} cores; Python "
+            f"{abouts[-1]['python']}, {versions}; at {commits}.",
+            "The world's parameters:",
+            f"```json\n{json.dumps(fixed['world'])}\n```",
+        )
     )

@@ -1,20 +1,22 @@
 """The world that claims are tested in: the demo's, with scores and held-out answers.
 
-All its parameters are here. They were fixed by `criteria`, which looks at the base model and at
-plain DPO alone, before any other system was run.
+All its parameters are here. Those of `WORLD` were fixed by `criteria`, which looks at the base
+model and at plain DPO alone, before any other system was run. The others vary one axis of it and
+were added after its first results were seen.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from sera_plugin.demo.world import Labelling, make_prompt, true_reward
+from sera_plugin.journal import key_of
 
 #: Two to compare, and two more for the pairs of a curriculum.
 ANSWERS = 4
@@ -50,8 +52,20 @@ class World:
     temperature: float = 1.0
     new_tokens: int = 16
 
+    @property
+    def key(self) -> str:
+        """What records of this world are found by."""
+        return key_of(asdict(self))[:8]
+
 
 WORLD = World()
+#: By the name that `--world` takes.
+WORLDS: Mapping[str, World] = {
+    "fixed": WORLD,
+    "small-steps": replace(WORLD, learning_rate=3e-5),
+    "large-steps": replace(WORLD, learning_rate=3e-4),
+    "more-pairs": replace(WORLD, learning_rate=3e-5, pairs=3_000),
+}
 #: For trying the harness out: nothing can be learnt from its figures.
 SMOKE = World(pairs=48, held_out=24, base_steps=30)
 
