@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from math import isnan
@@ -11,6 +12,7 @@ from statistics import mean
 from benchmarks.claims import criteria
 from benchmarks.claims.estimates import (
     TRUE_REWARD,
+    VERDICTS,
     Claim,
     Estimate,
     Figure,
@@ -96,6 +98,18 @@ def claim_table(claims: Sequence[Claim], worlds: ByRate) -> str:
             )
     measured = [title for rate in worlds for title in (f"measured, {rate}", "verdict")]
     return markdown(("claim", "difference", "swapped", *measured, "seeds"), rows)
+
+
+def verdict_table(claims: Sequence[Claim], worlds: ByRate) -> str:
+    """A row per claim: how often each verdict was reached, over its differences."""
+    rows = []
+    for claim in claims:
+        cells = []
+        for results in worlds.values():
+            found = Counter(one.estimate(results).verdict for one in claim.comparisons)
+            cells.append(", ".join(f"{found[name]} {name}" for name in VERDICTS if found[name]))
+        rows.append([claim.says, claim.where, *cells])
+    return markdown(("claim", "where", *worlds), rows)
 
 
 def _seeds(found: Sequence[Estimate]) -> str:
