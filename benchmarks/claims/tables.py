@@ -211,12 +211,18 @@ def reward_table(worlds: ByRate) -> str:
 def sweep_table(worlds: ByRate) -> str:
     """What a user may turn, at 20% swapped labels."""
 
+    figures = {
+        "true reward": final("true_reward"),
+        "words": final("words"),
+        "in true order, t = 3": during(3, "order_found"),
+    }
+
     def cells(system: str) -> list[str]:
         found = [
-            [_finals(results, system, 0.2, name) for name in ("true_reward", "words")]
+            [Estimate.over(list(results.of(system, 0.2, one).values())) for one in figures.values()]
             for results in worlds.values()
         ]
-        return [*(shown(one) for pair in found for one in pair), _seeds([one for one, _ in found])]
+        return [*(shown(one) for row in found for one in row), _seeds([row[0] for row in found])]
 
     rows = [
         [sweep if number == 0 else "", system.name, *cells(system.name)]
@@ -227,7 +233,7 @@ def sweep_table(worlds: ByRate) -> str:
     if not rows:
         return "No sweep has been run."
     rows = [["", name, *cells(name)] for name in ("SeRA", "iterative DPO")] + rows
-    head = [f"{title}, {rate}" for rate in worlds for title in ("true reward", "words")]
+    head = [f"{title}, {rate}" for rate in worlds for title in figures]
     return markdown(("sweep", "system", *head, "seeds"), rows)
 
 
