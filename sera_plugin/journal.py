@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from sera_plugin.checksums import explained
+from sera_plugin.checksums import COMMAND, explained
 
 
 def key_of(*parts: Any) -> str:
@@ -66,7 +66,7 @@ class Journal:
             OSError: if the disk does not take it, with what to do.
         """
         line = json.dumps({"key": key, **record}, ensure_ascii=True).encode() + b"\n"
-        with self._lock, explained(self.path.parent, "start the same command again"):
+        with self._lock, explained(self.path.parent, COMMAND):
             if self._file is None:
                 self._file = self._open()
             data = b"\n" + line if self._torn else line

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.checksums import explained, write_text
+from sera_plugin.checksums import COMMAND, explained, write_text
 from sera_plugin.evaluation.answers import Answer, Decoding, given, sampled
 from sera_plugin.evaluation.models import Model, find_models
 from sera_plugin.evaluation.prompts import read_prompts
@@ -88,13 +88,15 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
     from sera_plugin.evaluation.page import page
     from sera_plugin.report.terminal import json_text
 
+    with explained(output, COMMAND):
+        (output / "outputs").mkdir(parents=True, exist_ok=True)
     for model, answers in zip(found.models, found.answers, strict=True):
         rows = [
             {"instruction": prompt.question, "output": answer.text, "generator": model.name}
             for prompt, answer in zip(found.prompts, answers, strict=True)
             if answer is not None
         ]
-        _replace(output / "outputs" / f"{_file(model)}.json", json.dumps(rows, indent=1))
+        write_text(output / "outputs" / f"{_file(model)}.json", json.dumps(rows, indent=1))
     if found.judged:
         lines = [
             json.dumps(
@@ -110,13 +112,6 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
             for prompt, verdict in zip(found.prompts, judged.verdicts, strict=True)
             if verdict is not None
         ]
-        _replace(output / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
-    _replace(output / "results.json", json_text(result) + "\n")
-    _replace(output / "eval.html", page(found, result))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one piece."""
-    with explained(path.parent, "start the same command again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(output / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(output / "results.json", json_text(result) + "\n")
+    write_text(output / "eval.html", page(found, result))

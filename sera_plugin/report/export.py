@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.checksums import explained
+from sera_plugin.checksums import COMMAND, explained
 from sera_plugin.report.data import SIDES, Iteration, Run
 from sera_plugin.report.tokens import Texts
 
@@ -37,7 +38,7 @@ def export(run: Run, texts: Texts, path: Path, which: str, number: int | None) -
     Raises:
         ValueError: if the path cannot be used, the iteration has no such pairs, or there is no
             tokenizer.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written, with what to do about it.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--export: {path} must end in {' or '.join(SUFFIXES)}")
@@ -104,7 +105,7 @@ def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[dict[str, Any]
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with explained(path.parent):
+        with explained(path.parent, COMMAND):
             if path.suffix == ".parquet":
                 kinds = dict.fromkeys(("prompt", *SIDES), pa.string())
                 kinds |= {"row": pa.int64(), "margin": pa.float64()}
@@ -117,4 +118,5 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the one that matters is under way
+            partial.unlink(missing_ok=True)
