@@ -102,6 +102,18 @@ def test_models_are_compared_by_the_true_reward(models, prompts, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_progress_goes_to_stderr_and_counts_what_is_left(models, prompts, tmp_path):
+    arguments = [models.base, models.better, *options(prompts, tmp_path / "eval"), "--json"]
+    lines = []
+    for _ in range(2):
+        result = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
+        json.loads(result.stdout)
+        lines.append(re.findall(r"\[INFO\] \[axolotl.sera\] SeRA: (.*)", result.stderr))
+    asked = lines[0].pop()
+    assert re.fullmatch(r"judging: \d+ answers", asked)
+    assert lines == [["answers of base: 60 answers", "answers of better: 60 answers"], [asked]]
+
+
 def test_a_rerun_needs_no_model(models, prompts, tmp_path):
     """Without torch even: a child process whose torch cannot be imported has the same figures."""
     first = call(models.base, models.better, *options(prompts, tmp_path / "eval"), "--json")
