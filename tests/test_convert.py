@@ -652,13 +652,23 @@ def test_files_of_every_kind_are_read(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "marked.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
     for path in tmp_path.iterdir():
         assert [str(row["a"]) for row in read_rows(path)] == ["1", "2"], path
 
 
-def test_a_damaged_file_is_named(place):
-    (place / "data/talks.json").write_text('[{"conversations": ')
-    with pytest.raises(ValueError, match=r"'data/talks.json' holds no rows"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'[{"conversations": ', "it is no JSON"),
+        (b'{"conversations": []}\n\n{"conversations": ', "line 3 is no JSON"),
+        (b"[" * 100_000, "it is no JSON"),
+        (b"\xff", "it is not UTF-8 text"),
+    ],
+)
+def test_a_damaged_file_is_named(content, said, place):
+    (place / "data/talks.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"'data/talks.json' holds no rows: {said}"):
         run(source())
 
 
