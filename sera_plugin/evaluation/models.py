@@ -12,7 +12,7 @@ from typing import Any
 from sera_plugin.checksums import SUMS, damage
 from sera_plugin.journal import key_of
 from sera_plugin.report.reading import find_run
-from sera_plugin.report.tokens import shown_name
+from sera_plugin.report.tokens import cached_file, shown_name
 from sera_plugin.shown import quoted
 from sera_plugin.store import RunStore, read_json
 
@@ -114,20 +114,19 @@ def _other(spec: str) -> Model:
 
 
 def _cached(name: str) -> str:
-    """The snapshot of a hub model in the local cache; asks no server."""
-    from huggingface_hub import try_to_load_from_cache
+    """The snapshot of a hub model in the local cache.
 
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # a path is no name of the hub
-        found = None
-    if not isinstance(found, str):
+    Raises:
+        ValueError: if it is not there.
+    """
+    config = cached_file(name, "config.json")
+    if config is None:
         raise ValueError(
             f"{name} is neither a directory nor in the local hub cache, and nothing is downloaded "
             "here. Relative paths start in the working directory; a model of the hub is fetched "
             "with `hf download`."
         )
-    return str(Path(found).parent)
+    return str(config.parent)
 
 
 def _directory(path: Path, spec: str, base_model: str | None = None) -> Model:
