@@ -140,6 +140,16 @@ def test_answers_alone_and_answers_that_were_exported(models, prompts, tmp_path)
     )
     assert by_file["win_rate"] == by_model["win_rate"]
     assert by_file["length_controlled"] == by_model["length_controlled"]
+    assert by_file["answers"].pop("mean_tokens") is None
+    assert by_model["answers"].pop("mean_tokens") > 1
+    assert by_file["answers"] == by_model["answers"]
+
+
+def test_a_file_of_other_answers_is_told_before_anything_is_sampled(models, prompts, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "another", "output": "b"}]))
+    said = call(models.base, tmp_path / "a.json", *options(prompts, tmp_path / "eval"), code=2)
+    assert "no row answers any of these prompts" in said
+    assert not (tmp_path / "eval").exists()
 
 
 def test_an_api_judge_judges_and_is_asked_once(models, prompts, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ class Model:
     """Something that answers prompts.
 
     Attributes:
-        name: short, for people and files; no two that are compared have the same.
+        name: short, for people; no two that are compared have the same, nor the same `file`.
         source: what the command line calls it.
         weights: a directory with whole weights, or a model's name in the local hub cache.
         adapter: the directory of an adapter on these weights, or None.
@@ -45,6 +45,11 @@ class Model:
         """Where the tokenizer is: beside the adapter if it was saved there."""
         beside = self.adapter is not None and (self.adapter / "tokenizer.json").exists()
         return str(self.adapter) if beside else self.weights
+
+    @property
+    def file(self) -> str:
+        """A file name for it: what its name has of letters, digits and `.@_-`."""
+        return "".join(one if one.isalnum() or one in ".@_-" else "_" for one in self.name)
 
     @cached_property
     def identity(self) -> str:
@@ -190,10 +195,12 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
         raise ValueError(f"{spec}@{number}: the run has the policies 0 to {last}.")
     if number == last:
         directory = store.root.parent
-        if not any(directory.glob("*.safetensors")):
+        # Ctrl-C has the host save a policy that is still in training.
+        trained = "train" in store.summary(last).get("seconds", {})
+        if not trained or not any(directory.glob("*.safetensors")):
             raise ValueError(
-                f"{spec} has not finished: {directory} has no weights. {spec}@t is its policy "
-                "after t iterations."
+                f"{spec} has not finished: iteration {last} is not trained to its end, or "
+                f"{directory} has no weights. {spec}@t is its policy after t iterations."
             )
     else:
         directory = store.policy(number + 1)
@@ -211,15 +218,15 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
 
 
 def _named(models: Iterable[Model]) -> list[Model]:
-    """Each with a name of its own: numbered where names are the same."""
+    """Each with a name and a file of its own: numbered where they would be the same."""
     taken: set[str] = set()
     named = []
     for model in models:
-        name, number = model.name, 2
-        while name in taken:
-            name, number = f"{model.name}-{number}", number + 1
-        taken.add(name)
-        named.append(replace(model, name=name))
+        unique, number = model, 2
+        while unique.file in taken:
+            unique, number = replace(model, name=f"{model.name}-{number}"), number + 1
+        taken.add(unique.file)
+        named.append(unique)
     return named
 
 

@@ -53,15 +53,17 @@ def evaluate(
         raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
     prompts = read_prompts(prompt_file, limit, decoding.seed)
     models = find_models(specs, iterations)
+    # Before anything is sampled: one of these files may be of other prompts.
+    there = {one.name: given(one.answers, prompts) for one in models if one.answers is not None}
     with ExitStack() as files:
         judge = None
         if judge_spec is not None:
             judge = make_judge(judge_spec, files.enter_context(Journal(output / "judge.jsonl")))
 
         def answers_of(model: Model) -> list[Answer | None]:
-            if model.answers is not None:
-                return given(model.answers, prompts)
-            journal = files.enter_context(Journal(output / "answers" / f"{_file(model)}.jsonl"))
+            if model.name in there:
+                return there[model.name]
+            journal = files.enter_context(Journal(output / "answers" / f"{model.file}.jsonl"))
             engine = partial(_engine, model, decoding, vllm_python, output / "vllm.log")
             return sampled(model, prompts, decoding, journal, engine)
 
@@ -79,11 +81,6 @@ def _engine(*arguments: Any) -> Any:
     return load_engine(*arguments)
 
 
-def _file(model: Model) -> str:
-    """A file name for a model: what its name has of letters, digits and `.@_-`."""
-    return "".join(one if one.isalnum() or one in ".@_-" else "_" for one in model.name)
-
-
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
     from sera_plugin.evaluation.page import page
     from sera_plugin.report.terminal import json_text
@@ -96,7 +93,7 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
             for prompt, answer in zip(found.prompts, answers, strict=True)
             if answer is not None
         ]
-        write_text(output / "outputs" / f"{_file(model)}.json", json.dumps(rows, indent=1))
+        write_text(output / "outputs" / f"{model.file}.json", json.dumps(rows, indent=1))
     if found.judged:
         lines = [
             json.dumps(
