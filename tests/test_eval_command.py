@@ -377,6 +377,7 @@ def test_a_full_disk(models, prompts, small_disk):
         ({"--prompt-format": "no place"}, "--prompt-format has no {prompt}"),
         ({"--temperature": "-1"}, "Invalid value for '--temperature'"),
         ({"--limit": "0"}, "Invalid value for '--limit'"),
+        ({"--vllm-python": "/no/such"}, "--vllm-python: '/no/such' is no program"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_sampled(
