@@ -15,7 +15,6 @@ from sera_plugin.checksums import COMMAND, explained
 from sera_plugin.report.data import SIDES, Iteration, Run
 from sera_plugin.report.tokens import Texts
 
-WHICH = ("kept", "dropped", "bootstrapped")
 SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -29,7 +28,7 @@ def export(run: Run, texts: Texts, path: Path, which: str, number: int | None) -
     Args:
         run, texts: the run, and a tokenizer.
         path: a `.jsonl` or `.parquet` file that does not exist yet.
-        which: one of `WHICH`.
+        which: `kept`, `dropped` or `bootstrapped`.
         number: the iteration; the newest that has such pairs unless given.
 
     Returns:
