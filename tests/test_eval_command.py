@@ -109,9 +109,9 @@ def test_progress_goes_to_stderr_and_counts_what_is_left(models, prompts, tmp_pa
         result = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
         json.loads(result.stdout)
         lines.append(re.findall(r"\[INFO\] \[axolotl.sera\] SeRA: (.*)", result.stderr))
-    asked = lines[0].pop()
-    assert re.fullmatch(r"judging: \d+ answers", asked)
-    assert lines == [["answers of base: 60 answers", "answers of better: 60 answers"], [asked]]
+    sampled = [f"answers of {name}: 60 answers" for name in ("base", "better")]
+    judged = "judging: 120 answers"
+    assert lines == [[*sampled, judged], [judged]]
 
 
 def test_a_rerun_needs_no_model(models, prompts, tmp_path):

@@ -79,19 +79,17 @@ def judge_all(
 def _scores(
     judge: ScoringJudge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]]
 ) -> FloatArray:
-    """(models, prompts) scores, nan where there is none. Equal answers are scored once."""
-    places: dict[Answered, list[tuple[int, int]]] = {}
+    """(models, prompts) scores, nan where there is none."""
+    places, given = [], []
     for model, each in enumerate(answers):
         for row, (prompt, answer) in enumerate(zip(prompts, each, strict=True)):
             if answer is not None:
-                one = Answered(prompt.question, answer.text)
-                places.setdefault(one, []).append((model, row))
+                places.append((model, row))
+                given.append(Answered(prompt.question, answer.text))
     scores = np.full((len(answers), len(prompts)), np.nan)
-    distinct = list(places)
-    with progress("judging", len(distinct), "answer") as advance:
-        for index, score in judge.score(distinct):
-            for place in places[distinct[index]]:
-                scores[place] = np.nan if score is None else score
+    with progress("judging", len(given), "answer") as advance:
+        for index, score in judge.score_all(given):
+            scores[places[index]] = np.nan if score is None else score
             advance(1)
     return scores
 
