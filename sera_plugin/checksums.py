@@ -85,12 +85,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
-    """Write a file of text beside its place and rename it into place. No checksum is listed.
+def write_file(path: Path, write: Callable[[Path], object], advice: Advice = COMMAND) -> None:
+    """Write a file beside its place and rename it into place. No checksum is listed.
 
     Args:
         path: the file, in a directory that is there.
-        text: what it will hold.
+        write: called with the path to write to.
         advice: for who has asked for it.
 
     Raises:
@@ -99,11 +99,16 @@ def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with explained(path.parent, advice):
-            partial.write_text(text, encoding="utf-8")
+            write(partial)
             partial.replace(path)
     finally:
         with suppress(OSError):  # the one that matters is under way
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
+    """The same of a file of text."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), advice)
 
 
 def is_whole(path: Path) -> bool:

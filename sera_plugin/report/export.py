@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.checksums import COMMAND, explained
+from sera_plugin.checksums import write_file, write_text
 from sera_plugin.report.data import SIDES, Iteration, Run
 from sera_plugin.report.tokens import Texts
 
@@ -102,20 +101,13 @@ def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[dict[str, Any]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with explained(path.parent, COMMAND):
-            if path.suffix == ".parquet":
-                kinds = dict.fromkeys(("prompt", *SIDES), pa.string())
-                kinds |= {"row": pa.int64(), "margin": pa.float64()}
-                if any("swapped" in row for row in rows):
-                    kinds["swapped"] = pa.bool_()
-                pq.write_table(pa.Table.from_pylist(rows, pa.schema(kinds)), partial)
-            else:
-                with partial.open("w", encoding="utf-8") as file:
-                    for row in rows:
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            partial.replace(path)
-    finally:
-        with suppress(OSError):  # the one that matters is under way
-            partial.unlink(missing_ok=True)
+    if path.suffix == ".jsonl":
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(path, "".join(lines))
+        return
+    kinds = dict.fromkeys(("prompt", *SIDES), pa.string())
+    kinds |= {"row": pa.int64(), "margin": pa.float64()}
+    if any("swapped" in row for row in rows):
+        kinds["swapped"] = pa.bool_()
+    table = pa.Table.from_pylist(rows, pa.schema(kinds))
+    write_file(path, lambda partial: pq.write_table(table, partial))
