@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -251,14 +252,20 @@ def test_a_run_that_goes_on_has_its_earlier_policies(run):
 
 
 def test_weights_that_ctrl_c_has_left_are_not_taken_for_the_last_policy(run):
-    """The host saves what is in training; iteration 3 has no time of training then."""
+    """The host saves what is in training; that iteration has no time of training then."""
     store = RunStore(run)
-    record = store.summary(3)
+    shutil.rmtree(store.iteration(3))
+    record = store.summary(2)
     del record["seconds"]["train"]
-    store.write_summary(3, record)
-    with pytest.raises(ValueError, match=r"run has not finished: iteration 3 is not trained"):
+    store.write_summary(2, record)
+    with pytest.raises(ValueError, match=r"run has not finished: iteration 2 is not trained"):
         find_models([str(run)])
-    assert names(find_models([f"{run}@0", f"{run}@2"])) == ["run@0", "run@2"]
+    assert names(find_models([f"{run}@0", f"{run}@1"])) == ["run@0", "run@1"]
+
+
+def test_a_run_that_early_stopping_has_ended_has_a_last_policy(run):
+    shutil.rmtree(RunStore(run).iteration(3))
+    assert names(find_models([str(run)])) == ["run@0", "run"]
 
 
 def test_models_whose_names_read_alike_have_files_of_their_own(tmp_path):

@@ -195,11 +195,13 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
         raise ValueError(f"{spec}@{number}: the run has the policies 0 to {last}.")
     if number == last:
         directory = store.root.parent
-        # Ctrl-C has the host save a policy that is still in training.
-        trained = "train" in store.summary(last).get("seconds", {})
+        # Ctrl-C has the host save a policy that is still in training; early stopping ends it before
+        # the last iteration.
+        begun = max((t for t in range(1, last + 1) if store.iteration(t).is_dir()), default=1)
+        trained = "train" in store.summary(begun).get("seconds", {})
         if not trained or not any(directory.glob("*.safetensors")):
             raise ValueError(
-                f"{spec} has not finished: iteration {last} is not trained to its end, or "
+                f"{spec} has not finished: iteration {begun} is not trained to its end, or "
                 f"{directory} has no weights. {spec}@t is its policy after t iterations."
             )
     else:
