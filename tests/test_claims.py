@@ -15,6 +15,7 @@ from benchmarks.claims import __main__ as command
 from benchmarks.claims import (
     claims,
     criteria,
+    measure,
     page,
     real,
     real_tables,
@@ -84,6 +85,7 @@ def test_worlds_differ_in_what_their_names_say():
         "small-steps": {"learning_rate"},
         "large-steps": {"learning_rate"},
         "more-pairs": {"learning_rate", "pairs"},
+        "less-length": {"learning_rate", "pairs", "labelling"},
     }
 
 
@@ -145,6 +147,12 @@ def test_figures_of_policies_and_iterations_are_found_or_missing():
     assert (final("true_reward")(one), after(1, "true_reward")(one)) == (0.2, 0.1)
     assert after(3, "true_reward")(one) is None
     assert (during(1, "recall")(one), during(2, "recall")(one)) == (None, 0.4)
+
+
+def test_the_best_and_worst_of_a_ranking_are_compared_by_true_reward():
+    reward = np.array([[0.1, 0.9, 0.5], [3.0, 1.0, 2.0]])
+    true = np.array([[0.2, 0.7, 0.0], [0.1, 0.4, 0.9]])
+    assert measure.extremes(reward, true) == pytest.approx([0.7 - 0.2, 0.1 - 0.4])
 
 
 def test_criteria_look_at_baselines_only():
@@ -223,6 +231,9 @@ def test_smoke_runs_again_with_the_same_numbers_and_continues(tmp_path, monkeypa
         assert len(one["policies"]) == len(one["iterations"]) == 3
         assert 0 <= one["policies"][-1]["true_reward"] <= 1
         assert np.isfinite(one["policies"][-1]["r2_true"])
+        sampled = one["iterations"][-1]
+        assert 0 <= sampled["order_likelihood"] <= 1
+        assert one["system"] == "SPIN" or 0 <= sampled["order_since_initial"] <= 1
     monkeypatch.setattr(command, "perform_all", lambda *_: pytest.fail("ran again"))
     command.main(["--smoke", "--directory", str(tmp_path / "one"), "--only", "SPIN"])
 

@@ -125,7 +125,9 @@ def iteration_figures(root: Path, number: int) -> dict[str, Any]:
         `wrong_kept`, `wrong_dropped`: how often a label is against the true reward.
         `jaccard_score`, `jaccard_reference`: of what is kept with what the score and the reference
         would keep. `order_found`, `order_kept`: how often sampled pairs that differ in true reward
-        are in true order, of all that ranking found and of those trained on.
+        are in true order, of all that ranking found and of those trained on. `order_likelihood`,
+        `order_since_initial`: the same for the best and worst of each prompt if they were ranked
+        by log pi_{t-1} per token, or by log pi_{t-1} - log pi_0.
     """
     place = root / f"iteration-{number:02}"
     summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
@@ -151,7 +153,7 @@ def iteration_figures(root: Path, number: int) -> dict[str, Any]:
         kept = offline["selected"].to_numpy(zero_copy_only=False)
         figures |= about_selection(kept, true["chosen"] - true["rejected"], dataset, offline)
     if pairs["bootstrapped_found"]:
-        figures |= about_samples(root, place, dataset)
+        figures |= about_samples(root, place, dataset, number)
     return figures
 
 
@@ -170,7 +172,7 @@ def about_selection(
     }
 
 
-def about_samples(root: Path, place: Path, dataset: Any) -> dict[str, Any]:
+def about_samples(root: Path, place: Path, dataset: Any, number: int) -> dict[str, Any]:
     """Sampled pairs against the true reward of their answers."""
     from transformers import PreTrainedTokenizerFast
 
@@ -199,10 +201,29 @@ def about_samples(root: Path, place: Path, dataset: Any) -> dict[str, Any]:
         ]
     )
     selected = np.array(found["selected"], dtype=bool)
-    return {
+    figures = {
         "order_found": in_order(gap, np.ones(len(gap))),
         "order_kept": in_order(gap[selected], np.ones(int(selected.sum()))),
     }
+    under = np.array(candidates["logps"].to_pylist())
+    true = np.array(list(rewards.values()))
+    prompts_sampled = len(np.unique(candidates["row"].to_numpy()))
+    others = {"likelihood": under[:, 0] / [len(ids) for ids in candidates["token_ids"].to_pylist()]}
+    if under.shape[1] == number:
+        others["since_initial"] = under[:, 0] - under[:, -1]
+    for name, reward in others.items():
+        best_and_worst = extremes(
+            reward.reshape(prompts_sampled, -1), true.reshape(prompts_sampled, -1)
+        )
+        figures[f"order_{name}"] = in_order(best_and_worst, np.ones(prompts_sampled))
+    return figures
+
+
+def extremes(reward: FloatArray, true: FloatArray) -> FloatArray:
+    """(n,) true reward of the candidate ranked first less that of the last, from (n, R) each."""
+    first, last = (pick(reward, axis=1)[:, None] for pick in (np.argmax, np.argmin))
+    gaps = np.take_along_axis(true, first, 1) - np.take_along_axis(true, last, 1)
+    return gaps[:, 0]
 
 
 def logps(model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> FloatArray:

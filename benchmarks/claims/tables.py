@@ -161,6 +161,8 @@ def iteration_table(worlds: ByRate) -> str:
         ("words after", lambda t: after(t, "words")),
         ("sampled pairs in true order", lambda t: during(t, "order_found")),
         ("of those kept", lambda t: during(t, "order_kept")),
+        ("if ranked by log π - log π_0", lambda t: during(t, "order_since_initial")),
+        ("by log π per token", lambda t: during(t, "order_likelihood")),
         ("swapped labels dropped", lambda t: during(t, "recall")),
         ("wrong among kept", lambda t: during(t, "wrong_kept")),
         ("wrong among dropped", lambda t: during(t, "wrong_dropped")),

@@ -65,6 +65,9 @@ WORLDS: Mapping[str, World] = {
     "small-steps": replace(WORLD, learning_rate=3e-5),
     "large-steps": replace(WORLD, learning_rate=3e-4),
     "more-pairs": replace(WORLD, learning_rate=3e-5, pairs=3_000),
+    "less-length": replace(
+        WORLD, learning_rate=3e-5, pairs=3_000, labelling=replace(LABELLING, length_bonus=0.1)
+    ),
 }
 #: For trying the harness out: nothing can be learnt from its figures.
 SMOKE = World(pairs=48, held_out=24, base_steps=30)
