@@ -555,46 +555,79 @@ def test_a_judge_that_scores_is_asked_once_for_equal_answers():
     assert [one.answer for one in judge.asked] == ["w3", "w1", "w9"]
 
 
-def test_a_policy_judges_itself_by_the_mean_of_what_it_says(monkeypatch):
+class Replies:
+    """Samples what it is told to, and like any sampler refuses a prompt that leaves no room."""
+
+    seconds = {"start_engine": 50.0, "stop_engine": 2.0}  # noqa: RUF012
+
+    def __init__(self, replies: list[str], longest: int | None = None) -> None:
+        self.replies, self.longest = replies, longest
+
+    def sample(self, prompts, settings, skip=()):
+        from sera_plugin.sampling import Candidate, room
+
+        self.settings = settings
+        self.rooms = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
+        for row, letters in enumerate(self.replies):
+            yield [(row, [Candidate([ord(one)], "stop") for one in letters])]
+
+
+def self_judged(sampler: Replies, max_length: int | None = 64):
     from contextlib import nullcontext
 
     from sera_plugin.labeling.conversation import Conversation
     from sera_plugin.labeling.self_judge import SelfJudge
     from sera_plugin.ranks import Ranks
-    from sera_plugin.sampling import Candidate, SamplingSettings
+    from sera_plugin.sampling import SamplingSettings
 
     said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
-    replies = iter(["abb", "ccc", "dab"])
-
-    class Sampler:
-        def __init__(self) -> None:
-            self.settings: SamplingSettings | None = None
-
-        def sample(self, prompts, settings, skip=()):
-            self.settings = settings
-            for row in range(len(prompts)):
-                if row not in skip:
-                    yield [(row, [Candidate([ord(one)], "stop") for one in next(replies)])]
 
     class Letters(Words):
         def decode(self, ids, skip_special_tokens=False):
-            return said.get(chr(ids[0]), "words")
+            return said.get(chr(ids[0]), f"answer {ids[0]}")
 
         def __call__(self, text):
-            return {"input_ids": [1] * (90 if "long" in text else 5)}
+            return {"input_ids": [1] * (90 if "answer 2" in text else 5)}
 
-    sampler = Sampler()
-    settings = SamplingSettings(4, 1.0, 1.0, 12, 64, (END,), seed=5)
-    labeler = SelfJudge(
+    settings = SamplingSettings(4, 1.0, 1.0, 12, max_length, (END,), seed=5)
+    return SelfJudge(
         sampler, settings, Conversation(Letters()), Ranks(),
         lambda total, phase: nullcontext(lambda chunk: None),
     )  # fmt: skip
-    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+
+
+def test_a_policy_judges_itself_by_the_mean_of_what_it_says():
+    sampler = Replies(["abb", "ccc", "dab"])
+    labeler = self_judged(sampler)
+    found = labeler.rewards(ranked([1], [3], [4], per_prompt=3))
     np.testing.assert_array_equal(found, [2.0, np.nan, 2.5])
-    assert labeler.report["unparsed"] == 4
-    assert labeler.report["replies"] == 9
-    assert sampler.settings is not None
+    assert labeler.report == {
+        "name": "self_judge", "replies": 9, "unparsed": 4, "too_long": 0,
+        "start_engine": 50.0, "stop_engine": 2.0,
+    }  # fmt: skip
     assert sampler.settings.candidates == 3
+
+
+@pytest.mark.parametrize(
+    ("max_length", "longest"), [(90, None), (None, 90), (4096, 64), (64, 4096)]
+)
+def test_an_answer_that_leaves_no_room_to_judge_it_has_no_reward(max_length, longest):
+    """Whether `sequence_len` ends there or the engine's own context; the others are judged."""
+    sampler = Replies(["aaa", "bbb"], longest)
+    labeler = self_judged(sampler, max_length)
+    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+    np.testing.assert_array_equal(found, [4.0, np.nan, 1.0])
+    assert labeler.report["too_long"] == 1
+    assert labeler.report["replies"] == 6
+
+
+def test_an_answer_that_leaves_any_room_is_judged():
+    sampler = Replies(["aaa", "bbb", "aaa"], longest=91)
+    labeler = self_judged(sampler, max_length=None)
+    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+    np.testing.assert_array_equal(found, [4.0, 1.0, 4.0])
+    assert sampler.rooms == [86, 1, 86]
+    assert labeler.report["too_long"] == 0
 
 
 class ChatWords(Words):

@@ -48,10 +48,17 @@ class SelfJudge(Ranker):
             top_p=TOP_P,
             max_new_tokens=_LONGEST,
             seed=settings.seed + 1_000_000_000,  # not the seeds of what is judged
-        )
+        ).within(sampler.longest)
 
     def rewards(self, ranked: Ranked) -> FloatArray:
-        """See `Labeler.rewards`; NaN where no reply has a score that can be read."""
+        """See `Labeler.rewards`.
+
+        NaN where no reply has a score that can be read, and where question and answer leave no
+        room for a reply (`too_long`).
+
+        Raises:
+            SamplingFailed: if an engine outside this process does not do its work.
+        """
         template = read_template("additive")
         prompts = [
             np.array(
@@ -68,18 +75,18 @@ class SelfJudge(Ranker):
             for prompt, answer in zip(ranked.prompts, ranked.answers, strict=True)
         ]
         longest = self.settings.max_length
-        # A question that leaves no room for a reply cannot be judged.
-        too_long = [
+        # Not `skip`: a sampler refuses a prompt that leaves no room, skipped or not.
+        fitting = [
             index
             for index, prompt in enumerate(prompts)
-            if longest is not None and len(prompt) >= longest
+            if longest is None or len(prompt) < longest
         ]
+        asked = [prompts[index] for index in fitting]
         points, counted = np.zeros((2, len(prompts)))
         said = unread = 0
-        skip = frozenset(too_long)
         with (
-            self.progress((len(prompts) - len(skip)) // self.ranks.world, "self-judge") as advance,
-            closing(self.sampler.sample(prompts, self.settings, skip=skip)) as chunks,
+            self.progress(len(asked) // self.ranks.world, "self-judge") as advance,
+            closing(self.sampler.sample(asked, self.settings)) as chunks,
         ):
             for chunk in chunks:
                 for row, replies in chunk:
@@ -90,14 +97,15 @@ class SelfJudge(Ranker):
                         if score is None:
                             unread += 1
                         else:
-                            points[row] += score
-                            counted[row] += 1
+                            points[fitting[row]] += score
+                            counted[fitting[row]] += 1
                 advance(chunk)
         totals = self.ranks.sum(np.concatenate([points, counted, [float(said), float(unread)]]))
         points, counted = totals[:-2].reshape(2, -1)
         self.report |= {
             "replies": int(totals[-2]),
             "unparsed": int(totals[-1]),
-            "too_long": len(too_long),
+            "too_long": len(prompts) - len(asked),
+            **self.sampler.seconds,  # parts of the phase's, of an engine that started again
         }
         return np.divide(points, counted, out=np.full(len(prompts), np.nan), where=counted > 0)

@@ -77,6 +77,7 @@ class VllmServerSampler:
         self.shard = shard
         self.report: dict[str, Any] = {"name": "vllm-server"}
         self.seconds: dict[str, float] = {}
+        self.longest: int | None = None
         retry = Retry(
             total=RETRIES,
             backoff_factor=BACKOFF,
