@@ -248,6 +248,15 @@ def test_a_policy_that_cannot_judge_itself_adds_no_pair(config, train):
         assert result.training_pairs[iteration].num_rows == 17
 
 
+def test_answers_that_are_too_long_to_judge_are_in_no_pair(config, train):
+    """The judge's prompt alone is longer than this model's context."""
+    result = train(system(config, labeler="self_judge") | {"num_epochs": 2})
+    found = summary(result, 2)
+    assert found["labeler"]["too_long"] == found["samples"]["unranked"] == 96
+    assert found["labeler"]["replies"] == 0
+    assert result.training_pairs[2].num_rows == 17
+
+
 def test_length_control_makes_sampled_pairs_equally_long(config, train):
     result = train(system(config, length_control="auto", offline_length_control="auto"))
     passed_gates(result)
