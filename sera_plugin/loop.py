@@ -64,7 +64,6 @@ class Loop:
         schedule: how long each iteration is; updated as iterations turn out shorter.
         pairs, held_out: the data.
         end_ids: token ids that end a completion.
-        seed: the host's.
         store: the run directory.
         scorer: scores under any policy; owns the model's policies.
         samplers, labelers: make what samples in an iteration, and what ranks its samples.
@@ -78,7 +77,6 @@ class Loop:
     pairs: Pairs
     held_out: Pairs | None
     end_ids: tuple[int, ...]
-    seed: int
     store: RunStore
     scorer: PolicyScorer
     samplers: Samplers
@@ -131,7 +129,7 @@ class Loop:
         """
         description = describe_run(
             self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
-            self.end_ids, self.seed,
+            self.end_ids,
         )  # fmt: skip
         if asked:
             checkpoints.named(self._output_dir, asked)
@@ -260,7 +258,7 @@ class Loop:
             max_new_tokens=config.max_new_tokens,
             max_length=self.cfg["sequence_len"],
             end_ids=self.end_ids,
-            seed=self.seed * 1_000 + iteration,
+            seed=method.seed * 1_000 + iteration,
         )
         pairs = prepare_iteration(
             iteration,

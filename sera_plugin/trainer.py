@@ -500,11 +500,10 @@ class SeraTrainer(AxolotlDPOTrainer):
             pairs=self._pairs,
             held_out=self._eval_pairs,
             end_ids=tuple(self._end_ids),
-            seed=int(self.args.seed),
             store=self.store,
             scorer=self._score,
             samplers=samplers,
-            labelers=Labelers(self.config, method, samplers, self.processing_class),
+            labelers=Labelers(method, samplers, self.processing_class),
             nats=self._limits[0],
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),

@@ -375,7 +375,7 @@ def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monke
     def check(**block: Any) -> None:
         run = system(tmp_path, bootstrap_ratio=1, **block)
         samplers = SimpleNamespace(store=RunStore(tmp_path))
-        Labelers(run.config, run.method, samplers, tokenizer=None).check()
+        Labelers(run.method, samplers, tokenizer=None).check()
 
     model = {"labeler": "reward_model", "reward_model": str(tmp_path)}
     with pytest.raises(ValueError, match=r"sera.reward_model: .* has no config\.json"):
@@ -430,7 +430,7 @@ def described(facts: Facts | None = None, **block: Any) -> dict[str, Any]:
     ids = make_table({f"{name}_ids": [[1]] for name in ("prompt", "chosen", "rejected")})
     cfg = {"sera": config.model_dump(mode="json")}
     pairs, schedule = Pairs.from_table(ids), Schedule((1,), 1, 1)
-    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, (END,), 0)
+    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, (END,))
 
 
 def test_a_run_is_continued_with_the_scores_that_it_selects_by():
