@@ -27,6 +27,7 @@ from sera_plugin.method import Facts, Method, Pairs
 from sera_plugin.run import require_same_run
 from sera_plugin.selection import SELECTIONS
 from sera_plugin.store import make_table
+from sera_plugin.summary import noise_found
 from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
@@ -338,6 +339,39 @@ def test_noise_is_recorded_per_row_and_counted(tmp_path):
     assert summary["label_noise"] == {
         "swapped": 1, "swapped_dropped": 1, "precision": 1.0, "recall": 1.0,
     }  # fmt: skip
+
+
+def test_a_curriculum_drops_no_pair_for_its_label(tmp_path):
+    """What is not kept has had its turn or is to have it, which says nothing of a label."""
+    from sera_plugin.summary import summarize
+
+    swapped = np.array([False, True, False])
+    run = system(
+        tmp_path,
+        Facts(np.array([3.0, 1.0, 2.0]), np.array([0, 0, 1]), swapped),
+        selection="curriculum",
+        selection_ratio=1.0,
+        score_columns=["gap"],
+        label_noise=0.33,
+    )
+    run.iterations = 2
+    for iteration in (1, 2):
+        run.prepare(iteration)
+        assert run.offline(iteration)["swapped"] == swapped.tolist()
+        summary = summarize(iteration, run.method, run.store, run.phases)
+        assert summary["pairs"]["kept"] in (1, 2)
+        assert "label_noise" not in summary
+
+
+@pytest.mark.parametrize("kept", [[True] * 3, [False] * 3])
+def test_where_no_pair_is_told_from_another_no_noise_is_found(kept):
+    assert noise_found("irm", np.array([True, False, False]), np.array(kept)) is None
+    assert noise_found("irm", None, np.array([True, False, False])) is None
+
+
+def test_noise_that_has_swapped_nothing_has_no_recall():
+    found = noise_found("irm", np.zeros(3, dtype=bool), np.array([True, False, False]))
+    assert found == {"swapped": 0, "swapped_dropped": 0, "precision": 0.0, "recall": None}
 
 
 def test_a_score_is_a_gap_of_two_columns_or_a_column_that_is_one():
