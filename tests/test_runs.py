@@ -185,6 +185,22 @@ def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there
     assert not (run / "iteration-02/samples").exists()
 
 
+def test_a_sampler_is_chosen_where_finished_samples_are_made_again(base_config, train, monkeypatch):
+    """Iterations that come after the checkpoint are discarded with their candidates."""
+    from sera_plugin.samplers import Samplers
+
+    base_config |= adapter() | {"num_epochs": 2}
+    first = train(base_config)
+    for checkpoint in first.output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    chosen = []
+    choose = Samplers.choose
+    monkeypatch.setattr(Samplers, "choose", lambda self: chosen.append(choose(self)))
+    again = train(base_config | {"auto_resume_from_checkpoints": True})
+    assert len(chosen) == 1
+    assert files(again.run) == files(first.run)
+
+
 def test_another_run_is_never_overwritten_or_continued_as_this_one(base_config, train, world):
     base_config |= {"num_epochs": 1}
     result = train(base_config)
