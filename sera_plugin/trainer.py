@@ -566,15 +566,18 @@ class SeraTrainer(AxolotlDPOTrainer):
             kwargs.get("steps_trained_in_current_epoch")
         )
         loop.recall()
+        planned = loop.schedule.steps(iteration)
         prepared = loop.begin(iteration, resumed, self.optimizer)
+        steps = loop.schedule.steps(iteration)
         if prepared.held_out is not None:
             assert self._eval_pairs is not None
             self.eval_dataset = self._with_reference(self._eval_pairs, prepared.held_out)
             # Persistent workers would go on serving the last iteration's reference values.
             self._eval_dataloaders: dict[str, Any] = {}
         self._announce_total(loop.schedule.total_steps)
-        if self.config.restart_optimizer and iteration > 1 and not resumed:
-            self._restart_optimizer(loop.schedule.steps(iteration))
+        # The host has made the first iteration's, for as many steps as were planned.
+        if self.config.restart_optimizer and not resumed and (iteration > 1 or steps != planned):
+            self._restart_optimizer(steps)
         self.train_dataset = Dataset(InMemoryTable(prepared.pairs))
         loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = loader
@@ -585,7 +588,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             epoch=epoch,
             train_dataloader=loader,
             steps_in_epoch=len(loader),
-            num_update_steps_per_epoch=loop.schedule.steps(iteration),
+            num_update_steps_per_epoch=steps,
             **kwargs,
         )
 

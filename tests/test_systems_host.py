@@ -202,6 +202,24 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
         assert summary(result, iteration)["labeler"]["name"] == "reward_model"
 
 
+def test_a_first_iteration_of_fewer_samples_has_a_schedule_of_its_own_length(
+    config, train, reward_model
+):
+    """One token a candidate leaves so few distinct ones that some prompts give no pair."""
+    block = {"selection_ratio": 0.0, "bootstrap_ratio": 1.0, "max_new_tokens": 1}
+    result = train(
+        system(
+            config, labeler="reward_model", reward_model=str(reward_model), temperature=0.2, **block
+        )
+        | {"num_epochs": 1, "lr_scheduler": "linear", "warmup_steps": 0}
+        | {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    )
+    steps = result.trainer.state.global_step
+    assert 1 < steps == summary(result, 1)["pairs"]["trained"] < 24
+    rates = [entry["learning_rate"] for entry in result.history if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-3 * (steps - step) / steps for step in range(steps)])
+
+
 def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(config, train, monkeypatch):
     """It prefers the answer with more words; equally long ones tie."""
     monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
