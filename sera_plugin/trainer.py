@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,6 @@ _DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
     "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
 )
-
-
 _NO_FSDP = (
     "fsdp_config is set, but the host cannot shard the model here: it does so over several "
     "processes, each with a GPU of its own. Start as many as there are GPUs (`axolotl train "
@@ -285,7 +284,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._saved_step: int | None = None
         # Before the host puts its own find in place of what the YAML says.
         self._asked_checkpoint = self.cfg.resume_from_checkpoint
-        self._offline_columns: dict[str, list[Any]] = {}
+        self._offline_columns: Mapping[str, Sequence[Any]] = {}
         self._swapped: np.ndarray[Any, Any] | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
@@ -394,9 +393,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         if logps is None:
             logps = score_pairs(pairs, 0, self._score, "score_evaluation")
         columns = {
-            "prompt_ids": list(pairs.prompt_ids),
-            "chosen_ids": list(pairs.chosen_ids),
-            "rejected_ids": list(pairs.rejected_ids),
+            "prompt_ids": pairs.prompt_ids,
+            "chosen_ids": pairs.chosen_ids,
+            "rejected_ids": pairs.rejected_ids,
             "ref_chosen_logps": logps["chosen"],
             "ref_rejected_logps": logps["rejected"],
         }
