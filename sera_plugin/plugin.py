@@ -52,10 +52,10 @@ _HOST_LOSSES = (
     "sft",
     "sigmoid_norm",
 )
-#: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
-_MOST_EPOCHS = 10_000
 #: Those of them that read label smoothing; `sigmoid` does not.
 _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
+#: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
+_MOST_EPOCHS = 10_000
 
 
 class SeraPlugin(BasePlugin):
