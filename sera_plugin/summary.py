@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from sera_plugin.iteration import candidate_places
-from sera_plugin.labeling.spin import DATASET
+from sera_plugin.labeling import DATASET
 from sera_plugin.method import Method, Phases
 from sera_plugin.store import RunStore
 from sera_plugin.tokens import TokenColumn

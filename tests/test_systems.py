@@ -243,6 +243,22 @@ def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_
     assert table["token_ids"][2] == [11, END]
 
 
+def test_no_policy_scores_the_datasets_answers_again_for_spin(tmp_path):
+    """Each has with the offline pairs; with theta_0 as reference too."""
+    run = system(
+        tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0, reference="initial"
+    )
+    for iteration in (1, 2):
+        prepare_labelled(run, iteration, Spin())
+        candidates, chosen = run.table(iteration, "candidates"), run.offline(iteration)
+        assert [logp for (logp,) in candidates["logps"][2::3]] == chosen["chosen_logp"]
+    assert candidates["reference_logp"][2::3] == run.offline(1)["chosen_logp"]
+    # Three prompts with two samples each.
+    assert [call for call in run.scorer.calls if call[1] == "score_candidates"] == [
+        (policy, "score_candidates", 6) for policy in (0, 1, 0)
+    ]
+
+
 def test_spin_beside_offline_pairs_begins_with_selection(tmp_path):
     run = system(tmp_path, labeler="spin", selection_ratio=0.67, bootstrap_ratio=1.0)
     assert run.method.sizes == (3, 5, 5)

@@ -18,6 +18,9 @@ from sera_plugin.tokens import TokenColumn
 
 FloatArray = npt.NDArray[np.float64]
 
+#: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
+DATASET = "dataset"
+
 #: The iteration from which each can rank: an implicit reward compares two policies, and the first
 #: iteration has one.
 FIRST_ITERATION: Mapping[str, int] = {
@@ -69,7 +72,7 @@ class Labeler(Protocol):
         ...
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
-        """Add candidates that are not sampled.
+        """Add candidates that are not sampled: the dataset's chosen answers, marked `DATASET`.
 
         Args:
             samples: rows of candidates.parquet before they are scored, as many per prompt.
