@@ -143,8 +143,11 @@ class Samplers:
         adapter, config = self.scorer.policies.is_adapter, self.config
         if not adapter and first_iteration(config.selection_ratio, config.labeler) > 1:
             return None  # whole weights of its own
-        base = type(model.config).from_pretrained(str(self.cfg["base_model"])).get_text_config()
-        if model.get_input_embeddings().weight.shape[0] != base.vocab_size:
+        base = type(model.config).from_pretrained(
+            str(self.cfg["base_model"]), revision=self.cfg.get("revision_of_model") or "main"
+        )
+        embedded = model.get_input_embeddings().weight.shape[0]
+        if embedded != base.get_text_config().vocab_size:
             return "the policy stands on a model whose vocabulary was resized after loading"
         if not adapter:
             return None

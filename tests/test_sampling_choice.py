@@ -111,6 +111,35 @@ def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_m
     }[iteration]
 
 
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, revision):
+    """vLLM loads the base model as it is on the disk, or on the hub at that revision."""
+    from transformers import LlamaConfig
+
+    asked = []
+
+    class Config(LlamaConfig):
+        @classmethod
+        def from_pretrained(cls, name, revision):
+            asked.append((name, revision))
+            return cls(vocab_size=16)
+
+    def unserved(tokens: int) -> str | None:
+        embeddings = SimpleNamespace(weight=np.zeros((tokens, 2)))
+        config = SimpleNamespace(to_dict=lambda: PLAIN)
+        model = SimpleNamespace(
+            config=Config(vocab_size=tokens), get_input_embeddings=lambda: embeddings,
+            peft_config={"default": config}, active_adapter="default",
+        )  # fmt: skip
+        scorer = SimpleNamespace(policies=SimpleNamespace(model=model, is_adapter=True))
+        cfg = {"base_model": "org/name", "revision_of_model": revision}
+        return Samplers(cfg, SeraConfig(), RunStore(tmp_path), scorer, None)._unserved()
+
+    assert unserved(16) is None
+    assert "vocabulary was resized" in (unserved(17) or "")
+    assert asked == [("org/name", revision or "main")] * 2
+
+
 def test_transformers_by_name_looks_for_nothing():
     assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
 
