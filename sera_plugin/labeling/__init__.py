@@ -95,7 +95,9 @@ class Ranker:
         self.report: dict[str, Any] = {"name": name}
 
     def policies(self, iteration: int) -> int:
+        """See `Labeler.policies`."""
         return 1
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
+        """See `Labeler.complete`."""
         return samples

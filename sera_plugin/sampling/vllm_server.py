@@ -133,7 +133,12 @@ class VllmServerSampler:
         settings: SamplingSettings,
         skip: Collection[int] = (),
     ) -> Generator[Chunk, None, None]:
-        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
+        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts.
+
+        Raises:
+            ValueError: for a prompt that leaves no room to sample.
+            SamplingFailed: if the server cannot serve this policy, or its context is too short.
+        """
         left = longest_first(prompts, skip)
         rows = self.shard.of(left, [len(prompts[row]) for row in left])
         if not rows:
