@@ -263,6 +263,8 @@ class Loop:
         """
         self.store.discard_after(iteration)
         earlier = self.store.summary(iteration)
+        # Of another continuation, which went on from here and got to the iteration's end.
+        earlier.get("seconds", {}).pop("train", None)
         phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
         self.scorer.phases = phases
         policies = self.scorer.policies

@@ -185,20 +185,29 @@ def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there
     assert not (run / "iteration-02/samples").exists()
 
 
-def test_a_sampler_is_chosen_where_finished_samples_are_made_again(base_config, train, monkeypatch):
+def test_a_finished_run_that_begins_again_chooses_a_sampler_and_counts_its_own_time(
+    base_config, train, monkeypatch
+):
     """Iterations that come after the checkpoint are discarded with their candidates."""
     from sera_plugin.samplers import Samplers
+    from sera_plugin.store import RunStore
 
     base_config |= adapter() | {"num_epochs": 2}
     first = train(base_config)
     for checkpoint in first.output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    # Iteration 1 is trained anew, and what it took before does not count.
+    store = RunStore(first.output)
+    store.write_summary(1, store.summary(1) | {"seconds": {"score_offline": 7.0, "train": 1e6}})
     chosen = []
     choose = Samplers.choose
     monkeypatch.setattr(Samplers, "choose", lambda self: chosen.append(choose(self)))
     again = train(base_config | {"auto_resume_from_checkpoints": True})
     assert len(chosen) == 1
     assert files(again.run) == files(first.run)
+    seconds = summary(again, 1)["seconds"]
+    assert seconds["score_offline"] == 7.0
+    assert 0 < seconds["train"] < 1e3
 
 
 def test_another_run_is_never_overwritten_or_continued_as_this_one(base_config, train, world):
