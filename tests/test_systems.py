@@ -574,16 +574,29 @@ def judged(judge):
 
 
 def test_a_judge_that_compares_gives_shares_of_wins():
-    """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat is not shown; w9 gets no verdict."""
+    """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat as the first; w9 gets no verdict."""
     judge = PrefersHigher()
     labeler = judged(judge)
     found = labeler.rewards(
         ranked([1, END], [3, END], [2, END], [3], [1], [2], [9], [9], per_prompt=4)
     )
-    np.testing.assert_array_equal(found, [0, 1, 0.5, np.nan, 0, 1, np.nan, np.nan])
+    np.testing.assert_array_equal(found, [0, 1, 0.5, 1, 0, 1, np.nan, np.nan])
     assert judge.met[:3] == [("w1", "w3"), ("w1", "w2"), ("w3", "w2")]
     assert len(judge.met) == 3 + 3
     assert labeler.report["judge"] == "by number"
+
+
+def test_answers_that_read_the_same_are_no_failure_of_the_judge():
+    """Nobody is asked about the first prompt; in the second w1 loses, however often it is there."""
+    judge = PrefersHigher()
+    found = judged(judge).rewards(
+        ranked([9, END], [9, END], [9], [1, END], [1, END], [2, END], per_prompt=3)
+    )
+    np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 0, 0, 1])
+    assert judge.met == [("w1", "w2")]
+    pairs = pair_candidates([[0, 0, 1], [0, 0, 1]], found.reshape(2, 3))
+    assert (pairs.unranked, pairs.ties, pairs.duplicates) == (0, 1, 2)
+    assert (pairs.prompt, pairs.chosen, pairs.rejected) == ([1], [2], [0])
 
 
 def test_a_judge_that_scores_is_asked_once_for_equal_answers():
