@@ -203,21 +203,29 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
 
 
 def test_a_first_iteration_of_fewer_samples_has_a_schedule_of_its_own_length(
-    config, train, reward_model
+    config, train, reward_model, tmp_path
 ):
     """One token a candidate leaves so few distinct ones that some prompts give no pair."""
     block = {"selection_ratio": 0.0, "bootstrap_ratio": 1.0, "max_new_tokens": 1}
-    result = train(
-        system(
-            config, labeler="reward_model", reward_model=str(reward_model), temperature=0.2, **block
-        )
-        | {"num_epochs": 1, "lr_scheduler": "linear", "warmup_steps": 0}
-        | {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
-    )
+    block |= {"labeler": "reward_model", "reward_model": str(reward_model), "temperature": 0.2}
+    settings = system(config, **block) | {
+        "num_epochs": 1, "lr_scheduler": "linear", "warmup_steps": 0,
+        "micro_batch_size": 1, "gradient_accumulation_steps": 1,
+        "saves_per_epoch": None, "save_steps": 1, "save_total_limit": 9,
+    }  # fmt: skip
+    result = train(settings)
     steps = result.trainer.state.global_step
     assert 1 < steps == summary(result, 1)["pairs"]["trained"] < 24
-    rates = [entry["learning_rate"] for entry in result.history if "learning_rate" in entry]
-    assert rates == pytest.approx([1e-3 * (steps - step) / steps for step in range(steps)])
+
+    def rates(one):
+        return [entry["learning_rate"] for entry in one.history if "learning_rate" in entry]
+
+    assert rates(result) == pytest.approx([1e-3 * (steps - step) / steps for step in range(steps)])
+    cut = Path(shutil.copytree(result.output, tmp_path / "cut"))
+    for step in range(2, steps + 1):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    resume = {"output_dir": str(cut), "auto_resume_from_checkpoints": True}
+    assert rates(train(settings | resume)) == rates(result)
 
 
 def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(config, train, monkeypatch):
