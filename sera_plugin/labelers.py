@@ -72,7 +72,6 @@ class Labelers:
             optimizer: may wait in host memory while an engine samples.
         """
         config, scorer = self.method.config, self.samplers.scorer
-        conversation = Conversation(self.tokenizer)
 
         def judged(judge: Callable[[Journal], Judge]) -> Labeler:
             @contextmanager
@@ -83,7 +82,7 @@ class Labelers:
             return Judged(
                 config.labeler,
                 opened,
-                conversation,
+                Conversation(self.tokenizer),
                 scorer.ranks,
                 lambda total: progress("judging", total, "verdict", scorer.quiet),
             )
@@ -105,7 +104,7 @@ class Labelers:
             "self_judge": lambda: SelfJudge(
                 self.samplers.make(iteration, optimizer),
                 settings,
-                conversation,
+                Conversation(self.tokenizer),
                 scorer.ranks,
                 sampling_progress(scorer.quiet),
             ),

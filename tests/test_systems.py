@@ -442,6 +442,23 @@ def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monke
     assert not list(tmp_path.rglob("judgements.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["implicit", "spin"])
+def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(tmp_path, name):
+    """Some templates refuse a lone question; that is a matter of labelers that read."""
+    from sera_plugin.labelers import Labelers
+
+    class Refusing(Words):
+        chat_template = "some"
+
+        def apply_chat_template(self, *args, **kwargs):
+            raise ValueError("a system message is needed")
+
+    run = system(tmp_path, labeler=name, bootstrap_ratio=1.0)
+    samplers = SimpleNamespace(scorer=None)
+    made = Labelers(run.method, samplers, Refusing()).make(2, SimpleNamespace(), None)
+    assert made.report["name"] == name
+
+
 @pytest.mark.parametrize(
     ("block", "said"),
     [
