@@ -701,6 +701,21 @@ def test_an_answer_that_leaves_no_room_to_judge_it_has_no_reward(max_length, lon
     assert labeler.report["replies"] == 6
 
 
+def test_equal_answers_to_a_prompt_are_judged_once():
+    """1 3 1 and 3 1 1: four are asked about, and a repeat is worth what the first one is."""
+    sampler = Replies(["aaa", "bbb", "aab", "ccc"])
+    labeler = self_judged(sampler)
+    found = labeler.rewards(ranked([1], [3], [1], [3], [1], [1], per_prompt=3))
+    np.testing.assert_array_equal(found, [4.0, 1.0, 4.0, 3.0, np.nan, np.nan])
+    assert labeler.report["replies"] == 12
+    assert labeler.report["too_long"] == 0
+    repeated = self_judged(Replies(["aaa"]))
+    np.testing.assert_array_equal(
+        repeated.rewards(ranked([2], [1], [2], per_prompt=3)), [np.nan, 4.0, np.nan]
+    )
+    assert repeated.report["too_long"] == 2
+
+
 def test_an_answer_that_leaves_any_room_is_judged():
     sampler = Replies(["aaa", "bbb", "aaa"], longest=91)
     labeler = self_judged(sampler, max_length=None)

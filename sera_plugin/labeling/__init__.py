@@ -6,7 +6,7 @@ A labeler gives candidates numbers; pairing the best with the worst is the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +59,19 @@ class Ranked:
     answers: TokenColumn
     finish_reasons: Sequence[str]
     logps: Sequence[FloatArray]
+
+
+def first_places(answers: Sequence[Hashable], per_prompt: int) -> list[int]:
+    """(n,) where each answer occurs first among those to its prompt: all are asked about once.
+
+    Args:
+        answers: (n,) anything that is equal where two answers are, those of a prompt in a row.
+        per_prompt: how many belong to a prompt.
+    """
+    places: dict[Hashable, int] = {}
+    return [
+        places.setdefault((index // per_prompt, one), index) for index, one in enumerate(answers)
+    ]
 
 
 class Labeler(Protocol):

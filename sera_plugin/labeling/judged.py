@@ -15,7 +15,7 @@ from itertools import combinations
 import numpy as np
 
 from sera_plugin.judging import Answered, Comparison, Judge, ScoringJudge
-from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.labeling import FloatArray, Ranked, Ranker, first_places
 from sera_plugin.labeling.conversation import Conversation
 from sera_plugin.ranks import Ranks
 
@@ -79,7 +79,7 @@ class Judged(Ranker):
     def _wins(
         self, judge: Judge, questions: list[str], answers: list[str], per_prompt: int
     ) -> FloatArray:
-        first = _first_places(answers, per_prompt)
+        first = first_places(answers, per_prompt)
         pairs = [
             pair
             for begin in range(0, len(answers), per_prompt)
@@ -100,11 +100,3 @@ class Judged(Ranker):
         found = np.full(len(answers), np.nan)
         found[list(unmet)] = 0.5
         return np.divide(won, known, out=found, where=known > 0)[first]
-
-
-def _first_places(answers: list[str], per_prompt: int) -> list[int]:
-    """For each answer, where its text occurs first among those to its prompt."""
-    places: dict[tuple[int, str], int] = {}
-    return [
-        places.setdefault((index // per_prompt, text), index) for index, text in enumerate(answers)
-    ]
