@@ -192,7 +192,7 @@ class Loop:
             for t in iterations
         ):
             return None
-        sampler = self.samplers.choose()
+        sampler = self.samplers.choose(int(self.pairs.prompt_ids.lengths.max()))
         self.store.ranks.on_main(self.labelers.check)
         return sampler
 

@@ -50,11 +50,15 @@ class Samplers:
     tokenizer: Any
     choice: Choice = field(default=Choice("transformers", "nothing is sampled"), init=False)
 
-    def choose(self) -> Choice:
+    def choose(self, longest: int) -> Choice:
         """Which sampler the run takes; the same on every rank.
 
+        Args:
+            longest: tokens of the longest prompt.
+
         Raises:
-            ValueError: if the sampler that the configuration names cannot run.
+            ValueError: if the sampler that the configuration names cannot run, or has no room for
+                that prompt.
             SamplingFailed: if a server is named and cannot serve this run.
         """
         ranks = self.store.ranks
@@ -68,7 +72,15 @@ class Samplers:
                     choice.reason,
                 )
             if choice.name == "vllm-server":
-                self._server(self.store.policy(2)).check()
+                whole = longest + self.config.max_new_tokens
+                most = self.cfg["sequence_len"] or whole
+                self._server(self.store.policy(2)).check(min(whole, most))
+            context = self._vllm_options.get("max_model_len")
+            if choice.name == "vllm" and context is not None and longest >= context:
+                raise ValueError(
+                    f"vllm.max_model_len: {context} leaves no room to sample after the longest "
+                    f"prompt, which has {longest} tokens. Raise it, or leave it out."
+                )
         # All ranks sample alike, whatever their own environments could do.
         mine = SAMPLERS.index(choice.name) if ranks.main else 0
         choice = replace(choice, name=SAMPLERS[int(ranks.sum(np.array([mine], float))[0])])

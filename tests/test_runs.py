@@ -201,7 +201,7 @@ def test_a_finished_run_that_begins_again_chooses_a_sampler_and_counts_its_own_t
     store.write_summary(1, store.summary(1) | {"seconds": {"score_offline": 7.0, "train": 1e6}})
     chosen = []
     choose = Samplers.choose
-    monkeypatch.setattr(Samplers, "choose", lambda self: chosen.append(choose(self)))
+    monkeypatch.setattr(Samplers, "choose", lambda *args: chosen.append(choose(*args)))
     again = train(base_config | {"auto_resume_from_checkpoints": True})
     assert len(chosen) == 1
     assert files(again.run) == files(first.run)

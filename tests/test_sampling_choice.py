@@ -140,6 +140,45 @@ def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, rev
     assert asked == [("org/name", revision or "main")] * 2
 
 
+def chosen(cfg: dict, longest: int, tmp_path, **block) -> Choice:
+    policies = SimpleNamespace(model=None, is_adapter=False)
+    cfg = {"sequence_len": 64, **cfg}
+    tokenizer = SimpleNamespace(all_special_tokens=[])
+    scorer = SimpleNamespace(policies=policies)
+    samplers = Samplers(cfg, SeraConfig(**block), RunStore(tmp_path), scorer, tokenizer)
+    return samplers.choose(longest)
+
+
+def test_a_prompt_that_fills_the_engines_context_is_told_before_training(with_vllm, tmp_path):
+    cfg = {"vllm": {"max_model_len": 40}}
+    assert chosen(cfg, 39, tmp_path).name == "vllm"
+    with pytest.raises(ValueError, match=r"vllm\.max_model_len: 40 .* longest prompt.* 40 tokens"):
+        chosen(cfg, 40, tmp_path)
+    assert chosen({}, 63, tmp_path).name == "vllm"
+    assert chosen(cfg, 40, tmp_path, sampler="transformers").name == "transformers"
+
+
+@pytest.mark.parametrize(("sequence_len", "asked"), [(64, 50), (48, 48), (None, 50)])
+def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, sequence_len, asked):
+    compared = []
+    monkeypatch.setattr(vllm_server.VllmServerSampler, "check", lambda _, n: compared.append(n))
+    cfg = {"sequence_len": sequence_len, "base_model": "m"}
+    assert chosen(cfg, 38, tmp_path, sampler="vllm-server", max_new_tokens=12).name == "vllm-server"
+    assert compared == [asked]
+
+
+def test_a_server_with_too_short_a_context_is_said_so(world, tmp_path):
+    from tests.test_security import echo
+
+    with echo(world.base) as server:
+        sampler = vllm_server.VllmServerSampler(
+            "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, []
+        )
+        assert sampler.check() == sampler.check(48) == 48
+        with pytest.raises(SamplingFailed, match=r"context of 48 tokens.*--max-model-len 49"):
+            sampler.check(49)
+
+
 def test_transformers_by_name_looks_for_nothing():
     assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
 

@@ -92,8 +92,11 @@ class VllmServerSampler:
         if self._key:
             self._session.headers["Authorization"] = f"Bearer {self._key}"
 
-    def check(self) -> int:
+    def check(self, longest: int = 0) -> int:
         """Whether this server can serve the run's policies; returns its context in tokens.
+
+        Args:
+            longest: most tokens of a prompt and its candidate together.
 
         Raises:
             SamplingFailed: naming what is wrong with it and how to start it right.
@@ -125,7 +128,14 @@ class VllmServerSampler:
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and with `--enable-lora "
                 "--max-lora-rank` of at least lora_r"
             )
-        return int(served["max_model_len"])
+        context = int(served["max_model_len"])
+        if longest > context:
+            raise self._wrong(
+                f"has a context of {context} tokens, but prompt and candidate need up to "
+                f"{longest}. Start it with `--max-model-len {longest}` or more, or lower "
+                "sera.max_new_tokens or sequence_len"
+            )
+        return context
 
     def sample(
         self,
@@ -143,15 +153,8 @@ class VllmServerSampler:
         rows = self.shard.of(left, [len(prompts[row]) for row in left])
         if not rows:
             return
-        context = self.check()
         limits = {row: room(row, prompts[row], settings) for row in rows}
-        longest = max(len(prompts[row]) + limits[row] for row in rows)
-        if longest > context:
-            raise self._wrong(
-                f"has a context of {context} tokens, but prompt and candidate need up to "
-                f"{longest}. Start it with `--max-model-len {longest}` or more, or lower "
-                "sera.max_new_tokens or sequence_len"
-            )
+        self.check(max(len(prompts[row]) + limits[row] for row in rows))
         self.report["version"] = self._shown(self._ask("GET", "/version")["version"])
         # A request for ids, not a password.
         fields = sampling_fields(settings) | {"return_token_ids": True}  # nosec B105
