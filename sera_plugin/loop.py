@@ -122,9 +122,9 @@ class Loop:
                 the trainer to call `recall`, before it loads a checkpoint or begins.
 
         Raises:
-            ValueError: if the checkpoint that is asked for cannot be used, the directory holds
-                another run or is in use by one, or if the sampler or the labeler that the
-                configuration names cannot run.
+            ValueError: if an iteration would train on no pair, the checkpoint that is asked for
+                cannot be used, the directory holds another run or is in use by one, or if the
+                sampler or the labeler that the configuration names cannot run.
             OSError: if the directory cannot be written.
             SamplingFailed: if a server is named and cannot serve this run.
             JudgeFailed: if a judge's key is not there.
@@ -133,6 +133,7 @@ class Loop:
             self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
             self.end_ids,
         )  # fmt: skip
+        self._require_pairs()
         if asked:
             checkpoints.named(self._output_dir, asked)
         self.store.lock()
@@ -170,6 +171,17 @@ class Loop:
         self.scorer.policies.keep_initial(recorded=self._earlier)
         if self._earlier:
             self._require_same_model()
+
+    def _require_pairs(self) -> None:
+        """Few pairs times a small ratio may come to none, which a later iteration would find."""
+        if 0 in self.method.sizes:
+            config = self.method.config
+            raise ValueError(
+                f"iteration {self.method.sizes.index(0) + 1} would train on nothing: of the "
+                f"{self.method.total} usable pairs selection_ratio: {config.selection_ratio} keeps "
+                f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
+                "Raise one of them, or give more pairs."
+            )
 
     def _require_empty(self) -> None:
         remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]

@@ -316,6 +316,16 @@ def test_one_pair_and_duplicate_pairs_train(base_config, train, world, tmp_path)
     assert result.training_pairs[1].num_rows == 2
 
 
+def test_ratios_that_come_to_no_pair_are_told_before_training(base_config, train, world, tmp_path):
+    write_rows(tmp_path / "one.jsonl", world.rows[:1])
+    base_config["datasets"] = [{**base_config["datasets"][0], "path": str(tmp_path / "one.jsonl")}]
+    base_config["sera"] |= {"selection_ratio": 0.4}
+    words = r"iteration 2 would train on nothing: of the 1 usable pairs selection_ratio: 0\.4 keeps"
+    with pytest.raises(ValueError, match=words):
+        train(base_config)
+    assert not (Path(base_config["output_dir"]) / "sera").exists()
+
+
 def test_a_step_that_is_saved_again_keeps_its_whole_checkpoint(base_config, train):
     """Without its first one a run that is killed while it saves again would have none."""
     result = train(base_config | {"num_epochs": 1})
