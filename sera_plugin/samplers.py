@@ -49,6 +49,8 @@ class Samplers:
     scorer: PolicyScorer
     tokenizer: Any
     choice: Choice = field(default=Choice("transformers", "nothing is sampled"), init=False)
+    #: Of a server, as rank 0 has found it when the sampler was chosen.
+    _context: int | None = field(default=None, init=False)
 
     def choose(self, longest: int) -> Choice:
         """Which sampler the run takes; the same on every rank.
@@ -74,7 +76,7 @@ class Samplers:
             if choice.name == "vllm-server":
                 whole = longest + self.config.max_new_tokens
                 most = self.cfg["sequence_len"] or whole
-                self._server(self.store.policy(2)).check(min(whole, most))
+                self._context = self._server(self.store.policy(2)).check(min(whole, most))
             context = self._vllm_options.get("max_model_len")
             if choice.name == "vllm" and context is not None and longest >= context:
                 raise ValueError(
@@ -212,4 +214,5 @@ class Samplers:
             special_tokens=self.tokenizer.all_special_tokens,
             # One client keeps a server busy, and it then holds one adapter.
             shard=WHOLE if self.store.ranks.main else NO_PART,
+            longest=self._context,
         )

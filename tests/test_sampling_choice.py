@@ -140,31 +140,40 @@ def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, rev
     assert asked == [("org/name", revision or "main")] * 2
 
 
-def chosen(cfg: dict, longest: int, tmp_path, **block) -> Choice:
+def chosen(cfg: dict, longest: int, tmp_path, **block) -> Samplers:
     policies = SimpleNamespace(model=None, is_adapter=False)
     cfg = {"sequence_len": 64, **cfg}
     tokenizer = SimpleNamespace(all_special_tokens=[])
     scorer = SimpleNamespace(policies=policies)
     samplers = Samplers(cfg, SeraConfig(**block), RunStore(tmp_path), scorer, tokenizer)
-    return samplers.choose(longest)
+    assert samplers.choose(longest) == samplers.choice
+    return samplers
 
 
 def test_a_prompt_that_fills_the_engines_context_is_told_before_training(with_vllm, tmp_path):
     cfg = {"vllm": {"max_model_len": 40}}
-    assert chosen(cfg, 39, tmp_path).name == "vllm"
+    assert chosen(cfg, 39, tmp_path).choice.name == "vllm"
     with pytest.raises(ValueError, match=r"vllm\.max_model_len: 40 .* longest prompt.* 40 tokens"):
         chosen(cfg, 40, tmp_path)
-    assert chosen({}, 63, tmp_path).name == "vllm"
-    assert chosen(cfg, 40, tmp_path, sampler="transformers").name == "transformers"
+    assert chosen({}, 63, tmp_path).choice.name == "vllm"
+    assert chosen(cfg, 40, tmp_path, sampler="transformers").choice.name == "transformers"
 
 
 @pytest.mark.parametrize(("sequence_len", "asked"), [(64, 50), (48, 48), (None, 50)])
 def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, sequence_len, asked):
     compared = []
-    monkeypatch.setattr(vllm_server.VllmServerSampler, "check", lambda _, n: compared.append(n))
+
+    def check(self, longest):
+        compared.append(longest)
+        return 56
+
+    monkeypatch.setattr(vllm_server.VllmServerSampler, "check", check)
     cfg = {"sequence_len": sequence_len, "base_model": "m"}
-    assert chosen(cfg, 38, tmp_path, sampler="vllm-server", max_new_tokens=12).name == "vllm-server"
+    samplers = chosen(cfg, 38, tmp_path, sampler="vllm-server", max_new_tokens=12)
+    assert samplers.choice.name == "vllm-server"
     assert compared == [asked]
+    # What is longer than prompt and candidate, such as a judge's prompt, is measured by it.
+    assert samplers.make(2, None).longest == 56
 
 
 def test_a_server_with_too_short_a_context_is_said_so(world, tmp_path):

@@ -55,6 +55,7 @@ class VllmServerSampler:
         tokenize: text to token ids without special tokens added, as training tokenizes.
         special_tokens: the tokenizer's special tokens.
         shard: this process's part of the prompts.
+        longest: its context in tokens, as `check` has found it, None where that is not known.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class VllmServerSampler:
         tokenize: Callable[[str], list[int]],
         special_tokens: Sequence[str],
         shard: Shard = WHOLE,
+        longest: int | None = None,
     ) -> None:
         # Nothing binds here: a server on all interfaces is asked through loopback.
         host = "127.0.0.1" if host == "0.0.0.0" else host  # nosec B104
@@ -77,7 +79,7 @@ class VllmServerSampler:
         self.shard = shard
         self.report: dict[str, Any] = {"name": "vllm-server"}
         self.seconds: dict[str, float] = {}
-        self.longest: int | None = None
+        self.longest = longest
         retry = Retry(
             total=RETRIES,
             backoff_factor=BACKOFF,
