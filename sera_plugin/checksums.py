@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 SUMS = "SHA256SUMS"
 #: Digits of a checksum in a file's name.
@@ -23,10 +24,27 @@ _NEXT_TO_NOTHING = 2**16
 _REMEDIES: dict[int | None, str] = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space, or have the quota raised",
-    errno.EROFS: "Make it writable, or set another output_dir",
-    errno.EACCES: "Change the permissions, or set another output_dir",
-    errno.EPERM: "Change the permissions, or set another output_dir",
+    errno.EROFS: "Make it writable, or {elsewhere}",
+    errno.EACCES: "Change the permissions, or {elsewhere}",
+    errno.EPERM: "Change the permissions, or {elsewhere}",
 }
+
+
+class Advice(NamedTuple):
+    """How to go on where a disk has not taken a file.
+
+    Attributes:
+        elsewhere: how to write to another place.
+        then: what to do once the disk takes files.
+    """
+
+    elsewhere: str
+    then: str
+
+
+#: To who trains, and to who has given a command that writes files of its own.
+RUN = Advice("set another output_dir", "continue the run with `auto_resume_from_checkpoints: true`")
+COMMAND = Advice("name another place", "start the same command again")
 
 
 def digest(path: Path) -> str:
@@ -67,18 +85,30 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text beside its place and rename it into place. No checksum is listed.
+def write_file(path: Path, write: Callable[[Path], object], advice: Advice = COMMAND) -> None:
+    """Write a file beside its place and rename it into place. No checksum is listed.
+
+    Args:
+        path: the file, in a directory that is there.
+        write: called with the path to write to.
+        advice: for who has asked for it.
 
     Raises:
-        OSError: if it cannot be written. The old file is still there.
+        OSError: if it cannot be written, with what to do about it. The old file is still there.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with explained(path.parent, advice):
+            write(partial)
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the one that matters is under way
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
+    """The same of a file of text."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), advice)
 
 
 def is_whole(path: Path) -> bool:
@@ -203,15 +233,12 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def explained(
-    directory: Path,
-    then: str = "continue the run with `auto_resume_from_checkpoints: true`",
-) -> Iterator[None]:
+def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
     """Say what to do about a disk that does not take a file.
 
     Args:
         directory: where files are written inside the block.
-        then: what to do once there is room.
+        advice: for who has asked for them.
 
     Raises:
         OSError: instead of any error that comes from a full or closed disk.
@@ -225,10 +252,11 @@ def explained(
             number = errno.ENOSPC
         if number is None or number not in _REMEDIES:
             raise
+        remedy = _REMEDIES[number].format(elsewhere=advice.elsewhere)
         raise OSError(
             number,
-            f"{directory} takes no more files: {os.strerror(number)}. {_REMEDIES[number]}, then "
-            f"{then}. Nothing that was finished is lost",
+            f"{directory} takes no more files: {os.strerror(number)}. {remedy}, then "
+            f"{advice.then}. Nothing that was finished is lost",
         ) from error
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from sera_plugin.checksums import explained
+from sera_plugin.checksums import COMMAND, Advice, explained
 
 
 def key_of(*parts: Any) -> str:
@@ -30,13 +30,15 @@ class Journal:
 
     Args:
         path: the file; made with the first record.
+        advice: for whose work it is kept.
 
     Raises:
         OSError: if it is there and cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, advice: Advice = COMMAND) -> None:
         self.path = path
+        self._advice = advice
         self._lock = Lock()
         self._file: int | None = None
         self._records: dict[str, dict[str, Any]] = {}
@@ -66,7 +68,7 @@ class Journal:
             OSError: if the disk does not take it, with what to do.
         """
         line = json.dumps({"key": key, **record}, ensure_ascii=True).encode() + b"\n"
-        with self._lock, explained(self.path.parent, "start the same command again"):
+        with self._lock, explained(self.path.parent, self._advice):
             if self._file is None:
                 self._file = self._open()
             data = b"\n" + line if self._torn else line

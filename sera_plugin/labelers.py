@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sera_plugin.checksums import RUN
 from sera_plugin.journal import Journal
 from sera_plugin.judging import Judge
 from sera_plugin.judging.api import api_judge
@@ -61,7 +62,7 @@ class Labelers:
 
     def _journal(self) -> Journal:
         """One for all iterations: what is judged again, in a run that is continued, is here."""
-        return Journal(self.samplers.store.root / "judgements.jsonl")
+        return Journal(self.samplers.store.root / "judgements.jsonl", RUN)
 
     def make(self, iteration: int, settings: SamplingSettings, optimizer: Any) -> Labeler:
         """The labeler that the configuration names.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -34,6 +34,33 @@ Advance = Callable[..., None]
 def above_bars() -> AbstractContextManager[None]:
     """What is printed inside goes above a terminal's bars, which are then drawn again."""
     return tqdm.external_write_mode() if sys.stderr.isatty() else nullcontext()
+
+
+class _AboveBars(logging.StreamHandler[Any]):
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars():
+            super().emit(record)
+
+
+@contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """SeRA's log on standard error, for a command whose answer goes to standard output.
+
+    The host would print it there too, and without the host nobody would.
+    """
+    handler = _AboveBars(sys.stderr)
+    # The host's own, so that a run's lines and a command's look the same.
+    handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [%(name)s] %(message)s"))
+    level, propagate = LOG.level, LOG.propagate
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
+        LOG.propagate = propagate
 
 
 @contextmanager

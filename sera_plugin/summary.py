@@ -64,7 +64,7 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
             "chosen": float(columns["chosen_length"].mean()),
             "rejected": float(columns["rejected_length"].mean()),
         },
-        "drift": _drift(iteration, store, columns),
+        "drift": _drift(store, columns),
         "seconds": dict(phases.seconds),
         "forwarded": {phase: dict(counts) for phase, counts in phases.forwarded.items()},
     }
@@ -141,7 +141,7 @@ def _mean_length(columns: Mapping[str, Any]) -> float:
     return float(np.mean([columns["chosen_length"], columns["rejected_length"]]))
 
 
-def _drift(iteration: int, store: RunStore, columns: Mapping[str, Any]) -> dict[str, float]:
+def _drift(store: RunStore, columns: Mapping[str, Any]) -> dict[str, float]:
     """Mean log pi_{t-1} - log pi_0 over the offline completions, in nats."""
     return {
         side: float((columns[f"{side}_logp"] - store.column(1, "offline", f"{side}_logp")).mean())

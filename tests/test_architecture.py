@@ -41,6 +41,7 @@ FORBIDDEN = {
     "host_keys": PURE,
     "iteration": PURE,
     "journal": PURE,
+    "json_rows": PURE,
     "limits": PURE,
     "method": PURE,
     "offline": PURE,

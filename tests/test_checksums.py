@@ -18,6 +18,7 @@ from sera_plugin.checksums import (
     replace_directory,
     replace_file,
     seal,
+    write_text,
 )
 from tests.conftest import fill
 
@@ -176,5 +177,8 @@ def test_a_read_only_disk_says_so(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(OSError, match=r"Read-only file system\. Make it writable, or set another"):
         replace_file(small_disk / "run.json", write("new"))
+    said = r"Read-only file system\. Make it writable, or name another place, then start the same"
+    with pytest.raises(OSError, match=said):
+        write_text(small_disk / "page.html", "new")
     assert is_whole(small_disk / "run.json")
     assert not os.access(small_disk, os.W_OK)

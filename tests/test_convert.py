@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import runpy
@@ -651,13 +652,23 @@ def test_files_of_every_kind_are_read(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "marked.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
     for path in tmp_path.iterdir():
         assert [str(row["a"]) for row in read_rows(path)] == ["1", "2"], path
 
 
-def test_a_damaged_file_is_named(place):
-    (place / "data/talks.json").write_text('[{"conversations": ')
-    with pytest.raises(ValueError, match=r"'data/talks.json' holds no rows"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'[{"conversations": ', "it is no JSON"),
+        (b'{"conversations": []}\n\n{"conversations": ', "line 3 is no JSON"),
+        (b"[" * 100_000, "it is no JSON"),
+        (b"\xff", "it is not UTF-8 text"),
+    ],
+)
+def test_a_damaged_file_is_named(content, said, place):
+    (place / "data/talks.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"'data/talks.json' holds no rows: {said}"):
         run(source())
 
 
@@ -749,6 +760,38 @@ def test_nothing_is_overwritten(place):
     assert "sera.yaml is there, and nothing is overwritten" in again.output
     assert Path("sera.yaml").read_text() == before
     assert not list(place.glob(".*.partial"))
+
+
+def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
+    (place / "data/odd.jsonl").write_text(json.dumps(ALPACA | {"input": "in"}) + "\n")
+    info = INFO["plain"] | {"file_name": "odd.jsonl"}
+    (place / "data/dataset_info.json").write_text(json.dumps({"odd": info}))
+    Path("llama.yaml").write_text(yaml.safe_dump(source(dataset="odd")))
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.suffix == ".yaml":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    command = ["convert", "llama.yaml", "--output", "sera.yaml"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        failed = CliRunner().invoke(sera, command)
+    assert failed.exit_code == 1
+    assert "then start the same command again" in failed.stderr
+    assert not list(place.glob("sera*"))
+    assert CliRunner().invoke(sera, command).exit_code == 0
+    assert {path.name for path in place.glob("sera*")} == {"sera.yaml", "sera.odd.jsonl"}
+
+
+def test_half_of_a_surrogate_pair_is_written_as_it_was_read(place):
+    (place / "data/odd.jsonl").write_text(json.dumps(ALPACA | {"input": "\ud800 é"}) + "\n")
+    info = INFO["plain"] | {"file_name": "odd.jsonl"}
+    (place / "data/dataset_info.json").write_text(json.dumps({"odd": info}))
+    write(source(dataset="odd"))
+    found = json.loads(Path("sera.odd.jsonl").read_text())
+    assert found["messages"][-1]["content"].endswith("\ud800 é")
 
 
 def test_the_table_in_the_docs_is_the_codes(place):

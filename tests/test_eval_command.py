@@ -102,6 +102,18 @@ def test_models_are_compared_by_the_true_reward(models, prompts, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_progress_goes_to_stderr_and_counts_what_is_left(models, prompts, tmp_path):
+    arguments = [models.base, models.better, *options(prompts, tmp_path / "eval"), "--json"]
+    lines = []
+    for _ in range(2):
+        result = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
+        json.loads(result.stdout)
+        lines.append(re.findall(r"\[INFO\] \[axolotl.sera\] SeRA: (.*)", result.stderr))
+    sampled = [f"answers of {name}: 60 answers" for name in ("base", "better")]
+    judged = "judging: 120 answers"
+    assert lines == [[*sampled, judged], [judged]]
+
+
 def test_a_rerun_needs_no_model(models, prompts, tmp_path):
     """Without torch even: a child process whose torch cannot be imported has the same figures."""
     first = call(models.base, models.better, *options(prompts, tmp_path / "eval"), "--json")
@@ -128,6 +140,16 @@ def test_answers_alone_and_answers_that_were_exported(models, prompts, tmp_path)
     )
     assert by_file["win_rate"] == by_model["win_rate"]
     assert by_file["length_controlled"] == by_model["length_controlled"]
+    assert by_file["answers"].pop("mean_tokens") is None
+    assert by_model["answers"].pop("mean_tokens") > 1
+    assert by_file["answers"] == by_model["answers"]
+
+
+def test_a_file_of_other_answers_is_told_before_anything_is_sampled(models, prompts, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "another", "output": "b"}]))
+    said = call(models.base, tmp_path / "a.json", *options(prompts, tmp_path / "eval"), code=2)
+    assert "no row answers any of these prompts" in said
+    assert not (tmp_path / "eval").exists()
 
 
 def test_an_api_judge_judges_and_is_asked_once(models, prompts, tmp_path, monkeypatch):
@@ -355,6 +377,7 @@ def test_a_full_disk(models, prompts, small_disk):
         ({"--prompt-format": "no place"}, "--prompt-format has no {prompt}"),
         ({"--temperature": "-1"}, "Invalid value for '--temperature'"),
         ({"--limit": "0"}, "Invalid value for '--limit'"),
+        ({"--vllm-python": "/no/such"}, "--vllm-python: '/no/such' is no program"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_sampled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from sera_plugin.checksums import seal
 from sera_plugin.evaluation.models import find_models
 from sera_plugin.evaluation.prompts import Prompt, duplicates, read_prompts
-from sera_plugin.store import write_json
+from sera_plugin.store import RunStore, write_json
 from tests.conftest import write_rows
 from tests.report_run import make_run
 
@@ -248,6 +249,30 @@ def test_a_run_that_goes_on_has_its_earlier_policies(run):
     with pytest.raises(ValueError, match=r"run has not finished: .*run@t is its policy"):
         find_models([str(run)])
     assert names(find_models([f"{run}@0", f"{run}@2"])) == ["run@0", "run@2"]
+
+
+def test_weights_that_ctrl_c_has_left_are_not_taken_for_the_last_policy(run):
+    """The host saves what is in training; that iteration has no time of training then."""
+    store = RunStore(run)
+    shutil.rmtree(store.iteration(3))
+    record = store.summary(2)
+    del record["seconds"]["train"]
+    store.write_summary(2, record)
+    with pytest.raises(ValueError, match=r"run has not finished: iteration 2 is not trained"):
+        find_models([str(run)])
+    assert names(find_models([f"{run}@0", f"{run}@1"])) == ["run@0", "run@1"]
+
+
+def test_a_run_that_early_stopping_has_ended_has_a_last_policy(run):
+    shutil.rmtree(RunStore(run).iteration(3))
+    assert names(find_models([str(run)])) == ["run@0", "run"]
+
+
+def test_models_whose_names_read_alike_have_files_of_their_own(tmp_path):
+    places = [make_model(tmp_path / name) for name in ("my run", "my_run", "deep/my run")]
+    models = find_models(list(map(str, places)))
+    assert names(models) == ["my run", "my_run-2", "my run-3"]
+    assert [one.file for one in models] == ["my_run", "my_run-2", "my_run-3"]
 
 
 def test_a_base_model_that_has_moved_is_named(run):

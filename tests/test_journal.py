@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 
+from sera_plugin.checksums import RUN
 from sera_plugin.journal import Journal, key_of
 from tests.conftest import fill
 
@@ -101,6 +102,12 @@ def test_a_full_disk_is_named_and_what_was_written_stays(small_disk):
             journal.add("more", {"text": "x" * 50_000})
         (small_disk / "filler").unlink()
         journal.add("two", {"n": 2})
+        fill(small_disk)
+        with (
+            Journal(small_disk / "of-a-run.jsonl", RUN) as another,
+            pytest.raises(OSError, match=r"continue the run with `auto_resume_from_checkpoints"),
+        ):
+            another.add("more", {"text": "x" * 50_000})
     again = Journal(journal.path)
     assert [again.get(key) for key in ("one", "two")] == [{"n": 1}, {"n": 2}]
 

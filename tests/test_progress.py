@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from sera_plugin import progress as module
-from sera_plugin.progress import progress, sampling_progress, told
+from sera_plugin.progress import LOG, log_on_stderr, progress, sampling_progress, told
 from sera_plugin.sampling import Candidate
 
 
@@ -119,3 +119,25 @@ def test_sampling_tells_samples_and_tokens_per_second(log, clock):
         advance([(2, [sample] * 4), (3, [sample] * 4)])
     assert "50% of 4 [01:00<01:00, 30.00s/ prompt, 0.1 samples/s, 0 tok/s]" in log()[1]
     assert log()[2].startswith("SeRA: sample: 100% of 4 ")
+
+
+def test_a_command_has_its_log_on_stderr_whatever_the_host_does_with_it(capsys, monkeypatch):
+    host = logging.StreamHandler(sys.stdout)
+    monkeypatch.setattr(logging.getLogger("axolotl"), "handlers", [host])
+    before = (LOG.level, LOG.propagate, list(LOG.handlers))
+    with log_on_stderr(), progress("judging", 3, "verdict"):
+        pass
+    assert (LOG.level, LOG.propagate, LOG.handlers) == before
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.endswith("[INFO] [axolotl.sera] SeRA: judging: 3 verdicts\n")
+
+
+def test_a_commands_log_goes_above_its_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with log_on_stderr(), progress("judging", 2, "verdict") as advance:
+        advance(1)
+        LOG.warning("a word")
+    before, _, after = sys.stderr.getvalue().partition("[WARNING] [axolotl.sera] a word\n")
+    assert "SeRA: judging:   0%" in before
+    assert "SeRA: judging: " in after

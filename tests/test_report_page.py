@@ -220,6 +220,15 @@ def test_what_is_not_whole_is_named_and_left_out(tmp_path, name, how):
     assert ('<section id="examples">' in found.html) == (name != "dataset.parquet")
 
 
+def test_a_run_that_found_no_sampled_pairs_and_has_lost_its_offline_ones(tmp_path):
+    store = make_run(tmp_path)
+    store.write(3, "bootstrapped", store.read(3, "bootstrapped").slice(0, 0))
+    (store.iteration(3) / "offline.parquet").unlink()
+    found = Page(write_report(tmp_path))
+    assert "iteration-03/offline.parquet is missing" in found.text
+    assert "Iteration 2: offline pairs above" in found.text
+
+
 def test_a_table_without_its_columns_is_named(tmp_path):
     store = make_run(tmp_path)
     store.write(3, "offline", make_table({"row": [0]}))

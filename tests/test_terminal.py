@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 from sera_plugin.cli import sera
 from sera_plugin.commands import refusing
+from tests.conftest import fill
 from tests.report_run import make_run
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,35 @@ def test_a_training_that_fails_is_1(tmp_path, monkeypatch):
     result = call("demo", "--config", config, "--directory", demo)
     assert result.exit_code == 1
     assert "its message is above" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "again"),
+    [
+        ("report {run} --output {disk}/page.html", "run `axolotl sera report` again"),
+        ("compare {run} {other} --html {disk}/page.html", "start the same command again"),
+        ("convert {yaml} --output {disk}/sera.yaml", "start the same command again"),
+    ],
+)
+def test_a_full_disk_is_1_and_the_remedy_is_the_commands(arguments, again, tmp_path, small_disk):
+    places = {"disk": small_disk, "run": tmp_path / "run", "other": tmp_path / "other"}
+    places["yaml"] = tmp_path / "llama.yaml"
+    for name in ("run", "other"):
+        make_run(places[name], pairs=4, iterations=2)
+    (tmp_path / "data.jsonl").write_text('{"instruction": "a", "chosen": "b", "rejected": "c"}\n')
+    info = {"file_name": "../data.jsonl", "ranking": True}
+    info["columns"] = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps({"mine": info}))
+    keys = {"model_name_or_path": "x", "stage": "dpo", "dataset": "mine", "template": "chatml"}
+    places["yaml"].write_text(yaml.safe_dump(keys | {"dataset_dir": str(tmp_path / "data")}))
+    fill(small_disk)
+    result = call(*arguments.format(**places).split())
+    assert result.exit_code == 1
+    said = f"{small_disk} takes no more files: No space left on device. Free some space, then "
+    assert f"{said}{again}." in result.stderr
+    assert "auto_resume" not in result.stderr
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 # ------------------------------------------------------------------ help

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,8 +180,8 @@ def test_published_win_rates_and_errors(published):
     rates, errors = (
         100 * np.array([getattr(f, name) for f in found]) for name in ("rate", "error")
     )
-    assert rates == pytest.approx(published.win_rate, abs=0.1)
-    assert errors == pytest.approx(published.standard_error, abs=0.05)
+    assert rates == pytest.approx(published.win_rate, abs=1e-9)
+    assert errors == pytest.approx(published.standard_error, abs=1e-9)
 
 
 @pytest.mark.parametrize("models", [57, 5, 3, 2, 1])
@@ -200,6 +201,15 @@ def test_length_control_moves_every_model_as_published(published, models):
     assert np.sign(ours[moved]).tolist() == np.sign(theirs[moved]).tolist()
     assert ours[~moved] == pytest.approx(0.0, abs=1e-3)
     apart = np.abs(controlled - published.length_controlled_winrate)
-    print(f"{models} at a time: mean {apart.mean():.2f} points apart, at most {apart.max():.2f}")
+    page = (Path(__file__).parents[1] / "docs/eval.md").read_text()
+    at_a_time, means, most = (
+        re.search(rf"^\| {name} \|(.*)\|$", page, re.MULTILINE)[1].split("|")
+        for name in ("models compared at a time", "mean distance", "largest")
+    )
+    column = list(map(int, at_a_time)).index(models)
+    assert (float(means[column]), float(most[column])) == (
+        pytest.approx(apart.mean(), abs=0.051),
+        pytest.approx(apart.max(), abs=0.051),
+    )
     assert apart.mean() < np.abs(theirs).mean() / 2
     assert np.corrcoef(controlled, published.length_controlled_winrate)[0, 1] > 0.99

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 Figure = Callable[[Record], float | None]
 FEWEST_SEEDS = 3
 COVERAGE = 0.95
+VERDICTS = ("reproduced", "not reproduced", "reversed", "not measured")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def texts(records: Sequence[Record], real: Sequence[Record]) -> dict[str, str]:
         "fresh": tables.fresh_table(records),
         "criteria": tables.criteria_table(records),
         "base": tables.base_table(records),
+        "verdicts": tables.verdict_table(CLAIMS, worlds),
         "claims": tables.claim_table(CLAIMS, worlds),
         "core": tables.core_table(fixed),
         "core with small steps": tables.core_table(small),

@@ -51,8 +51,8 @@ class Settings:
         judged: pairs of the self-judging run.
     """
 
-    pairs: int = 256
-    tokens: int = 256
+    pairs: int = 192
+    tokens: int = 192
     learning_rate: float = 3e-5
     batch: int = 16
     beta: float = 0.2

@@ -99,6 +99,10 @@ SWEEPS: Mapping[str, tuple[System, ...]] = {
         *(System(f"SeRA, temperature {t:g}", {"temperature": t}) for t in (0.7, 1.3)),
         System("SeRA, temperature 0.7, top_p 0.95", {"temperature": 0.7, "top_p": 0.95}),
     ),
+    "reference": tuple(
+        System(f"{name}, initial reference", {**lines, "reference": "initial"})
+        for name, lines in (("SeRA", {}), ("SeRA, selection only", {"bootstrap_ratio": 0}))
+    ),
     "restart_optimizer": tuple(
         System(f"{name}, one optimizer", {**lines, "restart_optimizer": False})
         for name, lines in (("SeRA", {}), ("iterative DPO", _ITERATIVE))

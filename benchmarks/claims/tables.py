@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from math import isnan
@@ -11,6 +12,7 @@ from statistics import mean
 from benchmarks.claims import criteria
 from benchmarks.claims.estimates import (
     TRUE_REWARD,
+    VERDICTS,
     Claim,
     Estimate,
     Figure,
@@ -96,6 +98,18 @@ def claim_table(claims: Sequence[Claim], worlds: ByRate) -> str:
             )
     measured = [title for rate in worlds for title in (f"measured, {rate}", "verdict")]
     return markdown(("claim", "difference", "swapped", *measured, "seeds"), rows)
+
+
+def verdict_table(claims: Sequence[Claim], worlds: ByRate) -> str:
+    """A row per claim: how often each verdict was reached, over its differences."""
+    rows = []
+    for claim in claims:
+        cells = []
+        for results in worlds.values():
+            found = Counter(one.estimate(results).verdict for one in claim.comparisons)
+            cells.append(", ".join(f"{found[name]} {name}" for name in VERDICTS if found[name]))
+        rows.append([claim.says, claim.where, *cells])
+    return markdown(("claim", "where", *worlds), rows)
 
 
 def _seeds(found: Sequence[Estimate]) -> str:
@@ -197,12 +211,18 @@ def reward_table(worlds: ByRate) -> str:
 def sweep_table(worlds: ByRate) -> str:
     """What a user may turn, at 20% swapped labels."""
 
+    figures = {
+        "true reward": final("true_reward"),
+        "words": final("words"),
+        "in true order, t = 3": during(3, "order_found"),
+    }
+
     def cells(system: str) -> list[str]:
         found = [
-            [_finals(results, system, 0.2, name) for name in ("true_reward", "words")]
+            [Estimate.over(list(results.of(system, 0.2, one).values())) for one in figures.values()]
             for results in worlds.values()
         ]
-        return [*(shown(one) for pair in found for one in pair), _seeds([one for one, _ in found])]
+        return [*(shown(one) for row in found for one in row), _seeds([row[0] for row in found])]
 
     rows = [
         [sweep if number == 0 else "", system.name, *cells(system.name)]
@@ -213,7 +233,7 @@ def sweep_table(worlds: ByRate) -> str:
     if not rows:
         return "No sweep has been run."
     rows = [["", name, *cells(name)] for name in ("SeRA", "iterative DPO")] + rows
-    head = [f"{title}, {rate}" for rate in worlds for title in ("true reward", "words")]
+    head = [f"{title}, {rate}" for rate in worlds for title in figures]
     return markdown(("sweep", "system", *head, "seeds"), rows)
 
 

@@ -22,7 +22,6 @@ MODELS: dict[str, dict[str, Any]] = {
         **FULL,
     },
     "pythia-2.8b": {
-        # Start from an SFT checkpoint: a raw base model has little to select from.
         "base_model": "EleutherAI/pythia-2.8b",
         "chat_template": "chatml",
         "rl_beta": 0.2,
@@ -42,6 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "lora_dropout": 0,
         "lora_target_linear": True,
     },
+}
+
+#: What a file says of its model.
+NOTES = {
+    "EleutherAI/pythia-2.8b": "# Start from your own SFT checkpoint: preference tuning a raw base "
+    "model has little to select from.\n",
 }
 
 CONVERSATIONS = {"split": "train", "type": "chat_template.default", "field_messages": "prompt"}
@@ -160,7 +165,8 @@ def configurations() -> dict[str, dict[str, Any]]:
 def write(name: str, config: dict[str, Any]) -> str:
     """The file's text."""
     body = yaml.dump(config, Dumper=_Plain, sort_keys=False, allow_unicode=True)
-    return f"# {name}; docs/systems.md says what it is. Written by make.py.\n{body}"
+    note = NOTES.get(config["base_model"], "")
+    return f"# {name}; docs/systems.md says what it is. Written by make.py.\n{note}{body}"
 
 
 class _Plain(yaml.SafeDumper):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from sera_plugin.checksums import write_text
 from sera_plugin.convert.keys import KNOWN, RULES, why_left_out
 from sera_plugin.convert.settings import Settings
 from sera_plugin.shown import MASK, is_secret, plain
+from sera_plugin.texts import encodable
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,27 @@ class Converted:
     said: str
 
     def write(self, path: Path) -> None:
-        """Write the YAML, and its rows beside it.
+        """Write the YAML, and its rows beside it: all of the files, or none.
 
         Raises:
             FileExistsError: if any of the files is there.
-            OSError: if one cannot be written.
+            OSError: if one cannot be written, with what to do about it.
         """
         for each in (path, *self.rows):
             if each.exists():
                 raise FileExistsError(f"{each} is there, and nothing is overwritten. Move it away.")
-        for each, rows in self.rows.items():
-            write_text(each, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_text(path, self.text)
+        texts = {each: "".join(map(_line, rows)) for each, rows in self.rows.items()}
+        with ExitStack() as undo:
+            for each, text in (texts | {path: self.text}).items():
+                write_text(each, text)
+                undo.callback(each.unlink)
+            undo.pop_all()
+
+
+def _line(row: Any) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    # Half of a surrogate pair cannot be written as itself; training names the row.
+    return (line if encodable(line) else json.dumps(row)) + "\n"
 
 
 def convert(path: Path, output: Path | None = None) -> Converted:
@@ -62,7 +73,7 @@ def convert(path: Path, output: Path | None = None) -> Converted:
     """
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {plain(str(error), 300)}") from error
     if not isinstance(given, Mapping):
         raise ValueError(f"{path} is no block of keys")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 
+from sera_plugin.json_rows import json_rows
 from sera_plugin.shown import quoted
 
 #: How LLaMA-Factory names the roles of messages where `tags` does not.
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> list[Any]:
         path: .json (a list, or an object a line), .jsonl, .csv, .parquet or .arrow.
 
     Raises:
-        ValueError: if it holds no rows.
+        ValueError: if it holds no rows, naming the line of JSON that is none.
         OSError: if it cannot be read.
     """
     try:
@@ -43,11 +43,7 @@ def read_rows(path: Path) -> list[Any]:
         if path.suffix == ".arrow":
             with path.open("rb") as file:
                 return list(pa_ipc.open_stream(file).read_all().to_pylist())
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return list(json.loads(text))
-        # Only line feeds end a line: texts may hold the other characters that end lines for Python.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return [row for _, row in json_rows(path)]
     except ValueError as error:
         raise ValueError(f"{quoted(str(path), 200)} holds no rows: {error}") from error
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from sera_plugin.evaluation.models import Model
 from sera_plugin.evaluation.prompts import Prompt, joined, read_rows
 from sera_plugin.journal import Journal, key_of
+from sera_plugin.progress import progress
 from sera_plugin.shown import quoted
 
 #: What a user said and a model answered, in turn; the user's last words are unanswered.
@@ -119,11 +118,11 @@ def sampled(
             # Each turn has seeds of its own.
             seed = decoding.seed + 1_000_003 * number
             sample = sample or engine()
-            turn_of = sample(conversations, done, seed)
-            for index, turn in tqdm(
-                turn_of, model.name, len(keys), initial=len(done), unit="answer", disable=None
-            ):
-                journal.add(keys[index], {**asdict(turn), "row": prompts[rows[index]].row})
+            what = f"answers of {model.name}" + (f", turn {number + 1}" if number else "")
+            with progress(what, len(keys) - len(done), "answer") as advance:
+                for index, turn in sample(conversations, done, seed):
+                    journal.add(keys[index], {**asdict(turn), "row": prompts[rows[index]].row})
+                    advance(1)
         for row, key in zip(rows, keys, strict=True):
             found = journal.get(key)
             assert found is not None

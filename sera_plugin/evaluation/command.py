@@ -103,12 +103,13 @@ def evaluate(
     from sera_plugin.evaluation.results import shown
     from sera_plugin.evaluation.run import evaluate
     from sera_plugin.judging import JudgeFailed
+    from sera_plugin.progress import log_on_stderr
     from sera_plugin.report.terminal import json_text
     from sera_plugin.sampling import SamplingFailed
 
     decoding = Decoding(temperature, top_p, max_new_tokens, seed, prompt_format)
     try:
-        with refusing():
+        with refusing(), log_on_stderr():
             figures = evaluate(
                 models,
                 prompts,

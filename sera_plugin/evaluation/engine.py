@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +26,7 @@ from sera_plugin.offload import cache_bytes_per_token
 from sera_plugin.sampling import CandidateSampler, SamplingSettings
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, adapter_problem
+from sera_plugin.shown import quoted
 
 #: Top-p that leaves one token: both engines take the likeliest one then.
 _GREEDY = 1e-9
@@ -121,11 +124,10 @@ def load_engine(model: Model, decoding: Decoding, vllm_python: str | None, log: 
     Raises:
         ValueError: if it cannot be asked this way, or not be served by vLLM.
     """
+    python = None if vllm_python is None else _program(vllm_python)
     speaker = Speaker(model, decoding.prompt_format)
     sampler: CandidateSampler
-    if vllm_python is not None:
-        # The child starts elsewhere; a link to an interpreter is not the interpreter.
-        python = str(Path(vllm_python).expanduser().absolute())
+    if python is not None:
         sampler = VllmSampler(python, _served(model), {}, log, _room)
     else:
         policy = _load(model)
@@ -141,6 +143,14 @@ def load_engine(model: Model, decoding: Decoding, vllm_python: str | None, log: 
             ),
         )
     return partial(_answers, speaker, sampler, decoding)
+
+
+def _program(name: str) -> str:
+    found = shutil.which(Path(name).expanduser())
+    if found is None:
+        raise ValueError(f"--vllm-python: {quoted(name, 200)} is no program that can be run here.")
+    # The child starts elsewhere; a link to an interpreter is not the interpreter.
+    return os.path.abspath(found)
 
 
 def _answers(

@@ -12,7 +12,7 @@ from typing import Any
 from sera_plugin.checksums import SUMS, damage
 from sera_plugin.journal import key_of
 from sera_plugin.report.reading import find_run
-from sera_plugin.report.tokens import shown_name
+from sera_plugin.report.tokens import cached_file, shown_name
 from sera_plugin.shown import quoted
 from sera_plugin.store import RunStore, read_json
 
@@ -25,7 +25,7 @@ class Model:
     """Something that answers prompts.
 
     Attributes:
-        name: short, for people and files; no two that are compared have the same.
+        name: short, for people; no two that are compared have the same, nor the same `file`.
         source: what the command line calls it.
         weights: a directory with whole weights, or a model's name in the local hub cache.
         adapter: the directory of an adapter on these weights, or None.
@@ -45,6 +45,11 @@ class Model:
         """Where the tokenizer is: beside the adapter if it was saved there."""
         beside = self.adapter is not None and (self.adapter / "tokenizer.json").exists()
         return str(self.adapter) if beside else self.weights
+
+    @property
+    def file(self) -> str:
+        """A file name for it: what its name has of letters, digits and `.@_-`."""
+        return "".join(one if one.isalnum() or one in ".@_-" else "_" for one in self.name)
 
     @cached_property
     def identity(self) -> str:
@@ -114,20 +119,19 @@ def _other(spec: str) -> Model:
 
 
 def _cached(name: str) -> str:
-    """The snapshot of a hub model in the local cache; asks no server."""
-    from huggingface_hub import try_to_load_from_cache
+    """The snapshot of a hub model in the local cache.
 
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # a path is no name of the hub
-        found = None
-    if not isinstance(found, str):
+    Raises:
+        ValueError: if it is not there.
+    """
+    config = cached_file(name, "config.json")
+    if config is None:
         raise ValueError(
             f"{name} is neither a directory nor in the local hub cache, and nothing is downloaded "
             "here. Relative paths start in the working directory; a model of the hub is fetched "
             "with `hf download`."
         )
-    return str(Path(found).parent)
+    return str(config.parent)
 
 
 def _directory(path: Path, spec: str, base_model: str | None = None) -> Model:
@@ -191,10 +195,14 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
         raise ValueError(f"{spec}@{number}: the run has the policies 0 to {last}.")
     if number == last:
         directory = store.root.parent
-        if not any(directory.glob("*.safetensors")):
+        # Ctrl-C has the host save a policy that is still in training; early stopping ends it before
+        # the last iteration.
+        begun = max((t for t in range(1, last + 1) if store.iteration(t).is_dir()), default=1)
+        trained = "train" in store.summary(begun).get("seconds", {})
+        if not trained or not any(directory.glob("*.safetensors")):
             raise ValueError(
-                f"{spec} has not finished: {directory} has no weights. {spec}@t is its policy "
-                "after t iterations."
+                f"{spec} has not finished: iteration {begun} is not trained to its end, or "
+                f"{directory} has no weights. {spec}@t is its policy after t iterations."
             )
     else:
         directory = store.policy(number + 1)
@@ -212,15 +220,15 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
 
 
 def _named(models: Iterable[Model]) -> list[Model]:
-    """Each with a name of its own: numbered where names are the same."""
+    """Each with a name and a file of its own: numbered where they would be the same."""
     taken: set[str] = set()
     named = []
     for model in models:
-        name, number = model.name, 2
-        while name in taken:
-            name, number = f"{model.name}-{number}", number + 1
-        taken.add(name)
-        named.append(replace(model, name=name))
+        unique, number = model, 2
+        while unique.file in taken:
+            unique, number = replace(model, name=f"{model.name}-{number}"), number + 1
+        taken.add(unique.file)
+        named.append(unique)
     return named
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sera_plugin.json_rows import json_rows
 from sera_plugin.shown import quoted
 from sera_plugin.texts import encodable, visible
 
@@ -87,38 +87,18 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         ValueError: naming the line or row that is none.
         OSError: if it cannot be read.
     """
-    if path.suffix == ".parquet":
-        try:
+    try:
+        if path.suffix == ".parquet":
             yield from pq.read_table(path).to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"{path} is no parquet file: {error}") from None
-        return
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason})") from None
-    if text.lstrip().startswith("["):
-        rows = _parsed(path, text, "it")
-        for row, content in enumerate(rows):
-            yield _object(path, f"row {row}", content)
-        return
-    # Only line feeds end a line: texts may hold the other characters that end lines for Python.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _object(path, f"line {number}", _parsed(path, line, f"line {number}"))
-
-
-def _parsed(path: Path, text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {what} is no JSON ({error})") from None
-
-
-def _object(path: Path, where: str, content: Any) -> Mapping[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: {where} is {quoted(content)}, not an object with fields")
-    return content
+            return
+        for where, row in json_rows(path):
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} is {quoted(row)}, not an object with fields")
+            yield row
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is no parquet file: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _prompt(path: Path, row: int, content: Mapping[str, Any]) -> Prompt:

@@ -77,7 +77,10 @@ def _model(found: Evaluation, index: int, controlled: FloatArray | None) -> dict
         "answers": {
             "number": len(there),
             "mean_chars": float(np.mean([one.chars for one in there])) if there else None,
-            "mean_tokens": float(np.mean([one.tokens for one in there])) if there else None,
+            # Of answers from a file they are not known.
+            "mean_tokens": float(np.mean([one.tokens for one in there]))
+            if there and model.answers is None
+            else None,
             "unfinished": sum(one.unfinished for one in there),
             "empty": sum(not one.text for one in there),
         },
@@ -175,7 +178,7 @@ def table(figures: Mapping[str, Any]) -> Table:
         answers = one["answers"]
         row += [
             number(answers["mean_chars"], ",.0f"),
-            number(answers["mean_tokens"] or None, ",.0f"),
+            number(answers["mean_tokens"], ",.0f"),
         ]
         rows.append(row)
     note = f"Against {figures['baseline']}, on {figures['prompts']['number']} prompts."

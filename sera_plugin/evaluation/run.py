@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.checksums import explained, write_text
+from sera_plugin.checksums import COMMAND, explained, write_text
 from sera_plugin.evaluation.answers import Answer, Decoding, given, sampled
 from sera_plugin.evaluation.models import Model, find_models
 from sera_plugin.evaluation.prompts import read_prompts
@@ -53,15 +53,17 @@ def evaluate(
         raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
     prompts = read_prompts(prompt_file, limit, decoding.seed)
     models = find_models(specs, iterations)
+    # Before anything is sampled: one of these files may be of other prompts.
+    there = {one.name: given(one.answers, prompts) for one in models if one.answers is not None}
     with ExitStack() as files:
         judge = None
         if judge_spec is not None:
             judge = make_judge(judge_spec, files.enter_context(Journal(output / "judge.jsonl")))
 
         def answers_of(model: Model) -> list[Answer | None]:
-            if model.answers is not None:
-                return given(model.answers, prompts)
-            journal = files.enter_context(Journal(output / "answers" / f"{_file(model)}.jsonl"))
+            if model.name in there:
+                return there[model.name]
+            journal = files.enter_context(Journal(output / "answers" / f"{model.file}.jsonl"))
             engine = partial(_engine, model, decoding, vllm_python, output / "vllm.log")
             return sampled(model, prompts, decoding, journal, engine)
 
@@ -79,22 +81,19 @@ def _engine(*arguments: Any) -> Any:
     return load_engine(*arguments)
 
 
-def _file(model: Model) -> str:
-    """A file name for a model: what its name has of letters, digits and `.@_-`."""
-    return "".join(one if one.isalnum() or one in ".@_-" else "_" for one in model.name)
-
-
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
     from sera_plugin.evaluation.page import page
     from sera_plugin.report.terminal import json_text
 
+    with explained(output, COMMAND):
+        (output / "outputs").mkdir(parents=True, exist_ok=True)
     for model, answers in zip(found.models, found.answers, strict=True):
         rows = [
             {"instruction": prompt.question, "output": answer.text, "generator": model.name}
             for prompt, answer in zip(found.prompts, answers, strict=True)
             if answer is not None
         ]
-        _replace(output / "outputs" / f"{_file(model)}.json", json.dumps(rows, indent=1))
+        write_text(output / "outputs" / f"{model.file}.json", json.dumps(rows, indent=1))
     if found.judged:
         lines = [
             json.dumps(
@@ -110,13 +109,6 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
             for prompt, verdict in zip(found.prompts, judged.verdicts, strict=True)
             if verdict is not None
         ]
-        _replace(output / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
-    _replace(output / "results.json", json_text(result) + "\n")
-    _replace(output / "eval.html", page(found, result))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one piece."""
-    with explained(path.parent, "start the same command again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(output / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(output / "results.json", json_text(result) + "\n")
+    write_text(output / "eval.html", page(found, result))

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from sera_plugin.evaluation.answers import Answer
 from sera_plugin.evaluation.prompts import Prompt
 from sera_plugin.evaluation.winrate import FloatArray
 from sera_plugin.judging import Answered, Comparison, Judge, ScoringJudge, Verdict, by_scores
+from sera_plugin.progress import progress
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,29 @@ def judge_all(
                 places.append((model, row))
                 comparisons.append(Comparison(prompt.question, mine.text, theirs.text))
     judged = [Judged([None] * len(prompts)) for _ in answers]
-    total = len(comparisons)
-    judging = tqdm(judge.compare(comparisons), "judging", total, unit="pair", disable=None)
-    for index, verdict in judging:
-        model, row = places[index]
-        judged[model].verdicts[row] = verdict
+    with progress("judging", len(comparisons), "verdict") as advance:
+        for index, verdict in judge.compare(comparisons):
+            model, row = places[index]
+            judged[model].verdicts[row] = verdict
+            advance(1)
     return judged
 
 
 def _scores(
     judge: ScoringJudge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]]
 ) -> FloatArray:
-    """(models, prompts) scores, nan where there is none. Equal answers are scored once."""
-    places: dict[Answered, list[tuple[int, int]]] = {}
+    """(models, prompts) scores, nan where there is none."""
+    places, given = [], []
     for model, each in enumerate(answers):
         for row, (prompt, answer) in enumerate(zip(prompts, each, strict=True)):
             if answer is not None:
-                one = Answered(prompt.question, answer.text)
-                places.setdefault(one, []).append((model, row))
+                places.append((model, row))
+                given.append(Answered(prompt.question, answer.text))
     scores = np.full((len(answers), len(prompts)), np.nan)
-    distinct = list(places)
-    judging = tqdm(judge.score(distinct), "judging", len(distinct), unit="answer", disable=None)
-    for index, score in judging:
-        for place in places[distinct[index]]:
-            scores[place] = np.nan if score is None else score
+    with progress("judging", len(given), "answer") as advance:
+        for index, score in judge.score_all(given):
+            scores[places[index]] = np.nan if score is None else score
+            advance(1)
     return scores
 
 

@@ -142,24 +142,29 @@ class ScoringJudge(ABC):
             JudgeFailed: if it cannot go on.
         """
 
-    def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
-        """See `Judge.compare`. An answer that occurs several times is scored once."""
-        sides = [
-            (Answered(one.question, one.first), Answered(one.question, one.second))
-            for one in comparisons
-        ]
+    def score_all(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
+        """See `score`. An answer that occurs several times is scored once."""
         places: dict[Answered, list[int]] = {}
-        for index, pair in enumerate(sides):
-            for answer in pair:
-                places.setdefault(answer, []).append(index)
+        for index, one in enumerate(answers):
+            places.setdefault(one, []).append(index)
         distinct = list(places)
-        scores: dict[Answered, float | None] = {}
         for index, score in self.score(distinct):
-            scores[distinct[index]] = score
-            for place in dict.fromkeys(places[distinct[index]]):
-                first, second = sides[place]
-                if first in scores and second in scores:
-                    yield place, by_scores(scores[first], scores[second])
+            for place in places[distinct[index]]:
+                yield place, score
+
+    def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
+        """See `Judge.compare`."""
+        sides = [
+            Answered(one.question, answer)
+            for one in comparisons
+            for answer in (one.first, one.second)
+        ]
+        scores: dict[int, float | None] = {}
+        for side, score in self.score_all(sides):
+            scores[side] = score
+            index = side // 2
+            if 2 * index in scores and 2 * index + 1 in scores:
+                yield index, by_scores(scores[2 * index], scores[2 * index + 1])
 
 
 def by_scores(first: float | None, second: float | None) -> Verdict:

@@ -86,4 +86,7 @@ def _from_name(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever the module does while it is imported
-        raise ValueError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{name} cannot be imported: {type(error).__name__}: {error}. A module has to be "
+            "installed; a file is named with its path and its ending, file.py:function."
+        ) from error

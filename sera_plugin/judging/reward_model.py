@@ -26,7 +26,8 @@ class RewardModelJudge(ScoringJudge):
         journal: where scores are kept.
 
     Raises:
-        ValueError: if it is no model with one output, or lacks a chat template or padding token.
+        ValueError: if it cannot be loaded, is no model with one output, or lacks a chat template or
+            padding token.
     """
 
     def __init__(self, directory: Path, journal: Journal) -> None:
@@ -35,17 +36,20 @@ class RewardModelJudge(ScoringJudge):
         super().__init__(str(directory), {"reward_model": str(directory)})
         self._journal = journal
         self._identity = key_of("reward-model", str(directory.resolve()), stamps)
-        # A directory of the user's: there is no revision to pin.
-        self._tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
-            directory, trust_remote_code=False, local_files_only=True
-        )
-        self._model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
-            directory,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        try:
+            # A directory of the user's: there is no revision to pin.
+            self._tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
+                directory, trust_remote_code=False, local_files_only=True
+            )
+            self._model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
+                directory,
+                dtype="auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+        except Exception as error:  # libraries raise whatever they like
+            raise ValueError(f"{directory} cannot be loaded as a reward model: {error}") from error
         self._model.eval()
         if self._model.config.num_labels != 1:
             raise ValueError(

@@ -64,15 +64,11 @@ class Judged(Ranker):
         return self.ranks.sum(found)
 
     def _scores(self, judge: ScoringJudge, questions: list[str], answers: list[str]) -> FloatArray:
-        """Equal answers to one question are scored once."""
-        places: dict[Answered, list[int]] = {}
-        for place, pair in enumerate(zip(questions, answers, strict=True)):
-            places.setdefault(Answered(*pair), []).append(place)
-        asked = list(places)
         found = np.full(len(answers), np.nan)
-        with self.progress(len(asked)) as advance:
-            for index, score in judge.score(asked):
-                found[places[asked[index]]] = np.nan if score is None else score
+        given = [Answered(*pair) for pair in zip(questions, answers, strict=True)]
+        with self.progress(len(given)) as advance:
+            for index, score in judge.score_all(given):
+                found[index] = np.nan if score is None else score
                 advance(1)
         return found
 

@@ -44,7 +44,6 @@ class Prepared:
         dataset: the host's prepared rows.
         rows: those of them that can be used, as token ids.
         pairs, held_out: the same as the run has them.
-        dropped, held_out_dropped: rows that cannot be used.
         model: the shape of the model, and why vLLM would not serve it.
         choice: what samples.
         tokenizer_bytes: of the tokenizer's files.

@@ -31,8 +31,8 @@ def margins(run: Run, found: Figures) -> Section:
     )
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
         pairs, margin = one.bootstrapped, one.margin
-        if run.labeler != "implicit":
-            pairs = None  # their margins are not in nats
+        if pairs is not None and (run.labeler != "implicit" or not len(pairs["row"])):
+            pairs = None  # their margins are not in nats, or there are none
         if margin is None and pairs is None:
             continue
         said = []

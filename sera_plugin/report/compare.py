@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sera_plugin.checksums import write_text
 from sera_plugin.report.blocks import Table, number
 from sera_plugin.report.data import Run
 from sera_plugin.report.figures import figures, spent
-from sera_plugin.report.html import fill, write_page
+from sera_plugin.report.html import fill
 from sera_plugin.report.terminal import plain_table
 from sera_plugin.report.tokens import shown_name
 from sera_plugin.run import flat
@@ -193,7 +194,7 @@ def write(compared: dict[str, Any], path: Path) -> None:
     """The comparison as a page.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, with what to do about it.
     """
     title = f"{len(compared['runs'])} runs compared"
-    write_page(path, fill("compare.html", title=title, compared=compared, tables=tables(compared)))
+    write_text(path, fill("compare.html", title=title, compared=compared, tables=tables(compared)))

@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.checksums import explained
+from sera_plugin.checksums import write_file, write_text
 from sera_plugin.report.data import SIDES, Iteration, Run
 from sera_plugin.report.tokens import Texts
 
-WHICH = ("kept", "dropped", "bootstrapped")
 SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -28,7 +27,7 @@ def export(run: Run, texts: Texts, path: Path, which: str, number: int | None) -
     Args:
         run, texts: the run, and a tokenizer.
         path: a `.jsonl` or `.parquet` file that does not exist yet.
-        which: one of `WHICH`.
+        which: `kept`, `dropped` or `bootstrapped`.
         number: the iteration; the newest that has such pairs unless given.
 
     Returns:
@@ -37,7 +36,7 @@ def export(run: Run, texts: Texts, path: Path, which: str, number: int | None) -
     Raises:
         ValueError: if the path cannot be used, the iteration has no such pairs, or there is no
             tokenizer.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written, with what to do about it.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--export: {path} must end in {' or '.join(SUFFIXES)}")
@@ -102,19 +101,13 @@ def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[dict[str, Any]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with explained(path.parent):
-            if path.suffix == ".parquet":
-                kinds = dict.fromkeys(("prompt", *SIDES), pa.string())
-                kinds |= {"row": pa.int64(), "margin": pa.float64()}
-                if any("swapped" in row for row in rows):
-                    kinds["swapped"] = pa.bool_()
-                pq.write_table(pa.Table.from_pylist(rows, pa.schema(kinds)), partial)
-            else:
-                with partial.open("w", encoding="utf-8") as file:
-                    for row in rows:
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if path.suffix == ".jsonl":
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(path, "".join(lines))
+        return
+    kinds = dict.fromkeys(("prompt", *SIDES), pa.string())
+    kinds |= {"row": pa.int64(), "margin": pa.float64()}
+    if any("swapped" in row for row in rows):
+        kinds["swapped"] = pa.bool_()
+    table = pa.Table.from_pylist(rows, pa.schema(kinds))
+    write_file(path, lambda partial: pq.write_table(table, partial))

@@ -16,7 +16,6 @@ from typing import Any
 import jinja2
 
 from sera_plugin import __version__
-from sera_plugin.checksums import explained, write_text
 
 _HERE = Path(__file__).parent
 
@@ -43,13 +42,3 @@ def fill(template: str, **content: Any) -> str:
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def write_page(path: Path, html: str) -> None:
-    """Write a page in one piece.
-
-    Raises:
-        OSError: if it cannot be written, with what to do about it.
-    """
-    with explained(path.parent):
-        write_text(path, html)

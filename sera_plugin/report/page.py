@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sera_plugin.checksums import COMMAND, write_text
 from sera_plugin.report import about_data, about_training
 from sera_plugin.report.blocks import NOTHING, Section, Table, number
 from sera_plugin.report.data import Run
 from sera_plugin.report.examples import examples
 from sera_plugin.report.figures import figures
-from sera_plugin.report.html import fill, write_page
+from sera_plugin.report.html import fill
 from sera_plugin.report.reading import find_run, read_run
 from sera_plugin.report.tokens import Texts, shown_text, texts_of
 from sera_plugin.rewards import REFERENCE_FREE
@@ -48,12 +49,14 @@ def write_report(output_dir: Path, path: Path | None = None) -> Path:
 
     Raises:
         ValueError: if no run is there.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written, with what to do about it.
     """
     store = find_run(output_dir)
     run = read_run(store)
     path = path or store.root / NAME
-    write_page(path, render(run, texts_of(run)))
+    # Training asks for a report too, and it is not training that has to be done again.
+    again = COMMAND._replace(then="run `axolotl sera report` again")
+    write_text(path, render(run, texts_of(run)), again)
     return path
 
 

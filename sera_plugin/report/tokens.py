@@ -102,7 +102,7 @@ def _places(root: Path, base_model: str | None) -> Iterator[Path]:
     yield root.parent / _FILE
     if base_model:
         yield Path(base_model) / _FILE
-        cached = _cached(base_model)
+        cached = cached_file(base_model, _FILE)
         if cached is not None:
             yield cached
 
@@ -118,12 +118,12 @@ def _load(path: Path) -> Any:
         return None
 
 
-def _cached(name: str) -> Path | None:
-    """tokenizer.json of a hub model in the local cache; asks no server."""
+def cached_file(model: str, name: str) -> Path | None:
+    """A file of a hub model in the local cache, None where it is not there; asks no server."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(name, _FILE)
+        found = try_to_load_from_cache(model, name)
     except ValueError:  # a path is no name of the hub
         return None
     return Path(found) if isinstance(found, str) else None

@@ -34,8 +34,8 @@ LOG = logging.getLogger("axolotl.sera")
 
 #: Where the server's key is looked for; the variable that `vllm serve` itself reads.
 API_KEY = "VLLM_API_KEY"
-#: Tries after a lost connection or an overloaded answer, and seconds before the second of them
-#: (doubled each time: two minutes in all).
+#: Tries after a lost connection or an overloaded answer. urllib3 makes the first of them at once,
+#: the others after twice the seconds, four times, ...: about a minute in all.
 RETRIES, BACKOFF = 6, 1.0
 #: Prompts asked for at a time.
 IN_FLIGHT = 64
