@@ -14,10 +14,14 @@ The map, in reading order:
 - `labeling`, `labelers`   who ranks a prompt's samples: the reward, a model, a judge, the policy
 - `losses`      the direct alignment losses: pure functions of log-probabilities
 - `args`        the `sera:` block
-- `dataset`     from the host's rows to exact token ids
+- `rows`, `templates`, `fields`, `encoding`, `dataset`   from the host's rows to exact token ids,
+  which `tokens` keeps in flat arrays
 - `schedule`    steps of iterations of unequal length
-- `logprobs`, `policies`, `adapters`, `scoring`, `sampling`   what needs the model:
-  log-probabilities, snapshots, PEFT, scoring under any policy, sampling
+- `logprobs`, `policies`, `adapters`, `scoring`   what needs the model: log-probabilities,
+  snapshots, PEFT, scoring under any policy
+- `forward`, `packing`, `budget`, `limits`   one forward pass, and how much is put into it
+- `sampling`, `samplers`, `offload`   who samples, and room for an engine beside the training run
+- `ranks`, `distributed`, `sharding`   the same in several processes
 - `objective`, `gate`   one training step, and the check before an iteration's first
 - `loop`        the iterations of one run in order
 - `store`, `run`, `summary`, `alarms`   the run directory, what a run is, what an iteration did,
@@ -26,6 +30,7 @@ The map, in reading order:
 - `trainer`     everything that touches the host's private seams
 - `plugin`, `cli`   the host's public hooks
 - `progress`    how far a phase is
+- `planning`    what a run will take, before it starts
 - `schema`, `convert`   what an editor knows of a YAML; a YAML that comes from LLaMA-Factory
 - `report`      what a run did to its data, for people
 - `judging`, `evaluation`   who says which answer is better; which policy that makes the best

@@ -33,8 +33,8 @@ STANDARD_ERRORS = 2.0
 #: Share of candidates that repeat another one of their prompt. At one half R candidates are worth
 #: R / 2: what is paid for sampling and scoring is wasted by half.
 DUPLICATES = 0.5
-#: Share of prompts with fewer than two distinct candidates, which give no pair. Those left are
-#: the prompts on which the policy is least sure, and D_t leans towards them.
+#: Share of prompts with fewer than two distinct candidates that have a reward, which give no pair.
+#: Those left are the prompts on which the policy is least sure, and D_t leans towards them.
 WITHOUT_PAIR = 0.25
 #: Share of candidates without an end token. With one cut candidate in four, half of all pairs of
 #: two have one (1 - C(3,2) / C(4,2)): trained as chosen they teach the policy not to stop.
@@ -250,6 +250,13 @@ def _without_pair(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
         "prompts have fewer than two distinct candidates and give no pair: raise "
         "sera.temperature, sera.top_p or sera.candidates."
     )
+    unranked = summaries[-1].get("samples", {}).get("unranked")
+    if unranked:
+        text = (
+            "prompts have fewer than two distinct candidates with a reward and give no pair, and "
+            f"{unranked} candidates have none: `labeler` in summary.json says what became of "
+            "them. Where they are few, raise sera.temperature, sera.top_p or sera.candidates."
+        )
     return _share(summaries, "without_pair", ("too_few", "prompts"), WITHOUT_PAIR, text)
 
 

@@ -19,7 +19,7 @@ class CandidatePairs:
         duplicates: candidates that repeat an earlier one of their prompt token for token.
         ties: pairs not made because both rewards were equal.
         unranked: candidates without a reward (NaN), which are in no pair.
-        too_few: prompts with fewer than two distinct candidates.
+        too_few: prompts with fewer than two distinct candidates that have a reward.
     """
 
     prompt: npt.NDArray[np.int64]

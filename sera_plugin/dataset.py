@@ -62,9 +62,11 @@ class TokenizedRows:
     places: array[int] = field(default_factory=lambda: array("q"))
 
     def drop(self, row: int, reason: str) -> None:
+        """Note why a row is not used."""
         self.dropped.setdefault(reason, []).append(row)
 
     def remark(self, row: int, remark: str) -> None:
+        """Note what is odd about a row that is."""
         self.kept.setdefault(remark, []).append(row)
 
     def named(self, rows: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sera_plugin.bootstrap import pair_candidates
-from sera_plugin.labeling import Labeler, Ranked
+from sera_plugin.labeling import DATASET, Labeler, Ranked
 from sera_plugin.labeling.implicit import ImplicitReward
 from sera_plugin.length_control import equalizing_alpha
 from sera_plugin.method import Method, Pairs, Phases
@@ -79,7 +79,7 @@ def prepare_iteration(
         with phases.timed("sample"):
             samples = _sample(iteration, pairs, store, sampler, settings, phases, progress)
         samples = labeler.complete(samples, pairs.chosen_ids)
-        candidates = _label(iteration, method, pairs, samples, scorer, labeler, phases)
+        candidates = _label(iteration, method, pairs, store, samples, scorer, labeler, phases)
         store.write(iteration, "candidates", candidates)
     store.remove_samples(iteration)
 
@@ -146,6 +146,7 @@ def _label(
     iteration: int,
     method: Method,
     pairs: Pairs,
+    store: RunStore,
     samples: pa.Table,
     scorer: Scorer,
     labeler: Labeler,
@@ -157,11 +158,19 @@ def _label(
     prompts = pairs.prompt_ids.take(rows)
     ranking = [iteration - back for back in range(1, labeler.policies(iteration) + 1)]
     reference = method.reference(iteration)
-    with phases.timed("score_candidates"):
-        logps = {
-            policy: scorer(policy, prompts, token_ids, "score_candidates")
-            for policy in dict.fromkeys([*ranking, reference])
-        }
+    sampled = np.flatnonzero(pc.not_equal(samples["finish_reason"], DATASET).to_numpy())
+
+    def score(policy: int) -> npt.NDArray[np.float64]:
+        """Under theta_policy, which has scored the dataset's own answers before."""
+        offline = offline_table(policy + 1, method, pairs, store, scorer, phases)
+        found: npt.NDArray[np.float64] = offline["chosen_logp"].to_numpy()[rows]
+        with phases.timed("score_candidates"):
+            found[sampled] = scorer(
+                policy, prompts.take(sampled), token_ids.take(sampled), "score_candidates"
+            )
+        return found
+
+    logps = {policy: score(policy) for policy in dict.fromkeys([*ranking, reference])}
     for values in logps.values():
         require_finite(values, "log-probability of a candidate", rows)
     ranked = Ranked(

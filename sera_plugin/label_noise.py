@@ -21,16 +21,18 @@ def swapped_rows(total: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
 
 def swap(
     columns: Mapping[str, Sequence[Any]], swapped: npt.NDArray[np.bool_]
-) -> dict[str, list[Any]]:
+) -> dict[str, Sequence[Any]]:
     """The columns with what belongs to an answer following it to the other side.
 
     Args:
-        columns: (N,) each.
+        columns: (N,) each; two whose names differ in `chosen` and `rejected` are of two answers.
         swapped: (N,) which rows had their answers swapped.
     """
-    found = {name: list(values) for name, values in columns.items()}
+    found = dict(columns)
+    rows = np.flatnonzero(swapped).tolist()
     for chosen, rejected in by_side(list(columns)).items():
-        for row in np.flatnonzero(swapped).tolist():
-            one, other = found[chosen][row], found[rejected][row]
-            found[chosen][row], found[rejected][row] = other, one
+        one, other = list(columns[chosen]), list(columns[rejected])
+        for row in rows:
+            one[row], other[row] = other[row], one[row]
+        found[chosen], found[rejected] = one, other
     return found

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.args import SeraConfig
 from sera_plugin.checksums import RUN
 from sera_plugin.journal import Journal
 from sera_plugin.judging import Judge
@@ -31,13 +30,11 @@ class Labelers:
     """Makes the labeler of each iteration.
 
     Attributes:
-        config: the `sera:` block.
-        method: the method's constants.
+        method: the method's constants; `method.config` is the `sera:` block.
         samplers: make what a policy samples with, for the one that judges itself.
         tokenizer: the host's.
     """
 
-    config: SeraConfig
     method: Method
     samplers: Samplers
     tokenizer: Any
@@ -50,7 +47,7 @@ class Labelers:
             OSError: if that template cannot be read.
             JudgeFailed: if the environment variable with the judge's key is not there.
         """
-        config = self.config
+        config = self.method.config
         if (
             config.reward_model is not None
             and not Path(config.reward_model, "config.json").exists()
@@ -75,8 +72,7 @@ class Labelers:
             settings: how the iteration samples.
             optimizer: may wait in host memory while an engine samples.
         """
-        scorer = self.samplers.scorer
-        conversation = Conversation(self.tokenizer)
+        config, scorer = self.method.config, self.samplers.scorer
 
         def judged(judge: Callable[[Journal], Judge]) -> Labeler:
             @contextmanager
@@ -85,9 +81,9 @@ class Labelers:
                     yield judge(journal)
 
             return Judged(
-                self.config.labeler,
+                config.labeler,
                 opened,
-                conversation,
+                Conversation(self.tokenizer),
                 scorer.ranks,
                 lambda total: progress("judging", total, "verdict", scorer.quiet),
             )
@@ -95,12 +91,12 @@ class Labelers:
         def reward_model(journal: Journal) -> Judge:
             from sera_plugin.judging.reward_model import RewardModelJudge
 
-            assert self.config.reward_model is not None
-            return RewardModelJudge(Path(self.config.reward_model), journal)
+            assert config.reward_model is not None
+            return RewardModelJudge(Path(config.reward_model), journal)
 
         def endpoint(journal: Journal) -> Judge:
-            assert self.config.judge is not None
-            return api_judge(self.config.judge, journal)
+            assert config.judge is not None
+            return api_judge(config.judge, journal)
 
         kinds: dict[str, Callable[[], Labeler]] = {
             "implicit": lambda: ImplicitReward(self.method),
@@ -109,10 +105,10 @@ class Labelers:
             "self_judge": lambda: SelfJudge(
                 self.samplers.make(iteration, optimizer),
                 settings,
-                conversation,
+                Conversation(self.tokenizer),
                 scorer.ranks,
                 sampling_progress(scorer.quiet),
             ),
             "spin": Spin,
         }
-        return kinds[self.config.labeler]()
+        return kinds[config.labeler]()

@@ -76,7 +76,11 @@ class Split:
     features: list[Mapping[str, Any]] = field(default_factory=list)
 
     def load(self, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
-        """A dataset as the host's `load` gives it; what that raises becomes a `DataError`."""
+        """A dataset as the host's `load` gives it.
+
+        Raises:
+            DataError: for what that raises, unless the hub may answer the next time.
+        """
         key, path = f"{self.key}[{len(self.features)}]", str(entry["path"])
         try:
             dataset = load(entry, *args, **kwargs)
@@ -89,7 +93,11 @@ class Split:
         return dataset
 
     def prepare(self, prepare: Callable[[], Any]) -> Any:
-        """What the host makes of them; what it raises becomes a `DataError`."""
+        """What the host makes of them.
+
+        Raises:
+            DataError: for what that raises, and for score columns that none of them has.
+        """
         try:
             prepared = prepare()
         except (DataError, *UNREACHABLE):

@@ -26,6 +26,7 @@ from sera_plugin.rewards import FloatArray
 from sera_plugin.run import announce, describe_run, require_same_run
 from sera_plugin.samplers import Samplers
 from sera_plugin.sampling import SamplingSettings
+from sera_plugin.sampling.choose import Choice
 from sera_plugin.schedule import Schedule
 from sera_plugin.scoring import PolicyScorer
 from sera_plugin.store import RunStore, read_json
@@ -64,7 +65,6 @@ class Loop:
         schedule: how long each iteration is; updated as iterations turn out shorter.
         pairs, held_out: the data.
         end_ids: token ids that end a completion.
-        seed: the host's.
         store: the run directory.
         scorer: scores under any policy; owns the model's policies.
         samplers, labelers: make what samples in an iteration, and what ranks its samples.
@@ -78,7 +78,6 @@ class Loop:
     pairs: Pairs
     held_out: Pairs | None
     end_ids: tuple[int, ...]
-    seed: int
     store: RunStore
     scorer: PolicyScorer
     samplers: Samplers
@@ -88,6 +87,7 @@ class Loop:
     #: Steps as planned, which one learning-rate schedule over all iterations spans.
     planned_steps: int = field(init=False)
     _earlier: bool = field(default=False, init=False)
+    _sampler: Choice | None = field(default=None, init=False)
     _few: Pairs = field(init=False)
     _recalled: bool = field(default=False, init=False)
     _summary: dict[str, Any] = field(default_factory=dict, init=False)
@@ -122,17 +122,18 @@ class Loop:
                 the trainer to call `recall`, before it loads a checkpoint or begins.
 
         Raises:
-            ValueError: if the checkpoint that is asked for cannot be used, the directory holds
-                another run or is in use by one, or if the sampler or the labeler that the
-                configuration names cannot run.
+            ValueError: if an iteration would train on no pair, the checkpoint that is asked for
+                cannot be used, the directory holds another run or is in use by one, or if the
+                sampler or the labeler that the configuration names cannot run.
             OSError: if the directory cannot be written.
             SamplingFailed: if a server is named and cannot serve this run.
             JudgeFailed: if a judge's key is not there.
         """
         description = describe_run(
             self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
-            self.end_ids, self.seed,
+            self.end_ids,
         )  # fmt: skip
+        self._require_pairs()
         if asked:
             checkpoints.named(self._output_dir, asked)
         self.store.lock()
@@ -149,17 +150,14 @@ class Loop:
         self._earlier, self._few = earlier is not None, Pairs.from_table(dataset.slice(0, _FEW))
         if not sharded_later:
             self.recall()
-        sampler = None
-        if self._will_sample():
-            sampler = self.samplers.choose()
-            self.store.ranks.on_main(self.labelers.check)
+        self._sampler = self._choose_sampler(kept=len(self.schedule.pairs))
         for name, values in columns.items():
             dataset = dataset.append_column(name, pa.array(values))
         if earlier is None:
             self.store.begin(description, dataset)
         else:
             self.store.repair_dataset(dataset)
-        LOG.info("%s", announce(description, self.method, self.schedule, self.store, sampler))
+        LOG.info("%s", announce(description, self.method, self.schedule, self.store, self._sampler))
 
     def recall(self) -> None:
         """Remember theta_0, once, when the model holds it and can be used.
@@ -174,6 +172,17 @@ class Loop:
         if self._earlier:
             self._require_same_model()
 
+    def _require_pairs(self) -> None:
+        """Few pairs times a small ratio may come to none, which a later iteration would find."""
+        if 0 in self.method.sizes:
+            config = self.method.config
+            raise ValueError(
+                f"iteration {self.method.sizes.index(0) + 1} would train on nothing: of the "
+                f"{self.method.total} usable pairs selection_ratio: {config.selection_ratio} keeps "
+                f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
+                "Raise one of them, or give more pairs."
+            )
+
     def _require_empty(self) -> None:
         remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]
         if remains:
@@ -183,13 +192,21 @@ class Loop:
                 "no record of a SeRA run. Set another output_dir, or move them away."
             )
 
-    def _will_sample(self) -> bool:
-        """Whether any iteration still lacks its candidates."""
+    def _choose_sampler(self, kept: int) -> Choice | None:
+        """What samples, and that it and what ranks can; None if no iteration lacks its candidates.
+
+        Args:
+            kept: the last iteration whose files stay; later ones are made anew.
+        """
         iterations = range(1, len(self.schedule.pairs) + 1)
-        return any(
-            self.method.sampled(iteration) and not self.store.finished(iteration, "candidates")
-            for iteration in iterations
-        )
+        if not any(
+            self.method.sampled(t) and (t > kept or not self.store.finished(t, "candidates"))
+            for t in iterations
+        ):
+            return None
+        sampler = self.samplers.choose(int(self.pairs.prompt_ids.lengths.max()))
+        self.store.ranks.on_main(self.labelers.check)
+        return sampler
 
     def _require_same_model(self) -> None:
         """The loaded model gives the first pairs the log-probabilities the run began with."""
@@ -220,7 +237,9 @@ class Loop:
             asked: `resume_from_checkpoint` as the YAML has it; None takes the newest whole one.
 
         Raises:
-            ValueError: if the one that is asked for cannot be used.
+            ValueError: if the one that is asked for cannot be used, or if iterations after it
+                sampled and the sampler or the labeler cannot run any more.
+            SamplingFailed: if a server is named and cannot serve this run.
         """
         directory = self._output_dir
         step = checkpoints.named(directory, asked) if asked else checkpoints.newest(directory)
@@ -228,6 +247,17 @@ class Loop:
         if step is not None:
             sizes = read_json(checkpoints.checkpoint(directory, step) / RECORD)["pairs"]
             self.schedule = replace(self.schedule, pairs=tuple(sizes))
+        if self._sampler is None:
+            # All had sampled when the run was opened; `begin` discards those after this step.
+            begins = 1 if step is None else self.schedule.locate(step)[0]
+            self._sampler = self._choose_sampler(kept=begins)
+            if self._sampler is not None:
+                LOG.info(
+                    "SeRA: samples are made again from iteration %d on; sampler: %s (%s)",
+                    begins + 1,
+                    self._sampler.name,
+                    self._sampler.reason,
+                )
         self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
         return step
 
@@ -245,6 +275,8 @@ class Loop:
         """
         self.store.discard_after(iteration)
         earlier = self.store.summary(iteration)
+        # Of another continuation, which went on from here and got to the iteration's end.
+        earlier.get("seconds", {}).pop("train", None)
         phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
         self.scorer.phases = phases
         policies = self.scorer.policies
@@ -260,7 +292,7 @@ class Loop:
             max_new_tokens=config.max_new_tokens,
             max_length=self.cfg["sequence_len"],
             end_ids=self.end_ids,
-            seed=self.seed * 1_000 + iteration,
+            seed=method.seed * 1_000 + iteration,
         )
         pairs = prepare_iteration(
             iteration,

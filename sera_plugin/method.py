@@ -165,6 +165,7 @@ class Phases:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        """Count the seconds of the block, however it ends."""
         start = perf_counter()
         try:
             yield
@@ -172,9 +173,11 @@ class Phases:
             self.spend(phase, perf_counter() - start)
 
     def spend(self, phase: str, seconds: float) -> None:
+        """Add to what a phase took."""
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
 
     def count(self, phase: str, sequences: int, tokens: int) -> None:
+        """Add to what a phase forwarded; a prompt counts with each of its completions."""
         entry = self.forwarded.setdefault(phase, {"sequences": 0, "tokens": 0})
         entry["sequences"] += sequences
         entry["tokens"] += tokens

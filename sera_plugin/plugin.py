@@ -52,10 +52,10 @@ _HOST_LOSSES = (
     "sft",
     "sigmoid_norm",
 )
-#: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
-_MOST_EPOCHS = 10_000
 #: Those of them that read label smoothing; `sigmoid` does not.
 _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
+#: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
+_MOST_EPOCHS = 10_000
 
 
 class SeraPlugin(BasePlugin):
@@ -105,6 +105,7 @@ class SeraPlugin(BasePlugin):
             self._guard_rows()
 
     def get_input_args(self) -> str:
+        """The pydantic model that the host merges into its own."""
         return "sera_plugin.args.SeraArgs"
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
@@ -122,6 +123,7 @@ class SeraPlugin(BasePlugin):
         guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:
+        """Before the host loads the model, which it would do twice, and could not save whole."""
         from sera_plugin.trainer import keep_one_model_loaded, save_whole_adapters
 
         keep_one_model_loaded()

@@ -63,7 +63,6 @@ def describe_run(
     pairs: Pairs,
     held_out: Pairs | None,
     end_ids: Sequence[int],
-    seed: int,
 ) -> dict[str, Any]:
     """The content of run.json.
 
@@ -73,7 +72,6 @@ def describe_run(
         schedule: how many pairs make a step.
         pairs, held_out: the data.
         end_ids: token ids that end a completion.
-        seed: the host's seed.
     """
     gap = method.facts.score_gap
     return {
@@ -95,7 +93,7 @@ def describe_run(
         "evaluation_fingerprint": _fingerprint(held_out) if held_out else None,
         "score_fingerprint": None if gap is None else hashlib.sha256(gap.tobytes()).hexdigest(),
         "end_ids": [int(token) for token in end_ids],
-        "seed": seed,
+        "seed": method.seed,
     }
 
 

@@ -49,12 +49,18 @@ class Samplers:
     scorer: PolicyScorer
     tokenizer: Any
     choice: Choice = field(default=Choice("transformers", "nothing is sampled"), init=False)
+    #: Of a server, as rank 0 has found it when the sampler was chosen.
+    _context: int | None = field(default=None, init=False)
 
-    def choose(self) -> Choice:
+    def choose(self, longest: int) -> Choice:
         """Which sampler the run takes; the same on every rank.
 
+        Args:
+            longest: tokens of the longest prompt.
+
         Raises:
-            ValueError: if the sampler that the configuration names cannot run.
+            ValueError: if the sampler that the configuration names cannot run, or has no room for
+                that prompt.
             SamplingFailed: if a server is named and cannot serve this run.
         """
         ranks = self.store.ranks
@@ -68,7 +74,15 @@ class Samplers:
                     choice.reason,
                 )
             if choice.name == "vllm-server":
-                self._server(self.store.policy(2)).check()
+                whole = longest + self.config.max_new_tokens
+                most = self.cfg["sequence_len"] or whole
+                self._context = self._server(self.store.policy(2)).check(min(whole, most))
+            context = self._vllm_options.get("max_model_len")
+            if choice.name == "vllm" and context is not None and longest >= context:
+                raise ValueError(
+                    f"vllm.max_model_len: {context} leaves no room to sample after the longest "
+                    f"prompt, which has {longest} tokens. Raise it, or leave it out."
+                )
         # All ranks sample alike, whatever their own environments could do.
         mine = SAMPLERS.index(choice.name) if ranks.main else 0
         choice = replace(choice, name=SAMPLERS[int(ranks.sum(np.array([mine], float))[0])])
@@ -143,8 +157,11 @@ class Samplers:
         adapter, config = self.scorer.policies.is_adapter, self.config
         if not adapter and first_iteration(config.selection_ratio, config.labeler) > 1:
             return None  # whole weights of its own
-        base = type(model.config).from_pretrained(str(self.cfg["base_model"])).get_text_config()
-        if model.get_input_embeddings().weight.shape[0] != base.vocab_size:
+        base = type(model.config).from_pretrained(
+            str(self.cfg["base_model"]), revision=self.cfg.get("revision_of_model") or "main"
+        )
+        embedded = model.get_input_embeddings().weight.shape[0]
+        if embedded != base.get_text_config().vocab_size:
             return "the policy stands on a model whose vocabulary was resized after loading"
         if not adapter:
             return None
@@ -197,4 +214,5 @@ class Samplers:
             special_tokens=self.tokenizer.all_special_tokens,
             # One client keeps a server busy, and it then holds one adapter.
             shard=WHOLE if self.store.ranks.main else NO_PART,
+            longest=self._context,
         )

@@ -135,10 +135,12 @@ class RunStore:
 
     @property
     def run_file(self) -> Path:
+        """What the run is; `description` reads it."""
         return self.root / "run.json"
 
     @property
     def dataset_file(self) -> Path:
+        """The offline pairs as token ids."""
         return self.root / "dataset.parquet"
 
     def lock(self) -> None:

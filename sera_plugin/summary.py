@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from sera_plugin.iteration import candidate_places
-from sera_plugin.labeling.spin import DATASET
+from sera_plugin.labeling import DATASET
 from sera_plugin.method import Method, Phases
 from sera_plugin.store import RunStore
 from sera_plugin.tokens import TokenColumn
@@ -69,8 +69,9 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         "forwarded": {phase: dict(counts) for phase, counts in phases.forwarded.items()},
     }
     trained = {side: columns[f"{side}_length"][kept] for side in ("chosen", "rejected")}
-    if "swapped" in columns and kept.any() and not kept.all():
-        summary["label_noise"] = noise_found(columns["swapped"], kept)
+    noise = noise_found(method.config.selection, columns.get("swapped"), kept)
+    if noise is not None:
+        summary["label_noise"] = noise
     if "margin" in columns:
         margin = columns["margin"]
         summary["margins"] = {
@@ -97,24 +98,29 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
 
 
 def noise_found(
-    swapped: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]
-) -> dict[str, float | None]:
+    selection: str, swapped: npt.NDArray[np.bool_] | None, kept: npt.NDArray[np.bool_]
+) -> dict[str, float | None] | None:
     """How well selection found the labels that were swapped on purpose.
 
     Args:
-        swapped, kept: (N,) of the offline pairs.
+        selection: `sera.selection`.
+        swapped: (N,) of the offline pairs, None without label noise.
+        kept: (N,).
 
     Returns:
         How many of the dropped pairs were swapped (`precision`), how many of the swapped ones were
-        dropped (`recall`), and both counts. By chance precision is the share that was swapped, and
-        recall the share that is dropped.
+        dropped (`recall`, None where none were), and both counts. By chance precision is the share
+        that was swapped, and recall the share that is dropped. None where pairs are not told
+        apart: where all are kept or none, and under a curriculum, where a pair that is not kept
+        has had its turn or is to have it.
     """
-    found = int((swapped & ~kept).sum())
-    dropped, all_swapped = int((~kept).sum()), int(swapped.sum())
+    if swapped is None or selection == "curriculum" or kept.all() or not kept.any():
+        return None
+    found, all_swapped = int((swapped & ~kept).sum()), int(swapped.sum())
     return {
         "swapped": all_swapped,
         "swapped_dropped": found,
-        "precision": found / dropped if dropped else None,
+        "precision": found / int((~kept).sum()),
         "recall": found / all_swapped if all_swapped else None,
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,6 @@ _DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
     "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
 )
-
-
 _NO_FSDP = (
     "fsdp_config is set, but the host cannot shard the model here: it does so over several "
     "processes, each with a GPU of its own. Start as many as there are GPUs (`axolotl train "
@@ -285,7 +284,7 @@ class SeraTrainer(AxolotlDPOTrainer):
         self._saved_step: int | None = None
         # Before the host puts its own find in place of what the YAML says.
         self._asked_checkpoint = self.cfg.resume_from_checkpoint
-        self._offline_columns: dict[str, list[Any]] = {}
+        self._offline_columns: Mapping[str, Sequence[Any]] = {}
         self._swapped: np.ndarray[Any, Any] | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
@@ -394,9 +393,9 @@ class SeraTrainer(AxolotlDPOTrainer):
         if logps is None:
             logps = score_pairs(pairs, 0, self._score, "score_evaluation")
         columns = {
-            "prompt_ids": list(pairs.prompt_ids),
-            "chosen_ids": list(pairs.chosen_ids),
-            "rejected_ids": list(pairs.rejected_ids),
+            "prompt_ids": pairs.prompt_ids,
+            "chosen_ids": pairs.chosen_ids,
+            "rejected_ids": pairs.rejected_ids,
             "ref_chosen_logps": logps["chosen"],
             "ref_rejected_logps": logps["rejected"],
         }
@@ -500,11 +499,10 @@ class SeraTrainer(AxolotlDPOTrainer):
             pairs=self._pairs,
             held_out=self._eval_pairs,
             end_ids=tuple(self._end_ids),
-            seed=int(self.args.seed),
             store=self.store,
             scorer=self._score,
             samplers=samplers,
-            labelers=Labelers(self.config, method, samplers, self.processing_class),
+            labelers=Labelers(method, samplers, self.processing_class),
             nats=self._limits[0],
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
@@ -567,15 +565,18 @@ class SeraTrainer(AxolotlDPOTrainer):
             kwargs.get("steps_trained_in_current_epoch")
         )
         loop.recall()
+        planned = loop.schedule.steps(iteration)
         prepared = loop.begin(iteration, resumed, self.optimizer)
+        steps = loop.schedule.steps(iteration)
         if prepared.held_out is not None:
             assert self._eval_pairs is not None
             self.eval_dataset = self._with_reference(self._eval_pairs, prepared.held_out)
             # Persistent workers would go on serving the last iteration's reference values.
             self._eval_dataloaders: dict[str, Any] = {}
         self._announce_total(loop.schedule.total_steps)
-        if self.config.restart_optimizer and iteration > 1 and not resumed:
-            self._restart_optimizer(loop.schedule.steps(iteration))
+        # The host has made the first iteration's, for as many steps as were planned.
+        if self.config.restart_optimizer and not resumed and (iteration > 1 or steps != planned):
+            self._restart_optimizer(steps)
         self.train_dataset = Dataset(InMemoryTable(prepared.pairs))
         loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = loader
@@ -586,7 +587,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             epoch=epoch,
             train_dataloader=loader,
             steps_in_epoch=len(loader),
-            num_update_steps_per_epoch=loop.schedule.steps(iteration),
+            num_update_steps_per_epoch=steps,
             **kwargs,
         )
 

@@ -87,7 +87,7 @@ def make_run(
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
     store = RunStore(output_dir)
     data, test = (_pairs(number) for number in (pairs, held_out))
-    method = Method(block, loss == "simpo", per_token, pairs, iterations, facts=facts or Facts())
+    method = Method(block, loss == "simpo", per_token, pairs, iterations, 7, facts or Facts())
     schedule = Schedule(method.sizes, 4, 1)
     resolved = {
         "base_model": "org/none-such",
@@ -98,7 +98,7 @@ def make_run(
     }
     loaded = Pairs.from_table(data)
     other = Pairs.from_table(test) if held_out else None
-    run = describe_run(resolved, loss, 0.1, method, schedule, loaded, other, (END,), 7)
+    run = describe_run(resolved, loss, 0.1, method, schedule, loaded, other, (END,))
     for name, values in (scores or {}).items():
         data = data.append_column(name, [list(values)])
     store.begin(run, data)

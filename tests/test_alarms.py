@@ -253,6 +253,17 @@ def test_the_page_has_the_same_thresholds():
     }
 
 
+def test_a_judge_that_says_nothing_is_not_taken_for_samples_that_are_alike():
+    alike = only("without_pair", first(), later(samples__too_few=50))
+    assert "raise sera.temperature" in alike.text
+    assert "labeler" not in alike.text
+    silent = later(samples__too_few=50)
+    silent["samples"]["unranked"] = 200
+    found = only("without_pair", first(), silent)
+    assert found.figure == alike.figure
+    assert "200 candidates have none: `labeler` in summary.json" in found.text
+
+
 def test_the_page_says_what_held_out_sets_can_see():
     # Two accuracies of 0.7 on n pairs each: 2 sqrt(2 x 0.21 / n).
     text = " ".join((ROOT / "docs/alarms.md").read_text().split())

@@ -363,6 +363,21 @@ def test_what_is_saved(saving, keep, policies, checkpoints):
     assert found["tables"] > 0
 
 
+def test_samples_of_a_first_iteration_take_space_too():
+    """Where the labeler needs no earlier policy: a log-probability and a reward for each sample."""
+    from_start = counting(
+        iterations=1, labeler="spin", candidates=1, selection_ratio=0, bootstrap_ratio=1
+    )
+    (first,) = from_start.iterations()
+    assert first.phases["score_candidates"].sequences == 4  # not the dataset's own answers
+    saving = Saving(100, 0, 200, 10, 9, 2, True)
+    tables = [
+        disk_parts(from_start.method, pairs(), [one], saving)["tables"]
+        for one in (first, next(counting(iterations=1).iterations()))
+    ]
+    assert tables[0] - tables[1] >= 4 * (2 * 8 + 8)
+
+
 def make(memory: int | None, speed: Speed | None = None):
     saving = Saving(100, 0, 200, 10, 3, 2, True)
     shape, found = llama(), setting()

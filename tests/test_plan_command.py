@@ -18,6 +18,11 @@ from tests.conftest import adapter, write_rows
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
+SPIN = {
+    "labeler": "spin", "selection_ratio": 0.0, "bootstrap_ratio": 1.0, "candidates": 1,
+    "max_new_tokens": 12, "temperature": 1.0,
+}  # fmt: skip
+
 
 @pytest.fixture
 def plan(load, tmp_path):
@@ -60,8 +65,9 @@ def test_help_has_examples():
         {"num_epochs": 2, "micro_batch_size": 5, "gradient_accumulation_steps": 3},
         {"sera": {"loss": "simpo", "max_new_tokens": 12, "temperature": 1.0}, "rl_beta": 2.0},
         {"test_datasets": None, "val_set_size": 0.2, "num_epochs": 2},
+        {"num_epochs": 2, "sera": SPIN},
     ],
-    ids=["full", "lora", "one", "selection", "four", "uneven", "simpo", "split"],
+    ids=["full", "lora", "one", "selection", "four", "uneven", "simpo", "split", "spin"],
 )
 def test_what_is_known_beforehand_is_exactly_what_the_run_counts(
     changes, base_config, planned, train
@@ -95,7 +101,7 @@ def test_what_is_known_beforehand_is_exactly_what_the_run_counts(
             ))
         ]  # fmt: skip
         assert lengths[0] <= one["phases"]["train"]["most_tokens"]
-        if one["iteration"] == 1:
+        if one["iteration"] == 1 and not one["bootstrapped"]:
             assert lengths[0] == one["phases"]["train"]["tokens"]
         assert one["phases"]["train"]["sequences"] == 2 * one["pairs"]
         steps += one["steps"]

@@ -62,6 +62,10 @@ def test_swapped_labels_are_counted_and_marked(tmp_path):
     page = page_of(store)
     assert "of the 3 labels swapped on purpose" in page
     assert "swapped on purpose</" in page
+    block = {"selection": "curriculum", "selection_ratio": 1.0, "score_columns": ["gap"]}
+    asked = Facts(np.arange(12.0), np.arange(12) // 4, swapped)
+    by_turns = read_run(make_run(tmp_path / "turns", sera=block, facts=asked))
+    assert all("label_noise" not in one for one in figures(by_turns)["iterations"])
     texts = texts_of(run)
     assert "label: swapped on purpose" in show_pair(describe_pair(run, 4, texts), texts)
     assert "swapped" not in show_pair(describe_pair(run, 5, texts), texts)

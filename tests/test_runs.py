@@ -185,6 +185,31 @@ def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there
     assert not (run / "iteration-02/samples").exists()
 
 
+def test_a_finished_run_that_begins_again_chooses_a_sampler_and_counts_its_own_time(
+    base_config, train, monkeypatch
+):
+    """Iterations that come after the checkpoint are discarded with their candidates."""
+    from sera_plugin.samplers import Samplers
+    from sera_plugin.store import RunStore
+
+    base_config |= adapter() | {"num_epochs": 2}
+    first = train(base_config)
+    for checkpoint in first.output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    # Iteration 1 is trained anew, and what it took before does not count.
+    store = RunStore(first.output)
+    store.write_summary(1, store.summary(1) | {"seconds": {"score_offline": 7.0, "train": 1e6}})
+    chosen = []
+    choose = Samplers.choose
+    monkeypatch.setattr(Samplers, "choose", lambda *args: chosen.append(choose(*args)))
+    again = train(base_config | {"auto_resume_from_checkpoints": True})
+    assert len(chosen) == 1
+    assert files(again.run) == files(first.run)
+    seconds = summary(again, 1)["seconds"]
+    assert seconds["score_offline"] == 7.0
+    assert 0 < seconds["train"] < 1e3
+
+
 def test_another_run_is_never_overwritten_or_continued_as_this_one(base_config, train, world):
     base_config |= {"num_epochs": 1}
     result = train(base_config)
@@ -289,6 +314,16 @@ def test_one_pair_and_duplicate_pairs_train(base_config, train, world, tmp_path)
     base_config["datasets"][0]["path"] = str(tmp_path / "rows.jsonl")
     result = train(base_config | {"num_epochs": 2, "test_datasets": None, "evals_per_epoch": None})
     assert result.training_pairs[1].num_rows == 2
+
+
+def test_ratios_that_come_to_no_pair_are_told_before_training(base_config, train, world, tmp_path):
+    write_rows(tmp_path / "one.jsonl", world.rows[:1])
+    base_config["datasets"] = [{**base_config["datasets"][0], "path": str(tmp_path / "one.jsonl")}]
+    base_config["sera"] |= {"selection_ratio": 0.4}
+    words = r"iteration 2 would train on nothing: of the 1 usable pairs selection_ratio: 0\.4 keeps"
+    with pytest.raises(ValueError, match=words):
+        train(base_config)
+    assert not (Path(base_config["output_dir"]) / "sera").exists()
 
 
 def test_a_step_that_is_saved_again_keeps_its_whole_checkpoint(base_config, train):

@@ -108,9 +108,10 @@ def test_descendants_that_left_the_group_are_ended_too(script, tmp_path):
     [
         ("raise RuntimeError('broken inside')", "it ended with exit code 1"),
         ("os.kill(os.getpid(), 9)", r"it was killed by SIGKILL \(often.*out of memory\)"),
+        ("os.write(output, b'{\"chunk\":'); os.kill(os.getpid(), 9)", "it was killed by SIGKILL"),
         ("send({'error': 'ValueError: no'}); time.sleep(600)", "ValueError: no"),
     ],
-    ids=["crash", "killed", "reported"],
+    ids=["crash", "killed", "killed-in-mid-word", "reported"],
 )
 def test_a_failure_says_what_happened(script, tmp_path, body, reason):
     with (

@@ -111,6 +111,83 @@ def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_m
     }[iteration]
 
 
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, revision):
+    """vLLM loads the base model as it is on the disk, or on the hub at that revision."""
+    from transformers import LlamaConfig
+
+    asked = []
+
+    class Config(LlamaConfig):
+        @classmethod
+        def from_pretrained(cls, name, revision):
+            asked.append((name, revision))
+            return cls(vocab_size=16)
+
+    def unserved(tokens: int) -> str | None:
+        embeddings = SimpleNamespace(weight=np.zeros((tokens, 2)))
+        config = SimpleNamespace(to_dict=lambda: PLAIN)
+        model = SimpleNamespace(
+            config=Config(vocab_size=tokens), get_input_embeddings=lambda: embeddings,
+            peft_config={"default": config}, active_adapter="default",
+        )  # fmt: skip
+        scorer = SimpleNamespace(policies=SimpleNamespace(model=model, is_adapter=True))
+        cfg = {"base_model": "org/name", "revision_of_model": revision}
+        return Samplers(cfg, SeraConfig(), RunStore(tmp_path), scorer, None)._unserved()
+
+    assert unserved(16) is None
+    assert "vocabulary was resized" in (unserved(17) or "")
+    assert asked == [("org/name", revision or "main")] * 2
+
+
+def chosen(cfg: dict, longest: int, tmp_path, **block) -> Samplers:
+    policies = SimpleNamespace(model=None, is_adapter=False)
+    cfg = {"sequence_len": 64, **cfg}
+    tokenizer = SimpleNamespace(all_special_tokens=[])
+    scorer = SimpleNamespace(policies=policies)
+    samplers = Samplers(cfg, SeraConfig(**block), RunStore(tmp_path), scorer, tokenizer)
+    assert samplers.choose(longest) == samplers.choice
+    return samplers
+
+
+def test_a_prompt_that_fills_the_engines_context_is_told_before_training(with_vllm, tmp_path):
+    cfg = {"vllm": {"max_model_len": 40}}
+    assert chosen(cfg, 39, tmp_path).choice.name == "vllm"
+    with pytest.raises(ValueError, match=r"vllm\.max_model_len: 40 .* longest prompt.* 40 tokens"):
+        chosen(cfg, 40, tmp_path)
+    assert chosen({}, 63, tmp_path).choice.name == "vllm"
+    assert chosen(cfg, 40, tmp_path, sampler="transformers").choice.name == "transformers"
+
+
+@pytest.mark.parametrize(("sequence_len", "asked"), [(64, 50), (48, 48), (None, 50)])
+def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, sequence_len, asked):
+    compared = []
+
+    def check(self, longest):
+        compared.append(longest)
+        return 56
+
+    monkeypatch.setattr(vllm_server.VllmServerSampler, "check", check)
+    cfg = {"sequence_len": sequence_len, "base_model": "m"}
+    samplers = chosen(cfg, 38, tmp_path, sampler="vllm-server", max_new_tokens=12)
+    assert samplers.choice.name == "vllm-server"
+    assert compared == [asked]
+    # What is longer than prompt and candidate, such as a judge's prompt, is measured by it.
+    assert samplers.make(2, None).longest == 56
+
+
+def test_a_server_with_too_short_a_context_is_said_so(world, tmp_path):
+    from tests.test_security import echo
+
+    with echo(world.base) as server:
+        sampler = vllm_server.VllmServerSampler(
+            "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, []
+        )
+        assert sampler.check() == sampler.check(48) == 48
+        with pytest.raises(SamplingFailed, match=r"context of 48 tokens.*--max-model-len 49"):
+            sampler.check(49)
+
+
 def test_transformers_by_name_looks_for_nothing():
     assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
 

@@ -278,7 +278,7 @@ def test_run_json_has_what_is_set_and_no_secret():
         "path": Path("p"),
     }
     schedule = Schedule(method.sizes, batch_size=1, accumulation=1)
-    described = describe_run(config, "dpo", 0.2, method, schedule, pairs, None, [2], 1)
+    described = describe_run(config, "dpo", 0.2, method, schedule, pairs, None, [2])
     assert described["config"] == {"base_model": "m", "comet": {}, "path": "p"}
 
 

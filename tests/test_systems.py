@@ -27,6 +27,7 @@ from sera_plugin.method import Facts, Method, Pairs
 from sera_plugin.run import require_same_run
 from sera_plugin.selection import SELECTIONS
 from sera_plugin.store import make_table
+from sera_plugin.summary import noise_found
 from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
@@ -242,6 +243,22 @@ def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_
     assert table["token_ids"][2] == [11, END]
 
 
+def test_no_policy_scores_the_datasets_answers_again_for_spin(tmp_path):
+    """Each has with the offline pairs; with theta_0 as reference too."""
+    run = system(
+        tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0, reference="initial"
+    )
+    for iteration in (1, 2):
+        prepare_labelled(run, iteration, Spin())
+        candidates, chosen = run.table(iteration, "candidates"), run.offline(iteration)
+        assert [logp for (logp,) in candidates["logps"][2::3]] == chosen["chosen_logp"]
+    assert candidates["reference_logp"][2::3] == run.offline(1)["chosen_logp"]
+    # Three prompts with two samples each.
+    assert [call for call in run.scorer.calls if call[1] == "score_candidates"] == [
+        (policy, "score_candidates", 6) for policy in (0, 1, 0)
+    ]
+
+
 def test_spin_beside_offline_pairs_begins_with_selection(tmp_path):
     run = system(tmp_path, labeler="spin", selection_ratio=0.67, bootstrap_ratio=1.0)
     assert run.method.sizes == (3, 5, 5)
@@ -340,6 +357,39 @@ def test_noise_is_recorded_per_row_and_counted(tmp_path):
     }  # fmt: skip
 
 
+def test_a_curriculum_drops_no_pair_for_its_label(tmp_path):
+    """What is not kept has had its turn or is to have it, which says nothing of a label."""
+    from sera_plugin.summary import summarize
+
+    swapped = np.array([False, True, False])
+    run = system(
+        tmp_path,
+        Facts(np.array([3.0, 1.0, 2.0]), np.array([0, 0, 1]), swapped),
+        selection="curriculum",
+        selection_ratio=1.0,
+        score_columns=["gap"],
+        label_noise=0.33,
+    )
+    run.iterations = 2
+    for iteration in (1, 2):
+        run.prepare(iteration)
+        assert run.offline(iteration)["swapped"] == swapped.tolist()
+        summary = summarize(iteration, run.method, run.store, run.phases)
+        assert summary["pairs"]["kept"] in (1, 2)
+        assert "label_noise" not in summary
+
+
+@pytest.mark.parametrize("kept", [[True] * 3, [False] * 3])
+def test_where_no_pair_is_told_from_another_no_noise_is_found(kept):
+    assert noise_found("irm", np.array([True, False, False]), np.array(kept)) is None
+    assert noise_found("irm", None, np.array([True, False, False])) is None
+
+
+def test_noise_that_has_swapped_nothing_has_no_recall():
+    found = noise_found("irm", np.zeros(3, dtype=bool), np.array([True, False, False]))
+    assert found == {"swapped": 0, "swapped_dropped": 0, "precision": 0.0, "recall": None}
+
+
 def test_a_score_is_a_gap_of_two_columns_or_a_column_that_is_one():
     assert score_gap({"source": ["a"], "s_rejected": [1], "s_chosen": [4]}).tolist() == [3]
     assert score_gap({"source": ["a", "b"], "gap": [1, 2.5]}).tolist() == [1, 2.5]
@@ -375,7 +425,7 @@ def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monke
     def check(**block: Any) -> None:
         run = system(tmp_path, bootstrap_ratio=1, **block)
         samplers = SimpleNamespace(store=RunStore(tmp_path))
-        Labelers(run.config, run.method, samplers, tokenizer=None).check()
+        Labelers(run.method, samplers, tokenizer=None).check()
 
     model = {"labeler": "reward_model", "reward_model": str(tmp_path)}
     with pytest.raises(ValueError, match=r"sera.reward_model: .* has no config\.json"):
@@ -390,6 +440,23 @@ def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monke
     check(labeler="judge", judge=judge)
     check()
     assert not list(tmp_path.rglob("judgements.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["implicit", "spin"])
+def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(tmp_path, name):
+    """Some templates refuse a lone question; that is a matter of labelers that read."""
+    from sera_plugin.labelers import Labelers
+
+    class Refusing(Words):
+        chat_template = "some"
+
+        def apply_chat_template(self, *args, **kwargs):
+            raise ValueError("a system message is needed")
+
+    run = system(tmp_path, labeler=name, bootstrap_ratio=1.0)
+    samplers = SimpleNamespace(scorer=None)
+    made = Labelers(run.method, samplers, Refusing()).make(2, SimpleNamespace(), None)
+    assert made.report["name"] == name
 
 
 @pytest.mark.parametrize(
@@ -430,7 +497,7 @@ def described(facts: Facts | None = None, **block: Any) -> dict[str, Any]:
     ids = make_table({f"{name}_ids": [[1]] for name in ("prompt", "chosen", "rejected")})
     cfg = {"sera": config.model_dump(mode="json")}
     pairs, schedule = Pairs.from_table(ids), Schedule((1,), 1, 1)
-    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, (END,), 0)
+    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, (END,))
 
 
 def test_a_run_is_continued_with_the_scores_that_it_selects_by():
@@ -524,16 +591,29 @@ def judged(judge):
 
 
 def test_a_judge_that_compares_gives_shares_of_wins():
-    """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat is not shown; w9 gets no verdict."""
+    """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat as the first; w9 gets no verdict."""
     judge = PrefersHigher()
     labeler = judged(judge)
     found = labeler.rewards(
         ranked([1, END], [3, END], [2, END], [3], [1], [2], [9], [9], per_prompt=4)
     )
-    np.testing.assert_array_equal(found, [0, 1, 0.5, np.nan, 0, 1, np.nan, np.nan])
+    np.testing.assert_array_equal(found, [0, 1, 0.5, 1, 0, 1, np.nan, np.nan])
     assert judge.met[:3] == [("w1", "w3"), ("w1", "w2"), ("w3", "w2")]
     assert len(judge.met) == 3 + 3
     assert labeler.report["judge"] == "by number"
+
+
+def test_answers_that_read_the_same_are_no_failure_of_the_judge():
+    """Nobody is asked about the first prompt; in the second w1 loses, however often it is there."""
+    judge = PrefersHigher()
+    found = judged(judge).rewards(
+        ranked([9, END], [9, END], [9], [1, END], [1, END], [2, END], per_prompt=3)
+    )
+    np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 0, 0, 1])
+    assert judge.met == [("w1", "w2")]
+    pairs = pair_candidates([[0, 0, 1], [0, 0, 1]], found.reshape(2, 3))
+    assert (pairs.unranked, pairs.ties, pairs.duplicates) == (0, 1, 2)
+    assert (pairs.prompt, pairs.chosen, pairs.rejected) == ([1], [2], [0])
 
 
 def test_a_judge_that_scores_is_asked_once_for_equal_answers():
@@ -555,46 +635,94 @@ def test_a_judge_that_scores_is_asked_once_for_equal_answers():
     assert [one.answer for one in judge.asked] == ["w3", "w1", "w9"]
 
 
-def test_a_policy_judges_itself_by_the_mean_of_what_it_says(monkeypatch):
+class Replies:
+    """Samples what it is told to, and like any sampler refuses a prompt that leaves no room."""
+
+    seconds = {"start_engine": 50.0, "stop_engine": 2.0}  # noqa: RUF012
+
+    def __init__(self, replies: list[str], longest: int | None = None) -> None:
+        self.replies, self.longest = replies, longest
+
+    def sample(self, prompts, settings, skip=()):
+        from sera_plugin.sampling import Candidate, room
+
+        self.settings = settings
+        self.rooms = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
+        for row, letters in enumerate(self.replies):
+            yield [(row, [Candidate([ord(one)], "stop") for one in letters])]
+
+
+def self_judged(sampler: Replies, max_length: int | None = 64):
     from contextlib import nullcontext
 
     from sera_plugin.labeling.conversation import Conversation
     from sera_plugin.labeling.self_judge import SelfJudge
     from sera_plugin.ranks import Ranks
-    from sera_plugin.sampling import Candidate, SamplingSettings
+    from sera_plugin.sampling import SamplingSettings
 
     said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
-    replies = iter(["abb", "ccc", "dab"])
-
-    class Sampler:
-        def __init__(self) -> None:
-            self.settings: SamplingSettings | None = None
-
-        def sample(self, prompts, settings, skip=()):
-            self.settings = settings
-            for row in range(len(prompts)):
-                if row not in skip:
-                    yield [(row, [Candidate([ord(one)], "stop") for one in next(replies)])]
 
     class Letters(Words):
         def decode(self, ids, skip_special_tokens=False):
-            return said.get(chr(ids[0]), "words")
+            return said.get(chr(ids[0]), f"answer {ids[0]}")
 
         def __call__(self, text):
-            return {"input_ids": [1] * (90 if "long" in text else 5)}
+            return {"input_ids": [1] * (90 if "answer 2" in text else 5)}
 
-    sampler = Sampler()
-    settings = SamplingSettings(4, 1.0, 1.0, 12, 64, (END,), seed=5)
-    labeler = SelfJudge(
+    settings = SamplingSettings(4, 1.0, 1.0, 12, max_length, (END,), seed=5)
+    return SelfJudge(
         sampler, settings, Conversation(Letters()), Ranks(),
         lambda total, phase: nullcontext(lambda chunk: None),
     )  # fmt: skip
-    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+
+
+def test_a_policy_judges_itself_by_the_mean_of_what_it_says():
+    sampler = Replies(["abb", "ccc", "dab"])
+    labeler = self_judged(sampler)
+    found = labeler.rewards(ranked([1], [3], [4], per_prompt=3))
     np.testing.assert_array_equal(found, [2.0, np.nan, 2.5])
-    assert labeler.report["unparsed"] == 4
-    assert labeler.report["replies"] == 9
-    assert sampler.settings is not None
+    assert labeler.report == {
+        "name": "self_judge", "replies": 9, "unparsed": 4, "too_long": 0,
+        "start_engine": 50.0, "stop_engine": 2.0,
+    }  # fmt: skip
     assert sampler.settings.candidates == 3
+
+
+@pytest.mark.parametrize(
+    ("max_length", "longest"), [(90, None), (None, 90), (4096, 64), (64, 4096)]
+)
+def test_an_answer_that_leaves_no_room_to_judge_it_has_no_reward(max_length, longest):
+    """Whether `sequence_len` ends there or the engine's own context; the others are judged."""
+    sampler = Replies(["aaa", "bbb"], longest)
+    labeler = self_judged(sampler, max_length)
+    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+    np.testing.assert_array_equal(found, [4.0, np.nan, 1.0])
+    assert labeler.report["too_long"] == 1
+    assert labeler.report["replies"] == 6
+
+
+def test_equal_answers_to_a_prompt_are_judged_once():
+    """1 3 1 and 3 1 1: four are asked about, and a repeat is worth what the first one is."""
+    sampler = Replies(["aaa", "bbb", "aab", "ccc"])
+    labeler = self_judged(sampler)
+    found = labeler.rewards(ranked([1], [3], [1], [3], [1], [1], per_prompt=3))
+    np.testing.assert_array_equal(found, [4.0, 1.0, 4.0, 3.0, np.nan, np.nan])
+    assert labeler.report["replies"] == 12
+    assert labeler.report["too_long"] == 0
+    repeated = self_judged(Replies(["aaa"]))
+    np.testing.assert_array_equal(
+        repeated.rewards(ranked([2], [1], [2], per_prompt=3)), [np.nan, 4.0, np.nan]
+    )
+    assert repeated.report["too_long"] == 2
+
+
+def test_an_answer_that_leaves_any_room_is_judged():
+    sampler = Replies(["aaa", "bbb", "aaa"], longest=91)
+    labeler = self_judged(sampler, max_length=None)
+    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
+    np.testing.assert_array_equal(found, [4.0, 1.0, 4.0])
+    assert sampler.rooms == [86, 1, 86]
+    assert labeler.report["too_long"] == 0
 
 
 class ChatWords(Words):

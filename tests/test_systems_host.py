@@ -202,6 +202,32 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
         assert summary(result, iteration)["labeler"]["name"] == "reward_model"
 
 
+def test_a_first_iteration_of_fewer_samples_has_a_schedule_of_its_own_length(
+    config, train, reward_model, tmp_path
+):
+    """One token a candidate leaves so few distinct ones that some prompts give no pair."""
+    block = {"selection_ratio": 0.0, "bootstrap_ratio": 1.0, "max_new_tokens": 1}
+    block |= {"labeler": "reward_model", "reward_model": str(reward_model), "temperature": 0.2}
+    settings = system(config, **block) | {
+        "num_epochs": 1, "lr_scheduler": "linear", "warmup_steps": 0,
+        "micro_batch_size": 1, "gradient_accumulation_steps": 1,
+        "saves_per_epoch": None, "save_steps": 1, "save_total_limit": 9,
+    }  # fmt: skip
+    result = train(settings)
+    steps = result.trainer.state.global_step
+    assert 1 < steps == summary(result, 1)["pairs"]["trained"] < 24
+
+    def rates(one):
+        return [entry["learning_rate"] for entry in one.history if "learning_rate" in entry]
+
+    assert rates(result) == pytest.approx([1e-3 * (steps - step) / steps for step in range(steps)])
+    cut = Path(shutil.copytree(result.output, tmp_path / "cut"))
+    for step in range(2, steps + 1):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    resume = {"output_dir": str(cut), "auto_resume_from_checkpoints": True}
+    assert rates(train(settings | resume)) == rates(result)
+
+
 def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(config, train, monkeypatch):
     """It prefers the answer with more words; equally long ones tie."""
     monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
@@ -246,6 +272,15 @@ def test_a_policy_that_cannot_judge_itself_adds_no_pair(config, train):
         assert found["samples"]["unranked"] == 96
         assert found["pairs"]["bootstrapped_kept"] == 0
         assert result.training_pairs[iteration].num_rows == 17
+
+
+def test_answers_that_are_too_long_to_judge_are_in_no_pair(config, train):
+    """The judge's prompt alone is longer than this model's context."""
+    result = train(system(config, labeler="self_judge") | {"num_epochs": 2})
+    found = summary(result, 2)
+    assert found["labeler"]["too_long"] == found["samples"]["unranked"] == 96
+    assert found["labeler"]["replies"] == 0
+    assert result.training_pairs[2].num_rows == 17
 
 
 def test_length_control_makes_sampled_pairs_equally_long(config, train):

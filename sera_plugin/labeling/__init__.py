@@ -6,7 +6,7 @@ A labeler gives candidates numbers; pairing the best with the worst is the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ import pyarrow as pa
 from sera_plugin.tokens import TokenColumn
 
 FloatArray = npt.NDArray[np.float64]
+
+#: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
+DATASET = "dataset"
 
 #: The iteration from which each can rank: an implicit reward compares two policies, and the first
 #: iteration has one.
@@ -58,6 +61,19 @@ class Ranked:
     logps: Sequence[FloatArray]
 
 
+def first_places(answers: Sequence[Hashable], per_prompt: int) -> list[int]:
+    """(n,) where each answer occurs first among those to its prompt: all are asked about once.
+
+    Args:
+        answers: (n,) anything that is equal where two answers are, those of a prompt in a row.
+        per_prompt: how many belong to a prompt.
+    """
+    places: dict[Hashable, int] = {}
+    return [
+        places.setdefault((index // per_prompt, one), index) for index, one in enumerate(answers)
+    ]
+
+
 class Labeler(Protocol):
     """Ranks candidates."""
 
@@ -69,7 +85,7 @@ class Labeler(Protocol):
         ...
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
-        """Add candidates that are not sampled.
+        """Add candidates that are not sampled: the dataset's chosen answers, marked `DATASET`.
 
         Args:
             samples: rows of candidates.parquet before they are scored, as many per prompt.
@@ -92,7 +108,9 @@ class Ranker:
         self.report: dict[str, Any] = {"name": name}
 
     def policies(self, iteration: int) -> int:
+        """See `Labeler.policies`."""
         return 1
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
+        """See `Labeler.complete`."""
         return samples

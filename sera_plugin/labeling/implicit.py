@@ -14,7 +14,9 @@ class ImplicitReward(Ranker):
         self.method = method
 
     def policies(self, iteration: int) -> int:
+        """See `Labeler.policies`: as many as Eq. 7 weighs."""
         return len(self.method.weights(iteration))
 
     def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`: (n,) nats, per token where the loss is."""
         return self.method.reward(ranked.logps, ranked.iteration, ranked.answers.lengths)

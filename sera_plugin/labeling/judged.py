@@ -1,7 +1,8 @@
 """A judge ranks: a reward model (the paper's OAIF row, Guo et al. 2024) or an endpoint.
 
 A judge that gives numbers gives rewards. One that compares meets every two different candidates of
-a prompt, and a candidate's reward is its share of wins, a tie counting half.
+a prompt, and a candidate's reward is its share of wins, a tie counting half. Candidates that read
+the same have one reward; where all of a prompt's do, that is a half.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import combinations
 import numpy as np
 
 from sera_plugin.judging import Answered, Comparison, Judge, ScoringJudge
-from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.labeling import FloatArray, Ranked, Ranker, first_places
 from sera_plugin.labeling.conversation import Conversation
 from sera_plugin.ranks import Ranks
 
@@ -74,10 +75,11 @@ class Judged(Ranker):
     def _wins(
         self, judge: Judge, questions: list[str], answers: list[str], per_prompt: int
     ) -> FloatArray:
+        first = first_places(answers, per_prompt)
         pairs = [
-            (first + one, first + other)
-            for first in range(0, len(answers), per_prompt)
-            for one, other in combinations(_distinct(answers, first, per_prompt), 2)
+            pair
+            for begin in range(0, len(answers), per_prompt)
+            for pair in combinations(dict.fromkeys(first[begin : begin + per_prompt]), 2)
         ]
         met = [Comparison(questions[one], answers[one], answers[other]) for one, other in pairs]
         won, known = np.zeros(len(answers)), np.zeros(len(answers))
@@ -90,12 +92,7 @@ class Judged(Ranker):
                         won[place] += share
                         known[place] += 1
                 advance(1)
-        return np.divide(won, known, out=np.full(len(answers), np.nan), where=known > 0)
-
-
-def _distinct(answers: list[str], first: int, per_prompt: int) -> list[int]:
-    """Within a prompt, where each different text occurs first."""
-    places: dict[str, int] = {}
-    for index, text in enumerate(answers[first : first + per_prompt]):
-        places.setdefault(text, index)
-    return list(places.values())
+        unmet = set(first).difference(place for pair in pairs for place in pair)
+        found = np.full(len(answers), np.nan)
+        found[list(unmet)] = 0.5
+        return np.divide(won, known, out=found, where=known > 0)[first]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from sera_plugin.judging.prompts import parse_points, read_template
-from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.labeling import FloatArray, Ranked, Ranker, first_places
 from sera_plugin.labeling.conversation import Conversation
 from sera_plugin.ranks import Ranks
-from sera_plugin.sampling import CandidateSampler, Progress, SamplingSettings
+from sera_plugin.sampling import CandidateSampler, Progress, SamplingSettings, TokenIds
 
 #: Replies to each question, whose points are averaged, and how they are sampled (section 2.3).
 REPLIES, TEMPERATURE, TOP_P = 3, 0.7, 0.9
@@ -48,38 +48,42 @@ class SelfJudge(Ranker):
             top_p=TOP_P,
             max_new_tokens=_LONGEST,
             seed=settings.seed + 1_000_000_000,  # not the seeds of what is judged
-        )
+        ).within(sampler.longest)
 
     def rewards(self, ranked: Ranked) -> FloatArray:
-        """See `Labeler.rewards`; NaN where no reply has a score that can be read."""
+        """See `Labeler.rewards`.
+
+        Samples of a prompt that are equal token for token are judged once. NaN where no reply has
+        a score that can be read, and where question and answer leave no room for a reply
+        (`too_long`).
+
+        Raises:
+            SamplingFailed: if an engine outside this process does not do its work.
+        """
         template = read_template("additive")
-        prompts = [
-            np.array(
-                self.conversation.prompt(
-                    template.fill(
-                        {
-                            "question": self.conversation.question(prompt),
-                            "answer": self.conversation.answer(answer),
-                        }
-                    )
-                ),
-                dtype=np.int32,
-            )
-            for prompt, answer in zip(ranked.prompts, ranked.answers, strict=True)
+
+        def asking(index: int) -> TokenIds:
+            texts = {
+                "question": self.conversation.question(ranked.prompts[index]),
+                "answer": self.conversation.answer(ranked.answers[index]),
+            }
+            return np.array(self.conversation.prompt(template.fill(texts)), dtype=np.int32)
+
+        total, longest = len(ranked.answers), self.settings.max_length
+        numbers = ranked.answers.numbered(ranked.per_prompt).ravel()
+        first = first_places(numbers.tolist(), ranked.per_prompt)
+        prompts = {index: asking(index) for index in dict.fromkeys(first)}
+        # Not `skip`: a sampler refuses a prompt that leaves no room, skipped or not.
+        asked = [
+            index for index, prompt in prompts.items() if longest is None or len(prompt) < longest
         ]
-        longest = self.settings.max_length
-        # A question that leaves no room for a reply cannot be judged.
-        too_long = [
-            index
-            for index, prompt in enumerate(prompts)
-            if longest is not None and len(prompt) >= longest
-        ]
-        points, counted = np.zeros((2, len(prompts)))
+        points, counted = np.zeros((2, total))
         said = unread = 0
-        skip = frozenset(too_long)
         with (
-            self.progress((len(prompts) - len(skip)) // self.ranks.world, "self-judge") as advance,
-            closing(self.sampler.sample(prompts, self.settings, skip=skip)) as chunks,
+            self.progress(len(asked) // self.ranks.world, "self-judge") as advance,
+            closing(
+                self.sampler.sample([prompts[index] for index in asked], self.settings)
+            ) as chunks,
         ):
             for chunk in chunks:
                 for row, replies in chunk:
@@ -90,14 +94,16 @@ class SelfJudge(Ranker):
                         if score is None:
                             unread += 1
                         else:
-                            points[row] += score
-                            counted[row] += 1
+                            points[asked[row]] += score
+                            counted[asked[row]] += 1
                 advance(chunk)
         totals = self.ranks.sum(np.concatenate([points, counted, [float(said), float(unread)]]))
         points, counted = totals[:-2].reshape(2, -1)
         self.report |= {
             "replies": int(totals[-2]),
             "unparsed": int(totals[-1]),
-            "too_long": len(too_long),
+            "too_long": total - int(np.isin(first, asked).sum()),
+            **self.sampler.seconds,  # parts of the phase's, of an engine that started again
         }
-        return np.divide(points, counted, out=np.full(len(prompts), np.nan), where=counted > 0)
+        found = np.divide(points, counted, out=np.full(total, np.nan), where=counted > 0)
+        return found[first]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from sera_plugin.labeling import FloatArray, Ranked, Ranker
+from sera_plugin.labeling import DATASET, FloatArray, Ranked, Ranker
 from sera_plugin.store import make_table
 from sera_plugin.tokens import TokenColumn
-
-#: `finish_reason` of an answer that was not sampled.
-DATASET = "dataset"
 
 
 class Spin(Ranker):

@@ -85,10 +85,6 @@ class Work:
         """The same so many times."""
         return Work(*(factor * value for value in vars(self).values()))
 
-    def plus(self, other: Work) -> Work:
-        """Both."""
-        return Work(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
-
 
 @dataclass(frozen=True)
 class Iteration:
@@ -164,10 +160,8 @@ class Counting:
                 phases["score_evaluation"] = _scoring(self.held_out)
             if bootstrapped:
                 phases["sample"] = self._sampling()
-                scored = self._candidates()
-                if self.method.config.labeler == "spin":
-                    scored = scored.plus(_one_side(self.pairs))
-                phases["score_candidates"] = scored.times(len(self.method.candidates_under(t)))
+                under = len(self.method.candidates_under(t))
+                phases["score_candidates"] = self._candidates().times(under)
             phases["train"] = self._training(kept, bootstrapped)
             if self.held_out is not None and self.evaluations:
                 phases["evaluate"] = _evaluation(self.held_out, self.evaluations)
@@ -234,13 +228,6 @@ def _scoring(pairs: Lengths) -> Work:
         scored=float(pairs.completions.sum()),
         squares=float(squares.sum()),
     )
-
-
-def _one_side(pairs: Lengths) -> Work:
-    """The chosen completion of every pair, behind a prompt that is counted already."""
-    both = pairs.prompt + pairs.chosen
-    tokens, scored = int(both.sum()), float(pairs.chosen.sum())
-    return Work(len(pairs), tokens, tokens, scored, scored, float((both**2).sum()))
 
 
 def _evaluation(pairs: Lengths, times: float) -> Work:

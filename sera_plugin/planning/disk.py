@@ -98,7 +98,7 @@ def _tables(method: Method, pairs: Pairs, iterations: list[Iteration]) -> int:
             total += held_out.sequences / 2 * (2 * 8 + 2 * 2)
         sampled = iteration.phases.get("sample")
         if sampled is not None:
-            logps = len(method.weights(iteration.number))
+            logps = len(method.candidates_under(iteration.number))
             total += sampled.tokens * per_token + sampled.sequences * 8 * (logps + 1)
             total += len(pairs) * 8
     return round(total) + len(iterations) * _SUMMARY + _REPORT

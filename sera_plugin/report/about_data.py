@@ -106,7 +106,7 @@ def choice(run: Run, found: Figures) -> Section:
 
 def _noise(found: Figures) -> list[Table]:
     """How many of the labels that were swapped on purpose selection has dropped."""
-    noisy = [one for one in found["iterations"] if one.get("label_noise") and one.get("dropped")]
+    noisy = [one for one in found["iterations"] if one.get("label_noise")]
     if not noisy:
         return []
     last = noisy[-1]

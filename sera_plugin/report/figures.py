@@ -68,8 +68,10 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         found["ensemble"] = ensemble(run, one)
     if selected is not None and one.offline is not None and "selected" in one.offline:
         found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
-    if run.swapped is not None and selected is not None and selected.any():
-        found["label_noise"] = noise_found(run.swapped, selected)
+    if selected is not None:
+        noise = noise_found(str(run.settings.get("selection")), run.swapped, selected)
+        if noise is not None:
+            found["label_noise"] = noise
     if one.bootstrapped is not None:
         pairs = one.bootstrapped
         found.setdefault("margins", {})["bootstrapped_kept"] = quantiles(

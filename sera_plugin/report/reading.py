@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from sera_plugin import checkpoints
 from sera_plugin.checksums import is_whole
-from sera_plugin.labeling import first_iteration
-from sera_plugin.labeling.spin import DATASET
+from sera_plugin.labeling import DATASET, first_iteration
 from sera_plugin.report.data import Candidates, Columns, Iteration, Run
 from sera_plugin.store import FORMAT_VERSION, RunStore, read_json
 from sera_plugin.tokens import TokenColumn

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +43,11 @@ class SamplingSettings:
         """A request's seed. Engines give candidate i of a prompt the seed + i: none meet."""
         return ((self.seed << 32) + row * self.candidates) % 2**63
 
+    def within(self, longest: int | None) -> SamplingSettings:
+        """The same for an engine whose context ends after so many tokens, None for no end."""
+        limits = [limit for limit in (self.max_length, longest) if limit is not None]
+        return replace(self, max_length=min(limits, default=None))
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -72,6 +77,8 @@ class CandidateSampler(Protocol):
     report: dict[str, Any]
     #: Seconds spent around sampling: starting and stopping an engine.
     seconds: dict[str, float]
+    #: Longest prompt + candidate in tokens that the engine is set to take, None where it is not.
+    longest: int | None
 
     def sample(
         self,

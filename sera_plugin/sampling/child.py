@@ -114,7 +114,7 @@ class Child:
                 if monotonic() - last_sign > PATIENCE:
                     raise self._failed(f"it hung: no progress for {PATIENCE:.0f} seconds") from None
                 continue
-            if line is None:
+            if line is None or not line.endswith(b"\n"):  # it died, perhaps in the middle of one
                 raise self._failed(self._how_it_ended())
             last_sign = monotonic()
             message: dict[str, Any] = json.loads(line)

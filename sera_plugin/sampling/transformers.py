@@ -39,6 +39,7 @@ class TransformersSampler:
     ) -> None:
         self.report: dict[str, Any] = {"name": "transformers"}
         self.seconds: dict[str, float] = {}
+        self.longest: int | None = None
         self.model = model
         self.pad_id = pad_id
         self.budget = TokenBudget(token_budget, "sampling")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -192,6 +192,7 @@ class VllmSampler:
         self.shard = shard
         self.report: dict[str, Any] = {"name": "vllm"}
         self.seconds: dict[str, float] = {}
+        self.longest: int | None = options.get("max_model_len")
 
     def sample(
         self,
@@ -205,10 +206,7 @@ class VllmSampler:
             ValueError: for a prompt that leaves no room to sample.
             SamplingFailed: with what happened, the end of the child's log and what to change.
         """
-        limit = self.options.get("max_model_len")
-        if limit is not None:
-            limit = min(limit, settings.max_length or limit)
-            settings = replace(settings, max_length=limit)
+        settings = settings.within(self.longest)
         rows = longest_first(prompts, skip)
         if not rows:
             return

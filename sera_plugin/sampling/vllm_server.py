@@ -55,6 +55,7 @@ class VllmServerSampler:
         tokenize: text to token ids without special tokens added, as training tokenizes.
         special_tokens: the tokenizer's special tokens.
         shard: this process's part of the prompts.
+        longest: its context in tokens, as `check` has found it, None where that is not known.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class VllmServerSampler:
         tokenize: Callable[[str], list[int]],
         special_tokens: Sequence[str],
         shard: Shard = WHOLE,
+        longest: int | None = None,
     ) -> None:
         # Nothing binds here: a server on all interfaces is asked through loopback.
         host = "127.0.0.1" if host == "0.0.0.0" else host  # nosec B104
@@ -77,6 +79,7 @@ class VllmServerSampler:
         self.shard = shard
         self.report: dict[str, Any] = {"name": "vllm-server"}
         self.seconds: dict[str, float] = {}
+        self.longest = longest
         retry = Retry(
             total=RETRIES,
             backoff_factor=BACKOFF,
@@ -91,8 +94,11 @@ class VllmServerSampler:
         if self._key:
             self._session.headers["Authorization"] = f"Bearer {self._key}"
 
-    def check(self) -> int:
+    def check(self, longest: int = 0) -> int:
         """Whether this server can serve the run's policies; returns its context in tokens.
+
+        Args:
+            longest: most tokens of a prompt and its candidate together.
 
         Raises:
             SamplingFailed: naming what is wrong with it and how to start it right.
@@ -124,7 +130,14 @@ class VllmServerSampler:
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and with `--enable-lora "
                 "--max-lora-rank` of at least lora_r"
             )
-        return int(served["max_model_len"])
+        context = int(served["max_model_len"])
+        if longest > context:
+            raise self._wrong(
+                f"has a context of {context} tokens, but prompt and candidate need up to "
+                f"{longest}. Start it with `--max-model-len {longest}` or more, or lower "
+                "sera.max_new_tokens or sequence_len"
+            )
+        return context
 
     def sample(
         self,
@@ -132,20 +145,18 @@ class VllmServerSampler:
         settings: SamplingSettings,
         skip: Collection[int] = (),
     ) -> Generator[Chunk, None, None]:
-        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
+        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts.
+
+        Raises:
+            ValueError: for a prompt that leaves no room to sample.
+            SamplingFailed: if the server cannot serve this policy, or its context is too short.
+        """
         left = longest_first(prompts, skip)
         rows = self.shard.of(left, [len(prompts[row]) for row in left])
         if not rows:
             return
-        context = self.check()
         limits = {row: room(row, prompts[row], settings) for row in rows}
-        longest = max(len(prompts[row]) + limits[row] for row in rows)
-        if longest > context:
-            raise self._wrong(
-                f"has a context of {context} tokens, but prompt and candidate need up to "
-                f"{longest}. Start it with `--max-model-len {longest}` or more, or lower "
-                "sera.max_new_tokens or sequence_len"
-            )
+        self.check(max(len(prompts[row]) + limits[row] for row in rows))
         self.report["version"] = self._shown(self._ask("GET", "/version")["version"])
         # A request for ids, not a password.
         fields = sampling_fields(settings) | {"return_token_ids": True}  # nosec B105

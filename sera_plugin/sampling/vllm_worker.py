@@ -66,7 +66,11 @@ def serves_four_bit() -> bool:
 
 
 def start_engine(job: dict[str, Any]) -> tuple[Any, str, str]:
-    """The engine, the format its weights are in, and vLLM's version."""
+    """The engine, the format its weights are in, and vLLM's version.
+
+    Raises:
+        RuntimeError: if this vLLM cannot load the model as it was trained, or lacks an option.
+    """
     import dataclasses
 
     from vllm import EngineArgs, LLMEngine, __version__
