@@ -181,7 +181,7 @@ def about_samples(root: Path, place: Path, dataset: Any, number: int) -> dict[st
         root.parent, local_files_only=True
     )
     candidates = pq.read_table(
-        place / "candidates.parquet", columns=["row", "candidate", "token_ids"]
+        place / "candidates.parquet", columns=["row", "candidate", "token_ids", "logps"]
     )
     texts = tokenizer.batch_decode(candidates["token_ids"].to_pylist(), skip_special_tokens=True)
     prompts = tokenizer.batch_decode(dataset["prompt_ids"].to_pylist(), skip_special_tokens=True)
