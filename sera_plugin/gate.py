@@ -76,7 +76,7 @@ def check_step_zero(
         raise ValueError(
             "step-0 gate: before an iteration's first update the policy is the one that the pairs "
             f"were scored under, but {figures} (allowed: {limits[0]} nats per token, {limits[1]} "
-            "in the loss). The reference would be wrong, so nothing was trained. Usual causes: "
+            "in the loss). The reference would be wrong, so the run stops here. Usual causes: "
             "dropout, a kernel that differs between training and evaluation, or mixed precision "
             "over a model in another type. Train in bf16 or float32 throughout and leave "
             "`disable_dropout` at the host's default."

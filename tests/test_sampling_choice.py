@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +215,27 @@ def test_a_server_that_is_not_there_is_said_so(monkeypatch):
         SamplingFailed, match=rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
     ):
         list(server.sample([np.array([1], dtype=np.int32)], settings))
+
+
+@pytest.mark.parametrize("content", [b"<html>It works</html>", b"[]", b'{"object": "list"}'])
+def test_a_server_of_another_kind_is_said_so(content):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        port = other.server_port
+        server = vllm_server.VllmServerSampler("127.0.0.1", port, "base", Path("adapter"), list, [])
+        with pytest.raises(SamplingFailed) as failure:
+            server.check()
+        other.shutdown()
+    said = str(failure.value)
+    assert f"127.0.0.1:{port} answers /v1/models as no vLLM does: {content.decode()}." in said
+    assert "Set vllm.host and vllm.port" in said
 
 
 def test_the_longest_prompts_that_are_left_come_first():

@@ -178,4 +178,39 @@ OURS = (
             *versus("iterative DPO", "iterative DPO, one optimizer", 0.2),
         ),
     ),
+    Claim(
+        "the previous policy as the loss's reference is better than the initial one",
+        "default of `reference`",
+        REWARD,
+        (
+            *versus("SeRA", "SeRA, initial reference", 0.2),
+            *versus("SeRA, selection only", "SeRA, selection only, initial reference", 0.2),
+        ),
+    ),
+    Claim(
+        "0.3 N sampled pairs are better than 0.1 N",
+        "default of `bootstrap_ratio`, with 1 N pairs in all",
+        REWARD,
+        versus("SeRA", "SeRA, 10% sampled", 0.2),
+    ),
+    Claim(
+        "sampling at temperature 0.7 and top_p 0.95 is better than at 1.0 and 1",
+        "default of `temperature` and `top_p`",
+        REWARD,
+        versus("SeRA, temperature 0.7, top_p 0.95", "SeRA", 0.2),
+    ),
+    Claim(
+        "SeRA is ahead of iterative DPO after its first reviewed iteration",
+        "`num_epochs: 2`",
+        REWARD,
+        tuple(
+            Comparison(
+                "SeRA, after 2 - iterative DPO, after 2",
+                noise,
+                Side("SeRA", after(2, "true_reward")),
+                Side("iterative DPO", after(2, "true_reward")),
+            )
+            for noise in _ALL
+        ),
+    ),
 )

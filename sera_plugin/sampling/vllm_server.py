@@ -103,7 +103,7 @@ class VllmServerSampler:
         Raises:
             SamplingFailed: naming what is wrong with it and how to start it right.
         """
-        models = self._ask("GET", "/v1/models")["data"]
+        models = self._ask("data", "GET", "/v1/models")
         served = next((model for model in models if self._is_base(model)), None)
         if served is None:
             names = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
@@ -114,10 +114,11 @@ class VllmServerSampler:
             )
         text = _PROBE + "".join(self.special_tokens)
         theirs = self._ask(
+            "tokens",
             "POST",
             "/tokenize",
             {"model": served["id"], "prompt": text, "add_special_tokens": False},
-        )["tokens"]
+        )
         if theirs != self.tokenize(text):
             raise self._wrong(
                 "has another tokenizer than this run: a test text gives other token ids. Start it "
@@ -157,7 +158,7 @@ class VllmServerSampler:
             return
         limits = {row: room(row, prompts[row], settings) for row in rows}
         self.check(max(len(prompts[row]) + limits[row] for row in rows))
-        self.report["version"] = self._shown(self._ask("GET", "/version")["version"])
+        self.report["version"] = self._shown(self._ask("version", "GET", "/version"))
         # A request for ids, not a password.
         fields = sampling_fields(settings) | {"return_token_ids": True}  # nosec B105
         with self._loaded_adapter() as name, ThreadPoolExecutor(IN_FLIGHT) as pool:
@@ -188,7 +189,7 @@ class VllmServerSampler:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _complete(self, request: Mapping[str, Any]) -> list[Candidate]:
-        choices = self._ask("POST", "/v1/completions", request)["choices"]
+        choices = self._ask("choices", "POST", "/v1/completions", request)
         choices.sort(key=lambda choice: choice["index"])
         if any(choice.get("token_ids") is None for choice in choices):
             raise self._wrong(
@@ -231,13 +232,20 @@ class VllmServerSampler:
                 f"(docs/sampling.md has the command), or set vllm.host and vllm.port to where it is"
             ) from None
 
-    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+    def _ask(self, key: str, method: str, path: str, body: Any = None) -> Any:
+        """What stands under a key of the reply."""
         answer = self._send(method, path, body)
         if answer.status_code in (401, 403):
             raise self._wrong(f"refuses this run's key. Set {API_KEY} to the server's own")
         if not answer.ok:
             raise self._wrong(f"refused {path} ({answer.status_code}): {self._words(answer)}")
-        return answer.json()
+        try:
+            return answer.json()[key]
+        except (ValueError, KeyError, TypeError):
+            raise self._wrong(
+                f"answers {path} as no vLLM does: {self._words(answer) or 'with nothing'}. Set "
+                "vllm.host and vllm.port to where `vllm serve` runs"
+            ) from None
 
     def _wrong(self, problem: str) -> SamplingFailed:
         return SamplingFailed(self._shown(f"the vLLM server at {self.url} {problem}."))
