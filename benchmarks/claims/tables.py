@@ -240,20 +240,18 @@ def sweep_table(worlds: ByRate) -> str:
 
 
 def world_table(records: Sequence[Record]) -> str:
-    """The main systems in every world: what the size of steps and the number of pairs change."""
+    """The main systems in every world: what steps, the number of pairs and length change."""
+    worlds = {
+        f"{one.pairs:,} pairs, {step_size(one)}, length bonus {one.labelling.length_bonus:g}": found
+        for one in WORLDS.values()
+        if (found := compared(records, one)).records
+    }
     rows = []
-    for noise in NOISES:
-        for system in MAIN:
-            found = [
-                _finals(compared(records, world), system, noise, "true_reward")
-                for world in WORLDS.values()
-            ]
-            if any(one.seeds for one in found[1:]):
-                rows.append([share(noise), system, *map(shown, found)])
-    if not rows:
-        return "No other world has been run."
-    head = [f"{world.pairs:,} pairs, {step_size(world)}" for world in WORLDS.values()]
-    return markdown(("swapped", "system", *head), rows)
+    for noise, system in product(NOISES, MAIN):
+        cells = [_finals(results, system, noise, "true_reward") for results in worlds.values()]
+        if any(one.seeds for one in cells):
+            rows.append([share(noise), system, *map(shown, cells)])
+    return markdown(("swapped", "system", *worlds), rows)
 
 
 def grid_table(records: Sequence[Record]) -> str:
