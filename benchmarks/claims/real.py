@@ -51,13 +51,13 @@ class Settings:
         judged: pairs of the self-judging run.
     """
 
-    pairs: int = 192
-    tokens: int = 192
+    pairs: int = 128
+    tokens: int = 160
     learning_rate: float = 3e-5
     batch: int = 16
     beta: float = 0.2
     iterations: int = 3
-    judged: int = 32
+    judged: int = 16
 
 
 def key(
