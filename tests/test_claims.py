@@ -82,6 +82,7 @@ def test_worlds_differ_in_what_their_names_say():
     }
     assert differ == {
         "fixed": set(),
+        "smaller-steps": {"learning_rate"},
         "small-steps": {"learning_rate"},
         "large-steps": {"learning_rate"},
         "more-pairs": {"learning_rate", "pairs"},

@@ -257,7 +257,8 @@ def world_table(records: Sequence[Record]) -> str:
 def grid_table(records: Sequence[Record]) -> str:
     """SeRA by step size and by the temperature of what is sampled, at 20% swapped labels."""
     temperatures = {"0.7": "SeRA, temperature 0.7", "1": "SeRA", "1.3": "SeRA, temperature 1.3"}
-    worlds = [WORLDS[name] for name in ("small-steps", "fixed", "large-steps")]
+    worlds = [WORLDS[f"{name}-steps"] for name in ("smaller", "small")]
+    worlds += [WORLD, WORLDS["large-steps"]]
     parts = []
     for title, figure in (
         ("True reward", final("true_reward")),

@@ -62,6 +62,7 @@ WORLD = World()
 #: By the name that `--world` takes.
 WORLDS: Mapping[str, World] = {
     "fixed": WORLD,
+    "smaller-steps": replace(WORLD, learning_rate=1e-5),
     "small-steps": replace(WORLD, learning_rate=3e-5),
     "large-steps": replace(WORLD, learning_rate=3e-4),
     "more-pairs": replace(WORLD, learning_rate=3e-5, pairs=3_000),
