@@ -327,13 +327,13 @@ def step_size(world: World) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """Forwards and seconds of a run, by phase; one core, others busy beside it."""
-    phases = ("score_offline", "sample", "score_candidates", "select", "label", "train")
+    """Forwards and seconds of a run, by phase; of seeds whose systems were run side by side."""
+    phases = ("score_offline", "sample", "score_candidates", "select", "train")
     rows = []
-    for name in ("iterative DPO", "SeRA, selection only", "SeRA", "SeRA, length control", "SPIN"):
-        found = [r for r in results.records if r["system"] == name and r["noise"] == 0.2]
+    for name in ("iterative DPO", "SeRA, selection only", "SeRA"):
+        found = [r for r in results.records if r["system"] == name]
         if not found:
-            continue
+            return "Not measured yet."
         seconds = {phase: mean(_total(r, "seconds", phase) for r in found) for phase in phases}
         forwards = mean(sum(sum(i["sequences"].values()) for i in r["iterations"]) for r in found)
         whole = sum(seconds.values())
