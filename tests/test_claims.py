@@ -315,3 +315,14 @@ def test_a_dataset_without_scores_is_refused_by_line(tmp_path):
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="line 1 has no score_rejected"):
         real.read_pairs(path)
+
+
+@pytest.mark.parametrize("response", ["an answer", {"text": "an answer"}, {"score": 1.0}])
+def test_held_out_answers_without_scores_are_refused_by_line(response, tmp_path):
+    path = tmp_path / "held-out.jsonl"
+    good = {"prompt": "a", "responses": [{"text": "b", "score": 0.5}]}
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in (good, good | {"responses": [response]}))
+    )
+    with pytest.raises(ValueError, match="line 2 has a response without text or score"):
+        real.read_responses(path)

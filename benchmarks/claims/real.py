@@ -82,7 +82,15 @@ def read_responses(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: naming the first line that lacks one of them.
     """
-    return _read(path, ("prompt", "responses"))
+    rows = _read(path, ("prompt", "responses"))
+    for number, row in enumerate(rows, start=1):
+        for one in row["responses"]:
+            if not isinstance(one, dict) or one.get("text") is None or one.get("score") is None:
+                raise ValueError(
+                    f"{path}, line {number} has a response without text or score. Every response "
+                    "is an object with both."
+                )
+    return rows
 
 
 def _read(path: Path, wanted: Sequence[str]) -> list[dict[str, Any]]:
