@@ -121,7 +121,7 @@ def perform(
     from axolotl.cli.train import do_cli
     from transformers import AutoTokenizer
 
-    if system is SELF_JUDGING:
+    if system == SELF_JUDGING:
         settings = replace(settings, pairs=settings.judged)
 
     # A directory the user named: there is no revision to pin.
@@ -150,7 +150,7 @@ def perform(
         "pairs": len(rows),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    if system is SELF_JUDGING:
+    if system == SELF_JUDGING:
         return record | {"self_judging": self_judging_figures(output / "sera")}
     numbers = range(2, settings.iterations + 1)
     record["iterations"] = rounded([iteration_figures(output / "sera", t) for t in numbers])
