@@ -35,7 +35,12 @@ SYSTEMS = (
     System("selection by reference", {"selection": "reference_logp", "bootstrap_ratio": 0}),
 )
 #: The policy as a judge in words, which takes long: an iteration is enough to see whether it can.
-SELF_JUDGING = System("self-judging", {"labeler": "self_judge"}, {"num_epochs": 2})
+#: Its questions, a template with an answer inside, are longer than what it trains on.
+SELF_JUDGING = System(
+    "self-judging",
+    {"labeler": "self_judge", "max_new_tokens": 64},
+    {"num_epochs": 2, "sequence_len": 1024},
+)
 COLUMNS = ("score_chosen", "score_rejected")
 RATIO = 0.7
 
