@@ -309,6 +309,24 @@ def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
     assert f"on {found['answers']} scored answers to {found['prompts']} other prompts" in table
 
 
+@pytest.mark.slow
+def test_a_policy_that_judges_itself_is_measured_by_its_replies(tmp_path):
+    """This model knows no word of the judge's prompt, and writes no score."""
+    place = tmp_path / "world"
+    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
+    settings = real.Settings(tokens=40, batch=4, judged=4)
+    arguments = (
+        real.SELF_JUDGING, settings, 0, place / "pairs.jsonl", place / "base-model", None,
+    )  # fmt: skip
+    list(runs.perform_all([toy], 1))
+    job = runs.Job("self-judging", real.perform, arguments, tmp_path / "scratch")
+    ((_, record),) = runs.perform_all([job], 1)
+    assert record["pairs"] == 4
+    found = record["self_judging"]
+    assert found["replies"] == found["unparsed"] > 0
+    assert found["found"] == 0
+
+
 def test_a_dataset_without_scores_is_refused_by_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1.0}

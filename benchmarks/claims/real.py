@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from benchmarks.claims.measure import FloatArray, in_order, numbers, rounded
+from benchmarks.claims.runs import HOST
 from benchmarks.claims.systems import System
 from sera_plugin.journal import key_of
 from sera_plugin.report.agreement import r_squared
@@ -284,8 +285,7 @@ def config(
     """The YAML of a run."""
     return {
         "base_model": str(model),
-        "plugins": ["sera_plugin.SeraPlugin"],
-        "rl": "sera",
+        **HOST,
         "sera": {
             "score_columns": list(COLUMNS),
             "sampler": "transformers",
@@ -309,23 +309,12 @@ def config(
             }
         ],
         "dataset_prepared_path": str(output.with_name("prepared")),
-        "val_set_size": 0,
         "output_dir": str(output),
         "sequence_len": settings.tokens + 8,
         "num_epochs": settings.iterations,
         "micro_batch_size": settings.batch,
-        "gradient_accumulation_steps": 1,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler": "constant",
-        "optimizer": "adamw_torch",
         "seed": seed,
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
-        "logging_steps": 1_000,
-        "save_strategy": "no",
         **system.beside,
     }
 

@@ -34,6 +34,23 @@ ONE_THREAD = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
+#: What the YAML of every run has: float32 on a CPU, one learning rate, no checkpoints.
+HOST = {
+    "plugins": ["sera_plugin.SeraPlugin"],
+    "rl": "sera",
+    "val_set_size": 0,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler": "constant",
+    "optimizer": "adamw_torch",
+    "bf16": False,
+    "fp16": False,
+    "tf32": False,
+    "attn_implementation": "sdpa",
+    "gradient_checkpointing": False,
+    "logging_steps": 1_000,
+    "save_strategy": "no",
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,8 +85,7 @@ def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
     world = run.world
     return {
         "base_model": str(place / "base-model"),
-        "plugins": ["sera_plugin.SeraPlugin"],
-        "rl": "sera",
+        **HOST,
         "sera": {
             "temperature": world.temperature,
             "top_p": 1.0,
@@ -98,23 +114,12 @@ def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
         ],
         "dataset_prepared_path": str(place / "prepared"),
         "dataset_num_proc": 1,
-        "val_set_size": 0,
         "output_dir": str(output),
         "sequence_len": 64,
         "num_epochs": 3,
         "micro_batch_size": world.batch,
-        "gradient_accumulation_steps": 1,
         "learning_rate": world.learning_rate,
-        "lr_scheduler": "constant",
-        "optimizer": "adamw_torch",
         "seed": run.seed,
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
-        "logging_steps": 1_000,
-        "save_strategy": "no",
         **run.system.beside,
     }
 

@@ -334,7 +334,7 @@ def cost_table(results: Results) -> str:
         found = [r for r in results.records if r["system"] == name]
         if not found:
             return "Not measured yet."
-        seconds = {phase: mean(_total(r, "seconds", phase) for r in found) for phase in phases}
+        seconds = {phase: mean(_seconds_of(r, phase) for r in found) for phase in phases}
         forwards = mean(sum(sum(i["sequences"].values()) for i in r["iterations"]) for r in found)
         whole = sum(seconds.values())
         rows.append(
@@ -349,8 +349,8 @@ def cost_table(results: Results) -> str:
     return markdown(head, rows)
 
 
-def _total(record: Record, what: str, phase: str) -> float:
-    return float(sum(one[what].get(phase, 0.0) for one in record["iterations"]))
+def _seconds_of(record: Record, phase: str) -> float:
+    return float(sum(one["seconds"].get(phase, 0.0) for one in record["iterations"]))
 
 
 def run_table(records: Sequence[Record]) -> str:
