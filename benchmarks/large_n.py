@@ -25,13 +25,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from benchmarks.harness import Setup, in_fresh_process
-from sera_plugin import iteration as algorithm
-from sera_plugin import store, summary
-from sera_plugin.args import SeraConfig
-from sera_plugin.method import Method, Pairs, Phases
-from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
-from sera_plugin.store import RunStore
-from sera_plugin.tokens import fingerprint
+from sera_plugin.algorithm import algorithm, summary
+from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.rundir import store
+from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.tokens import fingerprint
 
 TITLE = "Many pairs"
 #: A million pairs are run once only.
@@ -193,6 +194,7 @@ def one_run(count: int, directory: Path) -> dict[str, Any]:
             SimulatedSampler(clock),
             SamplingSettings(CONFIG.candidates, 0.7, 0.95, LONGEST, None, (END,), iteration),
             phases,
+            ImplicitReward(method),
         )
         summary.summarize(iteration, method, run, phases)
         return trained.num_rows

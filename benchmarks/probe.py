@@ -16,7 +16,7 @@ from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 from benchmarks.harness import highest_resident
-from sera_plugin.forward import _KNOWN, innermost
+from sera_plugin.model.forward import _KNOWN, innermost
 
 
 class Probe(BasePlugin):

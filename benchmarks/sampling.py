@@ -35,9 +35,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sera_plugin.offload import engine_needs, make_room
-from sera_plugin.ranks import Ranks
-from sera_plugin.sampling import CandidateSampler, SamplingSettings, TokenIds
+from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings, TokenIds
+from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.sampling.offload import engine_needs, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, child_environment, find_vllm
 from sera_plugin.sampling.vllm_server import VllmServerSampler
@@ -218,7 +218,7 @@ def running_server(
 
 
 def train_demo_model(directory: Path) -> str:
-    from sera_plugin.demo.base_model import train_base_model
+    from sera_plugin.tools.demo.base_model import train_base_model
 
     train_base_model(directory)
     return str(directory)
@@ -244,7 +244,7 @@ def read_prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[TokenIds
     else:
         from random import Random
 
-        from sera_plugin.demo.world import make_prompt
+        from sera_plugin.tools.demo.world import make_prompt
 
         random = Random(0)
         texts = [make_prompt(random) for _ in range(arguments.prompts)]

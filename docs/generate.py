@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sera_plugin.args import SeraConfig
-from sera_plugin.convert.keys import RULES
-from sera_plugin.convert.left_out import LEFT_OUT
-from sera_plugin.convert.templates import TEMPLATES
-from sera_plugin.host_keys import HOST_KEYS
-from sera_plugin.judging.config import JudgeConfig
+from sera_plugin.config.host_keys import HOST_KEYS
+from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.tools.convert.keys import RULES
+from sera_plugin.tools.convert.left_out import LEFT_OUT
+from sera_plugin.tools.convert.templates import TEMPLATES
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -64,7 +64,7 @@ def render() -> str:
     lines = [
         "# Configuration",
         "",
-        "<!-- Written by docs/generate.py from sera_plugin/args.py; `make docs` rewrites it. -->",
+        "<!-- Written by docs/generate.py from sera_plugin/config; `make docs` rewrites it. -->",
         "",
         "## Inside `sera:`",
         "",

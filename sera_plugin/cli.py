@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 
 from sera_plugin import __version__
-from sera_plugin.commands import refusing
-from sera_plugin.evaluation.command import evaluate
-from sera_plugin.planning.commands import plan
-from sera_plugin.report.commands import compare, inspect, report
+from sera_plugin.tools.command import refusing
+from sera_plugin.tools.evaluation.command import evaluate
+from sera_plugin.tools.planning.commands import plan
+from sera_plugin.tools.report.commands import compare, inspect, report
 
 
 @click.group(help="SeRA: preference tuning that reviews its own data.")
@@ -44,9 +44,9 @@ Examples:
 )
 def demo(config: Path | None, directory: Path) -> None:
     """Train a small model of a world whose true reward is known (a few CPU minutes)."""
-    from sera_plugin.demo.run import run_demo
+    from sera_plugin.tools.demo.run import run_demo
 
-    shipped = Path(__file__).parent / "demo" / "demo-cpu.yaml"
+    shipped = Path(__file__).parent / "tools" / "demo" / "demo-cpu.yaml"
     with refusing():
         try:
             run_demo(directory, config or shipped)
@@ -75,7 +75,7 @@ def schema(output: Path | None) -> None:
     # A library of the host's looks for kernels on the hub as soon as it is imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with refusing(), redirect_stdout(sys.stderr):  # the host may have something to say
-        from sera_plugin.schema import schema_text, write_schema
+        from sera_plugin.tools.schema import schema_text, write_schema
 
         if output is None:
             text = schema_text()
@@ -104,7 +104,7 @@ def convert(file: Path, output: Path | None) -> None:
     What has nothing like it, and what was assumed, goes to standard error, key by key. Paths are
     relative to the working directory, as LLaMA-Factory reads them.
     """
-    from sera_plugin.convert.convert import convert as read
+    from sera_plugin.tools.convert.convert import convert as read
 
     with refusing():
         converted = read(file, output)

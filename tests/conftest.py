@@ -39,9 +39,9 @@ def world(tmp_path_factory) -> SimpleNamespace:
 
 def make_world(directory: Path) -> SimpleNamespace:
     """See `world`; for tests that make it in a process of their own."""
-    from sera_plugin.demo.base_model import load_model, respond, train_base_model
-    from sera_plugin.demo.run import make_pairs
-    from sera_plugin.demo.world import make_prompt
+    from sera_plugin.tools.demo.base_model import load_model, respond, train_base_model
+    from sera_plugin.tools.demo.run import make_pairs
+    from sera_plugin.tools.demo.world import make_prompt
 
     train_base_model(directory / "base", steps=40, batch_size=32)
     random = Random(5)
@@ -135,7 +135,7 @@ def train(load, monkeypatch):
         from axolotl.integrations.base import PluginManager
         from axolotl.train import train as host_train
 
-        from sera_plugin.loop import Loop
+        from sera_plugin.host.loop import Loop
 
         iterations = {}
         begin = Loop.begin
@@ -167,7 +167,7 @@ def train(load, monkeypatch):
 @pytest.fixture
 def model(world):
     """The world's model, loaded by itself."""
-    from sera_plugin.demo.base_model import load_model
+    from sera_plugin.tools.demo.base_model import load_model
 
     return load_model(world.base)[0].eval()
 

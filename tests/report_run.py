@@ -11,18 +11,18 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from sera_plugin.alarms import judge, records
-from sera_plugin.args import SeraConfig
-from sera_plugin.checksums import seal
-from sera_plugin.iteration import prepare_iteration
-from sera_plugin.labeling import Labeler
-from sera_plugin.method import Facts, Method, Pairs, Phases
-from sera_plugin.offline import held_out_table
-from sera_plugin.run import describe_run
-from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
-from sera_plugin.schedule import Schedule
-from sera_plugin.store import RunStore, make_table
-from sera_plugin.summary import summarize
+from sera_plugin.algorithm.alarms import judge, records
+from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.method import Facts, Method, Pairs, Phases
+from sera_plugin.algorithm.offline import held_out_table
+from sera_plugin.algorithm.protocols import Candidate, Chunk, Labeler, SamplingSettings
+from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.summary import summarize
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.run import describe_run
+from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.rundir.checksums import seal
+from sera_plugin.rundir.store import RunStore, make_table
 
 END = 0
 #: What token ids 0, 1, 2, ... read as unless a test says otherwise.
@@ -108,7 +108,15 @@ def make_run(
         phases = Phases()
         settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
         prepare_iteration(
-            iteration, method, loaded, store, scorer, Sampler(), settings, phases, labeler=labeler
+            iteration,
+            method,
+            loaded,
+            store,
+            scorer,
+            Sampler(),
+            settings,
+            phases,
+            labeler=labeler or ImplicitReward(method),
         )
         if other is not None:
             held_out_table(iteration, other, store, scorer, phases)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sera_plugin import alarms
-from sera_plugin.alarms import alarm_metrics, judge, records
-from sera_plugin.args import SeraConfig
+from sera_plugin.algorithm import alarms
+from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
+from sera_plugin.config.sera import SeraConfig
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -273,6 +273,6 @@ def test_the_page_says_what_held_out_sets_can_see():
 
 
 def test_rounding_is_what_the_gate_calls_rounding():
-    from sera_plugin.gate import FLOAT32_LIMITS
+    from sera_plugin.model.gate import FLOAT32_LIMITS
 
     assert FLOAT32_LIMITS[0] == alarms.SPREAD

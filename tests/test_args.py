@@ -9,7 +9,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from sera_plugin.args import DEFAULT_BETA, SeraArgs, SeraConfig
+from sera_plugin.config.sera import DEFAULT_BETA, SeraArgs, SeraConfig
 
 
 def test_defaults_are_the_papers():
@@ -66,7 +66,7 @@ def test_the_block_cannot_change_after_parsing():
 
 def test_reading_the_configuration_loads_no_heavy_library():
     code = (
-        "import sys, sera_plugin, sera_plugin.args, sera_plugin.cli, sera_plugin.demo\n"
+        "import sys, sera_plugin.config.sera, sera_plugin.cli, sera_plugin.tools.demo\n"
         "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -118,7 +118,7 @@ def test_score_columns_are_none_of_the_pairs_own(name):
         SeraConfig(score_columns=["score", name])
 
 
-@pytest.mark.parametrize("module", ["store", "schedule", "iteration"])
+@pytest.mark.parametrize("module", ["rundir.store", "algorithm.algorithm"])
 def test_the_method_and_the_files_load_no_heavy_library(module):
     code = (
         f"import sys, sera_plugin.{module}\n"

@@ -47,7 +47,7 @@ def prepare(base: Path, load: Callable[..., Any], tmp_path: Path) -> Callable[..
         from axolotl.integrations.base import PluginManager
         from transformers import AutoTokenizer
 
-        from sera_plugin.dataset import report_rows, tokenize_rows
+        from sera_plugin.data.dataset import report_rows, tokenize_rows
 
         cfg = load(
             {
@@ -171,7 +171,7 @@ def test_prepared_rows_of_another_guard_are_not_shared(
 
     cfg = prepare(datasets=[file_of(tmp_path, [GOOD])]).cfg
     before = host.generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer")
-    monkeypatch.setattr("sera_plugin.trainer.GUARD_VERSION", 0)
+    monkeypatch.setattr("sera_plugin.host.trainer.GUARD_VERSION", 0)
     assert host.generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer") != before
 
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from sera_plugin.budget import TokenBudget
-from sera_plugin.forward import abilities
-from sera_plugin.logprobs import score_sequences
-from sera_plugin.policies import PolicyHistory
-from sera_plugin.sampling import SamplingSettings
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.model.budget import TokenBudget
+from sera_plugin.model.forward import abilities
+from sera_plugin.model.logprobs import score_sequences
+from sera_plugin.model.policies import PolicyHistory
+from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.store import RunStore
 from tests.conftest import adapter, fill, ids
 
 # ------------------------------------------------------------------ disks
@@ -78,7 +78,7 @@ def test_a_read_only_output_directory_is_refused_before_anything_is_loaded(
 
 HOLD = """
 import sys, time
-from sera_plugin.store import RunStore
+from sera_plugin.rundir.store import RunStore
 store = RunStore(sys.argv[1])
 store.lock()
 print("locked", flush=True)
@@ -105,7 +105,8 @@ def test_reading_the_lock_does_not_give_it_up(tmp_path):
     store.lock()
     assert (tmp_path / "sera/lock").read_text().startswith("process")
     script = HOLD.replace(
-        "store.lock()", "import sera_plugin.store as s; s._HELPERS_END_WITHIN = 0; store.lock()"
+        "store.lock()",
+        "import sera_plugin.rundir.store as s; s._HELPERS_END_WITHIN = 0; store.lock()",
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     other = subprocess.run(command, capture_output=True, text=True)
@@ -198,8 +199,8 @@ def test_memory_that_really_runs_out():
         import logging, resource
         import numpy as np, psutil, torch
         from transformers import LlamaConfig, LlamaForCausalLM
-        from sera_plugin.budget import TokenBudget
-        from sera_plugin.logprobs import score_sequences
+        from sera_plugin.model.budget import TokenBudget
+        from sera_plugin.model.logprobs import score_sequences
         logging.basicConfig()
         torch.set_num_threads(1)
         config = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32768,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.bootstrap import pair_candidates
+from sera_plugin.algorithm.pairing import pair_candidates
 
 
 def pairs(candidates, rewards, pairs_per_prompt=1):

@@ -18,9 +18,9 @@ from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from sera_plugin.report.compare import compare, write
-from sera_plugin.report.page import write_report
-from sera_plugin.report.reading import find_run, read_run
+from sera_plugin.tools.report.compare import compare, write
+from sera_plugin.tools.report.page import write_report
+from sera_plugin.tools.report.reading import find_run, read_run
 from tests.report_run import WORDS, make_run
 from tests.test_report_page import HOSTILE
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sera_plugin.checkpoints import named, newest, set_aside, steps
-from sera_plugin.checksums import SUMS, seal
+from sera_plugin.rundir.checkpoints import named, newest, set_aside, steps
+from sera_plugin.rundir.checksums import SUMS, seal
 
 
 def save(output: Path, step: int, sealed: bool = True) -> Path:

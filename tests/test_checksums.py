@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from sera_plugin.checksums import (
+from sera_plugin.rundir.checksums import (
     SUMS,
     add_file,
     damage,

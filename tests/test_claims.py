@@ -25,8 +25,8 @@ from benchmarks.claims import (
     world,
 )
 from benchmarks.claims.estimates import Comparison, Estimate, Results, Side, after, during, final
-from sera_plugin.args import SeraConfig
-from sera_plugin.journal import Journal
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.journal import Journal
 
 SYSTEMS = (*systems.CORE, *(one for sweep in systems.SWEEPS.values() for one in sweep))
 

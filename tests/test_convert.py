@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sera_plugin.cli import sera
-from sera_plugin.convert.convert import convert
-from sera_plugin.convert.keys import KNOWN, RULES
-from sera_plugin.convert.left_out import LEFT_OUT
-from sera_plugin.convert.rows import read_rows
-from sera_plugin.convert.templates import TEMPLATES
-from sera_plugin.shown import plain
+from sera_plugin.config.quoting import plain
+from sera_plugin.tools.convert.convert import convert
+from sera_plugin.tools.convert.keys import KNOWN, RULES
+from sera_plugin.tools.convert.left_out import LEFT_OUT
+from sera_plugin.tools.convert.rows import read_rows
+from sera_plugin.tools.convert.templates import TEMPLATES
 
 ROOT = Path(__file__).parents[1]
 
@@ -291,7 +291,7 @@ def test_what_it_writes_is_read_by_the_host(name, place, world, load):
     given = yaml.safe_load(YAMLS[name].replace("BASE", str(world.base)))
     written, _ = run(given)
     cfg = load(written)
-    assert (cfg.rl, cfg.trainer_cls) == ("dpo", "sera_plugin.trainer.SeraTrainer")
+    assert (cfg.rl, cfg.trainer_cls) == ("dpo", "sera_plugin.host.trainer.SeraTrainer")
     assert cfg.sera["loss"] == LOSS.get(name, "dpo")
     for key, value in EXPECTED[name].items():
         found = cfg.get(key)

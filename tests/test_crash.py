@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sera_plugin.store import RunStore, make_table
+from sera_plugin.rundir.store import RunStore, make_table
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
 from tests.crash.points import KINDS, LABELS, PHASES, Point, Verdict, choose_points
 from tests.crash.process import Job

@@ -220,7 +220,7 @@ def test_another_dataset_and_another_model_are_refused(bench, carry_on, tmp_path
         path = output / "sera/run.json"
         run = json.loads(path.read_text())
         run["config"] |= {"base_model": str(other), "base_model_config": str(other)}
-        from sera_plugin.store import write_json
+        from sera_plugin.rundir.store import write_json
 
         write_json(path, run)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from sera_plugin.dataset import INEXACT, LOG, report_rows, tokenize_rows
+from sera_plugin.data.dataset import INEXACT, LOG, report_rows, tokenize_rows
 
 SPECIAL = [
     "<pad>",

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.demo.run import make_pairs, run_demo
-from sera_plugin.demo.world import (
+from sera_plugin.tools.demo.run import make_pairs, run_demo
+from sera_plugin.tools.demo.world import (
     FILLERS,
     LETTERS,
     Labelling,
@@ -165,7 +165,7 @@ def digest(path: Path) -> str:
 def test_a_tiny_base_model_trains_and_samples_reproducibly(tmp_path):
     import torch
 
-    from sera_plugin.demo.base_model import load_model, respond, train_base_model
+    from sera_plugin.tools.demo.base_model import load_model, respond, train_base_model
 
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         train_base_model(tmp_path / name, steps=3, batch_size=8, seed=seed)
@@ -185,7 +185,7 @@ def test_a_tiny_base_model_trains_and_samples_reproducibly(tmp_path):
 
 def test_shorter_prompts_are_padded_on_the_left(world):
     """A padded prompt must be answered as it is alone; next to greedy shows it without luck."""
-    from sera_plugin.demo.base_model import load_model, respond
+    from sera_plugin.tools.demo.base_model import load_model, respond
 
     model, tokenizer = load_model(world.base)
     prompts = ["c a b", PROMPT]
@@ -195,7 +195,7 @@ def test_shorter_prompts_are_padded_on_the_left(world):
 
 
 def test_template_and_prompt_format_are_the_same_tokens():
-    from sera_plugin.demo.base_model import PROMPT_FORMAT, build_tokenizer
+    from sera_plugin.tools.demo.base_model import PROMPT_FORMAT, build_tokenizer
 
     tokenizer = build_tokenizer()
     turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": BEST}]

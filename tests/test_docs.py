@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from sera_plugin import __version__
-from sera_plugin.args import SeraConfig
+from sera_plugin.config.sera import SeraConfig
 from tests.doc_pages import PAGES, ROOT, blocks, inline_code, tokens
 
 DOCS = ROOT / "docs"

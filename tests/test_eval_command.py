@@ -21,15 +21,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from sera_plugin.checksums import seal
 from sera_plugin.cli import sera
-from sera_plugin.demo.world import make_prompt, true_reward
-from sera_plugin.store import write_json
+from sera_plugin.rundir.checksums import seal
+from sera_plugin.rundir.store import write_json
+from sera_plugin.tools.demo.world import make_prompt, true_reward
 from tests.conftest import adapter, fill, write_rows
 from tests.judge_server import KEY, judge_server
 from tests.report_run import make_run
 
-TRUTH = "sera_plugin.demo.world:true_reward"
+TRUTH = "sera_plugin.tools.demo.world:true_reward"
 
 
 def call(*arguments, code=0):
@@ -42,7 +42,7 @@ def call(*arguments, code=0):
 @pytest.fixture(scope="session")
 def models(world, tmp_path_factory) -> SimpleNamespace:
     """The world's model, and one that was trained longer."""
-    from sera_plugin.demo.base_model import train_base_model
+    from sera_plugin.tools.demo.base_model import train_base_model
 
     better = tmp_path_factory.mktemp("eval") / "better"
     train_base_model(better, steps=80, batch_size=32, seed=1)
@@ -190,7 +190,7 @@ def test_an_api_judge_judges_and_is_asked_once(models, prompts, tmp_path, monkey
     assert KEY.encode() not in kept
     assert json.dumps(KEY)[1:-1].encode() not in kept
     # The server is gone: what is missing is not judged, what is there is kept and told.
-    monkeypatch.setattr("sera_plugin.judging.client.BACKOFF", 0.002)
+    monkeypatch.setattr("sera_plugin.labeling.judging.client.BACKOFF", 0.002)
     said = call(*arguments, code=1)
     assert "did not answer in 7 tries" in said
     assert "What was judged is kept" in said
@@ -311,7 +311,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(models, prompts, tmp_pa
     """kill -9 while it samples, then while it judges; nothing is done twice."""
     judge = tmp_path / "slow.py"
     judge.write_text(
-        "import pathlib, time\nfrom sera_plugin.demo.world import true_reward\n"
+        "import pathlib, time\nfrom sera_plugin.tools.demo.world import true_reward\n"
         "mark = pathlib.Path(__file__).with_name('judging')\n"
         "def score(prompt, answer):\n"
         "    if mark.exists():\n        mark.write_text('now')\n        time.sleep(600)\n"

@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from sera_plugin.evaluation.answers import NO_ROOM, Decoding
-from sera_plugin.evaluation.models import Model
+from sera_plugin.tools.evaluation.answers import NO_ROOM, Decoding
+from sera_plugin.tools.evaluation.models import Model
 
 GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
 
@@ -18,7 +18,7 @@ GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
 @pytest.fixture
 def sample(world, tmp_path):
     """Answers of a model to conversations, by index."""
-    from sera_plugin.evaluation.engine import load_engine
+    from sera_plugin.tools.evaluation.engine import load_engine
 
     def run(conversations, decoding=GREEDY, done=(), path=None, **keys):
         model = Model("m", "m", str(path or world.base), **keys)
@@ -34,7 +34,7 @@ PROMPT = "f b d a e c"
 def test_temperature_0_takes_the_likeliest_token(sample, world):
     import torch
 
-    from sera_plugin.demo.base_model import load_model
+    from sera_plugin.tools.demo.base_model import load_model
 
     answer = sample([PROMPT])[0]
     model, tokenizer = load_model(world.base)
@@ -75,7 +75,7 @@ def test_an_answer_of_nothing_is_an_empty_one(sample, world, tmp_path):
     """A model whose first token is an end token."""
     from transformers import AutoModelForCausalLM
 
-    from sera_plugin.demo.base_model import build_tokenizer
+    from sera_plugin.tools.demo.base_model import build_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(world.base)
     model.model.norm.weight.data[:] = 0  # all tokens are equally likely, and each is an end

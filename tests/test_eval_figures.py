@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.evaluation.answers import NO_ROOM, Answer, Decoding, Turn, given, sampled
-from sera_plugin.evaluation.models import Model
-from sera_plugin.evaluation.page import page
-from sera_plugin.evaluation.prompts import Prompt
-from sera_plugin.evaluation.results import Evaluation, figures, shown
-from sera_plugin.evaluation.verdicts import Judged, judge_all
-from sera_plugin.journal import Journal
-from sera_plugin.judging import Answered, Comparison, ScoringJudge, Usage, Verdict
+from sera_plugin.labeling.judging import Answered, Comparison, ScoringJudge, Usage, Verdict
+from sera_plugin.rundir.journal import Journal
+from sera_plugin.tools.evaluation.answers import NO_ROOM, Answer, Decoding, Turn, given, sampled
+from sera_plugin.tools.evaluation.models import Model
+from sera_plugin.tools.evaluation.page import page
+from sera_plugin.tools.evaluation.prompts import Prompt
+from sera_plugin.tools.evaluation.results import Evaluation, figures, shown
+from sera_plugin.tools.evaluation.verdicts import Judged, judge_all
 from tests.conftest import fill
 from tests.test_eval_inputs import make_model
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sera_plugin.checksums import seal
-from sera_plugin.evaluation.models import find_models
-from sera_plugin.evaluation.prompts import Prompt, duplicates, read_prompts
-from sera_plugin.store import RunStore, write_json
+from sera_plugin.rundir.checksums import seal
+from sera_plugin.rundir.store import RunStore, write_json
+from sera_plugin.tools.evaluation.models import find_models
+from sera_plugin.tools.evaluation.prompts import Prompt, duplicates, read_prompts
 from tests.conftest import write_rows
 from tests.report_run import make_run
 

@@ -8,7 +8,7 @@ import runpy
 import pytest
 import yaml
 
-from sera_plugin.judging.config import JudgeConfig
+from sera_plugin.config.judge import JudgeConfig
 from tests.doc_pages import PAGES, ROOT, blocks, file_name
 
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
@@ -58,7 +58,7 @@ def check(text: str, parse):
     written = yaml.safe_load(text)
     cfg = parse(text)
     assert cfg.rl == "dpo"
-    assert cfg.trainer_cls == "sera_plugin.trainer.SeraTrainer"
+    assert cfg.trainer_cls == "sera_plugin.host.trainer.SeraTrainer"
     for key, value in (written.get("sera") or {}).items():
         parsed = cfg.sera[key]
         if isinstance(value, dict):
@@ -134,5 +134,5 @@ def test_the_expectations_are_complete():
 
 
 def test_the_packaged_demo_is_the_shipped_one():
-    packaged = ROOT / "sera_plugin/demo/demo-cpu.yaml"
+    packaged = ROOT / "sera_plugin/tools/demo/demo-cpu.yaml"
     assert packaged.read_text() == (ROOT / "example_yamls/demo-cpu.yaml").read_text()

@@ -24,11 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sera_plugin import SeraPlugin
-from sera_plugin.args import SeraConfig
-from sera_plugin.dataset import ODD, SPELLED_OUT, TokenizedRows, tokenize_rows
-from sera_plugin.loading import DataError, Split
-from sera_plugin.rows import guard
-from sera_plugin.texts import visible
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.dataset import ODD, SPELLED_OUT, TokenizedRows, tokenize_rows
+from sera_plugin.data.load_errors import DataError, Split
+from sera_plugin.data.rows import guard
+from sera_plugin.data.texts import visible
 from tests.test_dataset import build
 from tests.test_plugin_config import config
 

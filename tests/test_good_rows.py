@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sera_plugin.dataset import tokenize_rows
-from sera_plugin.fields import SYSTEM
-from sera_plugin.rows import guard
+from sera_plugin.data.dataset import tokenize_rows
+from sera_plugin.data.fields import SYSTEM
+from sera_plugin.data.rows import guard
 from tests.test_dataset import build
 
 TEXTS = [

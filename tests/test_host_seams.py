@@ -121,7 +121,7 @@ def test_data_seams_are_as_pinned_and_still_the_hosts_own_after_patching():
     """In a process of its own: once patched, a module does not give its function back."""
     code = (
         "import tests.test_host_seams as t\n"
-        "from sera_plugin.trainer import guard_host_rows\n"
+        "from sera_plugin.host.trainer import guard_host_rows\n"
         "for name in t.DATA_SEAMS:\n"
         "    t.test_signature_is_as_pinned(name)\n"
         "guard_host_rows()\n"
@@ -155,7 +155,7 @@ def test_the_host_looks_its_data_functions_up_where_we_put_ours():
 def test_every_loss_that_a_configuration_may_name_is_the_hosts():
     from trl import DPOTrainer
 
-    from sera_plugin.plugin import _HOST_LOSSES
+    from sera_plugin.host.plugin import _HOST_LOSSES
 
     source = inspect.getsource(DPOTrainer._compute_loss)
     assert re.findall(r'if loss_type == "(\w+)"', source) == list(_HOST_LOSSES)
@@ -165,7 +165,7 @@ def test_reference_model_is_not_loaded_for_sera_alone():
     import axolotl.train
     from axolotl.utils.dict import DictDefault
 
-    from sera_plugin.trainer import keep_one_model_loaded
+    from sera_plugin.host.trainer import keep_one_model_loaded
 
     keep_one_model_loaded()
     keep_one_model_loaded()
@@ -205,7 +205,7 @@ def test_the_host_saves_the_model_it_is_handed_in_our_place():
         "import axolotl.train as host\n"
         "from axolotl.utils.dict import DictDefault\n"
         "from types import SimpleNamespace\n"
-        "from sera_plugin.trainer import save_whole_adapters\n"
+        "from sera_plugin.host.trainer import save_whole_adapters\n"
         "saved = []\n"
         "host.save_trained_model = lambda cfg, trainer, model: saved.append(model)\n"
         "save_whole_adapters()\n"

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.args import SeraConfig
-from sera_plugin.iteration import prepare_iteration
-from sera_plugin.method import Method, Pairs, Phases
-from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
-from sera_plugin.store import RunStore, make_table
+from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.rundir.store import RunStore, make_table
 
 # log pi of (prompt token, completion's first token) under theta_0, theta_1, theta_2, in nats.
 LOGPS: dict[tuple[int, int], list[float]] = {
@@ -116,6 +117,7 @@ class Run:
             self.sampler,
             settings,
             self.phases,
+            ImplicitReward(self.method),
         )
         columns: dict[str, list[Any]] = table.to_pydict()
         return columns

@@ -10,8 +10,8 @@ from threading import Thread
 
 import pytest
 
-from sera_plugin.checksums import RUN
-from sera_plugin.journal import Journal, key_of
+from sera_plugin.rundir.checksums import RUN
+from sera_plugin.rundir.journal import Journal, key_of
 from tests.conftest import fill
 
 
@@ -70,7 +70,7 @@ def test_threads_do_not_write_into_each_others_lines(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from sera_plugin.journal import Journal
+from sera_plugin.rundir.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 for number in range(10**9):
     journal.add(str(number), {"text": "x" * 5000})

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from sera_plugin.journal import Journal
-from sera_plugin.judging import Answered, Comparison, JudgeFailed, Replies, Usage
-from sera_plugin.judging import client as client_module
-from sera_plugin.judging.api import PairwiseJudge, RatingJudge, api_judge
-from sera_plugin.judging.config import JudgeConfig
+from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed, Replies, Usage
+from sera_plugin.labeling.judging import client as client_module
+from sera_plugin.labeling.judging.api import PairwiseJudge, RatingJudge, api_judge
+from sera_plugin.rundir.journal import Journal
 from tests.conftest import fill
 from tests.judge_server import KEY, JudgeServer, judge_server
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sera_plugin.journal import Journal
-from sera_plugin.judging import (
+from sera_plugin.config.judge import JudgeConfig, parse_judge, read_judge
+from sera_plugin.labeling.judging import (
     Answered,
     Comparison,
     JudgeFailed,
@@ -21,16 +21,16 @@ from sera_plugin.judging import (
     Verdict,
     by_scores,
 )
-from sera_plugin.judging.choose import make_judge
-from sera_plugin.judging.config import JudgeConfig, parse_judge, read_judge
-from sera_plugin.judging.function import FunctionJudge
-from sera_plugin.judging.prompts import (
+from sera_plugin.labeling.judging.choose import make_judge
+from sera_plugin.labeling.judging.function import FunctionJudge
+from sera_plugin.labeling.judging.prompts import (
     PLACES,
     parse_points,
     parse_rating,
     parse_verdict,
     read_template,
 )
+from sera_plugin.rundir.journal import Journal
 
 # ------------------------------------------------------------------ verdicts
 
@@ -293,7 +293,7 @@ def test_each_answer_is_scored_once(tmp_path):
 
 
 def test_a_function_of_a_module_judges():
-    judge = FunctionJudge("sera_plugin.demo.world:true_reward")
+    judge = FunctionJudge("sera_plugin.tools.demo.world:true_reward")
     assert dict(judge.score([Answered("b a d c f e", "a b c d e f")])) == {0: 1.0}
 
 
@@ -317,8 +317,8 @@ def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, s
     [
         ("nowhere.py:f", r"there is no file nowhere.py"),
         ("no.such.module:f", r"no.such.module cannot be imported: .*file\.py:function"),
-        ("sera_plugin.texts:nothing", r"sera_plugin.texts has no function 'nothing'"),
-        ("sera_plugin.texts:_ODD", r"has no function '_ODD'"),
+        ("sera_plugin.data.texts:nothing", r"sera_plugin.data.texts has no function 'nothing'"),
+        ("sera_plugin.data.texts:_ODD", r"has no function '_ODD'"),
         (":", r"cannot be imported"),
         ("gpt-4", r"'gpt-4' is no YAML file, no directory and no function"),
     ],
@@ -345,7 +345,7 @@ def test_usage_adds_up():
 
 def test_judges_are_imported_without_torch_and_the_host():
     script = (
-        "import sys, sera_plugin.judging.choose, sera_plugin.judging.prompts\n"
+        "import sys, sera_plugin.labeling.judging.choose, sera_plugin.labeling.judging.prompts\n"
         "heavy = {'torch', 'transformers', 'axolotl', 'trl', 'vllm'} & set(sys.modules)\n"
         "sys.exit(f'{heavy}' if heavy else 0)"
     )

@@ -10,13 +10,14 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from sera_plugin import tokens
-from sera_plugin.args import SeraConfig
-from sera_plugin.iteration import prepare_iteration
-from sera_plugin.method import Method, Pairs, Phases
-from sera_plugin.sampling import Candidate, Chunk, SamplingSettings
-from sera_plugin.store import RunStore, make_table
-from sera_plugin.summary import summarize
+from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
+from sera_plugin.algorithm.summary import summarize
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.rundir import tokens
+from sera_plugin.rundir.store import RunStore, make_table
 
 N, R, KEPT, SAMPLED = 20_000, 4, 14_000, 12_000
 CONFIG = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.6, candidates=R)
@@ -85,7 +86,9 @@ def test_training_pairs_are_those_of_the_plain_algorithm(
     pairs = Pairs.from_table(make_table(columns))
     settings = SamplingSettings(R, 0.7, 0.95, 8, None, (END,), seed=0)
     trained = [
-        prepare_iteration(t, method, pairs, store, Scorer(), Sampler(), settings, phases)
+        prepare_iteration(
+            t, method, pairs, store, Scorer(), Sampler(), settings, phases, ImplicitReward(method)
+        )
         for t in (1, 2)
     ][1].to_pydict()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from sera_plugin.losses import PreferenceLoss
-from sera_plugin.objective import Objective
+from sera_plugin.model.losses import PreferenceLoss
+from sera_plugin.model.objective import Objective
 
 BETA = 0.5
 CHOSEN = torch.tensor([1.2, -0.4, 3.0])

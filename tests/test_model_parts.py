@@ -10,16 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sera_plugin.budget import TokenBudget, batches_by_length
-from sera_plugin.demo.base_model import load_model
-from sera_plugin.gate import FLOAT32_LIMITS, check_step_zero
-from sera_plugin.logprobs import score_sequences
-from sera_plugin.losses import PreferenceLoss
-from sera_plugin.policies import PolicyHistory, restore_snapshot, take_snapshot
-from sera_plugin.ranks import Shard
-from sera_plugin.sampling import SamplingSettings
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.model.budget import TokenBudget, batches_by_length
+from sera_plugin.model.gate import FLOAT32_LIMITS, check_step_zero
+from sera_plugin.model.logprobs import score_sequences
+from sera_plugin.model.losses import PreferenceLoss
+from sera_plugin.model.policies import PolicyHistory, restore_snapshot, take_snapshot
+from sera_plugin.rundir.ranks import Shard
+from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.store import RunStore
+from sera_plugin.tools.demo.base_model import load_model
 from tests.conftest import ids
 
 

@@ -8,10 +8,10 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 
-from sera_plugin import offload
-from sera_plugin.demo.base_model import load_model
-from sera_plugin.offload import engine_needs, make_room, resident_tensors
-from sera_plugin.ranks import Ranks
+from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.sampling import offload
+from sera_plugin.sampling.offload import engine_needs, make_room, resident_tensors
+from sera_plugin.tools.demo.base_model import load_model
 
 GIB = 2**30
 

@@ -9,22 +9,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sera_plugin.args import SeraConfig
-from sera_plugin.limits import GIB
-from sera_plugin.method import Method, Pairs
-from sera_plugin.planning import show
-from sera_plugin.planning.advice import Case, advise
-from sera_plugin.planning.compute import Speed, forward_flops, training_flops
-from sera_plugin.planning.counts import Counting, Lengths, Work, evaluations, padding
-from sera_plugin.planning.disk import Saving, disk_parts
-from sera_plugin.planning.memory import device_phases
-from sera_plugin.planning.optimizers import state_bytes
-from sera_plugin.planning.plan import Device, Inputs, make_plan
-from sera_plugin.planning.setting import Setting, copied_bytes, snapshots
-from sera_plugin.planning.shape import Linear, Shape, Weight
-from sera_plugin.report.terminal import json_text
-from sera_plugin.schedule import Schedule
-from sera_plugin.store import make_table
+from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.model.memory import GIB
+from sera_plugin.rundir.store import make_table
+from sera_plugin.tools.planning import show
+from sera_plugin.tools.planning.advice import Case, advise
+from sera_plugin.tools.planning.compute import Speed, forward_flops, training_flops
+from sera_plugin.tools.planning.counts import Counting, Lengths, Work, evaluations, padding
+from sera_plugin.tools.planning.disk import Saving, disk_parts
+from sera_plugin.tools.planning.memory import device_phases
+from sera_plugin.tools.planning.optimizers import state_bytes
+from sera_plugin.tools.planning.plan import Device, Inputs, make_plan
+from sera_plugin.tools.planning.setting import Setting, copied_bytes, snapshots
+from sera_plugin.tools.planning.shape import Linear, Shape, Weight
+from sera_plugin.tools.report.terminal import json_text
 
 PROMPT, CHOSEN, REJECTED = [3, 5, 2, 4], [6, 2, 4, 8], [1, 7, 4, 4]
 

@@ -19,32 +19,32 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sera_plugin.forward import completion_logps, forward_logps
-from sera_plugin.limits import SAMPLED_ON_CPU
-from sera_plugin.logprobs import score_sequences, scoring_budget
-from sera_plugin.packing import Targets
-from sera_plugin.planning.activations import (
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.model.forward import completion_logps, forward_logps
+from sera_plugin.model.logprobs import score_sequences, scoring_budget
+from sera_plugin.model.memory import SAMPLED_ON_CPU
+from sera_plugin.model.packing import Targets
+from sera_plugin.model.policies import PolicyHistory, take_snapshot
+from sera_plugin.rundir.store import RunStore
+from sera_plugin.sampling.transformers import TransformersSampler
+from sera_plugin.tools.planning.activations import (
     kept_per_token,
     sampling,
     scoring,
     training_activations,
     training_logits,
 )
-from sera_plugin.planning.compute import forward_flops, training_flops
-from sera_plugin.planning.counts import Work
-from sera_plugin.planning.optimizers import state_bytes
-from sera_plugin.planning.setting import (
+from sera_plugin.tools.planning.compute import forward_flops, training_flops
+from sera_plugin.tools.planning.counts import Work
+from sera_plugin.tools.planning.optimizers import state_bytes
+from sera_plugin.tools.planning.setting import (
     adapter_bytes,
     quantised_bytes,
     trained,
     trained_bytes,
     weight_bytes,
 )
-from sera_plugin.planning.shape import Weight
-from sera_plugin.policies import PolicyHistory, take_snapshot
-from sera_plugin.sampling import SamplingSettings
-from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.store import RunStore
+from sera_plugin.tools.planning.shape import Weight
 from tests.conftest import adapter
 from tests.test_plan_arithmetic import setting
 
@@ -86,11 +86,11 @@ def described(base_config, model_directory, load):
     def run(kind: str, changes: dict, **model) -> SimpleNamespace:
         from axolotl.loaders import ModelLoader, load_tokenizer
 
-        from sera_plugin.args import SeraConfig
-        from sera_plugin.method import Method
-        from sera_plugin.planning import keys
-        from sera_plugin.planning.counts import Lengths
-        from sera_plugin.planning.empty_model import read_model
+        from sera_plugin.algorithm.method import Method
+        from sera_plugin.config.sera import SeraConfig
+        from sera_plugin.tools.planning import keys
+        from sera_plugin.tools.planning.counts import Lengths
+        from sera_plugin.tools.planning.empty_model import read_model
 
         cfg = load(base_config | {"base_model": str(model_directory(kind, **model))} | changes)
         tokenizer = load_tokenizer(cfg)

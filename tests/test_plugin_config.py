@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from sera_plugin import SeraPlugin
-from sera_plugin.args import DEFAULT_BETA
+from sera_plugin.config.sera import DEFAULT_BETA
 
-TRAINER = "sera_plugin.trainer.SeraTrainer"
+TRAINER = "sera_plugin.host.trainer.SeraTrainer"
 
 
 def config(**keys: Any) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from sera_plugin import progress as module
-from sera_plugin.progress import LOG, log_on_stderr, progress, sampling_progress, told
-from sera_plugin.sampling import Candidate
+from sera_plugin.algorithm.protocols import Candidate
+from sera_plugin.rundir import progress as module
+from sera_plugin.rundir.progress import LOG, log_on_stderr, progress, told
+from sera_plugin.sampling.progress import sampling_progress
 
 
 class Terminal(io.StringIO):

@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 import yaml
 from safetensors.numpy import load_file
 
-from sera_plugin.logprobs import TokenBudget
-from sera_plugin.ranks import NO_PART, WHOLE, Ranks, Shard
+from sera_plugin.model.logprobs import TokenBudget
+from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard
 from tests.conftest import adapter
 
 
@@ -100,8 +100,8 @@ def test_ranks_that_cannot_share_engines_are_told():
 def _meet(rank: int, port: int, directory: str) -> None:
     from datetime import timedelta
 
-    from sera_plugin.distributed import current_ranks
-    from sera_plugin.store import RunStore, make_table
+    from sera_plugin.rundir.distributed import current_ranks
+    from sera_plugin.rundir.store import RunStore, make_table
 
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     # The host's collectives would give up after a second.
@@ -136,7 +136,7 @@ def test_ranks_wait_however_long_it_takes_and_only_the_first_writes(tmp_path):
 
 
 def _die(rank: int, port: int) -> None:
-    from sera_plugin.distributed import current_ranks
+    from sera_plugin.rundir.distributed import current_ranks
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ranks = current_ranks()
@@ -297,9 +297,9 @@ def test_sharding_that_the_host_cannot_do_is_refused(base_config, tmp_path):
 def _meet_sharded(rank: int, port: int, directory: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    from sera_plugin.policies import is_finite, restore_snapshot, take_snapshot
-    from sera_plugin.ranks import Ranks
-    from sera_plugin.sharding import is_sharded, whole_weights
+    from sera_plugin.model.policies import is_finite, restore_snapshot, take_snapshot
+    from sera_plugin.model.sharding import is_sharded, whole_weights
+    from sera_plugin.rundir.ranks import Ranks
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(1)
@@ -330,7 +330,7 @@ def _meet_sharded(rank: int, port: int, directory: str) -> None:
     assert whole.keys() == (before.keys() if rank == 0 else set())
     assert all(torch.equal(weight, before[name]) for name, weight in whole.items())
 
-    from sera_plugin.distributed import current_ranks
+    from sera_plugin.rundir.distributed import current_ranks
 
     ranks = current_ranks()
     assert is_finite(model, ranks)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from sera_plugin.cli import sera
-from sera_plugin.store import RunStore
+from sera_plugin.rundir.store import RunStore
 from tests.report_run import WORDS, make_run
 
 ROOT = Path(__file__).parents[1]

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from sera_plugin.report.about_training import _curve
-from sera_plugin.report.agreement import r_squared, score_columns
-from sera_plugin.report.figures import figures
-from sera_plugin.report.reading import find_run, read_run
+from sera_plugin.tools.report.about_training import _curve
+from sera_plugin.tools.report.agreement import r_squared, score_columns
+from sera_plugin.tools.report.figures import figures
+from sera_plugin.tools.report.reading import find_run, read_run
 from tests.report_run import make_run
 
 # Four pairs. Rejected answers keep their log-probability, so that a margin is the change in the

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sera_plugin.checksums import is_whole
-from sera_plugin.report import page
-from sera_plugin.report.page import MEANINGS, write_report
-from sera_plugin.report.reading import find_run, read_run
-from sera_plugin.store import make_table
+from sera_plugin.rundir.checksums import is_whole
+from sera_plugin.rundir.store import make_table
+from sera_plugin.tools.report import page
+from sera_plugin.tools.report.page import MEANINGS, write_report
+from sera_plugin.tools.report.reading import find_run, read_run
 from tests.report_run import WORDS, make_run, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +258,7 @@ def test_the_tokenizer_of_the_first_policy_is_used(tmp_path):
     policy.mkdir()
     write_tokenizer(policy, ["</s>", *(f"policy{n}" for n in range(1, 40))])
     assert "policy5" not in Page(write_report(tmp_path)).text  # it is not sealed
-    from sera_plugin.checksums import seal
+    from sera_plugin.rundir.checksums import seal
 
     seal(policy)
     assert "policy5" in Page(write_report(tmp_path)).text
@@ -343,7 +343,7 @@ class TestAtTheEndOfTraining:
     def end(self, tmp_path, monkeypatch):
         from axolotl.utils.dict import DictDefault
 
-        from sera_plugin.plugin import SeraPlugin
+        from sera_plugin.host.plugin import SeraPlugin
 
         def call(rank=None):
             if rank is not None:
@@ -378,7 +378,7 @@ class TestAtTheEndOfTraining:
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    from sera_plugin.store import read_json, write_json
+    from sera_plugin.rundir.store import read_json, write_json
 
     store = make_run(tmp_path, iterations=1)
     write_json(store.run_file, read_json(store.run_file) | {"format_version": 2})

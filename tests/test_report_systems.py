@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sera_plugin.labeling import Ranker
+from sera_plugin.algorithm.method import Facts
+from sera_plugin.labeling.ranker import Ranker
 from sera_plugin.labeling.spin import Spin
-from sera_plugin.method import Facts
-from sera_plugin.report.export import export
-from sera_plugin.report.figures import figures
-from sera_plugin.report.page import render
-from sera_plugin.report.pair import describe_pair, show_pair, show_suspects, suspects
-from sera_plugin.report.reading import read_run
-from sera_plugin.report.tokens import texts_of
-from sera_plugin.store import RunStore
+from sera_plugin.rundir.store import RunStore
+from sera_plugin.tools.report.export import export
+from sera_plugin.tools.report.figures import figures
+from sera_plugin.tools.report.page import render
+from sera_plugin.tools.report.pair import describe_pair, show_pair, show_suspects, suspects
+from sera_plugin.tools.report.reading import read_run
+from sera_plugin.tools.report.tokens import texts_of
 from tests.report_run import make_run
 
 

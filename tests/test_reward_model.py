@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from sera_plugin.journal import Journal
-from sera_plugin.judging import Answered, Comparison, JudgeFailed
-from sera_plugin.judging.choose import make_judge
+from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed
+from sera_plugin.labeling.judging.choose import make_judge
+from sera_plugin.rundir.journal import Journal
 
 PROMPT = "f b d a e c"
 ANSWERS = [Answered(PROMPT, " ".join("abcdefghijklmnopqrst"[:n])) for n in (6, 1, 20, 0, 13, 6)]
 
 
 def save(directory: Path, labels: int = 1, **keys) -> Path:
-    from sera_plugin.demo.base_model import build_tokenizer
+    from sera_plugin.tools.demo.base_model import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -59,7 +59,7 @@ def judge(tmp_path):
 
 def alone(directory: Path, answers) -> list[float]:
     """Each answer's logit by itself, without padding."""
-    from sera_plugin.demo.base_model import build_tokenizer
+    from sera_plugin.tools.demo.base_model import build_tokenizer
 
     model = LlamaForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = build_tokenizer()

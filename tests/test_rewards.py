@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sera_plugin.rewards import implicit_reward, reward_weights
+from sera_plugin.algorithm.rewards import implicit_reward, reward_weights
 
 
 def test_second_iteration_compares_two_policies():

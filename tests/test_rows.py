@@ -17,12 +17,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sera_plugin.data_config import restore_entries
-from sera_plugin.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
-from sera_plugin.loading import DataError, Split, check_loaded, edited_since, load_failure, one_line
-from sera_plugin.rows import GuardedTransform, WithoutGuardColumns, guard, source_name
-from sera_plugin.shown import quoted
-from sera_plugin.texts import visible
+from sera_plugin.config.quoting import quoted
+from sera_plugin.data.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
+from sera_plugin.data.load_errors import (
+    DataError,
+    Split,
+    check_loaded,
+    edited_since,
+    load_failure,
+    one_line,
+)
+from sera_plugin.data.rows import GuardedTransform, WithoutGuardColumns, guard, source_name
+from sera_plugin.data.texts import visible
+from sera_plugin.host.data_config import restore_entries
 from tests.test_dataset import build, nasty, ordinary_texts, spelled
 
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sera_plugin.loop import LOG
+from sera_plugin.host.loop import LOG
 from tests.conftest import adapter, write_rows
 
 pytestmark = pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path,
 def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there(
     base_config, train, monkeypatch
 ):
-    from sera_plugin.budget import TokenBudget
+    from sera_plugin.model.budget import TokenBudget
     from sera_plugin.sampling.transformers import TransformersSampler
 
     base_config |= {"save_strategy": "no", "saves_per_epoch": None}
@@ -189,8 +189,8 @@ def test_a_finished_run_that_begins_again_chooses_a_sampler_and_counts_its_own_t
     base_config, train, monkeypatch
 ):
     """Iterations that come after the checkpoint are discarded with their candidates."""
-    from sera_plugin.samplers import Samplers
-    from sera_plugin.store import RunStore
+    from sera_plugin.rundir.store import RunStore
+    from sera_plugin.sampling.samplers import Samplers
 
     base_config |= adapter() | {"num_epochs": 2}
     first = train(base_config)
@@ -228,7 +228,7 @@ def test_one_model_is_loaded_and_a_training_step_is_one_forward_pass(
 ):
     from axolotl.loaders import ModelLoader
 
-    from sera_plugin.trainer import SeraTrainer
+    from sera_plugin.host.trainer import SeraTrainer
 
     loads, forwards = [], []
     load, step = ModelLoader.load, SeraTrainer.training_step

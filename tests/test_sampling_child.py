@@ -16,9 +16,11 @@ import numpy as np
 import psutil
 import pytest
 
-from sera_plugin.ranks import NO_PART
-from sera_plugin.sampling import SamplingFailed, SamplingSettings, child, vllm
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.rundir.ranks import NO_PART
+from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.child import Child, ChildFailed
+from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 
 WORKER = vllm.WORKER

@@ -12,19 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sera_plugin.args import SeraConfig
-from sera_plugin.checksums import replace_directory
-from sera_plugin.samplers import Samplers
-from sera_plugin.sampling import (
-    SamplingFailed,
-    SamplingSettings,
-    choose,
-    longest_first,
-    vllm_server,
-)
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.checksums import replace_directory
+from sera_plugin.rundir.store import RunStore
+from sera_plugin.sampling import choose, vllm_server
 from sera_plugin.sampling.choose import Choice, choose_sampler
+from sera_plugin.sampling.prompts import SamplingFailed, longest_first
+from sera_plugin.sampling.samplers import Samplers
 from sera_plugin.sampling.vllm import adapter_problem, find_vllm
-from sera_plugin.store import RunStore
 
 PLAIN = {"peft_type": "PeftType.LORA", "r": 16, "bias": "none"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sera_plugin.schedule import Schedule
+from sera_plugin.algorithm.schedule import Schedule
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from sera_plugin.args import SeraConfig
 from sera_plugin.cli import sera
-from sera_plugin.host_keys import HOST_KEYS
+from sera_plugin.config.host_keys import HOST_KEYS
+from sera_plugin.config.sera import SeraConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
@@ -40,7 +40,7 @@ Loader.add_implicit_resolver(
 
 @pytest.fixture(scope="module")
 def schema() -> dict:
-    from sera_plugin.schema import config_schema
+    from sera_plugin.tools.schema import config_schema
 
     return json.loads(json.dumps(config_schema()))
 

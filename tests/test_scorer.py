@@ -21,11 +21,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from sera_plugin import forward
-from sera_plugin.budget import TokenBudget
-from sera_plugin.forward import Abilities, abilities, completion_logps, forward_logps
-from sera_plugin.logprobs import cost_of_sharing, score_sequences
-from sera_plugin.packing import Sharing, Targets, collate, plan_lines
+from sera_plugin.model import forward
+from sera_plugin.model.budget import TokenBudget
+from sera_plugin.model.forward import Abilities, abilities, completion_logps, forward_logps
+from sera_plugin.model.logprobs import cost_of_sharing, score_sequences
+from sera_plugin.model.packing import Sharing, Targets, collate, plan_lines
 from tests.conftest import ids
 
 SMALL = {

@@ -18,17 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.args import SeraConfig
-from sera_plugin.checksums import seal
-from sera_plugin.loading import load_failure
-from sera_plugin.method import Method, Pairs
-from sera_plugin.rows import source_name
-from sera_plugin.run import describe_run
-from sera_plugin.sampling import SamplingFailed, SamplingSettings, vllm, vllm_server
-from sera_plugin.sampling.child import ChildFailed
-from sera_plugin.sampling.vllm_server import VllmServerSampler
-from sera_plugin.schedule import Schedule
-from sera_plugin.shown import (
+from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.config.quoting import (
     is_secret,
     plain,
     printable,
@@ -37,7 +30,16 @@ from sera_plugin.shown import (
     without_credentials,
     without_secret,
 )
-from sera_plugin.store import RunStore, make_table
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.load_errors import load_failure
+from sera_plugin.data.rows import source_name
+from sera_plugin.host.run import describe_run
+from sera_plugin.rundir.checksums import seal
+from sera_plugin.rundir.store import RunStore, make_table
+from sera_plugin.sampling import vllm, vllm_server
+from sera_plugin.sampling.child import ChildFailed
+from sera_plugin.sampling.prompts import SamplingFailed
+from sera_plugin.sampling.vllm_server import VllmServerSampler
 from tests.conftest import adapter
 
 PACKAGE = Path(__file__).parents[1] / "sera_plugin"
@@ -148,8 +150,8 @@ def test_the_planted_pickle_would_run(tmp_path):
 def test_a_policy_is_read_from_safetensors_only_and_runs_nothing(world, tmp_path, kind):
     from peft import LoraConfig, get_peft_model
 
-    from sera_plugin.demo.base_model import load_model
-    from sera_plugin.policies import PolicyHistory
+    from sera_plugin.model.policies import PolicyHistory
+    from sera_plugin.tools.demo.base_model import load_model
 
     model, tokenizer = load_model(world.base)
     if kind == "lora":
@@ -388,7 +390,7 @@ class Echo(BaseHTTPRequestHandler):
 
 @contextmanager
 def echo(base: Path, fail: str | None = None) -> Iterator[SimpleNamespace]:
-    from sera_plugin.demo.base_model import build_tokenizer
+    from sera_plugin.tools.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()
     handler = type("Handler", (Echo,), {"fail": fail})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.selection import select_largest
+from sera_plugin.algorithm.selection import select_largest
 
 MARGINS = st.lists(st.floats(-50, 50), min_size=1, max_size=40)
 

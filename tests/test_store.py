@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sera_plugin import store as store_module
-from sera_plugin.checksums import SUMS, is_whole
-from sera_plugin.store import (
+from sera_plugin.rundir import store as store_module
+from sera_plugin.rundir.checksums import SUMS, is_whole
+from sera_plugin.rundir.store import (
     RunStore,
     make_table,
     read_json,

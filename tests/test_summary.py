@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sera_plugin.args import SeraConfig
-from sera_plugin.store import make_table
-from sera_plugin.summary import describe_start, summarize
+from sera_plugin.algorithm.summary import describe_start, summarize
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.store import make_table
 from tests.test_iteration import CANDIDATES, Run
 
 

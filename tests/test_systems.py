@@ -16,18 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.args import SeraConfig
-from sera_plugin.bootstrap import pair_candidates
-from sera_plugin.facts import offline_facts, score_gap
-from sera_plugin.label_noise import swap, swapped_rows
-from sera_plugin.labeling import FIRST_ITERATION, FloatArray, Ranked, Ranker
+from sera_plugin.algorithm.dataset_scores import offline_facts, score_gap
+from sera_plugin.algorithm.label_noise import swap, swapped_rows
+from sera_plugin.algorithm.length_control import equalizing_alpha, regressed_alpha
+from sera_plugin.algorithm.method import Facts, Method, Pairs
+from sera_plugin.algorithm.pairing import pair_candidates
+from sera_plugin.algorithm.protocols import FIRST_ITERATION, FloatArray, Ranked
+from sera_plugin.algorithm.selection import SELECTIONS
+from sera_plugin.algorithm.summary import noise_found
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.run import require_same_run
+from sera_plugin.labeling.ranker import Ranker
 from sera_plugin.labeling.spin import Spin
-from sera_plugin.length_control import equalizing_alpha, regressed_alpha
-from sera_plugin.method import Facts, Method, Pairs
-from sera_plugin.run import require_same_run
-from sera_plugin.selection import SELECTIONS
-from sera_plugin.store import make_table
-from sera_plugin.summary import noise_found
+from sera_plugin.rundir.store import make_table
 from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
@@ -116,7 +117,7 @@ def test_random_is_another_draw_each_iteration_and_the_same_for_a_seed():
 
 
 def draw(method: Method, iteration: int) -> tuple[int, ...]:
-    from sera_plugin.selection import Offline, select_largest
+    from sera_plugin.algorithm.selection import Offline, select_largest
 
     none = np.zeros(method.total)
     priority = method.selection.priority(Offline(iteration, none, none))
@@ -208,8 +209,8 @@ def test_a_ranker_of_its_own_decides_and_needs_the_current_policy_alone(tmp_path
 
 
 def prepare_labelled(run: Run, iteration: int, labeler: Any) -> dict[str, list[Any]]:
-    from sera_plugin.iteration import prepare_iteration
-    from sera_plugin.sampling import SamplingSettings
+    from sera_plugin.algorithm.algorithm import prepare_iteration
+    from sera_plugin.algorithm.protocols import SamplingSettings
 
     pairs = Pairs.from_table(
         make_table(
@@ -344,7 +345,7 @@ def test_noise_swaps_the_share_that_is_asked_for_and_what_belongs_to_an_answer()
 
 
 def test_noise_is_recorded_per_row_and_counted(tmp_path):
-    from sera_plugin.summary import summarize
+    from sera_plugin.algorithm.summary import summarize
 
     facts = Facts(swapped=np.array([False, True, False]))
     run = system(tmp_path, facts, label_noise=0.33)
@@ -359,7 +360,7 @@ def test_noise_is_recorded_per_row_and_counted(tmp_path):
 
 def test_a_curriculum_drops_no_pair_for_its_label(tmp_path):
     """What is not kept has had its turn or is to have it, which says nothing of a label."""
-    from sera_plugin.summary import summarize
+    from sera_plugin.algorithm.summary import summarize
 
     swapped = np.array([False, True, False])
     run = system(
@@ -418,9 +419,9 @@ def test_prompts_are_numbered_for_a_curriculum():
 
 
 def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monkeypatch):
-    from sera_plugin.judging import JudgeFailed
-    from sera_plugin.labelers import Labelers
-    from sera_plugin.store import RunStore
+    from sera_plugin.labeling.judging import JudgeFailed
+    from sera_plugin.labeling.labelers import Labelers
+    from sera_plugin.rundir.store import RunStore
 
     def check(**block: Any) -> None:
         run = system(tmp_path, bootstrap_ratio=1, **block)
@@ -445,7 +446,7 @@ def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monke
 @pytest.mark.parametrize("name", ["implicit", "spin"])
 def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(tmp_path, name):
     """Some templates refuse a lone question; that is a matter of labelers that read."""
-    from sera_plugin.labelers import Labelers
+    from sera_plugin.labeling.labelers import Labelers
 
     class Refusing(Words):
         chat_template = "some"
@@ -489,8 +490,8 @@ def test_a_block_that_was_written_out_is_read_again():
 
 
 def described(facts: Facts | None = None, **block: Any) -> dict[str, Any]:
-    from sera_plugin.run import describe_run
-    from sera_plugin.schedule import Schedule
+    from sera_plugin.algorithm.schedule import Schedule
+    from sera_plugin.host.run import describe_run
 
     config = SeraConfig(**{"bootstrap_ratio": 0, **block})
     method = Method(config, False, False, total=1, facts=facts or Facts())
@@ -541,7 +542,7 @@ class Words:
 
 
 def ranked(*answers: list[int], per_prompt: int) -> Ranked:
-    from sera_plugin.tokens import TokenColumn
+    from sera_plugin.rundir.tokens import TokenColumn
 
     table = make_table({"token_ids": answers, "prompt_ids": [[1]] * len(answers)})
     return Ranked(
@@ -556,14 +557,14 @@ class PrefersHigher:
     name = "by number"
 
     def __init__(self) -> None:
-        from sera_plugin.judging import Usage
+        from sera_plugin.labeling.judging import Usage
 
         self.usage = Usage()
         self.description: dict[str, Any] = {}
         self.met: list[tuple[str, str]] = []
 
     def compare(self, comparisons):
-        from sera_plugin.judging import Verdict
+        from sera_plugin.labeling.judging import Verdict
 
         for index, one in enumerate(comparisons):
             self.met.append((one.first, one.second))
@@ -579,7 +580,7 @@ def judged(judge):
 
     from sera_plugin.labeling.conversation import Conversation
     from sera_plugin.labeling.judged import Judged
-    from sera_plugin.ranks import Ranks
+    from sera_plugin.rundir.ranks import Ranks
 
     return Judged(
         "judge",
@@ -617,7 +618,7 @@ def test_answers_that_read_the_same_are_no_failure_of_the_judge():
 
 
 def test_a_judge_that_scores_is_asked_once_for_equal_answers():
-    from sera_plugin.judging import Answered, ScoringJudge
+    from sera_plugin.labeling.judging import Answered, ScoringJudge
 
     class Scores(ScoringJudge):
         """By number; has nothing to say about w9."""
@@ -644,7 +645,8 @@ class Replies:
         self.replies, self.longest = replies, longest
 
     def sample(self, prompts, settings, skip=()):
-        from sera_plugin.sampling import Candidate, room
+        from sera_plugin.algorithm.protocols import Candidate
+        from sera_plugin.sampling.prompts import room
 
         self.settings = settings
         self.rooms = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
@@ -655,10 +657,10 @@ class Replies:
 def self_judged(sampler: Replies, max_length: int | None = 64):
     from contextlib import nullcontext
 
+    from sera_plugin.algorithm.protocols import SamplingSettings
     from sera_plugin.labeling.conversation import Conversation
     from sera_plugin.labeling.self_judge import SelfJudge
-    from sera_plugin.ranks import Ranks
-    from sera_plugin.sampling import SamplingSettings
+    from sera_plugin.rundir.ranks import Ranks
 
     said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
 

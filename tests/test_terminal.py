@@ -16,7 +16,7 @@ from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from sera_plugin.cli import sera
-from sera_plugin.commands import refusing
+from sera_plugin.tools.command import refusing
 from tests.conftest import fill
 from tests.report_run import make_run
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin import tokens as tokens_module
-from sera_plugin.store import make_table, write_table
-from sera_plugin.tokens import TokenColumn, fingerprint
+from sera_plugin.rundir import tokens as tokens_module
+from sera_plugin.rundir.store import make_table, write_table
+from sera_plugin.rundir.tokens import TokenColumn, fingerprint
 
 LISTS = pa.list_(pa.int32())
 token_lists = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size=8)

@@ -23,7 +23,9 @@ import pytest
 import requests
 import yaml
 
-from sera_plugin.sampling import SamplingFailed, SamplingSettings, child, vllm, vllm_server
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.sampling import child, vllm, vllm_server
+from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 from sera_plugin.sampling.vllm_server import VllmServerSampler
 from tests.conftest import adapter
@@ -62,7 +64,7 @@ def settings(**changes) -> SamplingSettings:
 
 
 def prompts(world, count: int) -> list:
-    from sera_plugin.demo.base_model import build_tokenizer
+    from sera_plugin.tools.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()
     texts = [f"<s> <|user|> {row['prompt']} <|assistant|>" for row in world.rows]
@@ -272,7 +274,7 @@ def test_what_this_vllm_cannot_do_is_said_with_the_choices(world, tmp_path):
 
 
 def test_a_full_disk_and_the_next_try(config, train, monkeypatch):
-    from sera_plugin.store import RunStore
+    from sera_plugin.rundir.store import RunStore
 
     config |= {"num_epochs": 2, **adapter()}
     append = RunStore.append_samples
@@ -382,7 +384,7 @@ def client(world, monkeypatch):
     monkeypatch.setattr(vllm_server, "BACKOFF", 0.1)
 
     def make(port: int, base=world.base, policy=Path("none"), **changes) -> VllmServerSampler:
-        from sera_plugin.demo.base_model import build_tokenizer
+        from sera_plugin.tools.demo.base_model import build_tokenizer
 
         tokenizer = build_tokenizer()
         keys = {
@@ -484,7 +486,7 @@ def test_an_evaluation_samples_what_it_samples_without_vllm(config, train, tmp_p
     for name, engine in (("here", []), ("there", ["--vllm-python", os.path.relpath(PYTHON)])):
         arguments = [*relative, "--prompts", "prompts.jsonl", "--output", name]
         arguments += ["--temperature", 0, "--max-new-tokens", 12, "--json", *engine]
-        arguments += ["--judge", "sera_plugin.demo.world:true_reward"]
+        arguments += ["--judge", "sera_plugin.tools.demo.world:true_reward"]
         done = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
         assert done.exit_code == 0, done.output
         found.append(

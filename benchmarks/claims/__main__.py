@@ -31,7 +31,7 @@ from benchmarks.claims.runs import Job, Run, build, perform, perform_all
 from benchmarks.claims.systems import CORE, SEEDS, SWEEPS, System
 from benchmarks.claims.world import SMOKE, WORLD, WORLDS, World
 from benchmarks.harness import commit, cpu_name
-from sera_plugin.journal import Journal, key_of
+from sera_plugin.rundir.journal import Journal, key_of
 
 PACKAGES = ("torch", "transformers", "trl", "axolotl", "sera_plugin")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from sera_plugin.demo.world import PROMPT_LENGTH
+from sera_plugin.tools.demo.world import PROMPT_LENGTH
 
 #: Seeds of the worlds that the criteria are checked in.
 SEEDS = (100, 101)

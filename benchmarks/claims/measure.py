@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from benchmarks.claims.world import World, answer
-from sera_plugin.demo.world import true_reward
-from sera_plugin.evaluation.winrate import win_rate
-from sera_plugin.report.agreement import r_squared
-from sera_plugin.selection import select_largest
-from sera_plugin.summary import jaccard
+from sera_plugin.algorithm.selection import select_largest
+from sera_plugin.algorithm.summary import jaccard
+from sera_plugin.tools.demo.world import true_reward
+from sera_plugin.tools.evaluation.winrate import win_rate
+from sera_plugin.tools.report.agreement import r_squared
 
 FloatArray = npt.NDArray[np.float64]
 #: Figures are kept with this many digits: more than any conclusion needs.
@@ -79,7 +79,7 @@ class HeldOut:
 
     @classmethod
     def read(cls, place: Path) -> HeldOut:
-        from sera_plugin.demo.base_model import load_model
+        from sera_plugin.tools.demo.base_model import load_model
 
         texts = json.loads((place / "held-out.json").read_text(encoding="utf-8"))
         prompts, answers = texts["prompts"], texts["answers"]
@@ -97,7 +97,7 @@ def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> 
         reward (`r2_true`) and with words (`r2_words`), and `order`: of two answers of the base
         model to one prompt that differ in true reward, how often it prefers the better.
     """
-    from sera_plugin.demo.base_model import load_model
+    from sera_plugin.tools.demo.base_model import load_model
 
     model, tokenizer = load_model(policy)
     prompts, theirs = held_out.prompts, held_out.rewards
@@ -230,7 +230,7 @@ def logps(model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[st
     """(n,) log pi of each answer, its end included, in nats."""
     import torch
 
-    from sera_plugin.demo.base_model import PROMPT_FORMAT
+    from sera_plugin.tools.demo.base_model import PROMPT_FORMAT
 
     whole = [
         f"{PROMPT_FORMAT.format(prompt=prompt)} {text}{tokenizer.eos_token}"

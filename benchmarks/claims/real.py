@@ -23,11 +23,11 @@ import yaml
 from benchmarks.claims.measure import FloatArray, in_order, numbers, rounded
 from benchmarks.claims.runs import HOST
 from benchmarks.claims.systems import System
-from sera_plugin.journal import key_of
-from sera_plugin.report.agreement import r_squared
-from sera_plugin.selection import select_largest
-from sera_plugin.summary import jaccard
-from sera_plugin.tokens import IntArray
+from sera_plugin.algorithm.selection import select_largest
+from sera_plugin.algorithm.summary import jaccard
+from sera_plugin.rundir.journal import key_of
+from sera_plugin.rundir.tokens import IntArray
+from sera_plugin.tools.report.agreement import r_squared
 
 SYSTEMS = (
     System("iterative DPO", {"selection": "all", "bootstrap_ratio": 0}),
@@ -247,7 +247,7 @@ class Responses:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from sera_plugin.logprobs import score_sequences, scoring_budget
+        from sera_plugin.model.logprobs import score_sequences, scoring_budget
 
         # A directory that the user named or the run has written: there is no revision to pin.
         model = AutoModelForCausalLM.from_pretrained(  # nosec B615

@@ -23,7 +23,7 @@ import yaml
 
 from benchmarks.claims.systems import System
 from benchmarks.claims.world import COLUMNS, World, make_world
-from sera_plugin.journal import key_of
+from sera_plugin.rundir.journal import key_of
 
 ONE_THREAD = {
     "AXOLOTL_DO_NOT_TRACK": "1",
@@ -80,7 +80,7 @@ class Run:
 
 def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
     """The YAML of a run."""
-    from sera_plugin.demo.base_model import PROMPT_FORMAT
+    from sera_plugin.tools.demo.base_model import PROMPT_FORMAT
 
     world = run.world
     return {

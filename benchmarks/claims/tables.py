@@ -25,7 +25,7 @@ from benchmarks.claims.estimates import (
 from benchmarks.claims.systems import CORE, FRESH, MAIN, NOISES, SEEDS, SWEEPS
 from benchmarks.claims.world import WORLD, WORLDS, World
 from benchmarks.harness import markdown
-from sera_plugin.journal import key_of
+from sera_plugin.rundir.journal import key_of
 
 MISSING = "-"
 #: Results of worlds that differ in the size of steps alone, by what a table calls that.

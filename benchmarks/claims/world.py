@@ -15,8 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from sera_plugin.demo.world import Labelling, make_prompt, true_reward
-from sera_plugin.journal import key_of
+from sera_plugin.rundir.journal import key_of
+from sera_plugin.tools.demo.world import Labelling, make_prompt, true_reward
 
 #: Two to compare, and two more for the pairs of a curriculum.
 ANSWERS = 4
@@ -129,7 +129,7 @@ def make_world(directory: Path, world: World, seed: int) -> None:
         world: the parameters.
         seed: of everything. Another seed is another model, other prompts, answers and labels.
     """
-    from sera_plugin.demo.base_model import load_model, train_base_model
+    from sera_plugin.tools.demo.base_model import load_model, train_base_model
 
     partial = directory.with_name(f".{directory.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def answer(
     model: Any, tokenizer: Any, prompts: Sequence[str], world: World, seed: int
 ) -> list[str]:
     """One answer to each prompt at temperature 1, all in one batch."""
-    from sera_plugin.demo.base_model import respond
+    from sera_plugin.tools.demo.base_model import respond
 
     return respond(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sera_plugin.tokens import IntArray
+from sera_plugin.rundir.tokens import IntArray
 
 _PLACE = "SERA-PLUGIN-USER-TEXT"
 

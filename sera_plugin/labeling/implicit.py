@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sera_plugin.labeling import FloatArray, Ranked, Ranker
-from sera_plugin.method import Method
+from sera_plugin.algorithm.method import Method
+from sera_plugin.algorithm.protocols import FloatArray, Ranked
+from sera_plugin.labeling.ranker import Ranker
 
 
 class ImplicitReward(Ranker):

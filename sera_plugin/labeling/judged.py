@@ -14,10 +14,11 @@ from itertools import combinations
 
 import numpy as np
 
-from sera_plugin.judging import Answered, Comparison, Judge, ScoringJudge
-from sera_plugin.labeling import FloatArray, Ranked, Ranker, first_places
+from sera_plugin.algorithm.protocols import FloatArray, Ranked
 from sera_plugin.labeling.conversation import Conversation
-from sera_plugin.ranks import Ranks
+from sera_plugin.labeling.judging import Answered, Comparison, Judge, ScoringJudge
+from sera_plugin.labeling.ranker import Ranker, first_places
+from sera_plugin.rundir.ranks import Ranks
 
 
 class Judged(Ranker):

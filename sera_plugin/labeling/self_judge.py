@@ -7,11 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from sera_plugin.judging.prompts import parse_points, read_template
-from sera_plugin.labeling import FloatArray, Ranked, Ranker, first_places
+from sera_plugin.algorithm.protocols import (
+    CandidateSampler,
+    FloatArray,
+    Progress,
+    Ranked,
+    SamplingSettings,
+    TokenIds,
+)
 from sera_plugin.labeling.conversation import Conversation
-from sera_plugin.ranks import Ranks
-from sera_plugin.sampling import CandidateSampler, Progress, SamplingSettings, TokenIds
+from sera_plugin.labeling.judging.prompts import parse_points, read_template
+from sera_plugin.labeling.ranker import Ranker, first_places
+from sera_plugin.rundir.ranks import Ranks
 
 #: Replies to each question, whose points are averaged, and how they are sampled (section 2.3).
 REPLIES, TEMPERATURE, TOP_P = 3, 0.7, 0.9

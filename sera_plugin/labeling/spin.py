@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from sera_plugin.labeling import DATASET, FloatArray, Ranked, Ranker
-from sera_plugin.store import make_table
-from sera_plugin.tokens import TokenColumn
+from sera_plugin.algorithm.protocols import DATASET, FloatArray, Ranked
+from sera_plugin.labeling.ranker import Ranker
+from sera_plugin.rundir.store import make_table
+from sera_plugin.rundir.tokens import TokenColumn
 
 
 class Spin(Ranker):

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from sera_plugin.budget import TokenBudget, batches_by_length
-from sera_plugin.forward import innermost
-from sera_plugin.ranks import WHOLE, Shard
-from sera_plugin.sampling import Candidate, Chunk, SamplingSettings, TokenIds, room
+from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
+from sera_plugin.model.budget import TokenBudget, batches_by_length
+from sera_plugin.model.forward import innermost
+from sera_plugin.rundir.ranks import WHOLE, Shard
+from sera_plugin.sampling.prompts import room
 
 
 class TransformersSampler:

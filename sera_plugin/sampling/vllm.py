@@ -14,18 +14,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from sera_plugin.ranks import WHOLE, Shard
-from sera_plugin.sampling import (
-    Candidate,
-    Chunk,
-    SamplingFailed,
-    SamplingSettings,
-    TokenIds,
-    longest_first,
-    room,
-)
+from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
+from sera_plugin.config.quoting import printable
+from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.child import Child, ChildFailed
-from sera_plugin.shown import printable
+from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 
 LOG = logging.getLogger("axolotl.sera")
 WORKER = Path(__file__).with_name("vllm_worker.py")

@@ -16,19 +16,12 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from sera_plugin.ranks import WHOLE, Shard
-from sera_plugin.sampling import (
-    Candidate,
-    Chunk,
-    SamplingFailed,
-    SamplingSettings,
-    TokenIds,
-    longest_first,
-    room,
-)
+from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
+from sera_plugin.config.quoting import printable, without_credentials, without_secret
+from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.child import PATIENCE
+from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 from sera_plugin.sampling.vllm import sampling_fields
-from sera_plugin.shown import printable, without_credentials, without_secret
 
 LOG = logging.getLogger("axolotl.sera")
 

@@ -165,15 +165,15 @@ class Watch:
         wrap(TrainerState, "save_to_json", after=lambda *_, **__: self.settle())
 
     def _watch_phases(self, set_up: Callable[[], None]) -> None:
-        import sera_plugin.logprobs
-        import sera_plugin.samplers
-        from sera_plugin.forward import innermost
-        from sera_plugin.loop import Loop
+        import sera_plugin.model.logprobs
+        import sera_plugin.sampling.samplers
+        from sera_plugin.host.loop import Loop
+        from sera_plugin.model.forward import innermost
+        from sera_plugin.model.scoring import PolicyScorer
+        from sera_plugin.rundir.store import RunStore
         from sera_plugin.sampling.transformers import TransformersSampler
-        from sera_plugin.scoring import PolicyScorer
-        from sera_plugin.store import RunStore
 
-        for module in (sera_plugin.logprobs, sera_plugin.samplers):
+        for module in (sera_plugin.model.logprobs, sera_plugin.sampling.samplers):
             module.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[attr-defined]
 
         def opened(*_: Any, **__: Any) -> None:
@@ -203,7 +203,7 @@ class Watch:
 
         wrap(PolicyScorer, "__call__", before=scores)
         wrap(
-            sera_plugin.logprobs,
+            sera_plugin.model.logprobs,
             "forward_logps",
             before=lambda *_, **__: self.hit(self._scoring),
         )
@@ -235,7 +235,7 @@ class Watch:
         import axolotl.train
         from transformers.trainer_callback import CallbackHandler
 
-        from sera_plugin.trainer import SeraTrainer
+        from sera_plugin.host.trainer import SeraTrainer
 
         @contextmanager
         def stepping(trainer: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Iterator[Any]:

@@ -120,8 +120,8 @@ _HOST = (
     "peft.peft_model",
     "transformers.modeling_utils",
     "trl",
-    "sera_plugin.plugin",
-    "sera_plugin.trainer",
+    "sera_plugin.host.plugin",
+    "sera_plugin.host.trainer",
     "tests.conftest",
     "tests.crash.child",
 )

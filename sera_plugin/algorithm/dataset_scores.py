@@ -1,0 +1,89 @@
+"""What a dataset says of its pairs beside their texts: scores, and which prompts are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sera_plugin.algorithm.method import Facts, Pairs
+from sera_plugin.algorithm.selection import BY_SCORE
+from sera_plugin.config.quoting import quoted
+from sera_plugin.config.sera import SeraConfig
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def by_side(names: Sequence[str]) -> dict[str, str]:
+    """Columns that say something of one answer: the chosen one's name to the rejected one's.
+
+    `score_chosen` and `score_rejected` are one score of two answers.
+    """
+    other = {name: name.replace("chosen", "rejected") for name in names}
+    return {name: side for name, side in other.items() if side != name and side in names}
+
+
+def offline_facts(
+    config: SeraConfig,
+    pairs: Pairs,
+    columns: Mapping[str, Sequence[Any]],
+    swapped: npt.NDArray[np.bool_] | None,
+) -> Facts:
+    """What the configuration's selection needs to know.
+
+    Args:
+        config: the `sera:` block.
+        pairs: the N offline pairs, labels swapped.
+        columns: those of `score_columns`, (N,) each, as `label_noise.swap` leaves them.
+        swapped: (N,) which labels were swapped on purpose, None without label noise.
+
+    Raises:
+        ValueError: if selection is by a score and there is none, naming the row that lacks it.
+    """
+    if config.selection not in BY_SCORE:
+        return Facts(swapped=swapped)
+    prompts = pairs.prompt_ids.numbered(len(pairs)).ravel()
+    return Facts(score_gap(columns, swapped), prompts, swapped)
+
+
+def score_gap(
+    columns: Mapping[str, Sequence[Any]], swapped: npt.NDArray[np.bool_] | None = None
+) -> FloatArray:
+    """(N,) score of chosen less that of rejected, by the first column that has numbers.
+
+    Args:
+        columns: (N,) each; two columns of a score have followed a swapped label to the other side.
+        swapped: (N,) which labels were swapped: a column that is a gap turns its sign there.
+
+    Raises:
+        ValueError: if no column has, or a row of it has none.
+    """
+    rejected = by_side(list(columns))
+    second = set(rejected.values())
+    for name, values in columns.items():
+        if name in second or not any(map(_is_number, values)):
+            continue
+        gap = _numbers(name, values)
+        if name in rejected:
+            return gap - _numbers(rejected[name], columns[rejected[name]])
+        return gap if swapped is None else np.where(swapped, -gap, gap)
+    raise ValueError(
+        f"sera.score_columns: {', '.join(map(quoted, columns))} has no numbers to select by. Name "
+        "a score of each answer, such as [score_chosen, score_rejected]."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(name: str, values: Sequence[Any]) -> FloatArray:
+    for row, value in enumerate(values):
+        if not _is_number(value) or not np.isfinite(value):
+            raise ValueError(
+                f"column {quoted(name)} is {quoted(value)} in row {row}, and sera.selection ranks "
+                "by it. Give every row a number, or leave such rows out of the dataset."
+            )
+    return np.asarray(values, dtype=np.float64)

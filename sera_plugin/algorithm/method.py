@@ -1,0 +1,183 @@
+"""What an iteration is made of: preference pairs, the method's constants, what phases cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sera_plugin.algorithm.protocols import first_iteration
+from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
+from sera_plugin.algorithm.selection import SELECTIONS, Question, Selection
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.tokens import TokenColumn
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs, (N,) lists of token ids each; completions with their end token."""
+
+    prompt_ids: TokenColumn
+    chosen_ids: TokenColumn
+    rejected_ids: TokenColumn
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Pairs:
+        """The pairs of a table with the columns of dataset.parquet."""
+        return cls(
+            *(TokenColumn(table[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the offline pairs beside their tokens, where it is asked for; (N,) each.
+
+    Attributes:
+        score_gap: the dataset's score of chosen less that of rejected.
+        prompts: numbers, equal where the prompts are.
+        swapped: which rows had their answers swapped on purpose.
+    """
+
+    score_gap: FloatArray | None = None
+    prompts: npt.NDArray[np.int32] | None = None
+    swapped: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """The method's constants, fixed for the run.
+
+    Attributes:
+        config: the `sera:` block.
+        reference_free: whether the loss has no reference (SimPO, ORPO).
+        per_token: whether the loss averages its reward over tokens; the margin follows it.
+        total: N, the number of offline pairs.
+        iterations: T.
+        seed: the run's.
+        facts: what else is known of the pairs.
+    """
+
+    config: SeraConfig
+    reference_free: bool
+    per_token: bool
+    total: int
+    iterations: int = 1
+    seed: int = 0
+    facts: Facts = Facts()
+
+    @property
+    def unit(self) -> str:
+        """What implicit rewards and margins are measured in."""
+        return "nats per token" if self.per_token else "nats"
+
+    @property
+    def bootstrapped(self) -> int:
+        """k~ = round(bootstrap_ratio N)."""
+        return round(self.config.bootstrap_ratio * self.total)
+
+    @property
+    def first(self) -> int:
+        """The iteration from which pairs are selected and sampled."""
+        return first_iteration(self.config.selection_ratio, self.config.labeler)
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which offline pairs an iteration trains on."""
+        return SELECTIONS[self.config.selection](
+            Question(
+                total=self.total,
+                kept=round(self.config.selection_ratio * self.total),
+                first=self.first,
+                iterations=self.iterations,
+                seed=self.seed,
+                score_gap=self.facts.score_gap,
+                prompts=self.facts.prompts,
+            )
+        )
+
+    def kept(self, iteration: int) -> int:
+        """How many offline pairs iteration t keeps: N, then k = round(selection_ratio N)."""
+        return self.selection.count(iteration)
+
+    def sampled(self, iteration: int) -> int:
+        """How many sampled pairs iteration t asks for: none, then k~."""
+        return self.bootstrapped if iteration >= self.first else 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """|D_1|, ..., |D_T| as asked for; fewer sampled pairs may exist."""
+        return tuple(self.kept(t) + self.sampled(t) for t in range(1, self.iterations + 1))
+
+    def reference(self, iteration: int) -> int:
+        """The policy that iteration t's loss refers to."""
+        return 0 if self.config.reference == "initial" else iteration - 1
+
+    def weights(self, iteration: int) -> tuple[float, ...]:
+        """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward, t >= 2 (Eq. 7)."""
+        return reward_weights(iteration, self.config.gamma, self.reference_free)
+
+    def candidates_under(self, iteration: int) -> tuple[int, ...]:
+        """The policies that iteration t's candidates are scored under, theta_{t-1} first."""
+        implicit = self.config.labeler == "implicit"
+        ranking = len(self.weights(iteration)) if implicit else 1
+        policies = [iteration - back for back in range(1, ranking + 1)]
+        return tuple(dict.fromkeys([*policies, self.reference(iteration)]))
+
+    def oldest_policy(self, iteration: int) -> int:
+        """The oldest policy that iteration t's phases may score under."""
+        rewards = iteration - len(self.weights(iteration)) if iteration > 1 else 0
+        return min(rewards, self.reference(iteration))
+
+    def reward(
+        self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
+    ) -> FloatArray:
+        """(n,) implicit rewards in `unit`.
+
+        Args:
+            logps: (n,) summed log-probabilities in nats per policy of `weights`, newest first.
+            iteration: t, at least 2.
+            lengths: (n,) tokens of the completions.
+        """
+        weights = self.weights(iteration)
+        return implicit_reward(np.stack(logps), weights, lengths if self.per_token else None)
+
+    def reduced(self, logps: FloatArray, lengths: npt.ArrayLike) -> FloatArray:
+        """(n,) summed log-probabilities as the loss reduces them: as they are, or per token."""
+        return logps / np.asarray(lengths) if self.per_token else logps
+
+
+@dataclass
+class Phases:
+    """Seconds, sequences and tokens forwarded per phase of an iteration."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    forwarded: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the seconds of the block, however it ends."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.spend(phase, perf_counter() - start)
+
+    def spend(self, phase: str, seconds: float) -> None:
+        """Add to what a phase took."""
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
+
+    def count(self, phase: str, sequences: int, tokens: int) -> None:
+        """Add to what a phase forwarded; a prompt counts with each of its completions."""
+        entry = self.forwarded.setdefault(phase, {"sequences": 0, "tokens": 0})
+        entry["sequences"] += sequences
+        entry["tokens"] += tokens

@@ -1,0 +1,171 @@
+"""What Algorithm 1 asks of the rest: who samples, and who ranks samples.
+
+Token ids in, token ids out: what was sampled is what is scored and trained. An engine samples from
+theta_{t-1}; rewards never come from an engine. A labeler gives candidates numbers; pairing the best
+with the worst is the same for all of them (`algorithm.pairing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sera_plugin.rundir.tokens import TokenColumn
+
+FloatArray = npt.NDArray[np.float64]
+TokenIds = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample, the same for every engine.
+
+    Attributes:
+        candidates: R, samples per prompt.
+        temperature, top_p: as in `sera:`.
+        max_new_tokens: longest candidate in tokens, end token included.
+        max_length: longest prompt + candidate in tokens, or None.
+        end_ids: token ids that end a candidate.
+        seed: base seed; the same seed, prompts and policy give the same candidates.
+    """
+
+    candidates: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    max_length: int | None
+    end_ids: tuple[int, ...]
+    seed: int
+
+    def stream(self, row: int) -> int:
+        """A request's seed. Engines give candidate i of a prompt the seed + i: none meet."""
+        return ((self.seed << 32) + row * self.candidates) % 2**63
+
+    def within(self, longest: int | None) -> SamplingSettings:
+        """The same for an engine whose context ends after so many tokens, None for no end."""
+        limits = [limit for limit in (self.max_length, longest) if limit is not None]
+        return replace(self, max_length=min(limits, default=None))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sample: its token ids (end token included if it stopped) and why it ended.
+
+    `finish_reason` is "stop" (an end token) or "length" (cut off).
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+
+
+#: Finished prompts: (row, its R candidates).
+Chunk = list[tuple[int, list[Candidate]]]
+#: Given (prompts to sample, phase), a block with a callable that takes finished chunks.
+Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
+
+
+class CandidateSampler(Protocol):
+    """Samples R candidates for each prompt from the current policy."""
+
+    #: What sampled, for summary.json: `name` as in `sera.sampler` and what an engine tells.
+    report: dict[str, Any]
+    #: Seconds spent around sampling: starting and stopping an engine.
+    seconds: dict[str, float]
+    #: Longest prompt + candidate in tokens that the engine is set to take, None where it is not.
+    longest: int | None
+
+    def sample(
+        self,
+        prompts: Sequence[TokenIds],
+        settings: SamplingSettings,
+        skip: Collection[int] = (),
+    ) -> Generator[Chunk, None, None]:
+        """Yield finished chunks of (row, its R candidates), in any order.
+
+        Args:
+            prompts: token ids of all rows.
+            settings: how to sample.
+            skip: rows already sampled by an earlier, interrupted call. What the other rows give
+                does not depend on it.
+
+        Raises:
+            ValueError: for a prompt that leaves no room to sample.
+            SamplingFailed: if an engine outside this process does not do its work.
+        """
+        ...
+
+
+#: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
+DATASET = "dataset"
+
+#: The iteration from which each can rank: an implicit reward compares two policies, and the first
+#: iteration has one.
+FIRST_ITERATION: Mapping[str, int] = {
+    "implicit": 2,
+    "reward_model": 1,
+    "judge": 1,
+    "self_judge": 1,
+    "spin": 1,
+}
+
+
+def first_iteration(selection_ratio: float, labeler: str) -> int:
+    """The iteration from which a run selects and samples: 2, as in the paper.
+
+    1 where no offline pairs are asked for (`selection_ratio: 0`) and whoever ranks the samples
+    needs no earlier policy: the run is then on samples from its first step (SPIN, OAIF).
+    """
+    return 2 if selection_ratio else FIRST_ITERATION[labeler]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Candidates to rank, n in all, those of a prompt next to each other.
+
+    Attributes:
+        iteration: t, 1-based; they are samples of theta_{t-1}.
+        per_prompt: how many of them belong to a prompt, the same for all.
+        prompts, answers: (n,) token ids; the end token included.
+        finish_reasons: (n,) why each ended.
+        logps: (n,) nats under each policy that the labeler asked for, newest first.
+    """
+
+    iteration: int
+    per_prompt: int
+    prompts: TokenColumn
+    answers: TokenColumn
+    finish_reasons: Sequence[str]
+    logps: Sequence[FloatArray]
+
+
+class Labeler(Protocol):
+    """Ranks candidates."""
+
+    #: What it has to tell, for summary.json: `name` as in `sera.labeler`, calls, failures.
+    report: dict[str, Any]
+
+    def policies(self, iteration: int) -> int:
+        """How many policies' log-probabilities it needs: theta_{t-1} and so many before, >= 1."""
+        ...
+
+    def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
+        """Add candidates that are not sampled: the dataset's chosen answers, marked `DATASET`.
+
+        Args:
+            samples: rows of candidates.parquet before they are scored, as many per prompt.
+            chosen: (N,) the dataset's chosen answers.
+
+        Returns:
+            The same columns in the order of (row, candidate), as many per prompt.
+        """
+        ...
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """(n,) larger is better; NaN for a candidate that could not be ranked."""
+        ...

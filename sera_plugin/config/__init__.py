@@ -1,0 +1,7 @@
+"""What a YAML may say: the `sera:` block, the judge's, and what SeRA does with the host's keys.
+
+- `sera`       the `sera:` block, frozen; unknown keys are errors
+- `judge`      the block of a judge behind an API
+- `host_keys`  what SeRA does with keys that are the host's, for docs and editors
+- `quoting`    values of a YAML or a row as messages quote them: escaped and cut
+"""

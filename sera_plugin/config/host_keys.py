@@ -1,0 +1,57 @@
+"""What SeRA does with keys that are the host's: for docs/configuration.md and for editors."""
+
+from __future__ import annotations
+
+from sera_plugin.config.sera import DEFAULT_BETA
+
+#: (keys, separated by commas; what SeRA does with them, in Markdown).
+HOST_KEYS: tuple[tuple[str, str], ...] = (
+    ("num_epochs", "T, the number of iterations; a whole number. 3 unless set."),
+    (
+        "rl_beta, trl.beta",
+        "beta of the loss. Unless set, the paper's: "
+        + ", ".join(f"{beta:g} for {loss}" for loss, beta in DEFAULT_BETA.items())
+        + " (SimPO, KTO-Pair and ORPO: those of their own papers).",
+    ),
+    (
+        "dpo_label_smoothing",
+        "Share of labels taken to be wrong: cDPO with `loss: dpo`, rDPO with `loss: robust`.",
+    ),
+    (
+        "dpo_loss_type, dpo_loss_weights, dpo_use_weighting",
+        "Any loss type of the host's DPO trainer instead of `sera.loss`.",
+    ),
+    ("simpo_gamma, cpo_alpha", "SimPO's target margin and NLL weight; 0 unless set."),
+    ("sequence_len", "Longest prompt + completion in tokens, for data and for samples."),
+    (
+        "excess_length_strategy",
+        "`drop` (default), `truncate` or `raise` for longer rows; see data.md.",
+    ),
+    ("seed", "Seeds new adapters, data order and samples."),
+    (
+        "warmup_ratio, warmup_steps",
+        "Warm-up of each iteration with `restart_optimizer: true`, else of the run.",
+    ),
+    ("val_set_size, test_datasets", "Held-out pairs, scored and referenced anew each iteration."),
+    (
+        "vllm",
+        "How vLLM samples: `gpu_memory_utilization` (unset: what is free), `tensor_parallel_size`, "
+        "`dtype` (unset: as trained), `max_model_len` (unset: prompts + `max_new_tokens`), "
+        "`enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and `port`. See "
+        "sampling.md.",
+    ),
+    (
+        "gradient_accumulation_steps, gradient_checkpointing, optimizer",
+        "As for any other `rl`: reentrant or not, 8-bit and paged optimizers too.",
+    ),
+    (
+        "activation_offloading",
+        "`true` keeps activations in host memory (TRL's offloader, for accelerators only); "
+        "`hidden_states` with reentrant checkpointing is the host's own.",
+    ),
+    ("lora_model_dir", "An adapter to continue; theta_0 is the base model with it."),
+    (
+        "auto_resume_from_checkpoints, resume_from_checkpoint",
+        "Continue the run in `output_dir` where it stopped.",
+    ),
+)

@@ -1,0 +1,359 @@
+"""The `sera:` block of an Axolotl configuration.
+
+Parsed once, into a frozen type. The defaults are the paper's values. The configuration reference
+(docs/configuration.md) is generated from the descriptions below.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.quoting import quoted
+
+#: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
+#: `trl.beta`. What is not tuned there has the starting point of its own paper.
+DEFAULT_BETA = {
+    "dpo": 0.2,
+    "ipo": 1.0,
+    "slic": 0.2,
+    "robust": 0.2,
+    "simpo": 2.0,
+    # Of the KTO and the ORPO papers.
+    "kto_pair": 0.1,
+    "orpo": 0.1,
+}
+
+#: Loss types of the host's DPO trainer whose reward is averaged over the completion's tokens.
+PER_TOKEN_HOST_LOSSES = frozenset({"ipo", "sigmoid_norm"})
+
+#: Losses whose reward is log pi alone, per token (paper Eq. 17).
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+
+#: Values of `selection` that do not read `selection_ratio`.
+_WITHOUT_RATIO = ("all", "curriculum")
+
+
+class SeraConfig(BaseModel):
+    """Everything inside `sera:`. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    selection_ratio: float = Field(
+        0.7,
+        ge=0.0,
+        le=1.0,
+        description="k / N: the share of the N offline pairs kept from iteration 2 on, largest "
+        "implicit-reward margin first. 1 keeps all. 0 keeps none, and a labeler that needs no "
+        "earlier policy (any but `implicit`) then samples for iteration 1 too.",
+    )
+    bootstrap_ratio: float = Field(
+        0.3,
+        ge=0.0,
+        le=32.0,
+        description="k~ / N: how many pairs sampled from the current policy are added from "
+        "iteration 2 on, relative to N. May exceed 1 (the paper's best-SeRA uses 2.0): a prompt "
+        "gives up to candidates // 2 disjoint pairs. 0 turns sampling off.",
+    )
+    selection: Literal["irm", "reference_logp", "score", "random", "all", "curriculum"] = Field(
+        "irm",
+        description="What offline pairs are ranked by. `irm` is SeRA's implicit reward margin, "
+        "`reference_logp` how much likelier theta_{t-1} makes chosen than rejected, `score` the "
+        "gap of a score of the dataset's (see `score_columns`), `random` a seeded draw. `all` "
+        "keeps every pair, and `curriculum` trains iteration t on each prompt's t-th easiest pair "
+        "by score; neither reads `selection_ratio`. See systems.md.",
+    )
+    labeler: Literal["implicit", "reward_model", "judge", "self_judge", "spin"] = Field(
+        "implicit",
+        description="Who ranks a prompt's samples. `implicit` is SeRA's implicit reward, "
+        "`reward_model` the model that `reward_model` names, `judge` the endpoint under `judge`, "
+        "`self_judge` the policy itself in words, `spin` takes the dataset's chosen answer for "
+        "the best and the samples for worse. See systems.md.",
+    )
+    reference: Literal["previous", "initial"] = Field(
+        "previous",
+        description="The loss's reference: theta_{t-1}, the policy that the iteration starts "
+        "from, or theta_0, the one that the run started from.",
+    )
+    length_control: Literal["none", "auto"] | float = Field(
+        "none",
+        description="What is taken off the rewards of samples per token before they are paired: a "
+        "number (nats; with another labeler than `implicit`, of what that ranks by), or `auto` for "
+        "the one with which chosen and rejected samples are equally long on average (DICE). "
+        "`none` is the paper.",
+    )
+    offline_length_control: Literal["none", "auto"] | float = Field(
+        "none",
+        description="The same for the margins that `selection: irm` ranks by. `auto` takes "
+        "what the margin's regression on the difference in length gives.",
+    )
+    label_noise: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Swap chosen and rejected of this share of the offline pairs, at random by "
+        "`seed`, and record which: an experiment on how many of them selection drops.",
+    )
+    reward_model: str | None = Field(
+        None,
+        description="For `labeler: reward_model`: a local sequence classification model with one "
+        "label and a chat template. Loaded for the phase alone.",
+    )
+    judge: JudgeConfig | None = Field(
+        None,
+        description="For `labeler: judge`: an OpenAI-compatible endpoint, with the keys of "
+        "judges.md (`base_url`, `model`, `api_key_env`, ...). Every two different samples of a "
+        "prompt are compared, in both orders. What it said is kept in the run directory and not "
+        "asked again.",
+    )
+    gamma: float = Field(
+        0.3,
+        ge=0.0,
+        le=1.0,
+        description="Reward ensemble (Eq. 7): the weight of the previous iteration's implicit "
+        "reward, from iteration 3 on. 0 turns the ensemble off.",
+    )
+    loss: Literal["dpo", "ipo", "slic", "robust", "simpo", "kto_pair", "orpo"] = Field(
+        "dpo",
+        description="The direct alignment loss. `dpo` with `dpo_label_smoothing` is cDPO; "
+        "`robust` (rDPO) needs `dpo_label_smoothing`; `simpo` reads `simpo_gamma` and "
+        "`cpo_alpha`, both 0 unless set; `orpo` takes beta for its lambda. For any other "
+        "loss type of the host's DPO trainer set `dpo_loss_type` and leave this out.",
+    )
+    ipo_reduction: Literal["mean", "sum"] = Field(
+        "mean",
+        description="How IPO's reward is reduced over a completion's tokens: `mean` is the "
+        "host's (TRL's) convention, `sum` is the paper's Eq. 9. The margin follows.",
+    )
+    candidates: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="R: how many candidates are sampled per prompt. One is enough for "
+        "`labeler: spin`, any other needs two.",
+    )
+    temperature: float = Field(
+        0.7, gt=0.0, le=10.0, description="Sampling temperature of the candidates."
+    )
+    top_p: float = Field(0.95, gt=0.0, le=1.0, description="Nucleus sampling of the candidates.")
+    max_new_tokens: int = Field(
+        512,
+        ge=1,
+        le=1_000_000,
+        description="Longest candidate in tokens, its end token included. Prompt and candidate "
+        "together never exceed `sequence_len`.",
+    )
+    sampler: Literal["auto", "vllm", "vllm-server", "transformers"] = Field(
+        "auto",
+        description="What samples the candidates. `vllm` starts vLLM in a child process for each "
+        "sampling phase; `vllm-server` uses a running `vllm serve` at `vllm.host` and "
+        "`vllm.port` (adapters only); `transformers` runs inside the training process. `auto` "
+        "takes `vllm` where it can be imported and serves this kind of policy, else "
+        "`transformers`, and says why.",
+    )
+    vllm_python: str | None = Field(
+        None,
+        description="Python interpreter of the environment that has vLLM, such as "
+        "`~/vllm/bin/python`. Unset: the one that trains.",
+    )
+    restart_optimizer: bool = Field(
+        True,
+        description="Start every iteration with fresh optimizer state and its own warm-up and "
+        "learning-rate schedule. `false` runs one schedule over all iterations.",
+    )
+    keep_policies: bool = Field(
+        False,
+        description="Full fine-tuning only: keep the weights of every policy in the run "
+        "directory. Otherwise those that no later iteration needs are removed. Adapters are "
+        "small and always kept.",
+    )
+    bad_rows: Literal["drop", "raise"] = Field(
+        "drop",
+        description="Rows that cannot be used (empty or null fields, wrong types, chosen equal to "
+        "rejected, ...; see data.md): `drop` leaves them out, with a warning that counts and names "
+        "them; `raise` stops the run, with an error that does. Rows that are only too long follow "
+        "the host's `excess_length_strategy`.",
+    )
+    score_columns: tuple[str, ...] = Field(
+        (),
+        description="Columns of the dataset (scores, sources, anything per pair) to copy to "
+        "`dataset.parquet` for later analysis. `selection: score` and `curriculum` rank by the "
+        "first that has numbers: by the gap of two columns whose names differ in `chosen` and "
+        "`rejected`, or by a column that is a gap. Nothing else trains by them.",
+    )
+
+    @property
+    def pairs_per_prompt(self) -> int:
+        """Pairs a prompt must be able to give so that bootstrap_ratio x N pairs can exist."""
+        return max(1, math.ceil(self.bootstrap_ratio))
+
+    @field_validator(
+        "selection_ratio",
+        "bootstrap_ratio",
+        "gamma",
+        "candidates",
+        "temperature",
+        "top_p",
+        "max_new_tokens",
+        "length_control",
+        "offline_length_control",
+        "label_noise",
+        mode="before",
+    )
+    @classmethod
+    def _is_no_switch(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError(f"{value} is not a number. Set one, or remove the key.")
+        return value
+
+    @field_validator("length_control", "offline_length_control")
+    @classmethod
+    def _is_finite(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is not finite. Set nats per token, such as 0.1, or auto.")
+        return value
+
+    @model_validator(mode="after")
+    def _enough_candidates(self) -> SeraConfig:
+        if self.bootstrap_ratio == 0 or self.labeler == "spin":
+            return self
+        if self.pairs_per_prompt > self.candidates // 2:
+            most = self.candidates // 2
+            raise ValueError(
+                f"bootstrap_ratio: {self.bootstrap_ratio} needs {self.pairs_per_prompt} pairs per "
+                f"prompt, but candidates: {self.candidates} gives at most {most}. Raise candidates "
+                f"to {2 * self.pairs_per_prompt}"
+                + (f" or lower bootstrap_ratio to {most}." if most else ".")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spin_gives_one_pair(self) -> SeraConfig:
+        if self.labeler == "spin" and self.bootstrap_ratio > 1:
+            raise ValueError(
+                f"bootstrap_ratio: {self.bootstrap_ratio} asks for more than one pair a prompt, "
+                "but labeler: spin has one chosen answer for each. Set bootstrap_ratio to 1."
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_without_a_ratio(cls, block: Any) -> Any:
+        if isinstance(block, dict) and block.get("selection") in _WITHOUT_RATIO:
+            return {"selection_ratio": 1.0, **block}
+        return block
+
+    @model_validator(mode="after")
+    def _selection_reads_the_ratio(self) -> SeraConfig:
+        if self.selection in _WITHOUT_RATIO and self.selection_ratio != 1:
+            raise ValueError(
+                f"selection_ratio: {self.selection_ratio} has no effect with selection: "
+                f"{self.selection}. Remove selection_ratio, or set selection to irm."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selection_has_scores(self) -> SeraConfig:
+        if self.selection in ("score", "curriculum") and not self.score_columns:
+            raise ValueError(
+                f"selection: {self.selection} ranks by a score of the dataset's, and none is "
+                "named. Add for example score_columns: [score_chosen, score_rejected]."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labeler_has_something_to_rank(self) -> SeraConfig:
+        if self.labeler != "implicit" and self.bootstrap_ratio == 0:
+            raise ValueError(
+                f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
+                "bootstrap_ratio, for example to 0.3, or remove labeler."
+            )
+        for name, example in (("reward_model", "./my-model"), ("judge", "{base_url: ...}")):
+            if (self.labeler == name) != (getattr(self, name) is not None):
+                is_set = "set" if self.labeler != name else "unset"
+                raise ValueError(
+                    f"labeler: {self.labeler} with {name} {is_set} do not go together. Set both "
+                    f"(labeler: {name}, {name}: {example}), or neither."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _length_has_a_reward_to_control(self) -> SeraConfig:
+        if self.length_control != "none" and self.labeler == "spin":
+            raise ValueError(
+                f"length_control: {self.length_control} with labeler: spin would put samples "
+                "before the dataset's answers, because there are no rewards to take it off. Remove "
+                "length_control, or set another labeler."
+            )
+        if self.offline_length_control != "none" and self.selection != "irm":
+            raise ValueError(
+                f"offline_length_control: {self.offline_length_control} has no effect with "
+                f"selection: {self.selection}, which ranks by no reward. Remove it, or set "
+                "selection to irm."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_a_reference(self) -> SeraConfig:
+        if self.reference == "initial" and self.loss in REFERENCE_FREE:
+            raise ValueError(
+                f"reference: initial has no effect with loss: {self.loss}, which has no reference. "
+                "Remove reference."
+            )
+        return self
+
+    @field_validator("vllm_python")
+    @classmethod
+    def _runs(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = shutil.which(os.path.expanduser(value))
+        if found is None:
+            raise ValueError(
+                f"{quoted(value)} is no program that can be run here. Name the Python of an "
+                "environment that has vLLM, for example ~/vllm/bin/python."
+            )
+        return os.path.abspath(found)
+
+    @model_validator(mode="after")
+    def _trains_on_something(self) -> SeraConfig:
+        if self.selection_ratio == 0 and self.bootstrap_ratio == 0:
+            raise ValueError(
+                "selection_ratio: 0 with bootstrap_ratio: 0 leaves nothing to train on from "
+                "iteration 2 on. Raise one of them."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _score_columns_are_not_ours(self) -> SeraConfig:
+        texts = ("prompt", "chosen", "rejected")
+        ours = {"row", *texts, *(f"{name}_ids" for name in texts)}
+        taken = [c for c in self.score_columns if c in ours or c.startswith("sera_")]
+        if taken:
+            raise ValueError(
+                f"score_columns: {', '.join(map(quoted, taken))} is what the pairs themselves are "
+                "kept as. Rename it in the dataset or leave it out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ipo_reduction_needs_ipo(self) -> SeraConfig:
+        if self.ipo_reduction == "sum" and self.loss != "ipo":
+            raise ValueError(
+                f"ipo_reduction: {self.ipo_reduction} has no effect with loss: {self.loss}. "
+                "Set loss: ipo or remove ipo_reduction."
+            )
+        return self
+
+
+class SeraArgs(BaseModel):
+    """What the host merges into its own configuration schema."""
+
+    sera: SeraConfig | None = Field(
+        default=None, description="SeRA: selection and bootstrapping between epochs (`rl: sera`)."
+    )

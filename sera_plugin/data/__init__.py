@@ -1,0 +1,6 @@
+"""Rows of any shape to exact token ids, or a named reason why not.
+
+- `rows`, `fields`, `templates`, `texts`   a raw row to prompt, chosen and rejected text
+- `encoding`, `dataset`   text to token ids; what is dropped, and why
+- `load_errors`   why a dataset cannot be loaded; `json_rows`  JSON lines that people write
+"""

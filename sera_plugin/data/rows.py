@@ -1,0 +1,171 @@
+"""The host's transform of raw rows, guarded: a bad row becomes a note about itself.
+
+The host transforms raw rows through a strategy's function and then filters them. What is wrong
+with a row shows there, as an exception without a row number, or not at all. The guard turns such a
+row into a harmless placeholder that says what was wrong and where the row came from; it travels
+through the host's filters, its merging and its files to `dataset.tokenize_rows`, which drops and
+names it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from sera_plugin.config.quoting import plain, quoted, without_credentials
+from sera_plugin.data.fields import SYSTEM, TEXTS, check_fields
+from sera_plugin.data.templates import AnswerRecorder, row_texts
+from sera_plugin.data.texts import RowError, check_texts
+
+#: What is wrong with a row ("" if nothing), the dataset it comes from, its place there from 0.
+PROBLEM, SOURCE, ROW = "sera_problem", "sera_source", "sera_row"
+
+#: Raise it with what the guard makes of a row: prepared data of another version is prepared anew.
+GUARD_VERSION = 2
+
+
+def too_long(sequence_len: int | None) -> str:
+    """The reason for dropping a row that the context has no room for."""
+    return f"longer than sequence_len: {sequence_len}"
+
+
+def source_name(key: str, index: int, path: str) -> str:
+    """A dataset as messages name it: `datasets[0] (pairs.jsonl)`."""
+    if "://" in path:
+        path = re.split("[?#]", without_credentials(path))[0]
+    return f"{key}[{index}] ({plain(PurePath(path).name or path)})"
+
+
+@dataclass
+class GuardedTransform:
+    """A strategy's transform that never raises; sent to worker processes by the host.
+
+    Attributes:
+        transform: the host's function from a raw row to prompt, chosen and rejected.
+        source: the dataset's name in messages.
+        kept: columns of the raw rows to keep; all others have done their work.
+        sequence_len: the longest row, for messages.
+        shorten: the host's truncation of long rows, or None.
+        fits: the host's own test whether a row fits its context, or None where it makes none.
+        optional: fields that may be empty.
+        version: of the guard; the host names cached results by the attributes.
+    """
+
+    transform: Callable[..., Any]
+    source: str
+    kept: tuple[str, ...] = ()
+    sequence_len: int | None = None
+    shorten: Callable[..., Mapping[str, Any]] | None = None
+    fits: Callable[..., bool] | None = None
+    optional: tuple[str, ...] = SYSTEM
+    version: int = GUARD_VERSION
+
+    def __post_init__(self) -> None:
+        self._renders = "tokenizer" in inspect.signature(self.transform).parameters
+
+    def __call__(self, row: Mapping[str, Any], index: int, tokenizer: Any = None) -> dict[str, Any]:
+        """The row as text, or a placeholder that says what is wrong with it."""
+        problem = ""
+        try:
+            texts = self._texts(dict(row), tokenizer)
+        except RowError as error:
+            problem = str(error)
+        except Exception as error:  # a strategy may raise anything on a row it did not expect
+            problem = _cause(error, row)
+        if problem:
+            # Not empty, or the host's filter raises on it.
+            texts = dict.fromkeys(TEXTS, "-")
+        kept = {key: row[key] for key in self.kept}
+        return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
+
+    def _texts(self, row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
+        recorder = AnswerRecorder(tokenizer) if self._renders else None
+        result = self._run(copy.deepcopy(row), recorder)
+        if not isinstance(result, Mapping):
+            raise RowError(f"the strategy returned {type(result).__name__} for it")
+        prompt, chosen, rejected = row_texts(result, tokenizer)
+        answers = recorder.completions() if recorder else []
+        if len(answers) == 2:
+            chosen, rejected = answers
+        texts = dict(zip(TEXTS, (prompt, chosen, rejected), strict=True))
+
+        def again(changed: dict[str, Any]) -> Mapping[str, Any]:
+            result = self._run(changed, recorder)
+            return dict(zip(TEXTS, row_texts(result, tokenizer), strict=True))
+
+        templated = bool(recorder and recorder.used) or not isinstance(result["prompt"], str)
+        check_fields(row, texts, again, templated, self.optional)
+        check_texts(prompt, chosen, rejected)
+        if self.shorten is not None:
+            shortened = self.shorten(texts, tokenizer=tokenizer)
+            texts = {key: shortened[key] for key in TEXTS}
+            check_texts(*texts.values())
+        if self.fits is not None and not self.fits(texts, tokenizer=tokenizer):
+            raise RowError(too_long(self.sequence_len))
+        return texts
+
+    def _run(self, row: dict[str, Any], recorder: AnswerRecorder | None) -> Any:
+        options = {"tokenizer": recorder.tokenizer} if recorder else {}
+        return self.transform(row, **options)
+
+
+def guard(loaded: Any, features: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """What a strategy gives the host, guarded.
+
+    Args:
+        loaded: the strategy's transform, or that and options for the host's `Dataset.map`.
+        features: the types of what the guard returns. Left to itself, `Dataset.map` keeps the type
+            of a raw column of the same name, and text in one of mixed types is read as JSON.
+        options: see `GuardedTransform`.
+
+    Returns:
+        The same for the host. A strategy of the user's own that maps whole batches, or wants more
+        than the row, is left as it is. Columns that no one asked for are removed: they could keep
+        two datasets from being merged, and two equal pairs from being equal.
+    """
+    transform, mapping = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if mapping.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
+        return transform, mapping
+    guarded = GuardedTransform(transform, **options)
+    types = {"with_indices": True, "remove_columns": "__all__", "features": features}
+    return guarded, mapping | types
+
+
+def _cause(error: Exception, row: Mapping[str, Any]) -> str:
+    """Why a strategy could not transform a row, in one line."""
+    if isinstance(error, KeyError) and error.args and error.args[0] not in row:
+        return f"no field or role {quoted(error.args[0])}; its fields are {_fields(row)}"
+    null = [quoted(key) for key, value in row.items() if value is None]
+    aside = f" (null: {', '.join(null[:5])})" if null else ""
+    said = f"{type(error).__name__}: {plain(str(error), 120)}"
+    return f"the host's strategy cannot read it: {said}{aside}"
+
+
+def _fields(row: Mapping[str, Any]) -> str:
+    names = [quoted(key) for key in row]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+class WithoutGuardColumns:
+    """A dataset as the host's deduplication should see it.
+
+    The host compares whole rows, and two equal pairs differ in their place and may differ in
+    their scores. Placeholders stay whole: what was wrong with two rows may read the same, and both
+    must be counted.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self.select = dataset.select
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for row in self._dataset:
+            if row.get(PROBLEM):
+                yield row
+            else:
+                yield {key: row[key] for key in TEXTS}

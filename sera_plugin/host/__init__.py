@@ -1,0 +1,6 @@
+"""Axolotl alone: everything that touches the host.
+
+- `plugin`   the host's public hooks; `trainer`  the private seams, each pinned by a test
+- `loop`, `run`   the iterations of one run in order; which run this is
+- `data_config`, `parallel_config`, `ignored_features`   what a YAML may not say
+"""

@@ -1,0 +1,372 @@
+"""The iterations of one run in order: what happens before, between and after the host's epochs.
+
+Nothing here is private to the host; the trainer calls `open` once, and `begin` and `end` around
+every epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pyarrow as pa
+
+from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
+from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.offline import held_out_table, offline_table, score_pairs
+from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.summary import describe_end, describe_start, metrics, summarize
+from sera_plugin.host.run import announce, describe_run, require_same_run
+from sera_plugin.labeling.labelers import Labelers
+from sera_plugin.model.scoring import PolicyScorer
+from sera_plugin.rundir import checkpoints
+from sera_plugin.rundir.progress import above_bars
+from sera_plugin.rundir.store import RunStore, read_json
+from sera_plugin.sampling.choose import Choice
+from sera_plugin.sampling.progress import sampling_progress
+from sera_plugin.sampling.samplers import Samplers
+
+#: Below the host's own logger: it shows its own messages and, of others, only warnings.
+LOG = logging.getLogger("axolotl.sera")
+
+#: What a checkpoint says of the run, in a file of its own.
+RECORD = "sera.json"
+#: Pairs that tell whether a continued run has the model it began with.
+_FEW = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an iteration trains on and is evaluated against.
+
+    Attributes:
+        pairs: D_t, see `prepare_iteration`.
+        held_out: the held-out pairs' chosen and rejected log-probabilities under the reference,
+            None without any.
+    """
+
+    pairs: pa.Table
+    held_out: dict[str, FloatArray] | None
+
+
+@dataclass
+class Loop:
+    """One run.
+
+    Attributes:
+        cfg: the host's resolved configuration.
+        method: the method's constants.
+        schedule: how long each iteration is; updated as iterations turn out shorter.
+        pairs, held_out: the data.
+        end_ids: token ids that end a completion.
+        store: the run directory.
+        scorer: scores under any policy; owns the model's policies.
+        samplers, labelers: make what samples in an iteration, and what ranks its samples.
+        nats: how far a policy's log-probabilities may move when nothing has changed, per token.
+        log: takes figures for the trackers.
+    """
+
+    cfg: Mapping[str, Any]
+    method: Method
+    schedule: Schedule
+    pairs: Pairs
+    held_out: Pairs | None
+    end_ids: tuple[int, ...]
+    store: RunStore
+    scorer: PolicyScorer
+    samplers: Samplers
+    labelers: Labelers
+    nats: float
+    log: Callable[[dict[str, float]], None]
+    #: Steps as planned, which one learning-rate schedule over all iterations spans.
+    planned_steps: int = field(init=False)
+    _earlier: bool = field(default=False, init=False)
+    _sampler: Choice | None = field(default=None, init=False)
+    _few: Pairs = field(init=False)
+    _recalled: bool = field(default=False, init=False)
+    _summary: dict[str, Any] = field(default_factory=dict, init=False)
+    _began: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.planned_steps = self.schedule.total_steps
+
+    @property
+    def _output_dir(self) -> Path:
+        return self.store.root.parent
+
+    def open(
+        self,
+        loss: str,
+        beta: float,
+        columns: Mapping[str, Any],
+        dataset: pa.Table,
+        resuming: bool,
+        asked: str | None,
+        sharded_later: bool = False,
+    ) -> None:
+        """Start the run's record, or continue it; nothing is recorded before all checks are passed.
+
+        Args:
+            loss, beta: what is optimised.
+            columns: the dataset's own columns to keep beside its token ids.
+            dataset: the offline pairs.
+            resuming: whether the configuration allows to continue an earlier run.
+            asked: `resume_from_checkpoint` as the YAML has it.
+            sharded_later: whether the weights are not where they will be used yet; then it is for
+                the trainer to call `recall`, before it loads a checkpoint or begins.
+
+        Raises:
+            ValueError: if an iteration would train on no pair, the checkpoint that is asked for
+                cannot be used, the directory holds another run or is in use by one, or if the
+                sampler or the labeler that the configuration names cannot run.
+            OSError: if the directory cannot be written.
+            SamplingFailed: if a server is named and cannot serve this run.
+            JudgeFailed: if a judge's key is not there.
+        """
+        description = describe_run(
+            self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
+            self.end_ids,
+        )  # fmt: skip
+        self._require_pairs()
+        if asked:
+            checkpoints.named(self._output_dir, asked)
+        self.store.lock()
+        earlier = self.store.description()
+        if earlier is None:
+            self._require_empty()
+        elif not resuming:
+            raise ValueError(
+                f"output_dir: {self._output_dir} holds an earlier run. Set another output_dir, "
+                "move it away, or continue it with `auto_resume_from_checkpoints: true`."
+            )
+        else:
+            require_same_run(earlier, description, self.store.root)
+        self._earlier, self._few = earlier is not None, Pairs.from_table(dataset.slice(0, _FEW))
+        if not sharded_later:
+            self.recall()
+        self._sampler = self._choose_sampler(kept=len(self.schedule.pairs))
+        for name, values in columns.items():
+            dataset = dataset.append_column(name, pa.array(values))
+        if earlier is None:
+            self.store.begin(description, dataset)
+        else:
+            self.store.repair_dataset(dataset)
+        LOG.info("%s", announce(description, self.method, self.schedule, self.store, self._sampler))
+
+    def recall(self) -> None:
+        """Remember theta_0, once, when the model holds it and can be used.
+
+        Raises:
+            ValueError: if the run began with another model.
+        """
+        if self._recalled:
+            return
+        self._recalled = True
+        self.scorer.policies.keep_initial(recorded=self._earlier)
+        if self._earlier:
+            self._require_same_model()
+
+    def _require_pairs(self) -> None:
+        """Few pairs times a small ratio may come to none, which a later iteration would find."""
+        if 0 in self.method.sizes:
+            config = self.method.config
+            raise ValueError(
+                f"iteration {self.method.sizes.index(0) + 1} would train on nothing: of the "
+                f"{self.method.total} usable pairs selection_ratio: {config.selection_ratio} keeps "
+                f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
+                "Raise one of them, or give more pairs."
+            )
+
+    def _require_empty(self) -> None:
+        remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]
+        if remains:
+            names = ", ".join(sorted(path.name for path in remains)[:3])
+            raise ValueError(
+                f"output_dir: {self._output_dir} holds remains of another training ({names}), but "
+                "no record of a SeRA run. Set another output_dir, or move them away."
+            )
+
+    def _choose_sampler(self, kept: int) -> Choice | None:
+        """What samples, and that it and what ranks can; None if no iteration lacks its candidates.
+
+        Args:
+            kept: the last iteration whose files stay; later ones are made anew.
+        """
+        iterations = range(1, len(self.schedule.pairs) + 1)
+        if not any(
+            self.method.sampled(t) and (t > kept or not self.store.finished(t, "candidates"))
+            for t in iterations
+        ):
+            return None
+        sampler = self.samplers.choose(int(self.pairs.prompt_ids.lengths.max()))
+        self.store.ranks.on_main(self.labelers.check)
+        return sampler
+
+    def _require_same_model(self) -> None:
+        """The loaded model gives the first pairs the log-probabilities the run began with."""
+        names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("logp", "length")]
+        recorded = self.store.read(1, "offline", names)
+        if recorded is None:
+            return
+        few = self._few
+        logps = score_pairs(few, 0, self.scorer, "check")
+        for side in ("chosen", "rejected"):
+            before = recorded[f"{side}_logp"].to_numpy()[: len(few)]
+            lengths = recorded[f"{side}_length"].to_numpy()[: len(few)]
+            # Means, as the gate compares them: batches of another shape round differently.
+            moved = abs(logps[side].mean() - before.mean()) / lengths.mean()
+            if moved > self.nats:
+                raise ValueError(
+                    f"base_model: {self.cfg['base_model']} is not the model that the run in "
+                    f"{self.store.root} began with: it gives the first {side} completions a "
+                    f"log-probability of {logps[side].mean():.2f}, and gave them "
+                    f"{before.mean():.2f}. Restore the model, or set another output_dir to start "
+                    "fresh."
+                )
+
+    def continue_from(self, asked: str | None) -> int | None:
+        """The checkpoint to continue from, as its step, or None to train from the beginning.
+
+        Args:
+            asked: `resume_from_checkpoint` as the YAML has it; None takes the newest whole one.
+
+        Raises:
+            ValueError: if the one that is asked for cannot be used, or if iterations after it
+                sampled and the sampler or the labeler cannot run any more.
+            SamplingFailed: if a server is named and cannot serve this run.
+        """
+        directory = self._output_dir
+        step = checkpoints.named(directory, asked) if asked else checkpoints.newest(directory)
+        last = -1 if step is None else step
+        if step is not None:
+            sizes = read_json(checkpoints.checkpoint(directory, step) / RECORD)["pairs"]
+            self.schedule = replace(self.schedule, pairs=tuple(sizes))
+        if self._sampler is None:
+            # All had sampled when the run was opened; `begin` discards those after this step.
+            begins = 1 if step is None else self.schedule.locate(step)[0]
+            self._sampler = self._choose_sampler(kept=begins)
+            if self._sampler is not None:
+                LOG.info(
+                    "SeRA: samples are made again from iteration %d on; sampler: %s (%s)",
+                    begins + 1,
+                    self._sampler.name,
+                    self._sampler.reason,
+                )
+        self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
+        return step
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of the run: |D_t| so far as it is known, else as planned."""
+        return {"pairs": list(self.schedule.pairs)}
+
+    def begin(self, iteration: int, resumed: bool, optimizer: Any) -> Prepared:
+        """Everything before the first step of iteration t.
+
+        Args:
+            iteration: t, 1-based.
+            resumed: whether training continues in the middle of it.
+            optimizer: may wait in host memory while an engine samples.
+        """
+        self.store.discard_after(iteration)
+        earlier = self.store.summary(iteration)
+        # Of another continuation, which went on from here and got to the iteration's end.
+        earlier.get("seconds", {}).pop("train", None)
+        phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
+        self.scorer.phases = phases
+        policies = self.scorer.policies
+        if resumed:
+            policies.current = None
+        else:
+            policies.keep_current(iteration - 1)
+        method, config = self.method, self.method.config
+        settings = SamplingSettings(
+            candidates=config.candidates,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            max_length=self.cfg["sequence_len"],
+            end_ids=self.end_ids,
+            seed=method.seed * 1_000 + iteration,
+        )
+        pairs = prepare_iteration(
+            iteration,
+            method,
+            self.pairs,
+            self.store,
+            self.scorer,
+            self.samplers.make(iteration, optimizer),
+            settings,
+            phases,
+            self.labelers.make(iteration, settings, optimizer),
+            sampling_progress(self.scorer.quiet),
+        )
+        held_out = None
+        if self.held_out is not None:
+            needed = range(max(1, method.oldest_policy(iteration) + 1), iteration + 1)
+            tables = {
+                each - 1: held_out_table(each, self.held_out, self.store, self.scorer, phases)
+                for each in needed
+            }
+            reference = tables[method.reference(iteration)]
+            held_out = {
+                side: reference[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")
+            }
+        if not earlier:
+            # What drift and Jaccard compare with; made again if a file is damaged.
+            for each in {1, max(1, iteration - 1)}:
+                offline_table(each, method, self.pairs, self.store, self.scorer, phases)
+            earlier = summarize(iteration, method, self.store, phases)
+        self._summary = self._judged(iteration, earlier, tell=not resumed)
+        self.store.write_summary(iteration, self._summary)
+        policies.forget_before(*self._oldest_needed(iteration))
+        self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
+        policies.current = None  # from the first step on
+        self._began = perf_counter()
+        return Prepared(pairs, held_out)
+
+    def _judged(self, iteration: int, summary: dict[str, Any], tell: bool) -> dict[str, Any]:
+        """The summary with its alarms; told to the log and the trackers unless they know it."""
+        before = filter(None, map(self.store.summary, range(1, iteration)))
+        alarms = judge([*before, summary])
+        if tell:
+            with above_bars():
+                LOG.info("%s", describe_start(summary, self.method.unit))
+                for alarm in alarms:
+                    if alarm.raised:
+                        LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
+            self.log(metrics(summary) | alarm_metrics(alarms))
+        return summary | {"alarms": records(alarms)}
+
+    def _oldest_needed(self, iteration: int) -> tuple[int, int]:
+        """The oldest policies needed from iteration t on: by this process, and on disk.
+
+        On disk, because a run that is cut off continues from any checkpoint that is still there.
+        """
+        method = self.method
+        oldest = min(iteration - 1, method.oldest_policy(iteration + 1))
+        if method.config.keep_policies:
+            return oldest, 0
+        begun = [self.schedule.locate(step)[0] for step in checkpoints.steps(self._output_dir)]
+        return oldest, min([oldest, *map(method.oldest_policy, begun)])
+
+    def passed_gate(self, figures: Mapping[str, float]) -> None:
+        """Record what the step-0 gate compared."""
+        self._summary = self._summary | {"step_zero": dict(figures)}
+        self.store.write_summary(self._summary["iteration"], self._summary)
+
+    def end(self) -> None:
+        """Complete the iteration's summary after its last step."""
+        phases = self.scorer.phases
+        phases.spend("train", perf_counter() - self._began)
+        self._summary = self._summary | {"seconds": dict(phases.seconds)}
+        self.store.write_summary(self._summary["iteration"], self._summary)
+        self.log({"sera/seconds/train": self._summary["seconds"]["train"]})
+        with above_bars():
+            LOG.info("%s", describe_end(self._summary))

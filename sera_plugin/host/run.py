@@ -1,0 +1,232 @@
+"""What a run is, on paper: run.json, the log block at the start, and whether two runs are one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sera_plugin import __version__
+from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.config.quoting import public
+from sera_plugin.rundir.store import FORMAT_VERSION, RunStore
+from sera_plugin.rundir.tokens import fingerprint
+from sera_plugin.sampling.choose import Choice
+
+_PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
+#: Keys that may change between the parts of one run, as patterns: they decide what is logged,
+#: saved, evaluated or sent where, or how the same numbers are computed. Data and templates are
+#: compared as token ids, whatever keys they come from. Any other key is part of what the run is.
+HARMLESS = (
+    # where it is logged, and how often
+    *("logging_*", "log_*", "disable_tqdm", "debug", "include_*", "generat*", "num_generation_*"),
+    *("wandb_*", "mlflow_*", "comet_*", "trackio_*", "swanlab_*", "otel_*", "profiler_*"),
+    *("use_tensorboard", "use_wandb", "use_mlflow", "use_comet", "use_trackio", "use_otel_metrics"),
+    # when it is saved and evaluated, and where that goes
+    *("save_*", "saves_per_epoch", "eval_*", "evals_per_epoch", "hub_*", "push_*"),
+    *("output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints"),
+    *("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"),
+    *("axolotl_config_path", "dataset_prepared_path", "strict", "plugins"),
+    # where the tokens come from; they are compared themselves
+    *("datasets", "test_datasets", "val_set_size", "dataset_*", "shuffle_*", "chat_template*"),
+    *("special_tokens", "tokens", "added_tokens*", "tokenizer_*", "excess_length_strategy"),
+    *("is_preprocess", "skip_prepare_dataset", "preprocess_*", "default_system_message"),
+    # how the same numbers are computed, and where
+    *("attn_*", "flash_attention", "sdp_attention", "xformers_attention", "liger_*"),
+    *("gradient_checkpointing*", "activation_offloading", "layer_offloading", "torch_compile*"),
+    *("dataloader_*", "device", "device_map", "max_memory", "low_cpu_mem_usage", "*capabilities"),
+    *("experimental_skip_move_to_device", "gpu_memory_limit", "use_ray", "ray_*"),
+    *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),
+    # who samples, and what is kept for reading
+    *("sera.sampler", "sera.vllm_python", "sera.keep_policies", "sera.score_columns"),
+    *("sera.bad_rows",),
+    # how a judge is reached, and what it costs
+    *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
+    *("sera.judge.prompt_price", "sera.judge.completion_price"),
+    # compared as what they come to: a micro-batch of all processes, beta of the loss, seed
+    *("batch_size", "gradient_accumulation_steps", "rl_beta", "seed"),
+)
+
+
+def describe_run(
+    config: Mapping[str, Any],
+    loss: str,
+    beta: float,
+    method: Method,
+    schedule: Schedule,
+    pairs: Pairs,
+    held_out: Pairs | None,
+    end_ids: Sequence[int],
+) -> dict[str, Any]:
+    """The content of run.json.
+
+    Args:
+        config: the host's resolved configuration; secrets are left out.
+        loss, beta, method: what is optimised.
+        schedule: how many pairs make a step.
+        pairs, held_out: the data.
+        end_ids: token ids that end a completion.
+    """
+    gap = method.facts.score_gap
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": {
+            "sera_plugin": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+        "config": public(_plain(config)),
+        "loss": loss,
+        "beta": beta,
+        "per_token": method.per_token,
+        "micro_batch": schedule.batch_size,
+        "accumulation": schedule.accumulation,
+        "pairs": len(pairs),
+        "evaluation_pairs": len(held_out) if held_out else 0,
+        "dataset_fingerprint": _fingerprint(pairs),
+        "evaluation_fingerprint": _fingerprint(held_out) if held_out else None,
+        "score_fingerprint": None if gap is None else hashlib.sha256(gap.tobytes()).hexdigest(),
+        "end_ids": [int(token) for token in end_ids],
+        "seed": method.seed,
+    }
+
+
+def _fingerprint(pairs: Pairs) -> str:
+    return fingerprint((pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set, as JSON has it."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def announce(
+    run: Mapping[str, Any],
+    method: Method,
+    schedule: Schedule,
+    store: RunStore,
+    sampler: Choice | None,
+) -> str:
+    """The log block at the start: settings, what each iteration trains on, files.
+
+    `sampler` is None where nothing is sampled.
+    """
+    config = method.config
+    lines = [
+        "SeRA run",
+        f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
+        f"{'averaged per token' if method.per_token else 'summed over tokens'}",
+        f"  keep {keeps(config.selection, config.selection_ratio)}, sample "
+        f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
+        f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
+        f"{'' if config.labeler == 'implicit' else f' by {config.labeler}'}, gamma "
+        f"{config.gamma:g}",
+        *(
+            f"  {key}: {getattr(config, key)}"
+            for key in ("length_control", "offline_length_control", "label_noise")
+            if getattr(config, key) not in ("none", 0)
+        ),
+        f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
+        "  optimizer and learning-rate schedule "
+        + ("restart every iteration" if config.restart_optimizer else "run on"),
+    ]
+    for iteration, size in enumerate(schedule.pairs, start=1):
+        kept, sampled = method.kept(iteration), method.sampled(iteration)
+        whole = kept == method.total and not sampled
+        lines.append(
+            f"  iteration {iteration}: {size} pairs "
+            f"({'all offline pairs' if whole else f'{kept} kept + {sampled} sampled'}), "
+            f"{schedule.steps(iteration)} steps, "
+            + (
+                "no reference"
+                if method.reference_free
+                else f"reference theta_{method.reference(iteration)}"
+            )
+        )
+    if sampler is not None:
+        lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
+    lines.append(f"  {schedule.total_steps} steps in all; files go to {store.root}")
+    return "\n".join(lines)
+
+
+def keeps(selection: str, ratio: float) -> str:
+    """What selection keeps of the offline pairs, for a reader.
+
+    Args:
+        selection, ratio: `selection` and `selection_ratio` in `sera:`.
+    """
+    if selection == "curriculum":
+        return "each prompt's t-th easiest pair"
+    if selection == "all":
+        return "all pairs"
+    return f"{ratio:g} N" + ("" if selection == "irm" else f" by {selection}")
+
+
+#: What run.json says beside the configuration that makes a run what it is, for a reader.
+_IDENTITY = (
+    ("pairs", "N, the number of usable pairs"),
+    ("dataset_fingerprint", "the pairs' token ids (datasets, chat_template, tokenizer)"),
+    ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
+    ("score_fingerprint", "the scores that select (score_columns, datasets)"),
+    ("end_ids", "the tokens that end a completion"),
+    ("loss", "the loss"),
+    ("beta", "beta of the loss (rl_beta, trl.beta)"),
+    ("per_token", "whether rewards are averaged over tokens"),
+    ("micro_batch", "pairs per micro-batch, all processes together"),
+    ("accumulation", "gradient_accumulation_steps"),
+    ("seed", "seed"),
+)
+
+
+def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: Path) -> None:
+    """Refuse to continue a run whose data or method is another one's.
+
+    Args:
+        earlier, now: run.json of the run that is there, and of the one that is asked for.
+        root: the run directory.
+
+    Raises:
+        ValueError: naming everything that changed, with both values, and how to start fresh.
+    """
+    changed = [
+        f"{meaning}: {_short(earlier.get(key))} -> {_short(now[key])}"
+        for key, meaning in _IDENTITY
+        if earlier.get(key) != now[key]
+    ]
+    before, after = flat(earlier["config"]), flat(now["config"])
+    changed += [
+        f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(fnmatchcase(key, pattern) for pattern in HARMLESS)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {root} cannot be continued, because these changed since it began: "
+            f"{'; '.join(changed)}. Restore them to continue it. To start fresh, set another "
+            "output_dir; this run stays as it is."
+        )
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the keys of `sera:` and of `judge:` in it beside the others.
+
+    They are called `sera.KEY` and `sera.judge.KEY`.
+    """
+    found = dict(config)
+    for block in ("sera", "sera.judge"):
+        inner = found.pop(block, None) or {}
+        found |= {f"{block}.{key}": value for key, value in inner.items()}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

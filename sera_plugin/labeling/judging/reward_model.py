@@ -1,0 +1,138 @@
+"""A reward model as a judge: a sequence-classification model on this machine, with one output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from sera_plugin.labeling.judging import Answered, JudgeFailed, ScoringJudge
+from sera_plugin.model.budget import TokenBudget, batches_by_length, plan_tokens
+from sera_plugin.rundir.journal import Journal, key_of
+
+#: Tokens of a forward pass on a CPU; bytes that one needs on a GPU beside the weights.
+_ON_CPU, _BYTES_PER_TOKEN = 8_192, 2**20
+
+
+class RewardModelJudge(ScoringJudge):
+    """Scores question and answer, rendered by the model's chat template, with its one logit.
+
+    Args:
+        directory: weights (safetensors), configuration and tokenizer. Nothing in it is run.
+        journal: where scores are kept.
+
+    Raises:
+        ValueError: if it cannot be loaded, is no model with one output, or lacks a chat template or
+            padding token.
+    """
+
+    def __init__(self, directory: Path, journal: Journal) -> None:
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+        stamps = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
+        super().__init__(str(directory), {"reward_model": str(directory)})
+        self._journal = journal
+        self._identity = key_of("reward-model", str(directory.resolve()), stamps)
+        try:
+            # A directory of the user's: there is no revision to pin.
+            self._tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
+                directory, trust_remote_code=False, local_files_only=True
+            )
+            self._model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
+                directory,
+                dtype="auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+        except Exception as error:  # libraries raise whatever they like
+            raise ValueError(f"{directory} cannot be loaded as a reward model: {error}") from error
+        self._model.eval()
+        if self._model.config.num_labels != 1:
+            raise ValueError(
+                f"{directory} has {self._model.config.num_labels} outputs. A reward model has one "
+                "(num_labels: 1 in its config.json)."
+            )
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer in {directory} has no chat template, so how a question and an "
+                "answer are shown to this model is not known. Add chat_template to its "
+                "tokenizer_config.json."
+            )
+        config = self._model.config.get_text_config()
+        pad = config.pad_token_id
+        self._pad = self._tokenizer.pad_token_id if pad is None else pad
+        if self._pad is None:
+            raise ValueError(
+                f"{directory} has no padding token, without which answers cannot be scored "
+                "together. Set pad_token_id in its config.json."
+            )
+        config.pad_token_id = self._pad  # by it the model tells where a sequence ends
+        self._longest = getattr(config, "max_position_embeddings", None)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.to(self._device)
+
+    def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
+        """See `ScoringJudge.score`."""
+        keys = [key_of(self._identity, one.question, one.answer) for one in answers]
+        left, tokens = [], []
+        for index, one in enumerate(answers):
+            found = self._journal.get(keys[index])
+            if found is not None:
+                self.usage.cached.count += 1
+                yield index, found["score"]
+                continue
+            ids = self._tokens(one)
+            if self._longest is not None and len(ids) > self._longest:
+                self.usage.refused += 1
+                yield index, None
+                continue
+            left.append(index)
+            tokens.append(ids)
+        lengths = list(map(len, tokens))
+        longest = max(lengths, default=0)
+        budget = TokenBudget(
+            plan_tokens(self._device, _BYTES_PER_TOKEN, longest, _ON_CPU), "judging"
+        )
+        batches = list(batches_by_length(lengths, budget.planned))
+        for batch, scores in budget.run(
+            batches, lengths, lambda batch: self._scores([tokens[place] for place in batch])
+        ):
+            for place, score in zip(batch, scores, strict=True):
+                index = left[place]
+                if not math.isfinite(score):
+                    raise JudgeFailed(
+                        f"{self.name} scores an answer {score}. Its weights are damaged, or too "
+                        f"large for {self._model.dtype}."
+                    )
+                self._journal.add(keys[index], {"score": score})
+                self.usage.asked.count += 1
+                self.usage.asked.prompt_tokens += lengths[place]
+                yield index, score
+
+    def _tokens(self, one: Answered) -> list[int]:
+        turns = [
+            {"role": "user", "content": one.question},
+            {"role": "assistant", "content": one.answer},
+        ]
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            turns, tokenize=True, return_dict=False
+        )
+        return ids
+
+    @torch.no_grad()
+    def _scores(self, sequences: Sequence[list[int]]) -> list[float]:
+        width = max(map(len, sequences))
+        ids = torch.full((len(sequences), width), self._pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for line, sequence in enumerate(sequences):
+            ids[line, : len(sequence)] = torch.tensor(sequence)
+            mask[line, : len(sequence)] = 1
+        output: Any = self._model(
+            input_ids=ids.to(self._device), attention_mask=mask.to(self._device)
+        )
+        scores: list[float] = output.logits[:, 0].float().cpu().tolist()
+        return scores

@@ -1,0 +1,9 @@
+"""The run directory: a public format (docs/run-directory.md), and what keeps it whole.
+
+- `store`        its files, each written beside and renamed into place
+- `checksums`    what is whole; `checkpoints`  where a run continues
+- `journal`      JSON lines that only grow, for calls that cost money
+- `tokens`       lists of token ids as flat arrays
+- `ranks`, `distributed`   the same in several processes
+- `progress`     how far a phase is: a bar, or lines in a log
+"""

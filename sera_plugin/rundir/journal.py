@@ -1,0 +1,109 @@
+"""A file of JSON lines that only grows: what a killed process had finished is not done again.
+
+A process may die within a line. That line is then no JSON and is passed over; the next one starts
+on a line of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from sera_plugin.rundir.checksums import COMMAND, Advice, explained
+
+
+def key_of(*parts: Any) -> str:
+    """SHA-256 of values as JSON has them: the key of what they determine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Journal:
+    """Records under keys, each written at once and never changed. Threads may share one.
+
+    Args:
+        path: the file; made with the first record.
+        advice: for whose work it is kept.
+
+    Raises:
+        OSError: if it is there and cannot be read.
+    """
+
+    def __init__(self, path: Path, advice: Advice = COMMAND) -> None:
+        self.path = path
+        self._advice = advice
+        self._lock = Lock()
+        self._file: int | None = None
+        self._records: dict[str, dict[str, Any]] = {}
+        self._torn = False
+        if path.exists():
+            content = path.read_bytes()
+            self._torn = bool(content) and not content.endswith(b"\n")
+            for line in content.splitlines():
+                try:
+                    record = json.loads(line)
+                    self._records[record.pop("key")] = record
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # a process died within it
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._records
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The record under a key, or None."""
+        return self._records.get(key)
+
+    def add(self, key: str, record: Mapping[str, Any]) -> None:
+        """Write a record.
+
+        Raises:
+            ValueError: if another process writes to the file.
+            OSError: if the disk does not take it, with what to do.
+        """
+        line = json.dumps({"key": key, **record}, ensure_ascii=True).encode() + b"\n"
+        with self._lock, explained(self.path.parent, self._advice):
+            if self._file is None:
+                self._file = self._open()
+            data = b"\n" + line if self._torn else line
+            self._torn = True
+            while data:
+                data = data[os.write(self._file, data) :]
+            self._torn = False
+            self._records[key] = dict(record)
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise ValueError(
+                f"{self.path} is being written by another process. Wait for it or end it, then "
+                "start the same command again."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                os.close(file)
+                raise
+        return file
+
+    def close(self) -> None:
+        """Let another process write."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,118 @@
+"""The processes of one run: who writes, who waits, who does which part of the work.
+
+Every rank goes through a phase in the same order and holds the same tables; rank 0 writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of some work.
+
+    Attributes:
+        index, count: which of how many parts; a count of 0 is no part at all.
+        in_step: whether a piece is a collective call, in which every part takes a turn together.
+    """
+
+    index: int = 0
+    count: int = 1
+    in_step: bool = False
+
+    def of(self, pieces: Sequence[T], sizes: Sequence[int]) -> list[T]:
+        """The pieces of this part, in the order they came in. All parts must ask alike.
+
+        The largest piece left goes to the part that has the least. In step a turn takes as long as
+        its largest piece, and every `count`-th piece, largest first, makes the fewest turns.
+
+        Args:
+            pieces: all of the work, largest first.
+            sizes: what each piece costs.
+        """
+        if self.in_step or not self.count:
+            return list(pieces[self.index :: self.count]) if self.count else []
+        loads = [0] * self.count
+        mine = []
+        for place in sorted(range(len(pieces)), key=lambda place: (-sizes[place], place)):
+            least = loads.index(min(loads))
+            loads[least] += sizes[place]
+            if least == self.index:
+                mine.append(place)
+        return [pieces[place] for place in sorted(mine)]
+
+    def idle(self, pieces: Sequence[T]) -> int:
+        """How many turns this part has nothing to do in while another has (in step)."""
+        if not self.in_step:
+            return 0
+        turns = -(-len(pieces) // self.count)
+        return turns - len(pieces[self.index :: self.count])
+
+
+WHOLE, NO_PART = Shard(), Shard(0, 0)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A run in one process; `sera_plugin.rundir.distributed` has the one in several.
+
+    Attributes:
+        rank, world: this process's number among all of the run, and how many there are.
+        local_world: how many of them are on this machine, numbered without a gap.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of work that every rank takes part in."""
+        return Shard(self.rank, self.world)
+
+    def engine_shard(self, size: int) -> Shard:
+        """This rank's part if every `size` ranks of a machine lend their devices to one engine.
+
+        The first of them has the engine, the others have no part.
+
+        Raises:
+            ValueError: if the ranks of a machine cannot be grouped so.
+        """
+        if self.world == 1 or size == 1:
+            return self.shard
+        if self.local_world % size:
+            sizes = [n for n in range(1, self.local_world + 1) if self.local_world % n == 0]
+            raise ValueError(
+                f"vllm.tensor_parallel_size: {size} does not divide the {self.local_world} "
+                f"processes on this machine. Set it to one of {', '.join(map(str, sizes))}."
+            )
+        if self.rank % size:
+            return NO_PART
+        return Shard(self.rank // size, self.world // size)
+
+    def barrier(self) -> None:
+        """Return once every rank is here, however long that takes."""
+
+    def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The element-wise sum over all ranks, on each of them."""
+        return values
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Let rank 0 do something that all ranks see done, and none sees half done or too early."""
+        self.barrier()
+        if self.main:
+            action()
+        self.barrier()

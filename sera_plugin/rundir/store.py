@@ -1,0 +1,357 @@
+"""The run directory: `{output_dir}/sera/`, a public format (docs/run-directory.md).
+
+Every file is written beside its place and renamed into it, and its checksum is listed: a phase is
+complete when its file is there and whole. A file that is damaged is never read. Parquet and JSON
+only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sera_plugin.rundir.checksums import add_file, explained, is_named_right, is_whole, replace_file
+from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.rundir.tokens import TOKENS, TokenColumn
+
+LOG = logging.getLogger("axolotl.sera")
+
+FORMAT_VERSION = 1
+
+_TYPES: dict[str, pa.DataType] = {
+    "row": pa.int64(),
+    "prompt_ids": TOKENS,
+    "chosen_ids": TOKENS,
+    "rejected_ids": TOKENS,
+    "prompt_length": pa.int32(),
+    "chosen_length": pa.int32(),
+    "rejected_length": pa.int32(),
+    "chosen_logp": pa.float64(),
+    "rejected_logp": pa.float64(),
+    "chosen_reward": pa.float64(),
+    "rejected_reward": pa.float64(),
+    "margin": pa.float64(),
+    "selected": pa.bool_(),
+    "candidate": pa.int32(),
+    "token_ids": TOKENS,
+    "finish_reason": pa.string(),
+    "logps": pa.list_(pa.float64()),
+    "reward": pa.float64(),
+    "chosen_candidate": pa.int32(),
+    "rejected_candidate": pa.int32(),
+    "priority": pa.float64(),
+    "swapped": pa.bool_(),
+}
+
+
+def make_table(columns: Mapping[str, Any]) -> pa.Table:
+    """A table with the run directory's column types (unknown columns keep their own)."""
+    return pa.table({name: _column(values, _TYPES.get(name)) for name, values in columns.items()})
+
+
+def _column(values: Any, kind: pa.DataType | None) -> pa.Array | pa.ChunkedArray:
+    if isinstance(values, TokenColumn):
+        return values.to_arrow()
+    return values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file in one piece."""
+    replace_file(path, lambda partial: _write_parquet(table, partial))
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, compression="zstd")
+
+
+def _read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Much faster than `pyarrow.parquet.read_table` for small files, of which there are many."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one piece, keys sorted."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    replace_file(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+#: Lock files that this process holds. `flock`, unlike POSIX locks, is not lost when something in
+#: the process reads the file, such as an upload of output_dir.
+_LOCKS: dict[Path, int] = {}
+_HELPERS_END_WITHIN = 10.0
+
+
+def _locked(handle: int) -> bool:
+    """Whether the file is locked now, or cannot be on its file system."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        LOG.warning("SeRA: this file system has no locks; start no second run in output_dir")
+    return True
+
+
+class RunStore:
+    """One run's directory.
+
+    All ranks call what writes, and rank 0 does it; only chunks of samples are each rank's own.
+
+    Args:
+        output_dir: the host's `output_dir`, on a file system that all ranks share.
+        ranks: the run's processes.
+    """
+
+    def __init__(self, output_dir: str | Path, ranks: Ranks | None = None) -> None:
+        self.root = Path(output_dir) / "sera"
+        self.ranks = ranks or Ranks()
+        self._reported: set[Path] = set()
+        #: Chunks of samples by iteration: counting files again for each would take N^2 steps.
+        self._chunks: dict[int, int] = {}
+
+    @property
+    def run_file(self) -> Path:
+        """What the run is; `description` reads it."""
+        return self.root / "run.json"
+
+    @property
+    def dataset_file(self) -> Path:
+        """The offline pairs as token ids."""
+        return self.root / "dataset.parquet"
+
+    def lock(self) -> None:
+        """Keep other runs out of this directory until this process ends.
+
+        The lock is the operating system's and goes with the process, however that ends: a lock
+        file that a killed run has left holds nobody up.
+
+        Raises:
+            ValueError: if another process has the directory, naming it.
+            OSError: if nothing can be written there.
+        """
+        path = self.root.absolute() / "lock"
+        if not self.ranks.main or path in _LOCKS:
+            return
+        with explained(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # A killed run's helpers, such as data loading workers, end some seconds after it.
+            until = monotonic() + _HELPERS_END_WITHIN
+            while not _locked(handle):
+                if monotonic() > until:
+                    owner = os.read(handle, 200).decode("utf-8", "replace").strip()
+                    os.close(handle)
+                    raise ValueError(
+                        f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
+                        "Wait for it, end it, or set another output_dir."
+                    )
+                sleep(0.5)
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        _LOCKS[path] = handle
+
+    def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
+        """Write what the run is and what it trains on; a run has begun once run.json is there."""
+
+        def write() -> None:
+            write_table(self.dataset_file, dataset)
+            write_json(self.run_file, description)
+
+        self.ranks.on_main(write)
+
+    def description(self) -> dict[str, Any] | None:
+        """run.json, or None where no run has begun.
+
+        Raises:
+            ValueError: if it is damaged. What the run was cannot be told then.
+        """
+        if not self.run_file.exists():
+            return None
+        if not is_whole(self.run_file):
+            raise ValueError(
+                f"{self.run_file} is damaged: its checksum differs from the one in SHA256SUMS. "
+                "What this run was cannot be told, so it is not continued. Restore the file from "
+                "a copy, or start fresh: set another output_dir."
+            )
+        content = read_json(self.run_file)
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.run_file} has format version {content.get('format_version')!a}; this "
+                f"sera_plugin reads {FORMAT_VERSION}. Continue the run with the version that "
+                "began it, or set another output_dir."
+            )
+        return content
+
+    def repair_dataset(self, dataset: pa.Table) -> None:
+        """Write dataset.parquet again if it is missing or damaged."""
+
+        def repair() -> None:
+            if not self._whole(self.dataset_file):
+                write_table(self.dataset_file, dataset)
+
+        self.ranks.on_main(repair)
+
+    def iteration(self, iteration: int) -> Path:
+        """The directory of iteration t (1-based)."""
+        return self.root / f"iteration-{iteration:02d}"
+
+    def discard_after(self, iteration: int) -> None:
+        """Remove later iterations: they began from a policy that is trained anew."""
+
+        def discard() -> None:
+            for path in self.root.glob("iteration-*"):
+                # Only what is named as ours; of a link the link, never what it leads to.
+                if not re.fullmatch(r"iteration-[0-9]{2,}", path.name):
+                    continue
+                if int(path.name.removeprefix("iteration-")) <= iteration:
+                    continue
+                if path.is_symlink():
+                    path.unlink()
+                elif path.is_dir():
+                    shutil.rmtree(path)
+
+        self.ranks.on_main(discard)
+
+    def policy(self, iteration: int) -> Path:
+        """Where theta_{t-1}, the policy iteration t starts from, is kept."""
+        return self.iteration(iteration) / "policy"
+
+    def table_file(self, iteration: int, name: str) -> Path:
+        """`offline`, `candidates`, `bootstrapped` or `evaluation` of iteration t."""
+        return self.iteration(iteration) / f"{name}.parquet"
+
+    def _whole(self, path: Path, check: Callable[[Path], bool] = is_whole) -> bool:
+        """Whether a finished file is there; one that is damaged is said once, and not there."""
+        if not path.exists():
+            return False
+        if check(path):
+            return True
+        if path not in self._reported:
+            self._reported.add(path)
+            LOG.warning("SeRA: %s is damaged (its checksum differs) and is not used", path)
+        return False
+
+    def write(self, iteration: int, name: str, table: pa.Table) -> None:
+        """Complete a phase."""
+        self.ranks.on_main(lambda: write_table(self.table_file(iteration, name), table))
+
+    def finished(self, iteration: int, name: str) -> bool:
+        """Whether a phase is complete and its file whole."""
+        return self._whole(self.table_file(iteration, name))
+
+    def read(
+        self, iteration: int, name: str, columns: Sequence[str] | None = None
+    ) -> pa.Table | None:
+        """A finished phase's table, or some of its columns; None if it is not there or damaged."""
+        if not self.finished(iteration, name):
+            return None
+        return _read_parquet(self.table_file(iteration, name), columns)
+
+    def stream(self, iteration: int, name: str, column: str, rows: int) -> Iterator[pa.Array]:
+        """One column of a finished phase that was read before, so many rows at a time."""
+        with pq.ParquetFile(self.table_file(iteration, name)) as file:
+            for batch in file.iter_batches(rows, columns=[column]):
+                yield batch[column]
+
+    def column(self, iteration: int, name: str, column: str) -> npt.NDArray[np.float64]:
+        """One numeric column of a finished phase.
+
+        Raises:
+            ValueError: if its file is missing or damaged.
+        """
+        path = self.table_file(iteration, name)
+        if not self.finished(iteration, name):
+            raise ValueError(
+                f"{path} is missing or damaged. Start the command again with "
+                "`auto_resume_from_checkpoints: true`: it is then made again."
+            )
+        values: npt.NDArray[np.float64] = _read_parquet(path, [column])[column].to_numpy()
+        return values
+
+    def summary(self, iteration: int) -> dict[str, Any]:
+        """The iteration's summary so far, empty before its first phase is complete."""
+        path = self.iteration(iteration) / "summary.json"
+        return read_json(path) if self._whole(path) else {}
+
+    def write_summary(self, iteration: int, content: Mapping[str, Any]) -> None:
+        """Replace the iteration's summary."""
+        path = self.iteration(iteration) / "summary.json"
+        self.ranks.on_main(lambda: write_json(path, content))
+
+    def samples(self, iteration: int) -> Path:
+        """Where sampling puts its finished chunks until candidates.parquet is written."""
+        return self.iteration(iteration) / "samples"
+
+    def append_samples(self, iteration: int, table: pa.Table) -> None:
+        """Add a chunk that this rank has finished: a crash loses at most the one being sampled.
+
+        A chunk has its checksum in its name: ranks write into one directory at the same time.
+        """
+        directory, rank = self.samples(iteration), f"{self.ranks.rank:03d}"
+        if iteration not in self._chunks:
+            self._chunks[iteration] = len(list(directory.glob(f"{rank}-*.parquet")))
+        add_file(
+            directory,
+            f"{rank}-{self._chunks[iteration]:06d}.parquet",
+            lambda path: _write_parquet(table, path),
+        )
+        self._chunks[iteration] += 1
+
+    def _whole_chunks(self, iteration: int) -> list[Path]:
+        """Rows of a damaged chunk are sampled again."""
+        files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
+        return [file for file in files if self._whole(file, is_named_right)]
+
+    def sampled_rows(self, iteration: int) -> npt.NDArray[np.int64]:
+        """The rows whose candidates are in whole chunks, ascending."""
+        rows = [_read_parquet(file, ["row"])["row"] for file in self._whole_chunks(iteration)]
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
+
+    def read_samples(self, iteration: int) -> pa.Table | None:
+        """All whole chunks in the order of (row, candidate), or None."""
+        whole = self._whole_chunks(iteration)
+        if not whole:
+            return None
+        table = pa.concat_tables([_read_parquet(file) for file in whole])
+        order = np.lexsort((table["candidate"].to_numpy(), table["row"].to_numpy()))
+        return make_table(
+            {
+                name: TokenColumn(column).take(order)
+                if column.type == TOKENS
+                else column.take(order)
+                for name, column in zip(table.column_names, table.columns, strict=True)
+            }
+        )
+
+    def remove_samples(self, iteration: int) -> None:
+        """Remove the chunks once candidates.parquet holds them."""
+
+        def remove() -> None:
+            if self.samples(iteration).exists():
+                shutil.rmtree(self.samples(iteration))
+
+        self.ranks.on_main(remove)

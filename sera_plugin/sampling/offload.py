@@ -1,0 +1,195 @@
+"""Room on the accelerator for an engine beside a training run, and everything back afterwards."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sera_plugin.model.memory import (
+    ENGINE_OVERHEAD,
+    ENGINE_SEQUENCES,
+    ENGINE_SLACK,
+    GIB,
+    cache_bytes,
+)
+from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.sampling.vllm import Memory
+
+LOG = logging.getLogger("axolotl.sera")
+
+_BACK_WITHIN = 60.0
+
+
+def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
+    """Bytes of the unquantised weights, and of a cache for `ENGINE_SEQUENCES` sequences.
+
+    Args:
+        model: what is trained; only its configuration and parameter count are read.
+        length: longest prompt + candidate in tokens.
+        element_size: bytes per weight as served.
+    """
+    per_token = cache_bytes_per_token(model, element_size)
+    return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
+
+
+def cache_bytes_per_token(model: Any, element_size: int) -> int:
+    """Keys and values of one token in all layers."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return cache_bytes(int(text.num_hidden_layers), int(heads), int(size), element_size)
+
+
+@contextmanager
+def make_room(
+    model: nn.Module,
+    optimizer: Any,
+    needs: tuple[int, int],
+    options: Mapping[str, Any],
+    ranks: Ranks,
+) -> Iterator[Memory]:
+    """Free memory for an engine while the block lasts; all ranks enter and leave together.
+
+    On a GPU unused blocks are always returned. If the engine would still not fit beside the run,
+    weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
+
+    Args:
+        model, optimizer: what a training run keeps on its device.
+        needs: from `engine_needs`.
+        options: the host's `vllm:` block, keys that are unset left out.
+        ranks: the run's processes. An engine on several devices takes those of its neighbours.
+
+    Raises:
+        ValueError: if the engine cannot fit, or more devices are asked for than there are.
+    """
+    weights, cache = needs
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        available = psutil.virtual_memory().available // ranks.local_world
+        ranks.barrier()  # measured before any engine starts
+        room = max(1, min(8 * cache, available // 4) // GIB)
+        yield Memory(None, weights < available // 2, cache_gib=room)
+        return
+    size = int(options.get("tensor_parallel_size") or 1)
+    devices = _devices((device.index or 0) // size * size, size)
+    wanted = (weights + cache) // len(devices) + ENGINE_OVERHEAD
+    free, total = _free(device)
+    asked = options.get("gpu_memory_utilization")
+    if asked is not None:
+        wanted = int(asked * total)
+    homes: list[tuple[Tensor, torch.device]] = []
+    if free < wanted + ENGINE_SLACK:
+        homes = _to_host(resident_tensors(model, optimizer))
+        before, (free, _) = free, _free(device)
+        LOG.info(
+            "SeRA: weights and optimizer state wait in host memory: the engine wants %.1f GiB, "
+            "%.1f GiB were free, %.1f GiB are now",
+            wanted / GIB,
+            before / GIB,
+            free / GIB,
+        )
+    else:
+        LOG.info(
+            "SeRA: the engine fits beside the training run: it wants %.1f GiB of %.1f GiB free",
+            wanted / GIB,
+            free / GIB,
+        )
+    try:
+        free = _least_free(free, size, ranks)
+        if asked is not None and asked * total > free:
+            raise ValueError(
+                f"vllm.gpu_memory_utilization: {asked} asks for {asked * total / GIB:.1f} GiB, "
+                f"but {free / GIB:.1f} GiB are free. Leave it out, so that it is derived, or set "
+                f"it to {free / total:.2f} or less."
+            )
+        utilization = asked if asked is not None else min(0.95, (free - ENGINE_SLACK) / total)
+        fits = weights // len(devices) + ENGINE_OVERHEAD <= utilization * total
+        yield Memory(utilization, fits, devices)
+        ranks.barrier()  # a neighbour's engine may still be on this device
+        _wait_until_back(device, free)
+    finally:
+        for tensor, home in homes:
+            tensor.data = tensor.data.to(home)
+
+
+def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    """Every tensor that a training run keeps on its device between steps, each once.
+
+    Without the parts of sharded weights, whose storage FSDP2 holds on to by itself.
+    """
+    found: list[Tensor] = [*model.parameters(), *model.buffers()]
+    found += [weight.grad for weight in model.parameters() if weight.grad is not None]
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        while state is not None:  # 4-bit weights: their scales, which may be quantised again
+            found += [value for value in vars(state).values() if isinstance(value, Tensor)]
+            state = getattr(state, "state2", None)
+    for values in optimizer.state.values() if optimizer is not None else ():
+        # Paged optimizer state moves by itself.
+        found += [
+            value
+            for value in values.values()
+            if isinstance(value, Tensor) and not getattr(value, "is_paged", False)
+        ]
+    return list({id(each): each for each in found if not isinstance(each, DTensor)}.values())
+
+
+def _to_host(tensors: list[Tensor]) -> list[tuple[Tensor, torch.device]]:
+    homes = []
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            homes.append((tensor, tensor.device))
+            tensor.data = tensor.data.to("cpu")
+    return homes
+
+
+def _free(device: torch.device) -> tuple[int, int]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)
+
+
+def _least_free(free: int, size: int, ranks: Ranks) -> int:
+    """What the ranks whose devices one engine takes all have free."""
+    everybody = np.zeros(ranks.world)
+    everybody[ranks.rank] = free
+    first = ranks.rank // size * size
+    return int(ranks.sum(everybody)[first : first + size].min())
+
+
+def _wait_until_back(device: torch.device, free: int) -> None:
+    """The driver returns a dead process's memory a little later than the process ends."""
+    until = monotonic() + _BACK_WITHIN
+    while (now := _free(device)[0]) < free - ENGINE_SLACK // 2:
+        if monotonic() > until:
+            LOG.warning(
+                "SeRA: %.1f GiB of GPU memory have not come back since sampling; another program "
+                "may have taken them",
+                (free - now) / GIB,
+            )
+            return
+        sleep(0.5)
+
+
+def _devices(first: int, count: int) -> tuple[str, ...]:
+    """CUDA devices for an engine, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    chosen = tuple(name.strip() for name in names[first : first + count])
+    if len(chosen) < count:
+        raise ValueError(
+            f"vllm.tensor_parallel_size: {count} needs {count} GPUs, but {len(chosen)} are visible "
+            f"from device {first} on."
+        )
+    return chosen

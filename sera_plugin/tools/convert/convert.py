@@ -1,0 +1,126 @@
+"""A LLaMA-Factory DPO YAML as an Axolotl YAML for `rl: sera`, and what there is to say about it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import yaml
+
+from sera_plugin.config.quoting import MASK, is_secret, plain
+from sera_plugin.data.texts import encodable
+from sera_plugin.rundir.checksums import write_text
+from sera_plugin.tools.convert.keys import KNOWN, RULES, why_left_out
+from sera_plugin.tools.convert.settings import Settings
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The result.
+
+    Attributes:
+        text: the new YAML.
+        rows: files to be written beside it -> their rows.
+        said: what to tell about it: what was left out and why, what is unknown, what to know.
+    """
+
+    text: str
+    rows: Mapping[Path, list[Any]]
+    said: str
+
+    def write(self, path: Path) -> None:
+        """Write the YAML, and its rows beside it: all of the files, or none.
+
+        Raises:
+            FileExistsError: if any of the files is there.
+            OSError: if one cannot be written, with what to do about it.
+        """
+        for each in (path, *self.rows):
+            if each.exists():
+                raise FileExistsError(f"{each} is there, and nothing is overwritten. Move it away.")
+        texts = {each: "".join(map(_line, rows)) for each, rows in self.rows.items()}
+        with ExitStack() as undo:
+            for each, text in (texts | {path: self.text}).items():
+                write_text(each, text)
+                undo.callback(each.unlink)
+            undo.pop_all()
+
+
+def _line(row: Any) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    # Half of a surrogate pair cannot be written as itself; training names the row.
+    return (line if encodable(line) else json.dumps(row)) + "\n"
+
+
+def convert(path: Path, output: Path | None = None) -> Converted:
+    """Read a LLaMA-Factory YAML and the datasets it names.
+
+    Args:
+        path: of the YAML; its own paths are relative to the working directory, as LLaMA-Factory
+            reads them.
+        output: where the new one will go, for the paths in it.
+
+    Raises:
+        ValueError: if there is nothing like what it trains here, naming the key and its value.
+        OSError: if something cannot be read.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {plain(str(error), 300)}") from error
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{path} is no block of keys")
+    settings = Settings(given, output)
+    ends = [0]
+    for rule in RULES:
+        if rule is None:
+            ends.append(len(settings.out))
+        else:
+            rule.put(settings)
+    items = list(settings.out.items())
+    text = f"# {path.name}, converted by `axolotl sera convert`.\n" + "\n".join(
+        yaml.safe_dump(dict(items[first:last]), sort_keys=False, allow_unicode=True, width=100)
+        for first, last in pairwise([*ends, len(items)])
+        if last > first
+    )
+    return Converted(text, settings.rows, _say(path, settings))
+
+
+def _say(path: Path, settings: Settings) -> str:
+    unknown, lost = {}, dict(settings.lost)
+    for name, value in settings.given.items():
+        if value is None or name in settings.read or name in lost:
+            continue
+        why = why_left_out(str(name))
+        if why is not None:
+            lost[name] = why
+            continue
+        close = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.75)
+        unknown[name] = f"Did you mean {close[0]}?" if close else "Not a key that this knows."
+    converted = sum(settings.has(name) and name not in lost for name in settings.read)
+    lines = [f"{path}: {converted} of {len(settings.given)} keys converted."]
+    for title, found in (("Left out:", lost), ("Unknown and left out:", unknown)):
+        if found:
+            lines += ["", title]
+        for name, why in found.items():
+            lines += [f"  {plain(str(name))}: {_shown(name, settings.given[name])}"]
+            lines += wrap(why, 98, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", "To know:"]
+    defaults = ", ".join(f"{name} {_shown(name, one)}" for name, one in settings.defaults.items())
+    for note in [*settings.notes, f"What the YAML does not say is LLaMA-Factory's: {defaults}."]:
+        lines += wrap(note, 98, initial_indent="  - ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _shown(name: object, value: Any) -> str:
+    """A value of the YAML as the YAML has it, escaped; never a secret."""
+    if is_secret(str(name)):
+        return MASK
+    return str(value).lower() if isinstance(value, bool) else plain(str(value))

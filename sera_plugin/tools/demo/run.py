@@ -1,0 +1,201 @@
+"""`axolotl sera demo`: the main job on a CPU, with a table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from time import perf_counter
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from sera_plugin.config.quoting import plain
+from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
+
+PAIRS = 3_000
+HELD_OUT = 1_000
+
+
+def run_demo(directory: Path, config: Path) -> None:
+    """Make the world's model and data, train with rl: sera, and show what it did.
+
+    Args:
+        directory: gets `base-model/`, `pairs.jsonl` and, through the YAML, the run. What is there
+            from an earlier demo is used again.
+        config: the YAML to train with; its base_model and dataset must be the ones in
+            `directory`. Its paths are relative to the working directory, as the host reads them.
+
+    Raises:
+        ValueError: if the YAML points elsewhere, or an earlier run or prepared data is in the way.
+        RuntimeError: if training fails.
+    """
+    console = Console()
+    base, pairs = directory / "base-model", directory / "pairs.jsonl"
+    run = _check(config, base, pairs)
+
+    console.print(
+        "[bold]The world[/bold]: a prompt is six letters, the best response is the letters sorted."
+        "\nThe true reward of any response is known (0 to 1); filler words only make it longer."
+        "\nThe labels SeRA sees prefer longer responses a little, and a fifth of them is swapped."
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    with _step(console, f"a base model, trained on imperfect answers: {base}", done=base.exists()):
+        if not base.exists():
+            from sera_plugin.tools.demo.base_model import train_base_model
+
+            partial = directory / ".base-model.partial"
+            train_base_model(partial)
+            partial.rename(base)
+    with _step(console, f"pairs of its answers, labelled: {pairs}", done=pairs.exists()):
+        if not pairs.exists():
+            _write_pairs(base, pairs)
+    right, total = _label_accuracy(pairs)
+    console.print(
+        f"{total} pairs; of those that differ in true reward {right:.0%} are labelled right"
+    )
+    with _step(console, f"axolotl train {config}"):
+        _train(config)
+    with _step(console, "every policy answers the held-out prompts"):
+        table = _table(base, run)
+    console.print(table)
+    console.print(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
+    console.print(f"Open {run / 'sera/report.html'} to see what it did to the data.")
+
+
+@contextmanager
+def _step(console: Console, what: str, done: bool = False) -> Iterator[None]:
+    """Say what a step does, and how long it took unless it was `done` before."""
+    console.print(f"[bold]->[/bold] {what}{' (already there)' if done else ''}")
+    start = perf_counter()
+    yield
+    if not done:
+        console.print(f"   took {perf_counter() - start:.0f} s")
+
+
+def _check(config: Path, base: Path, pairs: Path) -> Path:
+    """The YAML's output_dir, once the YAML and the demo's directory agree."""
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        paths = settings["base_model"], settings["datasets"][0]["path"], settings["output_dir"]
+        model, data, run = map(Path, paths)
+    except (yaml.YAMLError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{config} has to be a YAML with base_model, datasets and output_dir: "
+            f"{type(error).__name__}: {plain(str(error), 200)}"
+        ) from error
+    for key, given, expected in (
+        ("base_model", model, base),
+        ("datasets[0].path", data, pairs),
+    ):
+        if given.resolve() != expected.resolve():
+            raise ValueError(
+                f"{config} has {key}: {given}, but the demo writes {expected}. Change the YAML, "
+                "or give the matching --directory."
+            )
+    if (run / "sera").exists():
+        raise ValueError(f"{run} holds an earlier run. Remove it, or set another output_dir.")
+    # The host names prepared data by the configuration, not by what is in the file: it would
+    # train on pairs that are gone.
+    prepared = settings.get("dataset_prepared_path")
+    if prepared and not pairs.exists() and Path(prepared).exists():
+        raise ValueError(
+            f"{prepared} was prepared from another {pairs}, and the host would use it. Remove it."
+        )
+    return run
+
+
+def make_pairs(
+    prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Label two responses to each prompt; equal responses give no pair."""
+    random = Random(2)
+    rows = []
+    for prompt, one, other in zip(prompts, first, second, strict=True):
+        if not one.strip() or not other.strip() or one == other:
+            continue
+        chosen, rejected, swapped = label(prompt, one, other, Labelling(), random)
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "swapped": swapped,
+                "score_chosen": true_reward(prompt, chosen),
+                "score_rejected": true_reward(prompt, rejected),
+            }
+        )
+    return rows
+
+
+def _write_pairs(base: Path, path: Path) -> None:
+    from sera_plugin.tools.demo.base_model import load_model, respond
+
+    random = Random(1)
+    prompts = [make_prompt(random) for _ in range(PAIRS)]
+    model, tokenizer = load_model(base)
+    first, second = (
+        respond(model, tokenizer, prompts, temperature=1.0, seed=seed) for seed in (1, 2)
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    rows = make_pairs(prompts, first, second)
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def _label_accuracy(path: Path) -> tuple[float, int]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    differ = [row for row in rows if row["score_chosen"] != row["score_rejected"]]
+    right = sum(row["score_chosen"] > row["score_rejected"] for row in differ)
+    return right / max(1, len(differ)), len(rows)
+
+
+def _train(config: Path) -> None:
+    """`axolotl train` in a process of its own, as a user would start it."""
+    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
+    command += ["--launcher", "python"]
+    # No shell; this interpreter, and a path that the user gave.
+    finished = subprocess.run(command, env=environment, check=False)  # nosec B603
+    if finished.returncode:
+        raise RuntimeError(f"`axolotl train {config}` failed; its message is above")
+
+
+def _table(base: Path, run: Path) -> Table:
+    """True reward, win rate against the base model and length, policy by policy."""
+    from sera_plugin.tools.demo.base_model import load_model, respond
+
+    policies = [("base model", base)]
+    for directory in sorted((run / "sera").glob("iteration-*/policy")):
+        iteration = int(directory.parent.name.removeprefix("iteration-"))
+        if iteration > 1:
+            policies.append((f"after iteration {iteration - 1}", directory))
+    policies.append((f"after iteration {len(policies)}", run))
+
+    random = Random(3)
+    prompts = [make_prompt(random) for _ in range(HELD_OUT)]
+    table = Table(title=f"{HELD_OUT} held-out prompts, one sample each at temperature 1.0")
+    for column in ("policy", "true reward", "wins against base", "words"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    reference: list[float] = []
+    for name, directory in policies:
+        model, tokenizer = load_model(directory)
+        responses = respond(model, tokenizer, prompts)
+        rewards = [true_reward(p, r) for p, r in zip(prompts, responses, strict=True)]
+        reference = reference or rewards
+        wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference, strict=True))
+        words = sum(len(r.split()) for r in responses) / len(responses)
+        table.add_row(
+            name,
+            f"{sum(rewards) / len(rewards):.3f}",
+            f"{wins / len(rewards):.1%}" if name != "base model" else "",
+            f"{words:.2f}",
+        )
+    return table

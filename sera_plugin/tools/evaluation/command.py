@@ -1,0 +1,134 @@
+"""`axolotl sera eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sera_plugin.tools.command import refusing
+
+
+@click.command(
+    "eval",
+    epilog="""\b
+Examples:
+  axolotl sera eval outputs/my-run --prompts alpaca_eval.json --judge judge.yaml
+  axolotl sera eval outputs/my-run --iterations --prompts mine.jsonl --judge truth.py:score
+  axolotl sera eval gpt4_baseline.json outputs/dpo outputs/sera@2 --prompts alpaca_eval.json \\
+      --judge judge.yaml --vllm-python ~/vllm/bin/python
+""",
+)
+@click.argument("models", nargs=-1, required=True, metavar="RUN_OR_MODEL...")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="JSON lines, JSON or parquet: AlpacaEval, MT-Bench, Vicuna, Evol-Instruct, UltraFeedback, "
+    "or rows with `prompt` and perhaps `category`.",
+)
+@click.option(
+    "--judge",
+    default=None,
+    help="judge.yaml (an API judge), module:function or file.py:function, or the directory of a "
+    "reward model. Without one, answers are sampled and exported only.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("sera-eval"),
+    show_default=True,
+    help="Where answers, verdicts, figures and the page are kept. The same command goes on there.",
+)
+@click.option("--iterations", is_flag=True, help="All policies of a run in place of its last one.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=None, help="So many prompts, drawn by the seed."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, max=10),
+    default=0.7,
+    show_default=True,
+    help="Of the answers; 0 takes the likeliest token each time.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Nucleus sampling of the answers.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Longest answer in tokens.",
+)
+@click.option(
+    "--prompt-format",
+    default=None,
+    help="A text with {prompt} in place of the models' chat templates.",
+)
+@click.option(
+    "--vllm-python",
+    type=click.Path(dir_okay=False),
+    default=None,
+    help="The Python of an environment with vLLM, to sample with it.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures for machines.")
+def evaluate(
+    models: tuple[str, ...],
+    prompts: Path,
+    judge: str | None,
+    output: Path,
+    iterations: bool,
+    limit: int | None,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    prompt_format: str | None,
+    vllm_python: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Win rates of models on a set of prompts, against the first one.
+
+    A model is a run's output_dir (its last policy), RUN@t (its policy after t iterations; 0 is what
+    it started from), the directory of a model or adapter, a model in the local hub cache, or a
+    file of answers in AlpacaEval's format. A run alone is compared with what it started from.
+    """
+    from sera_plugin.labeling.judging import JudgeFailed
+    from sera_plugin.rundir.progress import log_on_stderr
+    from sera_plugin.sampling.prompts import SamplingFailed
+    from sera_plugin.tools.evaluation.answers import Decoding
+    from sera_plugin.tools.evaluation.results import shown
+    from sera_plugin.tools.evaluation.run import evaluate
+    from sera_plugin.tools.report.terminal import json_text
+
+    decoding = Decoding(temperature, top_p, max_new_tokens, seed, prompt_format)
+    try:
+        with refusing(), log_on_stderr():
+            figures = evaluate(
+                models,
+                prompts,
+                judge,
+                output,
+                decoding,
+                iterations=iterations,
+                limit=limit,
+                vllm_python=vllm_python,
+            )
+    except SamplingFailed as error:
+        raise click.ClickException(
+            f"{error}\nIn this command: leave --vllm-python out to sample without vLLM. It goes on "
+            "from what was sampled."
+        ) from error
+    except JudgeFailed as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json_text(figures))
+    else:
+        click.echo(shown(figures))
+        click.echo(f"\n{output / 'eval.html'}")

@@ -1,0 +1,110 @@
+"""Length-controlled win rates: what a model would win with answers as long as the baseline's.
+
+After Dubois et al. 2024, "Length-Controlled AlpacaEval". There as here, outcomes are explained by a
+logistic regression, and the length term is then set to zero:
+
+    logit P(model m is preferred on prompt x) = theta_m + phi_m tanh(d_mx / s_m) + gamma_mx
+
+with d_mx the model's length less the baseline's in characters and s_m its standard deviation. What
+differs, because that regression leans on figures of AlpacaEval's own leaderboard, which no other
+set of prompts has:
+
+- gamma_mx, how hard a prompt is, is not a published value with a coefficient per model. It is the
+  smoothed log-odds at which the *other* models compared here win on it, centred. With one model
+  there is none, and gamma is 0.
+- phi_m is held back not by verdicts on a baseline told to be brief or wordy, but by a prior: phi_m
+  lies around a common phi, and that around 0, each with the weight of one fifth of the outcomes at
+  even odds (the weight that the published regression gives to its extra verdicts).
+- An L2 penalty as the prior of a Gaussian, in place of an L1 penalty chosen by cross-validation.
+
+docs/eval.md says how close this comes to the published figures.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from sera_plugin.tools.evaluation.winrate import FloatArray
+
+#: Weight of the prior of phi, in outcomes of even odds per outcome.
+_PRIOR = 0.2
+#: Keeps theta finite for a model that wins or loses every time.
+_FINITE = 1e-3
+#: Wins and losses added to each prompt's, so that its log-odds are finite.
+_SMOOTHING = 0.5
+
+
+def length_controlled(outcomes: npt.ArrayLike, longer_by: npt.ArrayLike) -> FloatArray:
+    """Length-controlled win rates of models against one baseline.
+
+    Args:
+        outcomes: (models, prompts) 0 to 1, nan where there is none.
+        longer_by: (models, prompts) characters of the model's answer less those of the baseline's;
+            not looked at where there is no outcome.
+
+    Returns:
+        (models,) rates from 0 to 1; nan for a model without outcomes.
+    """
+    given = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
+    difference = np.atleast_2d(np.asarray(longer_by, dtype=np.float64))
+    there = ~np.isnan(given)
+    result = np.full(len(given), np.nan)
+    some = there.any(axis=1)
+    if some.any():
+        result[some] = _fit(given[some], difference[some], there[some])
+    return result
+
+
+def _fit(outcomes: FloatArray, longer_by: FloatArray, there: npt.NDArray[np.bool_]) -> FloatArray:
+    models = len(outcomes)
+    weight = there.astype(np.float64)
+    outcome = np.where(there, outcomes, 0.0)
+    length = np.tanh(_standardised(np.where(there, longer_by, np.nan)))
+    gamma = _difficulty(outcome, weight)
+    prior = _PRIOR * (length**2).sum(axis=1) / 4
+
+    def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
+        theta, own, common = np.split(parameters, [models, 2 * models])
+        logit = theta[:, None] + (common + own)[:, None] * length + gamma
+        likelihood = (weight * (np.logaddexp(0.0, logit) - outcome * logit)).sum()
+        penalty = _FINITE * theta @ theta + prior @ own**2 + prior.mean() * common @ common
+        residual = weight * (expit(logit) - outcome)
+        slope = (residual * length).sum(axis=1)
+        gradient = [
+            residual.sum(axis=1) + _FINITE * theta,
+            slope + prior * own,
+            [slope.sum() + prior.mean() * common[0]],
+        ]
+        return float(likelihood + penalty / 2), np.concatenate(gradient)
+
+    found = minimize(
+        loss,
+        np.zeros(2 * models + 1),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 5_000, "ftol": 1e-13, "gtol": 1e-7},
+    )
+    at_equal_length = weight * expit(found.x[:models, None] + gamma)
+    rates: FloatArray = at_equal_length.sum(axis=1) / weight.sum(axis=1)
+    return rates
+
+
+def _standardised(longer_by: FloatArray) -> FloatArray:
+    """Differences in units of each model's standard deviation; 0 where all are equal or missing."""
+    squares = (longer_by - np.nanmean(longer_by, axis=1, keepdims=True)) ** 2
+    freedom = np.maximum(1, (~np.isnan(longer_by)).sum(axis=1, keepdims=True) - 1)
+    spread = np.sqrt(np.nansum(squares, axis=1, keepdims=True) / freedom)
+    scaled = np.divide(longer_by, spread, out=np.zeros_like(longer_by), where=spread > 0)
+    return np.nan_to_num(scaled)
+
+
+def _difficulty(outcome: FloatArray, weight: FloatArray) -> FloatArray:
+    """(models, prompts) log-odds at which the other models win, centred per model."""
+    won = (weight * outcome).sum(axis=0) - weight * outcome
+    lost = (weight * (1 - outcome)).sum(axis=0) - weight * (1 - outcome)
+    odds = np.log((won + _SMOOTHING) / (lost + _SMOOTHING))
+    centred: FloatArray = odds - odds.mean(axis=1, keepdims=True)
+    return centred

@@ -1,0 +1,283 @@
+"""Sections on what the run did to its data: margins, selection, lengths, scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sera_plugin.algorithm.selection import BY_SCORE, select_largest
+from sera_plugin.tools.report import charts
+from sera_plugin.tools.report.agreement import numbers, pooled, score_columns, score_difference
+from sera_plugin.tools.report.blocks import Chart, Section, Table, number
+from sera_plugin.tools.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Series
+from sera_plugin.tools.report.data import Columns, Iteration, Run
+from sera_plugin.tools.report.ensemble import margins_without_ensemble
+from sera_plugin.tools.report.tokens import shown_name
+
+Figures = dict[str, Any]
+
+
+def margins(run: Run, found: Figures) -> Section:
+    by_margin = any(figures.get("threshold") is not None for figures in found["iterations"])
+    kept = "The largest are kept. " if by_margin else ""
+    section = Section(
+        "margins",
+        "Margins",
+        "A pair's margin is the implicit reward of its chosen answer less that of its rejected "
+        f"one: how far the last training has moved the policy towards the label. {kept}Below 0 "
+        "the policy disagrees with the label.",
+    )
+    for one, figures in zip(run.iterations, found["iterations"], strict=True):
+        pairs, margin = one.bootstrapped, one.margin
+        if pairs is not None and (run.labeler != "implicit" or not len(pairs["row"])):
+            pairs = None  # their margins are not in nats, or there are none
+        if margin is None and pairs is None:
+            continue
+        said = []
+        if figures.get("threshold") is not None:
+            said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")
+            said.append(f"{1 - figures['offline_accuracy']:.0%} of all lie at or below 0")
+        title = f"Iteration {one.number}: {', '.join(said) or 'sampled pairs'}"
+        svg = charts.margins(
+            title,
+            margin,
+            one.selected if margin is not None else None,
+            None if pairs is None else pairs["margin"],
+            None if pairs is None else pairs["selected"],
+            run.unit,
+        )
+        section.charts.append(Chart(title, svg, "The end bars hold what lies beyond (0.2%)."))
+    return section
+
+
+def choice(run: Run, found: Figures) -> Section:
+    section = Section(
+        "selection",
+        "What selection keeps",
+        "Whether iterations agree on the pairs worth keeping, what the reward ensemble (gamma) "
+        "changed, and which parts of the data were favoured.",
+    )
+    shared = found["jaccard"]
+    chance = None if shared is None else shared["by_chance"]
+    # Where all pairs are kept, or none, there is no choice to agree on.
+    if chance not in (None, 1.0) and len(shared["iterations"]) > 1:
+        latest = shared["matrix"][-1][-2]
+        names = [f"t = {number}" for number in shared["iterations"]]
+        section.tables.append(
+            Table(
+                f"The last two selections have a Jaccard index of {latest:.2f}; two random ones "
+                f"would have {number(chance, '.2f')}",
+                ["", *names],
+                [
+                    [name, *(f"{value:.2f}" for value in values)]
+                    for name, values in zip(names, shared["matrix"], strict=True)
+                ],
+                "Jaccard index of two iterations' kept sets: shared pairs over pairs in either. "
+                "1 is the same set.",
+                [[None, *values] for values in shared["matrix"]],
+            )
+        )
+    section.tables.extend(_noise(found))
+    for one, figures in zip(run.iterations, found["iterations"], strict=True):
+        chart = _ensemble(run, one, figures)
+        if chart is not None:
+            section.charts.append(chart)
+    last = next((one for one in reversed(found["iterations"]) if one.get("groups")), None)
+    for name, groups in (last["groups"] if last else {}).items():
+        section.tables.append(
+            Table(
+                f"Kept by {shown_name(name)}, iteration {last['iteration']}",  # type: ignore[index]
+                [shown_name(name), "pairs", "kept", "median margin"],
+                [
+                    [
+                        shown_name(str(group["value"])),
+                        f"{group['pairs']:,}",
+                        f"{group['kept']:.0%}",
+                        f"{group['median_margin']:+.3g}",
+                    ]
+                    for group in groups
+                ],
+            )
+        )
+    return section
+
+
+def _noise(found: Figures) -> list[Table]:
+    """How many of the labels that were swapped on purpose selection has dropped."""
+    noisy = [one for one in found["iterations"] if one.get("label_noise")]
+    if not noisy:
+        return []
+    last = noisy[-1]
+    noise, total = last["label_noise"], last["kept"] + last["dropped"]
+    return [
+        Table(
+            f"Iteration {last['iteration']} drops {noise['swapped_dropped']:,} of the "
+            f"{noise['swapped']:,} labels swapped on purpose",
+            ["iteration", "swapped", "dropped", "both", "recall", "precision"],
+            [
+                [
+                    str(one["iteration"]),
+                    f"{one['label_noise']['swapped']:,}",
+                    f"{one['dropped']:,}",
+                    f"{one['label_noise']['swapped_dropped']:,}",
+                    number(one["label_noise"]["recall"], ".0%"),
+                    number(one["label_noise"]["precision"], ".0%"),
+                ]
+                for one in noisy
+            ],
+            "Recall: the share of the swapped pairs that is dropped; by chance "
+            f"{last['dropped'] / total:.0%}. Precision: the share of the dropped pairs that was "
+            f"swapped; by chance {noise['swapped'] / total:.0%}.",
+        )
+    ]
+
+
+def _ensemble(run: Run, one: Iteration, figures: Figures) -> Chart | None:
+    without, changed = margins_without_ensemble(run, one), figures.get("ensemble")
+    if without is None or changed is None or one.margin is None or one.selected is None:
+        return None
+    kept_without = select_largest(without, changed["kept"])
+    title = (
+        f"Iteration {one.number}: the ensemble exchanged {changed['exchanged']:,} of "
+        f"{changed['kept']:,} kept pairs"
+    )
+    svg = charts.scatter(
+        title,
+        without,
+        one.margin,
+        f"margin with gamma = 0, {run.unit}",
+        f"margin with gamma = {run.settings['gamma']:g}",
+        [
+            ("same choice", one.selected == kept_without, MUTED),
+            ("kept by it", one.selected & ~kept_without, KEPT),
+            ("dropped by it", ~one.selected & kept_without, DROPPED),
+        ],
+        (float(without[kept_without].min()), float(one.margin[one.selected].min())),
+        one.selected != kept_without,
+    )
+    note = "Dashed: the margin from which pairs are kept"
+    note += ", zoomed in on the pairs that changed." if changed["exchanged"] else "."
+    sampled = figures.get("bootstrapped_ensemble")
+    if sampled:
+        note += f" Of {sampled['kept']:,} sampled pairs kept, {sampled['exchanged']:,} are others."
+    return Chart(title, svg, note)
+
+
+def lengths(run: Run, found: Figures) -> Section:
+    section = Section(
+        "lengths",
+        "Lengths",
+        "Preference tuning likes to learn length. Sampled answers that grow, and a reward that "
+        "length explains, are its signs.",
+    )
+    iterations = found["iterations"]
+    series = [
+        Series(
+            name,
+            [one["iteration"] for one in iterations if key in one["lengths"]],
+            [one["lengths"][key] for one in iterations if key in one["lengths"]],
+            colour,
+        )
+        for key, name, colour in (
+            ("chosen", "chosen", KEPT),
+            ("rejected", "rejected", DROPPED),
+            ("sampled", "sampled", SAMPLED),
+            ("bootstrapped_chosen", "its best", OTHER),
+        )
+    ]
+    series = [one for one in series if one.x]
+    if series:
+        sampled = [one["lengths"] for one in iterations if "sampled" in one["lengths"]]
+        title = (
+            f"Sampled answers have {sampled[-1]['sampled']:,.1f} tokens on average, chosen ones "
+            f"{sampled[-1]['chosen']:,.1f}"
+            if sampled and "chosen" in sampled[-1]
+            else "Mean length of answers in tokens"
+        )
+        svg = charts.lines(title, series, "mean tokens", decimals=1)
+        note = "Its best: the chosen answers of sampled pairs that are kept." if sampled else ""
+        section.charts.append(Chart(title, svg, note))
+    for one, figures in zip(run.iterations, iterations, strict=True):
+        offline = one.offline
+        if "length_r2" not in figures or offline is None or "chosen_reward" not in offline:
+            continue
+        explained = figures["length_r2"]["reward"]
+        title = (
+            f"Iteration {one.number}: length explains {number(explained, '.0%')} of the variance "
+            "of rewards"
+        )
+        svg = charts.scatter(
+            title,
+            pooled(offline, "length"),
+            pooled(offline, "reward"),
+            "tokens",
+            f"implicit reward, {run.unit}",
+            _sides(offline),
+        )
+        note = (
+            f"R² {number(explained, '.3f')}; of margins with the difference in length "
+            f"{number(figures['length_r2']['margin'], '.3f')}"
+        )
+        if "sampled" in figures["length_r2"]:
+            note += f"; of sampled answers {number(figures['length_r2']['sampled'], '.3f')}"
+        section.charts.append(Chart(title, svg, note + "."))
+    return section
+
+
+def _sides(offline: Columns) -> list[tuple[str, npt.NDArray[np.bool_], str]]:
+    """Which of `pooled` are chosen and which rejected, as a chart names and colours them."""
+    of_chosen = np.arange(2 * len(offline["row"])) < len(offline["row"])
+    return [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)]
+
+
+def scores(run: Run, found: Figures) -> Section:
+    selection = run.settings.get("selection")
+    role = "They never influence training."
+    if selection in BY_SCORE:
+        role = f"sera.selection: {selection} chooses pairs by the first of them."
+    section = Section(
+        "scores",
+        "The dataset's own scores",
+        "How far the policy's implicit reward agrees with the scores that came with the data "
+        f"(sera.score_columns). {role}",
+    )
+    columns = score_columns(run)
+    for one, figures in zip(run.iterations, found["iterations"], strict=True):
+        for column, r2 in figures.get("scores", {}).items():
+            offline = one.offline
+            assert offline is not None
+            both, name = columns[column], shown_name(column)
+            if both is not None and "reward" in r2:
+                title = (
+                    f"Iteration {one.number}: {name} explains {number(r2['reward'], '.0%')} of "
+                    "the variance of rewards"
+                )
+                svg = charts.scatter(
+                    title,
+                    np.concatenate([numbers(run.scores[half]) for half in both]),
+                    pooled(offline, "reward"),
+                    f"{name} of the answer",
+                    f"implicit reward, {run.unit}",
+                    _sides(offline),
+                )
+                note = (
+                    f"R² {number(r2['reward'], '.3f')}; of margins with the difference "
+                    f"{number(r2['margin'], '.3f')}. Where {name} differs, the policy agrees with "
+                    f"it on {number(r2['agreement'], '.0%')} of the pairs."
+                )
+            else:
+                difference = score_difference(run, both, column)
+                if one.margin is None or not np.isfinite(difference).any():
+                    continue
+                title = (
+                    f"Iteration {one.number}: {name} explains {number(r2['margin'], '.0%')} of "
+                    "the variance of margins"
+                )
+                every = np.ones(len(difference), dtype=bool)
+                axis = f"margin, {run.unit}"
+                svg = charts.scatter(title, difference, one.margin, name, axis, [("", every, KEPT)])
+                note = f"R² {number(r2['margin'], '.3f')}."
+            section.charts.append(Chart(title, svg, note))
+    return section

@@ -1,0 +1,329 @@
+"""Pictures of a run, as SVG for inside a page: its text is text, its colours are the page's.
+
+Colours are drawn as stand-ins that no chart would use and replaced by the page's CSS variables, so
+that one SVG serves light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sera_plugin.algorithm.rewards import FloatArray
+
+Bools = npt.NDArray[np.bool_]
+
+INK, MUTED, RULE = "#010101", "#020202", "#030303"
+KEPT, DROPPED, SAMPLED, OTHER = "#040404", "#050505", "#060606", "#070707"
+_PAGE = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    RULE: "var(--rule)",
+    KEPT: "var(--kept)",
+    DROPPED: "var(--dropped)",
+    SAMPLED: "var(--sampled)",
+    OTHER: "var(--other)",
+}
+#: Labels carry names of the dataset's columns: nothing in them is a formula.
+_STYLE: Any = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "path.simplify": True,
+}
+#: Inches at 72 units each. Narrow, so that a phone shows the text at its size.
+_WIDTH, _HEIGHT = 4.6, 2.6
+_BINS = 50
+#: Points of a scatter plot: enough to see a shape, few enough for a small page.
+_POINTS = 400
+_CURVE = 400
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: `y` over `x`, named at its end; `error` is one standard error each way."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    error: Sequence[float] | None = None
+
+
+@contextmanager
+def _drawing(name: str, height: float = _HEIGHT) -> Iterator[Figure]:
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        yield Figure(figsize=(_WIDTH, height))
+
+
+def _svg(figure: Figure, title: str) -> Markup:
+    """The drawing without its XML frame, ids and fixed size, in the page's colours."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # A style inside a page would be one of the whole page.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    # Groups are named for editors; what is referred to is a path or a clip path, which keep theirs.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r' (width|height)="[0-9.]+pt"', "", text, count=2)
+    text = re.sub(r"\n\s*", "\n", text)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    for stand_in, colour in _PAGE.items():
+        text = text.replace(stand_in, colour)
+    # matplotlib has escaped the text in it.
+    return Markup(text)  # nosec B704
+
+
+def _axes(
+    figure: Figure, bottom: float = 0.2, top: float = 0.89, left: float = 0.13, right: float = 0.97
+) -> Any:
+    axes = figure.add_axes((left, bottom, right - left, top - bottom))
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    return axes
+
+
+def _span(*values: npt.ArrayLike) -> tuple[float, float]:
+    """Where all but the outermost 0.2% of the values are, and 0."""
+    every = np.concatenate([np.asarray(one, dtype=np.float64) for one in values])
+    low, high = np.quantile(every, [0.002, 0.998]).tolist()
+    low, high = min(low, 0.0), max(high, 0.0)
+    room = (high - low or 1.0) * 0.02
+    return low - room, high + room
+
+
+def margins(
+    title: str,
+    offline: FloatArray | None,
+    selected: Bools | None,
+    sampled: FloatArray | None,
+    sampled_kept: Bools | None,
+    unit: str,
+) -> Markup:
+    """Histograms of margins, kept and dropped: offline pairs above, sampled pairs below."""
+    panels = [
+        (what, values, kept, colour)
+        for what, values, kept, colour in (
+            ("offline", offline, selected, KEPT),
+            ("sampled", sampled, sampled_kept, SAMPLED),
+        )
+        if values is not None and kept is not None and len(values)
+    ]
+    low, high = _span(*(values for _, values, _, _ in panels))
+    height = 0.5 + 1.5 * len(panels)
+    with _drawing(title, height) as figure:
+        for index, (what, values, kept, colour) in enumerate(panels):
+            last = index == len(panels) - 1
+            bottom = (0.5 + 1.5 * (len(panels) - 1 - index)) / height
+            axes = _axes(figure, bottom, bottom + 1.2 / height, left=0.09)
+            edges = np.linspace(low, high, _BINS + 1)
+            dropped_counts = np.histogram(np.clip(values[~kept], low, high), edges)[0]
+            kept_counts = np.histogram(np.clip(values[kept], low, high), edges)[0]
+            axes.stairs(dropped_counts, edges, fill=True, color=DROPPED, alpha=0.75)
+            axes.stairs(
+                kept_counts + dropped_counts,
+                edges,
+                baseline=dropped_counts,
+                fill=True,
+                color=colour,
+                alpha=0.85,
+            )
+            axes.axvline(0, color=INK, linewidth=0.8)
+            axes.set_xlim(low, high)
+            axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+            axes.tick_params(labelbottom=last)
+            cut = float(values[kept].min()) if kept.any() else high
+            _name_sides(axes, cut, low, high, what, kept, colour)
+        axes.set_xlabel(f"margin, {unit}")
+        return _svg(figure, title)
+
+
+def _name_sides(
+    axes: Any, cut: float, low: float, high: float, what: str, kept: Bools, colour: str
+) -> None:
+    """Name what is left and right of the margin from which pairs are kept."""
+    # Neither name may leave the picture, however far out the cut is.
+    share = min(max((cut - low) / (high - low), 0.42), 0.62)
+    dropped = int((~kept).sum())
+    if dropped:
+        axes.axvline(cut, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+        axes.text(
+            share - 0.01,
+            1.03,
+            f"{dropped:,} {what} dropped",
+            transform=axes.transAxes,
+            ha="right",
+            color=DROPPED,
+        )
+    axes.text(
+        share + 0.01 if dropped else 0.5,
+        1.03,
+        f"{int(kept.sum()):,} {what} kept",
+        transform=axes.transAxes,
+        ha="left" if dropped else "center",
+        color=colour,
+    )
+
+
+def scatter(
+    title: str,
+    x: FloatArray,
+    y: FloatArray,
+    xlabel: str,
+    ylabel: str,
+    marks: Sequence[tuple[str, Bools, str]],
+    cuts: tuple[float, float] | None = None,
+    around: Bools | None = None,
+) -> Markup:
+    """Points in groups, the rarer group on top; at most a few hundred of each, chosen evenly.
+
+    Args:
+        title: for who cannot see it.
+        x, y: (n,) values; pairs that are not finite are left out.
+        xlabel, ylabel: what they are, with the unit.
+        marks: (name, which points, colour), in drawing order.
+        cuts: where to draw a line on each axis.
+        around: points to zoom in on; all unless given.
+    """
+    finite = np.isfinite(x) & np.isfinite(y)
+    with _drawing(title, 3.1) as figure:
+        axes = _axes(figure, bottom=0.17, top=0.9, left=0.15)
+        axes.axhline(0, color=RULE, linewidth=0.8)
+        if np.nanmin(x) < 0:
+            axes.axvline(0, color=RULE, linewidth=0.8)
+        if cuts is not None:
+            axes.axvline(cuts[0], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+            axes.axhline(cuts[1], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+        place = 0.0
+        for name, which, colour in marks:
+            at = np.flatnonzero(which & finite)
+            at = at[np.linspace(0, len(at) - 1, min(len(at), _POINTS)).astype(int)]
+            axes.plot(x[at], y[at], "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.55)
+            if name:
+                axes.text(place, 1.04, name, transform=axes.transAxes, color=colour)
+                place += 0.034 * 0.5 * len(name) + 0.06
+        if around is not None and (around & finite).any():
+            axes.set_xlim(*_surroundings(x[around & finite], cuts and cuts[0]))
+            axes.set_ylim(*_surroundings(y[around & finite], cuts and cuts[1]))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        return _svg(figure, title)
+
+
+def _surroundings(values: FloatArray, cut: float | None) -> tuple[float, float]:
+    """A range with the values and the cut in its middle part."""
+    inside = [*values, *([] if cut is None else [cut])]
+    room = (max(inside) - min(inside) or 1.0) * 0.8
+    return min(inside) - room, max(inside) + room
+
+
+def lines(
+    title: str,
+    series: Sequence[Series],
+    ylabel: str,
+    reference: tuple[float, str] | None = None,
+    decimals: int = 2,
+) -> Markup:
+    """Figures over iterations, each line named at its end with its last value."""
+    with _drawing(title) as figure:
+        axes = _axes(figure, right=0.7, left=0.14, bottom=0.18)
+        for one in series:
+            axes.plot(one.x, one.y, "o-", color=one.colour, markersize=4)
+            if one.error is not None:
+                axes.errorbar(
+                    one.x, one.y, yerr=one.error, fmt="none", ecolor=one.colour, elinewidth=0.9
+                )
+        if reference is not None:
+            axes.axhline(reference[0], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        axes.margins(x=0.06, y=0.12)
+        first, last = min(min(one.x) for one in series), max(max(one.x) for one in series)
+        axes.set_xlim(first - 0.25, last + 0.25)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel(ylabel)
+        ends = [(one.y[-1], f"{one.name} {one.y[-1]:.{decimals}f}", one.colour) for one in series]
+        if reference is not None:
+            ends.append((reference[0], reference[1], MUTED))
+        _name_ends(axes, ends)
+        return _svg(figure, title)
+
+
+def _name_ends(axes: Any, ends: list[tuple[float, str, str]]) -> None:
+    """Names right of the axes at their line's height, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    places = sorted(((y - low) / (high - low), name, colour) for y, name, colour in ends)
+    room, last = 0.085, -1.0
+    heights = []
+    for place, _, _ in places:
+        last = max(place, last + room)
+        heights.append(last)
+    beyond = max(0.0, heights[-1] - 1.0)
+    for height, (_, name, colour) in zip(heights, places, strict=True):
+        axes.text(1.02, height - beyond, name, transform=axes.transAxes, color=colour, va="center")
+
+
+def curves(
+    title: str, series: Sequence[Series], ylabel: str, boundaries: Mapping[int, int]
+) -> Markup:
+    """Training curves over steps, with the first step of each iteration marked."""
+    with _drawing(title) as figure:
+        axes = _axes(figure, right=0.78, left=0.14, bottom=0.18)
+        for one in series:
+            x, y = _thinned(np.asarray(one.x, float), np.asarray(one.y, float))
+            few = "o-" if len(x) < 12 else "-"
+            axes.plot(x, y, few, color=one.colour, markersize=3.5, linewidth=1.3)
+        axes.margins(x=0.01)
+        left, right = axes.get_xlim()
+        for iteration, step in boundaries.items():
+            if left <= step <= right:
+                axes.axvline(step, color=RULE, linewidth=0.9)
+                axes.text(
+                    step,
+                    1.03,
+                    f" {iteration}" if iteration > 1 else " iteration 1",
+                    transform=axes.get_xaxis_transform(),
+                    color=MUTED,
+                )
+        axes.set_xlabel("step")
+        axes.set_ylabel(ylabel)
+        _name_ends(axes, [(one.y[-1], one.name, one.colour) for one in series])
+        return _svg(figure, title)
+
+
+def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Means of neighbours, so that a long run's curve stays small; gaps (nan) stay."""
+    if len(x) <= _CURVE:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), _CURVE)
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])

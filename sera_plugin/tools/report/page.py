@@ -1,0 +1,182 @@
+"""The report on a run: one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sera_plugin.config.sera import REFERENCE_FREE
+from sera_plugin.host.run import keeps
+from sera_plugin.rundir.checksums import COMMAND, write_text
+from sera_plugin.tools.report import about_data, about_training
+from sera_plugin.tools.report.blocks import NOTHING, Section, Table, number
+from sera_plugin.tools.report.data import Run
+from sera_plugin.tools.report.examples import examples
+from sera_plugin.tools.report.figures import figures
+from sera_plugin.tools.report.html import fill
+from sera_plugin.tools.report.reading import find_run, read_run
+from sera_plugin.tools.report.tokens import Texts, shown_text, texts_of
+
+NAME = "report.html"
+#: What each alarm means; docs/alarms.md says the same.
+MEANINGS = {
+    "sampled_length": "the policy answers at greater length than the data",
+    "length_growth": "answers grow from iteration to iteration",
+    "chosen_length": "selection and ranking prefer length beyond the data's own taste",
+    "drift": "down: the policy unlearns what the data calls good; up: it learns it by heart",
+    "held_out_accuracy": "the policy ranks answers worse than before, or in reverse",
+    "offline_accuracy": "the policy ranks answers worse than before, or in reverse; with more "
+    "pairs than are held out, this one sees smaller falls",
+    "duplicates": "half of sampling and scoring is for nothing",
+    "without_pair": "these prompts give no pair; D_t leans towards the others",
+    "unfinished": "half of the pairs have a cut answer; trained as chosen it teaches not to stop",
+    "constant_rewards": "candidates are ranked by rounding: the last iteration hardly changed the "
+    "policy",
+    "constant_margins": "pairs are selected by rounding: the last iteration hardly changed the "
+    "policy",
+}
+
+
+def write_report(output_dir: Path, path: Path | None = None) -> Path:
+    """Read a run and write its report.
+
+    Args:
+        output_dir: the host's, or the run directory itself.
+        path: where to; `report.html` in the run directory unless given.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: if no run is there.
+        OSError: if the file cannot be written, with what to do about it.
+    """
+    store = find_run(output_dir)
+    run = read_run(store)
+    path = path or store.root / NAME
+    # Training asks for a report too, and it is not training that has to be done again.
+    again = COMMAND._replace(then="run `axolotl sera report` again")
+    write_text(path, render(run, texts_of(run)), again)
+    return path
+
+
+def render(run: Run, texts: Texts) -> str:
+    """The page."""
+    found = figures(run)
+    return fill(
+        "page.html",
+        run=run,
+        title=shown_text(run.root.parent.resolve().name or "SeRA run", 120),
+        facts=_facts(run),
+        overview=_overview(found),
+        alarms=_alarms(found["alarms"]),
+        sections=_sections(run, found),
+        examples=examples(run, texts),
+        texts=texts,
+        settings=_settings(run),
+    )
+
+
+def _sections(run: Run, found: dict[str, Any]) -> list[Section]:
+    """All sections that have something to show."""
+    every = [
+        about_data.margins(run, found),
+        about_data.choice(run, found),
+        about_data.lengths(run, found),
+        about_data.scores(run, found),
+        about_training.accuracy(found),
+        about_training.samples(found),
+        about_training.cost(found),
+        about_training.training(run),
+    ]
+    return [one for one in every if one.charts or one.tables]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    config, settings = run.description.get("config") or {}, run.settings
+    if not run.description:
+        return []
+    return [
+        ("base model", shown_text(str(config.get("base_model")), 200)),
+        ("trained", "an adapter" if config.get("adapter") else "all weights"),
+        ("loss", f"{run.description['loss']}, beta {run.description['beta']:g}"),
+        ("rewards in", run.unit),
+        ("pairs", f"{run.total:,}"),
+        ("held out", f"{run.description.get('evaluation_pairs') or 0:,}"),
+        ("keeps", keeps(settings.get("selection", "irm"), settings["selection_ratio"])),
+        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each, "
+         f"ranked by {run.labeler}"
+         if settings["bootstrap_ratio"] else "nothing"),
+        ("reference", _reference(run)),
+        ("gamma", f"{settings['gamma']:g}"),
+        ("seed", str(run.description.get("seed"))),
+    ]  # fmt: skip
+
+
+def _reference(run: Run) -> str:
+    if run.description["loss"] in REFERENCE_FREE:
+        return "none"
+    return "theta_0" if run.settings.get("reference") == "initial" else "theta_{t-1}"
+
+
+def _overview(found: dict[str, Any]) -> Table:
+    rows = []
+    raised = [(alarm["iteration"], alarm["raised"]) for alarm in found["alarms"]]
+    kept_sets = found["jaccard"] or {"iterations": [], "matrix": []}
+    for one in found["iterations"]:
+        pairs, held_out = one["pairs"] or {}, one["held_out"] or {}
+        samples = pairs.get("bootstrapped_wanted")
+        at = one["iteration"]
+        shared = None
+        if at in kept_sets["iterations"] and at - 1 in kept_sets["iterations"]:
+            index = kept_sets["iterations"].index(at)
+            shared = kept_sets["matrix"][index][index - 1]
+        trained = NOTHING if not pairs else f"{pairs['trained']:,}"
+        rows.append(
+            [
+                str(at),
+                trained if "train" in one["seconds"] or not pairs else f"{trained} (not done)",
+                number(one.get("kept"), ","),
+                number(pairs["bootstrapped_kept"], ",") if samples else NOTHING,
+                number(one.get("threshold"), "+.3g"),
+                number(one.get("offline_accuracy"), ".0%"),
+                number(held_out.get("accuracy"), ".0%"),
+                number(shared, ".2f"),
+                str(raised.count((at, True))),
+            ]
+        )
+    head = ["iteration", "pairs trained", "offline kept", "sampled kept", "kept above"]
+    head += ["offline accuracy", "held-out accuracy", "Jaccard with last", "alarms"]
+    return Table("Iterations", head, rows, "Accuracies are those of the policy it starts from.")
+
+
+def _alarms(judged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per alarm its figures by iteration, the raised ones first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for alarm in judged:
+        row = rows.setdefault(
+            alarm["name"],
+            {
+                "name": alarm["name"],
+                "threshold": number(alarm["threshold"]),
+                "meaning": MEANINGS.get(alarm["name"], ""),
+                "figures": [],
+                "texts": [],
+            },
+        )
+        figure = f"{number(alarm['figure'], '.2g')} (t = {alarm['iteration']})"
+        row["figures"].append((figure, alarm["raised"]))
+        if alarm["raised"]:
+            row["texts"].append(f"Iteration {alarm['iteration']}: {alarm['text']}")
+    return sorted(rows.values(), key=lambda row: not row["texts"])
+
+
+def _settings(run: Run) -> list[tuple[str, str]]:
+    config = run.description.get("config") or {}
+    keys = ("learning_rate", "lr_scheduler", "num_epochs", "micro_batch_size", "adapter", "lora_r",
+            "sequence_len", "optimizer")  # fmt: skip
+    shown = [(key, config[key]) for key in keys if config.get(key) is not None]
+    shown += [(f"sera.{key}", value) for key, value in sorted(run.settings.items())]
+    versions = run.description.get("versions") or {}
+    shown += [("versions", ", ".join(f"{name} {value}" for name, value in versions.items()))]
+    return [(shown_text(str(key), 80), shown_text(str(value), 300)) for key, value in shown]
