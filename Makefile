@@ -17,7 +17,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm test-crash bench claims bench-gpu bench-sampling lint types audit docs wheel clean
+.PHONY: demo test test-slow test-crash bench claims bench-gpu bench-sampling lint types audit docs wheel clean
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,11 @@ demo: $(READY)
 	$(BIN)/axolotl sera demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not nightly and not vllm"
+
+# Before a release: what `make test` leaves out, with a real vLLM.
+test-slow: $(READY) $(VLLM_READY)
+	SERA_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m "nightly or vllm"
 
 $(VLLM_READY):
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
@@ -39,9 +43,6 @@ $(VLLM_READY):
 	$(VLLM_VENV)/bin/python -m pip install --quiet "$(VLLM)"
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
-
-test-vllm: $(READY) $(VLLM_READY)
-	SERA_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
 
 # Kills runs and continues them, about 10 s a point. ARGS="--seed 1 --only 'rotation:5:lora-keep-1'"
 # tries one point again.

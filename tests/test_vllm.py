@@ -1,4 +1,4 @@
-"""Real vLLM, in an environment of its own: `make test-vllm`."""
+"""Real vLLM, in an environment of its own: `make test-slow`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEY = "a-key-for-this-test"
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="SERA_VLLM_PYTHON is unset: run `make test-vllm`"),
+    pytest.mark.skipif(not PYTHON, reason="SERA_VLLM_PYTHON is unset: run `make test-slow`"),
 ]
 
 
