@@ -1,4 +1,4 @@
-"""`python -m benchmarks.claims`: run the systems, keep the figures, write docs/claims.md's tables.
+"""`python -m benchmarks.claims`: run the systems, keep the figures, write the tables of docs/claims*.md.
 
 make claims                          the core table, five seeds
 make claims ARGS="--sweeps"          what is varied around SeRA, too
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import criteria, real
-from benchmarks.claims.page import REAL, RESULTS, update_page
+from benchmarks.claims.page import REAL, RESULTS, update_pages
 from benchmarks.claims.runs import Job, Run, build, perform, perform_all
 from benchmarks.claims.systems import CORE, SEEDS, SWEEPS, System
 from benchmarks.claims.world import SMOKE, WORLD, WORLDS, World
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="compare with what is kept")
     parser.add_argument("--smoke", action="store_true", help="one seed of a toy; nothing is kept")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--render", action="store_true", help="only write the page's tables again")
+    parser.add_argument("--render", action="store_true", help="only write the pages' tables again")
     parser.add_argument("--directory", type=Path, help="where worlds are made, and kept")
     parser.add_argument("--data", type=Path, help="JSONL with answers and scores, see real.py")
     parser.add_argument("--model", type=Path, help="a directory, for --data")
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.held_out and options.data is None:
         parser.error("--held-out goes with --data")
     if options.render:
-        update_page()
+        update_pages()
         return
     # `kill` ends the runs too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.data:
             with Journal(REAL) as journal:
                 run_real(options, directory, journal)
-            update_page()
+            update_pages()
             return
         sweeps = [one for sweep in SWEEPS.values() for one in sweep]
         systems = chosen((*CORE, *sweeps * options.sweeps), options.only)
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run_again(runs, directory, journal, options.cores)
             else:
                 run_all(runs, directory, journal, options.cores)
-    update_page()
+    update_pages()
 
 
 def chosen(systems: Sequence[System], names: Sequence[str] | None) -> list[System]:

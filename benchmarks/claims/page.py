@@ -1,4 +1,4 @@
-"""docs/claims.md: what stands between its markers, made of the kept results alone."""
+"""docs/claims*.md: what stands between their markers, made of the kept results alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from benchmarks.harness import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "runs.jsonl"
 REAL = RESULTS.with_name("real.jsonl")
-PAGE = ROOT / "docs" / "claims.md"
+#: What was found, how it was measured, and the tables.
+PAGES = tuple(ROOT / "docs" / f"claims{name}.md" for name in ("", "-method", "-tables"))
 PICTURES = ROOT / "docs" / "_static" / "claims"
 #: The worlds in which every system is run.
 TESTED = ("fixed", "small-steps", "smaller-steps")
@@ -37,8 +38,9 @@ def texts(records: Sequence[Record], real: Sequence[Record]) -> dict[str, str]:
     worlds = {
         tables.step_size(WORLDS[name]): tables.compared(records, WORLDS[name]) for name in TESTED
     }
-    fixed, small, _ = worlds.values()
+    core = dict(list(worlds.items())[:2])
     return {
+        "summary": tables.summary_table(worlds),
         "runs": tables.run_table(records),
         "again": tables.again_table(records),
         "fresh": tables.fresh_table(records),
@@ -46,8 +48,7 @@ def texts(records: Sequence[Record], real: Sequence[Record]) -> dict[str, str]:
         "base": tables.base_table(records),
         "verdicts": tables.verdict_table(CLAIMS, worlds),
         "claims": tables.claim_table(CLAIMS, worlds),
-        "core": tables.core_table(fixed),
-        "core with small steps": tables.core_table(small),
+        "core": tables.core_table(core),
         "worlds": tables.world_table(records),
         "grid": tables.grid_table(records),
         "iterations": tables.iteration_table(worlds),
@@ -60,25 +61,32 @@ def texts(records: Sequence[Record], real: Sequence[Record]) -> dict[str, str]:
     }
 
 
-def render(page: str) -> str:
-    """The page with its tables as the kept records have them.
+def render() -> dict[Path, str]:
+    """The pages with their tables as the kept records have them.
 
     Raises:
         ValueError: if the markers of a table are not there once.
     """
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
     for name, text in texts(read(), read(REAL)).items():
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        page, count = between.subn(lambda match, text=text: match[1] + text + "\n" + match[2], page)
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for {name}; it needs one")
-    return page
+        places = 0
+        for path, page in pages.items():
+            pages[path], count = between.subn(
+                lambda match, text=text: match[1] + text + "\n" + match[2], page
+            )
+            places += count
+        if places != 1:
+            raise ValueError(f"there are {places} places for the table {name}; it needs one")
+    return pages
 
 
-def update_page() -> None:
-    """Write the page's tables and pictures again."""
+def update_pages() -> None:
+    """Write the pages' tables and pictures again."""
     from benchmarks.claims.charts import draw
 
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in render().items():
+        path.write_text(text, encoding="utf-8")
     PICTURES.mkdir(parents=True, exist_ok=True)
     records = read()
     for world in TESTED:

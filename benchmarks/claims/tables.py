@@ -1,4 +1,4 @@
-"""The tables of docs/claims.md, each a function of kept records alone."""
+"""The tables of docs/claims*.md, each a function of kept records alone."""
 
 from __future__ import annotations
 
@@ -117,29 +117,39 @@ def _seeds(found: Sequence[Estimate]) -> str:
     return " and ".join(dict.fromkeys(str(one.seeds) for one in found))
 
 
-def core_table(results: Results) -> str:
-    """A row per system, a column per share of swapped labels."""
+def summary_table(worlds: ByRate) -> str:
+    """What a reader needs first: true reward of the last policy at 20% swapped labels."""
+    names = ("DPO, 3 epochs", "iterative DPO", "SeRA, selection only", "SeRA")
+    rows = [
+        [name, *(shown(_finals(results, name, 0.2, "true_reward")) for results in worlds.values())]
+        for name in names
+    ]
+    return markdown(("system", *(f"learning rate {rate}" for rate in worlds)), rows)
+
+
+def core_table(worlds: ByRate) -> str:
+    """A row per system, a column per learning rate and share of swapped labels."""
+    columns = list(product(worlds.items(), NOISES))
+    head = [f"{rate}, {share(noise)}" for (rate, _), noise in columns]
     parts = []
     for title, name, digits in (
         ("True reward", "true_reward", 3),
         ("Win rate against the base model", "win_rate", 3),
         ("Words", "words", 2),
     ):
-        rows = [
-            [label, *(shown(Estimate.over(list(by_seed.values())), digits) for by_seed in cells)]
-            for label, cells in _core_rows(results, name)
-        ]
-        head = (title, *(f"{share(noise)} swapped" for noise in NOISES))
-        parts.append(markdown(head, rows))
+        sides = [("DPO, 1 epoch", "iterative DPO", after(1, name))]
+        sides += [(system.name, system.name, final(name)) for system in CORE]
+        rows = []
+        for label, system, figure in sides:
+            found = [results.of(system, noise, figure) for (_, results), noise in columns]
+            if any(found):
+                rows.append([label, *(shown(_over(cell), digits) for cell in found)])
+        parts.append(markdown((title, *head), rows))
     return "\n\n".join(parts)
 
 
-def _core_rows(results: Results, name: str) -> list[tuple[str, list[dict[int, float]]]]:
-    first = [results.of("iterative DPO", noise, after(1, name)) for noise in NOISES]
-    rows = [("DPO, 1 epoch", first)]
-    for system in CORE:
-        rows.append((system.name, [results.of(system.name, n, final(name)) for n in NOISES]))
-    return [(label, cells) for label, cells in rows if any(cells)]
+def _over(by_seed: Mapping[int, float]) -> Estimate:
+    return Estimate.over(list(by_seed.values()))
 
 
 def base_table(records: Sequence[Record]) -> str:
@@ -173,12 +183,16 @@ def iteration_table(worlds: ByRate) -> str:
         ("SeRA", "SeRA, length control", "SeRA, selection only", "iterative DPO"),
         NOISES,
     ):
-        for t in (1, 2, 3):
-            cells = [list(results.of(name, noise, make(t)).values()) for _, make in columns]
-            if cells[0]:
-                text = [f"{mean(cell):.3f}" if cell else MISSING for cell in cells]
-                rows.append([rate, name, share(noise), str(t), *text])
-    head = ("", "system", "swapped", "t", *(title for title, _ in columns))
+        cells = [
+            [list(results.of(name, noise, make(t)).values()) for t in (1, 2, 3)]
+            for _, make in columns
+        ]
+        if cells[0][0]:
+            text = [
+                " / ".join(f"{mean(one):.3f}" for one in cell if one) or MISSING for cell in cells
+            ]
+            rows.append([rate, name, share(noise), *text])
+    head = ("", "system", "swapped", *(title for title, _ in columns))
     return markdown(head, rows)
 
 
