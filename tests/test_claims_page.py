@@ -21,7 +21,7 @@ SAID = {
     "are so at 1e-5 ({})": ("1e-5", "SeRA", during(3, ORDER), 0.2),
     "than by a coin ({})": ("3e-5", "SeRA", during(3, ORDER), 0.2),
     "mostly in reverse ({})": ("1e-4", "SeRA", during(3, ORDER), 0.2),
-    "iterations ({} and": ("3e-5", "SeRA", after(2, "true_reward"), 0.2),
+    "iterations ({}": ("3e-5", "SeRA", after(2, "true_reward"), 0.2),
     "and {}) and falls": ("3e-5", "iterative DPO", after(2, "true_reward"), 0.2),
     "falls to {} in the third": ("3e-5", "SeRA", LAST, 0.2),
     "from 0 ({})": ("1e-4", "SeRA, gamma 0", LAST, 0.2),
@@ -65,9 +65,8 @@ def test_a_figure_in_the_prose_is_that_of_the_results(words, results, prose):
         one = Comparison("", noise, Side(system), Side(other)).estimate(results[rate])
     else:
         one = Estimate.over(list(results[rate].of(system, noise, other).values()))
-    assert (
-        words.format(f"{abs(one.mean):.{2 if 'words' in words or one.mean > 2 else 3}f}") in prose
-    )
+    mean = -one.mean if "below" in words else one.mean
+    assert words.format(f"{mean:.{2 if mean > 2 else 3}f}") in prose
 
 
 def test_every_figure_in_the_prose_is_tested(prose):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.claims`: run the systems, keep the figures, write the tables of docs/claims*.md.
+"""`python -m benchmarks.claims`: run systems, keep figures, write the tables of docs/claims*.md.
 
 make claims                          the core table, five seeds
 make claims ARGS="--sweeps"          what is varied around SeRA, too
