@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -32,3 +35,12 @@ def test_a_room_imports_only_rooms_above_it(room):
             if top == "sera_plugin" and rest.split(".")[0] in below:
                 assert (name, rest.split(".")[0]) in EXCEPTIONS, f"{name} imports {module}"
             assert top not in HEAVY or room not in PURE or name == "rundir/distributed.py"
+
+
+def test_everything_that_is_imported_is_declared():
+    setup = ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    declared = re.findall(r"^[\w-]+", setup["options"]["install_requires"], re.MULTILINE)
+    known = {*sys.stdlib_module_names, "sera_plugin", "yaml", "vllm", *declared}  # vllm: an extra
+    found = {module.split(".")[0] for path in PACKAGE.rglob("*.py") for module in imports(path)}
+    assert found <= known

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -34,19 +35,13 @@ def above_bars() -> AbstractContextManager[None]:
     return tqdm.external_write_mode() if sys.stderr.isatty() else nullcontext()
 
 
-class _AboveBars(logging.StreamHandler[Any]):
-    def emit(self, record: logging.LogRecord) -> None:
-        with above_bars():
-            super().emit(record)
-
-
 @contextmanager
 def log_on_stderr() -> Iterator[None]:
     """SeRA's log on standard error, for a command whose answer goes to standard output.
 
     The host would print it there too, and without the host nobody would.
     """
-    handler = _AboveBars(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     # The host's own, so that a run's lines and a command's look the same.
     handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [%(name)s] %(message)s"))
     level, propagate = LOG.level, LOG.propagate
@@ -54,7 +49,8 @@ def log_on_stderr() -> Iterator[None]:
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     try:
-        yield
+        with logging_redirect_tqdm([LOG]):  # lines go above a bar
+            yield
     finally:
         LOG.removeHandler(handler)
         LOG.setLevel(level)

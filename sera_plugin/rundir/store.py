@@ -8,7 +8,6 @@ only.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -17,13 +16,13 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import BaseFileLock, FileLock, Timeout
 
 from sera_plugin.rundir.checksums import add_file, explained, is_named_right, is_whole, replace_file
 from sera_plugin.rundir.ranks import Ranks
@@ -97,23 +96,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-#: Lock files that this process holds. `flock`, unlike POSIX locks, is not lost when something in
-#: the process reads the file, such as an upload of output_dir.
-_LOCKS: dict[Path, int] = {}
+#: Lock files that this process holds, until it ends.
+_LOCKS: dict[Path, BaseFileLock] = {}
+#: A killed run's helpers, such as data loading workers, end some seconds after it.
 _HELPERS_END_WITHIN = 10.0
-
-
-def _locked(handle: int) -> bool:
-    """Whether the file is locked now, or cannot be on its file system."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-            raise
-        LOG.warning("SeRA: this file system has no locks; start no second run in output_dir")
-    return True
 
 
 class RunStore:
@@ -156,23 +142,25 @@ class RunStore:
         path = self.root.absolute() / "lock"
         if not self.ranks.main or path in _LOCKS:
             return
+        lock = FileLock(path, timeout=_HELPERS_END_WITHIN, thread_local=False)
         with explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            # A killed run's helpers, such as data loading workers, end some seconds after it.
-            until = monotonic() + _HELPERS_END_WITHIN
-            while not _locked(handle):
-                if monotonic() > until:
-                    owner = os.read(handle, 200).decode("utf-8", "replace").strip()
-                    os.close(handle)
-                    raise ValueError(
-                        f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
-                        "Wait for it, end it, or set another output_dir."
-                    )
-                sleep(0.5)
-            os.truncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        _LOCKS[path] = handle
+            try:
+                lock.acquire(poll_interval=0.5)
+            except Timeout:
+                owner = path.read_text(encoding="utf-8", errors="replace").strip()
+                raise ValueError(
+                    f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
+                    "Wait for it, end it, or set another output_dir."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                    raise
+                LOG.warning(
+                    "SeRA: this file system has no locks; start no second run in output_dir"
+                )
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        _LOCKS[path] = lock
 
     def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
         """Write what the run is and what it trains on; a run has begun once run.json is there."""

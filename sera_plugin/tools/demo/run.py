@@ -13,12 +13,12 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
+import click
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from sera_plugin.config.quoting import plain
 from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
+from sera_plugin.tools.report.terminal import plain_table
 
 PAIRS = 3_000
 HELD_OUT = 1_000
@@ -37,47 +37,44 @@ def run_demo(directory: Path, config: Path) -> None:
         ValueError: if the YAML points elsewhere, or an earlier run or prepared data is in the way.
         RuntimeError: if training fails.
     """
-    console = Console()
     base, pairs = directory / "base-model", directory / "pairs.jsonl"
     run = _check(config, base, pairs)
 
-    console.print(
-        "[bold]The world[/bold]: a prompt is six letters, the best response is the letters sorted."
+    click.echo(
+        "The world: a prompt is six letters, the best response is the letters sorted."
         "\nThe true reward of any response is known (0 to 1); filler words only make it longer."
         "\nThe labels SeRA sees prefer longer responses a little, and a fifth of them is swapped."
     )
     directory.mkdir(parents=True, exist_ok=True)
-    with _step(console, f"a base model, trained on imperfect answers: {base}", done=base.exists()):
+    with _step(f"a base model, trained on imperfect answers: {base}", done=base.exists()):
         if not base.exists():
             from sera_plugin.tools.demo.base_model import train_base_model
 
             partial = directory / ".base-model.partial"
             train_base_model(partial)
             partial.rename(base)
-    with _step(console, f"pairs of its answers, labelled: {pairs}", done=pairs.exists()):
+    with _step(f"pairs of its answers, labelled: {pairs}", done=pairs.exists()):
         if not pairs.exists():
             _write_pairs(base, pairs)
     right, total = _label_accuracy(pairs)
-    console.print(
-        f"{total} pairs; of those that differ in true reward {right:.0%} are labelled right"
-    )
-    with _step(console, f"axolotl train {config}"):
+    click.echo(f"{total} pairs; of those that differ in true reward {right:.0%} are labelled right")
+    with _step(f"axolotl train {config}"):
         _train(config)
-    with _step(console, "every policy answers the held-out prompts"):
+    with _step("every policy answers the held-out prompts"):
         table = _table(base, run)
-    console.print(table)
-    console.print(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
-    console.print(f"Open {run / 'sera/report.html'} to see what it did to the data.")
+    click.echo(f"\n{table}\n")
+    click.echo(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
+    click.echo(f"Open {run / 'sera/report.html'} to see what it did to the data.")
 
 
 @contextmanager
-def _step(console: Console, what: str, done: bool = False) -> Iterator[None]:
+def _step(what: str, done: bool = False) -> Iterator[None]:
     """Say what a step does, and how long it took unless it was `done` before."""
-    console.print(f"[bold]->[/bold] {what}{' (already there)' if done else ''}")
+    click.echo(f"-> {what}{' (already there)' if done else ''}")
     start = perf_counter()
     yield
     if not done:
-        console.print(f"   took {perf_counter() - start:.0f} s")
+        click.echo(f"   took {perf_counter() - start:.0f} s")
 
 
 def _check(config: Path, base: Path, pairs: Path) -> Path:
@@ -168,7 +165,7 @@ def _train(config: Path) -> None:
         raise RuntimeError(f"`axolotl train {config}` failed; its message is above")
 
 
-def _table(base: Path, run: Path) -> Table:
+def _table(base: Path, run: Path) -> str:
     """True reward, win rate against the base model and length, policy by policy."""
     from sera_plugin.tools.demo.base_model import load_model, respond
 
@@ -181,9 +178,7 @@ def _table(base: Path, run: Path) -> Table:
 
     random = Random(3)
     prompts = [make_prompt(random) for _ in range(HELD_OUT)]
-    table = Table(title=f"{HELD_OUT} held-out prompts, one sample each at temperature 1.0")
-    for column in ("policy", "true reward", "wins against base", "words"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    rows = []
     reference: list[float] = []
     for name, directory in policies:
         model, tokenizer = load_model(directory)
@@ -192,10 +187,8 @@ def _table(base: Path, run: Path) -> Table:
         reference = reference or rewards
         wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference, strict=True))
         words = sum(len(r.split()) for r in responses) / len(responses)
-        table.add_row(
-            name,
-            f"{sum(rewards) / len(rewards):.3f}",
-            f"{wins / len(rewards):.1%}" if name != "base model" else "",
-            f"{words:.2f}",
-        )
-    return table
+        won = f"{wins / len(rewards):.1%}" if name != "base model" else ""
+        rows.append((name, f"{sum(rewards) / len(rewards):.3f}", won, f"{words:.2f}"))
+    head = ("policy", "true reward", "wins against base", "words")
+    title = f"{HELD_OUT} held-out prompts, one sample each at temperature 1.0"
+    return f"{title}\n\n{plain_table(head, rows)}"
