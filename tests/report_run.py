@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 
 from sera_plugin.algorithm.alarms import judge, records
 from sera_plugin.algorithm.algorithm import prepare_iteration
-from sera_plugin.algorithm.method import Facts, Method, Pairs, Phases
+from sera_plugin.algorithm.annotations import Annotations
+from sera_plugin.algorithm.method import Method, Pairs, Phases
 from sera_plugin.algorithm.offline import held_out_table
 from sera_plugin.algorithm.protocols import Candidate, Chunk, Labeler, SamplingSettings
 from sera_plugin.algorithm.schedule import Schedule
@@ -80,14 +81,16 @@ def make_run(
     held_out: int = 4,
     logps: Mapping[int, Sequence[Sequence[float]]] | None = None,
     config: Mapping[str, Any] | None = None,
-    facts: Facts | None = None,
+    annotations: Annotations | None = None,
     labeler: Labeler | None = None,
 ) -> RunStore:
     """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
     store = RunStore(output_dir)
     data, test = (_pairs(number) for number in (pairs, held_out))
-    method = Method(block, loss == "simpo", per_token, pairs, iterations, 7, facts or Facts())
+    method = Method(
+        block, loss == "simpo", per_token, pairs, iterations, 7, annotations or Annotations()
+    )
     schedule = Schedule(method.sizes, 4, 1)
     resolved = {
         "base_model": "org/none-such",

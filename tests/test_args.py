@@ -9,7 +9,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from sera_plugin.config.sera import DEFAULT_BETA, SeraArgs, SeraConfig
+from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS
+from sera_plugin.config.sera import SeraArgs, SeraConfig
 
 
 def test_defaults_are_the_papers():
@@ -73,9 +74,13 @@ def test_reading_the_configuration_loads_no_heavy_library():
     assert result.stdout.decode().strip() == "[]"
 
 
-def test_default_betas_are_the_papers_and_cover_every_loss():
-    assert (DEFAULT_BETA["dpo"], DEFAULT_BETA["slic"], DEFAULT_BETA["ipo"]) == (0.2, 0.2, 1.0)
-    assert set(DEFAULT_BETA) == set(SeraConfig.model_json_schema()["properties"]["loss"]["enum"])
+def test_default_betas_are_the_papers():
+    assert (LOSSES["dpo"].beta, LOSSES["slic"].beta, LOSSES["ipo"].beta) == (0.2, 0.2, 1.0)
+
+
+@pytest.mark.parametrize("kinds", [LOSSES, SELECTIONS, LABELERS])
+def test_every_kind_has_an_implementation(kinds):
+    assert all(callable(kind.load()) for kind in kinds.values())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -74,11 +74,6 @@ def test_gradients_push_chosen_up_and_rejected_down(kind):
     assert (rejected.grad > 0).all()
 
 
-def test_an_unknown_loss_is_an_error():
-    with pytest.raises(ValueError, match="unknown loss 'kto'"):
-        PreferenceLoss("kto", BETA)(CHOSEN, REJECTED)
-
-
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [

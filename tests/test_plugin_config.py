@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sera_plugin import SeraPlugin
-from sera_plugin.config.sera import DEFAULT_BETA
+from sera_plugin.config.kinds import LOSSES
 
 TRAINER = "sera_plugin.host.trainer.SeraTrainer"
 
@@ -78,17 +78,17 @@ def test_epochs_are_three_unless_set() -> None:
     assert register(num_epochs=1.0)["num_epochs"] == 1
 
 
-@pytest.mark.parametrize("loss", sorted(DEFAULT_BETA))
+@pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_beta_is_the_losss_own_unless_set(loss: str) -> None:
     keys: dict[str, Any] = {"sera": {"loss": loss}}
     if loss == "robust":
         keys["dpo_label_smoothing"] = 0.1
-    assert register(**keys)["rl_beta"] == DEFAULT_BETA[loss]
+    assert register(**keys)["rl_beta"] == LOSSES[loss].beta
     assert register(**keys, rl_beta=0.37)["rl_beta"] == 0.37
     kept = register(**keys, trl={"beta": 0.41})
     assert kept["trl"] == {"beta": 0.41}
     assert kept.get("rl_beta") is None
-    assert register(**keys, trl={})["rl_beta"] == DEFAULT_BETA[loss]
+    assert register(**keys, trl={})["rl_beta"] == LOSSES[loss].beta
 
 
 @pytest.mark.parametrize("keys", [{"fsdp_version": 2}, {"fsdp_config": {"fsdp_version": "2"}}])

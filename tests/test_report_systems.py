@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sera_plugin.algorithm.method import Facts
+from sera_plugin.algorithm.annotations import Annotations
 from sera_plugin.labeling.ranker import Ranker
 from sera_plugin.labeling.spin import Spin
 from sera_plugin.rundir.store import RunStore
@@ -51,7 +51,7 @@ def test_every_system_has_a_report(tmp_path, block):
 
 def test_swapped_labels_are_counted_and_marked(tmp_path):
     swapped = np.arange(12) % 4 == 0
-    store = make_run(tmp_path, facts=Facts(swapped=swapped))
+    store = make_run(tmp_path, annotations=Annotations(swapped=swapped))
     run = read_run(store)
     last = figures(run)["iterations"][-1]
     kept = run.iterations[-1].selected
@@ -63,8 +63,8 @@ def test_swapped_labels_are_counted_and_marked(tmp_path):
     assert "of the 3 labels swapped on purpose" in page
     assert "swapped on purpose</" in page
     block = {"selection": "curriculum", "selection_ratio": 1.0, "score_columns": ["gap"]}
-    asked = Facts(np.arange(12.0), np.arange(12) // 4, swapped)
-    by_turns = read_run(make_run(tmp_path / "turns", sera=block, facts=asked))
+    asked = Annotations(np.arange(12.0), np.arange(12) // 4, swapped)
+    by_turns = read_run(make_run(tmp_path / "turns", sera=block, annotations=asked))
     assert all("label_noise" not in one for one in figures(by_turns)["iterations"])
     texts = texts_of(run)
     assert "label: swapped on purpose" in show_pair(describe_pair(run, 4, texts), texts)
@@ -78,7 +78,7 @@ def test_swapped_labels_are_counted_and_marked(tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_an_export_says_which_labels_were_swapped_on_purpose(tmp_path, suffix):
     swapped = np.arange(12) % 4 == 0
-    make_run(tmp_path, facts=Facts(swapped=swapped))
+    make_run(tmp_path, annotations=Annotations(swapped=swapped))
     run = read_run(RunStore(tmp_path))
     path = tmp_path / f"kept.{suffix}"
     export(run, texts_of(run), path, "kept", 1)
@@ -146,10 +146,12 @@ def test_a_judges_rewards_are_not_taken_for_nats(tmp_path):
 
 def test_a_curriculums_first_choice_is_shown(tmp_path):
     """Three prompts of four pairs each: iteration t has each prompt's t-th."""
-    facts = Facts(score_gap=np.arange(12.0), prompts=np.arange(12) // 4)
+    annotations = Annotations(score_gap=np.arange(12.0), prompts=np.arange(12) // 4)
     block = {"selection": "curriculum", "selection_ratio": 1, "bootstrap_ratio": 0}
     scores = {"gap": list(range(12))}
-    store = make_run(tmp_path, sera={**block, "score_columns": ["gap"]}, facts=facts, scores=scores)
+    store = make_run(
+        tmp_path, sera={**block, "score_columns": ["gap"]}, annotations=annotations, scores=scores
+    )
     found = figures(read_run(store))["iterations"]
     assert [(one["kept"], one["dropped"]) for one in found] == [(3, 9)] * 3
     page = page_of(store)

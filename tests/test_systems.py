@@ -16,13 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.algorithm.dataset_scores import offline_facts, score_gap
-from sera_plugin.algorithm.label_noise import swap, swapped_rows
+from sera_plugin.algorithm.annotations import Annotations, annotate, score_gap, swap, swapped_rows
 from sera_plugin.algorithm.length_control import equalizing_alpha, regressed_alpha
-from sera_plugin.algorithm.method import Facts, Method, Pairs
+from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.pairing import pair_candidates
-from sera_plugin.algorithm.protocols import FIRST_ITERATION, FloatArray, Ranked
-from sera_plugin.algorithm.selection import SELECTIONS
+from sera_plugin.algorithm.protocols import FloatArray, Ranked
 from sera_plugin.algorithm.summary import noise_found
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import require_same_run
@@ -36,7 +34,7 @@ from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firs
 class System(Run):
     """One system on the three pairs."""
 
-    facts: Facts = dataclasses.field(default_factory=Facts)
+    annotations: Annotations = dataclasses.field(default_factory=Annotations)
     iterations: int = 3
 
     @property
@@ -48,13 +46,15 @@ class System(Run):
             total=3,
             iterations=self.iterations,
             seed=7,
-            facts=self.facts,
+            annotations=self.annotations,
         )
 
 
-def system(directory: Path, facts: Facts | None = None, **block: Any) -> System:
+def system(directory: Path, annotations: Annotations | None = None, **block: Any) -> System:
     defaults = {"selection_ratio": 0.67, "bootstrap_ratio": 0.0, "candidates": 2}
-    return System(directory, SeraConfig(**{**defaults, **block}), facts=facts or Facts())
+    return System(
+        directory, SeraConfig(**{**defaults, **block}), annotations=annotations or Annotations()
+    )
 
 
 # ------------------------------------------------------------------ which offline pairs
@@ -62,12 +62,6 @@ def system(directory: Path, facts: Facts | None = None, **block: Any) -> System:
 
 def kept_rows(run: System, iteration: int) -> list[int]:
     return np.flatnonzero(run.offline(iteration)["selected"]).tolist()
-
-
-def test_every_selection_and_labeler_has_a_name_in_the_configuration():
-    fields = SeraConfig.model_fields
-    assert set(SELECTIONS) == set(fields["selection"].annotation.__args__)
-    assert set(FIRST_ITERATION) == set(fields["labeler"].annotation.__args__)
 
 
 def test_reference_logp_keeps_what_the_reference_prefers(tmp_path):
@@ -94,7 +88,7 @@ def test_reference_logp_is_per_token_where_the_loss_is(tmp_path):
 def test_score_keeps_the_widest_gaps(tmp_path):
     run = system(
         tmp_path,
-        Facts(score_gap=np.array([0.5, 4.0, 1.0])),
+        Annotations(score_gap=np.array([0.5, 4.0, 1.0])),
         selection="score",
         score_columns=["score_chosen", "score_rejected"],
     )
@@ -135,8 +129,10 @@ def test_all_is_iterative_dpo(tmp_path):
 
 def test_curriculum_trains_on_each_prompts_next_easiest_pair(tmp_path):
     """Rows 0 and 2 have the same prompt; row 2's gap is wider, so it comes first."""
-    facts = Facts(score_gap=np.array([1.0, 3.0, 2.0]), prompts=np.array([0, 1, 0]))
-    run = system(tmp_path, facts, selection="curriculum", score_columns=["gap"], selection_ratio=1)
+    annotations = Annotations(score_gap=np.array([1.0, 3.0, 2.0]), prompts=np.array([0, 1, 0]))
+    run = system(
+        tmp_path, annotations, selection="curriculum", score_columns=["gap"], selection_ratio=1
+    )
     with pytest.raises(ValueError, match="none has more than 2"):
         _ = run.method.sizes
     run.iterations = 2
@@ -347,8 +343,8 @@ def test_noise_swaps_the_share_that_is_asked_for_and_what_belongs_to_an_answer()
 def test_noise_is_recorded_per_row_and_counted(tmp_path):
     from sera_plugin.algorithm.summary import summarize
 
-    facts = Facts(swapped=np.array([False, True, False]))
-    run = system(tmp_path, facts, label_noise=0.33)
+    annotations = Annotations(swapped=np.array([False, True, False]))
+    run = system(tmp_path, annotations, label_noise=0.33)
     run.prepare(1)
     run.prepare(2)
     assert run.offline(1)["swapped"] == run.offline(2)["swapped"] == [False, True, False]
@@ -365,7 +361,7 @@ def test_a_curriculum_drops_no_pair_for_its_label(tmp_path):
     swapped = np.array([False, True, False])
     run = system(
         tmp_path,
-        Facts(np.array([3.0, 1.0, 2.0]), np.array([0, 0, 1]), swapped),
+        Annotations(np.array([3.0, 1.0, 2.0]), np.array([0, 0, 1]), swapped),
         selection="curriculum",
         selection_ratio=1.0,
         score_columns=["gap"],
@@ -411,11 +407,11 @@ def test_prompts_are_numbered_for_a_curriculum():
     ids = {"prompt_ids": [[1], [2], [1]], "chosen_ids": [[3]] * 3, "rejected_ids": [[4]] * 3}
     pairs = Pairs.from_table(make_table(ids))
     config = SeraConfig(selection="curriculum", score_columns=["gap"], bootstrap_ratio=0)
-    facts = offline_facts(config, pairs, {"gap": [1, 2, 3]}, None)
-    assert facts.prompts is not None
-    first, second, third = facts.prompts
+    annotations = annotate(config, pairs.prompt_ids, {"gap": [1, 2, 3]}, None)
+    assert annotations.prompts is not None
+    first, second, third = annotations.prompts
     assert first == third != second
-    assert facts.score_gap.tolist() == [1, 2, 3]
+    assert annotations.score_gap.tolist() == [1, 2, 3]
 
 
 def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monkeypatch):
@@ -489,12 +485,12 @@ def test_a_block_that_was_written_out_is_read_again():
     assert SeraConfig(**config.model_dump(mode="json")) == config
 
 
-def described(facts: Facts | None = None, **block: Any) -> dict[str, Any]:
+def described(annotations: Annotations | None = None, **block: Any) -> dict[str, Any]:
     from sera_plugin.algorithm.schedule import Schedule
     from sera_plugin.host.run import describe_run
 
     config = SeraConfig(**{"bootstrap_ratio": 0, **block})
-    method = Method(config, False, False, total=1, facts=facts or Facts())
+    method = Method(config, False, False, total=1, annotations=annotations or Annotations())
     ids = make_table({f"{name}_ids": [[1]] for name in ("prompt", "chosen", "rejected")})
     cfg = {"sera": config.model_dump(mode="json")}
     pairs, schedule = Pairs.from_table(ids), Schedule((1,), 1, 1)
@@ -503,7 +499,9 @@ def described(facts: Facts | None = None, **block: Any) -> dict[str, Any]:
 
 def test_a_run_is_continued_with_the_scores_that_it_selects_by():
     by_score = {"selection": "score", "score_columns": ["gap"]}
-    one, other = (described(Facts(score_gap=np.array([gap])), **by_score) for gap in (1.0, 2.0))
+    one, other = (
+        described(Annotations(score_gap=np.array([gap])), **by_score) for gap in (1.0, 2.0)
+    )
     require_same_run(one, one, Path("run"))
     with pytest.raises(ValueError, match="the scores that select"):
         require_same_run(one, other, Path("run"))

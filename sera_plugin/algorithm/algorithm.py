@@ -161,7 +161,7 @@ def _label(
     token_ids = TokenColumn(samples["token_ids"])
     rows = samples["row"].to_numpy()
     prompts = pairs.prompt_ids.take(rows)
-    ranking = [iteration - back for back in range(1, labeler.policies(iteration) + 1)]
+    ranking = method.ranking_policies(iteration)
     reference = method.reference(iteration)
     sampled = np.flatnonzero(pc.not_equal(samples["finish_reason"], DATASET).to_numpy())
 

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sera_plugin.algorithm.protocols import first_iteration
+from sera_plugin.algorithm.annotations import Annotations
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.algorithm.selection import SELECTIONS, Question, Selection
+from sera_plugin.algorithm.selection import Selection
+from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.tokens import TokenColumn
 
@@ -39,21 +40,6 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of the offline pairs beside their tokens, where it is asked for; (N,) each.
-
-    Attributes:
-        score_gap: the dataset's score of chosen less that of rejected.
-        prompts: numbers, equal where the prompts are.
-        swapped: which rows had their answers swapped on purpose.
-    """
-
-    score_gap: FloatArray | None = None
-    prompts: npt.NDArray[np.int32] | None = None
-    swapped: npt.NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True)
 class Method:
     """The method's constants, fixed for the run.
 
@@ -64,7 +50,7 @@ class Method:
         total: N, the number of offline pairs.
         iterations: T.
         seed: the run's.
-        facts: what else is known of the pairs.
+        annotations: what the dataset says of its pairs beside their texts.
     """
 
     config: SeraConfig
@@ -73,7 +59,7 @@ class Method:
     total: int
     iterations: int = 1
     seed: int = 0
-    facts: Facts = Facts()
+    annotations: Annotations = field(default_factory=Annotations)
 
     @property
     def unit(self) -> str:
@@ -88,22 +74,18 @@ class Method:
     @property
     def first(self) -> int:
         """The iteration from which pairs are selected and sampled."""
-        return first_iteration(self.config.selection_ratio, self.config.labeler)
+        return self.config.first_iteration
 
     @cached_property
     def selection(self) -> Selection:
         """Which offline pairs an iteration trains on."""
-        return SELECTIONS[self.config.selection](
-            Question(
-                total=self.total,
-                kept=round(self.config.selection_ratio * self.total),
-                first=self.first,
-                iterations=self.iterations,
-                seed=self.seed,
-                score_gap=self.facts.score_gap,
-                prompts=self.facts.prompts,
-            )
-        )
+        found: Selection = SELECTIONS[self.config.selection].load()(self)
+        return found
+
+    @property
+    def kept_by_ratio(self) -> int:
+        """k = round(selection_ratio N)."""
+        return round(self.config.selection_ratio * self.total)
 
     def kept(self, iteration: int) -> int:
         """How many offline pairs iteration t keeps: N, then k = round(selection_ratio N)."""
@@ -126,12 +108,16 @@ class Method:
         """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward, t >= 2 (Eq. 7)."""
         return reward_weights(iteration, self.config.gamma, self.reference_free)
 
+    def ranking_policies(self, iteration: int) -> tuple[int, ...]:
+        """The policies whose log-probabilities iteration t's candidates keep, theta_{t-1} first."""
+        implicit = LABELERS[self.config.labeler].implicit
+        count = len(self.weights(iteration)) if implicit else 1
+        return tuple(range(iteration - 1, iteration - 1 - count, -1))
+
     def candidates_under(self, iteration: int) -> tuple[int, ...]:
         """The policies that iteration t's candidates are scored under, theta_{t-1} first."""
-        implicit = self.config.labeler == "implicit"
-        ranking = len(self.weights(iteration)) if implicit else 1
-        policies = [iteration - back for back in range(1, ranking + 1)]
-        return tuple(dict.fromkeys([*policies, self.reference(iteration)]))
+        ranking = self.ranking_policies(iteration)
+        return tuple(dict.fromkeys([*ranking, self.reference(iteration)]))
 
     def oldest_policy(self, iteration: int) -> int:
         """The oldest policy that iteration t's phases may score under."""

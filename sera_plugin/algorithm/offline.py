@@ -82,8 +82,8 @@ def offline_table(
             columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
     with phases.timed("select"):
         columns |= _selection(iteration, method, columns)
-    if method.facts.swapped is not None:
-        columns["swapped"] = method.facts.swapped
+    if method.annotations.swapped is not None:
+        columns["swapped"] = method.annotations.swapped
     table = make_table(columns)
     store.write(iteration, "offline", table)
     return table

@@ -7,7 +7,7 @@ with the worst is the same for all of them (`algorithm.pairing`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -104,25 +104,6 @@ class CandidateSampler(Protocol):
 #: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
 DATASET = "dataset"
 
-#: The iteration from which each can rank: an implicit reward compares two policies, and the first
-#: iteration has one.
-FIRST_ITERATION: Mapping[str, int] = {
-    "implicit": 2,
-    "reward_model": 1,
-    "judge": 1,
-    "self_judge": 1,
-    "spin": 1,
-}
-
-
-def first_iteration(selection_ratio: float, labeler: str) -> int:
-    """The iteration from which a run selects and samples: 2, as in the paper.
-
-    1 where no offline pairs are asked for (`selection_ratio: 0`) and whoever ranks the samples
-    needs no earlier policy: the run is then on samples from its first step (SPIN, OAIF).
-    """
-    return 2 if selection_ratio else FIRST_ITERATION[labeler]
-
 
 @dataclass(frozen=True)
 class Ranked:
@@ -149,10 +130,6 @@ class Labeler(Protocol):
 
     #: What it has to tell, for summary.json: `name` as in `sera.labeler`, calls, failures.
     report: dict[str, Any]
-
-    def policies(self, iteration: int) -> int:
-        """How many policies' log-probabilities it needs: theta_{t-1} and so many before, >= 1."""
-        ...
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
         """Add candidates that are not sampled: the dataset's chosen answers, marked `DATASET`.

@@ -1,15 +1,19 @@
 """Which offline pairs an iteration trains on: a ranking, and how many of its first are kept.
 
-`irm` is the paper's; each of the others is a system that it is compared with.
+`ImplicitRewardMargin` is the paper's; each of the others is a system that it is compared with.
+`config.kinds.SELECTIONS` names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from sera_plugin.algorithm.method import Method
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -60,114 +64,105 @@ class Offline:
     reference_gap: FloatArray
 
 
-@dataclass(frozen=True)
 class Selection:
     """How the offline pairs of an iteration are chosen.
 
-    Attributes:
-        priority: gives every pair a number; the largest are kept, equal ones in row order.
-        count: how many iteration t keeps.
+    Args:
+        method: the run's constants.
+
+    Raises:
+        ValueError: if the dataset cannot be ranked in this way.
     """
 
-    priority: Callable[[Offline], FloatArray]
-    count: Callable[[int], int]
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def count(self, iteration: int) -> int:
+        """How many iteration t keeps: N before selection begins, k from then on."""
+        method = self.method
+        return method.total if iteration < method.first else method.kept_by_ratio
+
+    def priority(self, pairs: Offline) -> FloatArray:
+        """(N,) numbers; the pairs with the largest are kept, equal ones in row order."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a selection is made from, before the run begins.
-
-    Attributes:
-        total: N.
-        kept: k, how many the ratio asks for.
-        first: the iteration from which pairs are selected; before it all are kept.
-        iterations: T.
-        seed: the run's.
-        score_gap: (N,) the dataset's score of chosen less that of rejected, where it is asked for.
-        prompts: (N,) numbers, equal where the prompts are, where they are asked for.
-    """
-
-    total: int
-    kept: int
-    first: int = 2
-    iterations: int = 1
-    seed: int = 0
-    score_gap: FloatArray | None = None
-    prompts: npt.NDArray[np.integer] | None = None
-
-    def by_ratio(self, iteration: int) -> int:
-        """N before selection begins, k from then on."""
-        return self.total if iteration < self.first else self.kept
-
-
-def _irm(asked: Question) -> Selection:
+class ImplicitRewardMargin(Selection):
     """Implicit reward margins: SeRA, Algorithm 1, line 5."""
 
-    def margin(pairs: Offline) -> FloatArray:
-        return np.zeros(asked.total) if pairs.margin is None else pairs.margin
+    def priority(self, pairs: Offline) -> FloatArray:
+        """See `Selection.priority`."""
+        return np.zeros(self.method.total) if pairs.margin is None else pairs.margin
 
-    return Selection(margin, asked.by_ratio)
 
-
-def _reference_logp(asked: Question) -> Selection:
+class ReferenceLogp(Selection):
     """The reference's own log-probabilities (Pattnaik et al. 2024)."""
-    return Selection(lambda pairs: pairs.reference_gap, asked.by_ratio)
+
+    def priority(self, pairs: Offline) -> FloatArray:
+        """See `Selection.priority`."""
+        return pairs.reference_gap
 
 
-def _score(asked: Question) -> Selection:
+class Score(Selection):
     """The gap of the dataset's scores: with GPT-4's, the paper's GPT-4 selection."""
-    gap = asked.score_gap
-    assert gap is not None
-    return Selection(lambda pairs: gap, asked.by_ratio)
+
+    def priority(self, pairs: Offline) -> FloatArray:
+        """See `Selection.priority`."""
+        gap = self.method.annotations.score_gap
+        assert gap is not None
+        return gap
 
 
-def _random(asked: Question) -> Selection:
+class Random(Selection):
     """Any pairs, other ones each iteration; the same for the same seed."""
 
-    def draw(pairs: Offline) -> FloatArray:
-        return np.random.default_rng((asked.seed, pairs.iteration)).random(asked.total)
+    def priority(self, pairs: Offline) -> FloatArray:
+        """See `Selection.priority`."""
+        generator = np.random.default_rng((self.method.seed, pairs.iteration))
+        return generator.random(self.method.total)
 
-    return Selection(draw, asked.by_ratio)
 
-
-def _all(asked: Question) -> Selection:
+class All(Selection):
     """Every pair, every iteration: iterative DPO."""
-    return Selection(lambda pairs: np.zeros(asked.total), lambda iteration: asked.total)
+
+    def count(self, iteration: int) -> int:
+        """See `Selection.count`."""
+        return self.method.total
+
+    def priority(self, pairs: Offline) -> FloatArray:
+        """See `Selection.priority`."""
+        return np.zeros(self.method.total)
 
 
-def _curriculum(asked: Question) -> Selection:
+class Curriculum(Selection):
     """Iteration t trains on each prompt's t-th easiest pair (Curri-DPO, Pattnaik et al. 2024).
 
     Easiest is where the scores of chosen and rejected are furthest apart.
     """
-    gap, prompts = asked.score_gap, asked.prompts
-    assert gap is not None
-    assert prompts is not None
-    order = np.lexsort((-gap, prompts))
-    begins = np.flatnonzero(np.diff(prompts[order], prepend=-1))
-    sizes = np.diff([*begins, asked.total])
-    turn = np.empty(asked.total, dtype=np.int64)
-    turn[order] = np.arange(asked.total) - np.repeat(begins, sizes) + 1
-    if asked.iterations > turn.max():
-        raise ValueError(
-            f"num_epochs: {asked.iterations} with sera.selection: curriculum needs a prompt with "
-            f"that many pairs, but none has more than {turn.max()}. Set num_epochs to "
-            f"{turn.max()}, or give a row for every pair of a prompt's answers."
-        )
-    return Selection(
-        lambda pairs: (turn == pairs.iteration).astype(np.float64),
-        lambda iteration: int((turn == iteration).sum()),
-    )
 
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        gap, prompts = method.annotations.score_gap, method.annotations.prompts
+        assert gap is not None
+        assert prompts is not None
+        order = np.lexsort((-gap, prompts))
+        begins = np.flatnonzero(np.diff(prompts[order], prepend=-1))
+        sizes = np.diff([*begins, method.total])
+        turn = np.empty(method.total, dtype=np.int64)
+        turn[order] = np.arange(method.total) - np.repeat(begins, sizes) + 1
+        if method.iterations > turn.max():
+            raise ValueError(
+                f"num_epochs: {method.iterations} with sera.selection: "
+                f"{method.config.selection} needs a prompt with that many pairs, but none has more "
+                f"than {turn.max()}. Set num_epochs to {turn.max()}, or give a row for every pair "
+                "of a prompt's answers."
+            )
+        self._turn = turn
 
-#: `sera.selection` by name.
-SELECTIONS: Mapping[str, Callable[[Question], Selection]] = {
-    "irm": _irm,
-    "reference_logp": _reference_logp,
-    "score": _score,
-    "random": _random,
-    "all": _all,
-    "curriculum": _curriculum,
-}
-#: Those that read the dataset's scores.
-BY_SCORE = frozenset({"score", "curriculum"})
+    def count(self, iteration: int) -> int:
+        """See `Selection.count`."""
+        return int((self._turn == iteration).sum())
+
+    def priority(self, pairs: Offline) -> FloatArray:
+        """See `Selection.priority`."""
+        return (self._turn == pairs.iteration).astype(np.float64)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from sera_plugin.algorithm.algorithm import candidate_places
 from sera_plugin.algorithm.method import Method, Phases
 from sera_plugin.algorithm.protocols import DATASET
+from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tokens import TokenColumn
 
@@ -114,7 +115,7 @@ def noise_found(
         apart: where all are kept or none, and under a curriculum, where a pair that is not kept
         has had its turn or is to have it.
     """
-    if swapped is None or selection == "curriculum" or kept.all() or not kept.any():
+    if swapped is None or not SELECTIONS[selection].rejects or kept.all() or not kept.any():
         return None
     found, all_swapped = int((swapped & ~kept).sum()), int(swapped.sum())
     return {
@@ -180,7 +181,7 @@ def _add_bootstrapping(
     margins = summary.setdefault("margins", {})
     margins["bootstrapped"] = quantiles(selected["margin"].to_numpy())
     summary["lengths"]["sampled"] = float(lengths[sampled].mean())
-    if method.config.labeler == "implicit":
+    if LABELERS[method.config.labeler].implicit:
         spread = np.ptp(candidates["reward"].to_numpy().reshape(-1, count), axis=1)
         if not method.per_token:
             spread = spread / lengths.reshape(-1, count).mean(axis=1)

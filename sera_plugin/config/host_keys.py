@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sera_plugin.config.sera import DEFAULT_BETA
+from sera_plugin.config.kinds import LOSSES
 
 #: (keys, separated by commas; what SeRA does with them, in Markdown).
 HOST_KEYS: tuple[tuple[str, str], ...] = (
@@ -10,7 +10,7 @@ HOST_KEYS: tuple[tuple[str, str], ...] = (
     (
         "rl_beta, trl.beta",
         "beta of the loss. Unless set, the paper's: "
-        + ", ".join(f"{beta:g} for {loss}" for loss, beta in DEFAULT_BETA.items())
+        + ", ".join(f"{kind.beta:g} for {name}" for name, kind in LOSSES.items())
         + " (SimPO, KTO-Pair and ORPO: those of their own papers).",
     ),
     (

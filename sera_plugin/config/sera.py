@@ -9,34 +9,27 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
 from sera_plugin.config.quoting import quoted
-
-#: The paper's beta (appendix on hyper-parameters), used when the YAML sets neither `rl_beta` nor
-#: `trl.beta`. What is not tuned there has the starting point of its own paper.
-DEFAULT_BETA = {
-    "dpo": 0.2,
-    "ipo": 1.0,
-    "slic": 0.2,
-    "robust": 0.2,
-    "simpo": 2.0,
-    # Of the KTO and the ORPO papers.
-    "kto_pair": 0.1,
-    "orpo": 0.1,
-}
 
 #: Loss types of the host's DPO trainer whose reward is averaged over the completion's tokens.
 PER_TOKEN_HOST_LOSSES = frozenset({"ipo", "sigmoid_norm"})
 
-#: Losses whose reward is log pi alone, per token (paper Eq. 17).
-REFERENCE_FREE = frozenset({"simpo", "orpo"})
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
-#: Values of `selection` that do not read `selection_ratio`.
-_WITHOUT_RATIO = ("all", "curriculum")
+    LossName: TypeAlias = str
+    SelectionName: TypeAlias = str
+    LabelerName: TypeAlias = str
+else:
+    LossName = Literal[tuple(LOSSES)]
+    SelectionName = Literal[tuple(SELECTIONS)]
+    LabelerName = Literal[tuple(LABELERS)]
 
 
 class SeraConfig(BaseModel):
@@ -60,7 +53,7 @@ class SeraConfig(BaseModel):
         "iteration 2 on, relative to N. May exceed 1 (the paper's best-SeRA uses 2.0): a prompt "
         "gives up to candidates // 2 disjoint pairs. 0 turns sampling off.",
     )
-    selection: Literal["irm", "reference_logp", "score", "random", "all", "curriculum"] = Field(
+    selection: SelectionName = Field(
         "irm",
         description="What offline pairs are ranked by. `irm` is SeRA's implicit reward margin, "
         "`reference_logp` how much likelier theta_{t-1} makes chosen than rejected, `score` the "
@@ -68,7 +61,7 @@ class SeraConfig(BaseModel):
         "keeps every pair, and `curriculum` trains iteration t on each prompt's t-th easiest pair "
         "by score; neither reads `selection_ratio`. See systems.md.",
     )
-    labeler: Literal["implicit", "reward_model", "judge", "self_judge", "spin"] = Field(
+    labeler: LabelerName = Field(
         "implicit",
         description="Who ranks a prompt's samples. `implicit` is SeRA's implicit reward, "
         "`reward_model` the model that `reward_model` names, `judge` the endpoint under `judge`, "
@@ -118,7 +111,7 @@ class SeraConfig(BaseModel):
         description="Reward ensemble (Eq. 7): the weight of the previous iteration's implicit "
         "reward, from iteration 3 on. 0 turns the ensemble off.",
     )
-    loss: Literal["dpo", "ipo", "slic", "robust", "simpo", "kto_pair", "orpo"] = Field(
+    loss: LossName = Field(
         "dpo",
         description="The direct alignment loss. `dpo` with `dpo_label_smoothing` is cDPO; "
         "`robust` (rDPO) needs `dpo_label_smoothing`; `simpo` reads `simpo_gamma` and "
@@ -188,6 +181,19 @@ class SeraConfig(BaseModel):
     )
 
     @property
+    def per_token(self) -> bool:
+        """Whether `loss` averages its reward over the completion's tokens."""
+        by_reduction = self.ipo_reduction == "mean"
+        return {"always": True, "by_reduction": by_reduction, "never": False}[
+            LOSSES[self.loss].per_token
+        ]
+
+    @property
+    def first_iteration(self) -> int:
+        """The iteration from which pairs are selected and sampled."""
+        return LABELERS[self.labeler].first_iteration(self.selection_ratio)
+
+    @property
     def pairs_per_prompt(self) -> int:
         """Pairs a prompt must be able to give so that bootstrap_ratio x N pairs can exist."""
         return max(1, math.ceil(self.bootstrap_ratio))
@@ -220,7 +226,7 @@ class SeraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _enough_candidates(self) -> SeraConfig:
-        if self.bootstrap_ratio == 0 or self.labeler == "spin":
+        if self.bootstrap_ratio == 0 or LABELERS[self.labeler].adds_dataset_answer:
             return self
         if self.pairs_per_prompt > self.candidates // 2:
             most = self.candidates // 2
@@ -233,24 +239,27 @@ class SeraConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _spin_gives_one_pair(self) -> SeraConfig:
-        if self.labeler == "spin" and self.bootstrap_ratio > 1:
+    def _dataset_answer_gives_one_pair(self) -> SeraConfig:
+        if LABELERS[self.labeler].adds_dataset_answer and self.bootstrap_ratio > 1:
             raise ValueError(
                 f"bootstrap_ratio: {self.bootstrap_ratio} asks for more than one pair a prompt, "
-                "but labeler: spin has one chosen answer for each. Set bootstrap_ratio to 1."
+                f"but labeler: {self.labeler} has one chosen answer for each. Set bootstrap_ratio "
+                "to 1."
             )
         return self
 
     @model_validator(mode="before")
     @classmethod
     def _whole_without_a_ratio(cls, block: Any) -> Any:
-        if isinstance(block, dict) and block.get("selection") in _WITHOUT_RATIO:
-            return {"selection_ratio": 1.0, **block}
+        if isinstance(block, dict):
+            kind = SELECTIONS.get(str(block.get("selection")))
+            if kind is not None and not kind.reads_ratio:
+                return {"selection_ratio": 1.0, **block}
         return block
 
     @model_validator(mode="after")
     def _selection_reads_the_ratio(self) -> SeraConfig:
-        if self.selection in _WITHOUT_RATIO and self.selection_ratio != 1:
+        if not SELECTIONS[self.selection].reads_ratio and self.selection_ratio != 1:
             raise ValueError(
                 f"selection_ratio: {self.selection_ratio} has no effect with selection: "
                 f"{self.selection}. Remove selection_ratio, or set selection to irm."
@@ -259,7 +268,7 @@ class SeraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _selection_has_scores(self) -> SeraConfig:
-        if self.selection in ("score", "curriculum") and not self.score_columns:
+        if SELECTIONS[self.selection].reads_scores and not self.score_columns:
             raise ValueError(
                 f"selection: {self.selection} ranks by a score of the dataset's, and none is "
                 "named. Add for example score_columns: [score_chosen, score_rejected]."
@@ -268,14 +277,16 @@ class SeraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _labeler_has_something_to_rank(self) -> SeraConfig:
-        if self.labeler != "implicit" and self.bootstrap_ratio == 0:
+        if not LABELERS[self.labeler].implicit and self.bootstrap_ratio == 0:
             raise ValueError(
                 f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
                 "bootstrap_ratio, for example to 0.3, or remove labeler."
             )
-        for name, example in (("reward_model", "./my-model"), ("judge", "{base_url: ...}")):
-            if (self.labeler == name) != (getattr(self, name) is not None):
-                is_set = "set" if self.labeler != name else "unset"
+        settings = {kind.setting for kind in LABELERS.values() if kind.setting is not None}
+        for name, example in sorted(settings):
+            needed = (name, example) == LABELERS[self.labeler].setting
+            if needed != (getattr(self, name) is not None):
+                is_set = "unset" if needed else "set"
                 raise ValueError(
                     f"labeler: {self.labeler} with {name} {is_set} do not go together. Set both "
                     f"(labeler: {name}, {name}: {example}), or neither."
@@ -284,13 +295,13 @@ class SeraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _length_has_a_reward_to_control(self) -> SeraConfig:
-        if self.length_control != "none" and self.labeler == "spin":
+        if self.length_control != "none" and not LABELERS[self.labeler].gives_rewards:
             raise ValueError(
-                f"length_control: {self.length_control} with labeler: spin would put samples "
-                "before the dataset's answers, because there are no rewards to take it off. Remove "
-                "length_control, or set another labeler."
+                f"length_control: {self.length_control} with labeler: {self.labeler} would put "
+                "samples before the dataset's answers, because there are no rewards to take it "
+                "off. Remove length_control, or set another labeler."
             )
-        if self.offline_length_control != "none" and self.selection != "irm":
+        if self.offline_length_control != "none" and not SELECTIONS[self.selection].by_margin:
             raise ValueError(
                 f"offline_length_control: {self.offline_length_control} has no effect with "
                 f"selection: {self.selection}, which ranks by no reward. Remove it, or set "
@@ -300,7 +311,7 @@ class SeraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _loss_has_a_reference(self) -> SeraConfig:
-        if self.reference == "initial" and self.loss in REFERENCE_FREE:
+        if self.reference == "initial" and is_reference_free(self.loss):
             raise ValueError(
                 f"reference: initial has no effect with loss: {self.loss}, which has no reference. "
                 "Remove reference."
@@ -343,7 +354,7 @@ class SeraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _ipo_reduction_needs_ipo(self) -> SeraConfig:
-        if self.ipo_reduction == "sum" and self.loss != "ipo":
+        if self.ipo_reduction == "sum" and LOSSES[self.loss].per_token != "by_reduction":
             raise ValueError(
                 f"ipo_reduction: {self.ipo_reduction} has no effect with loss: {self.loss}. "
                 "Set loss: ipo or remove ipo_reduction."

@@ -24,8 +24,9 @@ from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 
 from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import plain, quoted
-from sera_plugin.config.sera import DEFAULT_BETA, SeraConfig
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.data_config import check_datasets, name_types, restore_entries
 from sera_plugin.host.ignored_features import check_features
 from sera_plugin.host.parallel_config import check_parallel
@@ -99,7 +100,7 @@ class SeraPlugin(BasePlugin):
             cfg["num_epochs"] = 3
         if cfg.get("rl_beta") is None and _trl_beta(cfg) is None:
             ipo = cfg.get("dpo_loss_type") == ["ipo"]
-            cfg["rl_beta"] = DEFAULT_BETA["ipo" if ipo else config.loss]
+            cfg["rl_beta"] = LOSSES["ipo" if ipo else config.loss].beta
         if "axolotl.utils.data.rl" in sys.modules:
             # `axolotl evaluate` has it ready by now, and loads its datasets without the hook below.
             self._guard_rows()
@@ -367,7 +368,7 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     if host_loss is not None and "loss" in config.model_fields_set:
         raise ValueError(
             f"dpo_loss_type: {host_loss} and sera.loss: {config.loss} both name the loss. Keep "
-            f"sera.loss for {', '.join(DEFAULT_BETA)}, dpo_loss_type for any other."
+            f"sera.loss for {', '.join(LOSSES)}, dpo_loss_type for any other."
         )
     for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", _trl_beta(cfg))):
         if beta is not None and not _number(key, beta) > 0:
@@ -387,18 +388,19 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
         )
     if host_loss is not None:
         return
-    if config.loss == "robust" and not smoothing:
+    kind = LOSSES[config.loss]
+    if kind.label_smoothing == "required" and not smoothing:
         raise ValueError(
-            "sera.loss: robust corrects for a share of wrong labels, which is not given. Set "
-            "dpo_label_smoothing, for example to 0.1."
+            f"sera.loss: {config.loss} corrects for a share of wrong labels, which is not given. "
+            "Set dpo_label_smoothing, for example to 0.1."
         )
-    if smoothing and config.loss not in ("dpo", "robust"):
+    if smoothing and kind.label_smoothing == "never":
         raise ValueError(
             f"dpo_label_smoothing: {smoothing} has no meaning for sera.loss: {config.loss}. Remove "
             "it, or set sera.loss to dpo or robust."
         )
     for key in ("simpo_gamma", "cpo_alpha"):
-        if cfg.get(key) is not None and config.loss != "simpo":
+        if cfg.get(key) is not None and not kind.target_margin:
             raise ValueError(
                 f"{key}: {_brief(cfg[key])} belongs to SimPO. Set sera.loss: simpo or remove it."
             )

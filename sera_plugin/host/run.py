@@ -14,6 +14,7 @@ from typing import Any
 from sera_plugin import __version__
 from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.config.kinds import SELECTIONS
 from sera_plugin.config.quoting import public
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore
 from sera_plugin.rundir.tokens import fingerprint
@@ -73,7 +74,7 @@ def describe_run(
         pairs, held_out: the data.
         end_ids: token ids that end a completion.
     """
-    gap = method.facts.score_gap
+    gap = method.annotations.score_gap
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -162,11 +163,7 @@ def keeps(selection: str, ratio: float) -> str:
     Args:
         selection, ratio: `selection` and `selection_ratio` in `sera:`.
     """
-    if selection == "curriculum":
-        return "each prompt's t-th easiest pair"
-    if selection == "all":
-        return "all pairs"
-    return f"{ratio:g} N" + ("" if selection == "irm" else f" by {selection}")
+    return SELECTIONS[selection].keeps.format(ratio=ratio)
 
 
 #: What run.json says beside the configuration that makes a run what it is, for a reader.

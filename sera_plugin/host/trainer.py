@@ -28,14 +28,14 @@ from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
-from sera_plugin.algorithm.dataset_scores import offline_facts
-from sera_plugin.algorithm.label_noise import swap, swapped_rows
+from sera_plugin.algorithm.annotations import annotate, swap, swapped_rows
 from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.offline import score_pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import quoted
-from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, REFERENCE_FREE, SeraConfig
+from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import kept_columns, prepare_rows
 from sera_plugin.data.encoding import model_end_ids
 from sera_plugin.data.fields import SYSTEM, TEXTS
@@ -342,10 +342,11 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._quiet,
         )
         if self.loss is not None:
+            likelihood = LOSSES[self.loss.kind].likelihood
             self._objective = Objective(
                 self.loss,
-                nll_weight=1.0 if self.loss.kind == "orpo" else float(self.cfg.cpo_alpha or 0.0),
-                nll_of_prompts=self.loss.kind == "orpo",
+                nll_weight=1.0 if likelihood else float(self.cfg.cpo_alpha or 0.0),
+                nll_of_prompts=likelihood,
                 router_weight=self.router_aux_loss_coef if self.aux_loss_enabled else None,
                 mean=lambda metrics: self.accelerator.reduce(metrics, reduction="mean"),
             )
@@ -483,7 +484,9 @@ class SeraTrainer(AxolotlDPOTrainer):
             total=len(self._pairs),
             iterations=int(self.args.num_train_epochs),
             seed=int(self.args.seed),
-            facts=offline_facts(self.config, self._pairs, self._offline_columns, self._swapped),
+            annotations=annotate(
+                self.config, self._pairs.prompt_ids, self._offline_columns, self._swapped
+            ),
         )
         schedule = Schedule(
             method.sizes,
@@ -766,6 +769,5 @@ def preference_loss(cfg: DictDefault, config: SeraConfig) -> PreferenceLoss:
         beta=float(beta),
         label_smoothing=float(cfg.dpo_label_smoothing or 0.0),
         simpo_gamma=float(cfg.simpo_gamma or 0.0),
-        per_token=config.loss in REFERENCE_FREE
-        or (config.loss == "ipo" and config.ipo_reduction == "mean"),
+        per_token=config.per_token,
     )

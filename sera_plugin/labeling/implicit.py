@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from sera_plugin.algorithm.method import Method
-from sera_plugin.algorithm.protocols import FloatArray, Ranked
+from sera_plugin.algorithm.protocols import FloatArray, Ranked, SamplingSettings
 from sera_plugin.labeling.ranker import Ranker
+
+if TYPE_CHECKING:
+    from sera_plugin.labeling.labelers import Labelers
 
 
 class ImplicitReward(Ranker):
@@ -14,9 +19,12 @@ class ImplicitReward(Ranker):
         super().__init__("implicit")
         self.method = method
 
-    def policies(self, iteration: int) -> int:
-        """See `Labeler.policies`: as many as Eq. 7 weighs."""
-        return len(self.method.weights(iteration))
+    @classmethod
+    def make(
+        cls, run: Labelers, iteration: int, settings: SamplingSettings, optimizer: Any
+    ) -> Ranker:
+        """See `Ranker.make`."""
+        return cls(run.method)
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         """See `Labeler.rewards`: (n,) nats, per token where the loss is."""

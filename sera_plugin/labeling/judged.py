@@ -7,18 +7,27 @@ the same have one reward; where all of a prompt's do, that is a half.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sera_plugin.algorithm.protocols import FloatArray, Ranked
+from sera_plugin.algorithm.protocols import FloatArray, Ranked, SamplingSettings
+from sera_plugin.config.quoting import quoted
 from sera_plugin.labeling.conversation import Conversation
 from sera_plugin.labeling.judging import Answered, Comparison, Judge, ScoringJudge
+from sera_plugin.labeling.judging.api import api_judge
 from sera_plugin.labeling.ranker import Ranker, first_places
+from sera_plugin.rundir.journal import Journal
+from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sera_plugin.labeling.labelers import Labelers
 
 
 class Judged(Ranker):
@@ -43,6 +52,30 @@ class Judged(Ranker):
         super().__init__(name)
         self.judge, self.conversation = judge, conversation
         self.ranks, self.progress = ranks, progress
+
+    @classmethod
+    def open_judge(cls, run: Labelers, journal: Journal) -> Judge:
+        """The judge, which keeps what it says in the journal."""
+        raise NotImplementedError
+
+    @classmethod
+    def make(
+        cls, run: Labelers, iteration: int, settings: SamplingSettings, optimizer: Any
+    ) -> Ranker:
+        """See `Ranker.make`."""
+
+        @contextmanager
+        def opened() -> Iterator[Judge]:
+            with run.journal() as journal:
+                yield cls.open_judge(run, journal)
+
+        return cls(
+            run.method.config.labeler,
+            opened,
+            run.conversation,
+            run.ranks,
+            lambda total: progress("judging", total, "verdict", run.quiet),
+        )
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         """See `Labeler.rewards`.
@@ -97,3 +130,42 @@ class Judged(Ranker):
         found = np.full(len(answers), np.nan)
         found[list(unmet)] = 0.5
         return np.divide(won, known, out=found, where=known > 0)[first]
+
+
+class RewardModelLabeler(Judged):
+    """A local reward model (`sera.reward_model`)."""
+
+    @classmethod
+    def check(cls, run: Labelers) -> None:
+        """See `Ranker.check`."""
+        directory = run.method.config.reward_model
+        assert directory is not None
+        if not Path(directory, "config.json").exists():
+            raise ValueError(
+                f"sera.reward_model: {quoted(directory, 200)} has no config.json. Name the "
+                "directory of a sequence classification model; relative paths start in the "
+                "working directory, and nothing is downloaded."
+            )
+
+    @classmethod
+    def open_judge(cls, run: Labelers, journal: Journal) -> Judge:
+        """See `Judged.open_judge`."""
+        from sera_plugin.labeling.judging.reward_model import RewardModelJudge
+
+        assert run.method.config.reward_model is not None
+        return RewardModelJudge(Path(run.method.config.reward_model), journal)
+
+
+class JudgeLabeler(Judged):
+    """A judge behind an API (`sera.judge`)."""
+
+    @classmethod
+    def check(cls, run: Labelers) -> None:
+        """See `Ranker.check`: the template can be read, and the key is there."""
+        cls.open_judge(run, run.journal())
+
+    @classmethod
+    def open_judge(cls, run: Labelers, journal: Journal) -> Judge:
+        """See `Judged.open_judge`."""
+        assert run.method.config.judge is not None
+        return api_judge(run.method.config.judge, journal)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from sera_plugin.algorithm.protocols import FloatArray, Ranked, SamplingSettings
 from sera_plugin.rundir.tokens import TokenColumn
+
+if TYPE_CHECKING:
+    from sera_plugin.labeling.labelers import Labelers
 
 
 def first_places(answers: Sequence[Hashable], per_prompt: int) -> list[int]:
@@ -24,15 +28,36 @@ def first_places(answers: Sequence[Hashable], per_prompt: int) -> list[int]:
 
 
 class Ranker:
-    """What most labelers have in common: theta_{t-1} is enough, and nothing is added."""
+    """A `Labeler` that needs theta_{t-1} alone and adds nothing: most do.
+
+    Args:
+        name: as in `sera.labeler`.
+    """
 
     def __init__(self, name: str) -> None:
         self.report: dict[str, Any] = {"name": name}
 
-    def policies(self, iteration: int) -> int:
-        """See `Labeler.policies`."""
-        return 1
+    @classmethod
+    def check(cls, run: Labelers) -> None:
+        """Find out before training whether it can rank.
+
+        Raises:
+            ValueError: if what it ranks with is missing or cannot be used.
+            OSError: if a file of it cannot be read.
+            JudgeFailed: if the environment variable with a judge's key is missing.
+        """
+
+    @classmethod
+    def make(
+        cls, run: Labelers, iteration: int, settings: SamplingSettings, optimizer: Any
+    ) -> Ranker:
+        """One for iteration t; see `Labelers.make`."""
+        return cls(run.method.config.labeler)
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
         """See `Labeler.complete`."""
         return samples
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`."""
+        raise NotImplementedError

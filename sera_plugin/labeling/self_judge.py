@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from sera_plugin.labeling.conversation import Conversation
 from sera_plugin.labeling.judging.prompts import parse_points, read_template
 from sera_plugin.labeling.ranker import Ranker, first_places
 from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.sampling.progress import sampling_progress
+
+if TYPE_CHECKING:
+    from sera_plugin.labeling.labelers import Labelers
 
 #: Replies to each question, whose points are averaged, and how they are sampled (section 2.3).
 REPLIES, TEMPERATURE, TOP_P = 3, 0.7, 0.9
@@ -56,6 +61,14 @@ class SelfJudge(Ranker):
             max_new_tokens=_LONGEST,
             seed=settings.seed + 1_000_000_000,  # not the seeds of what is judged
         ).within(sampler.longest)
+
+    @classmethod
+    def make(
+        cls, run: Labelers, iteration: int, settings: SamplingSettings, optimizer: Any
+    ) -> Ranker:
+        """See `Ranker.make`."""
+        sampler = run.samplers.make(iteration, optimizer)
+        return cls(sampler, settings, run.conversation, run.ranks, sampling_progress(run.quiet))
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         """See `Labeler.rewards`.

@@ -19,8 +19,8 @@ class Spin(Ranker):
     gives no pair.
     """
 
-    def __init__(self) -> None:
-        super().__init__("spin")
+    def __init__(self, name: str = "spin") -> None:
+        super().__init__(name)
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
         """See `Labeler.complete`: one more per prompt, with `finish_reason` `dataset`."""

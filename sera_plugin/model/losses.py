@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sera_plugin.config.sera import REFERENCE_FREE
+from sera_plugin.config.kinds import LOSSES, is_reference_free
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PreferenceLoss:
     """One of SeRA's losses with its constants.
 
     Attributes:
-        kind: dpo, ipo, slic, robust, simpo, kto_pair or orpo.
+        kind: one of `config.kinds.LOSSES`.
         beta: strength of the preference (1 / strength of the KL anchor); ORPO's lambda.
         label_smoothing: share of labels taken to be wrong; cDPO for `dpo`, rDPO for `robust`.
         simpo_gamma: SimPO's target margin, 0 in the paper's Eq. 18.
@@ -47,7 +47,7 @@ class PreferenceLoss:
     @property
     def reference_free(self) -> bool:
         """Whether the reward is log pi alone (paper Eq. 17)."""
-        return self.kind in REFERENCE_FREE
+        return is_reference_free(self.kind)
 
     def rewards(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Tensor:
         """(n,) rewards without beta, nats (per token if `per_token`), from (n,) summed logps."""
@@ -58,43 +58,57 @@ class PreferenceLoss:
         """(n,) losses from (n,) rewards as `rewards` gives them.
 
         Raises:
-            ValueError: for a kind that is none of the above.
-
-        Sources: DPO Eq. 7 of Rafailov et al. 2023, with cDPO's smoothing (Mitchell 2023); rDPO
-        Eq. 12 of Chowdhury et al. 2024; IPO Eq. 17 of Azar et al. 2023; SLiC-HF as in Zhao et al.
-        2023 with the margin scaled by beta; SimPO Eq. 6 of Meng et al. 2024 (here Eq. 18);
-        KTO-Pair: KTO of Ethayarajh et al. 2024 on pairs, where the rewards of one side, averaged
-        over the batch, estimate the KL divergence that the other side's are compared with; ORPO
-        Eq. 6 and 7 of Hong et al. 2024 without its likelihood term, which `Objective` adds.
+            KeyError: for a kind that is not in `config.kinds.LOSSES`.
         """
-        margin = chosen_rewards - rejected_rewards
-        logit = self.beta * margin
-        smoothing = self.label_smoothing
-        if self.kind == "dpo":
-            return -(1 - smoothing) * F.logsigmoid(logit) - smoothing * F.logsigmoid(-logit)
-        if self.kind == "robust":
-            clean, flipped = -F.logsigmoid(logit), -F.logsigmoid(-logit)
-            return ((1 - smoothing) * clean - smoothing * flipped) / (1 - 2 * smoothing)
-        if self.kind == "slic":
-            return torch.relu(1 - logit)
-        if self.kind == "ipo":
-            return (margin - 1 / (2 * self.beta)) ** 2
-        if self.kind == "simpo":
-            return -F.logsigmoid(logit - self.simpo_gamma)
-        if self.kind == "kto_pair":
-            # Constants: KTO takes no gradient through its estimate.
-            chosen_kl, rejected_kl = (
-                side.detach().mean().clamp(min=0) for side in (chosen_rewards, rejected_rewards)
-            )
-            chosen = 1 - torch.sigmoid(self.beta * (chosen_rewards - rejected_kl))
-            rejected = 1 - torch.sigmoid(self.beta * (chosen_kl - rejected_rewards))
-            return (chosen + rejected) / 2
-        if self.kind == "orpo":
-            log_odds = margin - (_log1mexp(chosen_rewards) - _log1mexp(rejected_rewards))
-            return -self.beta * F.logsigmoid(log_odds)
-        raise ValueError(
-            f"unknown loss {self.kind!r}; dpo, ipo, slic, robust, simpo, kto_pair, orpo are known"
-        )
+        loss: Tensor = LOSSES[self.kind].load()(self, chosen_rewards, rejected_rewards)
+        return loss
+
+
+def dpo(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Eq. 7 of Rafailov et al. 2023, with cDPO's label smoothing (Mitchell 2023)."""
+    logit, smoothing = loss.beta * (chosen - rejected), loss.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(logit) - smoothing * F.logsigmoid(-logit)
+
+
+def robust(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """rDPO: Eq. 12 of Chowdhury et al. 2024."""
+    logit, smoothing = loss.beta * (chosen - rejected), loss.label_smoothing
+    clean, flipped = -F.logsigmoid(logit), -F.logsigmoid(-logit)
+    return ((1 - smoothing) * clean - smoothing * flipped) / (1 - 2 * smoothing)
+
+
+def slic(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """SLiC-HF: the hinge loss of Zhao et al. 2023, with the margin scaled by beta."""
+    return torch.relu(1 - loss.beta * (chosen - rejected))
+
+
+def ipo(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Eq. 17 of Azar et al. 2023."""
+    return (chosen - rejected - 1 / (2 * loss.beta)) ** 2
+
+
+def simpo(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Eq. 6 of Meng et al. 2024 (Eq. 18 of the SeRA paper)."""
+    return -F.logsigmoid(loss.beta * (chosen - rejected) - loss.simpo_gamma)
+
+
+def kto_pair(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """KTO (Ethayarajh et al. 2024) on pairs.
+
+    The rewards of one side, averaged over the batch, estimate the KL divergence that the other
+    side's are compared with.
+    """
+    # Constants: KTO takes no gradient through its estimate.
+    chosen_kl, rejected_kl = (side.detach().mean().clamp(min=0) for side in (chosen, rejected))
+    chosen_loss = 1 - torch.sigmoid(loss.beta * (chosen - rejected_kl))
+    rejected_loss = 1 - torch.sigmoid(loss.beta * (chosen_kl - rejected))
+    return (chosen_loss + rejected_loss) / 2
+
+
+def orpo(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Eq. 6 and 7 of Hong et al. 2024 without the likelihood term, which `Objective` adds."""
+    log_odds = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
+    return -loss.beta * F.logsigmoid(log_odds)
 
 
 def _log1mexp(values: Tensor) -> Tensor:

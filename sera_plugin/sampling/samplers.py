@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.protocols import CandidateSampler, first_iteration
+from sera_plugin.algorithm.protocols import CandidateSampler
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import plan_tokens
 from sera_plugin.model.memory import SAMPLED_ON_CPU
@@ -154,7 +154,7 @@ class Samplers:
         """Why vLLM would not serve this kind of policy, or None."""
         model = self.scorer.policies.model
         adapter, config = self.scorer.policies.is_adapter, self.config
-        if not adapter and first_iteration(config.selection_ratio, config.labeler) > 1:
+        if not adapter and config.first_iteration > 1:
             return None  # whole weights of its own
         base = type(model.config).from_pretrained(
             str(self.cfg["base_model"]), revision=self.cfg.get("revision_of_model") or "main"

@@ -22,10 +22,11 @@ from axolotl.utils.dict import DictDefault
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import GenerationConfig
 
-from sera_plugin.algorithm.dataset_scores import offline_facts
+from sera_plugin.algorithm.annotations import annotate
 from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.config.quoting import quoted
-from sera_plugin.config.sera import REFERENCE_FREE, SeraConfig
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, kept_columns, prepare_rows
 from sera_plugin.data.encoding import model_end_ids
 from sera_plugin.rundir.store import make_table
@@ -60,7 +61,7 @@ class Prepared:
 
     @cached_property
     def method(self) -> Method:
-        reference_free = self.config.loss in REFERENCE_FREE and not self.cfg.dpo_loss_type
+        reference_free = is_reference_free(self.config.loss) and not self.cfg.dpo_loss_type
         columns = kept_columns(self.dataset, self.rows.rows, self.config.score_columns)
         return Method(
             self.config,
@@ -69,7 +70,7 @@ class Prepared:
             total=len(self.pairs),
             iterations=int(self.cfg.num_epochs),
             seed=int(self.cfg.seed or 0),
-            facts=offline_facts(self.config, self.pairs, columns, None),
+            annotations=annotate(self.config, self.pairs.prompt_ids, columns, None),
         )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sera_plugin.algorithm.selection import BY_SCORE, select_largest
+from sera_plugin.algorithm.selection import select_largest
+from sera_plugin.config.kinds import SELECTIONS
 from sera_plugin.tools.report import charts
 from sera_plugin.tools.report.agreement import numbers, pooled, score_columns, score_difference
 from sera_plugin.tools.report.blocks import Chart, Section, Table, number
@@ -31,7 +32,7 @@ def margins(run: Run, found: Figures) -> Section:
     )
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
         pairs, margin = one.bootstrapped, one.margin
-        if pairs is not None and (run.labeler != "implicit" or not len(pairs["row"])):
+        if pairs is not None and (not run.implicit or not len(pairs["row"])):
             pairs = None  # their margins are not in nats, or there are none
         if margin is None and pairs is None:
             continue
@@ -235,7 +236,7 @@ def _sides(offline: Columns) -> list[tuple[str, npt.NDArray[np.bool_], str]]:
 def scores(run: Run, found: Figures) -> Section:
     selection = run.settings.get("selection")
     role = "They never influence training."
-    if selection in BY_SCORE:
+    if SELECTIONS[str(selection)].reads_scores:
         role = f"sera.selection: {selection} chooses pairs by the first of them."
     section = Section(
         "scores",

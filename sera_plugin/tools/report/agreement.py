@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sera_plugin.algorithm.dataset_scores import by_side
+from sera_plugin.algorithm.annotations import by_side
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.tools.report.data import SIDES, Columns, Iteration, Run
 

@@ -17,7 +17,7 @@ from sera_plugin.algorithm.rewards import (
     implicit_reward,
     reward_weights,
 )
-from sera_plugin.config.sera import REFERENCE_FREE
+from sera_plugin.config.kinds import LABELERS, is_reference_free
 from sera_plugin.rundir.tokens import TokenColumn
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -151,6 +151,11 @@ class Run:
         return str(self.settings.get("labeler", "implicit"))
 
     @property
+    def implicit(self) -> bool:
+        """Whether samples were ranked by their implicit reward."""
+        return LABELERS[self.labeler].implicit
+
+    @property
     def swapped(self) -> npt.NDArray[np.bool_] | None:
         """(N,) which labels were swapped on purpose; None where none were, or it is not known."""
         tables = [one.offline for one in self.iterations if one.offline is not None]
@@ -202,7 +207,7 @@ class Run:
         weights = reward_weights(
             iteration,
             self.settings["gamma"] if gamma is None else gamma,
-            self.description["loss"] in REFERENCE_FREE,
+            is_reference_free(self.description["loss"]),
         )
         needed = [tables.get(iteration - back) for back in range(len(weights))]
         if any(one is None for one in needed):

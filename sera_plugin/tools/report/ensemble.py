@@ -14,7 +14,7 @@ from sera_plugin.algorithm.rewards import (
 )
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.algorithm.summary import jaccard
-from sera_plugin.config.sera import REFERENCE_FREE
+from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.tools.report.data import SIDES, Iteration, Run
 
 
@@ -51,13 +51,12 @@ def bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     gamma = run.settings.get("gamma", 0)
     if candidates is None or pairs is None or one.number < 3 or not gamma:
         return None
-    plain = {"labeler": "implicit", "length_control": "none"}
-    if any(run.settings.get(key, value) != value for key, value in plain.items()):
+    if not run.implicit or run.settings.get("length_control", "none") != "none":
         return None  # the pairs were ranked by something else
     count = int(run.settings["candidates"])
     if len(candidates.row) % count:
         return None
-    weights = reward_weights(one.number, 0.0, run.description["loss"] in REFERENCE_FREE)
+    weights = reward_weights(one.number, 0.0, is_reference_free(run.description["loss"]))
     lengths = candidates.lengths if run.description["per_token"] else None
     reward = implicit_reward(candidates.logps.T[: len(weights)], weights, lengths)
     found = pair_candidates(

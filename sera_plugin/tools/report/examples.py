@@ -9,19 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.tools.report.data import Iteration, Run
 from sera_plugin.tools.report.tokens import Texts, shown_name, shown_text
 
 #: A report stays small, and a screen readable: `inspect --row` shows the whole of a pair.
 _PROMPT, _COMPLETION = 1_200, 1_600
 _FEW, _SUSPECTS = 8, 25
-#: Who ranks samples, by `sera.labeler`, for a sentence about theta_{t-1}.
-_WHO = {
-    "implicit": "its implicit reward",
-    "reward_model": "the reward model",
-    "judge": "the judge",
-    "self_judge": "its own verdict in words",
-}
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,7 @@ def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
         )
 
     sampler = f"theta_{one.number - 1}"
-    if run.labeler == "spin":
+    if LABELERS[run.labeler].adds_dataset_answer:
         return [
             Examples(
                 "bootstrapped",
@@ -208,7 +202,7 @@ def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
         Examples(
             "best-bootstrapped",
             "Best bootstrapped pairs",
-            f"Sampled answers of {sampler} that {_WHO.get(run.labeler, run.labeler)} tells apart "
+            f"Sampled answers of {sampler} that {LABELERS[run.labeler].ranks_by} tells apart "
             "most. Is the one it calls chosen better, or only longer?",
             [example(int(pair)) for pair in order[:_FEW]],
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.config.sera import REFERENCE_FREE
+from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.host.run import keeps
 from sera_plugin.rundir.checksums import COMMAND, write_text
 from sera_plugin.tools.report import about_data, about_training
@@ -114,7 +114,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _reference(run: Run) -> str:
-    if run.description["loss"] in REFERENCE_FREE:
+    if is_reference_free(run.description["loss"]):
         return "none"
     return "theta_0" if run.settings.get("reference") == "initial" else "theta_{t-1}"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.tools.report.blocks import NOTHING, number
 from sera_plugin.tools.report.data import SIDES, Iteration, Run
 from sera_plugin.tools.report.examples import facts, margins_of, mislabelled, swapped
@@ -109,7 +110,7 @@ def show_pair(found: dict[str, Any], texts: Texts) -> str:
     head = ["iteration", "chosen logp", "rejected logp", "chosen reward", "rejected reward"]
     lines += ["", plain_table([*head, "margin", "pair"], rows)]
     lines.append(f"logps in nats, rewards and margins in {found['unit']}")
-    if found["labeler"] != "implicit":
+    if not LABELERS[found["labeler"]].implicit:
         lines.append(f"candidates have rewards of labeler: {found['labeler']}, in its own unit")
     for one in found["iterations"]:
         for each in one.get("candidates", ()):

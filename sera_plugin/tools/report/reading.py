@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.protocols import DATASET, first_iteration
+from sera_plugin.algorithm.protocols import DATASET
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.rundir import checkpoints
 from sera_plugin.rundir.checksums import is_whole
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore, read_json
@@ -177,7 +178,8 @@ def _name_what_is_missing(
     """A file that later ones were made from must have been there; one at the end is not due yet."""
     block = (description.get("config") or {}).get("sera") or {}
     sampling = block.get("bootstrap_ratio", 0) > 0
-    first = first_iteration(block.get("selection_ratio", 1), block.get("labeler", "implicit"))
+    labeler = LABELERS[block.get("labeler", "implicit")]
+    first = labeler.first_iteration(block.get("selection_ratio", 1))
     for one in iterations:
         past = bool(one.summary) or one.number < iterations[-1].number
         sampled = sampling and one.number >= first

@@ -1,19 +1,38 @@
-"""What a dataset says of its pairs beside their texts: scores, and which prompts are the same."""
+"""What a dataset says of its pairs beside their texts: scores, equal prompts, swapped labels.
+
+Labels are swapped on purpose for the paper's robustness experiment on anyone's data.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sera_plugin.algorithm.method import Facts, Pairs
-from sera_plugin.algorithm.selection import BY_SCORE
+from sera_plugin.config.kinds import SELECTIONS
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.tokens import TokenColumn
 
 FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a dataset says of its pairs beside their texts, where selection reads it; (N,) each.
+
+    Attributes:
+        score_gap: the dataset's score of chosen less that of rejected.
+        prompts: numbers, equal where the prompts are.
+        swapped: which rows had their answers swapped on purpose.
+    """
+
+    score_gap: FloatArray | None = None
+    prompts: npt.NDArray[np.int32] | None = None
+    swapped: npt.NDArray[np.bool_] | None = None
 
 
 def by_side(names: Sequence[str]) -> dict[str, str]:
@@ -25,27 +44,27 @@ def by_side(names: Sequence[str]) -> dict[str, str]:
     return {name: side for name, side in other.items() if side != name and side in names}
 
 
-def offline_facts(
+def annotate(
     config: SeraConfig,
-    pairs: Pairs,
+    prompt_ids: TokenColumn,
     columns: Mapping[str, Sequence[Any]],
     swapped: npt.NDArray[np.bool_] | None,
-) -> Facts:
+) -> Annotations:
     """What the configuration's selection needs to know.
 
     Args:
         config: the `sera:` block.
-        pairs: the N offline pairs, labels swapped.
+        prompt_ids: (N,) of the offline pairs.
         columns: those of `score_columns`, (N,) each, as `label_noise.swap` leaves them.
         swapped: (N,) which labels were swapped on purpose, None without label noise.
 
     Raises:
         ValueError: if selection is by a score and there is none, naming the row that lacks it.
     """
-    if config.selection not in BY_SCORE:
-        return Facts(swapped=swapped)
-    prompts = pairs.prompt_ids.numbered(len(pairs)).ravel()
-    return Facts(score_gap(columns, swapped), prompts, swapped)
+    if not SELECTIONS[config.selection].reads_scores:
+        return Annotations(swapped=swapped)
+    prompts = prompt_ids.numbered(len(prompt_ids)).ravel()
+    return Annotations(score_gap(columns, swapped), prompts, swapped)
 
 
 def score_gap(
@@ -87,3 +106,30 @@ def _numbers(name: str, values: Sequence[Any]) -> FloatArray:
                 "by it. Give every row a number, or leave such rows out of the dataset."
             )
     return np.asarray(values, dtype=np.float64)
+
+
+def swapped_rows(total: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """(N,) bool: round(share N) rows at random, the same for the same seed."""
+    swapped = np.zeros(total, dtype=bool)
+    order = np.random.default_rng((seed, total)).permutation(total)
+    swapped[order[: round(share * total)]] = True
+    return swapped
+
+
+def swap(
+    columns: Mapping[str, Sequence[Any]], swapped: npt.NDArray[np.bool_]
+) -> dict[str, Sequence[Any]]:
+    """The columns with what belongs to an answer following it to the other side.
+
+    Args:
+        columns: (N,) each; two whose names differ in `chosen` and `rejected` are of two answers.
+        swapped: (N,) which rows had their answers swapped.
+    """
+    found = dict(columns)
+    rows = np.flatnonzero(swapped).tolist()
+    for chosen, rejected in by_side(list(columns)).items():
+        one, other = list(columns[chosen]), list(columns[rejected])
+        for row in rows:
+            one[row], other[row] = other[row], one[row]
+        found[chosen], found[rejected] = one, other
+    return found
