@@ -81,9 +81,10 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
         end_ids=(int(tokenizer.eos_token_id),),
         seed=1,
     )
+    vocabulary = model.config.get_text_config().vocab_size
     needs = engine_needs(model, longest, DTYPE.itemsize)
     dtype = str(DTYPE).removeprefix("torch.")
-    served = ServedPolicy(name, str(directory / "adapter"), 16, dtype, None, {})
+    served = ServedPolicy(name, str(directory / "adapter"), 16, dtype, None, {}, vocabulary)
     with running_server(arguments.vllm_python, name, longest, directory) as (port, process):
 
         def offline() -> CandidateSampler:
@@ -103,6 +104,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
                 directory / "adapter",
                 lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
                 tokenizer.all_special_tokens,
+                vocabulary,
             )
 
         def in_process() -> CandidateSampler:

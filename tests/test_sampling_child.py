@@ -199,7 +199,10 @@ def test_killing_the_parent_ends_the_child_and_its_descendants(script, tmp_path)
 ECHO = """
     send({"ready": {"version": "0", "weights": job["engine"]["dtype"]}})
     for row, prompt, limit, seed in job["prompts"]:
-        found = [["stop", prompt[:1] + [seed % 1000 + i]] for i in range(job["sampling"]["n"])]
+        found = [
+            {"index": i, "token_ids": [prompt[0], 10 + (seed + i) % 80, 9], "finish_reason": "stop"}
+            for i in range(job["sampling"]["n"])
+        ]
         send({"chunk": [[row, found]]})
     send({"done": True})
 """
@@ -211,7 +214,7 @@ PROMPTS = [np.arange(n, dtype=np.int32) for n in (3, 5, 1)]
 def sampler(script, tmp_path, monkeypatch):
     def make(body: str = ECHO, **options) -> VllmSampler:
         monkeypatch.setattr(vllm, "WORKER", Path(script(body)[1]))
-        served = ServedPolicy("base", None, 0, "float32", None, {})
+        served = ServedPolicy("base", None, 0, "float32", None, {}, 99)
         memory = nullcontext(Memory(None, True))
         return VllmSampler(sys.executable, served, options, tmp_path / "vllm.log", lambda _: memory)
 
@@ -223,10 +226,9 @@ def test_candidates_belong_to_their_rows_longest_prompt_first(sampler):
     chunks = list(engine.sample(PROMPTS, SETTINGS, skip={2}))
     assert [row for chunk in chunks for row, _ in chunk] == [1, 0]
     (_, found), *_ = chunks[1]
-    seed = SETTINGS.stream(0) % 1000
+    seed = SETTINGS.stream(0)
     assert [(one.token_ids, one.finish_reason) for one in found] == [
-        ([0, seed], "stop"),
-        ([0, seed + 1], "stop"),
+        ([0, 10 + (seed + i) % 80, 9], "stop") for i in (0, 1)
     ]
     assert engine.report == {"name": "vllm", "version": "0", "weights": "float32"}
     assert engine.seconds.keys() == {"start_engine", "stop_engine"}
@@ -244,14 +246,14 @@ def test_a_rank_without_an_engine_makes_room_and_starts_nothing(tmp_path):
         lengths.append(length)
         return nullcontext(Memory(None, True))
 
-    served = ServedPolicy("base", None, 0, "float32", None, {})
+    served = ServedPolicy("base", None, 0, "float32", None, {}, 99)
     neighbour = VllmSampler("/no-such-python", served, {}, tmp_path / "log", room, NO_PART)
     assert list(neighbour.sample(PROMPTS, SETTINGS)) == []
     assert lengths == [13]  # the longest prompt of all ranks and what is sampled after it
 
 
 def test_an_interpreter_without_vllm_is_told_apart_in_mid_run(tmp_path):
-    served = ServedPolicy("base", None, 0, "float32", None, {})
+    served = ServedPolicy("base", None, 0, "float32", None, {}, 99)
     engine = VllmSampler(
         sys.executable, served, {}, tmp_path / "log", lambda _: nullcontext(Memory(None, True))
     )
@@ -275,7 +277,8 @@ def test_stopping_in_mid_phase_leaves_no_child(sampler, tmp_path):
     body = """
         with open("pid", "w") as file:
             file.write(str(os.getpid()))
-        send({"chunk": [[0, [["stop", [1]]]]]})
+        found = [{"index": i, "token_ids": [9], "finish_reason": "stop"} for i in (0, 1)]
+        send({"chunk": [[0, found]]})
         time.sleep(600)
     """
     chunks = sampler(body).sample(PROMPTS, SETTINGS)
@@ -308,7 +311,7 @@ def test_an_overlong_prompt_is_named_before_anything_starts(sampler):
 
 
 def test_engine_options_follow_the_vllm_block():
-    policy = ServedPolicy("base", "adapter", 12, "bfloat16", "nf4", {"revision": "r"})
+    policy = ServedPolicy("base", "adapter", 12, "bfloat16", "nf4", {"revision": "r"}, 99)
     options = {"tensor_parallel_size": 2, "enforce_eager": True, "dtype": "float16"}
     engine = VllmSampler("python", policy, options, Path("log"), lambda _: nullcontext())
     made = engine._engine(640, Memory(0.55, True, ("2", "3")))
@@ -337,3 +340,21 @@ def test_the_child_is_no_rank_of_ours_and_reports_to_nobody(monkeypatch):
     assert environment["HF_HOME"] == "kept"
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
     assert vllm.child_environment(sys.executable)["PYTHONPATH"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("row", "ids", "words"),
+    [(0, [98, 9], None), (0, [99, 9], "row 0 wrongly.*vocabulary"), (3, [9], "row 3 .*waiting")],
+)
+def test_an_answer_is_found_by_its_row_and_checked(sampler, row, ids, words):
+    choice = {"token_ids": ids, "finish_reason": "stop"}
+    body = f"""
+        send({{"chunk": [[{row}, [{choice} | {{"index": i}} for i in (1, 0)]]]}})
+        send({{"done": True}})
+    """
+    chunks = sampler(body).sample(PROMPTS, SETTINGS)
+    if words is None:
+        assert [found[0][0] for found in chunks] == [0]
+    else:
+        with pytest.raises(SamplingFailed, match=words):
+            next(chunks)

@@ -22,6 +22,9 @@ from sera_plugin.sampling.prompts import SamplingFailed, longest_first
 from sera_plugin.sampling.samplers import Samplers
 from sera_plugin.sampling.vllm import adapter_problem, find_vllm
 
+MODEL = SimpleNamespace(
+    get_input_embeddings=lambda: SimpleNamespace(weight=np.zeros((16, 2), dtype=np.float32))
+)
 PLAIN = {"peft_type": "PeftType.LORA", "r": 16, "bias": "none"}
 
 
@@ -92,7 +95,7 @@ def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_m
     """theta_0 is a pointer in the run directory, which no engine loads."""
     store = RunStore(tmp_path)
     replace_directory(store.policy(iteration), lambda path: (path / "a.json").write_text("{}"))
-    policies = SimpleNamespace(model=None, is_adapter=False)
+    policies = SimpleNamespace(model=MODEL, is_adapter=False)
     samplers = Samplers(
         {"base_model": "org/base", "torch_dtype": "torch.bfloat16", "revision_of_model": "v2"},
         SeraConfig(selection_ratio=0, bootstrap_ratio=1, labeler="spin", candidates=1),
@@ -139,7 +142,7 @@ def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, rev
 
 
 def chosen(cfg: dict, longest: int, tmp_path, **block) -> Samplers:
-    policies = SimpleNamespace(model=None, is_adapter=False)
+    policies = SimpleNamespace(model=MODEL, is_adapter=False)
     cfg = {"sequence_len": 64, **cfg}
     tokenizer = SimpleNamespace(all_special_tokens=[])
     scorer = SimpleNamespace(policies=policies)
@@ -179,7 +182,7 @@ def test_a_server_with_too_short_a_context_is_said_so(world, tmp_path):
 
     with echo(world.base) as server:
         sampler = vllm_server.VllmServerSampler(
-            "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, []
+            "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, [], 99
         )
         assert sampler.check() == sampler.check(48) == 48
         with pytest.raises(SamplingFailed, match=r"context of 48 tokens.*--max-model-len 49"):
@@ -205,7 +208,7 @@ def test_a_server_that_is_not_there_is_said_so(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = vllm_server.VllmServerSampler("0.0.0.0", port, "base", Path("adapter"), list, [])
+    server = vllm_server.VllmServerSampler("0.0.0.0", port, "base", Path("adapter"), list, [], 99)
     settings = SamplingSettings(2, 0.7, 0.95, 8, 16, (9,), seed=5)
     with pytest.raises(
         SamplingFailed, match=rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
@@ -225,7 +228,9 @@ def test_a_server_of_another_kind_is_said_so(content):
     with HTTPServer(("127.0.0.1", 0), Other) as other:
         Thread(target=other.serve_forever, daemon=True).start()
         port = other.server_port
-        server = vllm_server.VllmServerSampler("127.0.0.1", port, "base", Path("adapter"), list, [])
+        server = vllm_server.VllmServerSampler(
+            "127.0.0.1", port, "base", Path("adapter"), list, [], 99
+        )
         with pytest.raises(SamplingFailed) as failure:
             server.check()
         other.shutdown()

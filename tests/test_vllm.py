@@ -73,7 +73,7 @@ def prompts(world, count: int) -> list:
 
 
 def offline(model: Path, directory: Path, policy: Path | None = None) -> VllmSampler:
-    served = ServedPolicy(str(model), str(policy) if policy else None, 4, "float32", None, {})
+    served = ServedPolicy(str(model), str(policy) if policy else None, 4, "float32", None, {}, 99)
     return VllmSampler(
         PYTHON, served, {}, directory / "vllm.log", lambda _: nullcontext(Memory(None, True))
     )
@@ -261,11 +261,11 @@ def test_what_this_vllm_cannot_do_is_said_with_the_choices(world, tmp_path):
             list(sampler.sample(prompts(world, 1), settings()))
         return str(failure.value)
 
-    four_bit = ServedPolicy(str(world.base), None, 0, "float32", "nf4", {})
+    four_bit = ServedPolicy(str(world.base), None, 0, "float32", "nf4", {}, 99)
     text = refused(four_bit, Memory(None, whole_fits=False))
     assert "cannot load the base model in nf4, and in float32 it does not fit" in text
     assert "sera.sampler to transformers or vllm-server" in text
-    plain = ServedPolicy(str(world.base), None, 0, "float32", None, {})
+    plain = ServedPolicy(str(world.base), None, 0, "float32", None, {}, 99)
     text = refused(plain, Memory(None, whole_fits=True), an_option_of_tomorrow=True)
     assert "does not know the option an_option_of_tomorrow" in text
     assert "docs/sampling.md lists versions" in text
@@ -390,6 +390,7 @@ def client(world, monkeypatch):
         keys = {
             "tokenize": lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             "special_tokens": tokenizer.all_special_tokens,
+            "vocabulary": len(tokenizer),
         }
         return VllmServerSampler("0.0.0.0", port, str(base), policy, **(keys | changes))
 

@@ -150,6 +150,10 @@ class Samplers:
     def _engine_size(self) -> int:
         return int(self._vllm_options.get("tensor_parallel_size") or 1)
 
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.scorer.policies.model.get_input_embeddings().weight.shape[0])
+
     def _unserved(self) -> str | None:
         """Why vLLM would not serve this kind of policy, or None."""
         model = self.scorer.policies.model
@@ -159,8 +163,7 @@ class Samplers:
         base = type(model.config).from_pretrained(
             str(self.cfg["base_model"]), revision=self.cfg.get("revision_of_model") or "main"
         )
-        embedded = model.get_input_embeddings().weight.shape[0]
-        if embedded != base.get_text_config().vocab_size:
+        if self._vocabulary != base.get_text_config().vocab_size:
             return "the policy stands on a model whose vocabulary was resized after loading"
         if not adapter:
             return None
@@ -180,7 +183,7 @@ class Samplers:
             loading["trust_remote_code"] = True
         dtype = self._vllm_options.get("dtype") or str(cfg["torch_dtype"]).split(".")[-1]
         if not policies.is_adapter and iteration > 1:
-            return ServedPolicy(directory, None, 0, dtype, None, loading)
+            return ServedPolicy(directory, None, 0, dtype, None, loading, self._vocabulary)
         # Of a base model that is fully fine-tuned theta_0 is the base model itself.
         if cfg.get("revision_of_model"):
             loading["revision"] = cfg["revision_of_model"]
@@ -200,6 +203,7 @@ class Samplers:
             dtype=dtype,
             quantized=quantized,
             options=loading,
+            vocabulary=self._vocabulary,
         )
 
     def _server(self, adapter: Path) -> VllmServerSampler:
@@ -211,6 +215,7 @@ class Samplers:
             adapter=adapter,
             tokenize=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
             special_tokens=self.tokenizer.all_special_tokens,
+            vocabulary=self._vocabulary,
             # One client keeps a server busy, and it then holds one adapter.
             shard=WHOLE if self.store.ranks.main else NO_PART,
             longest=self._context,

@@ -17,6 +17,7 @@ from typing import Any
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.config.quoting import printable
 from sera_plugin.rundir.ranks import WHOLE, Shard
+from sera_plugin.sampling.answers import read_candidates
 from sera_plugin.sampling.child import Child, ChildFailed
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 
@@ -44,6 +45,7 @@ class ServedPolicy:
         dtype: of the weights and the computation, as vLLM names it.
         quantized: how training quantised the base ("nf4", "fp4", "8-bit"), or None.
         options: what else the model needs to load (revision, overrides of its configuration).
+        vocabulary: number of token ids that the model knows.
     """
 
     model: str
@@ -52,6 +54,7 @@ class ServedPolicy:
     dtype: str
     quantized: str | None
     options: Mapping[str, Any]
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ class VllmSampler:
         ]
         length = max(len(token_ids) + limit for _, token_ids, limit, _ in jobs)
         mine = self.shard.of(jobs, [len(token_ids) + limit for _, token_ids, limit, _ in jobs])
+        limits = {row: limit for row, _, limit, _ in mine}
         with self.make_room(length) as memory:
             if not mine:
                 return
@@ -232,8 +236,8 @@ class VllmSampler:
                         self._started(message["ready"], perf_counter() - starting)
                     elif message["chunk"]:
                         yield [
-                            (row, [Candidate(token_ids, reason) for reason, token_ids in found])
-                            for row, found in message["chunk"]
+                            (row, self._read(row, choices, limits.pop(row, None), settings))
+                            for row, choices in message["chunk"]
                         ]
             except ChildFailed as failure:
                 raise SamplingFailed(_explain(failure)) from None
@@ -273,6 +277,19 @@ class VllmSampler:
                 "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= self.policy.rank),
             }
         return engine
+
+    def _read(
+        self, row: int, choices: object, limit: int | None, settings: SamplingSettings
+    ) -> list[Candidate]:
+        try:
+            if limit is None:
+                raise ValueError("it is not waiting for an answer")
+            return read_candidates(choices, settings, limit, self.policy.vocabulary)
+        except ValueError as error:
+            raise SamplingFailed(
+                f"vLLM answers the prompt of row {row} wrongly: {error}. Nothing of it is stored. "
+                "Use a vLLM that docs/sampling.md lists, or set sera.sampler: transformers."
+            ) from None
 
     def _started(self, ready: Mapping[str, Any], seconds: float) -> None:
         self.seconds["start_engine"] = round(seconds, 3)

@@ -19,6 +19,7 @@ from urllib3.util import Retry
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.config.quoting import printable, without_credentials, without_secret
 from sera_plugin.rundir.ranks import WHOLE, Shard
+from sera_plugin.sampling.answers import read_candidates
 from sera_plugin.sampling.child import PATIENCE
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 from sera_plugin.sampling.vllm import sampling_fields
@@ -47,6 +48,7 @@ class VllmServerSampler:
         adapter: theta_{t-1}'s directory, which the server must see under the same path.
         tokenize: text to token ids without special tokens added, as training tokenizes.
         special_tokens: the tokenizer's special tokens.
+        vocabulary: number of token ids that the model knows.
         shard: this process's part of the prompts.
         longest: its context in tokens, as `check` has found it, None where that is not known.
     """
@@ -59,6 +61,7 @@ class VllmServerSampler:
         adapter: Path,
         tokenize: Callable[[str], list[int]],
         special_tokens: Sequence[str],
+        vocabulary: int,
         shard: Shard = WHOLE,
         longest: int | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class VllmServerSampler:
         self.adapter = adapter
         self.tokenize = tokenize
         self.special_tokens = special_tokens
+        self.vocabulary = vocabulary
         self.shard = shard
         self.report: dict[str, Any] = {"name": "vllm-server"}
         self.seconds: dict[str, float] = {}
@@ -168,7 +172,7 @@ class VllmServerSampler:
                             "max_tokens": limits[row],
                             "seed": settings.stream(row),
                         }
-                        running[pool.submit(self._complete, request)] = row
+                        running[pool.submit(self._complete, row, request, settings)] = row
                         if len(running) == IN_FLIGHT:
                             break
                     if chunk and (len(chunk) >= IN_FLIGHT or monotonic() > until or not running):
@@ -181,14 +185,17 @@ class VllmServerSampler:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _complete(self, request: Mapping[str, Any]) -> list[Candidate]:
+    def _complete(
+        self, row: int, request: Mapping[str, Any], settings: SamplingSettings
+    ) -> list[Candidate]:
         choices = self._ask("choices", "POST", "/v1/completions", request)
-        choices.sort(key=lambda choice: choice["index"])
-        if any(choice.get("token_ids") is None for choice in choices):
+        try:
+            return read_candidates(choices, settings, request["max_tokens"], self.vocabulary)
+        except ValueError as error:
             raise self._wrong(
-                "answers without token ids. Use a newer vLLM (docs/sampling.md lists versions)"
-            )
-        return [Candidate(choice["token_ids"], choice["finish_reason"]) for choice in choices]
+                f"answers the prompt of row {row} wrongly: {error}. Nothing of it is stored. Use a "
+                "vLLM that docs/sampling.md lists"
+            ) from None
 
     @contextmanager
     def _loaded_adapter(self) -> Generator[str, None, None]:

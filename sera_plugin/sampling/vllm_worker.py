@@ -126,9 +126,15 @@ def run(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
             )
             running += 1
         for output in engine.step():
-            found = sorted(output.outputs, key=lambda one: one.index)
             running -= 1
-            candidates = [[one.finish_reason, list(one.token_ids)] for one in found]
+            candidates = [
+                {
+                    "index": one.index,
+                    "token_ids": list(one.token_ids),
+                    "finish_reason": one.finish_reason,
+                }
+                for one in output.outputs
+            ]
             chunk.append([int(output.request_id), candidates])
         now = time.monotonic()
         if len(chunk) >= CHUNK_PROMPTS or now - last_sent > CHUNK_SECONDS:

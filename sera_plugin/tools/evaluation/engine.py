@@ -60,6 +60,7 @@ class Speaker:
         self.context: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
+        self.vocabulary = int(config.get_text_config().vocab_size)
         ends = [self.tokenizer.eos_token_id, *_generation_ends(Path(model.weights))]
         found = dict.fromkeys([*(one for one in ends if one is not None), *model.end_ids])
         self.end_ids = tuple({**found, **dict.fromkeys(self._turn_end())})
@@ -128,7 +129,7 @@ def load_engine(model: Model, decoding: Decoding, vllm_python: str | None, log: 
     speaker = Speaker(model, decoding.prompt_format)
     sampler: CandidateSampler
     if python is not None:
-        sampler = VllmSampler(python, _served(model), {}, log, _room)
+        sampler = VllmSampler(python, _served(model, speaker.vocabulary), {}, log, _room)
     else:
         policy = _load(model)
         pad = speaker.tokenizer.pad_token_id
@@ -213,16 +214,16 @@ def _named(model: Model) -> Iterator[None]:
         raise ValueError(f"{model.name} ({model.source}) cannot be loaded: {error}") from error
 
 
-def _served(model: Model) -> ServedPolicy:
+def _served(model: Model, vocabulary: int) -> ServedPolicy:
     weights = str(Path(model.weights).resolve())
     if model.adapter is None:
-        return ServedPolicy(weights, None, 0, "auto", None, {})
+        return ServedPolicy(weights, None, 0, "auto", None, {}, vocabulary)
     config = json.loads((model.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     problem = adapter_problem(config)
     if problem is not None:
         raise ValueError(f"--vllm-python: {problem}. Leave it out to sample in this process.")
     adapter = str(model.adapter.resolve())
-    return ServedPolicy(weights, adapter, config["r"], "auto", None, {})
+    return ServedPolicy(weights, adapter, config["r"], "auto", None, {}, vocabulary)
 
 
 @contextmanager
