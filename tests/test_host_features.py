@@ -81,6 +81,18 @@ def test_eight_bit_optimizers_train_and_restart(run, optimizer):
 
 
 @pytest.mark.slow
+def test_full_fine_tuning_in_bf16_is_continued(base_config, train, monkeypatch):
+    """The host keeps norms, embeddings and output layer in float32: only autocast joins the two."""
+    # The host takes bf16 for a GPU's alone; torch's autocast knows it on a CPU too.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    base_config |= {"bf16": True, "num_epochs": 1, "auto_resume_from_checkpoints": True}
+    model = train(base_config).trainer.model
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16, torch.float32}
+    # Nothing is left to train, but the model is first compared with the one that began.
+    assert train(base_config).trainer.state.global_step == 3
+
+
+@pytest.mark.slow
 @KINDS
 def test_activation_offloading_wraps_the_step(run, kind, monkeypatch):
     import trl.trainer.dpo_trainer as trl_dpo

@@ -64,6 +64,7 @@ def seams():
             "self dataset processing_class args dataset_name",
         ),
         "precompute_ref_logps": (DPOTrainer._precompute_ref_logps, "self dataset name batch_size"),
+        "loss_context": (Trainer.compute_loss_context_manager, "self"),
         "compute_loss": (DPOTrainer._compute_loss, "self model inputs return_outputs"),
         "trl_init": (
             DPOTrainer.__init__,
@@ -101,6 +102,7 @@ def seams():
         "create_optimizer",
         "prepare_dataset",
         "precompute_ref_logps",
+        "loss_context",
         "compute_loss",
         "trl_init",
         "collator",

@@ -337,7 +337,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             self._policies,
             int(self._tokenizer.pad_token_id),
             scoring_budget(self.model, self.accelerator.device, int(self.cfg.sequence_len or 0)),
-            self.compute_loss_context_manager,
+            self.accelerator.autocast,
             self.store.ranks,
             self._quiet,
         )
@@ -689,6 +689,14 @@ class SeraTrainer(AxolotlDPOTrainer):
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     # ------------------------------------------------------------------ the step
+
+    def compute_loss_context_manager(self) -> Any:
+        """The context of every forward pass, the scorer's too.
+
+        That of transformers 5.16 is empty: autocast comes with accelerate's wrapping of the model,
+        which an evaluation or a continued run's first scores do not wait for.
+        """
+        return self.accelerator.autocast()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's step. The host's own collects garbage and empties the cache in each one."""
