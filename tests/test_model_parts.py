@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.model.budget import TokenBudget, batches_by_length
-from sera_plugin.model.gate import FLOAT32_LIMITS, check_step_zero
+from sera_plugin.model.gate import FLOAT32_LIMIT, LOW_PRECISION_LIMIT, check_step_zero
 from sera_plugin.model.logprobs import score_sequences
 from sera_plugin.model.losses import PreferenceLoss
 from sera_plugin.model.policies import PolicyHistory, restore_snapshot, take_snapshot
@@ -254,41 +256,67 @@ def test_a_snapshot_of_other_weights_is_refused(model):
 
 # ------------------------------------------------------------------ the gate
 
+DPO = PreferenceLoss("dpo", 0.2)
 
-def gate(chosen, rejected, loss=None, function=None):
+
+def gate(chosen, rejected, loss=None, function=DPO, limit=FLOAT32_LIMIT, tokens=10):
     inputs = {
-        "completion_mask": torch.ones(4, 10),
+        "completion_mask": torch.ones(4, tokens),
         "ref_chosen_logps": torch.tensor([-20.0, -22.0]),
         "ref_rejected_logps": torch.tensor([-30.0, -30.0]),
     }
-    tensors = (torch.tensor(chosen), torch.tensor(rejected))
-    return check_step_zero(inputs, *tensors, FLOAT32_LIMITS, loss, function)
+    chosen, rejected = torch.tensor(chosen), torch.tensor(rejected)
+    loss = None if loss is None else torch.tensor(loss)
+    return check_step_zero(inputs, chosen, rejected, limit, loss, function)
 
 
-def test_gate_passes_the_reference_itself():
-    figures = gate([-20.0, -22.0], [-30.0, -30.0], torch.tensor(0.6931), PreferenceLoss("dpo", 0.2))
-    assert figures["nats_per_token"] == 0
-    assert figures["expected_loss"] == pytest.approx(math.log(2), abs=1e-6)
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (DPO, math.log(2)),
+        # Rewards -2.1 and -3.0 per token, beta 1.
+        (
+            PreferenceLoss("simpo", 1.0, per_token=True),
+            (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.8))) / 2,
+        ),
+    ],
+)
+def test_gate_passes_the_reference_itself_and_knows_its_loss(loss, expected):
+    figures = gate([-20.0, -22.0], [-30.0, -30.0], expected, loss)
+    assert figures["nats_per_token"] == figures["nats_per_root_token"] == 0
+    assert figures["expected_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_gate_passes_a_loss_that_multiplies_rounding():
+    """A margin of 0.6 nats: summed IPO with beta 1 has (0.6 - 0.5)^2; the reference has 0.25."""
+    chosen, rejected = [-19.7, -22.0], [-30.3, -30.0]
+    loss = ((0.6 - 0.5) ** 2 + 0.25) / 2
+    figures = gate(chosen, rejected, loss, PreferenceLoss("ipo", 1.0), LOW_PRECISION_LIMIT, 259)
+    assert figures["expected_loss"] == pytest.approx(loss, abs=1e-4)
+    assert figures["nats_per_root_token"] == pytest.approx(0.3 / math.sqrt(259), abs=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 400])
+def test_gate_allows_more_to_longer_answers_and_judges_each(tokens):
+    allowed = LOW_PRECISION_LIMIT * math.sqrt(tokens)
+    # Of opposite sign: their mean would be right.
+    for share in (0.9, 1.1):
+        chosen = [-20.0 + share * allowed, -22.0 - share * allowed]
+        call = partial(gate, chosen, [-30.0, -30.0], limit=LOW_PRECISION_LIMIT, tokens=tokens)
+        with nullcontext() if share < 1 else pytest.raises(ValueError, match="step-0 gate"):
+            call()
 
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "loss"),
     [
-        ([-20.0, -22.1], [-30.0, -30.0], None),  # 0.05 nats over 10 tokens on average
+        ([-20.0, -22.1], [-30.0, -30.0], None),
         ([-20.0, -22.0], [-30.0, math.nan], None),
+        (-21.1, -30.0, None),  # means, which is all that the host's own losses leave
         ([-20.0, -22.0], [-30.0, -30.0], 1.018),
         ([-20.0, -22.0], [-30.0, -30.0], math.nan),
     ],
 )
 def test_gate_stops_anything_else(chosen, rejected, loss):
-    tensor = None if loss is None else torch.tensor(loss)
     with pytest.raises(ValueError, match="step-0 gate"):
-        gate(chosen, rejected, tensor, PreferenceLoss("dpo", 0.2))
-
-
-def test_gate_knows_the_value_of_a_reference_free_loss():
-    # SimPO at the reference: rewards -2.1 and -3.0 per token, beta 1.
-    simpo = PreferenceLoss("simpo", 1.0, per_token=True)
-    expected = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.8))) / 2
-    figures = gate([-20.0, -22.0], [-30.0, -30.0], torch.tensor(expected), simpo)
-    assert figures["loss"] == pytest.approx(figures["expected_loss"], abs=1e-5)
+        gate(chosen, rejected, loss)

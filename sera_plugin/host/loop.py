@@ -25,6 +25,7 @@ from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import describe_end, describe_start, metrics, summarize
 from sera_plugin.host.run import announce, describe_run, require_same_run
 from sera_plugin.labeling.labelers import Labelers
+from sera_plugin.model.gate import deviation
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checkpoints
 from sera_plugin.rundir.progress import above_bars
@@ -69,7 +70,8 @@ class Loop:
         store: the run directory.
         scorer: scores under any policy; owns the model's policies.
         samplers, labelers: make what samples in an iteration, and what ranks its samples.
-        nats: how far a policy's log-probabilities may move when nothing has changed, per token.
+        nats: how far a policy's log-probabilities may move when nothing has changed, see
+            `sera_plugin.model.gate.deviation`.
         log: takes figures for the trackers.
     """
 
@@ -220,9 +222,7 @@ class Loop:
         for side in ("chosen", "rejected"):
             before = recorded[f"{side}_logp"].to_numpy()[: len(few)]
             lengths = recorded[f"{side}_length"].to_numpy()[: len(few)]
-            # Means, as the gate compares them: batches of another shape round differently.
-            moved = abs(logps[side].mean() - before.mean()) / lengths.mean()
-            if moved > self.nats:
+            if deviation(logps[side], before, lengths) > self.nats:
                 raise ValueError(
                     f"base_model: {self.cfg['base_model']} is not the model that the run in "
                     f"{self.store.root} began with: it gives the first {side} completions a "

@@ -53,8 +53,8 @@ from sera_plugin.host.loop import RECORD, Loop
 from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.model.adapters import continue_adapter, tidy_adapters
 from sera_plugin.model.gate import (
-    FLOAT32_LIMITS,
-    LOW_PRECISION_LIMITS,
+    FLOAT32_LIMIT,
+    LOW_PRECISION_LIMIT,
     check_step_zero,
     low_precision,
 )
@@ -506,7 +506,7 @@ class SeraTrainer(AxolotlDPOTrainer):
             scorer=self._score,
             samplers=samplers,
             labelers=Labelers(method, samplers, self.processing_class),
-            nats=self._limits[0],
+            nats=self._rounding,
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
         )
@@ -749,16 +749,16 @@ class SeraTrainer(AxolotlDPOTrainer):
     ) -> None:
         self._gate_pending = False
         figures = check_step_zero(
-            inputs, chosen_logps, rejected_logps, self._limits, loss, self.loss
+            inputs, chosen_logps, rejected_logps, self._rounding, loss, self.loss
         )
         assert self._loop is not None
         self._loop.passed_gate(figures)
 
     @property
-    def _limits(self) -> tuple[float, float]:
-        """How far the same policy may differ from itself: nats per token, and loss."""
+    def _rounding(self) -> float:
+        """How far the same policy may differ from itself, nats per square root of the tokens."""
         low = self.args.bf16 or self.args.fp16 or low_precision(self.model)
-        return LOW_PRECISION_LIMITS if low else FLOAT32_LIMITS
+        return LOW_PRECISION_LIMIT if low else FLOAT32_LIMIT
 
     def _require_finite(self, loss: float) -> None:
         """The host would go on, and log the mean of earlier losses instead."""
