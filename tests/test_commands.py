@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import adapter, write_rows
+from tests.conftest import adapter
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def axolotl(tmp_path):
     return run
 
 
-def test_preprocess_train_evaluate_inference_and_merge(base_config, world, axolotl, tmp_path):
+def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, axolotl, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(base_config | adapter() | {"num_epochs": 2}))
     axolotl("preprocess", config)
@@ -53,15 +53,7 @@ def test_preprocess_train_evaluate_inference_and_merge(base_config, world, axolo
     assert "Missing or damaged" not in report
     assert "&lt;|assistant|&gt;" in report
     assert "  <s> <|user|>" in axolotl("sera", "inspect", out, "--row", 0)
-    # A damaged held-out row, in a command that asks no plugin before it loads its data.
-    held_out = [*world.rows[24:28], world.rows[28] | {"chosen": None}]
-    write_rows(tmp_path / "held-out.jsonl", held_out)
-    base_config["test_datasets"][0]["path"] = str(tmp_path / "held-out.jsonl")
-    evaluation = tmp_path / "evaluation.yaml"
-    evaluation.write_text(yaml.safe_dump(base_config | adapter() | {"num_epochs": 2}))
-    said = axolotl("evaluate", evaluation)
-    assert "eval_loss" in said
-    assert "'chosen' is null, not text (test_datasets[0] (held-out.jsonl) rows 4)" in said
+    assert "Use `axolotl sera eval" in axolotl("evaluate", config, fails=True)
     said = axolotl("inference", config, "--lora-model-dir", out, stdin="b a")
     assert "<|user|>" in said or "b a" in said
     axolotl("merge-lora", config, "--lora-model-dir", out)

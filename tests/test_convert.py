@@ -380,7 +380,7 @@ def test_every_key_becomes_something_or_is_said_to_become_nothing(place):
 SWITCHES = {
     "use_fast_tokenizer", "use_rslora", "use_dora", "double_quantization", "bf16", "fp16",
     "pure_bf16", "tf32", "disable_gradient_checkpointing", "use_reentrant_gc", "torch_compile",
-    "dataloader_pin_memory", "overwrite_output_dir", "load_best_model_at_end", "greater_is_better",
+    "dataloader_pin_memory", "overwrite_output_dir",
 }  # fmt: skip
 
 
@@ -395,6 +395,11 @@ SWITCHES = {
         ({"simpo_gamma": 0.5}, "it has no effect beside the other keys."),
         ({"finetuning_type": "full", "lora_rank": 3}, "it has no effect beside the other keys."),
         ({"report_to": "swanlab"}, "swanlab is not switched on by a key of this name."),
+        ({"load_best_model_at_end": True}, "the host has it for supervised fine-tuning only"),
+        ({"metric_for_best_model": "eval_loss"}, "`axolotl sera eval` compares them"),
+        ({"greater_is_better": False}, "the host has it for supervised fine-tuning only"),
+        ({"early_stopping_steps": 2}, "the host has it for supervised fine-tuning only"),
+        ({"save_strategy": "best"}, "the host has `best` for supervised fine-tuning only"),
         ({"trust_remote_code": True}, "it would run code of the model's repository."),
     ],
 )

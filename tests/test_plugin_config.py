@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sera_plugin import SeraPlugin
 from sera_plugin.config.kinds import LOSSES
@@ -78,6 +79,37 @@ def test_epochs_are_three_unless_set() -> None:
     assert register(num_epochs=1.0)["num_epochs"] == 1
 
 
+def test_seed_is_the_hosts_default_unless_set() -> None:
+    # Without one the host draws other held-out pairs in every run.
+    assert register()["seed"] == 42
+    assert register(seed=0)["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("block", "missing"),
+    [
+        ({}, "selected and sampled"),
+        ({"bootstrap_ratio": 0}, "selected"),
+        ({"selection_ratio": 1}, "sampled"),
+        ({"selection_ratio": 1, "bootstrap_ratio": 0}, None),
+        ({"selection_ratio": 0, "bootstrap_ratio": 1, "labeler": "spin"}, None),
+    ],
+)
+def test_one_iteration_that_selects_and_samples_nothing_is_named(
+    block: dict[str, Any], missing: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="axolotl.sera"):
+        register(sera=block, num_epochs=1)
+    if missing is None:
+        assert not caplog.records
+    else:
+        assert "num_epochs: 1 ends before iteration 2" in caplog.text
+        assert f"pairs are {missing}. Set num_epochs to 2 or more." in caplog.text
+    caplog.clear()
+    register(sera=block, num_epochs=2)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_beta_is_the_losss_own_unless_set(loss: str) -> None:
     keys: dict[str, Any] = {"sera": {"loss": loss}}
@@ -105,6 +137,7 @@ def test_sharded_runs_keep_whole_checkpoints(keys: dict[str, Any]) -> None:
         {"dpo_label_smoothing": 0.1},
         {"dpo_label_smoothing": 0.0, "sera": {"loss": "ipo"}},
         {"max_steps": None, "sample_packing": False, "streaming": False},
+        {"load_best_model_at_end": False, "save_strategy": "epoch"},
         {"context_parallel_size": 1},
         {"activation_offloading": True, "gradient_checkpointing": True},
         {
@@ -225,10 +258,16 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"fsdp_version": 2, "fsdp_config": {"offload_params": True}, "load_in_4bit": True},
         ["load_in_4bit: true", "Remove load_in_4bit"],
     ),
-    "fsdp, best adapter": (
-        {"fsdp_version": 2, "fsdp_config": {"offload_params": True}, "adapter": "lora"}
-        | {"load_best_model_at_end": True},
-        ["load_best_model_at_end: true", "Remove it"],
+    "the best model": (
+        {"load_best_model_at_end": True},
+        ["load_best_model_at_end: True", "remove it", "axolotl sera eval"],
+    ),
+    "its metric": ({"metric_for_best_model": "eval_loss"}, ["metric_for_best_model: eval_loss"]),
+    "its direction": ({"greater_is_better": False}, ["greater_is_better: False", "remove it"]),
+    "saving it": ({"save_strategy": "best"}, ["save_strategy: best", "save_strategy: epoch"]),
+    "stopping early": (
+        {"early_stopping_patience": 2},
+        ["early_stopping_patience: 2", "remove it", "axolotl sera eval"],
     ),
     "too few candidates": (
         {"sera": {"bootstrap_ratio": 3, "candidates": 4}},
@@ -450,3 +489,13 @@ def test_misuse_surfaces_through_the_hosts_own_parser(
         load({**tiny, **keys})
     for part in parts:
         assert part in str(error.value)
+
+
+def test_evaluating_the_base_model_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The host's command loads no trained model: it would compare the first one with itself."""
+    from axolotl.cli.evaluate import do_cli
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"axolotl evaluate .*Use `axolotl sera eval"):
+        do_cli(str(tmp_path / "config.yaml"))
+    register()

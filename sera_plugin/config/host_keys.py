@@ -27,7 +27,7 @@ HOST_KEYS: tuple[tuple[str, str], ...] = (
         "excess_length_strategy",
         "`drop` (default), `truncate` or `raise` for longer rows; see data.md.",
     ),
-    ("seed", "Seeds new adapters, data order and samples."),
+    ("seed", "Seeds new adapters, held-out pairs, data order and samples. 42 unless set."),
     (
         "warmup_ratio, warmup_steps",
         "Warm-up of each iteration with `restart_optimizer: true`, else of the run.",

@@ -62,10 +62,5 @@ def check_parallel(cfg: dict[str, Any]) -> None:
                 f"{key}: true does not work under FSDP, where the host trains by preference only "
                 f"what is not quantised. Remove {key}, or fsdp_version and fsdp_config."
             )
-    if cfg.get("adapter") and cfg.get("load_best_model_at_end"):
-        raise ValueError(
-            "load_best_model_at_end: true does not work with an adapter under FSDP: the host "
-            "would load it on the first rank alone. Remove it; every iteration's policy is kept."
-        )
     if "fsdp_state_dict_type" not in block:
         cfg["fsdp_config"] = {**block, "state_dict_type": _WHOLE}

@@ -13,7 +13,7 @@ import difflib
 import logging
 import math
 import os
-import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -57,6 +57,14 @@ _HOST_LOSSES = (
 _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 #: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
 _MOST_EPOCHS = 10_000
+#: The default of the host's command line and of transformers. Without a seed the host would draw
+#: other held-out pairs in every run.
+_SEED = 42
+_BEST = (
+    "the host ignores it in preference training; remove it. Every iteration starts from the policy "
+    "before it, and those policies are kept (of full fine-tuning with sera.keep_policies: true): "
+    "compare them with `axolotl sera eval OUTPUT_DIR --iterations`"
+)
 
 
 class SeraPlugin(BasePlugin):
@@ -72,6 +80,7 @@ class SeraPlugin(BasePlugin):
             ValueError: for anything in the configuration that SeRA cannot run with, naming the
                 key, the value, and what to do.
         """
+        _reject_evaluate()
         _reject_misplaced_keys(cfg)
         vllm = _with_unset_keys(cfg.get("vllm"))
         if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera"):
@@ -98,12 +107,12 @@ class SeraPlugin(BasePlugin):
         cfg["sera"] = config.model_dump(mode="json")
         if cfg.get("num_epochs") is None:
             cfg["num_epochs"] = 3
+        if cfg.get("seed") is None:
+            cfg["seed"] = _SEED
+        _warn_of_one_iteration(cfg["num_epochs"], config)
         if cfg.get("rl_beta") is None and _trl_beta(cfg) is None:
             ipo = cfg.get("dpo_loss_type") == ["ipo"]
             cfg["rl_beta"] = LOSSES["ipo" if ipo else config.loss].beta
-        if "axolotl.utils.data.rl" in sys.modules:
-            # `axolotl evaluate` has it ready by now, and loads its datasets without the hook below.
-            self._guard_rows()
 
     def get_input_args(self) -> str:
         """The pydantic model that the host merges into its own."""
@@ -111,17 +120,14 @@ class SeraPlugin(BasePlugin):
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
         """Before the host loads its datasets, which it does because this returns nothing."""
+        from sera_plugin.host.trainer import guard_host_rows
+
         restore_entries(cfg, self._entries)
-        self._guard_rows()
+        guard_host_rows()
         if cfg.fsdp_config and not preprocess:
             from sera_plugin.host.trainer import require_mesh
 
             require_mesh(cfg)
-
-    def _guard_rows(self) -> None:
-        from sera_plugin.host.trainer import guard_host_rows
-
-        guard_host_rows()
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Before the host loads the model, which it would do twice, and could not save whole."""
@@ -153,6 +159,39 @@ def _report(output_dir: Path) -> None:
             type(error).__name__,
             plain(str(error), 300),
             output_dir,
+        )
+
+
+def _reject_evaluate() -> None:
+    """`axolotl evaluate` loads the base model: it would compare the first policy with itself."""
+    for frame, _ in traceback.walk_stack(None):
+        if getattr(frame.f_globals.get("__spec__"), "name", None) == "axolotl.cli.evaluate":
+            raise ValueError(
+                "axolotl evaluate loads the base model and not what was trained, so with rl: sera "
+                "it would compare that model with itself. Use `axolotl sera eval OUTPUT_DIR "
+                "--prompts FILE` (docs/eval.md)."
+            )
+
+
+def _warn_of_one_iteration(epochs: Any, config: SeraConfig) -> None:
+    """Say so where the configuration selects or samples in iterations that the run has not."""
+    first = config.first_iteration
+    missing = [
+        what
+        for what, wanted in (
+            ("selected", config.selection_ratio < 1),
+            ("sampled", config.bootstrap_ratio > 0),
+        )
+        if wanted and first > float(epochs)
+    ]
+    if missing:
+        LOG.warning(
+            "SeRA: num_epochs: %s ends before iteration %d, the first for which pairs are %s. Set "
+            "num_epochs to %d or more.",
+            epochs,
+            first,
+            " and ".join(missing),
+            first,
         )
 
 
@@ -305,10 +344,21 @@ def _reject_incompatible(cfg: Mapping[str, Any], config: SeraConfig) -> None:
         "neftune_noise_alpha": "noise makes the policy differ from its own reference; remove "
         "neftune_noise_alpha",
         "relora": "rl: sera snapshots one adapter per iteration; remove relora",
+        "load_best_model_at_end": _BEST,
+        "metric_for_best_model": _BEST,
+        "early_stopping_patience": _BEST,
     }
     for key, remedy in problems.items():
         if cfg.get(key):
             raise ValueError(f"{key}: {_brief(cfg[key])} does not work here: {remedy}.")
+    if cfg.get("greater_is_better") is not None:
+        raise ValueError(
+            f"greater_is_better: {_brief(cfg['greater_is_better'])} does not work here: {_BEST}."
+        )
+    if cfg.get("save_strategy") == "best":
+        raise ValueError(
+            f"save_strategy: best does not work here: {_BEST}. Set save_strategy: epoch."
+        )
     if cfg.get("trainer_cls") not in (None, TRAINER):
         raise ValueError(
             f"trainer_cls: {_brief(cfg['trainer_cls'])} cannot be combined with rl: sera, which "

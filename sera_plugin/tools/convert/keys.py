@@ -187,10 +187,6 @@ RULES: tuple[Rule | None, ...] = (
         "A run that is there is continued, never overwritten.",
     ),
     _also("save_total_limit", _WHOLE),
-    _also("load_best_model_at_end", _SWITCH),
-    _also("metric_for_best_model", _TEXT),
-    _also("greater_is_better", _SWITCH),
-    _renamed("early_stopping_steps", "early_stopping_patience", _WHOLE),
     Rule(
         "report_to, run_name",
         "`use_wandb`, `use_tensorboard`, `use_mlflow`, `use_trackio`, `wandb_name`",

@@ -7,12 +7,16 @@ _IMAGES = "it is for images, sound and video; rl: sera trains on text."
 _NOTHING = "there is nothing like it in the host's preference training."
 _LOG_IN = "log in with `hf auth login` instead; a YAML is no place for it."
 _PADDING = "padding never counts."
+_BEST = (
+    "the host has it for supervised fine-tuning only; the policy of every iteration can be kept, "
+    "and `axolotl sera eval` compares them."
+)
 _CODE = "it would run code of the model's repository. Add it only if the model needs that."
 
 #: Keys that become nothing, or patterns of them -> why.
 LEFT_OUT: dict[str, str] = {
     "do_train": "`axolotl train` trains.",
-    "do_eval": "`axolotl evaluate` evaluates a trained model.",
+    "do_eval": "`axolotl sera eval` evaluates a trained model.",
     "do_predict": _GENERATION,
     "trust_remote_code": _CODE,
     "deepspeed": "rl: sera shares weights out with FSDP2, not with DeepSpeed (docs/many-gpus.md).",
@@ -29,6 +33,10 @@ LEFT_OUT: dict[str, str] = {
     "tokenized_path": "the host keeps what it has prepared in `dataset_prepared_path`.",
     "plot_loss": "`axolotl sera report` has the curves.",
     "cache_dir": "set HF_HOME instead.",
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "early_stopping_steps": _BEST,
     "save_only_model": "a run that is cut off continues from whole checkpoints.",
     "ref_model*": "the reference is the policy that an iteration starts from, or with "
     "`reference: initial` in `sera:` the model itself.",

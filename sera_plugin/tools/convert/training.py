@@ -189,6 +189,8 @@ def put_saving(settings: Settings) -> None:
     strategy = settings.text("save_strategy")
     if strategy == "steps":
         out["save_steps"] = settings.number("save_steps")
+    elif strategy == "best":
+        settings.lose("save_strategy", "the host has `best` for supervised fine-tuning only.")
     else:
         out["save_strategy"] = strategy
     out["auto_resume_from_checkpoints"] = True
