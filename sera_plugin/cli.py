@@ -12,6 +12,7 @@ import click
 from sera_plugin import __version__
 from sera_plugin.tools.command import refusing
 from sera_plugin.tools.evaluation.command import evaluate
+from sera_plugin.tools.paper import paper
 from sera_plugin.tools.planning.commands import plan
 from sera_plugin.tools.report.commands import compare, inspect, report
 
@@ -114,5 +115,5 @@ def convert(file: Path, output: Path | None) -> None:
     click.echo(converted.text.rstrip() if output is None else output)
 
 
-for command in (plan, report, inspect, compare, evaluate):
+for command in (plan, paper, report, inspect, compare, evaluate):
     sera.add_command(command)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-import runpy
+from itertools import product
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from sera_plugin.cli import sera
 from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.tools import paper
 from tests.doc_pages import PAGES, ROOT, blocks, file_name
 
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
-PAPER = ROOT / "example_yamls/paper"
-MAKE = runpy.run_path(str(PAPER / "make.py"))
 README = (ROOT / "README.md").read_text()
 EXPECTED = {
     "tinyllama-1.1b-full": (0.7, 0.3, "dpo", 0.2),
@@ -84,17 +85,57 @@ def test_shipped_yaml_is_what_it_says(path, parse):
         assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16
 
 
-def test_the_papers_files_are_those_that_make_py_writes():
-    written = {path.stem: path.read_text() for path in PAPER.glob("*.yaml")}
-    expected = {name: MAKE["write"](name, one) for name, one in MAKE["configurations"]().items()}
-    assert written == expected, "run example_yamls/paper/make.py"
+# A configuration is its dataset's keys, its model's and its system's. The host checks most of them
+# with an adapter, so every system is parsed with that model, and every other pair once.
+PARSED = [("ultrafeedback", "mistral-7b", system) for system in paper.SYSTEMS] + [
+    (*names, "sera-dpo")
+    for names in product(paper.DATASETS, paper.MODELS)
+    if names != ("ultrafeedback", "mistral-7b")
+]
 
 
-@pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_file_of_the_paper_is_parsed_by_the_host(path, parse, monkeypatch):
+def test_the_papers_configurations_are_parsed_by_the_host(parse, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    cfg = check(path.read_text(), parse)
-    assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16
+    everything = paper.configurations()
+    assert len(everything) == 90
+    assert set(PARSED) <= set(everything)
+    for names in PARSED:
+        cfg = check(paper.yaml_text(*names), parse)
+        assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16, names
+
+
+def test_the_paper_command_lists_and_writes_and_overwrites_nothing(tmp_path):
+    def call(*arguments):
+        return CliRunner().invoke(sera, ["paper", *map(str, arguments)])
+
+    for name in (*paper.DATASETS, *paper.MODELS, *paper.SYSTEMS):
+        assert f"  {name} " in call().output
+    names, file = ("ultrafeedback", "tinyllama-1.1b", "sera-dpo"), tmp_path / "config.yaml"
+    assert call(*names).output == paper.yaml_text(*names)
+    assert call(*names, "--output", file).output == f"{file}\n"
+    assert file.read_text() == paper.yaml_text(*names)
+    again = call(*names, "--output", file)
+    assert (again.exit_code, again.stderr) == (
+        2,
+        f"Error: {file} exists. Remove it, or name another file.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("ultrafedback", "mistral-7b", "dpo"), "Did you mean ultrafeedback?"),
+        (("tldr", "tinyllama", "dpo"), "Did you mean tinyllama-1.1b?"),
+        (("tldr", "mistral-7b", "sera"), " or sera-dpo or "),
+        (("tldr", "mistral-7b", "zzz"), "'zzz' is not a system of the paper. Known: sera-dpo, "),
+        (("tldr", "mistral-7b", "spin"), "spin is not run on tldr. These are: sera-dpo, "),
+        (("tldr", "mistral-7b"), "Give DATASET, MODEL and SYSTEM, or nothing to list them."),
+    ],
+)
+def test_the_paper_command_names_what_it_does_not_know(names, said):
+    result = CliRunner().invoke(sera, ["paper", *names])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
 
 
 def test_the_quickstart_turns_a_dpo_yaml_into_a_sera_one(parse):
@@ -129,8 +170,11 @@ def test_the_host_knows_every_key_that_a_page_shows():
         assert keys.keys() <= {*known, "sera"}, block.place
 
 
-def test_the_expectations_are_complete():
+def test_the_expectations_and_the_readme_are_complete():
     assert {path.stem for path in FILES} == EXPECTED.keys()
+    links = re.findall(r"\]\(([\w.-]+\.yaml)\)", (ROOT / "example_yamls/README.md").read_text())
+    assert sorted(links) == [path.name for path in FILES]
+    assert len(FILES) <= 16
 
 
 def test_the_packaged_demo_is_the_shipped_one():
