@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import pickle
+import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -47,85 +48,60 @@ KEY = 'a-planted-key-7f3a"\\'  # with characters that Python and JSON write othe
 
 # ------------------------------------------------------------------ the source
 
-FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-FORBIDDEN_CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "torch.load",
-    "yaml.load",
-    "yaml.unsafe_load",
-    "yaml.full_load",
-    "os.system",
-    "os.popen",
-}
-FORBIDDEN_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
-
-
-def forbidden(source: str) -> list[str]:
-    """What in a file would run what it reads: by import, by call, by keyword."""
-    found = []
-    aliases: dict[str, str] = {}  # local name -> what it is
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                aliases[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0]
-                )
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    found += [name for name in aliases.values() if name.split(".")[0] in FORBIDDEN_MODULES]
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        first, *rest = ast.unparse(node.func).split(".")
-        name = ".".join([aliases.get(first, first), *rest])
-        if name in FORBIDDEN_CALLS:
-            found.append(name)
-        found += [
-            f"{keyword.arg}=True"
-            for keyword in node.keywords
-            if keyword.arg in FORBIDDEN_KEYWORDS
-            and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
-        ]
-    return found
+#: What ruff has no rule for. The rest of the promise is `make lint`.
+UNSAFE = re.compile(
+    r"\b(shell|trust_remote_code|allow_pickle)=(?!False\b)|(?<![.\w])(compile|__import__)\("
+)
 
 
 @pytest.mark.parametrize(
-    ("planted", "what"),
+    ("planted", "rules"),
     [
-        ("import pickle", "pickle"),
-        ("from pickle import loads as read", "pickle.loads"),
-        ("def f():\n    import shelve", "shelve"),
-        ("eval('1')", "eval"),
-        ("exec(text)", "exec"),
-        ("import torch\ntorch.load(path)", "torch.load"),
-        ("import torch as t\nt.load(path, weights_only=True)", "torch.load"),
-        ("from torch import load\nload(path)", "torch.load"),
-        ("import yaml\nyaml.load(text, Loader=yaml.Loader)", "yaml.load"),
-        ("import subprocess\nsubprocess.run('ls', shell=True)", "shell=True"),
-        ("subprocess.run('ls', shell=wanted)", "shell=True"),
-        ("Model.from_pretrained(path, trust_remote_code=True)", "trust_remote_code=True"),
-        ("np.load(path, allow_pickle=True)", "allow_pickle=True"),
+        ("import pickle", "TID251"),
+        ("from pickle import loads as read", "TID251"),
+        ("def f():\n    import shelve", "TID251"),
+        *((f"import {name}", "TID251") for name in ("marshal", "dill", "cloudpickle", "joblib")),
+        ("eval('1')", "S307"),
+        ("exec(text)", "S102"),
+        ("import torch\ntorch.load(path)", "TID251"),
+        ("import torch as t\nt.load(path, weights_only=True)", "TID251"),
+        ("from torch import load\nload(path)", "TID251"),
+        ("import yaml\nyaml.load(text, Loader=yaml.Loader)", "S506"),
+        ("import yaml\nyaml.full_load(text)", "TID251"),
+        ("import yaml\nyaml.unsafe_load(text)", "TID251"),
+        ("import subprocess\nsubprocess.run('ls', shell=True)", "S602"),
+        ("import os\nos.system(command)", "S605"),
+        ("import os\nos.popen(command)", "TID251"),
     ],
 )
-def test_the_check_finds_what_is_planted(planted, what):
-    assert forbidden(planted) == [what]
-
-
-def test_the_check_leaves_alone_what_is_harmless():
-    source = "import re, yaml\nmodel.eval()\nre.compile('a')\nyaml.safe_load(text)\n"
-    assert forbidden(source + "f(trust_remote_code=False, shell=False)\nstore.load(path)") == []
+def test_what_is_planted_is_found(planted, rules, tmp_path):
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise"]
+    command += ["--stdin-filename", str(PACKAGE / "sampling/planted.py"), "-"]
+    done = subprocess.run(command, input=planted, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert rules in re.findall(r": (S\d+|TID251) ", done.stdout)
 
 
 @pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+    ("planted", "found"),
+    [
+        ("subprocess.run('ls', shell=wanted)", True),
+        ("Model.from_pretrained(path, trust_remote_code=True)", True),
+        ("np.load(path, allow_pickle=True)", True),
+        ("compile(text, '', 'exec')", True),
+        ("__import__(name)", True),
+        ("f(trust_remote_code=False, shell=False)", False),
+        ("re.compile('a')", False),
+    ],
 )
-def test_nothing_in_the_package_runs_what_it_reads(path):
-    assert forbidden(path.read_text()) == []
+def test_what_ruff_has_no_rule_for_is_found(planted, found):
+    assert bool(UNSAFE.search(planted)) == found
+
+
+def test_nothing_in_the_package_runs_what_it_reads():
+    """Beyond what `make lint` finds."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not UNSAFE.search(path.read_text()), path
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -176,10 +176,7 @@ def about_samples(root: Path, place: Path, dataset: Any, number: int) -> dict[st
     """Sampled pairs against the true reward of their answers."""
     from transformers import PreTrainedTokenizerFast
 
-    # A directory that the harness has written: there is no revision to pin.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(  # nosec B615
-        root.parent, local_files_only=True
-    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root.parent, local_files_only=True)
     candidates = pq.read_table(
         place / "candidates.parquet", columns=["row", "candidate", "token_ids", "logps"]
     )

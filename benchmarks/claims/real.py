@@ -130,8 +130,7 @@ def perform(
     if system == SELF_JUDGING:
         settings = replace(settings, pairs=settings.judged)
 
-    # A directory the user named: there is no revision to pin.
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)  # nosec B615
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     template = tokenizer.apply_chat_template(
         [{"role": "user", "content": "{prompt}"}], tokenize=False, add_generation_prompt=True
     )
@@ -249,8 +248,7 @@ class Responses:
 
         from sera_plugin.model.logprobs import score_sequences, scoring_budget
 
-        # A directory that the user named or the run has written: there is no revision to pin.
-        model = AutoModelForCausalLM.from_pretrained(  # nosec B615
+        model = AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, dtype=torch.float32
         )
         longest = max(map(len, self.prompts)) + max(map(len, self.answers))

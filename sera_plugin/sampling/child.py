@@ -66,7 +66,7 @@ class Child:
         with log.open("ab") as file:
             self._log_start = file.tell()
             # No shell; the worker's file and the interpreter that the YAML names.
-            self._process = subprocess.Popen(  # nosec B603
+            self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -100,7 +100,7 @@ def find_vllm(python: str) -> str:
     command = [python, "-c", "import vllm; print(); print('vllm', vllm.__version__)"]
     try:
         # No shell; the interpreter that the YAML names.
-        result = subprocess.run(  # nosec B603
+        result = subprocess.run(
             command, env=child_environment(python), capture_output=True, text=True, timeout=300
         )
     except (OSError, subprocess.TimeoutExpired) as error:

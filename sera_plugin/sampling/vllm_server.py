@@ -66,7 +66,7 @@ class VllmServerSampler:
         longest: int | None = None,
     ) -> None:
         # Nothing binds here: a server on all interfaces is asked through loopback.
-        host = "127.0.0.1" if host == "0.0.0.0" else host  # nosec B104
+        host = "127.0.0.1" if host == "0.0.0.0" else host
         self.url = f"http://{host}:{port}"
         self.base_model = base_model
         self.adapter = adapter
@@ -156,8 +156,7 @@ class VllmServerSampler:
         limits = {row: room(row, prompts[row], settings) for row in rows}
         self.check(max(len(prompts[row]) + limits[row] for row in rows))
         self.report["version"] = self._shown(self._ask("version", "GET", "/version"))
-        # A request for ids, not a password.
-        fields = sampling_fields(settings) | {"return_token_ids": True}  # nosec B105
+        fields = sampling_fields(settings) | {"return_token_ids": True}
         with self._loaded_adapter() as name, ThreadPoolExecutor(IN_FLIGHT) as pool:
             waiting = iter(rows)
             running: dict[Future[list[Candidate]], int] = {}

@@ -37,11 +37,10 @@ class RewardModelJudge(ScoringJudge):
         self._journal = journal
         self._identity = key_of("reward-model", str(directory.resolve()), stamps)
         try:
-            # A directory of the user's: there is no revision to pin.
-            self._tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
+            self._tokenizer = AutoTokenizer.from_pretrained(
                 directory, trust_remote_code=False, local_files_only=True
             )
-            self._model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
+            self._model = AutoModelForSequenceClassification.from_pretrained(
                 directory,
                 dtype="auto",
                 use_safetensors=True,

@@ -27,10 +27,9 @@ def build_tokenizer() -> FastTokenizer:
     """One token per letter and filler word, with a chat template."""
     special = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>")
     vocabulary = {word: index for index, word in enumerate((*special, *LETTERS, *FILLERS))}
-    # These tokens are text, not passwords.
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # nosec B106
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return FastTokenizer(  # nosec B106
+    return FastTokenizer(
         tokenizer_object=words,
         pad_token="<pad>",
         bos_token="<s>",
@@ -98,13 +97,12 @@ def train_base_model(
 
 def load_model(directory: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a full set of weights, or of an adapter on its base."""
-    # A directory that the demo has written: there is no revision to pin.
-    tokenizer = FastTokenizer.from_pretrained(directory, local_files_only=True)  # nosec B615
+    tokenizer = FastTokenizer.from_pretrained(directory, local_files_only=True)
     if (directory / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(directory), tokenizer  # nosec B615
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)  # nosec B615
+        return AutoPeftModelForCausalLM.from_pretrained(directory), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model, tokenizer
 
 

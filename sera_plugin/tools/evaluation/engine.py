@@ -49,9 +49,8 @@ class Speaker:
         self._model = model
         self._format = prompt_format
         with _named(model):
-            # Files that are here already: there is no revision to pin, nothing is downloaded.
-            self.tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_SAFE)  # nosec B615
-            config = AutoConfig.from_pretrained(model.weights, **_SAFE)  # nosec B615
+            self.tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_SAFE)
+            config = AutoConfig.from_pretrained(model.weights, **_SAFE)
         if prompt_format is None and not self.tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {model.name} ({model.tokenizer}) has no chat template, so how "
@@ -196,7 +195,7 @@ def _load(model: Model) -> Any:
     _free()
     with _named(model):
         # As above: files that are here already.
-        weights = AutoModelForCausalLM.from_pretrained(  # nosec B615
+        weights = AutoModelForCausalLM.from_pretrained(
             model.weights, dtype="auto", use_safetensors=True, **_SAFE
         )
         if model.adapter is not None:
