@@ -163,24 +163,44 @@ def test_every_loss_that_a_configuration_may_name_is_the_hosts():
     assert re.findall(r'if loss_type == "(\w+)"', source) == list(_HOST_LOSSES)
 
 
-def test_reference_model_is_not_loaded_for_sera_alone():
-    import axolotl.train
-    from axolotl.utils.dict import DictDefault
+def test_patches_serve_sera_alone_and_are_made_once():
+    """In a process of its own, over host functions that do no work."""
+    code = """
+import axolotl.train as host
+from axolotl.utils.dict import DictDefault
+from types import SimpleNamespace
+from sera_plugin.host.patches import prepare_host
 
-    from sera_plugin.host.trainer import keep_one_model_loaded
+trainer = SimpleNamespace(model="adapter")
+host.setup_model_and_trainer = lambda cfg, meta: (trainer, "base", "tokenizer", None, None)
+host.setup_reference_model = lambda cfg, tokenizer, processor: "reference"
+prepare_host(DictDefault({}))
+ours = host.setup_model_and_trainer, host.setup_reference_model
+prepare_host(DictDefault({}))
+assert ours == (host.setup_model_and_trainer, host.setup_reference_model)
+for cfg, model, reference in (({}, "base", "reference"), ({"sera": {"a": 0}}, "adapter", None)):
+    cfg = DictDefault(cfg)
+    assert ours[0](cfg, None) == (trainer, model, "tokenizer", None, None)
+    assert ours[1](cfg, None, None) == reference
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
-    keep_one_model_loaded()
-    keep_one_model_loaded()
-    patched = axolotl.train.setup_reference_model
-    assert patched(DictDefault({"rl": "dpo", "sera": {"gamma": 0.3}}), None) is None
-    original = patched.__closure__[0].cell_contents
-    assert parameters(original) == ["cfg", "tokenizer", "processor"]
-    # Without a sera block the host's own function answers (here: no reference for ORPO).
-    assert patched(DictDefault({"rl": "orpo"}), None) is None
+
+def test_the_host_sets_up_what_it_saves_where_patches_reach_it():
+    import axolotl.train as host
+
+    assert parameters(host.setup_model_and_trainer) == ["cfg", "dataset_meta"]
+    assert parameters(host.setup_reference_model) == ["cfg", "tokenizer", "processor"]
+    source = inspect.getsource(inspect.unwrap(host.setup_model_and_trainer))
+    assert "= setup_reference_model(cfg, tokenizer, processor)" in source
+    assert source.count("        trainer,\n        model,\n") == 1
+    train = inspect.getsource(inspect.unwrap(host.train))
+    assert ") = setup_model_and_trainer(cfg, dataset_meta)" in train
+    for call in ("setup_signal_handler(cfg, model)", "save_trained_model(cfg, trainer, model)"):
+        assert call in train
 
 
 def test_the_host_shards_as_sharded_runs_rely_on():
-    import axolotl.train
     from axolotl.loaders import model
     from transformers import Trainer
 
@@ -191,7 +211,6 @@ def test_the_host_shards_as_sharded_runs_rely_on():
     assert 'register_fsdp_forward_method(self.model, "generate")' in prepare
     assert parameters(model.build_parallelism_config) == ["cfg"]
     assert 'build_device_mesh("cuda")' in inspect.getsource(model.build_parallelism_config)
-    assert "save_trained_model(cfg, trainer, model)" in inspect.getsource(axolotl.train.train)
 
 
 def test_accelerate_still_saves_a_part_of_a_sharded_adapter():
@@ -200,26 +219,6 @@ def test_accelerate_still_saves_a_part_of_a_sharded_adapter():
 
     source = inspect.getsource(fsdp_utils._get_model_state_dict)
     assert "return get_peft_model_state_dict(model, adapter_name=model.active_adapter)" in source
-
-
-def test_the_host_saves_the_model_it_is_handed_in_our_place():
-    code = (
-        "import axolotl.train as host\n"
-        "from axolotl.utils.dict import DictDefault\n"
-        "from types import SimpleNamespace\n"
-        "from sera_plugin.host.trainer import save_whole_adapters\n"
-        "saved = []\n"
-        "host.save_trained_model = lambda cfg, trainer, model: saved.append(model)\n"
-        "save_whole_adapters()\n"
-        "save_whole_adapters()\n"
-        "trainer = SimpleNamespace(model='whole')\n"
-        "for keys in ({}, {'sera': {'gamma': 0.3}}, {'fsdp_config': {'offload_params': True}},\n"
-        "             {'sera': {'gamma': 0.3}, 'fsdp_config': {'offload_params': True}}):\n"
-        "    host.save_trained_model(DictDefault(keys), trainer, 'base')\n"
-        "assert saved == ['base', 'base', 'base', 'whole'], saved\n"
-    )
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=300)
 
 
 def test_first_values_of_the_training_tuple_are_where_we_write_them():

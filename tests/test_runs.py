@@ -11,9 +11,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sera_plugin.host.loop import LOG
+from sera_plugin.model.policies import take_snapshot
 from tests.conftest import adapter, write_rows
 
 pytestmark = pytest.mark.slow
@@ -136,6 +139,20 @@ def test_a_continued_adapter_starts_where_it_ended(base_config, train, tmp_path,
     assert all(torch.equal(start[name], trained[name]) for name in trained)
     assert list(second.model.peft_config) == ["default"]
     assert summary(second, 2)["step_zero"]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_an_adapter_with_tied_embeddings_is_saved_and_nothing_else(base_config, train, world):
+    """The base model inside the adapter, whose tied weights have two names, cannot be saved."""
+    keys = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    result = train(base_config | adapter(**keys) | {"num_epochs": 1})
+    assert result.model is result.trainer.model
+    assert not list(result.output.glob("model*.safetensors"))
+    base = AutoModelForCausalLM.from_pretrained(world.base)
+    assert base.config.tie_word_embeddings
+    loaded = take_snapshot(PeftModel.from_pretrained(base, result.output, is_trainable=True))
+    trained = take_snapshot(result.model)
+    assert len([name for name in trained if "modules_to_save" in name]) > 0
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
 
 
 @pytest.mark.parametrize("keys", [{}, adapter()], ids=["full", "lora"])

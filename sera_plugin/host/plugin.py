@@ -124,17 +124,10 @@ class SeraPlugin(BasePlugin):
 
         restore_entries(cfg, self._entries)
         guard_host_rows()
-        if cfg.fsdp_config and not preprocess:
-            from sera_plugin.host.trainer import require_mesh
+        if not preprocess:
+            from sera_plugin.host.patches import prepare_host
 
-            require_mesh(cfg)
-
-    def pre_model_load(self, cfg: DictDefault) -> None:
-        """Before the host loads the model, which it would do twice, and could not save whole."""
-        from sera_plugin.host.trainer import keep_one_model_loaded, save_whole_adapters
-
-        keep_one_model_loaded()
-        save_whole_adapters()
+            prepare_host(cfg)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """The host calls this for training alone, and before it writes into output_dir."""

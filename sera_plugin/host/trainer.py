@@ -50,6 +50,7 @@ from sera_plugin.data.rows import (
     source_name,
 )
 from sera_plugin.host.loop import RECORD, Loop
+from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.model.adapters import continue_adapter, tidy_adapters
 from sera_plugin.model.gate import (
@@ -79,67 +80,6 @@ _DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
     "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
 )
-_NO_FSDP = (
-    "fsdp_config is set, but the host cannot shard the model here: it does so over several "
-    "processes, each with a GPU of its own. Start as many as there are GPUs (`axolotl train "
-    "config.yaml --launcher torchrun`), or remove fsdp_version and fsdp_config."
-)
-
-
-def require_mesh(cfg: DictDefault) -> None:
-    """Refuse FSDP where the host would fail to make a mesh.
-
-    axolotl 0.19 makes one of CUDA devices whatever there is, and without any fails in torch.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    from axolotl.loaders import model as host
-
-    if not torch.cuda.is_available():
-        try:
-            host.build_parallelism_config(cfg)
-        except (AttributeError, AssertionError, RuntimeError) as error:
-            raise ValueError(_NO_FSDP) from error
-
-
-def save_whole_adapters() -> None:
-    """Let the host save what it trained under FSDP, for `rl: sera`.
-
-    axolotl 0.19 hands `axolotl.train.save_trained_model` the base model, whose names for the
-    adapter's weights PEFT does not find in a file. Safe to call more than once.
-    """
-    import axolotl.train as host
-
-    original = host.save_trained_model
-    if getattr(original, "_sera", False):
-        return
-
-    def save_trained_model(cfg: DictDefault, trainer: Any, model: Any) -> None:
-        ours = cfg.get("sera") and cfg.get("fsdp_config")
-        original(cfg, trainer, trainer.model if ours else model)
-
-    save_trained_model._sera = True  # type: ignore[attr-defined]
-    host.save_trained_model = save_trained_model
-
-
-def keep_one_model_loaded() -> None:
-    """Stop the host from loading a reference model beside the policy for `rl: sera`.
-
-    axolotl 0.19 loads the model a second time for full fine-tuning before any trainer exists
-    (`axolotl.train.setup_reference_model`). Our reference is data. Safe to call more than once.
-    """
-    import axolotl.train as host
-
-    original = host.setup_reference_model
-    if getattr(original, "_sera", False):
-        return
-
-    def setup_reference_model(cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
-        return None if cfg.get("sera") else original(cfg, *args, **kwargs)
-
-    setup_reference_model._sera = True  # type: ignore[attr-defined]
-    host.setup_reference_model = setup_reference_model
 
 
 def guard_host_rows() -> None:
@@ -316,7 +256,7 @@ class SeraTrainer(AxolotlDPOTrainer):
                 "it out of the launcher's configuration (docs/many-gpus.md)."
             )
         if self.cfg.fsdp_config and not self.is_fsdp_enabled:
-            raise ValueError(_NO_FSDP)
+            raise ValueError(NO_FSDP)
         if self.accelerator.num_processes != self.store.ranks.world:
             raise ValueError(
                 f"{self.store.ranks.world} processes were started, but the host trains in each of "
