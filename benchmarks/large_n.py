@@ -1,6 +1,6 @@
 """Our own part of a run with many pairs: what is neither the model's nor an engine's work.
 
-A run of three iterations goes through `prepare_iteration` and `summarize` with a real run
+A run of three iterations goes through `algorithm.prepare` and `summarize` with a real run
 directory; log-probabilities and candidates are simulated. Every run is a process of its own, so
 that its peak memory is its own. Time is counted where it is spent: what the simulation takes is
 a line of its own and in no other figure.
@@ -26,7 +26,8 @@ import pyarrow as pa
 
 from benchmarks.harness import Setup, in_fresh_process
 from sera_plugin.algorithm import algorithm, summary
-from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.iteration import Iteration
+from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.implicit import ImplicitReward
@@ -49,15 +50,15 @@ REPEATED = 0.05
 #: Table line -> the functions whose own time it has (without that of others listed here).
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "fingerprint": [],
-    "offline scores, rewards, selection": [(algorithm, "offline_table")],
-    "sampling: bookkeeping": [(algorithm, "_sample")],
+    "offline scores, rewards, selection": [(algorithm, "score"), (algorithm, "select")],
+    "sampling: bookkeeping": [(algorithm, "sample")],
     "sampling: append chunks": [(RunStore, "append_samples")],
     "sampling: read chunks": [(RunStore, "read_samples"), (RunStore, "remove_samples")],
-    "candidate scores and rewards": [(algorithm, "_score_candidates")],
-    "pairing": [(algorithm, "_pair")],
-    "D_t": [(algorithm, "training_pairs")],
+    "candidate scores and rewards": [(algorithm, "rank")],
+    "pairing": [(algorithm, "pair")],
+    "D_t": [(algorithm, "union")],
     "write tables": [(store, "write_table")],
-    "read tables": [(RunStore, "read"), (RunStore, "column")],
+    "read tables": [(RunStore, "read")],
     "summary": [(summary, "summarize")],
 }
 SIMULATION, REST = "(simulation)", "everything else"
@@ -184,8 +185,7 @@ def one_run(count: int, directory: Path) -> dict[str, Any]:
             clock.watch(name, owner, attribute)
 
     def prepare(iteration: int) -> int:
-        phases = Phases()
-        trained = algorithm.prepare_iteration(
+        it = Iteration(
             iteration,
             method,
             pairs,
@@ -193,10 +193,10 @@ def one_run(count: int, directory: Path) -> dict[str, Any]:
             SimulatedScorer(clock),
             SimulatedSampler(clock),
             SamplingSettings(CONFIG.candidates, 0.7, 0.95, LONGEST, None, (END,), iteration),
-            phases,
             ImplicitReward(method),
         )
-        summary.summarize(iteration, method, run, phases)
+        trained = algorithm.prepare(it)
+        summary.summarize(it)
         return trained.num_rows
 
     before = forget_peak()

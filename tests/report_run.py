@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from sera_plugin.algorithm.alarms import judge, records
-from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.algorithm import prepare
 from sera_plugin.algorithm.annotations import Annotations
+from sera_plugin.algorithm.iteration import Iteration
 from sera_plugin.algorithm.method import Method, Pairs, Phases
-from sera_plugin.algorithm.offline import held_out_table
+from sera_plugin.algorithm.offline import score_held_out
 from sera_plugin.algorithm.protocols import Candidate, Chunk, Labeler, SamplingSettings
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import summarize
@@ -110,20 +111,22 @@ def make_run(
     for iteration in range(1, iterations + 1):
         phases = Phases()
         settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
-        prepare_iteration(
-            iteration,
-            method,
-            loaded,
-            store,
-            scorer,
-            Sampler(),
-            settings,
-            phases,
+        it = Iteration(
+            t=iteration,
+            method=method,
+            pairs=loaded,
+            store=store,
+            scorer=scorer,
+            sampler=Sampler(),
+            settings=settings,
             labeler=labeler or ImplicitReward(method),
+            phases=phases,
+            held_out=other,
         )
+        prepare(it)
         if other is not None:
-            held_out_table(iteration, other, store, scorer, phases)
-        summaries.append(summarize(iteration, method, store, phases))
+            score_held_out(it)
+        summaries.append(summarize(it))
         phases.spend("train", 10.0)
         seconds = {"seconds": dict(phases.seconds)}
         alarms = {"alarms": records(judge(summaries))}

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.algorithm import prepare
+from sera_plugin.algorithm.iteration import Iteration
 from sera_plugin.algorithm.method import Method, Pairs, Phases
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
@@ -97,29 +98,26 @@ class Run:
     def method(self) -> Method:
         return Method(self.config, self.reference_free, self.per_token, total=3)
 
-    def prepare(self, iteration: int) -> dict[str, list[Any]]:
-        pairs = Pairs.from_table(
-            make_table(
-                {
-                    "prompt_ids": [[1], [2, 2], [3]],
-                    "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
-                    "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
-                }
-            )
-        )
-        settings = SamplingSettings(self.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
-        table = prepare_iteration(
-            iteration,
+    def iteration(self, t: int, labeler: Any = None) -> Iteration:
+        columns = {
+            "prompt_ids": [[1], [2, 2], [3]],
+            "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
+            "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
+        }
+        return Iteration(
+            t,
             self.method,
-            pairs,
+            Pairs.from_table(make_table(columns)),
             self.store,
             self.scorer,
             self.sampler,
-            settings,
+            SamplingSettings(self.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0),
+            labeler or ImplicitReward(self.method),
             self.phases,
-            ImplicitReward(self.method),
         )
-        columns: dict[str, list[Any]] = table.to_pydict()
+
+    def prepare(self, t: int, labeler: Any = None) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = prepare(self.iteration(t, labeler)).to_pydict()
         return columns
 
     def offline(self, iteration: int) -> dict[str, list[Any]]:

@@ -10,7 +10,8 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.algorithm import prepare
+from sera_plugin.algorithm.iteration import Iteration
 from sera_plugin.algorithm.method import Method, Pairs, Phases
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
 from sera_plugin.algorithm.summary import summarize
@@ -85,12 +86,13 @@ def test_training_pairs_are_those_of_the_plain_algorithm(
     columns = {"prompt_ids": PROMPTS, "chosen_ids": CHOSEN, "rejected_ids": REJECTED}
     pairs = Pairs.from_table(make_table(columns))
     settings = SamplingSettings(R, 0.7, 0.95, 8, None, (END,), seed=0)
-    trained = [
-        prepare_iteration(
-            t, method, pairs, store, Scorer(), Sampler(), settings, phases, ImplicitReward(method)
-        )
-        for t in (1, 2)
-    ][1].to_pydict()
+    labeler = ImplicitReward(method)
+    first = Iteration(
+        1, method, pairs, store, Scorer(), Sampler(), settings, labeler, phases
+    )  # fmt: skip
+    prepare(first)
+    second = first.at(2)
+    trained = prepare(second).to_pydict()
 
     margins = [reward(row, CHOSEN[row]) - reward(row, REJECTED[row]) for row in range(N)]
     expected = [(PROMPTS[row], CHOSEN[row], REJECTED[row]) for row in largest(margins, KEPT)]
@@ -115,7 +117,7 @@ def test_training_pairs_are_those_of_the_plain_algorithm(
         reference = [logp(1, pair[0], pair[place]) for pair in expected]
         assert trained[f"ref_{side}_logps"] == reference
 
-    summary = summarize(2, method, store, phases)
+    summary = summarize(second)
     assert summary["pairs"]["trained"] == KEPT + SAMPLED
     assert summary["pairs"]["bootstrapped_found"] == len(found)
     assert summary["samples"]["prompts"] == N

@@ -119,7 +119,7 @@ def test_inspect_shows_a_pair_under_every_policy(run):
 
 
 def test_inspect_lists_the_pairs_whose_label_the_policy_doubts(run):
-    margins = RunStore(run).column(3, "offline", "margin")
+    margins = RunStore(run).read(3, "offline")["margin"].to_numpy()
     doubted = [int(row) for row in margins.argsort() if margins[row] < 0]
     found = json.loads(call("inspect", run, "--mislabelled", "--json"))
     assert [one["row"] for one in found] == doubted

@@ -216,18 +216,13 @@ def test_chunks_are_counted_once_and_rows_read_alone(
     assert names == ["000-000000", "000-000001", "000-000002"]
 
 
-def test_columns_are_read_alone_and_in_parts(tmp_path: Path) -> None:
+def test_columns_are_read_alone(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     table = samples([0, 1, 2, 3, 4])
     write_table(store.table_file(2, "candidates"), table)
     some = store.read(2, "candidates", ["row", "finish_reason"])
     assert some is not None
     assert some.equals(table.select(["row", "finish_reason"]))
-    # However the file was written: parts must hold whole prompts.
-    pq.write_table(table, store.table_file(2, "candidates"), row_group_size=3)
-    parts = list(store.stream(2, "candidates", "token_ids", rows=4))
-    assert [len(part) for part in parts] == [4, 4, 2]
-    assert [ids for part in parts for ids in part.to_pylist()] == table["token_ids"].to_pylist()
 
 
 def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: Path) -> None:
@@ -238,5 +233,4 @@ def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: P
     write_table(store.table_file(1, "offline"), table)
     store.write_summary(1, {"kept": 2})
     assert store.read(1, "offline").equals(table)  # type: ignore[union-attr]
-    assert store.column(1, "offline", "rejected_logp").tolist() == [-3.0, -4.0]
     assert store.summary(1) == {"kept": 2}

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from sera_plugin.algorithm.summary import describe_start, summarize
+from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.iteration_log import describe_start
 from sera_plugin.rundir.store import make_table
 from tests.test_iteration import CANDIDATES, Run
 
@@ -17,7 +18,7 @@ from tests.test_iteration import CANDIDATES, Run
 def summary(run: Run, iteration: int) -> dict[str, Any]:
     for t in range(1, iteration + 1):
         run.prepare(t)
-    return summarize(iteration, run.method, run.store, run.phases)
+    return summarize(run.iteration(iteration))
 
 
 def test_spread_is_in_nats_per_token(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_the_initial_policy_as_reference(tmp_path):
 def test_an_initial_reference_is_scored_once_more_where_no_reward_needs_it(tmp_path):
     run = system(tmp_path, reference="initial", labeler="spin", bootstrap_ratio=1.0)
     for iteration in (1, 2, 3):
-        trained = prepare_labelled(run, iteration, Spin())
+        trained = run.prepare(iteration, Spin())
         assert_reference_is(0, trained)
     table = run.table(3, "candidates")
     assert table["logps"][:2] == [[-2], [-6]]  # theta_2 of 13 and 14
@@ -195,7 +195,7 @@ def test_a_ranker_of_its_own_decides_and_needs_the_current_policy_alone(tmp_path
     run = system(tmp_path, labeler="reward_model", reward_model="m", bootstrap_ratio=1.0)
     ranker = ByToken(REWARDS)
     run.prepare(1)
-    trained = prepare_labelled(run, 2, ranker)
+    trained = run.prepare(2, ranker)
     assert firsts(trained)[-2:] == [(1, 14, 13), (3, 33, 34)]
     table = run.table(2, "candidates")
     assert table["logps"] == [[-3], [-6], [-6], [-5], [-1], [-7]]  # theta_1 alone
@@ -204,34 +204,12 @@ def test_a_ranker_of_its_own_decides_and_needs_the_current_policy_alone(tmp_path
     assert ranker.seen[0].per_prompt == 2
 
 
-def prepare_labelled(run: Run, iteration: int, labeler: Any) -> dict[str, list[Any]]:
-    from sera_plugin.algorithm.algorithm import prepare_iteration
-    from sera_plugin.algorithm.protocols import SamplingSettings
-
-    pairs = Pairs.from_table(
-        make_table(
-            {
-                "prompt_ids": [[1], [2, 2], [3]],
-                "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
-                "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
-            }
-        )
-    )
-    settings = SamplingSettings(run.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
-    table = prepare_iteration(
-        iteration, run.method, pairs, run.store, run.scorer, run.sampler, settings, run.phases,
-        labeler=labeler,
-    )  # fmt: skip
-    columns: dict[str, list[Any]] = table.to_pydict()
-    return columns
-
-
 def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_on(tmp_path):
     run = system(tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0)
     assert run.method.first == 1
     assert run.method.sizes == (3, 3, 3)
     for iteration in (1, 2):
-        trained = prepare_labelled(run, iteration, Spin())
+        trained = run.prepare(iteration, Spin())
         assert firsts(trained) == [(1, 11, 14), (2, 21, 24), (3, 31, 34)]
         assert_reference_is(iteration - 1, trained)
         assert not any(run.offline(iteration)["selected"])
@@ -246,7 +224,7 @@ def test_no_policy_scores_the_datasets_answers_again_for_spin(tmp_path):
         tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0, reference="initial"
     )
     for iteration in (1, 2):
-        prepare_labelled(run, iteration, Spin())
+        run.prepare(iteration, Spin())
         candidates, chosen = run.table(iteration, "candidates"), run.offline(iteration)
         assert [logp for (logp,) in candidates["logps"][2::3]] == chosen["chosen_logp"]
     assert candidates["reference_logp"][2::3] == run.offline(1)["chosen_logp"]
@@ -259,7 +237,7 @@ def test_no_policy_scores_the_datasets_answers_again_for_spin(tmp_path):
 def test_spin_beside_offline_pairs_begins_with_selection(tmp_path):
     run = system(tmp_path, labeler="spin", selection_ratio=0.67, bootstrap_ratio=1.0)
     assert run.method.sizes == (3, 5, 5)
-    assert len(firsts(prepare_labelled(run, 1, Spin()))) == 3
+    assert len(firsts(run.prepare(1, Spin()))) == 3
 
 
 @pytest.mark.parametrize("repeated", [0, 1])
@@ -271,7 +249,7 @@ def test_a_sample_that_is_the_datasets_answer_stands_for_it(tmp_path, monkeypatc
     monkeypatch.setitem(CANDIDATES, 0, samples)
     monkeypatch.setitem(CANDIDATES, 1, [[21, 0, 0, END]] * 2)
     run = system(tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0)
-    trained = prepare_labelled(run, 1, Spin())
+    trained = run.prepare(1, Spin())
     assert firsts(trained) == [(1, 11, other[0]), (3, 31, 34)]
     assert run.store.read(1, "bootstrapped").schema.metadata[b"ties"] == b"0"
 
@@ -348,7 +326,7 @@ def test_noise_is_recorded_per_row_and_counted(tmp_path):
     run.prepare(1)
     run.prepare(2)
     assert run.offline(1)["swapped"] == run.offline(2)["swapped"] == [False, True, False]
-    summary = summarize(2, run.method, run.store, run.phases)
+    summary = summarize(run.iteration(2))
     assert summary["label_noise"] == {
         "swapped": 1, "swapped_dropped": 1, "precision": 1.0, "recall": 1.0,
     }  # fmt: skip
@@ -371,7 +349,7 @@ def test_a_curriculum_drops_no_pair_for_its_label(tmp_path):
     for iteration in (1, 2):
         run.prepare(iteration)
         assert run.offline(iteration)["swapped"] == swapped.tolist()
-        summary = summarize(iteration, run.method, run.store, run.phases)
+        summary = summarize(run.iteration(iteration))
         assert summary["pairs"]["kept"] in (1, 2)
         assert "label_noise" not in summary
 

@@ -1,17 +1,16 @@
 """Algorithm 1 of the paper: what iteration t trains on, against which reference.
 
-`prepare_iteration` is the algorithm on one screen. It talks to protocols: a scorer that knows the
-policies by number, and a candidate sampler. Every phase leaves a file in the run directory and is
-skipped when its file is there and whole, so a run that was cut off goes on where it stopped, and a
-damaged file is made again.
+`prepare` is the algorithm on one screen. It talks to protocols: a scorer that knows the policies by
+number, a sampler, a labeler. Every phase leaves a file in the run directory and is skipped when its
+file is there and whole, so a run that was cut off goes on where it stopped, and a damaged file is
+made again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from itertools import chain
 
 import numpy as np
@@ -19,50 +18,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sera_plugin.algorithm.iteration import Iteration
 from sera_plugin.algorithm.length_control import equalizing_alpha
-from sera_plugin.algorithm.method import Method, Pairs, Phases
-from sera_plugin.algorithm.offline import Scorer, offline_table, require_finite
+from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.offline import SIDES, require_finite, restore, score, select
 from sera_plugin.algorithm.pairing import pair_candidates
-from sera_plugin.algorithm.protocols import (
-    DATASET,
-    CandidateSampler,
-    Chunk,
-    Labeler,
-    Progress,
-    Ranked,
-    SamplingSettings,
-)
+from sera_plugin.algorithm.protocols import DATASET, Chunk, Ranked
 from sera_plugin.algorithm.selection import select_largest
-from sera_plugin.rundir.store import RunStore, make_table
+from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import TokenColumn
 
 
-def _no_progress(total: int, phase: str) -> AbstractContextManager[Callable[[Chunk], None]]:
-    return nullcontext(lambda chunk: None)
-
-
-def prepare_iteration(
-    iteration: int,
-    method: Method,
-    pairs: Pairs,
-    store: RunStore,
-    scorer: Scorer,
-    sampler: CandidateSampler,
-    settings: SamplingSettings,
-    phases: Phases,
-    labeler: Labeler,
-    progress: Progress = _no_progress,
-) -> pa.Table:
-    """Score, select, bootstrap: everything between two epochs (Algorithm 1, lines 3 to 9).
-
-    Args:
-        iteration: t, 1-based. The current policy is theta_{t-1}.
-        method, pairs, store: the run.
-        scorer, sampler: the model's two abilities.
-        settings: how to sample.
-        phases: receives what each phase cost.
-        labeler: ranks the samples.
-        progress: told (prompts to sample, phase), opens a bar that takes finished chunks.
+def prepare(it: Iteration) -> pa.Table:
+    """Everything between two epochs (Algorithm 1, lines 3 to 9).
 
     Returns:
         D_t with columns prompt_ids, chosen_ids, rejected_ids (token ids), ref_chosen_logps,
@@ -70,64 +38,49 @@ def prepare_iteration(
         (log pi_{t-1}): kept offline pairs in row order, then sampled pairs.
 
     Raises:
-        ValueError: naming the row or candidate whose log-probability is not finite.
+        ValueError: naming the row or candidate whose log-probability is not finite, or if D_t is
+            empty.
     """
-    offline, reference = (
-        offline_table(policy + 1, method, pairs, store, scorer, phases)
-        for policy in (iteration - 1, method.reference(iteration))
-    )
-    if not method.sampled(iteration):
-        return training_pairs(pairs, offline, reference)
-
-    candidates = store.read(iteration, "candidates")
-    if candidates is None:
-        with phases.timed("sample"):
-            samples = _sample(iteration, pairs, store, sampler, settings, phases, progress)
-        samples = labeler.complete(samples, pairs.chosen_ids)
-        candidates = _label(iteration, method, pairs, store, samples, scorer, labeler, phases)
-        store.write(iteration, "candidates", candidates)
-    store.remove_samples(iteration)
-
-    bootstrapped = store.read(iteration, "bootstrapped")
-    if bootstrapped is None:
-        with phases.timed("select"):
-            bootstrapped = _pair(iteration, method, candidates)
-        store.write(iteration, "bootstrapped", bootstrapped)
-    return training_pairs(pairs, offline, reference, candidates, bootstrapped)
+    restore(it, it.method.scores_read(it.t))
+    offline = it.once("offline", lambda: select(it, score(it)))  # lines 4 and 5
+    reference = it.scores(it.method.reference(it.t))
+    if not it.method.sampled(it.t):
+        return union(it.pairs, offline, reference)
+    candidates = it.once("candidates", lambda: rank(it, sample(it)))  # lines 6 and 7
+    it.store.remove_samples(it.t)
+    paired = it.once("bootstrapped", lambda: pair(it, candidates))  # lines 7 and 8
+    return union(it.pairs, offline, reference, candidates, paired)  # line 9
 
 
-def _sample(
-    iteration: int,
-    pairs: Pairs,
-    store: RunStore,
-    sampler: CandidateSampler,
-    settings: SamplingSettings,
-    phases: Phases,
-    progress: Progress,
-) -> pa.Table:
-    """Sample every prompt whose candidates are not on disk yet, chunk by chunk."""
-    finished = store.sampled_rows(iteration)
-    done = frozenset(finished.tolist())
-    # No rank may add to what another one is still reading.
-    store.ranks.barrier()
-    mine = math.ceil((len(pairs) - len(done)) / store.ranks.world)
-    # Closed at once, whatever happens here: an engine may be running behind it.
-    with (
-        progress(mine, "sample") as advance,
-        closing(sampler.sample(pairs.prompt_ids, settings, skip=done)) as chunks,
-    ):
-        for chunk in chunks:
-            store.append_samples(iteration, _samples_table(chunk))
-            advance(chunk)
-    store.ranks.barrier()
-    for name, spent in sampler.seconds.items():
-        phases.spend(name, spent)
-    samples = store.read_samples(iteration)
+def sample(it: Iteration) -> pa.Table:
+    """R candidates per prompt from theta_{t-1}, chunk by chunk; those on disk are not made again.
+
+    Returns:
+        Rows of candidates.parquet before they are scored, in the order of (row, candidate).
+    """
+    with it.phases.timed("sample"):
+        finished = it.store.sampled_rows(it.t)
+        done = frozenset(finished.tolist())
+        # No rank may add to what another one is still reading.
+        it.store.ranks.barrier()
+        mine = math.ceil((len(it.pairs) - len(done)) / it.store.ranks.world)
+        # Closed at once, whatever happens here: an engine may be running behind it.
+        with (
+            it.progress(mine, "sample") as advance,
+            closing(it.sampler.sample(it.pairs.prompt_ids, it.settings, skip=done)) as chunks,
+        ):
+            for chunk in chunks:
+                it.store.append_samples(it.t, _samples_table(chunk))
+                advance(chunk)
+        it.store.ranks.barrier()
+        for name, spent in it.sampler.seconds.items():
+            it.phases.spend(name, spent)
+        samples = it.store.read_samples(it.t)
     assert samples is not None  # N >= 1, so at least one chunk was written
     fresh = np.isin(samples["row"].to_numpy(), finished, invert=True)
     lengths = TokenColumn(samples["token_ids"]).lengths[fresh]
-    phases.count("sample", len(lengths), int(lengths.sum()))
-    report = json.dumps(sampler.report, sort_keys=True)
+    it.phases.count("sample", len(lengths), int(lengths.sum()))
+    report = json.dumps(it.sampler.report, sort_keys=True)
     return samples.replace_schema_metadata({"sampler": report})
 
 
@@ -147,93 +100,87 @@ def _samples_table(chunk: Chunk) -> pa.Table:
     )
 
 
-def _label(
-    iteration: int,
-    method: Method,
-    pairs: Pairs,
-    store: RunStore,
-    samples: pa.Table,
-    scorer: Scorer,
-    labeler: Labeler,
-    phases: Phases,
-) -> pa.Table:
-    """Score candidates under the reference and each policy their reward needs, and rank them."""
+def rank(it: Iteration, samples: pa.Table) -> pa.Table:
+    """candidates.parquet: log-probabilities under the policies that matter, and rewards.
+
+    Raises:
+        ValueError: naming the row of a candidate whose log-probability is not finite.
+    """
+    samples = it.labeler.complete(samples, it.pairs.chosen_ids)
     token_ids = TokenColumn(samples["token_ids"])
     rows = samples["row"].to_numpy()
-    prompts = pairs.prompt_ids.take(rows)
-    ranking = method.ranking_policies(iteration)
-    reference = method.reference(iteration)
+    prompts = it.pairs.prompt_ids.take(rows)
     sampled = np.flatnonzero(pc.not_equal(samples["finish_reason"], DATASET).to_numpy())
 
-    def score(policy: int) -> npt.NDArray[np.float64]:
-        """Under theta_policy, which has scored the dataset's own answers before."""
-        offline = offline_table(policy + 1, method, pairs, store, scorer, phases)
-        found: npt.NDArray[np.float64] = offline["chosen_logp"].to_numpy()[rows]
-        with phases.timed("score_candidates"):
-            found[sampled] = scorer(
+    def under(policy: int) -> npt.NDArray[np.float64]:
+        """Log-probabilities; theta_policy has scored the dataset's own answers before."""
+        found: npt.NDArray[np.float64] = it.scores(policy)["chosen_logp"].to_numpy()[rows]
+        with it.phases.timed("score_candidates"):
+            found[sampled] = it.scorer(
                 policy, prompts.take(sampled), token_ids.take(sampled), "score_candidates"
             )
+        require_finite(found, "log-probability of a candidate", rows)
         return found
 
-    logps = {policy: score(policy) for policy in dict.fromkeys([*ranking, reference])}
-    for values in logps.values():
-        require_finite(values, "log-probability of a candidate", rows)
+    logps = {policy: under(policy) for policy in it.method.candidates_under(it.t)}
+    ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
     ranked = Ranked(
-        iteration,
-        len(samples) // len(pairs),
+        it.t,
+        len(samples) // len(it.pairs),
         prompts,
         token_ids,
         samples["finish_reason"].to_pylist(),
-        [logps[policy] for policy in ranking],
+        ranking,
     )
-    with phases.timed("label"):
-        reward = labeler.rewards(ranked)
-    by_candidate = np.stack(ranked.logps, axis=1)
+    with it.phases.timed("label"):
+        reward = it.labeler.rewards(ranked)
+    by_candidate = np.stack(ranking, axis=1)
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1]
     table = samples.append_column(
-        "logps",
-        pa.ListArray.from_arrays(
-            np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1], by_candidate.ravel()
-        ),
+        "logps", pa.ListArray.from_arrays(offsets, by_candidate.ravel())
     ).append_column("reward", pa.array(reward))
-    if reference != iteration - 1:
+    reference = it.method.reference(it.t)
+    if reference != it.t - 1:
         table = table.append_column("reference_logp", pa.array(logps[reference]))
-    told = {"labeler": json.dumps(labeler.report, sort_keys=True)}
-    return table.replace_schema_metadata({**(table.schema.metadata or {}), **told})
+    report = {"labeler": json.dumps(it.labeler.report, sort_keys=True)}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **report})
 
 
-def _pair(iteration: int, method: Method, candidates: pa.Table) -> pa.Table:
-    """Pair best with worst within each prompt, keep the pairs with the largest margin."""
-    rows = candidates["row"].to_numpy()
-    per_prompt = len(rows) // len(np.unique(rows))
-    tokens = TokenColumn(candidates["token_ids"])
-    identity = tokens.numbered(per_prompt)
-    lengths = tokens.lengths.reshape(-1, per_prompt)
-    rewards = candidates["reward"].to_numpy().reshape(-1, per_prompt)
+def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
+    """bootstrapped.parquet: best with worst within each prompt, the largest margins selected."""
+    config = it.method.config
+    with it.phases.timed("select"):
+        rows = candidates["row"].to_numpy()
+        per_prompt = len(rows) // len(np.unique(rows))
+        tokens = TokenColumn(candidates["token_ids"])
+        identity = tokens.numbered(per_prompt)
+        lengths = tokens.lengths.reshape(-1, per_prompt)
+        rewards = candidates["reward"].to_numpy().reshape(-1, per_prompt)
 
-    def longer(controlled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        found = pair_candidates(identity, controlled, method.config.pairs_per_prompt)
-        chosen, rejected = (
-            lengths[found.prompt, one].astype(np.float64) for one in (found.chosen, found.rejected)
+        def longer(controlled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            found = pair_candidates(identity, controlled, config.pairs_per_prompt)
+            chosen, rejected = (
+                lengths[found.prompt, one].astype(np.float64)
+                for one in (found.chosen, found.rejected)
+            )
+            return chosen - rejected
+
+        alpha = 0.0 if config.length_control == "none" else config.length_control
+        if alpha == "auto":
+            alpha = equalizing_alpha(rewards, lengths, longer)
+        found = pair_candidates(identity, rewards - alpha * lengths, config.pairs_per_prompt)
+        table = make_table(
+            {
+                "row": rows[found.prompt * per_prompt],
+                "chosen_candidate": found.chosen,
+                "rejected_candidate": found.rejected,
+                "margin": found.margin,
+                "selected": select_largest(found.margin, it.method.sampled(it.t)),
+            }
         )
-        return chosen - rejected
-
-    setting = method.config.length_control
-    alpha = 0.0 if setting == "none" else setting
-    if alpha == "auto":
-        alpha = equalizing_alpha(rewards, lengths, longer)
-    found = pair_candidates(identity, rewards - alpha * lengths, method.config.pairs_per_prompt)
-    table = make_table(
-        {
-            "row": rows[found.prompt * per_prompt],
-            "chosen_candidate": found.chosen,
-            "rejected_candidate": found.rejected,
-            "margin": found.margin,
-            "selected": select_largest(found.margin, method.sampled(iteration)),
-        }
-    )
     counts = {name: getattr(found, name) for name in ("duplicates", "ties", "too_few", "unranked")}
-    told = counts | {"alpha": alpha}
-    return table.replace_schema_metadata({name: str(value) for name, value in told.items()})
+    report = counts | {"alpha": alpha}
+    return table.replace_schema_metadata({name: str(value) for name, value in report.items()})
 
 
 def candidate_places(
@@ -241,13 +188,10 @@ def candidate_places(
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Where in candidates.parquet each sampled pair has its chosen and its rejected one."""
     first = np.searchsorted(candidates["row"].to_numpy(), bootstrapped["row"].to_numpy())
-    return {
-        side: first + bootstrapped[f"{side}_candidate"].to_numpy()
-        for side in ("chosen", "rejected")
-    }
+    return {side: first + bootstrapped[f"{side}_candidate"].to_numpy() for side in SIDES}
 
 
-def training_pairs(
+def union(
     pairs: Pairs,
     offline: pa.Table,
     reference: pa.Table,

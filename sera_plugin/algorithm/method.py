@@ -108,11 +108,19 @@ class Method:
         """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward, t >= 2 (Eq. 7)."""
         return reward_weights(iteration, self.config.gamma, self.reference_free)
 
+    def reward_policies(self, iteration: int) -> tuple[int, ...]:
+        """The policies that iteration t's reward weighs, theta_{t-1} first; in iteration 1 it."""
+        count = len(self.weights(iteration)) if iteration > 1 else 1
+        return tuple(range(iteration - 1, iteration - 1 - count, -1))
+
+    def scores_read(self, iteration: int) -> set[int]:
+        """The earlier policies whose offline scores iteration t reads: its reward's, its loss's."""
+        return {*self.reward_policies(iteration), self.reference(iteration)} - {iteration - 1}
+
     def ranking_policies(self, iteration: int) -> tuple[int, ...]:
         """The policies whose log-probabilities iteration t's candidates keep, theta_{t-1} first."""
         implicit = LABELERS[self.config.labeler].implicit
-        count = len(self.weights(iteration)) if implicit else 1
-        return tuple(range(iteration - 1, iteration - 1 - count, -1))
+        return self.reward_policies(iteration) if implicit else (iteration - 1,)
 
     def candidates_under(self, iteration: int) -> tuple[int, ...]:
         """The policies that iteration t's candidates are scored under, theta_{t-1} first."""
@@ -121,8 +129,7 @@ class Method:
 
     def oldest_policy(self, iteration: int) -> int:
         """The oldest policy that iteration t's phases may score under."""
-        rewards = iteration - len(self.weights(iteration)) if iteration > 1 else 0
-        return min(rewards, self.reference(iteration))
+        return min(*self.reward_policies(iteration), self.reference(iteration))
 
     def reward(
         self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike

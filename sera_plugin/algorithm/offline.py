@@ -1,29 +1,24 @@
-"""Scoring the offline and the held-out pairs: once under each policy, and selecting by it."""
+"""The dataset's own pairs: their log-probabilities under each policy, and which are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sera_plugin.algorithm.iteration import Iteration
 from sera_plugin.algorithm.length_control import regressed_alpha
-from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.protocols import Scorer
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import Offline, select_largest
-from sera_plugin.rundir.store import RunStore, make_table
+from sera_plugin.rundir.store import make_table
 
-
-class Scorer(Protocol):
-    """log pi(completion | prompt) under any of the policies that are still at hand."""
-
-    def __call__(
-        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
-    ) -> FloatArray:
-        """(n,) summed log-probabilities in nats under theta_policy."""
-        ...
+#: The two answers of a pair.
+SIDES = ("chosen", "rejected")
 
 
 def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[str, FloatArray]:
@@ -44,21 +39,23 @@ def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[s
     return logps
 
 
-def offline_table(
-    iteration: int, method: Method, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
-) -> pa.Table:
-    """Iteration t's offline.parquet: log pi_{t-1} of all pairs, and which of them are kept.
+def score(it: Iteration) -> dict[str, FloatArray]:
+    """log pi_{t-1} of the offline pairs: each policy scores them once (Algorithm 1, line 4)."""
+    with it.phases.timed("score_offline"):
+        return score_pairs(it.pairs, it.t - 1, it.scorer, "score_offline")
 
-    Each policy scores the offline set once; earlier policies' values are read back.
+
+def select(it: Iteration, logps: dict[str, FloatArray]) -> pa.Table:
+    """offline.parquet: rewards, margins and which pairs are kept (Algorithm 1, line 5).
+
+    Args:
+        it: the iteration; its earlier policies have scored the pairs.
+        logps: as `score` gives them.
 
     Raises:
-        ValueError: naming the first row whose log-probability or margin is not finite.
+        ValueError: naming the first row whose margin is not finite.
     """
-    table = store.read(iteration, "offline")
-    if table is not None:
-        return table
-    with phases.timed("score_offline"):
-        logps = score_pairs(pairs, iteration - 1, scorer, "score_offline")
+    method, pairs = it.method, it.pairs
     columns: dict[str, Any] = {
         "row": np.arange(len(pairs)),
         "prompt_length": pairs.prompt_ids.lengths,
@@ -67,43 +64,34 @@ def offline_table(
         "chosen_logp": logps["chosen"],
         "rejected_logp": logps["rejected"],
     }
-    if iteration > 1:
-        earlier = [
-            offline_table(iteration - back, method, pairs, store, scorer, phases)
-            for back in range(1, len(method.weights(iteration)))
-        ]
-        with phases.timed("select"):
-            for side in ("chosen", "rejected"):
+    with it.phases.timed("select"):
+        if it.t > 1:
+            earlier = [it.scores(policy) for policy in method.reward_policies(it.t)[1:]]
+            for side in SIDES:
                 columns[f"{side}_reward"] = method.reward(
                     [logps[side], *(each[f"{side}_logp"].to_numpy() for each in earlier)],
-                    iteration,
+                    it.t,
                     columns[f"{side}_length"],
                 )
             columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
-    with phases.timed("select"):
-        columns |= _selection(iteration, method, columns)
+        columns |= _kept(it.t, method, columns)
     if method.annotations.swapped is not None:
         columns["swapped"] = method.annotations.swapped
-    table = make_table(columns)
-    store.write(iteration, "offline", table)
-    return table
+    return make_table(columns)
 
 
-def _selection(iteration: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
+def _kept(t: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
     """`selected`, and `priority` where pairs are not ranked by `margin` as it stands."""
-    kept = method.kept(iteration)
-    margin = columns.get("margin")
+    kept, margin = method.kept(t), columns.get("margin")
     if margin is None and kept == method.total:
         return {}
-    lengths = {side: columns[f"{side}_length"] for side in ("chosen", "rejected")}
+    lengths = {side: columns[f"{side}_length"] for side in SIDES}
     controlled = margin
     if margin is not None and method.config.offline_length_control != "none":
         longer = (lengths["chosen"] - lengths["rejected"]).astype(np.float64)
         controlled = margin - offline_alpha(method, margin, longer) * longer
-    gap = method.reduced(columns["chosen_logp"], lengths["chosen"]) - method.reduced(
-        columns["rejected_logp"], lengths["rejected"]
-    )
-    priority = method.selection.priority(Offline(iteration, controlled, gap))
+    chosen, rejected = (method.reduced(columns[f"{side}_logp"], lengths[side]) for side in SIDES)
+    priority = method.selection.priority(Offline(t, controlled, chosen - rejected))
     found = {"selected": select_largest(priority, kept)}
     return found if priority is margin else {"priority": priority, **found}
 
@@ -119,26 +107,44 @@ def offline_alpha(method: Method, margin: FloatArray, longer: FloatArray) -> flo
     return regressed_alpha(margin[None], longer[None]) if setting == "auto" else float(setting)
 
 
-def held_out_table(
-    iteration: int, pairs: Pairs, store: RunStore, scorer: Scorer, phases: Phases
-) -> pa.Table:
-    """Iteration t's evaluation.parquet: log pi_{t-1} of the held-out pairs."""
-    table = store.read(iteration, "evaluation")
-    if table is not None:
-        return table
-    with phases.timed("score_evaluation"):
-        logps = score_pairs(pairs, iteration - 1, scorer, "score_evaluation")
-    table = make_table(
-        {
-            "row": np.arange(len(pairs)),
-            "chosen_length": pairs.chosen_ids.lengths,
-            "rejected_length": pairs.rejected_ids.lengths,
-            "chosen_logp": logps["chosen"],
-            "rejected_logp": logps["rejected"],
-        }
-    )
-    store.write(iteration, "evaluation", table)
-    return table
+def restore(it: Iteration, policies: Collection[int]) -> None:
+    """Make the offline scores under earlier policies again where a file is missing or damaged.
+
+    Oldest first: a table's rewards need the scores of the policies before.
+    """
+    missing: set[int] = set()
+    unchecked = [policy + 1 for policy in policies]
+    while unchecked:
+        t = unchecked.pop()
+        if t < it.t and t not in missing and it.at(t).read("offline") is None:
+            missing.add(t)
+            unchecked += [policy + 1 for policy in it.method.reward_policies(t)]
+    for t in sorted(missing):
+        earlier = it.at(t)
+        earlier.once("offline", lambda at=earlier: select(at, score(at)))  # type: ignore[misc]
+
+
+def score_held_out(it: Iteration) -> dict[str, FloatArray]:
+    """The held-out pairs' log-probabilities under iteration t's reference, (M,) each.
+
+    Every policy that the iteration's reward needs scores them once (evaluation.parquet).
+    """
+    pairs, method = it.held_out, it.method
+    assert pairs is not None
+    for t in range(max(1, method.oldest_policy(it.t) + 1), it.t + 1):
+        if it.at(t).read("evaluation") is None:
+            with it.phases.timed("score_evaluation"):
+                logps = score_pairs(pairs, t - 1, it.scorer, "score_evaluation")
+            columns = {
+                "row": np.arange(len(pairs)),
+                "chosen_length": pairs.chosen_ids.lengths,
+                "rejected_length": pairs.rejected_ids.lengths,
+                "chosen_logp": logps["chosen"],
+                "rejected_logp": logps["rejected"],
+            }
+            it.at(t).once("evaluation", lambda made=columns: make_table(made))  # type: ignore[misc]
+    reference = it.at(method.reference(it.t) + 1).table("evaluation")
+    return {side: reference[f"{side}_logp"].to_numpy() for side in SIDES}
 
 
 def require_finite(values: FloatArray, what: str, rows: npt.NDArray[Any]) -> None:

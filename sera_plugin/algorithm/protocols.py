@@ -101,6 +101,16 @@ class CandidateSampler(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """log pi(completion | prompt) under any of the policies that are still at hand."""
+
+    def __call__(
+        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
+    ) -> FloatArray:
+        """(n,) summed log-probabilities in nats under theta_policy."""
+        ...
+
+
 #: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
 DATASET = "dataset"
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from sera_plugin.algorithm.algorithm import candidate_places
-from sera_plugin.algorithm.method import Method, Phases
+from sera_plugin.algorithm.iteration import Iteration
+from sera_plugin.algorithm.offline import SIDES
 from sera_plugin.algorithm.protocols import DATASET
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
-from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tokens import TokenColumn
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -34,19 +34,14 @@ def jaccard(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
     return 1.0 if union == 0 else int((one & other).sum()) / union
 
 
-def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -> dict[str, Any]:
-    """Read the iteration's finished phases and count.
-
-    Args:
-        iteration: t, 1-based.
-        method, store: the run.
-        phases: what the iteration has cost so far.
+def summarize(it: Iteration) -> dict[str, Any]:
+    """Count what the iteration's finished phases have left.
 
     Returns:
         The content of summary.json before the iteration has trained.
     """
-    offline = store.read(iteration, "offline")
-    assert offline is not None  # the first phase of every iteration
+    iteration, method, phases = it.t, it.method, it.phases
+    offline = it.table("offline")
     columns = {name: offline[name].to_numpy(zero_copy_only=False) for name in offline.column_names}
     kept = columns.get("selected", np.ones(len(offline), dtype=bool))
     summary: dict[str, Any] = {
@@ -65,11 +60,14 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
             "chosen": float(columns["chosen_length"].mean()),
             "rejected": float(columns["rejected_length"].mean()),
         },
-        "drift": _drift(store, columns),
+        "drift": {
+            side: float((columns[f"{side}_logp"] - it.scores(0)[f"{side}_logp"].to_numpy()).mean())
+            for side in SIDES
+        },
         "seconds": dict(phases.seconds),
         "forwarded": {phase: dict(counts) for phase, counts in phases.forwarded.items()},
     }
-    trained = {side: columns[f"{side}_length"][kept] for side in ("chosen", "rejected")}
+    trained = {side: columns[f"{side}_length"][kept] for side in SIDES}
     noise = noise_found(method.config.selection, columns.get("swapped"), kept)
     if noise is not None:
         summary["label_noise"] = noise
@@ -85,16 +83,15 @@ def summarize(iteration: int, method: Method, store: RunStore, phases: Phases) -
         tokens = 1.0 if method.per_token else _mean_length(columns)
         summary["spread"] = {"offline": (middle["0.75"] - middle["0.25"]) / tokens}
     if iteration > 2:
-        before = store.read(iteration - 1, "offline", ["selected"])
-        assert before is not None
-        previous = before["selected"].to_numpy(zero_copy_only=False)
+        previous = it.scores(iteration - 2)["selected"].to_numpy(zero_copy_only=False)
         summary["jaccard_with_previous"] = jaccard(kept, previous)
     if method.sampled(iteration):
-        sampled = _add_bootstrapping(summary, iteration, method, store)
+        sampled = _add_bootstrapping(summary, it)
         trained = {side: np.concatenate([trained[side], sampled[side]]) for side in trained}
     for side, lengths in trained.items():
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
-    _add_evaluation(summary, iteration, method, store)
+    if iteration > 1 and it.read("evaluation") is not None:
+        summary["evaluation"] = _held_out_accuracy(it)
     return summary
 
 
@@ -142,29 +139,18 @@ def _mean_length(columns: Mapping[str, Any]) -> float:
     return float(np.mean([columns["chosen_length"], columns["rejected_length"]]))
 
 
-def _drift(store: RunStore, columns: Mapping[str, Any]) -> dict[str, float]:
-    """Mean log pi_{t-1} - log pi_0 over the offline completions, in nats."""
-    return {
-        side: float((columns[f"{side}_logp"] - store.column(1, "offline", f"{side}_logp")).mean())
-        for side in ("chosen", "rejected")
-    }
-
-
-def _add_bootstrapping(
-    summary: dict[str, Any], iteration: int, method: Method, store: RunStore
-) -> dict[str, npt.NDArray[np.int32]]:
+def _add_bootstrapping(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArray[np.int32]]:
     """Count samples and sampled pairs; returns the lengths of the pairs kept, by side."""
-    candidates = store.read(iteration, "candidates", ["row", "finish_reason", "reward"])
-    bootstrapped = store.read(iteration, "bootstrapped")
-    assert candidates is not None
-    assert bootstrapped is not None
+    method, candidates, bootstrapped = it.method, it.table("candidates"), it.table("bootstrapped")
     selected = bootstrapped.filter(bootstrapped["selected"])
-    count = len(candidates) // len(np.unique(candidates["row"].to_numpy()))
-    lengths, differ = _candidate_tokens(iteration, count, store)
+    count = len(candidates) // len(it.pairs)
+    tokens = TokenColumn(candidates["token_ids"])
+    lengths, numbers = tokens.lengths, tokens.numbered(count)
+    differ = (numbers != numbers[:, :1]).any(axis=1)
     metadata = bootstrapped.schema.metadata or {}
     for who in ("sampler", "labeler"):
-        told = (candidates.schema.metadata or {}).get(who.encode(), b"{}")
-        summary[who] = json.loads(told)
+        report = (candidates.schema.metadata or {}).get(who.encode(), b"{}")
+        summary[who] = json.loads(report)
     counted = ("duplicates", "ties", "too_few", "unranked")
     sampled = pc.not_equal(candidates["finish_reason"], DATASET).to_numpy()
     summary["samples"] = {
@@ -194,40 +180,19 @@ def _add_bootstrapping(
     return kept
 
 
-def _candidate_tokens(
-    iteration: int, count: int, store: RunStore
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Tokens of each candidate; for each prompt, whether two of its `count` candidates differ."""
-    lengths, differ = [], []
-    for part in store.stream(iteration, "candidates", "token_ids", rows=4096 * count):
-        tokens = TokenColumn(part)
-        numbers = tokens.numbered(count)
-        lengths.append(tokens.lengths)
-        differ.append((numbers != numbers[:, :1]).any(axis=1))
-    return np.concatenate(lengths), np.concatenate(differ)
-
-
-def _add_evaluation(
-    summary: dict[str, Any], iteration: int, method: Method, store: RunStore
-) -> None:
+def _held_out_accuracy(it: Iteration) -> dict[str, Any]:
     """Accuracy of the implicit reward, the one of the margins, on the held-out pairs."""
-    current = store.read(iteration, "evaluation")
-    if current is None or iteration == 1:
-        return
-    rewards = []
-    for side in ("chosen", "rejected"):
-        logps = [
-            store.column(iteration - back, "evaluation", f"{side}_logp")
-            for back in range(len(method.weights(iteration)))
-        ]
-        lengths = current[f"{side}_length"].to_numpy()
-        rewards.append(method.reward(logps, iteration, lengths))
+    scores = [it.at(p + 1).table("evaluation") for p in it.method.reward_policies(it.t)]
+    rewards = [
+        it.method.reward(
+            [each[f"{side}_logp"].to_numpy() for each in scores],
+            it.t,
+            scores[0][f"{side}_length"].to_numpy(),
+        )
+        for side in SIDES
+    ]
     margin = rewards[0] - rewards[1]
-    summary["evaluation"] = {
-        "pairs": len(current),
-        **accuracy("accuracy", margin),
-        "margin": quantiles(margin),
-    }
+    return {"pairs": len(margin), **accuracy("accuracy", margin), "margin": quantiles(margin)}
 
 
 def metrics(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -243,62 +208,3 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float]:
 
     add("sera", summary)
     return flat
-
-
-def describe_start(summary: Mapping[str, Any], unit: str) -> str:
-    """The log block before an iteration's first step: what it will train on.
-
-    Args:
-        summary: as `summarize` returns it.
-        unit: of margins.
-    """
-    pairs: Mapping[str, int] = summary["pairs"]
-    lines = [
-        f"SeRA iteration {summary['iteration']}: trains on {pairs['trained']} pairs",
-        f"  offline: {pairs['kept']} of {pairs['offline']} pairs kept",
-    ]
-    if "offline_accuracy" in summary:
-        lines[-1] += (
-            f", median margin {summary['margins']['offline']['0.5']:+.3f} {unit}, "
-            f"{summary['offline_accuracy']:.0%} agree with their label"
-        )
-    if "jaccard_with_previous" in summary:
-        lines[-1] += f", Jaccard with the last selection {summary['jaccard_with_previous']:.2f}"
-    noise = summary.get("label_noise")
-    if noise and noise["recall"] is not None:
-        lines.append(
-            f"  label noise: {noise['swapped_dropped']} of {noise['swapped']} swapped pairs "
-            f"dropped (recall {noise['recall']:.0%}, precision {noise['precision']:.0%})"
-        )
-    if "samples" in summary:
-        samples = summary["samples"]
-        lines.append(
-            f"  sampled: {pairs['bootstrapped_kept']} of {pairs['bootstrapped_found']} pairs kept, "
-            f"from {samples['sampled']} samples of {summary['sampler'].get('name')} "
-            f"({samples['duplicates']} duplicate, {samples['unfinished']} unfinished, "
-            f"{samples['ties']} ties"
-            + (f", {samples['unranked']} without a verdict)" if samples["unranked"] else ")")
-        )
-        if "length_control" in samples:
-            lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
-    if pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
-        lines.append(
-            f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "
-            "sera.candidates or sera.temperature, or lower sera.bootstrap_ratio"
-        )
-    if "evaluation" in summary:
-        lines.append(f"  held out: {summary['evaluation']['accuracy']:.0%} agree with their label")
-    return "\n".join(lines)
-
-
-def describe_end(summary: Mapping[str, Any]) -> str:
-    """The log block after an iteration's last step: what it cost."""
-    seconds = ", ".join(
-        f"{phase.replace('_', ' ')} {spent:.1f} s" for phase, spent in summary["seconds"].items()
-    )
-    drift = summary["drift"]
-    return (
-        f"SeRA iteration {summary['iteration']} is trained ({seconds})\n"
-        f"  it began {drift['chosen']:+.2f} (chosen) and {drift['rejected']:+.2f} (rejected) nats "
-        "per answer from the initial policy"
-    )

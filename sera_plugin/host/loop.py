@@ -16,13 +16,15 @@ from typing import Any
 import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
-from sera_plugin.algorithm.algorithm import prepare_iteration
+from sera_plugin.algorithm.algorithm import prepare
+from sera_plugin.algorithm.iteration import Iteration
 from sera_plugin.algorithm.method import Method, Pairs, Phases
-from sera_plugin.algorithm.offline import held_out_table, offline_table, score_pairs
+from sera_plugin.algorithm.offline import restore, score_held_out, score_pairs
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.schedule import Schedule
-from sera_plugin.algorithm.summary import describe_end, describe_start, metrics, summarize
+from sera_plugin.algorithm.summary import metrics, summarize
+from sera_plugin.host.iteration_log import describe_end, describe_start
 from sera_plugin.host.run import announce, describe_run, require_same_run
 from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.model.gate import deviation
@@ -48,7 +50,7 @@ class Prepared:
     """What an iteration trains on and is evaluated against.
 
     Attributes:
-        pairs: D_t, see `prepare_iteration`.
+        pairs: D_t, see `algorithm.prepare`.
         held_out: the held-out pairs' chosen and rejected log-probabilities under the reference,
             None without any.
     """
@@ -295,34 +297,24 @@ class Loop:
             end_ids=self.end_ids,
             seed=method.seed * 1_000 + iteration,
         )
-        pairs = prepare_iteration(
-            iteration,
-            method,
-            self.pairs,
-            self.store,
-            self.scorer,
-            self.samplers.make(iteration, optimizer),
-            settings,
-            phases,
-            self.labelers.make(iteration, settings, optimizer),
-            sampling_progress(self.scorer.quiet),
+        it = Iteration(
+            t=iteration,
+            method=method,
+            pairs=self.pairs,
+            store=self.store,
+            scorer=self.scorer,
+            sampler=self.samplers.make(iteration, optimizer),
+            settings=settings,
+            labeler=self.labelers.make(iteration, settings, optimizer),
+            phases=phases,
+            progress=sampling_progress(self.scorer.quiet),
+            held_out=self.held_out,
         )
-        held_out = None
-        if self.held_out is not None:
-            needed = range(max(1, method.oldest_policy(iteration) + 1), iteration + 1)
-            tables = {
-                each - 1: held_out_table(each, self.held_out, self.store, self.scorer, phases)
-                for each in needed
-            }
-            reference = tables[method.reference(iteration)]
-            held_out = {
-                side: reference[f"{side}_logp"].to_numpy() for side in ("chosen", "rejected")
-            }
+        pairs = prepare(it)
+        held_out = None if self.held_out is None else score_held_out(it)
         if not earlier:
-            # What drift and Jaccard compare with; made again if a file is damaged.
-            for each in {1, max(1, iteration - 1)}:
-                offline_table(each, method, self.pairs, self.store, self.scorer, phases)
-            earlier = summarize(iteration, method, self.store, phases)
+            restore(it, {0, max(0, iteration - 2)})  # what drift and Jaccard compare with
+            earlier = summarize(it)
         self._summary = self._judged(iteration, earlier, tell=not resumed)
         self.store.write_summary(iteration, self._summary)
         policies.forget_before(*self._oldest_needed(iteration))

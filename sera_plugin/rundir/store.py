@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,27 +258,6 @@ class RunStore:
         if not self.finished(iteration, name):
             return None
         return _read_parquet(self.table_file(iteration, name), columns)
-
-    def stream(self, iteration: int, name: str, column: str, rows: int) -> Iterator[pa.Array]:
-        """One column of a finished phase that was read before, so many rows at a time."""
-        with pq.ParquetFile(self.table_file(iteration, name)) as file:
-            for batch in file.iter_batches(rows, columns=[column]):
-                yield batch[column]
-
-    def column(self, iteration: int, name: str, column: str) -> npt.NDArray[np.float64]:
-        """One numeric column of a finished phase.
-
-        Raises:
-            ValueError: if its file is missing or damaged.
-        """
-        path = self.table_file(iteration, name)
-        if not self.finished(iteration, name):
-            raise ValueError(
-                f"{path} is missing or damaged. Start the command again with "
-                "`auto_resume_from_checkpoints: true`: it is then made again."
-            )
-        values: npt.NDArray[np.float64] = _read_parquet(path, [column])[column].to_numpy()
-        return values
 
     def summary(self, iteration: int) -> dict[str, Any]:
         """The iteration's summary so far, empty before its first phase is complete."""
