@@ -25,7 +25,7 @@ from sera_plugin.tools.report.reading import find_run, read_run
 from tests.report_run import WORDS, make_run, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "sera_plugin" / "report"
+PACKAGE = ROOT / "sera_plugin" / "tools" / "report"
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
@@ -325,7 +325,7 @@ def test_only_charts_import_matplotlib():
         for path in (ROOT / "sera_plugin").rglob("*.py")
         if re.search(r"^\s*(import|from) matplotlib", path.read_text(), flags=re.MULTILINE)
     }
-    assert importers == {"report/charts.py"}
+    assert importers == {"tools/report/charts.py"}
 
 
 def test_alarms_mean_what_the_docs_say():

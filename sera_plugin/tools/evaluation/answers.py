@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from sera_plugin.config.quoting import quoted
@@ -126,7 +126,7 @@ def sampled(
         for row, key in zip(rows, keys, strict=True):
             found = journal.get(key)
             assert found is not None
-            turns[row].append(Turn(found["text"], found["tokens"], found["finish_reason"]))
+            turns[row].append(Turn(**{one.name: found[one.name] for one in fields(Turn)}))
     return [None if _is_full(each) else Answer(tuple(each)) for each in turns]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -83,15 +84,11 @@ def evaluate(
     prompts: Path,
     judge: str | None,
     output: Path,
+    as_json: bool,
     iterations: bool,
     limit: int | None,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    prompt_format: str | None,
     vllm_python: str | None,
-    seed: int,
-    as_json: bool,
+    **decoding: Any,
 ) -> None:
     """Win rates of models on a set of prompts, against the first one.
 
@@ -107,7 +104,6 @@ def evaluate(
     from sera_plugin.tools.evaluation.run import evaluate
     from sera_plugin.tools.report.terminal import json_text
 
-    decoding = Decoding(temperature, top_p, max_new_tokens, seed, prompt_format)
     try:
         with refusing(), log_on_stderr():
             figures = evaluate(
@@ -115,7 +111,7 @@ def evaluate(
                 prompts,
                 judge,
                 output,
-                decoding,
+                Decoding(**decoding),
                 iterations=iterations,
                 limit=limit,
                 vllm_python=vllm_python,

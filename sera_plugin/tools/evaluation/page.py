@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from sera_plugin.tools.evaluation.results import Evaluation, category_table, table
+from sera_plugin.tools.evaluation.results import Evaluation, tables
 from sera_plugin.tools.report.blocks import number
 from sera_plugin.tools.report.html import fill
 from sera_plugin.tools.report.tokens import shown_name, shown_text
@@ -17,14 +17,13 @@ _EXAMPLES, _LONGEST = 8, 4_000
 
 def page(found: Evaluation, figures: Mapping[str, Any]) -> str:
     """The page as HTML."""
-    tables = [table(figures), category_table(figures)]
     return fill(
         "eval.html",
         title=f"Evaluation on {shown_name(found.path.name)}",
         figures=figures,
         facts=_facts(figures),
         intervals=_intervals(figures),
-        tables=[one for one in tables if one is not None],
+        tables=tables(figures),
         groups=_groups(found),
         settings=_settings(figures),
     )

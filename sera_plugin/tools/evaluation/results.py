@@ -20,7 +20,6 @@ from sera_plugin.tools.evaluation.prompts import Prompt, duplicates
 from sera_plugin.tools.evaluation.verdicts import Judged
 from sera_plugin.tools.evaluation.winrate import FloatArray, by_category, mean_score, win_rate
 from sera_plugin.tools.report.blocks import NOTHING, Table, number
-from sera_plugin.tools.report.terminal import plain_table
 from sera_plugin.tools.report.tokens import shown_name
 
 FORMAT_VERSION = 1
@@ -159,51 +158,51 @@ def _notes(found: Evaluation) -> list[str]:
     return notes
 
 
-def table(figures: Mapping[str, Any]) -> Table:
-    """One line per model."""
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """A line per model, and win rates by category where there are several."""
     models = figures["models"]
-    scored = any("score" in one for one in models)
-    judged = any("win_rate" in one for one in models)
-    head = ["model"]
-    head += ["score", "± se"] if scored else []
-    head += ["wins", "± se", "95% interval", "length-controlled", "won/tied/lost"] if judged else []
-    head += ["characters", "tokens"]
-    rows = []
-    for one in models:
-        row = [one["name"]]
-        if scored:
-            row += [number(one["score"]["mean"], ".4g"), number(one["score"]["error"], ".2g")]
-        if judged:
-            row += _wins(one)
-        answers = one["answers"]
-        row += [
-            number(answers["mean_chars"], ",.0f"),
-            number(answers["mean_tokens"], ",.0f"),
-        ]
-        rows.append(row)
-    note = f"Against {figures['baseline']}, on {figures['prompts']['number']} prompts."
-    return Table("Win rates" if judged else "Answers", head, rows, note if judged else "")
+    judged = [one for one in models if "win_rate" in one]
+    against = f"Against {figures['baseline']}, on {figures['prompts']['number']} prompts."
+    lines = [_line(one, bool(judged)) for one in models]
+    head = [name for name, _ in lines[0]]
+    rows = [[cell for _, cell in line] for line in lines]
+    found = [Table("Win rates" if judged else "Answers", head, rows, against if judged else "")]
+    names = list(judged[0]["categories"]) if judged else []
+    if len(names) > 1:
+        found.append(_by_category(names, judged))
+    return found
 
 
-def _wins(one: Mapping[str, Any]) -> list[str]:
+def _line(one: Mapping[str, Any], judged: bool) -> list[tuple[str, str]]:
+    """A model's cells, each with its column's name."""
+    cells = [("model", one["name"])]
+    if "score" in one:
+        cells.append(("score", number(one["score"]["mean"], ".4g")))
+        cells.append(("± se", number(one["score"]["error"], ".2g")))
+    if judged:
+        cells += _wins(one)
+    for name, key in (("characters", "mean_chars"), ("tokens", "mean_tokens")):
+        cells.append((name, number(one["answers"][key], ",.0f")))
+    return cells
+
+
+def _wins(one: Mapping[str, Any]) -> list[tuple[str, str]]:
     rate = one.get("win_rate")
     if rate is None:
-        return ["baseline", "", "", "", ""]
-    return [
-        number(rate["rate"], ".1%"),
-        number(rate["error"], ".1%"),
-        f"{number(rate['low'], '.1%')} to {number(rate['high'], '.1%')}",
-        number(one["length_controlled"], ".1%"),
-        f"{rate['wins']}/{rate['ties']}/{rate['losses']}",
-    ]
+        cells = ["baseline", "", "", "", ""]
+    else:
+        cells = [
+            number(rate["rate"], ".1%"),
+            number(rate["error"], ".1%"),
+            f"{number(rate['low'], '.1%')} to {number(rate['high'], '.1%')}",
+            number(one["length_controlled"], ".1%"),
+            f"{rate['wins']}/{rate['ties']}/{rate['losses']}",
+        ]
+    names = ("wins", "± se", "95% interval", "length-controlled", "won/tied/lost")
+    return list(zip(names, cells, strict=True))
 
 
-def category_table(figures: Mapping[str, Any]) -> Table | None:
-    """Win rates by category, None where there is one category or no judge."""
-    judged = [one for one in figures["models"] if "categories" in one]
-    names = list(judged[0]["categories"]) if judged else []
-    if len(names) < 2:
-        return None
+def _by_category(names: Sequence[str], judged: Sequence[Mapping[str, Any]]) -> Table:
     rows, shades = [], []
     for name in names:
         rates = [one["categories"][name] for one in judged]
@@ -223,12 +222,7 @@ def _with_error(rate: Mapping[str, Any]) -> str:
 
 def shown(figures: Mapping[str, Any]) -> str:
     """The evaluation for a terminal."""
-    tables = [table(figures), category_table(figures)]
-    parts = [
-        "\n".join([one.title, plain_table(one.head, one.rows), one.note]).rstrip()
-        for one in tables
-        if one is not None
-    ]
+    parts = [one.text() for one in tables(figures)]
     judge = figures["judge"]
     if judge is not None:
         parts.append(_judging(judge))

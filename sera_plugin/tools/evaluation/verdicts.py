@@ -43,9 +43,9 @@ class Judged:
     @property
     def inconsistent(self) -> float | None:
         """The share of verdicts that turn with the order of the answers; None if none can."""
-        told = [one.consistent for one in self.verdicts if one is not None]
-        told = [one for one in told if one is not None]
-        return told.count(False) / len(told) if told else None
+        known = [one.consistent for one in self.verdicts if one is not None]
+        known = [one for one in known if one is not None]
+        return known.count(False) / len(known) if known else None
 
 
 def judge_all(
@@ -64,19 +64,19 @@ def judge_all(
     if isinstance(judge, ScoringJudge):
         scores = _scores(judge, prompts, answers)
         return [
-            Judged([None] * len(prompts) if model == 0 else _compared(mine, scores[0]), mine)
+            Judged(_compared(mine, scores[0]) if model else [None] * len(prompts), mine)
             for model, mine in enumerate(scores)
         ]
-    places, comparisons = [], []
-    for model in range(1, len(answers)):
-        for row, prompt in enumerate(prompts):
-            mine, theirs = answers[model][row], answers[0][row]
-            if mine is not None and theirs is not None:
-                places.append((model, row))
-                comparisons.append(Comparison(prompt.question, mine.text, theirs.text))
+    asked = {
+        (model, row): Comparison(prompts[row].question, mine.text, theirs.text)
+        for model in range(1, len(answers))
+        for row, (mine, theirs) in enumerate(zip(answers[model], answers[0], strict=True))
+        if mine is not None and theirs is not None
+    }
     judged = [Judged([None] * len(prompts)) for _ in answers]
-    with progress("judging", len(comparisons), "verdict") as advance:
-        for index, verdict in judge.compare(comparisons):
+    places = list(asked)
+    with progress("judging", len(asked), "verdict") as advance:
+        for index, verdict in judge.compare(list(asked.values())):
             model, row = places[index]
             judged[model].verdicts[row] = verdict
             advance(1)
@@ -87,15 +87,16 @@ def _scores(
     judge: ScoringJudge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]]
 ) -> FloatArray:
     """(models, prompts) scores, nan where there is none."""
-    places, given = [], []
-    for model, each in enumerate(answers):
-        for row, (prompt, answer) in enumerate(zip(prompts, each, strict=True)):
-            if answer is not None:
-                places.append((model, row))
-                given.append(Answered(prompt.question, answer.text))
+    asked = {
+        (model, row): Answered(prompts[row].question, answer.text)
+        for model, each in enumerate(answers)
+        for row, answer in enumerate(each)
+        if answer is not None
+    }
     scores = np.full((len(answers), len(prompts)), np.nan)
-    with progress("judging", len(given), "answer") as advance:
-        for index, score in judge.score_all(given):
+    places = list(asked)
+    with progress("judging", len(asked), "answer") as advance:
+        for index, score in judge.score_all(list(asked.values())):
             scores[places[index]] = np.nan if score is None else score
             advance(1)
     return scores

@@ -35,11 +35,6 @@ class WinRate:
     losses: int
     missing: int
 
-    @property
-    def judged(self) -> int:
-        """How many outcomes there are."""
-        return self.wins + self.ties + self.losses
-
 
 def win_rate(outcomes: npt.ArrayLike, seed: int = 0) -> WinRate:
     """The win rate of a model.
@@ -54,14 +49,8 @@ def win_rate(outcomes: npt.ArrayLike, seed: int = 0) -> WinRate:
     """
     given = np.asarray(outcomes, dtype=np.float64)
     seen = given[~np.isnan(given)]
-    n = len(seen)
-    nan = float("nan")
-    rate, error, low, high = nan, nan, nan, nan
-    if n:
-        rate = float(seen.mean())
-        low, high = _interval(seen, seed)
-    if n > 1:
-        error = float(seen.std(ddof=1) / np.sqrt(n))
+    rate, error = mean_score(seen)
+    low, high = _interval(seen, seed) if len(seen) else (rate, rate)
     return WinRate(
         rate,
         error,
@@ -70,7 +59,7 @@ def win_rate(outcomes: npt.ArrayLike, seed: int = 0) -> WinRate:
         wins=int((seen > 0.5).sum()),
         ties=int((seen == 0.5).sum()),
         losses=int((seen < 0.5).sum()),
-        missing=len(given) - n,
+        missing=len(given) - len(seen),
     )
 
 

@@ -12,8 +12,8 @@ from sera_plugin.config.kinds import SELECTIONS
 from sera_plugin.tools.report import charts
 from sera_plugin.tools.report.agreement import numbers, pooled, score_columns, score_difference
 from sera_plugin.tools.report.blocks import Chart, Section, Table, number
-from sera_plugin.tools.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Series
-from sera_plugin.tools.report.data import Columns, Iteration, Run
+from sera_plugin.tools.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Panel, Series
+from sera_plugin.tools.report.data import Iteration, Run
 from sera_plugin.tools.report.ensemble import margins_without_ensemble
 from sera_plugin.tools.report.tokens import shown_name
 
@@ -31,24 +31,20 @@ def margins(run: Run, found: Figures) -> Section:
         "the policy disagrees with the label.",
     )
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
-        pairs, margin = one.bootstrapped, one.margin
-        if pairs is not None and (not run.implicit or not len(pairs["row"])):
-            pairs = None  # their margins are not in nats, or there are none
-        if margin is None and pairs is None:
+        panels, pairs = [], one.bootstrapped
+        if one.margin is not None and one.selected is not None:
+            panels.append(Panel("offline", one.margin, one.selected, KEPT))
+        # What others rank by is not in nats.
+        if pairs is not None and run.implicit and len(pairs["row"]):
+            panels.append(Panel("sampled", pairs["margin"], pairs["selected"], SAMPLED))
+        if not panels:
             continue
         said = []
         if figures.get("threshold") is not None:
             said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")
             said.append(f"{1 - figures['offline_accuracy']:.0%} of all lie at or below 0")
         title = f"Iteration {one.number}: {', '.join(said) or 'sampled pairs'}"
-        svg = charts.margins(
-            title,
-            margin,
-            one.selected if margin is not None else None,
-            None if pairs is None else pairs["margin"],
-            None if pairs is None else pairs["selected"],
-            run.unit,
-        )
+        svg = charts.margins(title, panels, run.unit)
         section.charts.append(Chart(title, svg, "The end bars hold what lies beyond (0.2%)."))
     return section
 
@@ -85,23 +81,19 @@ def choice(run: Run, found: Figures) -> Section:
         chart = _ensemble(run, one, figures)
         if chart is not None:
             section.charts.append(chart)
-    last = next((one for one in reversed(found["iterations"]) if one.get("groups")), None)
-    for name, groups in (last["groups"] if last else {}).items():
-        section.tables.append(
-            Table(
-                f"Kept by {shown_name(name)}, iteration {last['iteration']}",  # type: ignore[index]
-                [shown_name(name), "pairs", "kept", "median margin"],
-                [
-                    [
-                        shown_name(str(group["value"])),
-                        f"{group['pairs']:,}",
-                        f"{group['kept']:.0%}",
-                        f"{group['median_margin']:+.3g}",
-                    ]
-                    for group in groups
-                ],
-            )
-        )
+    last = next((one for one in reversed(found["iterations"]) if one.get("groups")), {})
+    for name, groups in last.get("groups", {}).items():
+        rows = [
+            {
+                shown_name(name): shown_name(str(group["value"])),
+                "pairs": f"{group['pairs']:,}",
+                "kept": f"{group['kept']:.0%}",
+                "median margin": f"{group['median_margin']:+.3g}",
+            }
+            for group in groups
+        ]
+        title = f"Kept by {shown_name(name)}, iteration {last['iteration']}"
+        section.tables.append(Table.of(title, rows))
     return section
 
 
@@ -112,27 +104,27 @@ def _noise(found: Figures) -> list[Table]:
         return []
     last = noisy[-1]
     noise, total = last["label_noise"], last["kept"] + last["dropped"]
-    return [
-        Table(
-            f"Iteration {last['iteration']} drops {noise['swapped_dropped']:,} of the "
-            f"{noise['swapped']:,} labels swapped on purpose",
-            ["iteration", "swapped", "dropped", "both", "recall", "precision"],
-            [
-                [
-                    str(one["iteration"]),
-                    f"{one['label_noise']['swapped']:,}",
-                    f"{one['dropped']:,}",
-                    f"{one['label_noise']['swapped_dropped']:,}",
-                    number(one["label_noise"]["recall"], ".0%"),
-                    number(one["label_noise"]["precision"], ".0%"),
-                ]
-                for one in noisy
-            ],
-            "Recall: the share of the swapped pairs that is dropped; by chance "
-            f"{last['dropped'] / total:.0%}. Precision: the share of the dropped pairs that was "
-            f"swapped; by chance {noise['swapped'] / total:.0%}.",
-        )
+    title = (
+        f"Iteration {last['iteration']} drops {noise['swapped_dropped']:,} of the "
+        f"{noise['swapped']:,} labels swapped on purpose"
+    )
+    rows = [
+        {
+            "iteration": str(one["iteration"]),
+            "swapped": f"{one['label_noise']['swapped']:,}",
+            "dropped": f"{one['dropped']:,}",
+            "both": f"{one['label_noise']['swapped_dropped']:,}",
+            "recall": number(one["label_noise"]["recall"], ".0%"),
+            "precision": number(one["label_noise"]["precision"], ".0%"),
+        }
+        for one in noisy
     ]
+    note = (
+        "Recall: the share of the swapped pairs that is dropped; by chance "
+        f"{last['dropped'] / total:.0%}. Precision: the share of the dropped pairs that was "
+        f"swapped; by chance {noise['swapped'] / total:.0%}."
+    )
+    return [Table.of(title, rows, note)]
 
 
 def _ensemble(run: Run, one: Iteration, figures: Figures) -> Chart | None:
@@ -174,19 +166,15 @@ def lengths(run: Run, found: Figures) -> Section:
         "length explains, are its signs.",
     )
     iterations = found["iterations"]
+    names = {
+        "chosen": ("chosen", KEPT),
+        "rejected": ("rejected", DROPPED),
+        "sampled": ("sampled", SAMPLED),
+        "bootstrapped_chosen": ("its best", OTHER),
+    }
     series = [
-        Series(
-            name,
-            [one["iteration"] for one in iterations if key in one["lengths"]],
-            [one["lengths"][key] for one in iterations if key in one["lengths"]],
-            colour,
-        )
-        for key, name, colour in (
-            ("chosen", "chosen", KEPT),
-            ("rejected", "rejected", DROPPED),
-            ("sampled", "sampled", SAMPLED),
-            ("bootstrapped_chosen", "its best", OTHER),
-        )
+        Series.over_iterations(*named, iterations, lambda one, key=key: one["lengths"].get(key))
+        for key, named in names.items()
     ]
     series = [one for one in series if one.x]
     if series:
@@ -201,36 +189,42 @@ def lengths(run: Run, found: Figures) -> Section:
         note = "Its best: the chosen answers of sampled pairs that are kept." if sampled else ""
         section.charts.append(Chart(title, svg, note))
     for one, figures in zip(run.iterations, iterations, strict=True):
-        offline = one.offline
-        if "length_r2" not in figures or offline is None or "chosen_reward" not in offline:
+        r2 = figures.get("length_r2", {})
+        if one.offline is None or "chosen_reward" not in one.offline or not r2:
             continue
-        explained = figures["length_r2"]["reward"]
-        title = (
-            f"Iteration {one.number}: length explains {number(explained, '.0%')} of the variance "
-            "of rewards"
-        )
-        svg = charts.scatter(
-            title,
-            pooled(offline, "length"),
-            pooled(offline, "reward"),
-            "tokens",
-            f"implicit reward, {run.unit}",
-            _sides(offline),
-        )
-        note = (
-            f"R² {number(explained, '.3f')}; of margins with the difference in length "
-            f"{number(figures['length_r2']['margin'], '.3f')}"
-        )
-        if "sampled" in figures["length_r2"]:
-            note += f"; of sampled answers {number(figures['length_r2']['sampled'], '.3f')}"
-        section.charts.append(Chart(title, svg, note + "."))
+        note = f"; of margins with the difference in length {number(r2['margin'], '.3f')}"
+        if "sampled" in r2:
+            note += f"; of sampled answers {number(r2['sampled'], '.3f')}"
+        tokens = pooled(one.offline, "length")
+        chart = _rewards(run, one, "length", r2["reward"], tokens, "tokens", f"{note}.")
+        section.charts.append(chart)
     return section
 
 
-def _sides(offline: Columns) -> list[tuple[str, npt.NDArray[np.bool_], str]]:
-    """Which of `pooled` are chosen and which rejected, as a chart names and colours them."""
-    of_chosen = np.arange(2 * len(offline["row"])) < len(offline["row"])
-    return [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)]
+def _rewards(
+    run: Run,
+    one: Iteration,
+    name: str,
+    r2: float | None,
+    x: npt.NDArray[Any],
+    xlabel: str,
+    note: str,
+) -> Chart:
+    """Rewards of all answers over something else that is known of them."""
+    assert one.offline is not None
+    title = (
+        f"Iteration {one.number}: {name} explains {number(r2, '.0%')} of the variance of rewards"
+    )
+    of_chosen = np.arange(len(x)) < len(x) // 2
+    svg = charts.scatter(
+        title,
+        x,
+        pooled(one.offline, "reward"),
+        xlabel,
+        f"implicit reward, {run.unit}",
+        [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)],
+    )
+    return Chart(title, svg, f"R² {number(r2, '.3f')}{note}")
 
 
 def scores(run: Run, found: Figures) -> Section:
@@ -247,38 +241,25 @@ def scores(run: Run, found: Figures) -> Section:
     columns = score_columns(run)
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
         for column, r2 in figures.get("scores", {}).items():
-            offline = one.offline
-            assert offline is not None
             both, name = columns[column], shown_name(column)
+            of_margins = number(r2["margin"], ".3f")
             if both is not None and "reward" in r2:
-                title = (
-                    f"Iteration {one.number}: {name} explains {number(r2['reward'], '.0%')} of "
-                    "the variance of rewards"
-                )
-                svg = charts.scatter(
-                    title,
-                    np.concatenate([numbers(run.scores[half]) for half in both]),
-                    pooled(offline, "reward"),
-                    f"{name} of the answer",
-                    f"implicit reward, {run.unit}",
-                    _sides(offline),
-                )
+                values = np.concatenate([numbers(run.scores[half]) for half in both])
                 note = (
-                    f"R² {number(r2['reward'], '.3f')}; of margins with the difference "
-                    f"{number(r2['margin'], '.3f')}. Where {name} differs, the policy agrees with "
-                    f"it on {number(r2['agreement'], '.0%')} of the pairs."
+                    f"; of margins with the difference {of_margins}. Where {name} differs, the "
+                    f"policy agrees with it on {number(r2['agreement'], '.0%')} of the pairs."
                 )
-            else:
-                difference = score_difference(run, both, column)
-                if one.margin is None or not np.isfinite(difference).any():
-                    continue
+                axis = f"{name} of the answer"
+                section.charts.append(_rewards(run, one, name, r2["reward"], values, axis, note))
+                continue
+            difference = score_difference(run, both, column)
+            if one.margin is not None and np.isfinite(difference).any():
                 title = (
                     f"Iteration {one.number}: {name} explains {number(r2['margin'], '.0%')} of "
                     "the variance of margins"
                 )
-                every = np.ones(len(difference), dtype=bool)
+                marks = [("", np.ones(len(difference), dtype=bool), KEPT)]
                 axis = f"margin, {run.unit}"
-                svg = charts.scatter(title, difference, one.margin, name, axis, [("", every, KEPT)])
-                note = f"R² {number(r2['margin'], '.3f')}."
-            section.charts.append(Chart(title, svg, note))
+                svg = charts.scatter(title, difference, one.margin, name, axis, marks)
+                section.charts.append(Chart(title, svg, f"R² {of_margins}."))
     return section

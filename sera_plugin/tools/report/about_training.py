@@ -24,55 +24,40 @@ def accuracy(found: Figures) -> Section:
         "chosen answer, and how far that policy has moved from the initial one.",
     )
     iterations = found["iterations"]
-    offline = [one for one in iterations if "offline_accuracy" in one]
-    held_out = [one for one in iterations if one["held_out"]]
-    series = []
-    if offline:
-        series.append(
-            Series(
-                "offline",
-                [one["iteration"] for one in offline],
-                [one["offline_accuracy"] for one in offline],
-                KEPT,
-                [one["offline_accuracy_error"] for one in offline],
-            )
-        )
-    if held_out:
-        series.append(
-            Series(
-                "held out",
-                [one["iteration"] for one in held_out],
-                [one["held_out"]["accuracy"] for one in held_out],
-                SAMPLED,
-                [one["held_out"]["accuracy_error"] for one in held_out],
-            )
-        )
+    held_out = [one["held_out"] for one in iterations if one["held_out"]]
+    series = [
+        Series.over_iterations(
+            "offline",
+            KEPT,
+            iterations,
+            lambda one: one.get("offline_accuracy"),
+            lambda one: one["offline_accuracy_error"],
+        ),
+        Series.over_iterations(
+            "held out",
+            SAMPLED,
+            iterations,
+            lambda one: (one["held_out"] or {}).get("accuracy"),
+            lambda one: one["held_out"]["accuracy_error"],
+        ),
+    ]
+    series = [one for one in series if one.x]
     if series:
-        which = held_out or offline
-        values = [
-            one["held_out"]["accuracy"] if held_out else one["offline_accuracy"] for one in which
-        ]
-        title = (
-            f"The reward agrees with the label on {values[-1]:.0%} of "
-            + ("held-out pairs" if held_out else "offline pairs")
-            + (f", {values[0]:.0%} in iteration {which[0]['iteration']}" if len(values) > 1 else "")
+        which = series[-1]
+        title = f"The reward agrees with the label on {which.y[-1]:.0%} of " + (
+            "held-out pairs" if held_out else "offline pairs"
         )
+        if len(which.y) > 1:
+            title += f", {which.y[0]:.0%} in iteration {which.x[0]}"
         note = "Bars are one standard error. What is no better than a coin has learnt nothing."
         if held_out:
-            note += f" {held_out[-1]['held_out']['pairs']:,} pairs are held out."
-        chance = (0.5, "a coin")
-        section.charts.append(
-            Chart(title, charts.lines(title, series, "share of pairs", chance), note)
-        )
+            note += f" {held_out[-1]['pairs']:,} pairs are held out."
+        svg = charts.lines(title, series, "share of pairs", (0.5, "a coin"))
+        section.charts.append(Chart(title, svg, note))
     drift = [one for one in iterations if one["drift"]]
     if len(drift) > 1:
         series = [
-            Series(
-                side,
-                [one["iteration"] for one in drift],
-                [one["drift"][side] for one in drift],
-                colour,
-            )
+            Series.over_iterations(side, colour, drift, lambda one, side=side: one["drift"][side])
             for side, colour in zip(SIDES, (KEPT, DROPPED), strict=True)
         ]
         last = drift[-1]["drift"]
@@ -104,25 +89,24 @@ def samples(found: Figures) -> Section:
         samples, pairs = one["samples"], one["pairs"] or {}
         if samples:
             total = samples["sampled"]
+            kept, of = (
+                number(pairs.get(f"bootstrapped_{what}"), ",") for what in ("kept", "found")
+            )
             rows.append(
-                [
-                    str(one["iteration"]),
-                    f"{samples['prompts']:,}",
-                    f"{total:,}",
-                    _share(samples["duplicates"], total),
-                    _share(samples["unfinished"], total),
-                    _share(samples["too_few"], samples["prompts"]),
-                    number(samples["ties"], ","),
-                    *([_share(samples["unranked"], total)] if unranked else []),
-                    f"{number(pairs.get('bootstrapped_kept'), ',')} of "
-                    f"{number(pairs.get('bootstrapped_found'), ',')}",
-                ]
+                {
+                    "iteration": str(one["iteration"]),
+                    "prompts": f"{samples['prompts']:,}",
+                    "answers": f"{total:,}",
+                    "duplicates": _share(samples["duplicates"], total),
+                    "unfinished": _share(samples["unfinished"], total),
+                    "prompts without a pair": _share(samples["too_few"], samples["prompts"]),
+                    "ties": number(samples["ties"], ","),
+                    **({"unranked": _share(samples["unranked"], total)} if unranked else {}),
+                    "pairs kept": f"{kept} of {of}",
+                }
             )
     if rows:
-        head = ["iteration", "prompts", "answers", "duplicates", "unfinished"]
-        head += ["prompts without a pair", "ties", *(["unranked"] if unranked else [])]
-        head += ["pairs kept"]
-        section.tables.append(Table("What became of the samples", head, rows))
+        section.tables.append(Table.of("What became of the samples", rows))
     return section
 
 
@@ -174,33 +158,26 @@ def training(run: Run) -> Section:
         f"From the host's log in the newest checkpoint. {anew}",
     )
     boundaries = _boundaries(run)
-    for title, ylabel, keys in (
-        ("Loss", "loss", (("loss", "train", KEPT), ("eval_loss", "held out", SAMPLED))),
+    for title, ylabel, key in (
+        ("Loss", "loss", "loss"),
         (
             "Margin of rewards against the iteration's reference",
             "beta x margin",
-            (
-                ("rewards/margins", "train", KEPT),
-                ("eval_rewards/margins", "held out", SAMPLED),
-            ),
+            "rewards/margins",
         ),
         (
             "Accuracy of rewards against the iteration's reference",
             "share of pairs",
-            (
-                ("rewards/accuracies", "train", KEPT),
-                ("eval_rewards/accuracies", "held out", SAMPLED),
-            ),
+            "rewards/accuracies",
         ),
     ):
-        series = []
-        for key, name, colour in keys:
-            x, y = _curve(run.history, key)
-            if x:
-                series.append(Series(name, x, y, colour))
+        series = [
+            Series(name, *_curve(run.history, f"{prefix}{key}"), colour)
+            for prefix, name, colour in (("", "train", KEPT), ("eval_", "held out", SAMPLED))
+        ]
+        series = [one for one in series if one.x]
         if series:
-            svg = charts.curves(title, series, ylabel, boundaries)
-            section.charts.append(Chart(title, svg))
+            section.charts.append(Chart(title, charts.curves(title, series, ylabel, boundaries)))
     return section
 
 

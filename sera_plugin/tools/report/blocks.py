@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from markupsafe import Markup
+
+from sera_plugin.tools.report.terminal import plain_table
 
 NOTHING = "-"
 
@@ -29,6 +31,16 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     shades: Sequence[Sequence[float | None]] | None = None
+
+    @classmethod
+    def of(cls, title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> Table:
+        """From rows that each name their cells, the columns of the first one."""
+        head = list(rows[0]) if rows else []
+        return cls(title, head, [[row[name] for name in head] for row in rows], note)
+
+    def text(self) -> str:
+        """The table for a terminal."""
+        return "\n".join([self.title, plain_table(self.head, self.rows), self.note]).rstrip()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sera_plugin.algorithm.rewards import FloatArray
@@ -58,6 +59,7 @@ _STYLE: Any = {
     "lines.solid_capstyle": "round",
     "path.simplify": True,
 }
+_DASHED: Any = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2))}
 #: Inches at 72 units each. Narrow, so that a phone shows the text at its size.
 _WIDTH, _HEIGHT = 4.6, 2.6
 _BINS = 50
@@ -68,13 +70,42 @@ _CURVE = 400
 
 @dataclass(frozen=True)
 class Series:
-    """A line: `y` over `x`, named at its end; `error` is one standard error each way."""
+    """A line: `y` over `x`; `error` is one standard error each way."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     colour: str
     error: Sequence[float] | None = None
+
+    @classmethod
+    def over_iterations(
+        cls,
+        name: str,
+        colour: str,
+        iterations: Sequence[Mapping[str, Any]],
+        figure: Callable[[Mapping[str, Any]], float | None],
+        error: Callable[[Mapping[str, Any]], float] | None = None,
+    ) -> Series:
+        """A figure of the iterations that have it, from what `figures` says of each."""
+        have = [(one, value) for one in iterations if (value := figure(one)) is not None]
+        return cls(
+            name,
+            [one["iteration"] for one, _ in have],
+            [value for _, value in have],
+            colour,
+            None if error is None else [error(one) for one, _ in have],
+        )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A histogram of (n,) margins: which of them are kept, and the colour of those."""
+
+    name: str
+    margins: FloatArray
+    kept: Bools
+    colour: str
 
 
 @contextmanager
@@ -123,77 +154,38 @@ def _span(*values: npt.ArrayLike) -> tuple[float, float]:
     return low - room, high + room
 
 
-def margins(
-    title: str,
-    offline: FloatArray | None,
-    selected: Bools | None,
-    sampled: FloatArray | None,
-    sampled_kept: Bools | None,
-    unit: str,
-) -> Markup:
-    """Histograms of margins, kept and dropped: offline pairs above, sampled pairs below."""
-    panels = [
-        (what, values, kept, colour)
-        for what, values, kept, colour in (
-            ("offline", offline, selected, KEPT),
-            ("sampled", sampled, sampled_kept, SAMPLED),
-        )
-        if values is not None and kept is not None and len(values)
-    ]
-    low, high = _span(*(values for _, values, _, _ in panels))
+def margins(title: str, panels: Sequence[Panel], unit: str) -> Markup:
+    """Histograms of margins, kept and dropped, one panel above the other."""
+    low, high = _span(*(one.margins for one in panels))
     height = 0.5 + 1.5 * len(panels)
     with _drawing(title, height) as figure:
-        for index, (what, values, kept, colour) in enumerate(panels):
+        for index, panel in enumerate(panels):
             last = index == len(panels) - 1
             bottom = (0.5 + 1.5 * (len(panels) - 1 - index)) / height
             axes = _axes(figure, bottom, bottom + 1.2 / height, left=0.09)
-            edges = np.linspace(low, high, _BINS + 1)
-            dropped_counts = np.histogram(np.clip(values[~kept], low, high), edges)[0]
-            kept_counts = np.histogram(np.clip(values[kept], low, high), edges)[0]
-            axes.stairs(dropped_counts, edges, fill=True, color=DROPPED, alpha=0.75)
-            axes.stairs(
-                kept_counts + dropped_counts,
-                edges,
-                baseline=dropped_counts,
-                fill=True,
-                color=colour,
-                alpha=0.85,
-            )
+            kept, edges = panel.kept, np.linspace(low, high, _BINS + 1)
+            parts = [
+                (f"{int(which.sum()):,} {panel.name} {what}", panel.margins[which], colour)
+                for what, which, colour in (
+                    ("dropped", ~kept, DROPPED),
+                    ("kept", kept, panel.colour),
+                )
+                if which.any()
+            ]
+            base = np.zeros(_BINS)
+            for _, values, colour in parts:
+                top = base + np.histogram(np.clip(values, low, high), edges)[0]
+                axes.stairs(top, edges, baseline=base, fill=True, color=colour, alpha=0.8)
+                base = top
             axes.axvline(0, color=INK, linewidth=0.8)
+            if len(parts) > 1:
+                axes.axvline(float(panel.margins[kept].min()), **_DASHED)
             axes.set_xlim(low, high)
             axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
             axes.tick_params(labelbottom=last)
-            cut = float(values[kept].min()) if kept.any() else high
-            _name_sides(axes, cut, low, high, what, kept, colour)
+            _name(axes, [(name, colour) for name, _, colour in parts])
         axes.set_xlabel(f"margin, {unit}")
         return _svg(figure, title)
-
-
-def _name_sides(
-    axes: Any, cut: float, low: float, high: float, what: str, kept: Bools, colour: str
-) -> None:
-    """Name what is left and right of the margin from which pairs are kept."""
-    # Neither name may leave the picture, however far out the cut is.
-    share = min(max((cut - low) / (high - low), 0.42), 0.62)
-    dropped = int((~kept).sum())
-    if dropped:
-        axes.axvline(cut, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-        axes.text(
-            share - 0.01,
-            1.03,
-            f"{dropped:,} {what} dropped",
-            transform=axes.transAxes,
-            ha="right",
-            color=DROPPED,
-        )
-    axes.text(
-        share + 0.01 if dropped else 0.5,
-        1.03,
-        f"{int(kept.sum()):,} {what} kept",
-        transform=axes.transAxes,
-        ha="left" if dropped else "center",
-        color=colour,
-    )
 
 
 def scatter(
@@ -223,16 +215,13 @@ def scatter(
         if np.nanmin(x) < 0:
             axes.axvline(0, color=RULE, linewidth=0.8)
         if cuts is not None:
-            axes.axvline(cuts[0], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-            axes.axhline(cuts[1], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-        place = 0.0
-        for name, which, colour in marks:
+            axes.axvline(cuts[0], **_DASHED)
+            axes.axhline(cuts[1], **_DASHED)
+        for _, which, colour in marks:
             at = np.flatnonzero(which & finite)
             at = at[np.linspace(0, len(at) - 1, min(len(at), _POINTS)).astype(int)]
             axes.plot(x[at], y[at], "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.55)
-            if name:
-                axes.text(place, 1.04, name, transform=axes.transAxes, color=colour)
-                place += 0.034 * 0.5 * len(name) + 0.06
+        _name(axes, [(name, colour) for name, _, colour in marks if name])
         if around is not None and (around & finite).any():
             axes.set_xlim(*_surroundings(x[around & finite], cuts and cuts[0]))
             axes.set_ylim(*_surroundings(y[around & finite], cuts and cuts[1]))
@@ -255,42 +244,27 @@ def lines(
     reference: tuple[float, str] | None = None,
     decimals: int = 2,
 ) -> Markup:
-    """Figures over iterations, each line named at its end with its last value."""
+    """Figures over iterations, each line named with its last value."""
     with _drawing(title) as figure:
-        axes = _axes(figure, right=0.7, left=0.14, bottom=0.18)
+        axes = _axes(figure, left=0.14, bottom=0.18)
         for one in series:
             axes.plot(one.x, one.y, "o-", color=one.colour, markersize=4)
             if one.error is not None:
                 axes.errorbar(
                     one.x, one.y, yerr=one.error, fmt="none", ecolor=one.colour, elinewidth=0.9
                 )
+        names = [(f"{one.name} {one.y[-1]:.{decimals}f}", one.colour) for one in series]
         if reference is not None:
-            axes.axhline(reference[0], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+            axes.axhline(reference[0], **_DASHED)
+            names.append((reference[1], MUTED))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.margins(x=0.06, y=0.12)
-        first, last = min(min(one.x) for one in series), max(max(one.x) for one in series)
-        axes.set_xlim(first - 0.25, last + 0.25)
+        axes.margins(y=0.12)
+        numbers = [number for one in series for number in one.x]
+        axes.set_xlim(min(numbers) - 0.25, max(numbers) + 0.25)
         axes.set_xlabel("iteration")
         axes.set_ylabel(ylabel)
-        ends = [(one.y[-1], f"{one.name} {one.y[-1]:.{decimals}f}", one.colour) for one in series]
-        if reference is not None:
-            ends.append((reference[0], reference[1], MUTED))
-        _name_ends(axes, ends)
+        _name(axes, names)
         return _svg(figure, title)
-
-
-def _name_ends(axes: Any, ends: list[tuple[float, str, str]]) -> None:
-    """Names right of the axes at their line's height, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    places = sorted(((y - low) / (high - low), name, colour) for y, name, colour in ends)
-    room, last = 0.085, -1.0
-    heights = []
-    for place, _, _ in places:
-        last = max(place, last + room)
-        heights.append(last)
-    beyond = max(0.0, heights[-1] - 1.0)
-    for height, (_, name, colour) in zip(heights, places, strict=True):
-        axes.text(1.02, height - beyond, name, transform=axes.transAxes, color=colour, va="center")
 
 
 def curves(
@@ -298,7 +272,7 @@ def curves(
 ) -> Markup:
     """Training curves over steps, with the first step of each iteration marked."""
     with _drawing(title) as figure:
-        axes = _axes(figure, right=0.78, left=0.14, bottom=0.18)
+        axes = _axes(figure, left=0.14, bottom=0.18, top=0.82)
         for one in series:
             x, y = _thinned(np.asarray(one.x, float), np.asarray(one.y, float))
             few = "o-" if len(x) < 12 else "-"
@@ -308,17 +282,30 @@ def curves(
         for iteration, step in boundaries.items():
             if left <= step <= right:
                 axes.axvline(step, color=RULE, linewidth=0.9)
-                axes.text(
-                    step,
-                    1.03,
-                    f" {iteration}" if iteration > 1 else " iteration 1",
-                    transform=axes.get_xaxis_transform(),
-                    color=MUTED,
-                )
+                name = f" {iteration}" if iteration > 1 else " iteration 1"
+                axes.text(step, 1.03, name, transform=axes.get_xaxis_transform(), color=MUTED)
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
-        _name_ends(axes, [(one.y[-1], one.name, one.colour) for one in series])
+        _name(axes, [(one.name, one.colour) for one in series], above=1.1)
         return _svg(figure, title)
+
+
+def _name(axes: Any, names: Sequence[tuple[str, str]], above: float = 1.0) -> None:
+    """What is drawn, in its own colour above the axes."""
+    axes.legend(
+        [Line2D([], [], linestyle="none")] * len(names),
+        [name for name, _ in names],
+        labelcolor=[colour for _, colour in names],
+        loc="lower left",
+        bbox_to_anchor=(0, above),
+        ncols=max(1, len(names)),
+        frameon=False,
+        borderpad=0.2,
+        borderaxespad=0,
+        handlelength=0,
+        handletextpad=0,
+        columnspacing=1.2,
+    )
 
 
 def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -178,10 +178,7 @@ def _units(runs: Sequence[dict[str, Any]]) -> str:
 
 def show(compared: dict[str, Any]) -> str:
     """The comparison for a terminal."""
-    parts = [
-        "\n".join([table.title, plain_table(table.head, table.rows), table.note]).rstrip()
-        for table in tables(compared)
-    ]
+    parts = [table.text() for table in tables(compared)]
     notes = [f"{run['name']}: {note}" for run in compared["runs"] for note in run["notes"]]
     states = plain_table(
         ["run", "state", "directory"],

@@ -99,17 +99,17 @@ class Iteration:
             return None
         return self.offline.get("selected", np.ones(len(self.offline["row"]), dtype=bool))
 
-    def sampled(self, side: str) -> npt.NDArray[np.intp]:
-        """Per bootstrapped pair, where in `candidates` its chosen or rejected answer is.
-
-        Raises:
-            ValueError: if either table cannot be read.
-        """
-        if self.candidates is None or self.bootstrapped is None:
-            raise ValueError(f"iteration {self.number} has no sampled pairs")
-        return self.candidates.index(
-            self.bootstrapped["row"], self.bootstrapped[f"{side}_candidate"]
-        )
+    @cached_property
+    def sampled(self) -> dict[str, npt.NDArray[np.intp]]:
+        """By side, where in `candidates` the answer of each bootstrapped pair is."""
+        assert self.candidates is not None
+        assert self.bootstrapped is not None
+        return {
+            side: self.candidates.index(
+                self.bootstrapped["row"], self.bootstrapped[f"{side}_candidate"]
+            )
+            for side in SIDES
+        }
 
     @property
     def trained(self) -> bool:

@@ -7,35 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.tools.report.data import Iteration, Run
+from sera_plugin.tools.report.pairs import Pair, mislabelled, offline_pair, sampled_pair, swapped
 from sera_plugin.tools.report.tokens import Texts, shown_name, shown_text
 
 #: A report stays small, and a screen readable: `inspect --row` shows the whole of a pair.
-_PROMPT, _COMPLETION = 1_200, 1_600
+_LONGEST = {"prompt": 1_200, "chosen": 1_600, "rejected": 1_600}
 _FEW, _SUSPECTS = 8, 25
 
 
 @dataclass(frozen=True)
 class Example:
-    """A pair to read.
+    """A pair to read, with `prompt`, `chosen` and `rejected` as texts, made printable and cut."""
 
-    Attributes:
-        row: of the dataset.
-        margins: by iteration, what each policy thought of the pair.
-        kept: whether the iteration trains on it.
-        prompt, chosen, rejected: texts, made printable and cut.
-        facts: the dataset's own columns; of sampled pairs what is unusual about an answer.
-    """
-
-    row: int
-    margins: Mapping[int, float]
-    kept: bool
-    prompt: str
-    chosen: str
-    rejected: str
+    pair: Pair
+    text: Mapping[str, str]
     facts: Mapping[str, str]
 
 
@@ -51,34 +39,34 @@ class Examples:
 
 def examples(run: Run, texts: Texts) -> list[Examples]:
     """The pairs of the newest iteration with margins that say most about run and data."""
+    if run.tokens is None:
+        return []
     found: list[Examples] = []
     chosen = [one for one in run.iterations if one.margin is not None]
-    if chosen and run.tokens is not None:
+    if chosen:
         found += _offline(run, chosen[-1], texts)
     sampled = [
         one
         for one in run.iterations
         if one.bootstrapped is not None and one.candidates is not None and len(one.candidates.row)
     ]
-    if sampled and run.tokens is not None:
-        found += _bootstrapped(run, sampled[-1], texts)
+    if sampled:
+        found += _sampled(run, sampled[-1], texts)
     return [group for group in found if group.pairs]
 
 
-def mislabelled(run: Run, most: int) -> tuple[Iteration, npt.NDArray[np.intp]]:
-    """The newest iteration with margins, and its rows of negative margin, lowest first.
+def printable_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """A pair's facts as they can be shown."""
+    return {shown_name(name): shown_text(_short(value), 200) for name, value in facts.items()}
 
-    Raises:
-        ValueError: if no iteration has margins yet.
-    """
-    for one in reversed(run.iterations):
-        if one.margin is not None:
-            order = np.argsort(one.margin, kind="stable")
-            return one, order[one.margin[order] < 0][:most]
-    raise ValueError(
-        f"{run.root} has no margins yet: they exist from iteration 2 on, once its offline pairs "
-        "are scored."
-    )
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _example(pair: Pair, texts: Texts, more: Mapping[str, str] | None = None) -> Example:
+    text = {name: shown_text(texts.exact(pair.ids[name]), most) for name, most in _LONGEST.items()}
+    return Example(pair, text, {**printable_facts(pair.facts), **(more or {})})
 
 
 def _offline(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
@@ -114,102 +102,49 @@ def _offline(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
     ]
     return [
         Examples(
-            name, title, meaning, [_offline_example(run, one, int(row), texts) for row in rows]
+            *about,
+            [
+                _example(offline_pair(run, one, row), texts, swapped(run, row))
+                for row in rows.tolist()
+            ],
         )
-        for name, title, meaning, rows in sets
+        for *about, rows in sets
     ]
 
 
-def _offline_example(run: Run, one: Iteration, row: int, texts: Texts) -> Example:
-    assert run.tokens is not None
-    assert one.selected is not None
-    return Example(
-        row=row,
-        margins=margins_of(run, row),
-        kept=bool(one.selected[row]),
-        prompt=shown_text(texts.exact(run.tokens["prompt_ids"][row]), _PROMPT),
-        chosen=shown_text(texts.exact(run.tokens["chosen_ids"][row]), _COMPLETION),
-        rejected=shown_text(texts.exact(run.tokens["rejected_ids"][row]), _COMPLETION),
-        facts=facts(run, row) | swapped(run, row),
-    )
-
-
-def swapped(run: Run, row: int) -> dict[str, str]:
-    """Says of a pair whose label was swapped on purpose that it was."""
-    return {"label": "swapped on purpose"} if run.swapped is not None and run.swapped[row] else {}
-
-
-def margins_of(run: Run, row: int) -> dict[int, float]:
-    """An offline pair's margin in each iteration that has one."""
-    return {one.number: float(one.margin[row]) for one in run.iterations if one.margin is not None}
-
-
-def facts(run: Run, row: int) -> dict[str, str]:
-    """What the dataset's own columns say of a pair."""
-    return {
-        shown_name(name): shown_text(str(_short(values[row])), 200)
-        for name, values in run.scores.items()
-    }
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
-    pairs, candidates = one.bootstrapped, one.candidates
+def _sampled(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
+    pairs = one.bootstrapped
     assert pairs is not None
-    assert candidates is not None
-    assert run.tokens is not None
     kept = np.flatnonzero(pairs["selected"])
-    order = kept[np.argsort(-pairs["margin"][kept], kind="stable")]
-    at = {side: one.sampled(side) for side in ("chosen", "rejected")}
-    prompts = run.tokens["prompt_ids"]
-
-    def example(pair: int) -> Example:
-        row = int(pairs["row"][pair])
-        text = {
-            side: shown_text(texts.exact(candidates.tokens[int(index[pair])]), _COMPLETION)
-            for side, index in at.items()
-        }
-        cut = [side for side, index in at.items() if candidates.unfinished[index[pair]]]
-        given = [side for side, index in at.items() if candidates.from_dataset[index[pair]]]
-        return Example(
-            row=row,
-            margins={one.number: float(pairs["margin"][pair])},
-            kept=bool(pairs["selected"][pair]),
-            prompt=shown_text(texts.exact(prompts[row]), _PROMPT),
-            facts={
-                name: " and ".join(sides)
-                for name, sides in (("cut at the longest length", cut), ("the dataset's", given))
-                if sides
-            },
-            **text,
-        )
-
+    order = kept[np.argsort(-pairs["margin"][kept], kind="stable")].tolist()
     sampler = f"theta_{one.number - 1}"
     if LABELERS[run.labeler].adds_dataset_answer:
-        return [
-            Examples(
+        sets = [
+            (
                 "bootstrapped",
                 "Bootstrapped pairs",
                 f"The dataset's chosen answers before samples of {sampler}. Can you tell which is "
                 "which? Where nobody can, there is nothing left to learn.",
-                [example(int(pair)) for pair in order[:_FEW]],
+                order[:_FEW],
             )
         ]
+    else:
+        sets = [
+            (
+                "best-bootstrapped",
+                "Best bootstrapped pairs",
+                f"Sampled answers of {sampler} that {LABELERS[run.labeler].ranks_by} tells "
+                "apart most. Is the one it calls chosen better, or only longer?",
+                order[:_FEW],
+            ),
+            (
+                "worst-bootstrapped",
+                "Worst bootstrapped pairs",
+                "The smallest margins among the sampled pairs that are still trained on.",
+                order[_FEW:][::-1][:_FEW],
+            ),
+        ]
     return [
-        Examples(
-            "best-bootstrapped",
-            "Best bootstrapped pairs",
-            f"Sampled answers of {sampler} that {LABELERS[run.labeler].ranks_by} tells apart "
-            "most. Is the one it calls chosen better, or only longer?",
-            [example(int(pair)) for pair in order[:_FEW]],
-        ),
-        Examples(
-            "worst-bootstrapped",
-            "Worst bootstrapped pairs",
-            "The smallest margins among the sampled pairs that are still trained on.",
-            [example(int(pair)) for pair in order[::-1][:_FEW] if pair not in order[:_FEW]],
-        ),
+        Examples(*about, [_example(sampled_pair(run, one, index), texts) for index in indices])
+        for *about, indices in sets
     ]

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from sera_plugin.rundir.checksums import write_file, write_text
 from sera_plugin.tools.report.data import SIDES, Iteration, Run
+from sera_plugin.tools.report.pairs import Pair, offline_pair, sampled_pair
 from sera_plugin.tools.report.tokens import Texts
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -47,9 +48,18 @@ def export(run: Run, texts: Texts, path: Path, which: str, number: int | None) -
     if run.tokens is None:
         raise ValueError(f"--export: {run.root / 'dataset.parquet'} is missing or damaged")
     one = _newest(run, which) if number is None else run.iteration(number)
-    rows = _bootstrapped(run, one, texts) if which == "bootstrapped" else None
-    if rows is None:
-        rows = _offline(run, one, texts, which == "kept")
+    pairs = _pairs(run, one, which)
+    rows = [
+        {
+            "prompt": texts.prompt(pair.ids["prompt"]),
+            **{side: texts.completion(pair.ids[side]) for side in SIDES},
+            "row": pair.row,
+            "margin": pair.margins.get(one.number),
+        }
+        for pair in pairs
+    ]
+    if which != "bootstrapped" and run.swapped is not None:
+        rows = [{**row, "swapped": bool(run.swapped[row["row"]])} for row in rows]
     _write(path, rows)
     return len(rows), one.number
 
@@ -67,37 +77,16 @@ def _newest(run: Run, which: str) -> Iteration:
     raise ValueError(f"--which: {run.root} has no {which} pairs yet")
 
 
-def _offline(run: Run, one: Iteration, texts: Texts, kept: bool) -> list[dict[str, Any]]:
+def _pairs(run: Run, one: Iteration, which: str) -> list[Pair]:
+    if which == "bootstrapped":
+        if one.bootstrapped is None or one.candidates is None:
+            raise ValueError(f"--iteration: {one.number} has no bootstrapped pairs")
+        kept = np.flatnonzero(one.bootstrapped["selected"])
+        return [sampled_pair(run, one, index) for index in kept.tolist()]
     if one.selected is None:
         raise ValueError(f"--iteration: {one.number} has no whole offline.parquet")
-    assert run.tokens is not None
-    return [
-        {
-            "prompt": texts.prompt(run.tokens["prompt_ids"][row]),
-            **{side: texts.completion(run.tokens[f"{side}_ids"][row]) for side in SIDES},
-            "row": row,
-            "margin": None if one.margin is None else float(one.margin[row]),
-            **({} if run.swapped is None else {"swapped": bool(run.swapped[row])}),
-        }
-        for row in np.flatnonzero(one.selected == kept).tolist()
-    ]
-
-
-def _bootstrapped(run: Run, one: Iteration, texts: Texts) -> list[dict[str, Any]]:
-    pairs, candidates = one.bootstrapped, one.candidates
-    if pairs is None or candidates is None:
-        raise ValueError(f"--iteration: {one.number} has no bootstrapped pairs")
-    assert run.tokens is not None
-    at = {side: one.sampled(side) for side in SIDES}
-    return [
-        {
-            "prompt": texts.prompt(run.tokens["prompt_ids"][int(pairs["row"][pair])]),
-            **{side: texts.completion(candidates.tokens[int(at[side][pair])]) for side in SIDES},
-            "row": int(pairs["row"][pair]),
-            "margin": float(pairs["margin"][pair]),
-        }
-        for pair in np.flatnonzero(pairs["selected"]).tolist()
-    ]
+    rows = np.flatnonzero(one.selected == (which == "kept"))
+    return [offline_pair(run, one, row) for row in rows.tolist()]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -130,7 +130,7 @@ def _lengths(one: Iteration) -> dict[str, float]:
         found["sampled"] = float(one.candidates.lengths[~one.candidates.from_dataset].mean())
         if one.bootstrapped is not None and one.bootstrapped["selected"].any():
             for side in SIDES:
-                at = one.sampled(side)[one.bootstrapped["selected"]]
+                at = one.sampled[side][one.bootstrapped["selected"]]
                 found[f"bootstrapped_{side}"] = float(one.candidates.lengths[at].mean())
     return found
 

@@ -9,7 +9,8 @@ import numpy as np
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.tools.report.blocks import NOTHING, number
 from sera_plugin.tools.report.data import SIDES, Iteration, Run
-from sera_plugin.tools.report.examples import facts, margins_of, mislabelled, swapped
+from sera_plugin.tools.report.examples import printable_facts
+from sera_plugin.tools.report.pairs import mislabelled, offline_pair, swapped
 from sera_plugin.tools.report.terminal import plain_table
 from sera_plugin.tools.report.tokens import Texts, shown_name, shown_text
 
@@ -138,21 +139,18 @@ def suspects(run: Run, most: int, texts: Texts) -> list[dict[str, Any]]:
         ValueError: if no iteration has margins yet.
     """
     one, rows = mislabelled(run, most)
-    assert one.selected is not None
-    found = []
-    for row in map(int, rows):
-        entry: dict[str, Any] = {
-            "row": row,
-            "margins": {str(number): margin for number, margin in margins_of(run, row).items()},
-            "selected": bool(one.selected[row]),
-            "columns": {name: values[row] for name, values in run.scores.items()},
-            **swapped(run, row),
+    pairs = [offline_pair(run, one, row) for row in rows.tolist()]
+    return [
+        {
+            "row": pair.row,
+            "margins": {str(number): margin for number, margin in pair.margins.items()},
+            "selected": pair.kept,
+            "columns": pair.facts,
+            **swapped(run, pair.row),
+            **{name: texts.exact(ids) for name, ids in pair.ids.items()},
         }
-        if run.tokens is not None:
-            for name in ("prompt", *SIDES):
-                entry[name] = texts.exact(run.tokens[f"{name}_ids"][row])
-        found.append(entry)
-    return found
+        for pair in pairs
+    ]
 
 
 def show_suspects(run: Run, found: list[dict[str, Any]]) -> str:
@@ -169,7 +167,7 @@ def show_suspects(run: Run, found: list[dict[str, Any]]) -> str:
             str(one["row"]),
             *(f"{one['margins'][number]:+.3f}" for number in numbers),
             "kept" if one["selected"] else "dropped",
-            *facts(run, one["row"]).values(),
+            *printable_facts(one["columns"]).values(),
             *([] if run.swapped is None else [one.get("label", "as given")]),
         ]
         for one in found
