@@ -81,7 +81,7 @@ def choice(run: Run, found: Figures) -> Section:
         chart = _ensemble(run, one, figures)
         if chart is not None:
             section.charts.append(chart)
-    last = next((one for one in reversed(found["iterations"]) if one.get("groups")), {})
+    last: Figures = next((one for one in reversed(found["iterations"]) if one.get("groups")), {})
     for name, groups in last.get("groups", {}).items():
         rows = [
             {
@@ -173,8 +173,7 @@ def lengths(run: Run, found: Figures) -> Section:
         "bootstrapped_chosen": ("its best", OTHER),
     }
     series = [
-        Series.over_iterations(*named, iterations, lambda one, key=key: one["lengths"].get(key))
-        for key, named in names.items()
+        Series.over_iterations(*named, iterations, "lengths", key) for key, named in names.items()
     ]
     series = [one for one in series if one.x]
     if series:

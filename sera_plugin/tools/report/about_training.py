@@ -25,23 +25,13 @@ def accuracy(found: Figures) -> Section:
     )
     iterations = found["iterations"]
     held_out = [one["held_out"] for one in iterations if one["held_out"]]
-    series = [
-        Series.over_iterations(
-            "offline",
-            KEPT,
-            iterations,
-            lambda one: one.get("offline_accuracy"),
-            lambda one: one["offline_accuracy_error"],
-        ),
-        Series.over_iterations(
-            "held out",
-            SAMPLED,
-            iterations,
-            lambda one: (one["held_out"] or {}).get("accuracy"),
-            lambda one: one["held_out"]["accuracy_error"],
-        ),
-    ]
-    series = [one for one in series if one.x]
+    offline = Series.over_iterations(
+        "offline", KEPT, iterations, "offline_accuracy", error="offline_accuracy_error"
+    )
+    other = Series.over_iterations(
+        "held out", SAMPLED, iterations, "held_out", "accuracy", error="accuracy_error"
+    )
+    series = [one for one in (offline, other) if one.x]
     if series:
         which = series[-1]
         title = f"The reward agrees with the label on {which.y[-1]:.0%} of " + (
@@ -57,7 +47,7 @@ def accuracy(found: Figures) -> Section:
     drift = [one for one in iterations if one["drift"]]
     if len(drift) > 1:
         series = [
-            Series.over_iterations(side, colour, drift, lambda one, side=side: one["drift"][side])
+            Series.over_iterations(side, colour, drift, "drift", side)
             for side, colour in zip(SIDES, (KEPT, DROPPED), strict=True)
         ]
         last = drift[-1]["drift"]

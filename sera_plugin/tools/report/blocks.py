@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -57,3 +58,10 @@ class Section:
 def number(value: float | None, form: str = ".3g") -> str:
     """A figure as the page shows it."""
     return NOTHING if value is None or not np.isfinite(value) else format(value, form)
+
+
+def value_at(figures: Any, *keys: str) -> Any:
+    """A value inside nested figures, or None where a level of them is missing."""
+    for key in keys:
+        figures = (figures or {}).get(key)
+    return figures

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.tools.report.blocks import value_at
 
 Bools = npt.NDArray[np.bool_]
+Figures = Sequence[Mapping[str, Any]]
 
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 KEPT, DROPPED, SAMPLED, OTHER = "#040404", "#050505", "#060606", "#070707"
@@ -80,21 +82,24 @@ class Series:
 
     @classmethod
     def over_iterations(
-        cls,
-        name: str,
-        colour: str,
-        iterations: Sequence[Mapping[str, Any]],
-        figure: Callable[[Mapping[str, Any]], float | None],
-        error: Callable[[Mapping[str, Any]], float] | None = None,
+        cls, name: str, colour: str, iterations: Figures, *keys: str, error: str | None = None
     ) -> Series:
-        """A figure of the iterations that have it, from what `figures` says of each."""
-        have = [(one, value) for one in iterations if (value := figure(one)) is not None]
+        """A figure over the iterations that have it.
+
+        Args:
+            name, colour: of the line.
+            iterations: what `figures` says of each.
+            keys: where the figure is, one key for each level.
+            error: key of its standard error, on the same level.
+        """
+        have = [one for one in iterations if value_at(one, *keys) is not None]
+        errors = error and [value_at(one, *keys[:-1], error) for one in have]
         return cls(
             name,
-            [one["iteration"] for one, _ in have],
-            [value for _, value in have],
+            [one["iteration"] for one in have],
+            [value_at(one, *keys) for one in have],
             colour,
-            None if error is None else [error(one) for one, _ in have],
+            errors or None,
         )
 
 

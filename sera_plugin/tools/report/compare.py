@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sera_plugin.algorithm.summary import jaccard
 from sera_plugin.host.run import flat
 from sera_plugin.rundir.checksums import write_text
-from sera_plugin.tools.report.blocks import Table, number
+from sera_plugin.tools.report.blocks import Table, number, value_at
 from sera_plugin.tools.report.data import Run
 from sera_plugin.tools.report.figures import figures, spent
 from sera_plugin.tools.report.html import fill
@@ -23,42 +23,42 @@ _BESIDE = ("loss", "beta", "per_token", "micro_batch", "accumulation", "pairs", 
            "seed")  # fmt: skip
 
 
-def _ratio(part: str, whole: str) -> Callable[[dict[str, Any]], float | None]:
-    def of(one: dict[str, Any]) -> float | None:
-        samples = one["samples"] or {}
-        return None if samples.get(part) is None else samples[part] / max(1, samples[whole])
-
-    return of
-
-
-#: (name, how it is shown, where it is in an iteration's figures).
-_METRICS: tuple[tuple[str, str, Callable[[dict[str, Any]], float | None]], ...] = (
-    ("pairs trained", ",", lambda one: (one["pairs"] or {}).get("trained")),
-    ("kept above (margin)", "+.3g", lambda one: one.get("threshold")),
-    ("offline accuracy", ".1%", lambda one: one.get("offline_accuracy")),
-    ("held-out accuracy", ".1%", lambda one: (one["held_out"] or {}).get("accuracy")),
-    ("R2 of reward with length", ".3f", lambda one: one.get("length_r2", {}).get("reward")),
-    ("drift of chosen, nats", "+.2f", lambda one: (one["drift"] or {}).get("chosen")),
-    ("drift of rejected, nats", "+.2f", lambda one: (one["drift"] or {}).get("rejected")),
-    ("sampled tokens, mean", ".1f", lambda one: one["lengths"].get("sampled")),
-    ("duplicate samples", ".1%", _ratio("duplicates", "sampled")),
-    ("unfinished samples", ".1%", _ratio("unfinished", "sampled")),
-    ("seconds", ",.0f", lambda one: spent(one["seconds"]) or None),
+#: (name, how it is shown, where it is in an iteration's figures), in the order of the tables.
+_METRICS = (
+    ("pairs trained", ",", ("pairs", "trained")),
+    ("kept above (margin)", "+.3g", ("threshold",)),
+    ("offline accuracy", ".1%", ("offline_accuracy",)),
+    ("held-out accuracy", ".1%", ("held_out", "accuracy")),
+    ("R2 of reward with length", ".3f", ("length_r2", "reward")),
+    ("drift of chosen, nats", "+.2f", ("drift", "chosen")),
+    ("drift of rejected, nats", "+.2f", ("drift", "rejected")),
+    ("sampled tokens, mean", ".1f", ("lengths", "sampled")),
+    ("duplicate samples", ".1%", ("shares", "duplicates")),
+    ("unfinished samples", ".1%", ("shares", "unfinished")),
+    ("seconds", ",.0f", ("all_seconds",)),
 )
+
+
+def _with_shares(one: dict[str, Any]) -> dict[str, Any]:
+    """An iteration's figures, and those that are made of two of them."""
+    samples = one["samples"] or {}
+    shares = {
+        name: samples[name] / max(1, samples["sampled"])
+        for name in ("duplicates", "unfinished")
+        if samples.get(name) is not None
+    }
+    return {**one, "shares": shares, "all_seconds": spent(one["seconds"]) or None}
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """What `axolotl sera compare` says, as plain values. Lists are in the order of `runs`."""
-    every = [figures(run) for run in runs]
-    last = max((one.number for run in runs for one in run.iterations), default=0)
+    every = [
+        {one["iteration"]: _with_shares(one) for one in figures(run)["iterations"]} for run in runs
+    ]
     metrics = []
-    for iteration in range(1, last + 1):
-        of_runs = [
-            next((one for one in found["iterations"] if one["iteration"] == iteration), None)
-            for found in every
-        ]
-        for name, form, get in _METRICS:
-            values = [None if one is None else get(one) for one in of_runs]
+    for iteration in sorted({key for found in every for key in found}):
+        for name, form, keys in _METRICS:
+            values = [value_at(found.get(iteration), *keys) for found in every]
             if any(value is not None for value in values):
                 metrics.append(
                     {"iteration": iteration, "name": name, "form": form, "values": values}
@@ -101,14 +101,14 @@ def _differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def _selections(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per iteration, the Jaccard index of each two runs' kept pairs; None of other data."""
     found = []
-    last = max((one.number for run in runs for one in run.iterations), default=0)
-    for iteration in range(2, last + 1):
+    prints = [run.description.get("dataset_fingerprint") for run in runs]
+    for iteration in sorted({one.number for run in runs for one in run.iterations}):
         masks = [
-            next((o.selected for o in run.iterations if o.number == iteration and
-                  o.margin is not None), None)
+            next(
+                (one.selected for one in run.iterations if one.number == iteration and
+                 one.margin is not None), None)
             for run in runs
         ]  # fmt: skip
-        prints = [run.description.get("dataset_fingerprint") for run in runs]
         matrix = [
             [
                 jaccard(one, other)

@@ -102,13 +102,15 @@ def _offline(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
     ]
     return [
         Examples(
-            *about,
+            name,
+            title,
+            meaning,
             [
                 _example(offline_pair(run, one, row), texts, swapped(run, row))
                 for row in rows.tolist()
             ],
         )
-        for *about, rows in sets
+        for name, title, meaning, rows in sets
     ]
 
 
@@ -145,6 +147,11 @@ def _sampled(run: Run, one: Iteration, texts: Texts) -> list[Examples]:
             ),
         ]
     return [
-        Examples(*about, [_example(sampled_pair(run, one, index), texts) for index in indices])
-        for *about, indices in sets
+        Examples(
+            name,
+            title,
+            meaning,
+            [_example(sampled_pair(run, one, index), texts) for index in indices],
+        )
+        for name, title, meaning, indices in sets
     ]

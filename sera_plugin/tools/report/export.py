@@ -48,18 +48,17 @@ def export(run: Run, texts: Texts, path: Path, which: str, number: int | None) -
     if run.tokens is None:
         raise ValueError(f"--export: {run.root / 'dataset.parquet'} is missing or damaged")
     one = _newest(run, which) if number is None else run.iteration(number)
-    pairs = _pairs(run, one, which)
+    swapped = None if which == "bootstrapped" else run.swapped
     rows = [
         {
             "prompt": texts.prompt(pair.ids["prompt"]),
             **{side: texts.completion(pair.ids[side]) for side in SIDES},
             "row": pair.row,
             "margin": pair.margins.get(one.number),
+            **({} if swapped is None else {"swapped": bool(swapped[pair.row])}),
         }
-        for pair in pairs
+        for pair in _pairs(run, one, which)
     ]
-    if which != "bootstrapped" and run.swapped is not None:
-        rows = [{**row, "swapped": bool(run.swapped[row["row"]])} for row in rows]
     _write(path, rows)
     return len(rows), one.number
 
