@@ -130,8 +130,6 @@ def train(load, monkeypatch):
     """`axolotl train` in this process; returns what happened."""
 
     def run(config: dict) -> SimpleNamespace:
-        from axolotl.cli.args import TrainerCliArgs
-        from axolotl.common.datasets import load_preference_datasets
         from axolotl.integrations.base import PluginManager
         from axolotl.train import train as host_train
 
@@ -147,8 +145,7 @@ def train(load, monkeypatch):
 
         monkeypatch.setattr(Loop, "begin", spy)
         cfg = load(config)
-        PluginManager.get_instance().load_datasets(cfg, preprocess=False)
-        data = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+        data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
         model, _, trainer = host_train(cfg=cfg, dataset_meta=data)
         monkeypatch.setattr(Loop, "begin", begin)
         return SimpleNamespace(

@@ -42,8 +42,6 @@ def prepare(base: Path, load: Callable[..., Any], tmp_path: Path) -> Callable[..
     """What `axolotl train` does with the data before it loads a model."""
 
     def run(**keys: Any) -> SimpleNamespace:
-        from axolotl.cli.args import TrainerCliArgs
-        from axolotl.common.datasets import load_preference_datasets
         from axolotl.integrations.base import PluginManager
         from transformers import AutoTokenizer
 
@@ -68,8 +66,7 @@ def prepare(base: Path, load: Callable[..., Any], tmp_path: Path) -> Callable[..
                 **keys,
             }
         )
-        PluginManager.get_instance().load_datasets(cfg, preprocess=False)
-        data = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+        data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = PLAIN_TEMPLATE
         found = {}
@@ -164,30 +161,25 @@ def test_a_mended_file_is_prepared_anew(prepare: Any, tmp_path: Path) -> None:
     assert len(prepare(datasets=sets).train.rows) == 1
 
 
-def test_prepared_rows_of_another_guard_are_not_shared(
+def test_prepared_rows_of_another_guard_rl_or_columns_are_not_shared(
     prepare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import axolotl.utils.data.rl as host
-
-    cfg = prepare(datasets=[file_of(tmp_path, [GOOD])]).cfg
-    before = host.generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer")
-    monkeypatch.setattr("sera_plugin.host.trainer.GUARD_VERSION", 0)
-    assert host.generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer") != before
-
-
-def test_prepared_rows_of_another_rl_are_not_shared(prepare: Any, tmp_path: Path) -> None:
     """The host names prepared data without regard to `rl`; plain DPO would train placeholders."""
-    import axolotl.utils.data.rl as host
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config
     from axolotl.utils.dict import DictDefault
 
+    from sera_plugin.host.datasets import prepared_name
+
     cfg = prepare(datasets=[file_of(tmp_path, [GOOD])]).cfg
-    plain = DictDefault({**cfg, "sera": None})
-    hashes = {
-        host.generate_dataset_hash_from_config(c, cfg.datasets, "tokenizer") for c in (cfg, plain)
-    }
-    assert len(hashes) == 2
-    rows = host._load_split(plain, "train")
-    assert not {"sera_problem", "sera_source", "sera_row"} & set(rows.column_names)
+    scored = DictDefault({**cfg, "sera": {"score_columns": ["score"]}})
+    names = [
+        generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer"),
+        prepared_name(cfg, cfg.datasets, "tokenizer"),
+        prepared_name(scored, cfg.datasets, "tokenizer"),
+    ]
+    monkeypatch.setattr("sera_plugin.host.datasets.GUARD_VERSION", 0)
+    names.append(prepared_name(cfg, cfg.datasets, "tokenizer"))
+    assert len(set(names)) == 4
 
 
 def test_deduplication_ignores_where_rows_stand_and_keeps_bad_ones_apart(

@@ -34,8 +34,11 @@ def axolotl(tmp_path):
 def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, axolotl, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(base_config | adapter() | {"num_epochs": 2}))
-    axolotl("preprocess", config)
+    # The host prints an example's tokens in colours, each with its id.
+    assert "<|user|>" in axolotl("preprocess", config, "--debug")
     log = axolotl("train", config)
+    assert "Loading prepared dataset from disk" in log
+    assert "Mapping RL Dataset" not in log
     assert "SeRA run" in log
     assert "SeRA iteration 2: trains on 24 pairs" in log
     assert "SeRA iteration 2 is trained" in log

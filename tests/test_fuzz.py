@@ -14,7 +14,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,11 +25,11 @@ from hypothesis import strategies as st
 from sera_plugin import SeraPlugin
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import ODD, SPELLED_OUT, TokenizedRows, tokenize_rows
-from sera_plugin.data.load_errors import DataError, Split
-from sera_plugin.data.rows import guard
+from sera_plugin.data.load_errors import DataError, while_loading
 from sera_plugin.data.texts import visible
 from tests.test_dataset import build
 from tests.test_plugin_config import config
+from tests.test_rows import guarded
 
 DOCS = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
 
@@ -365,14 +364,12 @@ def put(row: Mapping[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, 
 
 
 class Guarded:
-    """A host strategy behind the guard, with the host's own test of length."""
+    """A host strategy behind the guard."""
 
     def __init__(self, strategy: str, template: str = "plain", **entry: Any) -> None:
         from axolotl.prompt_strategies.dpo import load
         from axolotl.utils.chat_templates import get_chat_template
-        from axolotl.utils.data import rl
         from axolotl.utils.dict import DictDefault
-        from axolotl.utils.schemas.enums import RLType
 
         self.tokenizer = build(add_bos=True)
         if template != "plain":
@@ -380,14 +377,7 @@ class Guarded:
         if strategy == "user_defined.default":
             entry["type"] = {"prompt_format": "<|user|>{system}{prompt}<|assistant|>"}
         cfg = {"chat_template": "tokenizer_default", "datasets": [{"type": strategy, **entry}]}
-        fits = partial(rl._drop_long_sequences, rl=RLType.DPO, sequence_len=LENGTH)
-        self.transform, self.options = guard(
-            load(strategy, DictDefault(cfg), dataset_idx=0),
-            None,
-            source="datasets[0] (f.jsonl)",
-            sequence_len=LENGTH,
-            fits=fits,
-        )
+        self.transform = guarded(load(strategy, DictDefault(cfg), dataset_idx=0))
 
     def tokenize(self, rows: list[dict[str, Any]]) -> TokenizedRows:
         prepared = [
@@ -580,8 +570,8 @@ def test_damaged_files_are_named_with_the_line(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.jsonl"
         path.write_bytes(content)
         entry = DictDefault({"path": str(path), "ds_type": "json", "split": "train"})
-        with pytest.raises(DataError) as error:
-            Split("datasets", [entry]).load(load_dataset_with_config, entry, False)
+        with pytest.raises(DataError) as error, while_loading("datasets[0]", str(path)):
+            load_dataset_with_config(entry, False)
         readable(str(error.value), "datasets[0].path", f"{number}.jsonl")
         assert said in str(error.value) or said == "blank"
 

@@ -11,8 +11,8 @@ import pytest
 
 from sera_plugin.data.dataset import tokenize_rows
 from sera_plugin.data.fields import SYSTEM
-from sera_plugin.data.rows import guard
 from tests.test_dataset import build
+from tests.test_rows import guarded
 
 TEXTS = [
     "None",
@@ -76,7 +76,7 @@ def check(
     loaded: Any, rows: list[dict[str, Any]], tokenizer: Any, expect: Any, **options: Any
 ) -> None:
     """Every row is kept and has the expected texts."""
-    transform, _ = guard(loaded, None, source="datasets[0] (x)", **options)
+    transform = guarded(loaded, **options)
     found = [
         transform(copy.deepcopy(row), number, tokenizer=tokenizer)
         for number, row in enumerate(rows)
@@ -247,7 +247,7 @@ def test_tool_calls_say_something(name: str, arguments: Any, content: str | None
 def test_a_tool_call_that_the_template_leaves_out_is_no_answer() -> None:
     row = {"prompt": [user("q")], "chosen": [answer("", tool_calls=[CALL])]}
     row |= {"rejected": [answer("no")]}
-    transform, _ = guard(host_strategy("passthrough.default"), None, source="s")
+    transform = guarded(host_strategy("passthrough.default"))
     result = transform(row, 0, tokenizer=template("chatml"))
     assert result["sera_problem"] == "the chat template does not render the answer as it is"
 
@@ -270,7 +270,7 @@ def test_a_strategy_may_use_the_tokenizer_as_it_likes() -> None:
     original = template("chatml")
     rows = [{"q": text, "chosen": text, "rejected": "no", "x": None} for text in TEXTS]
     check((own, {}), rows, original, partial(host_texts, (own, {}), original))
-    transform, _ = guard((own, {}), None, source="s")
+    transform = guarded((own, {}))
     for field in ("chosen", "rejected"):
         result = transform(rows[0] | {field: None}, 0, tokenizer=original)
         assert result["sera_problem"] == f"field '{field}' is null, not text"
@@ -282,7 +282,7 @@ def test_a_system_prompt_is_optional_by_its_own_name_alone() -> None:
             prompt = f"{row['persona']}|{row['operating_system']}"
             return {"prompt": prompt, "chosen": row["system"] + ".", "rejected": "no"}
 
-        transform, _ = guard(own, None, source="s", **options)
+        transform = guarded(own, **options)
         problem: str = transform(row, 0)["sera_problem"]
         return problem
 

@@ -10,7 +10,6 @@ import inspect
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -22,8 +21,6 @@ def parameters(function) -> list[str]:
 def seams():
     from accelerate import Accelerator
     from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
-    from axolotl.prompt_strategies import base
-    from axolotl.utils.data import rl, utils
     from transformers import Trainer
     from transformers.trainer_utils import rotate_checkpoints
     from trl import DPOTrainer
@@ -76,16 +73,6 @@ def seams():
             "pad_token_id max_length truncation_mode pad_to_multiple_of return_tensors",
         ),
         "accelerator": (Accelerator.prepare, "self args device_placement"),
-        "load_split": (rl._load_split, "cfg split"),
-        "load_dataset": (rl.load_dataset_with_config, "dataset_config use_auth_token streaming"),
-        "load_dpo": (base.load, "strategy cfg module_base kwargs"),
-        "drop_long": (rl._drop_long_sequences, "sample rl tokenizer sequence_len"),
-        "truncate_long": (rl._truncate_long_sequences_rl, "sample rl tokenizer sequence_len"),
-        "dataset_hash": (
-            rl.generate_dataset_hash_from_config,
-            "cfg cfg_datasets tokenizer_name",
-        ),
-        "deduplicate": (utils._deduplicate_dataset, "dataset seen_hashes"),
     }
 
 
@@ -107,8 +94,6 @@ def seams():
         "trl_init",
         "collator",
         "accelerator",
-        "drop_long",
-        "truncate_long",
     ],
 )
 def test_signature_is_as_pinned(name):
@@ -116,42 +101,28 @@ def test_signature_is_as_pinned(name):
     assert parameters(function) == expected.split()
 
 
-DATA_SEAMS = ("load_split", "load_dataset", "load_dpo", "dataset_hash", "deduplicate")
+def test_the_host_prepares_data_in_the_order_that_ours_follows():
+    """`host/datasets.py` calls the host's public functions as these two do."""
+    from axolotl.cli import preprocess, train
+    from axolotl.common import datasets
+    from axolotl.utils.data import rl
 
-
-def test_data_seams_are_as_pinned_and_still_the_hosts_own_after_patching():
-    """In a process of its own: once patched, a module does not give its function back."""
-    code = (
-        "import tests.test_host_seams as t\n"
-        "from sera_plugin.host.trainer import guard_host_rows\n"
-        "for name in t.DATA_SEAMS:\n"
-        "    t.test_signature_is_as_pinned(name)\n"
-        "guard_host_rows()\n"
-        "import axolotl.utils.data.rl as host\n"
-        "patched = host._load_split\n"
-        "guard_host_rows()\n"
-        "assert host._load_split is patched\n"
-    )
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=300)
-
-
-def test_the_host_looks_its_data_functions_up_where_we_put_ours():
-    from axolotl.utils.data import rl, shared, utils
-
-    split = inspect.getsource(inspect.unwrap(rl._load_or_create_dataset_split))
-    assert "_load_split(cfg, split=split)" in split
-    assert "generate_dataset_hash_from_config(" in split
-    assert "_deduplicate_dataset(" in inspect.getsource(utils.deduplicate_and_log_datasets)
-    assert shared.deduplicate_and_log_datasets is utils.deduplicate_and_log_datasets
     source = inspect.getsource(rl)
-    for call in (
+    steps = [
         "load_dataset_with_config(\n",
         "load_dpo(_type, cfg, dataset_idx=i)",
         'map_kwargs["remove_columns"] == "__all__"',
-        '"tokenizer" in sig.parameters',
-    ):
-        assert call in source
+        "merge_datasets(split_datasets, cfg)",
+        "deduplicate_and_log_datasets(dataset=dataset)",
+        "save_preprocessed_dataset(cfg, dataset, dataset_hash, split)",
+    ]
+    places = [source.index(step) for step in steps]
+    assert places == sorted(places)
+    steps = "len(train_dataset) * cfg.num_epochs / cfg.batch_size"
+    assert steps in inspect.getsource(datasets)
+    # Both commands use what the hook returns.
+    assert "if plugin_manager.load_datasets(cfg, preprocess=True):" in inspect.getsource(preprocess)
+    assert "dataset_meta = plugin_manager.load_datasets(" in inspect.getsource(train)
 
 
 def test_every_loss_that_a_configuration_may_name_is_the_hosts():

@@ -9,25 +9,27 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import axolotl.utils.data.shared as host_shared
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requests.exceptions import ReadTimeout
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
 from sera_plugin.data.load_errors import (
     DataError,
-    Split,
     check_loaded,
     edited_since,
     load_failure,
     one_line,
+    while_loading,
+    while_preparing,
 )
-from sera_plugin.data.rows import GuardedTransform, WithoutGuardColumns, guard, source_name
+from sera_plugin.data.rows import GuardedTransform, source_name
 from sera_plugin.data.texts import visible
 from sera_plugin.host.data_config import restore_entries
 from tests.test_dataset import build, nasty, ordinary_texts, spelled
@@ -50,8 +52,14 @@ def tokenizer() -> Any:
     return build()
 
 
+def guarded(loaded: Any, **options: Any) -> GuardedTransform:
+    """A host strategy as `host/datasets.py` maps it."""
+    transform = loaded[0] if isinstance(loaded, tuple) else loaded
+    return GuardedTransform(transform, **{"source": "datasets[0] (x)", **options})
+
+
 def transformed(tokenizer: Any, loaded: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    transform, _ = guard(loaded, None, source="datasets[0] (x)")
+    transform = guarded(loaded)
     result: dict[str, Any] = transform(copy.deepcopy(dict(row)), 3, tokenizer=tokenizer)
     return result
 
@@ -152,28 +160,15 @@ def test_parts_of_a_message_must_all_be_rendered(tokenizer: Any) -> None:
 # ------------------------------------------------------------------ the guard
 
 
-def test_the_guard_travels_to_worker_processes_and_asks_for_row_numbers() -> None:
+def test_the_guard_travels_to_worker_processes() -> None:
     import dill
 
-    transform, options = guard(strategy("chatml.intel", "chatml"), "types", source="s")
-    assert options == {
-        "with_indices": True,
-        "remove_columns": "__all__",
-        "features": "types",
-    }
+    transform = guarded(strategy("chatml.intel", "chatml"))
     again = dill.loads(dill.dumps(transform))
     row = {"question": "q", "chosen": "a", "rejected": "b"}
     assert again(row, 5) == transform(row, 5)
     assert again(row, 5)["sera_row"] == 5
     assert pickle.dumps(again(row, 5))
-
-
-@pytest.mark.parametrize("option", ["batched", "with_indices", "with_rank", "input_columns"])
-def test_a_strategy_with_a_mapping_of_its_own_is_left_alone(option: str) -> None:
-    def transform(row: Any) -> Any:
-        return row
-
-    assert guard((transform, {option: True}), None, source="s") == (transform, {option: True})
 
 
 def test_only_columns_that_are_asked_for_are_kept() -> None:
@@ -222,18 +217,12 @@ def test_several_splits_need_a_name() -> None:
 
 def test_a_hub_that_does_not_answer_is_left_to_the_host() -> None:
     """The host tries again; only what it gives up on for another reason is ours to explain."""
-    from requests.exceptions import ReadTimeout
-
-    def load(entry: Any) -> Any:
-        raise ReadTimeout("no answer")
-
-    split = Split("datasets", [{"path": "org/set"}])
-    with pytest.raises(ReadTimeout):
-        split.load(load, {"path": "org/set"})
-    with pytest.raises(ReadTimeout):
-        split.prepare(lambda: load(None))
-    with pytest.raises(DataError, match=r"^datasets cannot be prepared: ZeroDivisionError"):
-        split.prepare(lambda: 1 // 0)
+    for context in (while_loading("datasets[0]", "org/set"), while_preparing("datasets")):
+        with pytest.raises(ReadTimeout), context:
+            raise ReadTimeout("no answer")
+    said = pytest.raises(DataError, match=r"^datasets cannot be prepared: ZeroDivisionError: no")
+    with said, while_preparing("datasets"):
+        raise ZeroDivisionError("no")
 
 
 def test_a_transform_that_reads_no_field_by_name_is_checked_too() -> None:
@@ -293,22 +282,6 @@ def test_a_dataset_is_missing_only_where_the_host_says_so() -> None:
     assert "x" * 5000 not in str(load_failure("datasets[0]", "x" * 5000, OSError("too long")))
 
 
-def test_an_entry_is_named_by_its_place_also_where_a_path_stands_twice() -> None:
-    class Rows(list):  # type: ignore[type-arg]
-        features: ClassVar[dict[str, Any]] = {}
-
-    def load(entry: Any) -> Any:
-        if entry["split"] == "b":
-            raise ValueError("no split b")
-        return Rows([1])
-
-    entries = [{"path": "org/set", "split": name} for name in "ab"]
-    split = Split("datasets", entries)
-    split.load(load, entries[0])
-    with pytest.raises(DataError, match=r"^datasets\[1\].path: 'org/set' cannot be loaded"):
-        split.load(load, entries[1])
-
-
 def test_an_edit_is_noticed_wherever_the_file_lies(tmp_path: Path) -> None:
     prepared, folder = tmp_path / "prepared", tmp_path / "data"
     (folder / "part").mkdir(parents=True)
@@ -333,17 +306,6 @@ def test_nothing_usable_names_the_set(tokenizer: Any) -> None:
     for name, keys in (("train", "`datasets:`"), ("eval", "`test_datasets:` or `val_set_size`")):
         with pytest.raises(ValueError, match=f"none of the 1 {name} rows .* Check {keys}, and"):
             tokenize_rows([{"prompt": ""}], tokenizer, [2], None, name=name)
-
-
-def test_deduplication_sees_pairs_and_keeps_every_problem() -> None:
-    class Rows(list):  # type: ignore[type-arg]
-        select = None
-
-    place = {"sera_problem": "", "sera_source": "s", "sera_row": 1}
-    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    good = {**pair, "score": 0.5, **place}
-    bad = good | {"sera_problem": "why"}
-    assert list(WithoutGuardColumns(Rows([good, bad]))) == [pair, bad]
 
 
 # ------------------------------------------------------------------ tokens

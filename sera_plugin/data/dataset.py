@@ -22,7 +22,7 @@ import numpy.typing as npt
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.encoding import RowTokenizer
-from sera_plugin.data.rows import PROBLEM, ROW, SOURCE, too_long
+from sera_plugin.data.rows import PROBLEM, ROW, SOURCE
 from sera_plugin.data.templates import row_texts
 from sera_plugin.data.texts import RowError, check_texts, odd
 
@@ -33,6 +33,11 @@ LOG = logging.getLogger("axolotl.sera")
 
 _NAMED_ROWS = 5
 _NAMED_REASONS = 20
+
+
+def too_long(sequence_len: int | None) -> str:
+    """The reason for dropping a row that the context has no room for."""
+    return f"longer than sequence_len: {sequence_len}"
 
 
 @dataclass

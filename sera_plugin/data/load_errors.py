@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,62 +58,29 @@ def load_failure(key: str, path: str, error: BaseException) -> DataError:
     return DataError(f"{key}.path: {quoted(path, 200)} cannot be loaded: {cause}.")
 
 
-@dataclass
-class Split:
-    """The datasets of one split while the host loads and prepares them.
+@contextlib.contextmanager
+def while_loading(key: str, path: str) -> Iterator[None]:
+    """Name the dataset that cannot be loaded, unless the hub may answer the next time."""
+    try:
+        yield
+    except UNREACHABLE:
+        raise
+    except Exception as error:
+        raise load_failure(key, path, error) from error
 
-    Attributes:
-        key: where the YAML names them, `datasets` or `test_datasets`.
-        entries: what stands there.
-        score_columns: `sera.score_columns`.
-        features: the columns and types of the datasets loaded so far, in order.
-    """
 
-    key: str
-    entries: Sequence[Any]
-    score_columns: Sequence[str] = ()
-    features: list[Mapping[str, Any]] = field(default_factory=list)
-
-    def load(self, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
-        """A dataset as the host's `load` gives it.
-
-        Raises:
-            DataError: for what that raises, unless the hub may answer the next time.
-        """
-        key, path = f"{self.key}[{len(self.features)}]", str(entry["path"])
-        try:
-            dataset = load(entry, *args, **kwargs)
-        except UNREACHABLE:
-            raise
-        except Exception as error:
-            raise load_failure(key, path, error) from error
-        dataset = check_loaded(key, path, dataset)
-        self.features.append(dataset.features)
-        return dataset
-
-    def prepare(self, prepare: Callable[[], Any]) -> Any:
-        """What the host makes of them.
-
-        Raises:
-            DataError: for what that raises, and for score columns that none of them has.
-        """
-        try:
-            prepared = prepare()
-        except (DataError, *UNREACHABLE):
-            raise
-        except Exception as error:
-            raise DataError(
-                f"{self.key} cannot be prepared: {one_line(error)}. Look for the dataset and the "
-                "column it names, and mend or remove them."
-            ) from error
-        columns = {name for features in self.features for name in features}
-        missing = [name for name in self.score_columns if name not in columns]
-        if missing:
-            raise DataError(
-                f"sera.score_columns: {', '.join(map(quoted, missing))} not in the data. It has "
-                f"{', '.join(map(quoted, sorted(columns)))}."
-            )
-        return prepared
+@contextlib.contextmanager
+def while_preparing(key: str) -> Iterator[None]:
+    """Name the datasets that cannot be prepared, unless the hub may answer the next time."""
+    try:
+        yield
+    except (DataError, *UNREACHABLE):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{key} cannot be prepared: {one_line(error)}. Look for the dataset and the column it "
+            "names, and mend or remove them."
+        ) from error
 
 
 def check_loaded(key: str, path: str, dataset: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -26,12 +26,7 @@ from sera_plugin.data.texts import RowError, check_texts
 PROBLEM, SOURCE, ROW = "sera_problem", "sera_source", "sera_row"
 
 #: Raise it with what the guard makes of a row: prepared data of another version is prepared anew.
-GUARD_VERSION = 2
-
-
-def too_long(sequence_len: int | None) -> str:
-    """The reason for dropping a row that the context has no room for."""
-    return f"longer than sequence_len: {sequence_len}"
+GUARD_VERSION = 3
 
 
 def source_name(key: str, index: int, path: str) -> str:
@@ -49,9 +44,6 @@ class GuardedTransform:
         transform: the host's function from a raw row to prompt, chosen and rejected.
         source: the dataset's name in messages.
         kept: columns of the raw rows to keep; all others have done their work.
-        sequence_len: the longest row, for messages.
-        shorten: the host's truncation of long rows, or None.
-        fits: the host's own test whether a row fits its context, or None where it makes none.
         optional: fields that may be empty.
         version: of the guard; the host names cached results by the attributes.
     """
@@ -59,9 +51,6 @@ class GuardedTransform:
     transform: Callable[..., Any]
     source: str
     kept: tuple[str, ...] = ()
-    sequence_len: int | None = None
-    shorten: Callable[..., Mapping[str, Any]] | None = None
-    fits: Callable[..., bool] | None = None
     optional: tuple[str, ...] = SYSTEM
     version: int = GUARD_VERSION
 
@@ -101,12 +90,6 @@ class GuardedTransform:
         templated = bool(recorder and recorder.used) or not isinstance(result["prompt"], str)
         check_fields(row, texts, again, templated, self.optional)
         check_texts(prompt, chosen, rejected)
-        if self.shorten is not None:
-            shortened = self.shorten(texts, tokenizer=tokenizer)
-            texts = {key: shortened[key] for key in TEXTS}
-            check_texts(*texts.values())
-        if self.fits is not None and not self.fits(texts, tokenizer=tokenizer):
-            raise RowError(too_long(self.sequence_len))
         return texts
 
     def _run(self, row: dict[str, Any], recorder: AnswerRecorder | None) -> Any:
@@ -114,26 +97,9 @@ class GuardedTransform:
         return self.transform(row, **options)
 
 
-def guard(loaded: Any, features: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """What a strategy gives the host, guarded.
-
-    Args:
-        loaded: the strategy's transform, or that and options for the host's `Dataset.map`.
-        features: the types of what the guard returns. Left to itself, `Dataset.map` keeps the type
-            of a raw column of the same name, and text in one of mixed types is read as JSON.
-        options: see `GuardedTransform`.
-
-    Returns:
-        The same for the host. A strategy of the user's own that maps whole batches, or wants more
-        than the row, is left as it is. Columns that no one asked for are removed: they could keep
-        two datasets from being merged, and two equal pairs from being equal.
-    """
-    transform, mapping = loaded if isinstance(loaded, tuple) else (loaded, {})
-    if mapping.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
-        return transform, mapping
-    guarded = GuardedTransform(transform, **options)
-    types = {"with_indices": True, "remove_columns": "__all__", "features": features}
-    return guarded, mapping | types
+def as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transform of rows that a strategy has mapped in a way of its own."""
+    return row
 
 
 def _cause(error: Exception, row: Mapping[str, Any]) -> str:
@@ -149,23 +115,3 @@ def _cause(error: Exception, row: Mapping[str, Any]) -> str:
 def _fields(row: Mapping[str, Any]) -> str:
     names = [quoted(key) for key in row]
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-class WithoutGuardColumns:
-    """A dataset as the host's deduplication should see it.
-
-    The host compares whole rows, and two equal pairs differ in their place and may differ in
-    their scores. Placeholders stay whole: what was wrong with two rows may read the same, and both
-    must be counted.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self.select = dataset.select
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for row in self._dataset:
-            if row.get(PROBLEM):
-                yield row
-            else:
-                yield {key: row[key] for key in TEXTS}

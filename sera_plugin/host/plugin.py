@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
@@ -30,6 +30,9 @@ from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.data_config import check_datasets, name_types, restore_entries
 from sera_plugin.host.ignored_features import check_features
 from sera_plugin.host.parallel_config import check_parallel
+
+if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -118,16 +121,16 @@ class SeraPlugin(BasePlugin):
         """The pydantic model that the host merges into its own."""
         return "sera_plugin.config.sera.SeraArgs"
 
-    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
-        """Before the host loads its datasets, which it does because this returns nothing."""
-        from sera_plugin.host.trainer import guard_host_rows
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta:
+        """The pairs to train and to evaluate on, instead of the host's own loading."""
+        from sera_plugin.host.datasets import load_pairs
 
         restore_entries(cfg, self._entries)
-        guard_host_rows()
         if not preprocess:
             from sera_plugin.host.patches import prepare_host
 
             prepare_host(cfg)
+        return load_pairs(cfg)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """The host calls this for training alone, and before it writes into output_dir."""

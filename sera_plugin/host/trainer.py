@@ -11,7 +11,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,10 +19,8 @@ import torch
 from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
-from axolotl.utils.data.shared import get_prepared_dataset_path
-from axolotl.utils.data.utils import md5
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
@@ -34,21 +31,9 @@ from sera_plugin.algorithm.offline import score_pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.config.kinds import LOSSES
-from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import kept_columns, prepare_rows
 from sera_plugin.data.encoding import model_end_ids
-from sera_plugin.data.fields import SYSTEM, TEXTS
-from sera_plugin.data.load_errors import DataError, Split, edited_since
-from sera_plugin.data.rows import (
-    GUARD_VERSION,
-    PROBLEM,
-    ROW,
-    SOURCE,
-    WithoutGuardColumns,
-    guard,
-    source_name,
-)
 from sera_plugin.host.loop import RECORD, Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.labeling.labelers import Labelers
@@ -80,95 +65,6 @@ _DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
     "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
 )
-
-
-def guard_host_rows() -> None:
-    """Let the host's loading of preference data name bad files and rows, for `rl: sera`.
-
-    axolotl 0.19 looks all of these up in its modules when it prepares a split. Each does what it
-    did, and: a file that cannot be loaded is named; rows are transformed behind `rows.guard`;
-    held-out rows are transformed as `test_datasets` says (the host reads `datasets` for them too);
-    pairs that read the same are equal; prepared data with our columns is never taken for that of
-    another `rl`, of a file that was edited since, or of an older guard. Safe to call more than
-    once.
-    """
-    import axolotl.utils.data.rl as host
-    import axolotl.utils.data.utils as host_utils
-
-    load_split, load_dpo = host._load_split, host.load_dpo
-    load_dataset, make_hash = host.load_dataset_with_config, host.generate_dataset_hash_from_config
-    deduplicate = host_utils._deduplicate_dataset
-    if getattr(load_split, "_sera", False):
-        return
-    at: list[Split] = []  # what is being prepared, while that is one of ours
-
-    def _load_split(cfg: DictDefault, split: str) -> Any:
-        if not cfg.get("sera"):
-            return load_split(cfg, split)
-        key = "datasets" if split == "train" else "test_datasets"
-        columns = cfg.sera["score_columns"] if split == "train" else ()
-        at.append(Split(key, cfg[key], columns))
-        try:
-            return at[-1].prepare(partial(load_split, cfg, split))
-        finally:
-            at.pop()
-
-    def load_dataset_with_config(config: DictDefault, *args: Any, **kwargs: Any) -> Any:
-        if not at:
-            return load_dataset(config, *args, **kwargs)
-        return at[-1].load(load_dataset, config, *args, **kwargs)
-
-    def load_strategy(kind: str, cfg: DictDefault, dataset_idx: int = 0, **kwargs: Any) -> Any:
-        if not at:
-            return load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
-        key, entries = at[-1].key, at[-1].entries
-        cfg = DictDefault({**cfg, "datasets": entries})
-        loaded = load_dpo(kind, cfg, dataset_idx=dataset_idx, **kwargs)
-        if loaded is None:
-            raise DataError(
-                f"{key}[{dataset_idx}].type: {quoted(kind)} is no strategy that the host can "
-                "load for preference pairs; its log says why. Use chat_template.default, another "
-                "one of axolotl.prompt_strategies.dpo, or a block of field names."
-            )
-        kept = [c for c in cfg.sera["score_columns"] if c in at[-1].features[dataset_idx]]
-        types = {column: Value("string") for column in (*TEXTS, PROBLEM, SOURCE)}
-        types |= {ROW: Value("int64")} | {c: at[-1].features[dataset_idx][c] for c in kept}
-        limits = {"rl": cfg.rl, "sequence_len": cfg.sequence_len}
-        strategy = None if cfg.skip_prepare_dataset else cfg.excess_length_strategy or "drop"
-        fits, shorten = host._drop_long_sequences, host._truncate_long_sequences_rl
-        described = entries[dataset_idx].get("type")
-        named = described.get("field_system") if isinstance(described, dict) else None
-        return guard(
-            loaded,
-            Features(types),
-            source=source_name(key, dataset_idx, str(entries[dataset_idx].path)),
-            kept=tuple(kept),
-            sequence_len=cfg.sequence_len,
-            shorten=partial(shorten, **limits) if strategy == "truncate" else None,
-            fits=partial(fits, **limits) if strategy else None,
-            optional=(*SYSTEM, named) if named else SYSTEM,
-        )
-
-    def generate_dataset_hash_from_config(cfg: DictDefault, entries: Any, tokenizer: str) -> str:
-        found: str = make_hash(cfg, entries, tokenizer)
-        if cfg.get("sera"):
-            ours = f"{GUARD_VERSION} {cfg.excess_length_strategy} {cfg.sera['score_columns']}"
-            found = md5(f"{found} sera {ours}")
-            prepared = Path(get_prepared_dataset_path(cfg, found))
-            edited = edited_since(entries, prepared, Path(cfg.output_dir or ""))
-            found = md5(f"{found} {edited}") if edited else found
-        return found
-
-    def _deduplicate_dataset(dataset: Any, *args: Any) -> Any:
-        ours = PROBLEM in dataset.column_names
-        return deduplicate(WithoutGuardColumns(dataset) if ours else dataset, *args)
-
-    _load_split._sera = True  # type: ignore[attr-defined]
-    host._load_split = _load_split
-    host.load_dpo = load_strategy
-    host.load_dataset_with_config = load_dataset_with_config
-    host.generate_dataset_hash_from_config = generate_dataset_hash_from_config
-    host_utils._deduplicate_dataset = _deduplicate_dataset
 
 
 class _Collator:

@@ -12,9 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import yaml
-from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
-from axolotl.common.datasets import load_preference_datasets
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
 from axolotl.loaders.utils import load_model_config
@@ -88,8 +86,7 @@ def prepare(path: Path, elsewhere: bool) -> Prepared:
     config = SeraConfig(**cfg.sera)
     tokenizer = load_tokenizer(cfg)
     model = read_model(cfg, tokenizer)
-    PluginManager.get_instance().load_datasets(cfg, preprocess=True)
-    data = load_preference_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    data = PluginManager.get_instance().load_datasets(cfg, preprocess=True)
     end_ids = model_end_ids(SimpleNamespace(generation_config=_generation(cfg)), tokenizer)
     rows = prepare_rows(data.train_dataset, tokenizer, end_ids, cfg, config, "train")
     held_out = None

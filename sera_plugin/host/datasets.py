@@ -1,0 +1,261 @@
+"""The run's pairs, for the public hook `load_datasets`: loaded, transformed, merged and kept.
+
+The steps and their order are those of `axolotl.utils.data.rl` (axolotl 0.19), and each is the
+host's own public function. What differs from the host's loading:
+
+- A file that cannot be loaded is named, with the line.
+- Rows are transformed by `GuardedTransform`, so that a bad one is named by its file and its place.
+- Held-out rows are read as `test_datasets` says; the host reads the fields of `datasets` for them.
+- Rows keep their length here. `sequence_len` is compared with the exact tokens, later and once.
+- Two pairs are equal for `dataset_exact_deduplication` when they read the same.
+- Prepared data is not taken for that of another `rl`, of a file edited since, or of an older guard.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from axolotl.cli.args import PreprocessCliArgs
+from axolotl.common.datasets import TrainDatasetMeta, sample_dataset
+from axolotl.loaders import load_tokenizer
+from axolotl.prompt_strategies.dpo import load as load_strategy
+from axolotl.utils.data.lock import FileLockLoader
+from axolotl.utils.data.shared import (
+    create_train_validation_split,
+    generate_dataset_hash_from_config,
+    get_prepared_dataset_path,
+    load_dataset_with_config,
+    load_preprocessed_dataset,
+    merge_datasets,
+    save_preprocessed_dataset,
+    try_load_from_hub,
+)
+from axolotl.utils.data.utils import (
+    deduplicate_and_log_datasets,
+    md5,
+    retry_on_request_exceptions,
+)
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.tokenization import check_dataset_labels
+from datasets import Dataset, Features, Value
+from transformers import HfArgumentParser
+
+from sera_plugin.config.quoting import quoted
+from sera_plugin.data.fields import SYSTEM, TEXTS
+from sera_plugin.data.load_errors import (
+    DataError,
+    check_loaded,
+    edited_since,
+    while_loading,
+    while_preparing,
+)
+from sera_plugin.data.rows import (
+    GUARD_VERSION,
+    PROBLEM,
+    ROW,
+    SOURCE,
+    GuardedTransform,
+    as_it_is,
+    source_name,
+)
+
+#: With one of these a strategy maps its rows in a way of its own.
+_OWN_MAPPING = frozenset({"batched", "with_indices", "with_rank", "input_columns"})
+
+
+def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
+    """The pairs to train and to evaluate on, as text, in the order of training.
+
+    Args:
+        cfg: the host's resolved configuration.
+
+    Raises:
+        DataError: for a file, a strategy or a column that cannot be used, naming it.
+    """
+    tokenizer = load_tokenizer(cfg)
+    train: Dataset
+    train, held_out = _load(cfg, tokenizer)
+    if "--debug" in sys.argv:  # the hook is not given the command's arguments
+        _show(train, tokenizer)
+    steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
+    return TrainDatasetMeta(train_dataset=train, eval_dataset=held_out, total_num_steps=steps)
+
+
+@retry_on_request_exceptions(max_retries=3, delay=5)  # type: ignore[untyped-decorator]
+def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """Both sets; of several processes the first prepares them and the others read its files."""
+
+    def load() -> tuple[Dataset, Dataset | None]:
+        train = _prepared(cfg, "datasets", tokenizer)
+        if cfg.test_datasets:
+            return train, _prepared(cfg, "test_datasets", tokenizer)
+        if cfg.val_set_size:
+            train, held_out = create_train_validation_split(train, cfg, cfg.val_set_size)
+            return train, held_out
+        return train, None
+
+    loader = FileLockLoader(cfg)
+    try:
+        train, held_out = loader.load(load)
+    finally:
+        loader.cleanup()
+    return without_repeats(cfg, train, held_out)
+
+
+def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
+    """The merged rows of `datasets` or `test_datasets`, from disk where they are there already."""
+    entries = cfg[key]
+    split = "train" if key == "datasets" else "test"
+    name = prepared_name(cfg, entries, tokenizer.name_or_path)
+    prepared = try_load_from_hub(cfg, name, split) if cfg.push_dataset_to_hub else None
+    if prepared is None:
+        prepared = load_preprocessed_dataset(cfg, name)
+    if prepared is not None:
+        return prepared
+    with while_preparing(key):
+        raw = [_loaded(cfg, f"{key}[{index}]", entry) for index, entry in enumerate(entries)]
+        if key == "datasets":
+            _require_columns(cfg.sera["score_columns"], raw)
+        transformed = [
+            _transformed(cfg, key, index, dataset, tokenizer) for index, dataset in enumerate(raw)
+        ]
+        merged, _ = without_repeats(cfg, merge_datasets(transformed, cfg))
+        if not cfg.skip_prepare_dataset:
+            save_preprocessed_dataset(cfg, merged, name, split)
+    return merged
+
+
+def _loaded(cfg: DictDefault, key: str, entry: DictDefault) -> Dataset:
+    with while_loading(key, entry.path):
+        dataset = load_dataset_with_config(entry, cfg.hf_use_auth_token, streaming=False)
+    return check_loaded(key, entry.path, dataset)
+
+
+def _transformed(
+    cfg: DictDefault, key: str, index: int, dataset: Dataset, tokenizer: Any
+) -> Dataset:
+    """A dataset's rows as text, each with its place and what is wrong with it."""
+    entry = cfg[key][index]
+    block = entry.type if isinstance(entry.type, dict) else None
+    kind = entry.type if block is None else "user_defined.default"
+    # The strategy reads its fields from `datasets`.
+    loaded = load_strategy(kind, DictDefault({**cfg, "datasets": cfg[key]}), dataset_idx=index)
+    if loaded is None:
+        raise DataError(
+            f"{key}[{index}].type: {quoted(kind)} is no strategy that the host can load for "
+            "preference pairs; its log says why. Use chat_template.default, another one of "
+            "axolotl.prompt_strategies.dpo, or a block of field names."
+        )
+    transform, options = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if _OWN_MAPPING & options.keys():
+        dataset = _mapped(cfg, dataset, transform, tokenizer, options)
+        transform, options = as_it_is, {}
+    columns = dataset.features
+    kept = tuple(name for name in cfg.sera["score_columns"] if name in columns)
+    named = block.get("field_system") if block else None
+    guarded = GuardedTransform(
+        transform,
+        source=source_name(key, index, str(entry.path)),
+        kept=kept,
+        optional=(*SYSTEM, named) if named else SYSTEM,
+    )
+    types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE)}
+    types |= {ROW: Value("int64")} | {name: columns[name] for name in kept}
+    # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
+    # one of mixed types is read as JSON. Columns that nobody asked for could keep two datasets
+    # from being merged.
+    ours = {
+        "with_indices": True,
+        "remove_columns": "__all__",
+        "features": Features(
+            types | {ROW: Value("int64")} | {name: columns[name] for name in kept}
+        ),
+    }
+    return _mapped(cfg, dataset, guarded, tokenizer, {**options, **ours})
+
+
+def _mapped(
+    cfg: DictDefault, dataset: Dataset, transform: Any, tokenizer: Any, options: Mapping[str, Any]
+) -> Dataset:
+    """`Dataset.map` with the options of a strategy, as the host understands them."""
+    if "tokenizer" in inspect.signature(transform).parameters:
+        transform = partial(transform, tokenizer=tokenizer)
+    removed = options.get("remove_columns") or ()
+    columns = [name for name in dataset.column_names if removed == "__all__" or name in removed]
+    return dataset.map(
+        transform,
+        num_proc=cfg.dataset_num_proc,
+        load_from_cache_file=not cfg.is_preprocess,
+        desc="Mapping RL Dataset",
+        **{**options, "remove_columns": columns},
+    )
+
+
+def prepared_name(cfg: DictDefault, entries: Sequence[Any], tokenizer: str) -> str:
+    """The directory of prepared rows below `dataset_prepared_path`."""
+    name = generate_dataset_hash_from_config(cfg, entries, tokenizer)
+    name = md5(f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']}")
+    place = Path(get_prepared_dataset_path(cfg, name))
+    edited = edited_since(entries, place, Path(cfg.output_dir or ""))
+    return md5(f"{name} {edited}") if edited else name
+
+
+def _require_columns(wanted: Sequence[str], datasets: Sequence[Dataset]) -> None:
+    columns = {name for dataset in datasets for name in dataset.column_names}
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise DataError(
+            f"sera.score_columns: {', '.join(map(quoted, missing))} not in the data. It has "
+            f"{', '.join(map(quoted, sorted(columns)))}."
+        )
+
+
+def without_repeats(
+    cfg: DictDefault, dataset: Dataset, held_out: Dataset | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Drop pairs that read like an earlier one, if `dataset_exact_deduplication` says so.
+
+    Held-out pairs that read like one of the dataset's go as well.
+    """
+    if not cfg.dataset_exact_deduplication:
+        return dataset, held_out
+    other = None if held_out is None else _Pairs(held_out)
+    return deduplicate_and_log_datasets(dataset=_Pairs(dataset), other_dataset=other)
+
+
+class _Pairs:
+    """A dataset as the host's deduplication should see it, which compares whole rows.
+
+    Equal pairs stand in different places and may have different scores. Placeholders of bad rows
+    stay whole: what is wrong with two rows may read the same, and both must be counted.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self.select = dataset.select
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for row in self._dataset:
+            yield row if row[PROBLEM] else {key: row[key] for key in TEXTS}
+
+
+def _show(dataset: Dataset, tokenizer: Any) -> None:
+    """Print examples, as the host does for `axolotl preprocess config.yaml --debug`."""
+    parser = HfArgumentParser(PreprocessCliArgs)
+    args, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    check_dataset_labels(
+        dataset=sample_dataset(dataset, args.debug_num_examples),
+        tokenizer=tokenizer,
+        num_examples=args.debug_num_examples,
+        text_only=args.debug_text_only,
+        rl_mode=True,
+    )
