@@ -1,4 +1,4 @@
-"""Write docs/configuration.md and the tables of docs/convert.md from the code: `make docs`."""
+"""Write docs/configuration.md and the tables of docs/llama-factory.md from the code: `make docs`."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def render() -> str:
 
 
 def convert_tables() -> list[str]:
-    """The tables of docs/convert.md: keys, keys that become nothing, templates."""
+    """The tables of docs/llama-factory.md: keys, keys that become nothing, templates."""
     keys = ["| LLaMA-Factory | Axolotl | |", "|---|---|---|"]
     same = []
     for rule in filter(None, RULES):
@@ -147,6 +147,6 @@ def fill(page: str, tables: list[str]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
-    converting = PAGE.with_name("convert.md")
+    converting = PAGE.with_name("llama-factory.md")
     filled = fill(converting.read_text(encoding="utf-8"), convert_tables())
     converting.write_text(filled, encoding="utf-8")

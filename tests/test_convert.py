@@ -800,7 +800,7 @@ def test_half_of_a_surrogate_pair_is_written_as_it_was_read(place):
 
 
 def test_the_table_in_the_docs_is_the_codes(place):
-    page = (ROOT / "docs/convert.md").read_text()
+    page = (ROOT / "docs/llama-factory.md").read_text()
     generated = runpy.run_path(str(ROOT / "docs/generate.py"))["convert_tables"]()
     for table in generated:
         assert table in page, "run `make docs`"

@@ -22,7 +22,7 @@ from tests.doc_pages import PAGES, ROOT, blocks, commands, file_name, inline_cod
 #: Commands that are not run, and why. Whatever matches none of these is.
 NOT_RUN = {
     r"make [a-z-]+.*": "makes an environment of its own; the target is looked up below",
-    r"pip install \.": "needs a package index",
+    r"pip install (\.|\"\.\[flash-attn\].*|dist/\S+)": "needs a package index",
     r"python3(\.\d+)? -m venv ~/vllm( && ~/vllm/bin/pip install vllm)?": "needs a package index",
     r"~/vllm/bin/pip install vllm": "needs a package index",
     r"CUDA_VISIBLE_DEVICES=1 .* ~/vllm/bin/vllm serve .*": "needs a GPU and a model from the hub",

@@ -26,11 +26,8 @@ def test_configuration_reference_is_generated_from_the_schema():
     assert all(f"| `{name}` |" in generated for name in SeraConfig.model_fields)
 
 
-def test_readme_lists_every_key_with_its_default():
-    readme = (ROOT / "README.md").read_text()
-    default = runpy.run_path(str(ROOT / "docs/generate.py"))["default"]
-    for name, field in SeraConfig.model_fields.items():
-        assert f"| `{name}` | `{default(field)}` |" in readme
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def links(page: Path) -> list[str]:
@@ -95,8 +92,7 @@ def test_changelog_has_this_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/troubleshooting.md"])
-def test_messages_are_those_of_the_code(name):
+def test_messages_are_those_of_the_code():
     from axolotl.utils.schemas.enums import RLType
 
     *first, last = (repr(one.value) for one in RLType)
@@ -105,7 +101,7 @@ def test_messages_are_those_of_the_code(name):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 said.add(node.value)
-    bold = re.findall(r"\*\*`(.+?)`\*\*", (ROOT / name).read_text(), re.DOTALL)
+    bold = re.findall(r"\*\*`(.+?)`\*\*", (DOCS / "troubleshooting.md").read_text(), re.DOTALL)
     assert bold
     for message in bold:
         for piece in filter(str.strip, message.replace("\n", " ").split("...")):
@@ -124,10 +120,11 @@ def test_the_keys_of_other_trainers_are_theirs_and_ours():
     trl |= {"preprocessing_num_workers", "chat_template", "warmup_ratio"}
     ours = {*AxolotlInputConfig.model_fields, *(f"sera.{key}" for key in SeraConfig.model_fields)}
     ours |= {f"datasets[].{key}" for key in SFTDataset.model_fields}
-    rows = re.findall(r"^\| (.+) \|$", (DOCS / "coming-from.md").read_text(), re.M)
-    tables = [row.split(" | ") for row in rows if row.count(" | ") >= 2]
-    assert len(tables) > 40
-    for here, there, *_ in tables:
-        for cell, known in ((here, ours), (there, trl)):
+    text = (DOCS / "coming-from.md").read_text()
+    tables = re.findall(r"^\| here .*\n((?:\|.*\n)+)", text, re.M)
+    rows = [line.strip("| ").split(" | ") for table in tables for line in table.splitlines()[1:]]
+    assert len(rows) > 30
+    for here, there, *_ in rows:
+        for cell, known in ((here, ours), (here if there == "the same" else there, trl)):
             for key in re.findall(r"`([\w.\[\]]+)(?:: [^`]+)?`", cell):
                 assert key in known, f"{key} in | {here} | {there} |"

@@ -124,7 +124,7 @@ def _entry(settings: Settings, one: _Described) -> dict[str, Any]:
         settings.notes.append(
             f"{one.name}: its rows were not looked at. What they have in "
             f"{', '.join(one.read[name] for name in unread)} is not trained; if there is anything, "
-            "write them as messages first (docs/convert.md)."
+            "write them as messages first (docs/llama-factory.md)."
         )
     return {**entry, "type": STRATEGY, **_fields(one)}
 

@@ -1,6 +1,6 @@
 """The table: which key of LLaMA-Factory becomes what, and why some become nothing.
 
-docs/convert.md is written from it. Names and defaults are those of LLaMA-Factory's `hparams` and of
+docs/llama-factory.md is written from it. Names and defaults are those of LLaMA-Factory's `hparams` and of
 transformers' training arguments, which it takes too.
 """
 
