@@ -1,4 +1,4 @@
-"""Write docs/configuration.md and the tables of docs/llama-factory.md from the code: `make docs`."""
+"""Write docs/configuration.md and the tables of docs/llama-factory.md: `make docs`."""
 
 from __future__ import annotations
 

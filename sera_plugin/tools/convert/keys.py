@@ -1,7 +1,7 @@
 """The table: which key of LLaMA-Factory becomes what, and why some become nothing.
 
-docs/llama-factory.md is written from it. Names and defaults are those of LLaMA-Factory's `hparams` and of
-transformers' training arguments, which it takes too.
+docs/llama-factory.md is written from it. Names and defaults are those of LLaMA-Factory's `hparams`
+and of transformers' training arguments, which it takes too.
 """
 
 from __future__ import annotations
