@@ -65,8 +65,8 @@ def test_one_that_is_asked_for_is_taken_or_refused(tmp_path: Path) -> None:
     save(output, 2), save(output, 9), save(output, 12, sealed=False), save(other, 9)
     assert named(output, str(output / "checkpoint-2")) == 2
     for asked, why in (
-        (other / "checkpoint-9", "is no checkpoint of output_dir"),
-        (output / "elsewhere", "is no checkpoint of output_dir"),
+        (other / "checkpoint-9", "is not a checkpoint in output_dir"),
+        (output / "elsewhere", "is not a checkpoint in output_dir"),
         (output / "checkpoint-7", r"it does not exist. Whole checkpoints: 2, 9\."),
         (output / "checkpoint-12", "it was not written to its end"),
     ):

@@ -422,7 +422,7 @@ def test_secrets_and_odd_values_are_not_shown(place):
     [
         ({"model_name_or_path": None}, "model_name_or_path is not set"),
         ({"stage": "sft"}, "stage: 'sft' trains no preference pairs"),
-        ({"pref_loss": "bco"}, "pref_loss: 'bco' is no loss that rl: sera has"),
+        ({"pref_loss": "bco"}, "pref_loss: 'bco' is not a loss that rl: sera has"),
         ({"pref_loss": "orpo", "pref_ftx": 0.1}, "has nothing like it with pref_loss: orpo"),
         ({"finetuning_type": "oft"}, "finetuning_type: 'oft' has nothing like it"),
         ({"quantization_bit": 2}, "quantization_bit: 2"),
@@ -626,8 +626,8 @@ def test_what_a_description_loses_is_said(change, said, place):
     ("info", "said"),
     [
         ({"script_url": "x"}, "comes from 'script_url', 'ranking', 'columns'"),
-        ({"file_name": "x.txt"}, "is no json, jsonl, csv, parquet, arrow file"),
-        ({"file_name": "talks.json", "columns": 3}, "has columns that are no block"),
+        ({"file_name": "x.txt"}, "is not a json, jsonl, csv, parquet, arrow file"),
+        ({"file_name": "talks.json", "columns": 3}, "has columns that are not blocks"),
         ({"file_name": "talks.json", "columns": {}}, "names no columns chosen and rejected"),
         ({"file_name": "talks.json", "columns": SIDES}, "names no column of prompts"),
     ],
@@ -665,9 +665,9 @@ def test_files_of_every_kind_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'[{"conversations": ', "it is no JSON"),
-        (b'{"conversations": []}\n\n{"conversations": ', "line 3 is no JSON"),
-        (b"[" * 100_000, "it is no JSON"),
+        (b'[{"conversations": ', "it is not JSON"),
+        (b'{"conversations": []}\n\n{"conversations": ', "line 3 is not JSON"),
+        (b"[" * 100_000, "it is not JSON"),
         (b"\xff", "it is not UTF-8 text"),
     ],
 )

@@ -372,12 +372,12 @@ def test_a_full_disk(models, prompts, small_disk):
     [
         ({"--prompts": "{}/none.jsonl"}, "No such file or directory"),
         ({"--prompts": "{}/empty.jsonl"}, "holds no prompts"),
-        ({"--judge": "nobody"}, "'nobody' is no YAML file"),
+        ({"--judge": "nobody"}, "'nobody' is neither a YAML file"),
         ({"--judge": "{}/judge.yaml"}, "judge.yaml: base_url is missing"),
         ({"--prompt-format": "no place"}, "--prompt-format has no {prompt}"),
         ({"--temperature": "-1"}, "Invalid value for '--temperature'"),
         ({"--limit": "0"}, "Invalid value for '--limit'"),
-        ({"--vllm-python": "/no/such"}, "--vllm-python: '/no/such' is no program"),
+        ({"--vllm-python": "/no/such"}, "--vllm-python: '/no/such' is not a program"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_sampled(

@@ -83,10 +83,10 @@ def test_prompt_sets_are_read_as_published(tmp_path, name, form):
         ("", r"holds no prompts"),
         ("\n \n", r"holds no prompts"),
         ("[]", r"holds no prompts"),
-        ('{"prompt": "a"}\n{"prompt": ', r"line 2 is no JSON"),
+        ('{"prompt": "a"}\n{"prompt": ', r"line 2 is not JSON"),
         ('{"prompt": "a"}\n["a"]', r"line 2 is \['a'\], not an object"),
         ('[{"prompt": "a"}, 3]', r"row 1 is 3, not an object"),
-        ("[" * 100_000, r"is no JSON"),
+        ("[" * 100_000, r"is not JSON"),
         (
             '{"question": "a", "id": 1}',
             r"row 0 has no prompt.*turns, instruction.*'question', 'id'",
@@ -231,8 +231,8 @@ def test_models_adapters_and_answers(run, tmp_path):
             ["{}/base", "no-such/model"],
             r"no-such/model is neither a directory nor in the local hub",
         ),
-        (["{}/base", "so what"], r"'so what' is no run, no directory"),
-        (["{}/base", "../x/y/z"], r"is no run, no directory"),
+        (["{}/base", "so what"], r"'so what' is neither a run, a model directory"),
+        (["{}/base", "../x/y/z"], r"is neither a run, a model directory"),
     ],
 )
 def test_what_is_not_there_is_named(run, tmp_path, specs, said):

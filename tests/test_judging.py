@@ -207,7 +207,7 @@ SECRET = "sk-planted-secret"
         ({"request": {"messages": []}}, r"request: 'messages' cannot be set here"),
         ({"concurrency": 0}, r"concurrency: .*greater than or equal to 1"),
         ({"mode": "triple"}, r"mode: .*'pairwise' or 'single'"),
-        ({"modle": "m"}, r"'modle' is no key of a judge. There are base_url, model"),
+        ({"modle": "m"}, r"'modle' is not a key of a judge. There are base_url, model"),
         ({"timeout": SECRET}, r"timeout: .*number"),
     ],
 )
@@ -320,7 +320,7 @@ def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, s
         ("sera_plugin.data.texts:nothing", r"sera_plugin.data.texts has no function 'nothing'"),
         ("sera_plugin.data.texts:_ODD", r"has no function '_ODD'"),
         (":", r"cannot be imported"),
-        ("gpt-4", r"'gpt-4' is no YAML file, no directory and no function"),
+        ("gpt-4", r"'gpt-4' is neither a YAML file, a directory nor a function"),
     ],
 )
 def test_a_judge_that_is_not_there_is_named(tmp_path, spec, said):

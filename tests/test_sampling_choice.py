@@ -194,7 +194,7 @@ def test_transformers_by_name_looks_for_nothing():
 
 
 def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"'/no/such/python' is no program"):
+    with pytest.raises(ValueError, match=r"'/no/such/python' is not a program"):
         SeraConfig(vllm_python="/no/such/python")
     link = tmp_path / "python"
     link.symlink_to(sys.executable)

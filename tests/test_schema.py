@@ -208,5 +208,5 @@ def test_another_file_is_not_overwritten(text, tmp_path):
     path.write_text(text)
     result = CliRunner().invoke(sera, ["schema", "--output", str(path)])
     assert result.exit_code == 2
-    assert "is no schema of this command" in result.output
+    assert "is not a schema of this command" in result.output
     assert path.read_text() == text

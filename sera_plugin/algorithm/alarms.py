@@ -17,7 +17,7 @@ from typing import Any
 SAMPLED_LENGTH = 1.5
 #: Sampled answers against those of the first iteration that sampled. Lengths of answers scatter by
 #: about their own mean's 0.7; over 100 candidates the ratio of two means is then known to 0.1, and
-#: a growth of a quarter is no chance.
+#: a growth of a quarter is not chance.
 LENGTH_GROWTH = 1.25
 #: How much longer chosen than rejected answers are in D_t, relative to the same in the offline
 #: pairs. The data's own taste for length is the user's; selection and ranking should add little.

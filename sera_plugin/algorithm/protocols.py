@@ -48,7 +48,7 @@ class SamplingSettings:
         return ((self.seed << 32) + row * self.candidates) % 2**63
 
     def within(self, longest: int | None) -> SamplingSettings:
-        """The same for an engine whose context ends after so many tokens, None for no end."""
+        """The same for an engine whose context ends after that many tokens, None for no end."""
         limits = [limit for limit in (self.max_length, longest) if limit is not None]
         return replace(self, max_length=min(limits, default=None))
 
@@ -73,7 +73,7 @@ Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
 class CandidateSampler(Protocol):
     """Samples R candidates for each prompt from the current policy."""
 
-    #: What sampled, for summary.json: `name` as in `sera.sampler` and what an engine tells.
+    #: What sampled, for summary.json: `name` as in `sera.sampler` and what an engine reports.
     report: dict[str, Any]
     #: Seconds spent around sampling: starting and stopping an engine.
     seconds: dict[str, float]

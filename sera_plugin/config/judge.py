@@ -18,7 +18,7 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class JudgeConfig(BaseModel):
-    """A judge behind an OpenAI-compatible endpoint. Unknown keys are errors."""
+    """A judge at an OpenAI-compatible endpoint. Unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=()
@@ -153,4 +153,4 @@ def _problem(error: Mapping[str, Any]) -> str:
             f"{quoted(key)}: no key belongs in a file. Export it in an environment variable and "
             "give that variable's name as api_key_env"
         )
-    return f"{quoted(key)} is no key of a judge. There are {', '.join(JudgeConfig.model_fields)}"
+    return f"{quoted(key)} is not a key of a judge. There are {', '.join(JudgeConfig.model_fields)}"

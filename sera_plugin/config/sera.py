@@ -57,7 +57,7 @@ class SeraConfig(BaseModel):
         "irm",
         description="What offline pairs are ranked by. `irm` is SeRA's implicit reward margin, "
         "`reference_logp` how much likelier theta_{t-1} makes chosen than rejected, `score` the "
-        "gap of a score of the dataset's (see `score_columns`), `random` a seeded draw. `all` "
+        "gap of a score in the dataset (see `score_columns`), `random` a seeded draw. `all` "
         "keeps every pair, and `curriculum` trains iteration t on each prompt's t-th easiest pair "
         "by score; neither reads `selection_ratio`. See systems.md.",
     )
@@ -270,7 +270,7 @@ class SeraConfig(BaseModel):
     def _selection_has_scores(self) -> SeraConfig:
         if SELECTIONS[self.selection].reads_scores and not self.score_columns:
             raise ValueError(
-                f"selection: {self.selection} ranks by a score of the dataset's, and none is "
+                f"selection: {self.selection} ranks by a score in the dataset, and none is "
                 "named. Add for example score_columns: [score_chosen, score_rejected]."
             )
         return self
@@ -326,7 +326,7 @@ class SeraConfig(BaseModel):
         found = shutil.which(os.path.expanduser(value))
         if found is None:
             raise ValueError(
-                f"{quoted(value)} is no program that can be run here. Name the Python of an "
+                f"{quoted(value)} is not a program that can be run here. Name the Python of an "
                 "environment that has vLLM, for example ~/vllm/bin/python."
             )
         return os.path.abspath(found)

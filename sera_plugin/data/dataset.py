@@ -283,7 +283,7 @@ def _finish(
 def _fit(
     prompt: int, completions: Sequence[IntArray], max_length: int, truncate: bool
 ) -> list[IntArray]:
-    """The completions as far as they fit behind a prompt of so many tokens."""
+    """The completions as far as they fit after a prompt of that many tokens."""
     if prompt + max(map(len, completions)) > max_length and (not truncate or prompt >= max_length):
         raise RowError(too_long(max_length))
     return [ids[: max_length - prompt] for ids in completions]

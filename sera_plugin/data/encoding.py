@@ -58,7 +58,7 @@ class RowTokenizer:
     def completion(self, prompt: str, text: str, spelled_out: bool = False) -> list[int]:
         """The completion's ids as they follow the prompt, without an end token added yet.
 
-        Tokenised behind the prompt where that leaves the prompt's own tokens alone (a
+        Tokenised after the prompt where that leaves the prompt's own tokens alone (a
         SentencePiece tokenizer would otherwise put a space in front); on its own where the two
         would merge across the boundary, because sampling continues from the prompt's tokens.
 
@@ -84,7 +84,7 @@ class RowTokenizer:
         return positions
 
     def end_once(self, ids: list[int], turn_ends: Collection[int]) -> tuple[list[int], bool]:
-        """Cut behind the first token that ends the turn (`<|im_end|></s>`, a newline after it).
+        """Cut after the first token that ends the turn (`<|im_end|></s>`, a newline after it).
 
         Returns:
             The ids, and whether they end in such a token.

@@ -34,7 +34,7 @@ def check_fields(
     templated: bool,
     optional: Collection[str] = SYSTEM,
 ) -> None:
-    """Refuse a row whose prompt, chosen or rejected was made from something that is no text.
+    """Refuse a row whose prompt, chosen or rejected was made from something that is not text.
 
     Args:
         row: the raw row, as it was before the transform.

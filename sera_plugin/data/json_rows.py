@@ -17,7 +17,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         path: UTF-8 text, with a byte order mark or without.
 
     Raises:
-        ValueError: if it is no text or no JSON, naming the line. The path is for the caller to say.
+        ValueError: if it is not text or not JSON, naming the line. The caller names the path.
         OSError: if it cannot be read.
     """
     try:
@@ -38,4 +38,4 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is no JSON ({error})") from None
+        raise ValueError(f"{what} is not JSON ({error})") from None

@@ -1,6 +1,6 @@
 """Completions that the host cuts out of a rendered chat template, and what they should be.
 
-The host's `chat_template.*` strategies render an answer behind a dummy user message and then search
+The host's `chat_template.*` strategies render an answer after a dummy user message and then search
 the answer's text in the whole rendering (axolotl 0.19, prompt_strategies/dpo/chat_template.py). An
 answer such as "user" is found in the turn's header first, and one that the template trims is not
 found at all, which leaves only the last character of the end-of-turn text.
@@ -26,7 +26,7 @@ _ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "func
 
 @lru_cache(maxsize=64)
 def _surroundings(tokenizer: Any, role: str, template: str | None) -> tuple[str, str]:
-    """What a chat template writes before and behind an answer, the end trimmed."""
+    """What a chat template writes before and after an answer, the end trimmed."""
     rendered: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": HOST_DUMMY}, {"role": role, "content": _PROBE}],
         add_generation_prompt=False,
@@ -40,7 +40,7 @@ def _surroundings(tokenizer: Any, role: str, template: str | None) -> tuple[str,
 class AnswerRecorder:
     """Watches the chat templates that a host strategy renders for one row.
 
-    It keeps the answers that the strategy renders behind the dummy message, so that `completions`
+    It keeps the answers that the strategy renders after the dummy message, so that `completions`
     can cut them out of the very same renderings by position.
 
     Attributes:

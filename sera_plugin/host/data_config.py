@@ -63,7 +63,7 @@ def _check_entry(
                 raise ValueError(f"{key}.type.{name}: {quoted(value)} is not text. Quote it.")
     elif kind is not None and not (isinstance(kind, str) and kind.strip(". ")):
         raise ValueError(
-            f"{key}.type: {quoted(kind)} is no strategy. Use chat_template.default or another one "
+            f"{key}.type: {quoted(kind)} is not a strategy. Use chat_template.default or another "
             "of axolotl.prompt_strategies.dpo, or a block of field names."
         )
     if isinstance(entry.get("name"), (list, tuple)) or entry.get("preprocess_shards"):

@@ -148,7 +148,7 @@ def _transformed(
     loaded = load_strategy(kind, DictDefault({**cfg, "datasets": cfg[key]}), dataset_idx=index)
     if loaded is None:
         raise DataError(
-            f"{key}[{index}].type: {quoted(kind)} is no strategy that the host can load for "
+            f"{key}[{index}].type: {quoted(kind)} is not a strategy that the host can load for "
             "preference pairs; its log says why. Use chat_template.default, another one of "
             "axolotl.prompt_strategies.dpo, or a block of field names."
         )

@@ -33,7 +33,7 @@ def check_features(cfg: Mapping[str, Any]) -> None:
     """
     if cfg.get("use_liger_kernel"):
         raise ValueError(
-            f"use_liger_kernel: {quoted(cfg['use_liger_kernel'])} is no key of the host, which "
+            f"use_liger_kernel: {quoted(cfg['use_liger_kernel'])} is not a key of the host, which "
             "would drop it. Remove it; for Liger's layers use the plugin "
             "axolotl.integrations.liger.LigerPlugin with liger_rope, liger_rms_norm and "
             "liger_glu_activation."

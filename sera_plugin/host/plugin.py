@@ -419,7 +419,7 @@ def _reject_loss_conflicts(cfg: Mapping[str, Any], config: SeraConfig) -> None:
     for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", _trl_beta(cfg))):
         if beta is not None and not _number(key, beta) > 0:
             raise ValueError(
-                f"{key}: {_brief(beta)} is no preference strength. Set it above 0, e.g. 0.2."
+                f"{key}: {_brief(beta)} is not a preference strength. Set it above 0, e.g. 0.2."
             )
     smoothing = _number("dpo_label_smoothing", cfg.get("dpo_label_smoothing") or 0.0)
     if not 0.0 <= smoothing < 0.5:

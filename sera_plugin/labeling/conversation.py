@@ -22,7 +22,7 @@ class Conversation:
         self._special = [token for token in tokenizer.all_special_tokens if token]
 
     def _template(self) -> tuple[str, str] | None:
-        """What the chat template puts before and behind a single question."""
+        """What the chat template puts before and after a single question."""
         if not getattr(self.tokenizer, "chat_template", None):
             return None
         messages = [{"role": "user", "content": _PLACE}]

@@ -131,7 +131,7 @@ class Abilities:
     Attributes:
         in_head: its output layer may give log-probabilities instead of logits; not where the
             model changes logits afterwards (Gemma 2 caps them, Cohere and Granite scale them).
-        packed: several sequences in one line, told apart by their positions.
+        packed: several sequences in one line, distinguished by their positions.
         shared: a mask of our own, so that completions share a prompt.
     """
 

@@ -186,7 +186,7 @@ class PolicyHistory:
         directory = self.store.policy(policy + 1)
         if policy == 0 and not self.is_adapter:
             raise ValueError(
-                "theta_0 is needed, but this process has left it behind. Start the command again "
+                "theta_0 is needed, but this process no longer holds it. Start the command again "
                 "with `auto_resume_from_checkpoints: true`."
             )
         problem = damage(directory)

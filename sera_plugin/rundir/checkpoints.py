@@ -55,9 +55,9 @@ def named(output_dir: Path, asked: str) -> int:
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     if match is None or path.resolve().parent != output_dir.resolve():
         raise ValueError(
-            f"resume_from_checkpoint: {asked} is no checkpoint of output_dir: {output_dir}. A run "
-            "continues in its own directory: set output_dir to the one that holds the checkpoint, "
-            "or use `auto_resume_from_checkpoints: true`."
+            f"resume_from_checkpoint: {asked} is not a checkpoint in output_dir: {output_dir}. A "
+            "run continues in its own directory: set output_dir to the one that holds the "
+            "checkpoint, or use `auto_resume_from_checkpoints: true`."
         )
     problem = damage(path)
     if problem is not None:

@@ -220,7 +220,7 @@ def _write(directory: Path, sums: Mapping[str, Sequence[str]]) -> None:
 
 
 def _header(sums: Mapping[str, object]) -> str:
-    """A comment by which a list that has lost lines is told."""
+    """A comment that shows when a list has lost lines."""
     return f"# {len(sums)} files\n"
 
 

@@ -20,7 +20,7 @@ class Shard:
     """One part of some work.
 
     Attributes:
-        index, count: which of how many parts; a count of 0 is no part at all.
+        index, count: which of how many parts; a count of 0 is an empty part.
         in_step: whether a piece is a collective call, in which every part takes a turn together.
     """
 

@@ -175,14 +175,14 @@ class RunStore:
         """run.json, or None where no run has begun.
 
         Raises:
-            ValueError: if it is damaged. What the run was cannot be told then.
+            ValueError: if it is damaged. Then it is unknown what the run was.
         """
         if not self.run_file.exists():
             return None
         if not is_whole(self.run_file):
             raise ValueError(
                 f"{self.run_file} is damaged: its checksum differs from the one in SHA256SUMS. "
-                "What this run was cannot be told, so it is not continued. Restore the file from "
+                "It is unknown what this run was, so it is not continued. Restore the file from "
                 "a copy, or start fresh: set another output_dir."
             )
         content = read_json(self.run_file)

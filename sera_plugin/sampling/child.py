@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-#: A child that neither answers nor, while it starts, logs anything for so many seconds is hung.
+#: A child that neither answers nor, while it starts, logs anything for this many seconds is hung.
 PATIENCE = 900.0
 #: Seconds that processes get to end by themselves before they are killed.
 GRACE = 15.0

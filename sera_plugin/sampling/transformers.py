@@ -152,7 +152,7 @@ class TransformersSampler:
 
 
 def _finish(ids: list[int], limit: int, end_ids: Sequence[int]) -> Candidate:
-    """Cut a generated row behind its end token, or at the prompt's own limit."""
+    """Cut a generated row after its end token, or at the prompt's own limit."""
     for position, token in enumerate(ids[:limit]):
         if token in end_ids:
             return Candidate(ids[: position + 1], "stop")

@@ -26,7 +26,7 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 #: What vLLM takes as `max_lora_rank`.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-#: Variables that tell a process which rank it is; the child is no rank of ours.
+#: Variables that tell a process which rank it is; the child is not one of our ranks.
 _DISTRIBUTED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT)$"
     r"|GROUP_|ROLE_|TORCHELASTIC_|ACCELERATE_|FSDP_|DEEPSPEED_"

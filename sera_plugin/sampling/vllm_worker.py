@@ -18,7 +18,7 @@ from typing import Any
 
 #: Prompts given to the engine at a time, beyond what it runs at once.
 WINDOW = 1024
-#: A chunk is sent when it has so many prompts, or is so many seconds old.
+#: A chunk is sent when it has this many prompts, or is this many seconds old.
 CHUNK_PROMPTS, CHUNK_SECONDS = 64, 5.0
 #: Seconds between asking a process group to end and killing it.
 GRACE = 10.0

@@ -1,6 +1,6 @@
-"""How the commands of `axolotl sera` end: 0 done, 1 failed, 2 asked for wrongly.
+"""How the commands of `axolotl sera` end: 0 done, 1 failed, 2 wrong usage.
 
-What is asked for wrongly is for the reader to mend: an option, a YAML, a run that is not there, a
+Wrong usage is for the reader to fix: an option, a YAML, a run that is not there, a
 file that is. What failed was asked for rightly: training stopped, a disk was full.
 """
 

@@ -116,7 +116,9 @@ def write_schema(path: Path) -> None:
         OSError: if it cannot be written, with what to do about it.
     """
     if path.exists() and not _is_schema(path):
-        raise FileExistsError(f"{path} is there and is no schema of this command. Name another.")
+        raise FileExistsError(
+            f"{path} exists and is not a schema of this command. Choose another path."
+        )
     write_text(path, schema_text() + "\n")
 
 

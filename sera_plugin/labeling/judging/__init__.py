@@ -60,7 +60,7 @@ class Verdict:
 
     @property
     def consistent(self) -> bool | None:
-        """Whether the verdict is the same in both orders; None where that cannot be told."""
+        """Whether the verdict is the same in both orders; None where that is unknown."""
         if len(self.orders) < 2 or self.outcome is None:
             return None
         return len(set(self.orders)) == 1
@@ -136,7 +136,7 @@ class ScoringJudge(ABC):
 
     @abstractmethod
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
-        """Yield (index, score) of every answer as they are done, in any order; None is no verdict.
+        """Yield (index, score) of every answer as they are done, in any order, None without one.
 
         Raises:
             JudgeFailed: if it cannot go on.

@@ -33,7 +33,7 @@ from sera_plugin.rundir.journal import Journal, key_of
 
 #: Replies to one question before its verdict is given up.
 REPLIES = 3
-#: An endpoint that refuses so many requests, and has answered none, refuses all of them.
+#: An endpoint that refuses that many requests, and has answered none, refuses all of them.
 REFUSALS = 10
 
 Item = TypeVar("Item")

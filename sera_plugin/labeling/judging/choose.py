@@ -33,6 +33,7 @@ def make_judge(spec: str, journal: Journal) -> Judge:
     if ":" in spec:
         return FunctionJudge(spec)
     raise ValueError(
-        f"judge: {quoted(spec)} is no YAML file, no directory and no function. Give judge.yaml (an "
-        "API judge), the directory of a reward model, or module:function or file.py:function."
+        f"judge: {quoted(spec)} is neither a YAML file, a directory nor a function. Give "
+        "judge.yaml (an API judge), the directory of a reward model, or "
+        "module:function or file.py:function."
     )

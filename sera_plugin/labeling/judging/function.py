@@ -30,7 +30,7 @@ class FunctionJudge(ScoringJudge):
         self._function = load_function(spec)
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
-        """See `ScoringJudge.score`. None from the function is no verdict."""
+        """See `ScoringJudge.score`. None from the function is a missing verdict."""
         for index, one in enumerate(answers):
             try:
                 value = self._function(one.question, one.answer)

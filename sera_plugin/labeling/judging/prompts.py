@@ -53,7 +53,7 @@ def read_template(kind: str, path: Path | None = None) -> Template:
         path: a text file, or None.
 
     Raises:
-        ValueError: if it is no text or lacks a place, naming the file and the place.
+        ValueError: if it is not text or lacks a place, naming the file and the place.
         OSError: if it cannot be read.
     """
     places = PLACES[kind]

@@ -26,8 +26,8 @@ class RewardModelJudge(ScoringJudge):
         journal: where scores are kept.
 
     Raises:
-        ValueError: if it cannot be loaded, is no model with one output, or lacks a chat template or
-            padding token.
+        ValueError: if it cannot be loaded, is not a model with one output, or lacks a chat template
+            or padding token.
     """
 
     def __init__(self, directory: Path, journal: Journal) -> None:

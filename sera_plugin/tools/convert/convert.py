@@ -76,7 +76,7 @@ def convert(path: Path, output: Path | None = None) -> Converted:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {plain(str(error), 300)}") from error
     if not isinstance(given, Mapping):
-        raise ValueError(f"{path} is no block of keys")
+        raise ValueError(f"{path} is not a block of keys")
     settings = Settings(given, output)
     ends = [0]
     for rule in RULES:

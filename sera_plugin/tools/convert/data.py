@@ -88,7 +88,9 @@ def _entry(settings: Settings, one: _Described) -> dict[str, Any]:
     info = one.info
     for name in ("columns", "tags"):
         if not isinstance(info.get(name, {}), Mapping):
-            raise ValueError(f"dataset: {quoted(one.name)} has {name} that are no block in {INFO}")
+            raise ValueError(
+                f"dataset: {quoted(one.name)} has {name} that are not blocks in {INFO}"
+            )
     columns = one.columns
     if not info.get("ranking"):
         raise ValueError(f"dataset: {quoted(one.name)} has no `ranking: true`: it holds no pairs")
@@ -155,7 +157,7 @@ def _source(one: _Described) -> tuple[dict[str, Any], list[Any] | None]:
         return {"path": str(path), **part}, None
     kind = KINDS.get(path.suffix.lstrip("."))
     if kind is None:
-        raise ValueError(f"dataset: {quoted(str(path), 200)} is no {', '.join(KINDS)} file")
+        raise ValueError(f"dataset: {quoted(str(path), 200)} is not a {', '.join(KINDS)} file")
     entry = {"path": str(path), "ds_type": kind, **part}
     return entry, read_rows(path) if path.exists() else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 _GENERATION = "it is for generation, inference or export, not for this training."
 _IMAGES = "it is for images, sound and video; rl: sera trains on text."
 _NOTHING = "there is nothing like it in the host's preference training."
-_LOG_IN = "log in with `hf auth login` instead; a YAML is no place for it."
+_LOG_IN = "log in with `hf auth login` instead; do not put it into a YAML."
 _PADDING = "padding never counts."
 _BEST = (
     "the host has it for supervised fine-tuning only; the policy of every iteration can be kept, "
@@ -24,8 +24,8 @@ LEFT_OUT: dict[str, str] = {
     "max_steps": "rl: sera trains whole epochs.",
     "streaming": "rl: sera scores the whole dataset every iteration.",
     "buffer_size": "it is for streaming.",
-    "mix_strategy": "datasets are put one behind the other and shuffled, as with concat.",
-    "interleave_probs": "datasets are put one behind the other and shuffled.",
+    "mix_strategy": "datasets are concatenated and shuffled, as with concat.",
+    "interleave_probs": "datasets are concatenated and shuffled.",
     "packing": "preference pairs are not packed.",
     "neat_packing": "preference pairs are not packed.",
     "overwrite_cache": "data is prepared anew when it, or what prepares it, has changed.",
@@ -107,7 +107,7 @@ LEFT_OUT: dict[str, str] = {
     "label_names": "it is decided by the trainer.",
     "push_to_hub": "`hub_model_id` alone pushes.",
     "*_token": _LOG_IN,
-    "*_api_key": "set it in the environment; a YAML is no place for it.",
+    "*_api_key": "set it in the environment; do not put it into a YAML.",
     "logging_dir": "the host puts tensorboard's files into `output_dir`.",
     "logging_strategy": "the host logs by `logging_steps`.",
     "logging_first_step": "the host logs by `logging_steps`.",

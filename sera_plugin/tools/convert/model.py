@@ -125,7 +125,7 @@ def put_layers(settings: Settings) -> None:
     """Some layers, for `finetuning_type: freeze`.
 
     Raises:
-        ValueError: if it cannot be told how many layers there are.
+        ValueError: if the number of layers is unknown.
     """
     if settings.text("finetuning_type") != "freeze":
         return

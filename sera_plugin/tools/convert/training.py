@@ -34,7 +34,7 @@ def put_method(settings: Settings) -> None:
         )
     if loss not in _LOSSES:
         raise ValueError(
-            f"pref_loss: {quoted(loss)} is no loss that rl: sera has; {', '.join(_LOSSES)} are"
+            f"pref_loss: {quoted(loss)} is not a loss that rl: sera has; {', '.join(_LOSSES)} are"
         )
     block: dict[str, Any] = {"selection_ratio": 0.7, "bootstrap_ratio": 0.3}
     out = settings.out
@@ -140,7 +140,7 @@ def put_schedule(settings: Settings) -> None:
     if settings.has("lr_scheduler_kwargs"):
         kwargs = settings.value("lr_scheduler_kwargs")
         if not isinstance(kwargs, Mapping):
-            raise ValueError(f"lr_scheduler_kwargs: {quoted(kwargs)} is no block of keys")
+            raise ValueError(f"lr_scheduler_kwargs: {quoted(kwargs)} is not a block of keys")
         out["lr_scheduler_kwargs"] = dict(kwargs)
     ratio, steps = settings.number("warmup_ratio") or 0.0, settings.number("warmup_steps") or 0.0
     # transformers 5 takes a share for `warmup_steps` too.

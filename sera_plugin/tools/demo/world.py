@@ -98,7 +98,7 @@ def label(
         random: two draws are taken from it, whatever the outcome.
 
     Returns:
-        (chosen, rejected, swapped): `swapped` tells the labels turned round as noise.
+        (chosen, rejected, swapped): `swapped` tells the labels swapped as noise.
     """
     log_odds = (true_reward(prompt, one) - true_reward(prompt, other)) / labelling.temperature
     log_odds += labelling.length_bonus * (len(one.split()) - len(other.split()))

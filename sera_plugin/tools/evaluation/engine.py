@@ -66,7 +66,7 @@ class Speaker:
         self._rows = RowTokenizer(self.tokenizer, self.end_ids)
 
     def _turn_end(self) -> list[int]:
-        """The special token that the chat template puts behind an answer, if it puts one there."""
+        """The special token that the chat template puts after an answer, if it puts one there."""
         if self._format is not None:
             return []
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
@@ -148,7 +148,9 @@ def load_engine(model: Model, decoding: Decoding, vllm_python: str | None, log: 
 def _program(name: str) -> str:
     found = shutil.which(Path(name).expanduser())
     if found is None:
-        raise ValueError(f"--vllm-python: {quoted(name, 200)} is no program that can be run here.")
+        raise ValueError(
+            f"--vllm-python: {quoted(name, 200)} is not a program that can be run here."
+        )
     # The child starts elsewhere; a link to an interpreter is not the interpreter.
     return os.path.abspath(found)
 

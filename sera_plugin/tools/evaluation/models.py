@@ -113,7 +113,7 @@ def _other(spec: str) -> Model:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
         return Model(spec.split("/")[-1], spec, weights=_cached(spec))
     raise ValueError(
-        f"{quoted(spec)} is no run, no directory of a model, no file of answers and no name of a "
+        f"{quoted(spec)} is neither a run, a model directory, a file of answers nor the name of a "
         "model."
     )
 

@@ -59,7 +59,7 @@ def read_prompts(path: Path, limit: int | None = None, seed: int = 0) -> list[Pr
 
     Args:
         path: JSON lines, a JSON list, or parquet.
-        limit: so many of them, drawn with the seed; a larger limit has those of a smaller one.
+        limit: how many of them, drawn with the seed; a larger limit has those of a smaller one.
         seed: of the draw.
 
     Raises:
@@ -96,7 +96,7 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 raise ValueError(f"{where} is {quoted(row)}, not an object with fields")
             yield row
     except pa.ArrowException as error:
-        raise ValueError(f"{path} is no parquet file: {error}") from None
+        raise ValueError(f"{path} is not a parquet file: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -39,7 +39,7 @@ def evaluate(
         output: a directory of this command's.
         decoding: how answers are sampled.
         iterations: all policies of a run in place of its last.
-        limit: so many prompts, drawn by the seed.
+        limit: how many prompts, drawn by the seed.
         vllm_python: the interpreter of an environment with vLLM, to sample with it.
 
     Returns:

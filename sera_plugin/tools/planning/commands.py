@@ -45,7 +45,7 @@ Examples:
     type=click.FloatRange(min=0, min_open=True, max=10_000),
     default=None,
     metavar="GIB",
-    help="Compare with a GPU of so many GiB instead of the one here.",
+    help="Compare with a GPU of this many GiB instead of the one here.",
 )
 @click.option(
     "--measure",

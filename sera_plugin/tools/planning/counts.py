@@ -82,7 +82,7 @@ class Work:
         return self.tokens == self.most
 
     def times(self, factor: int) -> Work:
-        """The same so many times."""
+        """The same, that many times."""
         return Work(*(factor * value for value in vars(self).values()))
 
 
@@ -148,7 +148,7 @@ class Counting:
         return np.minimum(mean, self.limits)
 
     def micro_batch_completions(self, pairs: int) -> float:
-        """Completion tokens of a micro-batch of so many pairs, on average."""
+        """Completion tokens of a micro-batch of that many pairs, on average."""
         return pairs * float(self.pairs.completions.mean())
 
     def iterations(self) -> Iterator[Iteration]:
@@ -248,7 +248,7 @@ def _largest(values: IntArray, count: int) -> int:
 
 
 def padding(pairs: Lengths, micro_batch: int, multiple: int | None, seed: int) -> float:
-    """Tokens that batches of so many pairs have with padding, for each without.
+    """Tokens that batches of that many pairs have with padding, for each without.
 
     Both completions of a batch's pairs are padded to its longest sequence. One shuffle stands for
     all.

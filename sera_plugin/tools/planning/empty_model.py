@@ -56,7 +56,7 @@ def read_model(cfg: DictDefault, tokenizer: Any) -> EmptyModel:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"base_model: {quoted(cfg.base_model, 200)} (model_type {config.model_type}) is no "
+            f"base_model: {quoted(cfg.base_model, 200)} (model_type {config.model_type}) is not a "
             "causal language model that transformers has code for, and a plan runs no code that "
             "comes with a model. Train a few steps of it instead to see what it needs."
         ) from error

@@ -13,7 +13,7 @@ from sera_plugin.tools.planning.optimizers import KNOWN, state_bytes
 from sera_plugin.tools.planning.setting import Setting, trained, trained_bytes, weight_bytes
 from sera_plugin.tools.planning.shape import Shape
 
-#: Checkpoints that the host keeps unless told otherwise.
+#: Checkpoints that the host keeps unless configured otherwise.
 _LIMIT = 4
 
 

@@ -132,9 +132,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(written, dict):
-        raise ValueError(f"{path} is no configuration: it holds {quoted(written)}, not keys.")
+        raise ValueError(f"{path} is not a configuration: it holds {quoted(written)}, not keys.")
     return written
 
 

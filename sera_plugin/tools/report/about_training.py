@@ -39,7 +39,9 @@ def accuracy(found: Figures) -> Section:
         )
         if len(which.y) > 1:
             title += f", {which.y[0]:.0%} in iteration {which.x[0]}"
-        note = "Bars are one standard error. What is no better than a coin has learnt nothing."
+        note = (
+            "Bars are one standard error. What is not better than a coin flip has learnt nothing."
+        )
         if held_out:
             note += f" {held_out[-1]['pairs']:,} pairs are held out."
         svg = charts.lines(title, series, "share of pairs", (0.5, "a coin"))

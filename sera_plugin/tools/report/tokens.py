@@ -124,6 +124,6 @@ def cached_file(model: str, name: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(model, name)
-    except ValueError:  # a path is no name of the hub
+    except ValueError:  # a path is not a name on the hub
         return None
     return Path(found) if isinstance(found, str) else None
