@@ -128,10 +128,10 @@ def test_the_host_prepares_data_in_the_order_that_ours_follows():
 def test_every_loss_that_a_configuration_may_name_is_the_hosts():
     from trl import DPOTrainer
 
-    from sera_plugin.host.plugin import _HOST_LOSSES
+    from sera_plugin.host.refused import HOST_LOSSES
 
     source = inspect.getsource(DPOTrainer._compute_loss)
-    assert re.findall(r'if loss_type == "(\w+)"', source) == list(_HOST_LOSSES)
+    assert re.findall(r'if loss_type == "(\w+)"', source) == list(HOST_LOSSES)
 
 
 def test_patches_serve_sera_alone_and_are_made_once():

@@ -16,6 +16,7 @@ import yaml
 
 from sera_plugin import SeraPlugin
 from sera_plugin.config.kinds import LOSSES
+from sera_plugin.host.refused import REFUSALS
 
 TRAINER = "sera_plugin.host.trainer.SeraTrainer"
 
@@ -177,7 +178,7 @@ def test_kernels_for_labels_are_named_as_without_effect(caplog: pytest.LogCaptur
 #: (keys of the configuration, what the message must contain: key, value, remedy)
 MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "another rl": ({"rl": "ipo"}, ["rl: ipo", "Set `rl: sera`", "remove the plugin"]),
-    "no rl": ({"rl": None}, ["rl: None", "Set `rl: sera`"]),
+    "no rl": ({"rl": None}, ["rl: null", "Set `rl: sera`"]),
     "block with rl dpo": (
         {"rl": "dpo", "sera": {"gamma": 0.5}},
         ["`sera:` block", "rl: dpo", "Set `rl: sera`"],
@@ -213,46 +214,50 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "endless": ({"num_epochs": float("inf")}, ["num_epochs: inf", "set num_epochs to 1, 2"]),
     "no preference at all": ({"rl_beta": 0}, ["rl_beta: 0"]),
     "max_steps": ({"max_steps": 10}, ["max_steps: 10", "remove max_steps", "num_epochs"]),
-    "streaming": ({"streaming": True}, ["streaming: True", "remove streaming"]),
+    "streaming": ({"streaming": True}, ["streaming: true", "remove streaming"]),
     "pretraining": (
         {"pretraining_dataset": "c4"},
         ["pretraining_dataset: c4", "use datasets"],
     ),
-    "packing": ({"sample_packing": True}, ["sample_packing: True", "remove sample_packing"]),
+    "packing": ({"sample_packing": True}, ["sample_packing: true", "remove sample_packing"]),
     "liger": ({"dpo_use_liger_kernel": True}, ["dpo_use_liger_kernel", "remove"]),
     "liger of transformers": (
         {"use_liger_kernel": True},
-        ["use_liger_kernel: True", "LigerPlugin"],
+        ["use_liger_kernel: true", "LigerPlugin"],
     ),
-    "layers offloaded": ({"layer_offloading": True}, ["layer_offloading: True", "qlora"]),
+    "layers offloaded": ({"layer_offloading": True}, ["layer_offloading: true", "qlora"]),
     "offloaded as of old": (
         {"activation_offloading": "legacy", "gradient_checkpointing": True},
-        ["activation_offloading: 'legacy'", "activation_offloading: true"],
+        ["activation_offloading: legacy", "activation_offloading: true"],
     ),
     "offloaded to a disk": (
         {"gradient_checkpointing": "offload_disk"},
-        ["gradient_checkpointing: 'offload_disk'", "activation_offloading: true"],
+        ["gradient_checkpointing: offload_disk", "activation_offloading: true"],
     ),
     "hidden states offloaded": (
         {"activation_offloading": "hidden_states", "gradient_checkpointing": True},
-        ["activation_offloading: 'hidden_states'", "activation_offloading: true"],
+        ["activation_offloading: hidden_states", "activation_offloading: true"],
     ),
     "no precomputed reference": (
         {"precompute_ref_log_probs": False},
-        ["precompute_ref_log_probs: False", "Remove"],
+        ["precompute_ref_log_probs: false", "Remove"],
     ),
     "ref adapter": ({"rl_adapter_ref_model": True}, ["rl_adapter_ref_model", "remove"]),
     "neftune": ({"neftune_noise_alpha": 5}, ["neftune_noise_alpha: 5", "remove"]),
-    "relora": ({"relora": True}, ["relora: True", "remove relora"]),
+    "relora": ({"relora": True}, ["relora: true", "remove relora"]),
     "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size: 2", "remove"]),
     "tensor parallel": ({"tensor_parallel_size": 4}, ["tensor_parallel_size: 4", "remove"]),
-    "deepspeed": ({"deepspeed": "zero1.json"}, ["deepspeed: 'zero1.json'", "fsdp_version: 2"]),
+    "deepspeed": ({"deepspeed": "zero1.json"}, ["deepspeed: zero1.json", "fsdp_version: 2"]),
     "ray": ({"use_ray": True}, ["use_ray: true", "--launcher torchrun"]),
-    "fsdp, old style": ({"fsdp": ["full_shard"]}, ["fsdp_config: None", "fsdp_version: 2"]),
-    "fsdp 1": ({"fsdp_config": {"offload_params": True}}, ["fsdp_version: None", "version: 2"]),
+    "fsdp, old style": ({"fsdp": ["full_shard"]}, ["fsdp_config: null", "fsdp_version: 2"]),
+    "fsdp 1": ({"fsdp_config": {"offload_params": True}}, ["fsdp_version: null", "version: 2"]),
+    "fsdp 1 in its block": (
+        {"fsdp_config": {"fsdp_version": 1}},
+        ["fsdp_version: 1 ", "Set fsdp_version: 2"],
+    ),
     "fsdp in pieces": (
         {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
-        ["fsdp_config.state_dict_type: 'SHARDED_STATE_DICT'", "FULL_STATE_DICT"],
+        ["fsdp_config.state_dict_type: SHARDED_STATE_DICT", "FULL_STATE_DICT"],
     ),
     "fsdp quantised": (
         {"fsdp_version": 2, "fsdp_config": {"offload_params": True}, "load_in_4bit": True},
@@ -260,14 +265,14 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "the best model": (
         {"load_best_model_at_end": True},
-        ["load_best_model_at_end: True", "remove it", "axolotl sera eval"],
+        ["load_best_model_at_end: true", "Remove it", "axolotl sera eval"],
     ),
     "its metric": ({"metric_for_best_model": "eval_loss"}, ["metric_for_best_model: eval_loss"]),
-    "its direction": ({"greater_is_better": False}, ["greater_is_better: False", "remove it"]),
+    "its direction": ({"greater_is_better": False}, ["greater_is_better: false", "Remove it"]),
     "saving it": ({"save_strategy": "best"}, ["save_strategy: best", "save_strategy: epoch"]),
     "stopping early": (
         {"early_stopping_patience": 2},
-        ["early_stopping_patience: 2", "remove it", "axolotl sera eval"],
+        ["early_stopping_patience: 2", "Remove it", "axolotl sera eval"],
     ),
     "too few candidates": (
         {"sera": {"bootstrap_ratio": 3, "candidates": 4}},
@@ -313,6 +318,8 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"vllm": {"gpu_memory_utilisation": 0.5}},
         ["vllm.gpu_memory_utilisation", "Did you mean `gpu_memory_utilization`"],
     ),
+    "beta in words": ({"trl": {"beta": "strong"}}, ["trl.beta: strong is not a number"]),
+    "another trainer": ({"trainer_cls": "a.b"}, ["trainer_cls: a.b", "remove trainer_cls"]),
     "a server without an adapter": (
         {"sera": {"sampler": "vllm-server"}},
         ["sera.sampler: vllm-server", "needs an adapter", "adapter: lora"],
@@ -322,7 +329,7 @@ MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dpo_loss_type": ["sigmoyd"]},
         ["dpo_loss_type: ['sigmoyd']", "sigmoid, hinge", "dpo_loss_type: [sigmoid]"],
     ),
-    "a loss that is no list": ({"dpo_loss_type": "ipo"}, ["dpo_loss_type: 'ipo'", "list"]),
+    "a loss that is no list": ({"dpo_loss_type": "ipo"}, ["dpo_loss_type: ipo", "list"]),
     "vllm is no block": ({"vllm": ["port"]}, ["vllm: ['port']", "indent"]),
     "trl is no block": ({"trl": "beta"}, ["trl: 'beta'", "indent"]),
     "too many epochs": ({"num_epochs": 10**30}, ["num_epochs: 1000", "set num_epochs"]),
@@ -372,6 +379,17 @@ def test_misuse_names_key_value_and_remedy(name: str) -> None:
         register(**keys)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_every_line_of_the_table_is_tried() -> None:
+    messages = []
+    for keys, _ in MISUSE.values():
+        with pytest.raises(ValueError, match=r".") as error:
+            register(**keys)
+        messages.append(str(error.value))
+    for line in REFUSALS:
+        start = line.remedy.partition("{")[0]
+        assert any(f" {line.problem}: {start}" in message for message in messages), line
 
 
 def test_every_problem_of_the_block_is_named_at_once() -> None:

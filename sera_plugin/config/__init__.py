@@ -3,5 +3,6 @@
 - `sera`       the `sera:` block, frozen; unknown keys are errors
 - `judge`      the block of a judge behind an API
 - `host_keys`  what SeRA does with keys that are the host's, for docs and editors
+- `spelling`   unknown keys and unreadable blocks, as messages
 - `quoting`    values of a YAML or a row as messages quote them: escaped and cut
 """

@@ -56,6 +56,13 @@ def plain(text: str, limit: int = _QUOTED_CHARACTERS) -> str:
     return shown if len(shown) <= limit else f"{shown[:limit]}..."
 
 
+def as_written(value: object) -> str:
+    """A value as a YAML has it: text without quotes, `true`, `null`; escaped and cut."""
+    if isinstance(value, str):
+        return plain(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else quoted(value)
+
+
 def without_credentials(text: str) -> str:
     """Text with `user:password@` of a URL masked, and its query, which may be signed."""
     return _QUERY.sub(rf"\1{MASK}", _CREDENTIALS.sub(f"{MASK}@", text))

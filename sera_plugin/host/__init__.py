@@ -2,5 +2,5 @@
 
 - `plugin`   the host's public hooks; `trainer`  the private seams, each pinned by a test
 - `loop`, `run`   the iterations of one run in order; which run this is
-- `data_config`, `parallel_config`, `ignored_features`   what a YAML may not say
+- `config`   what `rl: sera` becomes; `refused`, `data_config`   what a YAML may not say
 """
