@@ -63,7 +63,12 @@ class Alarm:
     text: str
 
 
-def judge(summaries: Sequence[Mapping[str, Any]]) -> list[Alarm]:
+Summaries = Sequence[Mapping[str, Any]]
+#: What a check finds: the figure, its threshold, and the text; None without the figures it needs.
+Found = tuple[float, float, str] | None
+
+
+def judge(summaries: Summaries) -> list[Alarm]:
     """Every alarm that can be judged after the last of the summaries.
 
     Args:
@@ -73,7 +78,14 @@ def judge(summaries: Sequence[Mapping[str, Any]]) -> list[Alarm]:
         Raised and unraised alarms. One whose figures are missing (nothing sampled, nothing held
         out, no earlier iteration) is left out.
     """
-    return [alarm for check in _CHECKS if (alarm := check(summaries)) is not None]
+    alarms = []
+    for name, check in _CHECKS.items():
+        found = check(summaries)
+        if found is not None:
+            figure, threshold, text = found
+            raised = figure < threshold if name in _RAISED_BELOW else figure > threshold
+            alarms.append(Alarm(name, figure, threshold, raised, text))
+    return alarms
 
 
 def records(alarms: Iterable[Alarm]) -> list[dict[str, Any]]:
@@ -90,87 +102,69 @@ def alarm_metrics(alarms: Iterable[Alarm]) -> dict[str, float]:
     return {f"sera/alarm/{alarm.name}": float(alarm.raised) for alarm in alarms}
 
 
-def _sampled_length(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+def _sampled_length(summaries: Summaries) -> Found:
     lengths = summaries[-1]["lengths"]
     if "sampled" not in lengths:
         return None
     figure = lengths["sampled"] / lengths["chosen"]
-    return Alarm(
-        "sampled_length",
-        figure,
-        SAMPLED_LENGTH,
-        figure > SAMPLED_LENGTH,
+    text = (
         f"sampled answers have {lengths['sampled']:.1f} tokens on average, {figure:.2f} times the "
         f"{lengths['chosen']:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
         "learning_rate, set sera.length_control: auto, or rank per token with sera.loss: ipo or "
-        "simpo.",
+        "simpo."
     )
+    return figure, SAMPLED_LENGTH, text
 
 
-def _length_growth(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
-    sampled = [
-        (summary["iteration"], summary["lengths"]["sampled"])
-        for summary in summaries
-        if "sampled" in summary["lengths"]
-    ]
-    if len(sampled) < 2 or "sampled" not in summaries[-1]["lengths"]:
+def _length_growth(summaries: Summaries) -> Found:
+    sampled = [one for one in summaries if "sampled" in one["lengths"]]
+    if len(sampled) < 2 or sampled[-1] is not summaries[-1]:
         return None
-    (first, before), (_, now) = sampled[0], sampled[-1]
-    figure = now / before
-    return Alarm(
-        "length_growth",
-        figure,
-        LENGTH_GROWTH,
-        figure > LENGTH_GROWTH,
-        f"sampled answers have grown from {before:.1f} tokens in iteration {first} to {now:.1f}, "
-        f"{figure:.2f} times as many: raise rl_beta, lower learning_rate, or stop at an earlier "
-        "iteration with num_epochs.",
+    before, now = (one["lengths"]["sampled"] for one in (sampled[0], sampled[-1]))
+    text = (
+        f"sampled answers have grown from {before:.1f} tokens in iteration "
+        f"{sampled[0]['iteration']} to {now:.1f}, {now / before:.2f} times as many: raise rl_beta, "
+        "lower learning_rate, or stop at an earlier iteration with num_epochs."
     )
+    return now / before, LENGTH_GROWTH, text
 
 
-def _chosen_length(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+def _chosen_length(summaries: Summaries) -> Found:
     lengths = summaries[-1]["lengths"]
     trained = lengths["trained_chosen"] / lengths["trained_rejected"]
     offline = lengths["chosen"] / lengths["rejected"]
-    figure = trained / offline
-    return Alarm(
-        "chosen_length",
-        figure,
-        CHOSEN_LENGTH,
-        figure > CHOSEN_LENGTH,
+    text = (
         f"in the pairs to train on chosen answers are {trained:.2f} times as long as rejected "
         f"ones, in the offline pairs {offline:.2f} times: selection and ranking prefer length. Set "
         "sera.length_control: auto, rank per token with sera.loss: ipo or simpo, or lower "
-        "sera.bootstrap_ratio.",
+        "sera.bootstrap_ratio."
     )
+    return trained / offline, CHOSEN_LENGTH, text
 
 
-def _drift(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+def _drift(summaries: Summaries) -> Found:
     drift, lengths = summaries[-1]["drift"], summaries[-1]["lengths"]
     # Sums over tokens divided by tokens: the mean over all tokens, not over completions.
     chosen, rejected = (drift[side] / lengths[side] for side in ("chosen", "rejected"))
-    return Alarm(
-        "drift",
-        abs(chosen),
-        DRIFT,
-        abs(chosen) > DRIFT,
+    text = (
         f"the policy is {chosen:+.3f} nats per token from the initial one on the offline chosen "
-        f"answers ({rejected:+.3f} on the rejected): raise rl_beta or lower learning_rate.",
+        f"answers ({rejected:+.3f} on the rejected): raise rl_beta or lower learning_rate."
     )
+    return abs(chosen), DRIFT, text
 
 
 #: (accuracy, its standard error, pairs) of an iteration, None where it has none.
 _Accuracy = tuple[float, float, int] | None
 
 
-def _held_out(summary: Mapping[str, Any]) -> _Accuracy:
+def _of_held_out(summary: Mapping[str, Any]) -> _Accuracy:
     found = summary.get("evaluation", {})
     if "accuracy_error" not in found:
         return None
     return found["accuracy"], found["accuracy_error"], found["pairs"]
 
 
-def _offline(summary: Mapping[str, Any]) -> _Accuracy:
+def _of_offline(summary: Mapping[str, Any]) -> _Accuracy:
     if "offline_accuracy_error" not in summary:
         return None
     accuracy, error = summary["offline_accuracy"], summary["offline_accuracy_error"]
@@ -178,11 +172,8 @@ def _offline(summary: Mapping[str, Any]) -> _Accuracy:
 
 
 def _fallen(
-    summaries: Sequence[Mapping[str, Any]],
-    name: str,
-    kind: str,
-    accuracy_of: Callable[[Mapping[str, Any]], _Accuracy],
-) -> Alarm | None:
+    summaries: Summaries, kind: str, accuracy_of: Callable[[Mapping[str, Any]], _Accuracy]
+) -> Found:
     """The fall below the best earlier iteration, or below a coin, beyond chance.
 
     The errors are added as if two iterations were judged on different pairs. They are the same
@@ -198,54 +189,34 @@ def _fallen(
         if (before := accuracy_of(summary)) is not None
     ]
     by, best, error = max(earlier, key=lambda one: one[1])
-    figure = best - now
     chance = STANDARD_ERRORS * math.hypot(error, error_now)
-    threshold = max(ACCURACY_FALL, chance)
-    return Alarm(
-        name,
-        figure,
-        threshold,
-        figure > threshold,
+    text = (
         f"the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
         f"{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier "
         "iteration with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise "
-        "rl_beta.",
+        "rl_beta."
     )
+    return best - now, max(ACCURACY_FALL, chance), text
 
 
-def _held_out_accuracy(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
-    return _fallen(summaries, "held_out_accuracy", "held-out", _held_out)
-
-
-def _offline_accuracy(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
-    return _fallen(summaries, "offline_accuracy", "offline", _offline)
-
-
-def _share(
-    summaries: Sequence[Mapping[str, Any]],
-    name: str,
-    counts: tuple[str, str],
-    threshold: float,
-    text: str,
-) -> Alarm | None:
-    """A share of what was sampled; `counts` names part and whole in the summary's `samples`."""
+def _share(summaries: Summaries, part: str, whole: str, threshold: float, text: str) -> Found:
+    """A share of what was sampled: two counts of the summary's `samples`."""
     samples = summaries[-1].get("samples")
     if samples is None:
         return None
-    part, whole = (samples[count] for count in counts)
-    figure = part / whole
-    return Alarm(name, figure, threshold, figure > threshold, f"{figure:.0%} of {whole} {text}")
+    figure = samples[part] / samples[whole]
+    return figure, threshold, f"{figure:.0%} of {samples[whole]} {text}"
 
 
-def _duplicates(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+def _duplicates(summaries: Summaries) -> Found:
     text = (
         "candidates repeat another one of their prompt: raise sera.temperature or sera.top_p, or "
         "lower sera.candidates."
     )
-    return _share(summaries, "duplicates", ("duplicates", "sampled"), DUPLICATES, text)
+    return _share(summaries, "duplicates", "sampled", DUPLICATES, text)
 
 
-def _without_pair(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+def _without_pair(summaries: Summaries) -> Found:
     text = (
         "prompts have fewer than two distinct candidates and give no pair: raise "
         "sera.temperature, sera.top_p or sera.candidates."
@@ -257,53 +228,44 @@ def _without_pair(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
             f"{unranked} candidates have none: `labeler` in summary.json says what became of "
             "them. Where they are few, raise sera.temperature, sera.top_p or sera.candidates."
         )
-    return _share(summaries, "without_pair", ("too_few", "prompts"), WITHOUT_PAIR, text)
+    return _share(summaries, "too_few", "prompts", WITHOUT_PAIR, text)
 
 
-def _unfinished(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
+def _unfinished(summaries: Summaries) -> Found:
     text = (
         "candidates were cut before their end: raise sera.max_new_tokens (and sequence_len, if "
         "prompt and candidate fill it)."
     )
-    return _share(summaries, "unfinished", ("unfinished", "sampled"), UNFINISHED, text)
+    return _share(summaries, "unfinished", "sampled", UNFINISHED, text)
 
 
-def _constant(
-    summaries: Sequence[Mapping[str, Any]], name: str, of: str, what: str
-) -> Alarm | None:
+def _constant(summaries: Summaries, of: str, what: str) -> Found:
     figure = summaries[-1].get("spread", {}).get(of)
     if figure is None:
         return None
-    return Alarm(
-        name,
-        figure,
-        SPREAD,
-        figure < SPREAD,
+    text = (
         f"{what} {figure:.2g} nats per token, no more than rounding: the last iteration has hardly "
-        "changed the policy. Raise learning_rate, or lower rl_beta.",
+        "changed the policy. Raise learning_rate, or lower rl_beta."
     )
+    return figure, SPREAD, text
 
 
-def _constant_rewards(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
-    what = "best and worst candidate of the middle prompt differ by"
-    return _constant(summaries, "constant_rewards", "sampled", what)
-
-
-def _constant_margins(summaries: Sequence[Mapping[str, Any]]) -> Alarm | None:
-    what = "the middle half of the offline margins lies within"
-    return _constant(summaries, "constant_margins", "offline", what)
-
-
-_CHECKS: tuple[Callable[[Sequence[Mapping[str, Any]]], Alarm | None], ...] = (
-    _sampled_length,
-    _length_growth,
-    _chosen_length,
-    _drift,
-    _held_out_accuracy,
-    _offline_accuracy,
-    _duplicates,
-    _without_pair,
-    _unfinished,
-    _constant_rewards,
-    _constant_margins,
-)
+_CHECKS: Mapping[str, Callable[[Summaries], Found]] = {
+    "sampled_length": _sampled_length,
+    "length_growth": _length_growth,
+    "chosen_length": _chosen_length,
+    "drift": _drift,
+    "held_out_accuracy": lambda summaries: _fallen(summaries, "held-out", _of_held_out),
+    "offline_accuracy": lambda summaries: _fallen(summaries, "offline", _of_offline),
+    "duplicates": _duplicates,
+    "without_pair": _without_pair,
+    "unfinished": _unfinished,
+    "constant_rewards": lambda summaries: _constant(
+        summaries, "sampled", "best and worst candidate of the middle prompt differ by"
+    ),
+    "constant_margins": lambda summaries: _constant(
+        summaries, "offline", "the middle half of the offline margins lies within"
+    ),
+}
+#: Those that are raised where the figure is too small.
+_RAISED_BELOW = ("constant_rewards", "constant_margins")
