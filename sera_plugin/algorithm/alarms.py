@@ -53,7 +53,7 @@ class Alarm:
         figure: what was compared.
         threshold: with what. Figure and threshold share a unit, which docs/alarms.md names.
         raised: whether it holds.
-        text: one sentence with the figures and what to turn.
+        text: one sentence with the figures and what to change.
     """
 
     name: str
