@@ -1,10 +1,8 @@
-"""`axolotl sera eval` with a real model, a true reward, and processes that are killed."""
+"""`axolotl sera eval`: with real models and a true reward, and with answers made up."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
 import shlex
 import shutil
@@ -25,9 +23,11 @@ from sera_plugin.cli import sera
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import write_json
 from sera_plugin.tools.demo.world import make_prompt, true_reward
+from sera_plugin.tools.evaluation.answers import Turn
 from tests.conftest import adapter, fill, write_rows
 from tests.judge_server import KEY, judge_server
 from tests.report_run import make_run
+from tests.test_eval_inputs import make_model
 
 TRUTH = "sera_plugin.tools.demo.world:true_reward"
 
@@ -47,6 +47,41 @@ def models(world, tmp_path_factory) -> SimpleNamespace:
     better = tmp_path_factory.mktemp("eval") / "better"
     train_base_model(better, steps=80, batch_size=32, seed=1)
     return SimpleNamespace(base=world.base, better=better)
+
+
+class Letters:
+    """Answers at once, with the first letters of the prompt, in order; may stop on the way."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.left: int | None = None
+
+    def load(self, model, decoding, vllm_python, log):
+        def sample(conversations, done, seed):
+            for index in sorted(set(range(len(conversations))).difference(done)):
+                if self.left == 0:
+                    raise KeyboardInterrupt
+                self.left = None if self.left is None else self.left - 1
+                self.asked.append(model.name)
+                words = sorted(conversations[index][-1].split())
+                kept = words[: 2 if model.name == "base" else 3 + (index + seed) % 2]
+                yield index, Turn(" ".join(kept), len(kept) + 1, "stop")
+
+        return sample
+
+
+@pytest.fixture
+def letters(monkeypatch) -> Letters:
+    """In place of the engine that loads a model."""
+    engine = Letters()
+    monkeypatch.setattr("sera_plugin.tools.evaluation.run._engine", engine.load)
+    return engine
+
+
+@pytest.fixture
+def names(tmp_path) -> list[Path]:
+    """Two directories that look like models."""
+    return [make_model(tmp_path / name) for name in ("base", "better")]
 
 
 @pytest.fixture
@@ -102,8 +137,8 @@ def test_models_are_compared_by_the_true_reward(models, prompts, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_progress_goes_to_stderr_and_counts_what_is_left(models, prompts, tmp_path):
-    arguments = [models.base, models.better, *options(prompts, tmp_path / "eval"), "--json"]
+def test_progress_goes_to_stderr_and_counts_what_is_left(letters, names, prompts, tmp_path):
+    arguments = [*names, *options(prompts, tmp_path / "eval"), "--json"]
     lines = []
     for _ in range(2):
         result = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
@@ -128,15 +163,18 @@ def test_a_rerun_needs_no_model(models, prompts, tmp_path):
     assert again.stdout == first, again.stderr
 
 
-def test_answers_alone_and_answers_that_were_exported(models, prompts, tmp_path):
+def test_answers_alone_and_answers_that_were_exported(letters, names, prompts, tmp_path):
     out = tmp_path / "eval"
-    said = call(models.base, models.better, *options(prompts, out, judge=None))
+    said = call(*names, *options(prompts, out, judge=None))
     assert "win" not in said
     assert not (out / "verdicts.jsonl").exists()
     files = [out / "outputs/base.json", out / "outputs/better.json"]
+    # AlpacaEval's format, which other tools read: a list of rows, no byte before it.
+    rows = json.loads(files[0].read_text())
+    assert [list(row) for row in rows] == [["instruction", "output", "generator"]] * 60
     by_file, by_model = (
         json.loads(call(*compared, *options(prompts, tmp_path / "again"), "--json"))["models"][1]
-        for compared in (files, (models.base, models.better))
+        for compared in (files, names)
     )
     assert by_file["win_rate"] == by_model["win_rate"]
     assert by_file["length_controlled"] == by_model["length_controlled"]
@@ -145,14 +183,17 @@ def test_answers_alone_and_answers_that_were_exported(models, prompts, tmp_path)
     assert by_file["answers"] == by_model["answers"]
 
 
-def test_a_file_of_other_answers_is_told_before_anything_is_sampled(models, prompts, tmp_path):
+def test_a_file_of_other_answers_is_named_before_anything_is_sampled(
+    letters, names, prompts, tmp_path
+):
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": "another", "output": "b"}]))
-    said = call(models.base, tmp_path / "a.json", *options(prompts, tmp_path / "eval"), code=2)
+    said = call(names[0], tmp_path / "a.json", *options(prompts, tmp_path / "eval"), code=2)
     assert "no row answers any of these prompts" in said
+    assert not letters.asked
     assert not (tmp_path / "eval").exists()
 
 
-def test_an_api_judge_judges_and_is_asked_once(models, prompts, tmp_path, monkeypatch):
+def test_an_api_judge_judges_and_is_asked_once(letters, names, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("EVAL_TEST_KEY", KEY)
     with judge_server() as server:
         judge = {
@@ -169,7 +210,7 @@ def test_an_api_judge_judges_and_is_asked_once(models, prompts, tmp_path, monkey
             "{question}\n===== ANSWER A =====\n{answer_a}*\n===== ANSWER B =====\n{answer_b}\n"
             "===== END ====="
         )
-        arguments = [models.base, models.better, *options(prompts, tmp_path / "eval")]
+        arguments = [*names, *options(prompts, tmp_path / "eval")]
         arguments[-1] = tmp_path / "judge.yaml"
         found = json.loads(call(*arguments, "--limit", 20, "--json"))
         usage = found["judge"]["usage"]
@@ -307,24 +348,53 @@ def test_a_trained_run_and_its_iterations(base_config, train, prompts, tmp_path,
 # ------------------------------------------------------------------ bad luck
 
 
+SLOW_JUDGE = """
+import pathlib, time
+from sera_plugin.tools.demo.world import true_reward
+mark, left = pathlib.Path(__file__).with_name("judging"), [30]
+def score(prompt, answer):
+    left[0] -= 1
+    if mark.exists() and not left[0]:
+        mark.write_text("now")
+        STOP
+    return true_reward(prompt, answer)
+"""
+
+
+def test_an_evaluation_that_stops_goes_on_to_the_same_figures(letters, names, prompts, tmp_path):
+    """Within each model's answers and within the verdicts; no answer is sampled twice."""
+    arguments = [*names, *options(prompts, tmp_path / "eval")]
+    whole = [*arguments[:4], "--output", tmp_path / "whole", *arguments[6:]]
+    expected = json.loads(call(*whole, "--json"))
+    letters.asked.clear()
+    for left in (20, 70):
+        letters.left = left
+        assert CliRunner().invoke(sera, ["eval", *map(str, arguments)]).exit_code == 1
+        assert not (tmp_path / "eval/results.json").exists()
+    letters.left = None
+    judge, mark = tmp_path / "judge.py", tmp_path / "judging"
+    judge.write_text(SLOW_JUDGE.replace("STOP", "raise KeyboardInterrupt"))
+    mark.touch()
+    arguments[-1] = f"{judge}:score"
+    assert CliRunner().invoke(sera, ["eval", *map(str, arguments)]).exit_code == 1
+    assert mark.read_text() == "now"
+    mark.unlink()
+    found = json.loads(call(*arguments, "--json"))
+    assert found["models"] == expected["models"]
+    assert letters.asked == ["base"] * 60 + ["better"] * 60
+
+
+@pytest.mark.nightly
 def test_a_killed_evaluation_goes_on_to_the_same_figures(models, prompts, tmp_path):
     """kill -9 while it samples, then while it judges; nothing is done twice."""
-    judge = tmp_path / "slow.py"
-    judge.write_text(
-        "import pathlib, time\nfrom sera_plugin.tools.demo.world import true_reward\n"
-        "mark = pathlib.Path(__file__).with_name('judging')\n"
-        "def score(prompt, answer):\n"
-        "    if mark.exists():\n        mark.write_text('now')\n        time.sleep(600)\n"
-        "    return true_reward(prompt, answer)\n"
-    )
+    judge, mark = tmp_path / "slow.py", tmp_path / "judging"
+    judge.write_text(SLOW_JUDGE.replace("STOP", "time.sleep(600)"))
     arguments = [models.base, models.better, *options(prompts, tmp_path / "eval")]
     arguments[-1] = f"{judge}:score"
     whole = [*arguments[:4], "--output", tmp_path / "whole", *arguments[6:]]
     expected = json.loads(call(*whole, "--json"))
-
     command = [sys.executable, "-m", "sera_plugin", "eval", *map(str, arguments)]
     answers = tmp_path / "eval/answers"
-    mark = tmp_path / "judging"
     mark.touch()
     for reached in (
         lambda: any(answers.glob("base.jsonl")),
@@ -340,19 +410,15 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(models, prompts, tmp_pa
         assert reached()
         assert not (tmp_path / "eval/results.json").exists()
     mark.unlink()
-    found = json.loads(call(*arguments, "--json"))
-    assert found["models"] == expected["models"]
+    assert json.loads(call(*arguments, "--json"))["models"] == expected["models"]
     for name in ("base", "better"):
-        assert (tmp_path / f"eval/outputs/{name}.json").read_text() == (
-            tmp_path / f"whole/outputs/{name}.json"
-        ).read_text()
         lines = (answers / f"{name}.jsonl").read_text().splitlines()
         keys = [json.loads(line)["key"] for line in lines if line.endswith("}")]
         assert len(keys) == len(set(keys)) == 60
 
 
-def test_a_full_disk(models, prompts, small_disk):
-    arguments = [models.base, models.better, *options(prompts, small_disk / "eval")]
+def test_a_full_disk(letters, names, prompts, small_disk):
+    arguments = [*names, *options(prompts, small_disk / "eval")]
     fill(small_disk)
     said = call(*arguments, code=1)
     assert "takes no more files" in said
@@ -363,7 +429,7 @@ def test_a_full_disk(models, prompts, small_disk):
     before = (small_disk / "eval/results.json").read_text()
     assert "takes no more files" in call(*arguments, "--seed", 1, code=1)
     assert (small_disk / "eval/results.json").read_text() == before
-    os.unlink(small_disk / "filler")
+    (small_disk / "filler").unlink()
     assert json.loads(call(*arguments, "--json")) == found
 
 
@@ -381,29 +447,16 @@ def test_a_full_disk(models, prompts, small_disk):
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_sampled(
-    models, prompts, tmp_path, changes, said
+    names, prompts, tmp_path, changes, said
 ):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "judge.yaml").write_text("model: m")
     given = dict(zip(*[iter(options(prompts, tmp_path / "eval"))] * 2, strict=True))
-    given |= {key: value.format(tmp_path) for key, value in changes.items() if "{}" in value}
-    given |= {key: value for key, value in changes.items() if "{}" not in value}
-    flat = [one for pair in given.items() for one in pair]
-    output = call(models.base, models.better, *flat, code=2)
+    given |= {key: value.replace("{}", str(tmp_path)) for key, value in changes.items()}
+    output = call(*names, *(one for pair in given.items() for one in pair), code=2)
     assert said in output
     assert not (tmp_path / "eval").exists()
 
 
 def test_help_has_examples():
-    said = call("--help")
-    assert "axolotl sera eval outputs/my-run --prompts" in said
-
-
-def test_answers_open_in_a_spreadsheet_of_anybody(models, prompts, tmp_path):
-    """Other tools read the exported answers as AlpacaEval's."""
-    pandas = pytest.importorskip("pandas")
-    call(models.base, models.better, *options(prompts, tmp_path / "eval", judge=None))
-    table = pandas.read_json(tmp_path / "eval/outputs/base.json")
-    assert list(table.columns) == ["instruction", "output", "generator"]
-    assert len(table) == 60
-    table.to_csv(tmp_path / "a.csv", quoting=csv.QUOTE_ALL)
+    assert "axolotl sera eval outputs/my-run --prompts" in call("--help")

@@ -252,3 +252,21 @@ def test_compare_warns_of_margins_in_other_units(tmp_path):
     make_run(tmp_path / "ipo", pairs=4, iterations=2, loss="ipo", per_token=True)
     said = call("compare", tmp_path / "dpo", tmp_path / "ipo")
     assert "Margins are not comparable: dpo nats, ipo nats per token." in said
+
+
+OLDER = Path(__file__).parent / "run_of_format_1"
+
+
+def test_a_run_of_the_released_format_is_read_as_it_was(tmp_path):
+    """A run directory of format 1 as it was first written, with the figures it had then."""
+    figures = json.loads(call("report", OLDER, "--json"))
+    assert figures | {"run": None} == json.loads((OLDER / "figures.json").read_text()) | {
+        "run": None
+    }
+    assert (figures["run"]["state"], figures["notes"]) == ("finished", [])
+    assert "Traceback" not in call("report", OLDER, "--output", tmp_path / "report.html")
+    assert "w2 w2 w2 </s>" in call("inspect", OLDER, "--row", 1)
+    call("inspect", OLDER, "--export", tmp_path / "kept.jsonl", "--which", "bootstrapped")
+    make_run(tmp_path / "new", pairs=4)
+    assert "Jaccard index of the pairs kept" in call("compare", OLDER, tmp_path / "new")
+    assert RunStore(OLDER).description()["end_ids"] == [0]  # what `eval` reads

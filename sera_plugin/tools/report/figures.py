@@ -51,33 +51,34 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         "samples": _samples(one),
         "held_out": _held_out(run, one),
     }
-    margin, selected = one.margin, one.selected
-    if margin is not None and selected is not None and one.offline is not None:
-        found |= accuracy("offline_accuracy", margin)
-        found["margins"] = {
-            "offline": quantiles(margin),
-            "kept": quantiles(margin[selected]),
-            "dropped": quantiles(margin[~selected]),
-        }
+    margin, selected, offline = one.margin, one.selected, one.offline
+    if margin is not None and selected is not None and offline is not None:
         # With a priority pairs are not kept by their margin.
-        by_margin = selected.any() and "priority" not in one.offline
-        found["threshold"] = float(margin[selected].min()) if by_margin else None
-        found["length_r2"] = length_r2(one, margin)
-        found["scores"] = score_r2(run, one)
-        found["groups"] = groups(run, one)
-        found["ensemble"] = ensemble(run, one)
-    if selected is not None and one.offline is not None and "selected" in one.offline:
-        found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
+        by_margin = selected.any() and "priority" not in offline
+        found |= accuracy("offline_accuracy", margin) | {
+            "margins": {
+                "offline": quantiles(margin),
+                "kept": quantiles(margin[selected]),
+                "dropped": quantiles(margin[~selected]),
+            },
+            "threshold": float(margin[selected].min()) if by_margin else None,
+            "length_r2": length_r2(one, margin),
+            "scores": score_r2(run, one),
+            "groups": groups(run, one),
+            "ensemble": ensemble(run, one),
+        }
     if selected is not None:
+        if "selected" in (offline or {}):
+            found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
         noise = noise_found(str(run.settings.get("selection")), run.swapped, selected)
         if noise is not None:
             found["label_noise"] = noise
     if one.bootstrapped is not None:
-        pairs = one.bootstrapped
-        found.setdefault("margins", {})["bootstrapped_kept"] = quantiles(
-            pairs["margin"][pairs["selected"]]
-        )
-        found["margins"]["bootstrapped_dropped"] = quantiles(pairs["margin"][~pairs["selected"]])
+        of_pairs, kept = one.bootstrapped["margin"], one.bootstrapped["selected"]
+        found["margins"] = found.get("margins", {}) | {
+            "bootstrapped_kept": quantiles(of_pairs[kept]),
+            "bootstrapped_dropped": quantiles(of_pairs[~kept]),
+        }
         found["bootstrapped_ensemble"] = bootstrapped_ensemble(run, one)
     return found
 
@@ -170,15 +171,9 @@ def alarms(run: Run) -> list[dict[str, Any]]:
             judged = judge(summaries)
         except KeyError:  # a summary of another version
             continue
+        names = ("name", "figure", "threshold", "raised", "text")
         found += [
-            {
-                "iteration": one.number,
-                "name": alarm.name,
-                "figure": alarm.figure,
-                "threshold": alarm.threshold,
-                "raised": alarm.raised,
-                "text": alarm.text,
-            }
+            {"iteration": one.number, **{name: getattr(alarm, name) for name in names}}
             for alarm in judged
         ]
     return found

@@ -9,7 +9,7 @@ from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.host.run import keeps
 from sera_plugin.rundir.checksums import COMMAND, write_text
 from sera_plugin.tools.report import about_data, about_training
-from sera_plugin.tools.report.blocks import NOTHING, Section, Table, number
+from sera_plugin.tools.report.blocks import Section, Table, number, value_at
 from sera_plugin.tools.report.data import Run
 from sera_plugin.tools.report.examples import examples
 from sera_plugin.tools.report.figures import figures
@@ -120,34 +120,32 @@ def _reference(run: Run) -> str:
 
 
 def _overview(found: dict[str, Any]) -> Table:
-    rows = []
     raised = [(alarm["iteration"], alarm["raised"]) for alarm in found["alarms"]]
     kept_sets = found["jaccard"] or {"iterations": [], "matrix": []}
+    places = {number: place for place, number in enumerate(kept_sets["iterations"])}
+    rows = []
     for one in found["iterations"]:
-        pairs, held_out = one["pairs"] or {}, one["held_out"] or {}
-        samples = pairs.get("bootstrapped_wanted")
-        at = one["iteration"]
+        pairs, at = one["pairs"] or {}, one["iteration"]
         shared = None
-        if at in kept_sets["iterations"] and at - 1 in kept_sets["iterations"]:
-            index = kept_sets["iterations"].index(at)
-            shared = kept_sets["matrix"][index][index - 1]
-        trained = NOTHING if not pairs else f"{pairs['trained']:,}"
+        if at in places and at - 1 in places:
+            shared = kept_sets["matrix"][places[at]][places[at - 1]]
+        unfinished = " (not done)" if pairs and "train" not in one["seconds"] else ""
+        sampled = pairs["bootstrapped_kept"] if pairs.get("bootstrapped_wanted") else None
         rows.append(
-            [
-                str(at),
-                trained if "train" in one["seconds"] or not pairs else f"{trained} (not done)",
-                number(one.get("kept"), ","),
-                number(pairs["bootstrapped_kept"], ",") if samples else NOTHING,
-                number(one.get("threshold"), "+.3g"),
-                number(one.get("offline_accuracy"), ".0%"),
-                number(held_out.get("accuracy"), ".0%"),
-                number(shared, ".2f"),
-                str(raised.count((at, True))),
-            ]
+            {
+                "iteration": str(at),
+                "pairs trained": number(pairs.get("trained"), ",") + unfinished,
+                "offline kept": number(one.get("kept"), ","),
+                "sampled kept": number(sampled, ","),
+                "kept above": number(one.get("threshold"), "+.3g"),
+                "offline accuracy": number(one.get("offline_accuracy"), ".0%"),
+                "held-out accuracy": number(value_at(one, "held_out", "accuracy"), ".0%"),
+                "Jaccard with last": number(shared, ".2f"),
+                "alarms": str(raised.count((at, True))),
+            }
         )
-    head = ["iteration", "pairs trained", "offline kept", "sampled kept", "kept above"]
-    head += ["offline accuracy", "held-out accuracy", "Jaccard with last", "alarms"]
-    return Table("Iterations", head, rows, "Accuracies are those of the policy it starts from.")
+    note = "Accuracies are those of the policy it starts from."
+    return Table.of("Iterations", rows, note)
 
 
 def _alarms(judged: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.tools.report.data import Candidates, Columns, Iteration, Run
 
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_CANDIDATES = ("row", "candidate", "token_ids", "finish_reason", "logps", "reward")
+_BOOTSTRAPPED = ("row", "chosen_candidate", "rejected_candidate", "margin", "selected")
 _SCORED = ("row", "chosen_length", "rejected_length", "chosen_logp", "rejected_logp")
 
 
@@ -63,20 +65,12 @@ class _Reader:
         return False
 
     def json(self, path: Path) -> dict[str, Any]:
-        try:
-            return read_json(path) if self._whole(path) else {}
-        except (OSError, ValueError) as error:
-            self.note(path, f"cannot be read ({type(error).__name__}) and is left out")
-            return {}
+        return read_json(path) if self._whole(path) else {}
 
     def table(self, path: Path, needed: tuple[str, ...]) -> pa.Table | None:
         if not self._whole(path):
             return None
-        try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            self.note(path, f"cannot be read ({type(error).__name__}) and is left out")
-            return None
+        table = pq.read_table(path)
         missing = [name for name in needed if name not in table.column_names]
         if missing:
             self.note(path, f"has no column {', '.join(missing)} and is left out")
@@ -107,6 +101,7 @@ def read_run(store: RunStore) -> Run:
     dataset = reader.table(store.dataset_file, _TOKENS)
     if dataset is None and not store.dataset_file.exists():
         reader.note(store.dataset_file, "is missing: there are no texts to show")
+    columns = {} if dataset is None else dict(zip(dataset.column_names, dataset, strict=True))
     numbers = sorted(
         int(path.name.removeprefix("iteration-"))
         for path in store.root.glob("iteration-*")
@@ -117,12 +112,10 @@ def read_run(store: RunStore) -> Run:
     return Run(
         root=store.root,
         description=description,
-        tokens=None if dataset is None else {name: TokenColumn(dataset[name]) for name in _TOKENS},
-        scores={}
-        if dataset is None
-        else {
-            name: dataset[name].to_pylist()
-            for name in dataset.column_names
+        tokens={name: TokenColumn(columns[name]) for name in _TOKENS} if columns else None,
+        scores={
+            name: values.to_pylist()
+            for name, values in columns.items()
             if name not in ("row", *_TOKENS)
         },
         iterations=iterations,
@@ -133,24 +126,16 @@ def read_run(store: RunStore) -> Run:
 
 
 def _read_iteration(reader: _Reader, number: int) -> Iteration:
-    store = reader.store
+    files = partial(reader.store.table_file, number)
     choice = ("margin", "selected") if number > 1 else ()
-    candidates = reader.table(
-        store.table_file(number, "candidates"),
-        ("row", "candidate", "token_ids", "finish_reason", "logps", "reward"),
-    )
+    candidates = reader.table(files("candidates"), _CANDIDATES)
     return Iteration(
         number=number,
-        offline=reader.columns(store.table_file(number, "offline"), (*_SCORED, *choice)),
-        evaluation=reader.columns(store.table_file(number, "evaluation"), _SCORED),
-        candidates=None
-        if candidates is None
-        else _candidates(store.table_file(number, "candidates"), candidates),
-        bootstrapped=reader.columns(
-            store.table_file(number, "bootstrapped"),
-            ("row", "chosen_candidate", "rejected_candidate", "margin", "selected"),
-        ),
-        summary=reader.json(store.iteration(number) / "summary.json"),
+        offline=reader.columns(files("offline"), (*_SCORED, *choice)),
+        evaluation=reader.columns(files("evaluation"), _SCORED),
+        candidates=None if candidates is None else _candidates(files("candidates"), candidates),
+        bootstrapped=reader.columns(files("bootstrapped"), _BOOTSTRAPPED),
+        summary=reader.json(reader.store.iteration(number) / "summary.json"),
     )
 
 
@@ -205,12 +190,8 @@ def _history(reader: _Reader) -> list[dict[str, Any]]:
     for step in sorted(checkpoints.steps(output_dir), reverse=True):
         path = checkpoints.checkpoint(output_dir, step) / "trainer_state.json"
         if is_whole(path):
-            try:
-                history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-            except (OSError, ValueError, KeyError):
-                history = None
-            if isinstance(history, list):
-                return [entry for entry in history if isinstance(entry, dict)]
+            history: list[dict[str, Any]] = read_json(path)["log_history"]
+            return history
         reader.note(path, "is not whole: the training curves are of an older checkpoint, if any")
     return []
 
