@@ -113,7 +113,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="not UTF-8"):
         read_prompts(tmp_path / "a.jsonl")
     (tmp_path / "a.parquet").write_bytes(b"no")
-    with pytest.raises(ValueError, match="no parquet file"):
+    with pytest.raises(ValueError, match="not a parquet file"):
         read_prompts(tmp_path / "a.parquet")
     with pytest.raises(OSError, match="No such file"):
         read_prompts(tmp_path / "none.jsonl")

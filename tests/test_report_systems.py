@@ -14,8 +14,8 @@ from sera_plugin.labeling.spin import Spin
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.report.export import export
 from sera_plugin.tools.report.figures import figures
+from sera_plugin.tools.report.inspection import describe_pair, show_pair, show_suspects, suspects
 from sera_plugin.tools.report.page import render
-from sera_plugin.tools.report.pair import describe_pair, show_pair, show_suspects, suspects
 from sera_plugin.tools.report.reading import read_run
 from sera_plugin.tools.report.tokens import texts_of
 from tests.report_run import make_run

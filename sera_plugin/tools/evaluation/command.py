@@ -43,7 +43,10 @@ Examples:
 )
 @click.option("--iterations", is_flag=True, help="All policies of a run in place of its last one.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=None, help="So many prompts, drawn by the seed."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="At most this many prompts, drawn with the seed.",
 )
 @click.option(
     "--temperature",

@@ -71,8 +71,8 @@ class Speaker:
             return []
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
         text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        behind = text.rpartition("answer")[2].strip()
-        first = self.tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+        after = text.rpartition("answer")[2].strip()
+        first = self.tokenizer(after, add_special_tokens=False)["input_ids"][:1]
         return [token for token in first if token in self.tokenizer.all_special_ids]
 
     def prompt(self, conversation: Conversation) -> list[int]:

@@ -12,7 +12,7 @@ set of prompts has:
 - gamma_mx, how hard a prompt is, is not a published value with a coefficient per model. It is the
   smoothed log-odds at which the *other* models compared here win on it, centred. With one model
   there is none, and gamma is 0.
-- phi_m is held back not by verdicts on a baseline told to be brief or wordy, but by a prior: phi_m
+- phi_m is held back not by verdicts on a baseline asked to be brief or wordy, but by a prior: phi_m
   lies around a common phi, and that around 0, each with the weight of one fifth of the outcomes at
   even odds (the weight that the published regression gives to its extra verdicts).
 - An L2 penalty as the prior of a Gaussian, in place of an L1 penalty chosen by cross-validation.

@@ -1,4 +1,4 @@
-"""What is compared: policies of a run, other models, and answers that are there already."""
+"""What is compared: policies of a run, other models, and answers from a file."""
 
 from __future__ import annotations
 

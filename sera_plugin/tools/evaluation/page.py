@@ -37,9 +37,10 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("judge", "none" if judge is None else shown_name(judge["name"], 120)),
     ]
     inconsistent = [one.get("inconsistent") for one in figures["models"]]
-    told = [share for share in inconsistent if share is not None]
-    if told:
-        facts.append(("verdicts that turn with the order", number(sum(told) / len(told), ".0%")))
+    known = [share for share in inconsistent if share is not None]
+    if known:
+        mean = sum(known) / len(known)
+        facts.append(("verdicts that turn with the order", number(mean, ".0%")))
     if judge is not None:
         usage = judge["usage"]
         replies = usage["asked"]["count"] + usage["cached"]["count"]

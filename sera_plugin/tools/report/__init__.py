@@ -9,7 +9,7 @@ Everything here reads the run directory and writes one file; nothing of it is ne
 - `charts`   the pictures, as SVG that takes the page's colours
 - `blocks`, `about_data`, `about_training`   the page's sections
 - `html`, `page`   the HTML page
-- `pair`, `export`   one pair under every policy; pairs as a dataset
+- `pairs`, `inspection`, `export`   pairs one by one: under every policy, and as a dataset
 - `compare`   runs side by side
 - `terminal`, `commands`   the command line
 """

@@ -109,7 +109,12 @@ def inspect(
     if (path is None) != (which is None) or (iteration is not None and path is None):
         raise click.UsageError("--export and --which go together; --iteration needs --export.")
     with refusing():
-        from sera_plugin.tools.report.pair import describe_pair, show_pair, show_suspects, suspects
+        from sera_plugin.tools.report.inspection import (
+            describe_pair,
+            show_pair,
+            show_suspects,
+            suspects,
+        )
         from sera_plugin.tools.report.terminal import json_text
         from sera_plugin.tools.report.tokens import texts_of
 
