@@ -27,7 +27,6 @@ def test_a_win_rate_by_hand():
     assert found.rate == 7 / 16
     assert found.error == pytest.approx((140 / 256 / 3) ** 0.5 / 2, abs=1e-15)
     assert (found.wins, found.ties, found.losses, found.missing) == (1, 1, 2, 2)
-    assert found.judged == 4
 
 
 def test_the_interval_is_that_of_a_binomial():
@@ -46,11 +45,11 @@ def test_the_bootstrap_is_seeded():
 
 def test_few_outcomes_or_none():
     one = win_rate([1.0])
-    assert (one.rate, one.low, one.high, one.judged) == (1.0, 1.0, 1.0, 1)
+    assert (one.rate, one.low, one.high, one.wins) == (1.0, 1.0, 1.0, 1)
     assert np.isnan(one.error)
     for none in (win_rate([]), win_rate([NAN, NAN])):
         assert np.isnan([none.rate, none.error, none.low, none.high]).all()
-        assert none.judged == 0
+        assert (none.wins, none.ties, none.losses) == (0, 0, 0)
     assert win_rate([NAN, NAN]).missing == 2
 
 

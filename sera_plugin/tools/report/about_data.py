@@ -61,21 +61,16 @@ def choice(run: Run, found: Figures) -> Section:
     # Where all pairs are kept, or none, there is no choice to agree on.
     if chance not in (None, 1.0) and len(shared["iterations"]) > 1:
         latest = shared["matrix"][-1][-2]
-        names = [f"t = {number}" for number in shared["iterations"]]
-        section.tables.append(
-            Table(
-                f"The last two selections have a Jaccard index of {latest:.2f}; two random ones "
-                f"would have {number(chance, '.2f')}",
-                ["", *names],
-                [
-                    [name, *(f"{value:.2f}" for value in values)]
-                    for name, values in zip(names, shared["matrix"], strict=True)
-                ],
-                "Jaccard index of two iterations' kept sets: shared pairs over pairs in either. "
-                "1 is the same set.",
-                [[None, *values] for values in shared["matrix"]],
-            )
+        title = (
+            f"The last two selections have a Jaccard index of {latest:.2f}; two random ones would "
+            f"have {number(chance, '.2f')}"
         )
+        note = (
+            "Jaccard index of two iterations' kept sets: shared pairs over pairs in either. 1 is "
+            "the same set."
+        )
+        names = [f"t = {iteration}" for iteration in shared["iterations"]]
+        section.tables.append(Table.square(title, names, shared["matrix"], note))
     section.tables.extend(_noise(found))
     for one, figures in zip(run.iterations, found["iterations"], strict=True):
         chart = _ensemble(run, one, figures)

@@ -39,6 +39,17 @@ class Table:
         head = list(rows[0]) if rows else []
         return cls(title, head, [[row[name] for name in head] for row in rows], note)
 
+    @classmethod
+    def square(
+        cls, title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], note: str
+    ) -> Table:
+        """Values from 0 to 1 of each with each, shaded."""
+        rows = [
+            [name, *(number(value, ".2f") for value in values)]
+            for name, values in zip(names, matrix, strict=True)
+        ]
+        return cls(title, ["", *names], rows, note, [[None, *values] for values in matrix])
+
     def text(self) -> str:
         """The table for a terminal."""
         return "\n".join([self.title, plain_table(self.head, self.rows), self.note]).rstrip()

@@ -149,18 +149,9 @@ def tables(compared: dict[str, Any]) -> list[Table]:
         ),
     ]
     for one in compared["selections"]:
-        found.append(
-            Table(
-                f"Jaccard index of the pairs kept in iteration {one['iteration']}",
-                ["", *names],
-                [
-                    [name, *(number(value, ".2f") for value in values)]
-                    for name, values in zip(names, one["matrix"], strict=True)
-                ],
-                "Only of runs with the same dataset.",
-                [[None, *values] for values in one["matrix"]],
-            )
-        )
+        title = f"Jaccard index of the pairs kept in iteration {one['iteration']}"
+        note = "Only of runs with the same dataset."
+        found.append(Table.square(title, names, one["matrix"], note))
     return [table for table in found if table.rows]
 
 
