@@ -101,7 +101,9 @@ def read_run(store: RunStore) -> Run:
     dataset = reader.table(store.dataset_file, _TOKENS)
     if dataset is None and not store.dataset_file.exists():
         reader.note(store.dataset_file, "is missing: there are no texts to show")
-    columns = {} if dataset is None else dict(zip(dataset.column_names, dataset, strict=True))
+    columns = (
+        {} if dataset is None else dict(zip(dataset.column_names, dataset.columns, strict=True))
+    )
     numbers = sorted(
         int(path.name.removeprefix("iteration-"))
         for path in store.root.glob("iteration-*")
