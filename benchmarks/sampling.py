@@ -13,16 +13,14 @@ import json
 import logging
 import os
 import platform
-import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -30,16 +28,18 @@ from typing import Any
 
 import numpy as np
 import psutil
-import requests
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.sampling.child import Child
+from sera_plugin.sampling.client import Client
+from sera_plugin.sampling.interpreter import child_environment, find_vllm
 from sera_plugin.sampling.offload import engine_needs, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, child_environment, find_vllm
+from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler
 from sera_plugin.sampling.vllm_server import VllmServerSampler
 
 CUDA = torch.cuda.is_available()
@@ -85,9 +85,9 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
     needs = engine_needs(model, longest, DTYPE.itemsize)
     dtype = str(DTYPE).removeprefix("torch.")
     served = ServedPolicy(name, str(directory / "adapter"), 16, dtype, None, {}, vocabulary)
-    with running_server(arguments.vllm_python, name, longest, directory) as (port, process):
+    with running_server(arguments.vllm_python, name, longest, directory) as port:
 
-        def offline() -> CandidateSampler:
+        def own() -> CandidateSampler:
             return VllmSampler(
                 arguments.vllm_python,
                 served,
@@ -110,28 +110,25 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
         def in_process() -> CandidateSampler:
             return TransformersSampler(policy, int(tokenizer.pad_token_id or 0), 16_384)
 
-        engines: dict[str, tuple[Callable[[], CandidateSampler], list[psutil.Process]]] = {
-            "transformers": (in_process, []),
-            "vllm": (offline, []),
-            "vllm-server": (server, [psutil.Process(process.pid)]),
+        engines: dict[str, Callable[[], CandidateSampler]] = {
+            "transformers": in_process,
+            "vllm": own,
+            "vllm-server": server,
         }
         results: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
         for number in range(arguments.rounds):
-            for engine, (make, processes) in engines.items():
-                results[engine].append(one_round(make(), prompts, settings, processes))
+            for engine, make in engines.items():
+                results[engine].append(one_round(make(), prompts, settings))
                 print(f"round {number + 1}: {engine}: {results[engine][-1]}", file=sys.stderr)
     return table(arguments, name, prompts, results)
 
 
 def one_round(
-    sampler: CandidateSampler,
-    prompts: list[TokenIds],
-    settings: SamplingSettings,
-    processes: list[psutil.Process],
+    sampler: CandidateSampler, prompts: list[TokenIds], settings: SamplingSettings
 ) -> dict[str, float]:
     """Tokens, seconds and peak memory of one call."""
     tokens = 0
-    with peak_memory(processes) as peak:
+    with peak_memory() as peak:
         start = time.perf_counter()
         for chunk in sampler.sample(prompts, settings):
             tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
@@ -148,22 +145,19 @@ def one_round(
 
 
 @contextmanager
-def peak_memory(processes: list[psutil.Process]) -> Iterator[list[float]]:
-    """GiB: on a GPU all that is used of it, else what this process, its children and `processes`
-    hold (pages that several of them share are counted once each)."""
+def peak_memory() -> Iterator[list[float]]:
+    """GiB: on a GPU all that is used of it, else what this process and its children hold, the
+    running server among them (pages that several of them share are counted once each)."""
     peak, done = [0.0], threading.Event()
 
     def used() -> float:
         if CUDA:
             free, total = torch.cuda.mem_get_info()
             return float(total - free)
-        size = 0
-        for root in (psutil.Process(), *processes):
-            for process in (root, *root.children(recursive=True)):
-                try:
-                    size += process.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
+        size, this = 0, psutil.Process()
+        for process in (this, *this.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                size += process.memory_info().rss
         return size
 
     def watch() -> None:
@@ -180,15 +174,14 @@ def peak_memory(processes: list[psutil.Process]) -> Iterator[list[float]]:
 
 
 @contextmanager
-def running_server(
-    python: str, name: str, longest: int, directory: Path
-) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def running_server(python: str, name: str, longest: int, directory: Path) -> Iterator[int]:
+    """A server that takes adapters, on a port of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
-    command += ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(longest)]
-    command += ["--enable-lora", "--max-lora-rank", "16", "--dtype", str(DTYPE).split(".")[1]]
+    command = [python, "-m", SERVER, "--model", name, "--port", str(port), "--host", "127.0.0.1"]
+    command += ["--max-model-len", str(longest), "--dtype", str(DTYPE).split(".")[1]]
+    command += ["--enable-lora", "--max-lora-rank", "16"]
     if CUDA:
         command += ["--gpu-memory-utilization", "0.4"]  # the other engines run beside it
     else:
@@ -196,27 +189,12 @@ def running_server(
         command += ["--max-num-batched-tokens", str(max(4096, longest))]
     environment = child_environment(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with (directory / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=directory
-        )
-    try:
-        while True:
-            if process.poll() is not None:
-                raise SystemExit((directory / "server.log").read_text()[-3000:])
-            try:
-                if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(1)
-        yield port, process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    client = Client(f"http://127.0.0.1:{port}", "", retries=0, remedy="")
+    with Child(command, environment, directory / "server.log") as server:
+        while client.answers("/health") is None:
+            server.check(server.log_size)
+            time.sleep(1)
+        yield port
 
 
 def train_demo_model(directory: Path) -> str:

@@ -16,11 +16,12 @@ from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling import choose, vllm_server
+from sera_plugin.sampling import choose, client, vllm_server
 from sera_plugin.sampling.choose import Choice, choose_sampler
+from sera_plugin.sampling.interpreter import find_vllm
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first
 from sera_plugin.sampling.samplers import Samplers
-from sera_plugin.sampling.vllm import adapter_problem, find_vllm
+from sera_plugin.sampling.vllm import adapter_problem
 
 MODEL = SimpleNamespace(
     get_input_embeddings=lambda: SimpleNamespace(weight=np.zeros((16, 2), dtype=np.float32))
@@ -204,7 +205,7 @@ def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):
 
 def test_a_server_that_is_not_there_is_said_so(monkeypatch):
     monkeypatch.setattr(vllm_server, "RETRIES", 2)
-    monkeypatch.setattr(vllm_server, "BACKOFF", 0.0)
+    monkeypatch.setattr(client, "BACKOFF", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -37,7 +37,7 @@ from sera_plugin.data.rows import source_name
 from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
-from sera_plugin.sampling import vllm, vllm_server
+from sera_plugin.sampling import child, interpreter, vllm_server
 from sera_plugin.sampling.child import ChildFailed
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm_server import VllmServerSampler
@@ -454,7 +454,7 @@ def test_control_characters_are_shown_and_not_obeyed():
 def test_the_log_of_an_engine_is_shown_and_not_obeyed(tmp_path):
     printed = "\x1b[36mfine\x1b[0m\n\x1b[2J\x1b]0;mine\x07\nValueError: \x1b[5mno\x00\n"
     failure = ChildFailed("RuntimeError: \x1b[2Ja\n  b\x07", printed, tmp_path / "log")
-    text = vllm._explain(failure)
+    text = child.explain(failure)
     assert all(line.isprintable() for line in text.split("\n"))
     assert "stopped: RuntimeError: \\x1b[2Ja b\\x07." in text
     assert "  | fine\n  | \\x1b[2J\\x1b]0;mine\\x07\n" in text
@@ -466,7 +466,7 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
     path.write_text("#!/bin/sh\nprintf '\\033[2Jbroken\\007' >&2\nexit 1\n")
     path.chmod(0o755)
     with pytest.raises(RuntimeError) as failure:
-        vllm.find_vllm(str(path))
+        interpreter.find_vllm(str(path))
     assert str(failure.value).endswith("\\x1b[2Jbroken\\x07")
 
 
@@ -478,7 +478,7 @@ def test_an_engine_stays_on_this_machine_whatever_the_training_run_uses(monkeypa
         monkeypatch.setenv(name, "10.0.0.1")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "eth0")
-    environment = vllm.child_environment(sys.executable)
+    environment = interpreter.child_environment(sys.executable)
     assert environment["VLLM_HOST_IP"] == environment["VLLM_LOOPBACK_IP"] == "127.0.0.1"
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
 

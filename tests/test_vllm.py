@@ -24,7 +24,8 @@ import requests
 import yaml
 
 from sera_plugin.algorithm.protocols import SamplingSettings
-from sera_plugin.sampling import child, vllm, vllm_server
+from sera_plugin.sampling import child, interpreter, vllm, vllm_server
+from sera_plugin.sampling import client as http
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 from sera_plugin.sampling.vllm_server import VllmServerSampler
@@ -100,11 +101,12 @@ def greedy_by_transformers(model: Path, policy: Path | None, rows) -> dict:
 
 
 def workers(of: psutil.Process) -> list[psutil.Process]:
-    """The vLLM worker and all that it has started."""
+    """The server of a phase and all that it has started."""
 
     def is_worker(process: psutil.Process) -> bool:
         with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
-            return vllm.WORKER.name in " ".join(process.cmdline())
+            command = " ".join(process.cmdline())
+            return vllm.SERVER in command and "--served-model-name=" in command
         return False
 
     found = [process for process in of.children(recursive=True) if is_worker(process)]
@@ -196,7 +198,7 @@ def test_an_engine_listens_on_loopback_only(world, tmp_path, monkeypatch):
         stop.set()
         watcher.join()
     assert len(found) == 600
-    assert max(looks) >= 3  # the worker, its guard, and the engine
+    assert max(looks) >= 3  # the server, its guard, and the engine
     assert listening  # gloo does: without a socket seen this test would say nothing
     assert all(ip_address(ip).is_loopback for ip in listening), listening
 
@@ -215,7 +217,7 @@ def test_every_rank_has_an_engine_of_its_own(config, tmp_path, runs):
         assert table["token_ids"] == candidates(runs["lora"], 2)["token_ids"]
 
 
-def test_killing_the_worker_keeps_finished_chunks_and_the_next_try_goes_on(world, tmp_path):
+def test_killing_the_server_keeps_finished_chunks_and_the_next_try_goes_on(world, tmp_path):
     rows = prompts(world, 1500)
     sampler = offline(world.base, tmp_path)
     chunks = sampler.sample(rows, settings(candidates=4))
@@ -240,13 +242,12 @@ def test_killing_the_worker_keeps_finished_chunks_and_the_next_try_goes_on(world
 
 def test_a_hung_engine_is_ended(world, tmp_path, monkeypatch):
     sampler = offline(world.base, tmp_path)
-    # More than the pipe and the queue hold, so that the worker cannot have finished meanwhile.
-    chunks = sampler.sample(prompts(world, 6000), settings(candidates=4))
+    chunks = sampler.sample(prompts(world, 1500), settings(candidates=4))
     next(chunks)
     family = workers(psutil.Process())
     monkeypatch.setattr(child, "PATIENCE", 6.0)
     monkeypatch.setattr(child, "GRACE", 3.0)
-    os.killpg(family[0].pid, signal.SIGSTOP)  # the worker and its engine, but not the guard
+    os.killpg(family[0].pid, signal.SIGSTOP)  # the server and its engine, but not the guard
     with pytest.raises(SamplingFailed, match="it hung: no progress for 6 seconds"):
         list(chunks)
     assert gone(*(process.pid for process in family))
@@ -267,7 +268,7 @@ def test_what_this_vllm_cannot_do_is_said_with_the_choices(world, tmp_path):
     assert "sera.sampler to transformers or vllm-server" in text
     plain = ServedPolicy(str(world.base), None, 0, "float32", None, {}, 99)
     text = refused(plain, Memory(None, whole_fits=True), an_option_of_tomorrow=True)
-    assert "does not know the option an_option_of_tomorrow" in text
+    assert "unrecognized arguments: --an-option-of-tomorrow" in text
     assert "docs/sampling.md lists versions" in text
     text = refused(plain, Memory(None, whole_fits=True), max_model_len=4096)
     assert "do not fit into the model's own context: lower sequence_len" in text
@@ -302,7 +303,7 @@ def test_neither_ctrl_c_nor_a_killed_trainer_leaves_a_process(config, tmp_path, 
     for number in (signal.SIGINT, signal.SIGKILL):
         trainer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process, family = psutil.Process(trainer.pid), []
-        # The worker, its guard, and the engine.
+        # The server, its guard, and the engine.
         while len(family) < 4:
             assert trainer.poll() is None
             time.sleep(0.5)
@@ -324,11 +325,12 @@ def test_neither_ctrl_c_nor_a_killed_trainer_leaves_a_process(config, tmp_path, 
 
 def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> SimpleNamespace:
     port = free_port()
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [PYTHON, "-m", vllm.SERVER, "--model", str(model)]
     command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "40", *arguments]
     # vLLM 0.30 on a CPU cannot take a seed for a prompt that it prefills in parts.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+    environment = interpreter.child_environment(PYTHON) | environment
     with (directory / f"server-{port}.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -336,7 +338,9 @@ def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> 
             stderr=log,
             start_new_session=True,
             cwd=directory,
-            env=vllm.child_environment(PYTHON) | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
+            env=interpreter.child_environment(PYTHON)
+            | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+            | environment,
         )
     return SimpleNamespace(port=port, process=process, url=f"http://127.0.0.1:{port}")
 
@@ -381,7 +385,7 @@ def servers(world, tmp_path_factory):
 @pytest.fixture
 def client(world, monkeypatch):
     monkeypatch.setenv(vllm_server.API_KEY, KEY)
-    monkeypatch.setattr(vllm_server, "BACKOFF", 0.1)
+    monkeypatch.setattr(http, "BACKOFF", 0.1)
 
     def make(port: int, base=world.base, policy=Path("none"), **changes) -> VllmServerSampler:
         from sera_plugin.tools.demo.base_model import build_tokenizer

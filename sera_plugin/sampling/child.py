@@ -1,34 +1,35 @@
 """A child process that cannot outlive the training process, and that says what went wrong.
 
-The child speaks JSON, one object per line, on its standard output; everything it prints goes to a
-log file. Its standard input is its lifeline: it holds the job, and when it closes, because we are
-done or because we were killed, the child's whole process group ends (see `vllm_worker.guard`).
+Everything it prints goes to a log file. `lifeline` holds the other end of its standard input.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import queue
+import re
 import signal
 import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
 
 import psutil
 
-#: A child that neither answers nor, while it starts, logs anything for this many seconds is hung.
+from sera_plugin.config.quoting import printable
+from sera_plugin.sampling import lifeline
+
+#: A child that shows no sign of life for this many seconds is hung.
 PATIENCE = 900.0
 #: Seconds that processes get to end by themselves before they are killed.
 GRACE = 15.0
+#: Lines of the log that a failure quotes.
+_TAIL = 15
 
 
 class ChildFailed(RuntimeError):
-    """The child ended without finishing its job.
+    """The child ended or hung.
 
     Attributes:
         reason: what happened, in one sentence.
@@ -48,38 +49,29 @@ class Child:
 
     Args:
         command: what to run.
-        job: sent to it as one line of JSON.
         environment: all of its environment.
         log: receives what it prints; appended to.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        job: Mapping[str, Any],
-        environment: Mapping[str, str],
-        log: Path,
-    ) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        self._job = job
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._log_start = file.tell()
-            # No shell; the worker's file and the interpreter that the YAML names.
+            # No shell; our own file, and the interpreter that the YAML names.
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-I", lifeline.__file__, *command],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=file,
                 stderr=file,
                 env=dict(environment),
                 cwd=log.parent,
                 start_new_session=True,  # a group of its own; Ctrl-C is for us to pass on
             )
-        self._done = False
         self._family: dict[int, psutil.Process] = {}
-        self._remember_family()
-        self._lines: queue.Queue[bytes | None] = queue.Queue(maxsize=16)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._next_look = 0.0
+        self._seen: object = None
+        self._since = monotonic()
 
     def __enter__(self) -> Child:
         return self
@@ -87,104 +79,85 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
+    def check(self, sign: Callable[[], object]) -> None:
+        """Return at once where the child runs; to be called every second or so.
 
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """What the child says until it says `{"done": true}`.
+        Args:
+            sign: gives something else whenever the child has made progress. It is called now and
+                then only.
 
         Raises:
-            ChildFailed: if it reports an error, ends, or shows no sign of life.
+            ChildFailed: if the child has ended, or has made no progress for `PATIENCE` seconds.
         """
-        self._send_job()
-        started = False
-        last_sign, log_size = monotonic(), -1
-        while True:
-            try:
-                line = self._lines.get(timeout=1.0)
-            except queue.Empty:
-                self._remember_family()
-                size = self.log.stat().st_size
-                if not started and size != log_size:
-                    # Loading and compiling answer nothing for minutes, but they log.
-                    last_sign, log_size = monotonic(), size
-                if monotonic() - last_sign > PATIENCE:
-                    raise self._failed(f"it hung: no progress for {PATIENCE:.0f} seconds") from None
-                continue
-            if line is None or not line.endswith(b"\n"):  # it died, perhaps in the middle of one
-                raise self._failed(self._how_it_ended())
-            last_sign = monotonic()
-            message: dict[str, Any] = json.loads(line)
-            if "error" in message:
-                raise self._failed(message["error"])
-            if "done" in message:
-                self._done = True
-                return
-            started = started or "ready" in message
-            yield message
+        if self._process.poll() is not None:
+            raise self.failed(_how_it_ended(self._process.returncode))
+        if monotonic() < self._next_look:
+            return
+        self._remember_family()
+        seen = sign()
+        self._next_look = monotonic() + PATIENCE / 60
+        if seen != self._seen:
+            self._seen, self._since = seen, monotonic()
+        elif monotonic() - self._since > PATIENCE:
+            raise self.failed(f"it hung: no progress for {PATIENCE:.0f} seconds")
 
-    def _send_job(self) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended already; messages() says so
-            self._process.stdin.write(json.dumps(self._job).encode() + b"\n")
-            self._process.stdin.flush()
+    def ended(self, within: float) -> str | None:
+        """How it ended, None if it has not within some seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            return _how_it_ended(self._process.wait(within))
+        return None
 
-    def _how_it_ended(self) -> str:
-        try:
-            code = self._process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            return "it closed its output and went on without an answer"
-        if code >= 0:
-            return f"it ended with exit code {code}"
-        name = signal.Signals(-code).name
-        killer = " (often the operating system, out of memory)" if -code == signal.SIGKILL else ""
-        return f"it was killed by {name}{killer}"
+    def log_size(self) -> int:
+        """Bytes in its log: loading and compiling answer nothing for minutes, but they log."""
+        return self.log.stat().st_size
 
-    def _failed(self, reason: str) -> ChildFailed:
+    def failed(self, reason: str) -> ChildFailed:
+        """What to raise, with the end of what this child has printed."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - 65_536))
             return ChildFailed(reason, file.read().decode("utf-8", "replace"), self.log)
 
-    def _remember_family(self) -> None:
-        """Descendants are only known while their parents live."""
-        try:
-            family = psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
-        self._family.update({process.pid: process for process in family})
-
     def close(self) -> None:
         """End the child and every process it has started; returns when they are gone."""
         self._remember_family()
-        if self._done:  # it closes its engine by itself
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE)
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._process.stdin.close()
         if not self._finished():
-            self._kill()
+            for process in self._left():
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             self._finished()
         self._process.wait()
+
+    def _remember_family(self) -> None:
+        """Descendants are only known while their parents live."""
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            self._family.update({process.pid: process for process in family})
 
     def _finished(self) -> bool:
         """Wait for all of the family to end by itself, for a while."""
         until = monotonic() + GRACE
         while monotonic() < until:
             self._process.poll()  # collects it
-            if not any(map(_alive, [*self._family.values(), *_group(self._process.pid)])):
+            if not self._left():
                 return True
             sleep(0.1)
         return False
 
-    def _kill(self) -> None:
-        for process in [*_group(self._process.pid), *self._family.values()]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    def _left(self) -> list[psutil.Process]:
+        """Of its descendants and its process group those that are alive."""
+        members = [each for each in psutil.process_iter() if _group(each.pid) == self._process.pid]
+        return [each for each in [*members, *self._family.values()] if _alive(each)]
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"it ended with exit code {code}"
+    name = signal.Signals(-code).name
+    killer = " (often the operating system, out of memory)" if -code == signal.SIGKILL else ""
+    return f"it was killed by {name}{killer}"
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -194,13 +167,66 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def _group(leader: int) -> list[psutil.Process]:
-    """Every process of the leader's process group."""
-    members = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == leader:
-                members.append(process)
-        except (ProcessLookupError, PermissionError):
-            continue
-    return members
+def _group(pid: int) -> int | None:
+    with suppress(ProcessLookupError, PermissionError):
+        return os.getpgid(pid)
+    return None
+
+
+def explain(failure: ChildFailed) -> str:
+    """What happened, the first error in the log, its end, and what to change."""
+    lines = [printable(line) for line in failure.printed.splitlines()]
+    errors = re.findall(
+        r"\b[A-Z]\w*(?:Error|Exception): .+|error: unrecognized arguments: .+", "\n".join(lines)
+    )
+    reason = printable(" ".join(failure.reason.split())).rstrip(".")
+    text = "\n".join([failure.reason, *errors])
+    remedy = next(
+        (advice for pattern, advice in _REMEDIES if re.search(pattern, text, re.IGNORECASE)),
+        "If the log does not tell what to change, set sera.sampler: transformers.",
+    )
+    return "\n".join(
+        [
+            f"sampling with vLLM stopped: {reason}.",
+            *([f"The first error in its log: {errors[0]}"] if errors else []),
+            f"The end of {failure.log}:",
+            *(f"  | {line}" for line in lines[-_TAIL:]),
+            f"What to do: {remedy}",
+            "What was sampled is kept: with `auto_resume_from_checkpoints: true` the same command "
+            "goes on from there.",
+        ]
+    )
+
+
+#: What a log says, and what helps.
+_REMEDIES = (
+    (
+        r"killed by SIGKILL",
+        "something outside killed it. If host memory was short, end other programs.",
+    ),
+    (
+        r"out of memory|available memory|free memory|cache blocks|larger than the available KV",
+        "the engine did not find enough memory. End other programs on the GPU, lower "
+        "sera.max_new_tokens or vllm.max_model_len, set vllm.enforce_eager: true, or leave "
+        "vllm.gpu_memory_utilization out so that it is derived from what is free.",
+    ),
+    (
+        r"max_model_len \(\d+\) is greater than",
+        "prompt and candidate do not fit into the model's own context: lower sequence_len, "
+        "sera.max_new_tokens or vllm.max_model_len to it.",
+    ),
+    (
+        r"it hung",
+        "run it again. If it hangs at the same place, set vllm.enforce_eager: true or "
+        "sera.sampler: transformers.",
+    ),
+    (
+        r"No module named|cannot import name|undefined symbol",
+        "sera.vllm_python names an environment whose vLLM does not load; docs/sampling.md says how "
+        "to make one.",
+    ),
+    (
+        r"unrecognized arguments|unexpected keyword argument",
+        "this vLLM lacks something that is used here; docs/sampling.md lists versions.",
+    ),
+)

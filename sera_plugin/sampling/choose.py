@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sera_plugin.sampling.vllm import find_vllm
+from sera_plugin.sampling.interpreter import find_vllm
 
 SAMPLERS = ("transformers", "vllm", "vllm-server")
 

@@ -1,37 +1,35 @@
-"""Sampling with a vLLM that lives for the phase only: a child process on the trainer's own GPU."""
+"""Sampling with a vLLM that lives for the phase only: a server on loopback, as a child process."""
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-import re
-import subprocess
-import sys
+import secrets
+import socket
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
-from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
-from sera_plugin.config.quoting import printable
+from sera_plugin.algorithm.protocols import Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import WHOLE, Shard
-from sera_plugin.sampling.answers import read_candidates
-from sera_plugin.sampling.child import Child, ChildFailed
+from sera_plugin.sampling.child import Child, ChildFailed, explain
+from sera_plugin.sampling.client import Client
+from sera_plugin.sampling.interpreter import child_environment, serves_four_bit
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 
 LOG = logging.getLogger("axolotl.sera")
-WORKER = Path(__file__).with_name("vllm_worker.py")
 
+#: vLLM's own `vllm` program does not start in its CPU build.
+SERVER = "vllm.entrypoints.openai.api_server"
 #: What vLLM takes as `max_lora_rank`.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-#: Variables that tell a process which rank it is; the child is not one of our ranks.
-_DISTRIBUTED = re.compile(
-    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT)$"
-    r"|GROUP_|ROLE_|TORCHELASTIC_|ACCELERATE_|FSDP_|DEEPSPEED_"
-)
-_TAIL = 15
+#: The name under which a child serves the policy.
+_POLICY = "policy"
+#: Seconds in which a server that stopped answering shows how it ended.
+_ENDS_WITHIN = 10.0
 
 
 @dataclass(frozen=True)
@@ -91,81 +89,14 @@ def adapter_problem(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def find_vllm(python: str) -> str:
-    """The version of vLLM that an interpreter imports.
-
-    Raises:
-        RuntimeError: saying what is wrong with it.
-    """
-    command = [python, "-c", "import vllm; print(); print('vllm', vllm.__version__)"]
-    try:
-        # No shell; the interpreter that the YAML names.
-        result = subprocess.run(
-            command, env=child_environment(python), capture_output=True, text=True, timeout=300
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"{python} does not run: {error}") from None
-    lines = (result.stdout.splitlines() or [""])[-1].split()
-    if result.returncode == 0 and lines[:1] == ["vllm"]:
-        return lines[1]
-    said = [printable(line) for line in result.stderr.splitlines() if line.strip()]
-    if said and "No module named 'vllm'" in said[-1]:
-        raise RuntimeError(f"vLLM is not installed in {python}")
-    raise RuntimeError(f"vLLM cannot be imported by {python}: {said[-1] if said else 'no output'}")
-
-
-def child_environment(python: str, devices: Sequence[str] = ()) -> dict[str, str]:
-    """This process's environment without what would mislead an engine in another process."""
-    environment = {
-        name: value for name, value in os.environ.items() if not _DISTRIBUTED.match(name)
-    }
-    if python != sys.executable:
-        for name in ("PYTHONPATH", "PYTHONHOME"):
-            environment.pop(name, None)
-    environment |= {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "PYTHONUNBUFFERED": "1",
-        # An engine serves this process alone: nothing of it listens on the network, whichever
-        # interfaces the training processes use among each other.
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOOPBACK_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-    }
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    return environment
-
-
-def sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
-    """Every field that shapes a distribution, so that no engine's or model's default does."""
-    return {
-        "n": settings.candidates,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": 0,
-        "min_p": 0.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_tokens": 0,
-        # The end tokens are ours, and the same for every engine.
-        "ignore_eos": True,
-        "stop_token_ids": list(settings.end_ids),
-        "skip_special_tokens": False,
-    }
-
-
 class VllmSampler:
-    """Samples in a child process with vLLM's offline engine.
+    """Samples from a vLLM server of its own, which is started for the phase and gone after it.
 
     Args:
         python: interpreter of the environment that has vLLM.
         policy: what to serve.
         options: the host's `vllm:` block, keys that are unset left out.
-        log: what the child prints goes here.
+        log: what the server prints goes here.
         make_room: frees accelerator memory for as long as its block lasts.
         shard: this process's part of the prompts. Without any it makes room and waits: another
             process has the engine on its device.
@@ -200,66 +131,96 @@ class VllmSampler:
 
         Raises:
             ValueError: for a prompt that leaves no room to sample.
-            SamplingFailed: with what happened, the end of the child's log and what to change.
+            SamplingFailed: with what happened, the end of the server's log and what to change.
         """
         settings = settings.within(self.longest)
         rows = longest_first(prompts, skip)
         if not rows:
             return
-        jobs = [
-            [row, prompts[row].tolist(), room(row, prompts[row], settings), settings.stream(row)]
-            for row in rows
-        ]
-        length = max(len(token_ids) + limit for _, token_ids, limit, _ in jobs)
-        mine = self.shard.of(jobs, [len(token_ids) + limit for _, token_ids, limit, _ in jobs])
-        limits = {row: limit for row, _, limit, _ in mine}
-        with self.make_room(length) as memory:
+        limits = {row: room(row, prompts[row], settings) for row in rows}
+        lengths = [len(prompts[row]) + limits[row] for row in rows]
+        mine = self.shard.of(rows, lengths)
+        with self.make_room(max(lengths)) as memory:
             if not mine:
                 return
-            job = {
-                "engine": self._engine(length, memory),
-                "quantized": self.policy.quantized,
-                "whole_fits": memory.whole_fits,
-                "adapter": self.policy.adapter,
-                "sampling": sampling_fields(settings),
-                "prompts": mine,
-            }
-            environment = child_environment(self.python, memory.devices)
+            weights = self._weights(memory)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            key = secrets.token_urlsafe()
+            environment = child_environment(self.python, memory.devices) | {"VLLM_API_KEY": key}
             if memory.utilization is None:
                 environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(memory.cache_gib))
+            options = self._engine(max(lengths), memory, weights)
+            flags = [_flag(name, value) for name, value in options.items()]
+            command = [self.python, "-m", SERVER, f"--port={port}", *flags]
+            # A connection that the server has closed while it was idle is opened again.
+            client = Client(f"http://127.0.0.1:{port}", key, retries=1, remedy="")
             LOG.info("SeRA: starting vLLM; what it prints goes to %s", self.log)
             starting = perf_counter()
-            child = Child([self.python, str(WORKER)], job, environment, self.log)
+            child = Child(command, environment, self.log)
             try:
-                for message in child.messages():
-                    if "ready" in message:
-                        self._started(message["ready"], perf_counter() - starting)
-                    elif message["chunk"]:
-                        yield [
-                            (row, self._read(row, choices, limits.pop(row, None), settings))
-                            for row, choices in message["chunk"]
-                        ]
+                while client.answers("/health") is None:
+                    child.check(child.log_size)
+                    sleep(0.5)
+                self._started(client.version(), weights, perf_counter() - starting)
+                yield from client.sample(
+                    _POLICY,
+                    prompts,
+                    {row: limits[row] for row in mine},
+                    settings,
+                    self.policy.vocabulary,
+                    lambda: child.check(lambda: _tokens(client)),
+                )
             except ChildFailed as failure:
-                raise SamplingFailed(_explain(failure)) from None
+                raise SamplingFailed(explain(failure)) from None
+            except SamplingFailed as failure:
+                reason = child.ended(_ENDS_WITHIN) or str(failure)
+                raise SamplingFailed(explain(child.failed(reason))) from None
             finally:
                 stopping = perf_counter()
                 child.close()
                 self.seconds["stop_engine"] = round(perf_counter() - stopping, 3)
 
-    def _engine(self, length: int, memory: Memory) -> dict[str, Any]:
-        """vLLM's engine options for this phase."""
-        on_cpu = memory.utilization is None
-        engine = {
-            "model": self.policy.model,
-            "dtype": self.policy.dtype,
+    def _weights(self, memory: Memory) -> str:
+        """The format to serve the base model's weights in.
+
+        Raises:
+            SamplingFailed: if there is none that this vLLM can load and that fits.
+        """
+        quantized = self.policy.quantized
+        try:
+            if quantized == "nf4" and serves_four_bit(self.python):
+                return "bitsandbytes nf4"
+        except RuntimeError as error:
+            raise SamplingFailed(f"sampling with vLLM stopped: {error}.") from None
+        if quantized and not memory.whole_fits:
+            raise SamplingFailed(
+                f"sampling with vLLM stopped: this vLLM cannot load the base model in {quantized}, "
+                f"and in {self.policy.dtype} it does not fit into the memory that is free. Install "
+                "vLLM's bitsandbytes plugin package into its environment, or set sera.sampler to "
+                "transformers or vllm-server."
+            )
+        return self.policy.dtype
+
+    def _engine(self, length: int, memory: Memory, weights: str) -> dict[str, Any]:
+        """vLLM's options for this phase."""
+        policy = self.policy
+        engine: dict[str, Any] = {
+            "model": policy.model,
+            "served_model_name": "base" if policy.adapter else _POLICY,
+            "host": "127.0.0.1",
+            "dtype": policy.dtype,
             "max_model_len": length,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            **self.policy.options,
+            "uvicorn_log_level": "warning",
+            **policy.options,
         }
-        if on_cpu:
+        if weights.startswith("bitsandbytes"):
+            engine["quantization"] = "bitsandbytes"
+        if memory.utilization is None:
             engine |= {
                 # Compiling takes longer than it saves in a phase of minutes.
                 "enforce_eager": True,
@@ -268,93 +229,38 @@ class VllmSampler:
                 "max_num_batched_tokens": max(4096, length),
             }
         engine |= self.options
-        if not on_cpu:
+        if memory.utilization is not None:
             engine["gpu_memory_utilization"] = memory.utilization
-        if self.policy.adapter:
+        if policy.adapter:
             engine |= {
                 "enable_lora": True,
                 "max_loras": 1,
-                "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= self.policy.rank),
+                "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= policy.rank),
+                "lora_modules": {"name": _POLICY, "path": policy.adapter},
             }
         return engine
 
-    def _read(
-        self, row: int, choices: object, limit: int | None, settings: SamplingSettings
-    ) -> list[Candidate]:
-        try:
-            if limit is None:
-                raise ValueError("it is not waiting for an answer")
-            return read_candidates(choices, settings, limit, self.policy.vocabulary)
-        except ValueError as error:
-            raise SamplingFailed(
-                f"vLLM answers the prompt of row {row} wrongly: {error}. Nothing of it is stored. "
-                "Use a vLLM that docs/sampling.md lists, or set sera.sampler: transformers."
-            ) from None
-
-    def _started(self, ready: Mapping[str, Any], seconds: float) -> None:
+    def _started(self, version: str, weights: str, seconds: float) -> None:
         self.seconds["start_engine"] = round(seconds, 3)
-        self.report |= ready
+        self.report |= {"version": version, "weights": weights}
         LOG.info(
             "SeRA: vLLM %s serves %s in %s, started in %.0f s",
-            ready["version"],
+            version,
             self.policy.adapter or self.policy.model,
-            ready["weights"],
+            weights,
             seconds,
         )
 
 
-def _explain(failure: ChildFailed) -> str:
-    """What happened, the first error in the log, its end, and what to change."""
-    lines = [printable(line) for line in failure.printed.splitlines()]
-    errors = re.findall(r"\b[A-Z]\w*(?:Error|Exception): .+", "\n".join(lines))
-    reason = printable(" ".join(failure.reason.split())).rstrip(".")
-    text = "\n".join([failure.reason, *errors])
-    remedy = next(
-        (advice for pattern, advice in _REMEDIES if re.search(pattern, text, re.IGNORECASE)),
-        "If the log does not tell what to change, set sera.sampler: transformers.",
-    )
-    return "\n".join(
-        [
-            f"sampling with vLLM stopped: {reason}.",
-            *([f"The first error in its log: {errors[0]}"] if errors else []),
-            f"The end of {failure.log}:",
-            *(f"  | {line}" for line in lines[-_TAIL:]),
-            f"What to do: {remedy}",
-            "What was sampled is kept: with `auto_resume_from_checkpoints: true` the same command "
-            "goes on from there.",
-        ]
-    )
+def _flag(name: str, value: Any) -> str:
+    """An option as vLLM's command line takes it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={json.dumps(value) if isinstance(value, Mapping) else value}"
 
 
-#: What a log says, and what helps.
-_REMEDIES = (
-    (
-        r"out of memory|available memory|free memory|cache blocks|larger than the available KV",
-        "the engine did not find enough memory. End other programs on the GPU, lower "
-        "sera.max_new_tokens or vllm.max_model_len, set vllm.enforce_eager: true, or leave "
-        "vllm.gpu_memory_utilization out so that it is derived from what is free.",
-    ),
-    (
-        r"max_model_len \(\d+\) is greater than",
-        "prompt and candidate do not fit into the model's own context: lower sequence_len, "
-        "sera.max_new_tokens or vllm.max_model_len to it.",
-    ),
-    (
-        r"killed by SIGKILL",
-        "something outside killed it. If host memory was short, end other programs.",
-    ),
-    (
-        r"it hung",
-        "run it again. If it hangs at the same place, set vllm.enforce_eager: true or "
-        "sera.sampler: transformers.",
-    ),
-    (
-        r"No module named|cannot import name|undefined symbol",
-        "sera.vllm_python names an environment whose vLLM does not load; docs/sampling.md says how "
-        "to make one.",
-    ),
-    (
-        r"does not know the option|unexpected keyword argument",
-        "this vLLM lacks something that is used here; docs/sampling.md lists versions.",
-    ),
-)
+def _tokens(client: Client) -> list[str]:
+    """The server's counts of tokens so far, which rise while it samples."""
+    lines = (client.answers("/metrics") or "").splitlines()
+    return [line for line in lines if line.startswith("vllm:generation_tokens_total")]
