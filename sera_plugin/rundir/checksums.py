@@ -66,20 +66,27 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if it cannot be written, with what to do about it. The old file is still there.
     """
+    with _beside(path) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _flush(partial)
+        sums = _read(path.parent)
+        earlier = sums.get(path.name, ())
+        written = digest(partial)
+        _write(path.parent, {**sums, path.name: (*earlier, written)})
+        partial.replace(path)
+        _flush(path.parent)
+        if earlier:
+            _write(path.parent, {**sums, path.name: (written,)})
+
+
+@contextmanager
+def _beside(path: Path, advice: Advice = RUN) -> Iterator[Path]:
+    """The name under which a file is written before it gets its own; nothing is left there."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with explained(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            _flush(partial)
-            sums = _read(path.parent)
-            earlier = sums.get(path.name, ())
-            written = digest(partial)
-            _write(path.parent, {**sums, path.name: (*earlier, written)})
-            partial.replace(path)
-            _flush(path.parent)
-            if earlier:
-                _write(path.parent, {**sums, path.name: (written,)})
+        with explained(path.parent, advice):
+            yield partial
     finally:
         with suppress(OSError):  # the one that matters is under way
             partial.unlink(missing_ok=True)
@@ -96,14 +103,9 @@ def write_file(path: Path, write: Callable[[Path], object], advice: Advice = COM
     Raises:
         OSError: if it cannot be written, with what to do about it. The old file is still there.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with explained(path.parent, advice):
-            write(partial)
-            partial.replace(path)
-    finally:
-        with suppress(OSError):  # the one that matters is under way
-            partial.unlink(missing_ok=True)
+    with _beside(path, advice) as partial:
+        write(partial)
+        partial.replace(path)
 
 
 def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
@@ -127,17 +129,13 @@ def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> Non
     Raises:
         OSError: if it cannot be written, with what to do about it.
     """
-    partial, named = directory / f".{name}.partial", Path(name)
-    try:
-        with explained(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            _flush(partial)
-            partial.replace(directory / f"{named.stem}-{digest(partial)[:_SHORT]}{named.suffix}")
-            _flush(directory)
-    finally:
-        with suppress(OSError):  # the one that matters is under way
-            partial.unlink(missing_ok=True)
+    named = Path(name)
+    with _beside(directory / name) as partial:
+        directory.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _flush(partial)
+        partial.replace(directory / f"{named.stem}-{digest(partial)[:_SHORT]}{named.suffix}")
+        _flush(directory)
 
 
 def is_named_right(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """Judges: who says which of two answers is better, or how good one is.
 
 - `prompts`   what a judge is asked, and how its replies are read
-- `config`    an API judge in YAML
 - `client`    one request to an OpenAI-compatible endpoint, until it is answered
 - `api`       judges behind such an endpoint
 - `function`  a Python function that knows the truth
@@ -97,15 +96,16 @@ class Usage:
 
     def add(self, other: Usage) -> None:
         """Count another's in."""
-        _add(self.asked, other.asked)
-        _add(self.cached, other.cached)
-        for name in ("retries", "malformed", "unparsed", "refused"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        _add(self, other)
 
 
-def _add(total: Replies, more: Replies) -> None:
-    for one in fields(Replies):
-        setattr(total, one.name, getattr(total, one.name) + getattr(more, one.name))
+def _add(total: Any, more: Any) -> None:
+    for one in fields(total):
+        count = getattr(total, one.name)
+        if isinstance(count, Replies):
+            _add(count, getattr(more, one.name))
+        else:
+            setattr(total, one.name, count + getattr(more, one.name))
 
 
 class Judge(Protocol):

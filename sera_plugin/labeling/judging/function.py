@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
-import sys
+import runpy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from sera_plugin.config.quoting import quoted
@@ -32,20 +30,19 @@ class FunctionJudge(ScoringJudge):
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`. None from the function is a missing verdict."""
         for index, one in enumerate(answers):
+            given = f"the question {quoted(one.question)} and the answer {quoted(one.answer)}"
             try:
                 value = self._function(one.question, one.answer)
                 score = None if value is None else float(value)
             except Exception as error:
                 raise JudgeFailed(
-                    f"{self.name} raised {type(error).__name__}: {error} on the question "
-                    f"{quoted(one.question)} and the answer {quoted(one.answer)}. It must return "
-                    "a number, or None where it cannot tell."
+                    f"{self.name} raised {type(error).__name__}: {error} on {given}. It must "
+                    "return a number, or None where it cannot tell."
                 ) from error
             if score is not None and not math.isfinite(score):
                 raise JudgeFailed(
-                    f"{self.name} returned {score} on the question {quoted(one.question)} and the "
-                    f"answer {quoted(one.answer)}. It must return a finite number, or None where "
-                    "it cannot tell."
+                    f"{self.name} returned {score} on {given}. It must return a finite number, or "
+                    "None where it cannot tell."
                 )
             if score is None:
                 self.usage.unparsed += 1
@@ -59,34 +56,21 @@ def load_function(spec: str) -> Callable[[str, str], Any]:
         ValueError: naming what is missing.
     """
     place, _, name = spec.rpartition(":")
-    module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
-    function = getattr(module, name, None)
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(
+            f"there is no file {place}. Relative paths start in the working directory."
+        )
+    try:
+        if place.endswith(".py"):
+            function = runpy.run_path(place).get(name)
+        else:
+            function = getattr(importlib.import_module(place), name, None)
+    except Exception as error:  # whatever the code does while it is imported
+        raise ValueError(
+            f"{place} cannot be imported: {type(error).__name__}: {error}. A module has to be "
+            "installed; a file is named with its path and its ending, file.py:function."
+        ) from error
     if not callable(function):
         raise ValueError(f"{place} has no function {quoted(name)}.")
     found: Callable[[str, str], Any] = function
     return found
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}. Relative paths start in the working directory.")
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules.setdefault(path.stem, module)  # its dataclasses look themselves up there
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _from_name(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever the module does while it is imported
-        raise ValueError(
-            f"{name} cannot be imported: {type(error).__name__}: {error}. A module has to be "
-            "installed; a file is named with its path and its ending, file.py:function."
-        ) from error
