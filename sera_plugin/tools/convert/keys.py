@@ -46,8 +46,8 @@ def _renamed(name: str, to: str, read: Callable[[Settings, str], object]) -> Rul
     return Rule(name, f"`{to}`", put)
 
 
-def _also(name: str, read: Callable[[Settings, str], object]) -> Rule:
-    return _renamed(name, name, read)
+def _also(read: Callable[[Settings, str], object], *names: str) -> list[Rule]:
+    return [_renamed(name, name, read) for name in names]
 
 
 _TEXT, _NUMBER, _WHOLE, _SWITCH = Settings.text, Settings.number, Settings.whole, Settings.switch
@@ -59,11 +59,7 @@ RULES: tuple[Rule | None, ...] = (
         "`base_model`, `revision_of_model`",
         model.put_model,
     ),
-    Rule(
-        "add_tokens, add_special_tokens",
-        "`tokens`, `special_tokens`",
-        model.put_tokens,
-    ),
+    Rule("add_tokens, add_special_tokens", "`tokens`, `special_tokens`", model.put_tokens),
     _renamed("use_fast_tokenizer", "tokenizer_use_fast", _SWITCH),
     None,
     Rule(
@@ -106,8 +102,7 @@ RULES: tuple[Rule | None, ...] = (
         model.put_layers,
         "Where the model is a directory, whose config.json says how many layers it has.",
     ),
-    _also("loraplus_lr_ratio", _NUMBER),
-    _also("loraplus_lr_embedding", _NUMBER),
+    *_also(_NUMBER, "loraplus_lr_ratio", "loraplus_lr_embedding"),
     None,
     Rule(
         "dataset, eval_dataset, dataset_dir, max_samples",
@@ -115,12 +110,7 @@ RULES: tuple[Rule | None, ...] = (
         data.put_datasets,
         "See [datasets](#datasets).",
     ),
-    Rule(
-        "template",
-        "`chat_template`",
-        training.put_template,
-        "See [templates](#templates).",
-    ),
+    Rule("template", "`chat_template`", training.put_template, "See [templates](#templates)."),
     _renamed("cutoff_len", "sequence_len", _WHOLE),
     _renamed("preprocessing_num_workers", "dataset_num_proc", _WHOLE),
     Rule(
@@ -129,7 +119,7 @@ RULES: tuple[Rule | None, ...] = (
         training.put_held_out,
         "A share; a number of pairs is left out, because the host takes none for preferences.",
     ),
-    _also("output_dir", _TEXT),
+    *_also(_TEXT, "output_dir"),
     None,
     Rule(
         "num_train_epochs",
@@ -139,7 +129,7 @@ RULES: tuple[Rule | None, ...] = (
     ),
     _renamed("per_device_train_batch_size", "micro_batch_size", _WHOLE),
     _renamed("per_device_eval_batch_size", "eval_batch_size", _WHOLE),
-    _also("gradient_accumulation_steps", _WHOLE),
+    *_also(_WHOLE, "gradient_accumulation_steps"),
     Rule(
         "learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_ratio, warmup_steps",
         "`learning_rate`, `lr_scheduler`, `lr_scheduler_kwargs`, `warmup_ratio` or `warmup_steps`",
@@ -148,12 +138,8 @@ RULES: tuple[Rule | None, ...] = (
     ),
     _renamed("optim", "optimizer", _TEXT),
     _renamed("optim_args", "optim_args", _TEXT),
-    _also("weight_decay", _NUMBER),
-    _also("adam_beta1", _NUMBER),
-    _also("adam_beta2", _NUMBER),
-    _also("adam_epsilon", _NUMBER),
-    _also("max_grad_norm", _NUMBER),
-    _also("seed", _WHOLE),
+    *_also(_NUMBER, "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *_also(_WHOLE, "seed"),
     None,
     Rule(
         "bf16, fp16, pure_bf16, tf32",
@@ -173,27 +159,25 @@ RULES: tuple[Rule | None, ...] = (
         model.put_attention,
         "`auto` is unset; `disabled` is `eager`.",
     ),
-    _also("torch_compile", _SWITCH),
-    _also("dataloader_num_workers", _WHOLE),
-    _also("dataloader_prefetch_factor", _WHOLE),
-    _also("dataloader_pin_memory", _SWITCH),
-    _also("ddp_timeout", _WHOLE),
+    *_also(_SWITCH, "torch_compile"),
+    *_also(_WHOLE, "dataloader_num_workers", "dataloader_prefetch_factor"),
+    *_also(_SWITCH, "dataloader_pin_memory"),
+    *_also(_WHOLE, "ddp_timeout"),
     None,
-    _also("logging_steps", _WHOLE),
+    *_also(_WHOLE, "logging_steps"),
     Rule(
         "save_strategy, save_steps, resume_from_checkpoint, overwrite_output_dir",
         "`save_strategy` or `save_steps`, `auto_resume_from_checkpoints`, `resume_from_checkpoint`",
         training.put_saving,
         "A run that is there is continued, never overwritten.",
     ),
-    _also("save_total_limit", _WHOLE),
+    *_also(_WHOLE, "save_total_limit"),
     Rule(
         "report_to, run_name",
         "`use_wandb`, `use_tensorboard`, `use_mlflow`, `use_trackio`, `wandb_name`",
         training.put_trackers,
     ),
-    _also("hub_model_id", _TEXT),
-    _also("hub_strategy", _TEXT),
+    *_also(_TEXT, "hub_model_id", "hub_strategy"),
 )
 
 #: Every key that is known by its whole name.
