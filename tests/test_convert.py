@@ -101,6 +101,15 @@ def source(**keys) -> dict:
     }
 
 
+def describe(name: str, rows: list | None = None, **info) -> None:
+    """Make one dataset the only one in `dataset_info.json`, and write its file."""
+    info = {"ranking": True, **info}
+    Path("data/dataset_info.json").write_text(json.dumps({name: info}))
+    if rows is not None:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        Path("data", info["file_name"]).write_text("\n".join(lines) + "\n")
+
+
 def run(keys: dict, **options):
     Path("llama.yaml").write_text(yaml.safe_dump(keys))
     converted = convert(Path("llama.yaml"), **options)
@@ -115,185 +124,90 @@ def left_out(said: str) -> dict[str, str]:
 
 # ------------------------------------------------------------------ what it writes
 
-# Whole YAMLs of our own in the manner of LLaMA-Factory's examples.
+# Whole YAMLs of our own in the manner of LLaMA-Factory's examples, and keys that they become.
 YAMLS = {
-    "lora": """
-### model
-model_name_or_path: BASE
+    "lora": (
+        """
 trust_remote_code: true
-### method
-stage: dpo
-do_train: true
-finetuning_type: lora
-lora_rank: 4
-lora_target: q_proj,v_proj
-pref_beta: 0.3
-pref_loss: sigmoid
-### dataset
-dataset: talks,plain,openai
-template: chatml
-cutoff_len: 64
-max_samples: 4
-overwrite_cache: true
-preprocessing_num_workers: 1
-### output
-output_dir: saves/lora
-logging_steps: 10
-save_steps: 500
-plot_loss: true
-overwrite_output_dir: true
-report_to: none
-### train
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 4
-learning_rate: 5e-6
-num_train_epochs: 3.0
-lr_scheduler_type: cosine
-warmup_ratio: 0.1
-bf16: false
-ddp_timeout: 180000000
-resume_from_checkpoint: null
+{stage: dpo, do_train: true, pref_beta: 0.3, pref_loss: sigmoid}
+{finetuning_type: lora, lora_rank: 4, lora_target: "q_proj,v_proj"}
+{dataset: "talks,plain,openai", template: chatml, cutoff_len: 64, max_samples: 4}
+{overwrite_cache: true, preprocessing_num_workers: 1}
+{output_dir: saves/lora, logging_steps: 10, save_steps: 500, plot_loss: true, report_to: none}
+{overwrite_output_dir: true, per_device_train_batch_size: 2, gradient_accumulation_steps: 4}
+{learning_rate: 5e-6, num_train_epochs: 3.0, lr_scheduler_type: cosine, warmup_ratio: 0.1}
+{bf16: false, ddp_timeout: 180000000, resume_from_checkpoint: null}
 """,
-    "qlora with held-out pairs": """
-model_name_or_path: BASE
-stage: dpo
-finetuning_type: lora
-quantization_bit: 4
-quantization_type: fp4
-lora_rank: 16
-lora_alpha: 32
-lora_dropout: 0.05
-lora_target: all
-additional_target: embed_tokens
-use_rslora: true
-pref_beta: 0.1
-dpo_label_smoothing: 0.1
-dataset: talks
-template: chatml
-cutoff_len: 64
-val_size: 0.2
-eval_strategy: steps
-eval_steps: 50
-per_device_eval_batch_size: 2
-output_dir: saves/qlora
-save_strategy: epoch
-optim: paged_adamw_8bit
-learning_rate: 1.0e-5
-num_train_epochs: 1
-report_to: tensorboard
+        """
+{adapter: lora, lora_r: 4, lora_alpha: 8, lora_target_modules: [q_proj, v_proj]}
+{rl_beta: 0.3, num_epochs: 3, micro_batch_size: 2, gradient_accumulation_steps: 4}
+{learning_rate: 5.0e-6, lr_scheduler: cosine, warmup_ratio: 0.1, sequence_len: 64}
+{ddp_timeout: 180000000}
+""",
+    ),
+    "qlora with held-out pairs": (
+        """
+{stage: dpo, finetuning_type: lora, quantization_bit: 4, quantization_type: fp4}
+{lora_rank: 16, lora_alpha: 32, lora_dropout: 0.05, lora_target: all}
+{additional_target: embed_tokens, use_rslora: true, pref_beta: 0.1, dpo_label_smoothing: 0.1}
+{dataset: talks, template: chatml, cutoff_len: 64, val_size: 0.2, eval_strategy: steps}
+{eval_steps: 50, per_device_eval_batch_size: 2, output_dir: saves/qlora, save_strategy: epoch}
+{optim: paged_adamw_8bit, learning_rate: 1.0e-5, num_train_epochs: 1, report_to: tensorboard}
 bf16: false
 """,
-    "full with simpo": """
-model_name_or_path: BASE
-stage: dpo
-finetuning_type: full
-pref_loss: simpo
-pref_beta: 2.5
-simpo_gamma: 1.0
-pref_ftx: 0.1
-dataset: plain
-eval_dataset: talks
-eval_strategy: epoch
-template: chatml
-cutoff_len: 64
-output_dir: saves/full
-disable_gradient_checkpointing: true
-flash_attn: sdpa
-warmup_steps: 10
-num_train_epochs: 2.5
-weight_decay: 0.01
-max_grad_norm: 0.5
-bf16: false
+        """
+{adapter: qlora, load_in_4bit: true, lora_alpha: 32, lora_dropout: 0.05}
+bnb_config_kwargs: {bnb_4bit_quant_type: fp4, bnb_4bit_use_double_quant: true}
+{lora_target_linear: true, lora_modules_to_save: [embed_tokens], peft_use_rslora: true}
+{dpo_label_smoothing: 0.1, val_set_size: 0.2, eval_strategy: steps, eval_steps: 50}
+{eval_batch_size: 2, save_strategy: epoch, optimizer: paged_adamw_8bit, use_tensorboard: true}
+{num_epochs: 1, micro_batch_size: 8, warmup_steps: 0}
 """,
-    "some layers with the likelihood beside": """
-model_name_or_path: BASE
-stage: dpo
-finetuning_type: freeze
-freeze_trainable_layers: 1
-freeze_trainable_modules: mlp
-freeze_extra_modules: norm
-pref_loss: ipo
-pref_ftx: 0.2
-dataset: openai
-template: chatml
-output_dir: saves/freeze
-bf16: false
+    ),
+    "full with simpo": (
+        """
+{stage: dpo, finetuning_type: full, pref_loss: simpo, pref_beta: 2.5, simpo_gamma: 1.0}
+{pref_ftx: 0.1, dataset: plain, eval_dataset: talks, eval_strategy: epoch, template: chatml}
+{cutoff_len: 64, output_dir: saves/full, disable_gradient_checkpointing: true}
+{flash_attn: sdpa, warmup_steps: 10, num_train_epochs: 2.5, weight_decay: 0.01}
+{max_grad_norm: 0.5, bf16: false}
 """,
+        """
+{adapter: null, rl_beta: 2.5, simpo_gamma: 1.0, cpo_alpha: 0.1, gradient_checkpointing: false}
+{attn_implementation: sdpa, warmup_steps: 10, num_epochs: 3, weight_decay: 0.01}
+{max_grad_norm: 0.5, learning_rate: 5.0e-5, lr_scheduler: linear}
+""",
+    ),
+    "some layers with the likelihood beside": (
+        """
+{stage: dpo, finetuning_type: freeze, freeze_trainable_layers: 1}
+{freeze_trainable_modules: mlp, freeze_extra_modules: norm, pref_loss: ipo, pref_ftx: 0.2}
+{dataset: openai, template: chatml, output_dir: saves/freeze, bf16: false}
+""",
+        """
+adapter: null
+unfrozen_parameters: ["[a-z_.]+.(1).mlp", "[a-z0-9_.]*norm"]
+{dpo_loss_type: [ipo, sft], dpo_loss_weights: [1.0, 0.2], rl_beta: 0.1}
+gradient_checkpointing_kwargs: {use_reentrant: false}
+""",
+    ),
 }
-EXPECTED = {
-    "lora": {
-        "adapter": "lora",
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_target_modules": ["q_proj", "v_proj"],
-        "rl_beta": 0.3,
-        "num_epochs": 3,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "learning_rate": 5e-6,
-        "lr_scheduler": "cosine",
-        "warmup_ratio": 0.1,
-        "sequence_len": 64,
-        "ddp_timeout": 180000000,
-    },
-    "qlora with held-out pairs": {
-        "adapter": "qlora",
-        "load_in_4bit": True,
-        "bnb_config_kwargs": {
-            "bnb_4bit_quant_type": "fp4",
-            "bnb_4bit_use_double_quant": True,
-        },
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "lora_target_linear": True,
-        "lora_modules_to_save": ["embed_tokens"],
-        "peft_use_rslora": True,
-        "dpo_label_smoothing": 0.1,
-        "val_set_size": 0.2,
-        "eval_strategy": "steps",
-        "eval_steps": 50,
-        "eval_batch_size": 2,
-        "save_strategy": "epoch",
-        "optimizer": "paged_adamw_8bit",
-        "use_tensorboard": True,
-        "num_epochs": 1,
-        "micro_batch_size": 8,
-        "warmup_steps": 0,
-    },
-    "full with simpo": {
-        "adapter": None,
-        "rl_beta": 2.5,
-        "simpo_gamma": 1.0,
-        "cpo_alpha": 0.1,
-        "gradient_checkpointing": False,
-        "attn_implementation": "sdpa",
-        "warmup_steps": 10,
-        "num_epochs": 3,
-        "weight_decay": 0.01,
-        "max_grad_norm": 0.5,
-        "learning_rate": 5e-5,
-        "lr_scheduler": "linear",
-    },
-    "some layers with the likelihood beside": {
-        "adapter": None,
-        "unfrozen_parameters": ["[a-z_.]+.(1).mlp", "[a-z0-9_.]*norm"],
-        "dpo_loss_type": ["ipo", "sft"],
-        "dpo_loss_weights": [1.0, 0.2],
-        "rl_beta": 0.1,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    },
-}
-LOSS = {"lora": "dpo", "qlora with held-out pairs": "dpo", "full with simpo": "simpo"}
+
+
+def keys_of(text: str) -> dict:
+    """Several keys may stand in a line, in braces."""
+    lines = filter(None, text.splitlines())
+    return {key: value for line in lines for key, value in yaml.safe_load(line).items()}
 
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_what_it_writes_is_read_by_the_host(name, place, world, load):
-    given = yaml.safe_load(YAMLS[name].replace("BASE", str(world.base)))
-    written, _ = run(given)
+    given, expected = map(keys_of, YAMLS[name])
+    written, _ = run(given | {"model_name_or_path": str(world.base)})
     cfg = load(written)
     assert (cfg.rl, cfg.trainer_cls) == ("dpo", "sera_plugin.host.trainer.SeraTrainer")
-    assert cfg.sera["loss"] == LOSS.get(name, "dpo")
-    for key, value in EXPECTED[name].items():
+    assert cfg.sera["loss"] == ("simpo" if "simpo" in name else "dpo")
+    for key, value in expected.items():
         found = cfg.get(key)
         assert (list(found) if isinstance(found, tuple | list) else found) == value, key
     # The host drops keys that it does not know.
@@ -482,12 +396,7 @@ def test_what_is_no_yaml_of_keys_is_refused(text, place):
 # ------------------------------------------------------------------ data
 
 
-def entry(name: str, info: dict | None = None, rows: list | None = None, **keys) -> dict:
-    if info is not None:
-        described = INFO | {name: info}
-        Path("data/dataset_info.json").write_text(json.dumps(described))
-    if rows is not None:
-        Path("data", (info or INFO[name])["file_name"]).write_text(json.dumps(rows))
+def entry(name: str, **keys) -> dict:
     return run(source(dataset=name, **keys))[0]["datasets"][0]
 
 
@@ -538,9 +447,8 @@ def test_instructions_alone_are_the_prompt(place):
     ],
 )
 def test_instructions_with_more_are_written_as_messages(row, columns, messages, place):
-    info = {"file_name": "more.json", "ranking": True, "columns": {**columns, **SIDES}}
-    (place / "data/dataset_info.json").write_text(json.dumps({"more": info}))
-    (place / "data/more.json").write_text(json.dumps([row, row | {"chosen": None}]))
+    rows = [row, row | {"chosen": None}]
+    describe("more", rows, file_name="more.json", columns={**columns, **SIDES})
     written, said = write(source(dataset="more"))
     assert written["datasets"] == [
         {
@@ -561,22 +469,20 @@ def test_instructions_with_more_are_written_as_messages(row, columns, messages, 
 def test_a_text_may_hold_what_ends_a_line_for_python(place):
     """U+2028 and U+0085 stand in JSON lines as they are."""
     row = ALPACA | {"instruction": "Name a city.\u2028Now.", "input": "Any\x85one"}
-    info = INFO["plain"] | {"file_name": "odd.jsonl"}
-    (place / "data/dataset_info.json").write_text(json.dumps({"odd": info}))
-    (place / "data/odd.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    line = json.dumps(row, ensure_ascii=False)
+    describe("odd", [line], **INFO["plain"] | {"file_name": "odd.jsonl"})
     write(source(dataset="odd"))
     found = json.loads(Path("sera.odd.jsonl").read_text())
     assert found["messages"][-1]["content"] == f"{row['instruction']}\n{row['input']}"
 
 
 def test_a_system_column_beside_conversations_is_written_as_a_message(place):
-    info = INFO["talks"] | {"columns": {**INFO["talks"]["columns"], "system": "rules"}}
-    (place / "data/dataset_info.json").write_text(json.dumps({"talks": info}))
     rows = [
         SHAREGPT | {"rules": "Be brief."},
         SHAREGPT | {"conversations": [{"from": "system", "value": "Be long."}, *TALK]},
     ]
-    (place / "data/talks.json").write_text(json.dumps(rows))
+    columns = {**INFO["talks"]["columns"], "system": "rules"}
+    describe("talks", rows, **INFO["talks"] | {"columns": columns})
     write(source())
     found = [json.loads(line) for line in Path("sera.talks.jsonl").read_text().splitlines()]
     assert [row["messages"][0]["content"] for row in found] == ["Be brief.", "Be long."]
@@ -588,8 +494,7 @@ def test_a_system_column_beside_conversations_is_written_as_a_message(place):
 
 def test_a_dataset_of_the_hub_is_not_looked_at(place):
     columns = {"prompt": "question", "system": "system", **SIDES}
-    info = {"hf_hub_url": "some/pairs", "subset": "en", "ranking": True, "columns": columns}
-    (place / "data/dataset_info.json").write_text(json.dumps({"hub": info}))
+    describe("hub", hf_hub_url="some/pairs", subset="en", columns=columns)
     written, said = run(source(dataset="hub", max_samples=100))
     assert written["datasets"][0] == {
         "path": "some/pairs",
@@ -617,33 +522,30 @@ def test_max_samples_never_asks_for_more_rows_than_there_are(place):
 )
 def test_what_a_description_loses_is_said(change, said, place):
     columns = INFO["talks"]["columns"] | change.get("columns", {})
-    info = INFO["talks"] | change | {"columns": columns}
-    (place / "data/dataset_info.json").write_text(json.dumps({"talks": info}))
+    describe("talks", **INFO["talks"] | change | {"columns": columns})
     assert said in " ".join(run(source())[1].split())
 
 
 @pytest.mark.parametrize(
     ("info", "said"),
     [
-        ({"script_url": "x"}, "comes from 'script_url', 'ranking', 'columns'"),
+        ({"script_url": "x"}, "comes from 'ranking', 'columns', 'script_url'"),
         ({"file_name": "x.txt"}, "is not a json, jsonl, csv, parquet, arrow file"),
         ({"file_name": "talks.json", "columns": 3}, "has columns that are not blocks"),
         ({"file_name": "talks.json", "columns": {}}, "names no columns chosen and rejected"),
-        ({"file_name": "talks.json", "columns": SIDES}, "names no column of prompts"),
+        ({"file_name": "talks.json"}, "names no column of prompts"),
+        *(
+            (
+                INFO["talks"] | {"columns": {**SIDES, one: one}},
+                f"has {one}; rl: sera trains on text",
+            )
+            for one in ("images", "videos", "audios")
+        ),
     ],
 )
 def test_a_description_that_cannot_be_followed_is_refused(info, said, place):
-    described = {"ranking": True, "columns": SIDES} | info
-    (place / "data/dataset_info.json").write_text(json.dumps({"talks": {**info, **described}}))
+    describe("talks", **{"columns": SIDES} | info)
     with pytest.raises(ValueError, match=re.escape(said)):
-        run(source())
-
-
-@pytest.mark.parametrize("column", ["images", "videos", "audios"])
-def test_what_is_not_text_is_refused(column, place):
-    info = INFO["talks"] | {"columns": {**INFO["talks"]["columns"], column: column}}
-    (place / "data/dataset_info.json").write_text(json.dumps({"talks": info}))
-    with pytest.raises(ValueError, match=f"has {column}; rl: sera trains on text"):
         run(source())
 
 
@@ -694,10 +596,7 @@ GEMMA = (
     "<start_of_turn>user\nThree<end_of_turn>\n<start_of_turn>model\n"
 )
 RENDERED = {
-    "chatml": CHATML,
-    "yi": CHATML,
-    "smollm": CHATML,
-    "qwen3_nothink": CHATML,
+    **dict.fromkeys(("chatml", "yi", "smollm", "qwen3_nothink"), CHATML),
     "qwen": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
     "assistant.<|im_end|>\n" + CHATML,
     "llama3": "<bos><|start_header_id|>user<|end_header_id|>\n\nOne<|eot_id|>"
@@ -706,9 +605,7 @@ RENDERED = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "phi": "<|user|>\nOne<|end|>\n<|assistant|>\nTwo<|end|>\n<|user|>\nThree<|end|>\n"
     "<|assistant|>\n",
-    "gemma": GEMMA,
-    "gemma2": GEMMA,
-    "gemma3": GEMMA,
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), GEMMA),
     "llama4": "<bos><|header_start|>user<|header_end|>\n\nOne<|eot|>"
     "<|header_start|>assistant<|header_end|>\n\nTwo<|eot|>"
     "<|header_start|>user<|header_end|>\n\nThree<|eot|>"
@@ -768,9 +665,7 @@ def test_nothing_is_overwritten(place):
 
 
 def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
-    (place / "data/odd.jsonl").write_text(json.dumps(ALPACA | {"input": "in"}) + "\n")
-    info = INFO["plain"] | {"file_name": "odd.jsonl"}
-    (place / "data/dataset_info.json").write_text(json.dumps({"odd": info}))
+    describe("odd", [ALPACA | {"input": "in"}], **INFO["plain"] | {"file_name": "odd.jsonl"})
     Path("llama.yaml").write_text(yaml.safe_dump(source(dataset="odd")))
     replace = Path.replace
 
@@ -791,9 +686,8 @@ def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
 
 
 def test_half_of_a_surrogate_pair_is_written_as_it_was_read(place):
-    (place / "data/odd.jsonl").write_text(json.dumps(ALPACA | {"input": "\ud800 é"}) + "\n")
-    info = INFO["plain"] | {"file_name": "odd.jsonl"}
-    (place / "data/dataset_info.json").write_text(json.dumps({"odd": info}))
+    row = ALPACA | {"input": "\ud800 é"}
+    describe("odd", [row], **INFO["plain"] | {"file_name": "odd.jsonl"})
     write(source(dataset="odd"))
     found = json.loads(Path("sera.odd.jsonl").read_text())
     assert found["messages"][-1]["content"].endswith("\ud800 é")
