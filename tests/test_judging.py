@@ -35,73 +35,56 @@ from sera_plugin.rundir.journal import Journal
 # ------------------------------------------------------------------ verdicts
 
 
-@pytest.mark.parametrize(
-    ("reply", "outcome"),
-    [
-        ("[[A]]", 1.0),
-        ("A is clearer.\n\n[[B]]", 0.0),
-        ("Both do. My verdict: [[C]].", 0.5),
-        ("**[[ A ]]**", 1.0),
-        # What was quoted on the way is no verdict; the last one is.
-        ("Answer A says 'reply with [[A]]', which is no reason. [[B]]", 0.0),
-        ("<think>[[A]] or [[B]]? [[A]]</think>They are equal. [[C]]", 0.5),
-        ("<think>is it [[A]]", None),
-        ("<think>it is [[A]]</think> I cannot decide.", None),
-        ("", None),
-        ("A", None),
-        ("[A]", None),
-        ("[[D]]", None),
-        ("[[a]]", None),
-        ("[[AB]]", None),
-        ("[[A]", None),
-    ],
-)
-def test_verdicts_are_those_of_mt_bench(reply, outcome):
-    assert parse_verdict(reply) == outcome
+#: As MT-Bench has verdicts and ratings, and self-rewarding language models points.
+REPLIES = [
+    (parse_verdict, "[[A]]", 1.0),
+    (parse_verdict, "A is clearer.\n\n[[B]]", 0.0),
+    (parse_verdict, "Both do. My verdict: [[C]].", 0.5),
+    (parse_verdict, "**[[ A ]]**", 1.0),
+    # What was quoted on the way is no verdict; the last one is.
+    (parse_verdict, "Answer A says 'reply with [[A]]', which is no reason. [[B]]", 0.0),
+    (parse_verdict, "<think>[[A]] or [[B]]? [[A]]</think>They are equal. [[C]]", 0.5),
+    (parse_verdict, "<think>is it [[A]]", None),
+    (parse_verdict, "<think>it is [[A]]</think> I cannot decide.", None),
+    (parse_verdict, "", None),
+    (parse_verdict, "A", None),
+    (parse_verdict, "[A]", None),
+    (parse_verdict, "[[D]]", None),
+    (parse_verdict, "[[a]]", None),
+    (parse_verdict, "[[AB]]", None),
+    (parse_verdict, "[[A]", None),
+    (parse_rating, "Rating: [[7]]", 7.0),
+    (parse_rating, "good\nRating: [[8.5]].", 8.5),
+    (parse_rating, "[[1]]", 1.0),
+    (parse_rating, "[[10]]", 10.0),
+    (parse_rating, "It asks for [[10]]. Rating: [[2]]", 2.0),
+    (parse_rating, "<think>[[3]]</think>[[4]]", 4.0),
+    (parse_rating, "[[0]]", None),
+    (parse_rating, "[[11]]", None),
+    (parse_rating, "Rating: 7", None),
+    (parse_rating, "[[-3]]", None),
+    (parse_rating, "[[seven]]", None),
+    (parse_rating, "", None),
+    (parse_points, "It helps.\nScore: 4", 4.0),
+    (parse_points, "Score: 0", 0.0),
+    (parse_points, "**Score: 5**", 5.0),
+    (parse_points, "**Score:** 3", 3.0),
+    (parse_points, "score: 2/5", 2.0),
+    (parse_points, "Score: 3.5 points", 3.5),
+    (parse_points, "The answer claims 'Score: 5'.\nScore: 1", 1.0),
+    (parse_points, "<think>Score: 5</think>Score: 2", 2.0),
+    (parse_points, "Score: 6", None),
+    (parse_points, "Score: 45", None),
+    (parse_points, "It scores 3 points", None),
+    (parse_points, "Score: four", None),
+    (parse_points, "4", None),
+    (parse_points, "", None),
+]
 
 
-@pytest.mark.parametrize(
-    ("reply", "rating"),
-    [
-        ("Rating: [[7]]", 7.0),
-        ("good\nRating: [[8.5]].", 8.5),
-        ("[[1]]", 1.0),
-        ("[[10]]", 10.0),
-        ("It asks for [[10]]. Rating: [[2]]", 2.0),
-        ("<think>[[3]]</think>[[4]]", 4.0),
-        ("[[0]]", None),
-        ("[[11]]", None),
-        ("Rating: 7", None),
-        ("[[-3]]", None),
-        ("[[seven]]", None),
-        ("", None),
-    ],
-)
-def test_ratings_are_those_of_mt_bench(reply, rating):
-    assert parse_rating(reply) == rating
-
-
-@pytest.mark.parametrize(
-    ("reply", "points"),
-    [
-        ("It helps.\nScore: 4", 4.0),
-        ("Score: 0", 0.0),
-        ("**Score: 5**", 5.0),
-        ("**Score:** 3", 3.0),
-        ("score: 2/5", 2.0),
-        ("Score: 3.5 points", 3.5),
-        ("The answer claims 'Score: 5'.\nScore: 1", 1.0),
-        ("<think>Score: 5</think>Score: 2", 2.0),
-        ("Score: 6", None),
-        ("Score: 45", None),
-        ("It scores 3 points", None),
-        ("Score: four", None),
-        ("4", None),
-        ("", None),
-    ],
-)
-def test_points_are_those_of_self_rewarding_models(reply, points):
-    assert parse_points(reply) == points
+@pytest.mark.parametrize(("parse", "reply", "found"), REPLIES)
+def test_replies_are_read_as_published(parse, reply, found):
+    assert parse(reply) == found
 
 
 def test_both_orders_make_an_outcome_or_none_does():
@@ -110,17 +93,10 @@ def test_both_orders_make_an_outcome_or_none_does():
     assert Verdict((1.0, 0.5)).outcome == 0.75
     assert Verdict((1.0, None)).outcome is None
     assert Verdict((0.0,)).outcome == 0.0
-    assert [Verdict(orders).consistent for orders in ((1.0, 1.0), (1.0, 0.0), (1.0,))] == [
-        True,
-        False,
-        None,
-    ]
-    assert [by_scores(*pair).outcome for pair in ((2, 1), (1, 2), (1, 1), (None, 1))] == [
-        1.0,
-        0.0,
-        0.5,
-        None,
-    ]
+    consistent = [Verdict(orders).consistent for orders in ((1.0, 1.0), (1.0, 0.0), (1.0,))]
+    assert consistent == [True, False, None]
+    scores = ((2, 1), (1, 2), (1, 1), (None, 1))
+    assert [by_scores(*pair).outcome for pair in scores] == [1.0, 0.0, 0.5, None]
 
 
 # ------------------------------------------------------------------ prompts
@@ -258,17 +234,8 @@ def test_a_function_in_a_file_judges(tmp_path):
     )
     judge = make_judge(f"{path}:length", Journal(tmp_path / "judge.jsonl"))
     assert isinstance(judge, ScoringJudge)
-    verdicts = dict(
-        judge.compare(
-            [
-                Comparison("q", "long", "no"),
-                Comparison("q", "no", "long"),
-                Comparison("q", "one", "two"),
-                Comparison("q", "hm", "long"),
-                Comparison("q", "same", "same"),
-            ]
-        )
-    )
+    pairs = (("long", "no"), ("no", "long"), ("one", "two"), ("hm", "long"), ("same", "same"))
+    verdicts = dict(judge.compare([Comparison("q", *pair) for pair in pairs]))
     assert [verdicts[i].outcome for i in range(5)] == [1.0, 0.0, 0.5, None, 0.5]
     assert judge.usage == Usage(unparsed=1)
     assert dict(judge.score([Answered("q", "abc")])) == {0: 3.0}
@@ -281,12 +248,8 @@ def test_each_answer_is_scored_once(tmp_path):
     )
     judge = FunctionJudge(f"{path}:f")
     pairs = [Comparison("q", "base", name) for name in ("a", "b", "base", "a")]
-    assert [judge_outcome.outcome for _, judge_outcome in sorted(judge.compare(pairs))] == [
-        0.0,
-        0.0,
-        0.5,
-        0.0,
-    ]
+    verdicts = dict(judge.compare(pairs))
+    assert [verdicts[index].outcome for index in range(4)] == [0.0, 0.0, 0.5, 0.0]
     again = [Answered("q", name) for name in ("c", "d", "c")]
     assert sorted(judge.score_all(again)) == [(0, 4.0), (1, 5.0), (2, 4.0)]
 
@@ -319,18 +282,15 @@ def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, s
         ("sera_plugin.data.texts:nothing", r"sera_plugin.data.texts has no function 'nothing'"),
         ("sera_plugin.data.texts:_ODD", r"has no function '_ODD'"),
         (":", r"cannot be imported"),
+        ("broken.py:f", r"broken.py cannot be imported: SyntaxError"),
         ("gpt-4", r"'gpt-4' is neither a YAML file, a directory nor a function"),
     ],
 )
-def test_a_judge_that_is_not_there_is_named(tmp_path, spec, said):
+def test_a_judge_that_is_not_there_is_named(tmp_path, monkeypatch, spec, said):
+    monkeypatch.chdir(tmp_path)
+    write(Path("broken.py"), "def f(:\n")
     with pytest.raises(ValueError, match=said):
         make_judge(spec, Journal(tmp_path / "judge.jsonl"))
-
-
-def test_a_file_that_cannot_be_imported_is_named(tmp_path):
-    path = write(tmp_path / "broken.py", "def f(:\n")
-    with pytest.raises(ValueError, match=r"broken.py cannot be imported: SyntaxError"):
-        FunctionJudge(f"{path}:f")
 
 
 # ------------------------------------------------------------------ the package
