@@ -22,7 +22,7 @@ from sera_plugin.labeling.judging import (
     Usage,
     Verdict,
 )
-from sera_plugin.labeling.judging.client import ChatClient, Message, Refused, Reply
+from sera_plugin.labeling.judging.client import ChatClient, Message, Refused
 from sera_plugin.labeling.judging.prompts import (
     REMINDERS,
     parse_rating,
@@ -85,24 +85,17 @@ class _Asking:
         found = self._journal.get(key)
         if found is None:
             reply = self._client.ask(messages, stop)
-            self._journal.add(
-                key,
-                {
-                    "model": config.model,
-                    "text": reply.text,
-                    "prompt_tokens": reply.prompt_tokens,
-                    "completion_tokens": reply.completion_tokens,
-                },
-            )
-            usage.retries += reply.retries
+            found = {"model": config.model, **vars(reply)}
+            usage.retries += found.pop("retries")
+            self._journal.add(key, found)
             counted = usage.asked
         else:
-            reply = Reply(found["text"], found["prompt_tokens"], found["completion_tokens"])
             counted = usage.cached
         counted.count += 1
-        counted.prompt_tokens += reply.prompt_tokens
-        counted.completion_tokens += reply.completion_tokens
-        return reply.text
+        counted.prompt_tokens += found["prompt_tokens"]
+        counted.completion_tokens += found["completion_tokens"]
+        text: str = found["text"]
+        return text
 
     def each(
         self,

@@ -17,6 +17,7 @@ import click
 import yaml
 
 from sera_plugin.config.quoting import plain
+from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
 from sera_plugin.tools.report.terminal import plain_table
 
@@ -141,10 +142,8 @@ def _write_pairs(base: Path, path: Path) -> None:
     first, second = (
         respond(model, tokenizer, prompts, temperature=1.0, seed=seed) for seed in (1, 2)
     )
-    partial = path.with_name(f".{path.name}.partial")
     rows = make_pairs(prompts, first, second)
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _label_accuracy(path: Path) -> tuple[float, int]:
