@@ -42,7 +42,7 @@ class Advice(NamedTuple):
     then: str
 
 
-#: To who trains, and to who has given a command that writes files of its own.
+#: For a training run, and for a command that writes files of its own.
 RUN = Advice("set another output_dir", "continue the run with `auto_resume_from_checkpoints: true`")
 COMMAND = Advice("name another place", "start the same command again")
 
@@ -98,7 +98,7 @@ def write_file(path: Path, write: Callable[[Path], object], advice: Advice = COM
     Args:
         path: the file, in a directory that is there.
         write: called with the path to write to.
-        advice: for who has asked for it.
+        advice: how the caller goes on.
 
     Raises:
         OSError: if it cannot be written, with what to do about it. The old file is still there.
@@ -236,7 +236,7 @@ def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
 
     Args:
         directory: where files are written inside the block.
-        advice: for who has asked for them.
+        advice: how the caller goes on.
 
     Raises:
         OSError: instead of any error that comes from a full or closed disk.
@@ -245,7 +245,7 @@ def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        # Libraries that write in another language tell a full disk in words of their own.
+        # Libraries written in other languages report a full disk in words of their own.
         if number not in _REMEDIES and _is_full(directory):
             number = errno.ENOSPC
         if number is None or number not in _REMEDIES:

@@ -68,7 +68,7 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
         what: the phase, as a reader knows it.
         total: how many units it has. An estimate will do.
         unit: what is counted, in the singular.
-        quiet: neither bar nor lines: another rank tells.
+        quiet: neither bar nor lines: another rank shows them.
     """
     description = f"SeRA: {what}"
     if quiet:
@@ -85,7 +85,7 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
 
             yield advance
             bar.total = bar.n
-        with above_bars():  # what the bar has left of itself behind goes
+        with above_bars():  # clears what is left of the bar
             pass
     else:
         lines = _Lines(description, total, unit)

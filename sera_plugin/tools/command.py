@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import click
 
-#: Errors of files that the reader has named.
-_NAMED_WRONGLY = (
+#: Errors of files that the caller has named.
+_NAMED_FILES = (
     FileExistsError,
     FileNotFoundError,
     IsADirectoryError,
@@ -22,7 +22,7 @@ _NAMED_WRONGLY = (
 
 
 class Refused(click.ClickException):
-    """What was asked for is not there, or cannot be done."""
+    """Wrong usage; the message says what to change."""
 
     exit_code = 2
 
@@ -32,7 +32,7 @@ def refusing() -> Iterator[None]:
     """Turn the errors of a command's work into a message and its exit code."""
     try:
         yield
-    except (ValueError, *_NAMED_WRONGLY) as error:
+    except (ValueError, *_NAMED_FILES) as error:
         raise Refused(str(error)) from error
     except OSError as error:
         raise click.ClickException(str(error)) from error
