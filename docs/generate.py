@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from sera_plugin.config.host_keys import HOST_KEYS
 from sera_plugin.config.judge import JudgeConfig
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.refused import DOES_NOT_WORK, REFUSALS
 from sera_plugin.tools.convert.keys import RULES
 from sera_plugin.tools.convert.left_out import LEFT_OUT
 from sera_plugin.tools.convert.templates import TEMPLATES
@@ -93,19 +94,22 @@ def render() -> str:
         "",
         "## Refused, with the remedy, before any model is loaded",
         "",
-        "`max_steps`, `streaming`, `pretraining_dataset`, `sample_packing`, `relora`,",
-        "`dpo_use_liger_kernel` (Liger's fused DPO loss computes its reference itself, and TRL",
-        "refuses precomputed values with it, for any `sera.loss` or `dpo_loss_type`),",
-        "`use_liger_kernel`,",
-        "`layer_offloading`, other kinds of `activation_offloading`,",
-        "`precompute_ref_log_probs: false`, `rl_adapter_ref_model`, `neftune_noise_alpha`,",
-        "`load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,",
-        "`early_stopping_patience`, `save_strategy: best` (the host ignores them in preference",
-        "training; `axolotl sera eval` compares the policies of the iterations),",
-        "`context_parallel_size` above 1, a `trainer_cls` of your own, a `num_epochs` that is not",
-        "whole, misspelt `sera` keys inside or beside the block, a `sera:` block or the plugin",
+        "A setting that cannot mean what it says:",
+        "",
+        "| key | why, and what to do |",
+        "|---|---|",
+    ]
+    for refusal in REFUSALS:
+        if refusal.problem == DOES_NOT_WORK:
+            names = ", ".join(f"`{key}`" for key in refusal.keys.split(", "))
+            names += f" ({refusal.values})" if refusal.values else ""
+            lines.append(f"| {names} | {refusal.remedy.format(key='it')}. |")
+    lines += [
+        "",
+        "Also a `num_epochs` that is not whole, losses, label smoothing and numbers that do not go",
+        "together, misspelt `sera` keys inside or beside the block, a `sera:` block or the plugin",
         "line with another `rl`, a `dpo_loss_type` that TRL does not have, and `datasets` or",
-        "`test_datasets` that are no list of blocks with a `path`.",
+        "`test_datasets` that are not a list of blocks with a `path`.",
         "",
         "Kernels for the cross-entropy of labels (`liger_fused_linear_cross_entropy`,",
         "`cut_cross_entropy`, ...) have no effect on a preference loss: a warning names them.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,6 +20,11 @@ from sera_plugin.config.quoting import quoted
 
 #: Loss types of the host's DPO trainer whose reward is averaged over the completion's tokens.
 PER_TOKEN_HOST_LOSSES = frozenset({"ipo", "sigmoid_norm"})
+
+#: What the pairs are kept as, beside columns that begin with `sera_`.
+_OUR_COLUMNS = frozenset(
+    {"row", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"}
+)
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -224,100 +230,6 @@ class SeraConfig(BaseModel):
             raise ValueError(f"{value} is not finite. Set nats per token, such as 0.1, or auto.")
         return value
 
-    @model_validator(mode="after")
-    def _enough_candidates(self) -> SeraConfig:
-        if self.bootstrap_ratio == 0 or LABELERS[self.labeler].adds_dataset_answer:
-            return self
-        if self.pairs_per_prompt > self.candidates // 2:
-            most = self.candidates // 2
-            raise ValueError(
-                f"bootstrap_ratio: {self.bootstrap_ratio} needs {self.pairs_per_prompt} pairs per "
-                f"prompt, but candidates: {self.candidates} gives at most {most}. Raise candidates "
-                f"to {2 * self.pairs_per_prompt}"
-                + (f" or lower bootstrap_ratio to {most}." if most else ".")
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _dataset_answer_gives_one_pair(self) -> SeraConfig:
-        if LABELERS[self.labeler].adds_dataset_answer and self.bootstrap_ratio > 1:
-            raise ValueError(
-                f"bootstrap_ratio: {self.bootstrap_ratio} asks for more than one pair a prompt, "
-                f"but labeler: {self.labeler} has one chosen answer for each. Set bootstrap_ratio "
-                "to 1."
-            )
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_without_a_ratio(cls, block: Any) -> Any:
-        if isinstance(block, dict):
-            kind = SELECTIONS.get(str(block.get("selection")))
-            if kind is not None and not kind.reads_ratio:
-                return {"selection_ratio": 1.0, **block}
-        return block
-
-    @model_validator(mode="after")
-    def _selection_reads_the_ratio(self) -> SeraConfig:
-        if not SELECTIONS[self.selection].reads_ratio and self.selection_ratio != 1:
-            raise ValueError(
-                f"selection_ratio: {self.selection_ratio} has no effect with selection: "
-                f"{self.selection}. Remove selection_ratio, or set selection to irm."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _selection_has_scores(self) -> SeraConfig:
-        if SELECTIONS[self.selection].reads_scores and not self.score_columns:
-            raise ValueError(
-                f"selection: {self.selection} ranks by a score in the dataset, and none is "
-                "named. Add for example score_columns: [score_chosen, score_rejected]."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _labeler_has_something_to_rank(self) -> SeraConfig:
-        if not LABELERS[self.labeler].implicit and self.bootstrap_ratio == 0:
-            raise ValueError(
-                f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
-                "bootstrap_ratio, for example to 0.3, or remove labeler."
-            )
-        settings = {kind.setting for kind in LABELERS.values() if kind.setting is not None}
-        for name, example in sorted(settings):
-            needed = (name, example) == LABELERS[self.labeler].setting
-            if needed != (getattr(self, name) is not None):
-                is_set = "unset" if needed else "set"
-                raise ValueError(
-                    f"labeler: {self.labeler} with {name} {is_set} do not go together. Set both "
-                    f"(labeler: {name}, {name}: {example}), or neither."
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _length_has_a_reward_to_control(self) -> SeraConfig:
-        if self.length_control != "none" and not LABELERS[self.labeler].gives_rewards:
-            raise ValueError(
-                f"length_control: {self.length_control} with labeler: {self.labeler} would put "
-                "samples before the dataset's answers, because there are no rewards to take it "
-                "off. Remove length_control, or set another labeler."
-            )
-        if self.offline_length_control != "none" and not SELECTIONS[self.selection].by_margin:
-            raise ValueError(
-                f"offline_length_control: {self.offline_length_control} has no effect with "
-                f"selection: {self.selection}, which ranks by no reward. Remove it, or set "
-                "selection to irm."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _loss_has_a_reference(self) -> SeraConfig:
-        if self.reference == "initial" and is_reference_free(self.loss):
-            raise ValueError(
-                f"reference: initial has no effect with loss: {self.loss}, which has no reference. "
-                "Remove reference."
-            )
-        return self
-
     @field_validator("vllm_python")
     @classmethod
     def _runs(cls, value: str | None) -> str | None:
@@ -331,35 +243,92 @@ class SeraConfig(BaseModel):
             )
         return os.path.abspath(found)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_without_a_ratio(cls, block: Any) -> Any:
+        if isinstance(block, dict):
+            kind = SELECTIONS.get(str(block.get("selection")))
+            if kind is not None and not kind.reads_ratio:
+                return {"selection_ratio": 1.0, **block}
+        return block
+
     @model_validator(mode="after")
-    def _trains_on_something(self) -> SeraConfig:
-        if self.selection_ratio == 0 and self.bootstrap_ratio == 0:
-            raise ValueError(
+    def _keys_go_together(self) -> SeraConfig:
+        for problem in self._contradictions():
+            raise ValueError(problem)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """What of the block contradicts something else in it, and what to do."""
+        labeler, selection = LABELERS[self.labeler], SELECTIONS[self.selection]
+        ratio, most = self.bootstrap_ratio, self.candidates // 2
+        if ratio and not labeler.adds_dataset_answer and self.pairs_per_prompt > most:
+            yield (
+                f"bootstrap_ratio: {ratio} needs {self.pairs_per_prompt} pairs per prompt, but "
+                f"candidates: {self.candidates} gives at most {most}. Raise candidates to "
+                f"{2 * self.pairs_per_prompt}"
+                + (f" or lower bootstrap_ratio to {most}." if most else ".")
+            )
+        if labeler.adds_dataset_answer and ratio > 1:
+            yield (
+                f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
+                f"{self.labeler} has one chosen answer for each. Set bootstrap_ratio to 1."
+            )
+        if not selection.reads_ratio and self.selection_ratio != 1:
+            yield (
+                f"selection_ratio: {self.selection_ratio} has no effect with selection: "
+                f"{self.selection}. Remove selection_ratio, or set selection to irm."
+            )
+        if selection.reads_scores and not self.score_columns:
+            yield (
+                f"selection: {self.selection} ranks by a score of the dataset's, and none is "
+                "named. Add for example score_columns: [score_chosen, score_rejected]."
+            )
+        if not labeler.implicit and ratio == 0:
+            yield (
+                f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
+                "bootstrap_ratio, for example to 0.3, or remove labeler."
+            )
+        for name, example in sorted(kind.setting for kind in LABELERS.values() if kind.setting):
+            needed = (name, example) == labeler.setting
+            if needed != (getattr(self, name) is not None):
+                yield (
+                    f"labeler: {self.labeler} with {name} {'unset' if needed else 'set'} do not go "
+                    f"together. Set both (labeler: {name}, {name}: {example}), or neither."
+                )
+        if self.length_control != "none" and not labeler.gives_rewards:
+            yield (
+                f"length_control: {self.length_control} with labeler: {self.labeler} would put "
+                "samples before the dataset's answers, because there are no rewards to take it "
+                "off. Remove length_control, or set another labeler."
+            )
+        if self.offline_length_control != "none" and not selection.by_margin:
+            yield (
+                f"offline_length_control: {self.offline_length_control} has no effect with "
+                f"selection: {self.selection}, which ranks by no reward. Remove it, or set "
+                "selection to irm."
+            )
+        if self.reference == "initial" and is_reference_free(self.loss):
+            yield (
+                f"reference: initial has no effect with loss: {self.loss}, which has no reference. "
+                "Remove reference."
+            )
+        if self.selection_ratio == 0 and ratio == 0:
+            yield (
                 "selection_ratio: 0 with bootstrap_ratio: 0 leaves nothing to train on from "
                 "iteration 2 on. Raise one of them."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _score_columns_are_not_ours(self) -> SeraConfig:
-        texts = ("prompt", "chosen", "rejected")
-        ours = {"row", *texts, *(f"{name}_ids" for name in texts)}
-        taken = [c for c in self.score_columns if c in ours or c.startswith("sera_")]
+        taken = [c for c in self.score_columns if c in _OUR_COLUMNS or c.startswith("sera_")]
         if taken:
-            raise ValueError(
+            yield (
                 f"score_columns: {', '.join(map(quoted, taken))} is what the pairs themselves are "
                 "kept as. Rename it in the dataset or leave it out."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _ipo_reduction_needs_ipo(self) -> SeraConfig:
         if self.ipo_reduction == "sum" and LOSSES[self.loss].per_token != "by_reduction":
-            raise ValueError(
-                f"ipo_reduction: {self.ipo_reduction} has no effect with loss: {self.loss}. "
-                "Set loss: ipo or remove ipo_reduction."
+            yield (
+                f"ipo_reduction: {self.ipo_reduction} has no effect with loss: {self.loss}. Set "
+                "loss: ipo or remove ipo_reduction."
             )
-        return self
 
 
 class SeraArgs(BaseModel):

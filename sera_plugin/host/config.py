@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sera_plugin.config.kinds import LOSSES
-from sera_plugin.config.quoting import as_written
+from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.config.spelling import SERA_KEYS, closest, not_a_key, parse_sera, require_block
 from sera_plugin.host.data_config import check_datasets, name_types
@@ -51,6 +53,7 @@ def resolve(cfg: dict[str, Any]) -> Mapping[str, Any]:
             f"{as_written(cfg.get('rl'))}. Set `rl: sera`, or remove the plugin line and the block."
         )
     sera = parse_sera(cfg.get("sera"))
+    _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     refuse(cfg, sera)
     check_datasets(cfg)
     name_types(cfg)
@@ -151,3 +154,22 @@ def _refuse_misplaced(cfg: Mapping[str, Any]) -> None:
         else:
             continue
         raise ValueError(f"`{as_written(key)}` is not a key. Did you mean {meant}?")
+
+
+def _require_writable(output_dir: Any) -> None:
+    """The host would fail in one place or another, each with a traceback of its own."""
+    try:
+        os.fsencode(output_dir)
+        place = Path(output_dir).expanduser().absolute()
+        while not place.exists():
+            place = place.parent
+    except (TypeError, ValueError, OSError, RuntimeError):
+        place = None
+    if place is None or isinstance(output_dir, bytes) or "\0" in str(output_dir):
+        raise ValueError(f"output_dir: {quoted(output_dir)} is not a path. Name a directory.")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir: {quoted(output_dir, 200)} cannot be written: {quoted(str(place), 200)} "
+            "is read-only, not a directory, or not yours. Make it writable, or set another "
+            "output_dir."
+        )

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sera_plugin.config.kinds import LOSSES
-from sera_plugin.config.quoting import as_written, quoted
+from sera_plugin.config.quoting import as_written
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.config.spelling import require_block
 
@@ -42,8 +40,9 @@ _BEST = (
     "full fine-tuning with sera.keep_policies: true), and `axolotl sera eval OUTPUT_DIR "
     "--iterations` compares them"
 )
-_HERE = "does not work here"
-_NO_EFFECT = "has no effect"
+#: The problem of a key that is refused whatever else is set.
+DOES_NOT_WORK = "does not work here:"
+_NO_EFFECT = "has no effect:"
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,14 @@ class Refusal:
         remedy: why, and what to do instead. `{key}` is the key, `{loss}` is `sera.loss`.
         when: of the value and all that is given. Unless set: whatever is not off.
         problem: what the value is or does.
+        values: for a reader, which ones are refused if not all.
     """
 
     keys: str
     remedy: str
     when: Callable[[Any, Given], object] = lambda value, given: value
-    problem: str = _HERE
+    problem: str = DOES_NOT_WORK
+    values: str = ""
 
     def check(self, given: Given) -> None:
         """Raises ValueError if one of the keys has a value that is refused."""
@@ -110,7 +111,7 @@ class Refusal:
             value = given.get(key)
             if self.when(value, given):
                 remedy = self.remedy.format(key=key, loss=given.sera.loss)
-                raise ValueError(f"{key}: {as_written(value)} {self.problem}: {remedy}.")
+                raise ValueError(f"{key}: {as_written(value)} {self.problem} {remedy}.")
 
 
 def number(value: Any) -> float | None:
@@ -147,7 +148,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "num_epochs",
         "rl: sera runs one iteration per epoch; set num_epochs to 1, 2, 3 or more",
         lambda value, given: value is not None and not _is_count(value),
-        "is not a whole number of iterations",
+        "is not a whole number of iterations:",
     ),
     Refusal("max_steps", "rl: sera needs whole epochs; remove max_steps and set num_epochs"),
     Refusal("streaming", "rl: sera scores the whole dataset each iteration; remove streaming"),
@@ -166,7 +167,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("load_best_model_at_end, metric_for_best_model, early_stopping_patience", _BEST),
     Refusal("greater_is_better", _BEST, lambda value, given: value is not None),
     Refusal(
-        "save_strategy", f"{_BEST}. Set save_strategy: epoch", lambda value, given: value == "best"
+        "save_strategy",
+        f"{_BEST}. Set save_strategy: epoch",
+        lambda value, given: value == "best",
+        values="best",
     ),
     Refusal(
         "trainer_cls",
@@ -178,7 +182,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "the weights of full fine-tuning cannot be loaded into a running server. Set sera.sampler "
         "to vllm, or set `adapter: lora`",
         lambda value, given: value == "vllm-server" and not given.cfg.get("adapter"),
-        "needs an adapter",
+        "needs an adapter:",
     ),
     # ------------------------------------------------------------------ would save no memory
     Refusal(
@@ -192,19 +196,26 @@ REFUSALS: tuple[Refusal, ...] = (
         "the host offloads layers in its trainer for supervised fine-tuning only. Remove it; to "
         "save memory load the base in 4 bits (adapter: qlora), or set gradient_checkpointing: true",
     ),
-    Refusal("gradient_checkpointing", _OFFLOADING, lambda value, given: value == "offload_disk"),
-    Refusal("activation_offloading", _OFFLOADING, _offloads_otherwise),
+    Refusal(
+        "gradient_checkpointing",
+        _OFFLOADING,
+        lambda value, given: value == "offload_disk",
+        values="offload_disk",
+    ),
+    Refusal("activation_offloading", _OFFLOADING, _offloads_otherwise, values="legacy, disk"),
     Refusal(
         "precompute_ref_log_probs",
         "rl: sera always has reference values as data, from the scoring that selection needs "
         "anyway. Remove it",
         lambda value, given: value is False,
+        values="false",
     ),
     # ------------------------------------------------------------------ several devices
     Refusal(
         "context_parallel_size, tensor_parallel_size, expert_parallel_size",
         "scoring needs whole sequences and layers on each rank; remove {key}",
         lambda value, given: str(value or 1) != "1",
+        values="above 1",
     ),
     Refusal(
         "deepspeed",
@@ -220,12 +231,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "fsdp_config",
         "write `fsdp_version: 2` and `fsdp_config:` with its keys indented (docs/many-gpus.md)",
         lambda value, given: given.sharded and not (isinstance(value, Mapping) and value),
-        "is not a block of keys",
+        "is not a block of keys:",
     ),
     Refusal(
         "fsdp_version",
         "FSDP1 flattens the weights that rl: sera takes snapshots of. Set fsdp_version: 2",
         lambda value, given: given.sharded and value not in (2, "2"),
+        values="1",
     ),
     Refusal(
         ", ".join(
@@ -247,32 +259,32 @@ REFUSALS: tuple[Refusal, ...] = (
         "dpo_loss_type",
         f"they are {', '.join(HOST_LOSSES)}; write for example dpo_loss_type: [sigmoid]",
         lambda value, given: value is not None and not _are_host_losses(value),
-        "is not a list of the host's losses",
+        "is not a list of the host's losses:",
     ),
     Refusal(
         "dpo_loss_type",
         f"sera.loss: {{loss}} is set too. Keep sera.loss for {', '.join(LOSSES)}, dpo_loss_type "
         "for any other",
         lambda value, given: given.host_loss and "loss" in given.sera.model_fields_set,
-        "names a second loss",
+        "names a second loss:",
     ),
     Refusal(
         "rl_beta, trl.beta, dpo_label_smoothing, simpo_gamma, cpo_alpha",
         "set one, or remove {key}",
         lambda value, given: value and number(value) is None,
-        "is not a number",
+        "is not a number:",
     ),
     Refusal(
         "rl_beta, trl.beta",
         "set it above 0, e.g. 0.2",
         lambda value, given: value is not None and not (number(value) or 0) > 0,
-        "is not a preference strength",
+        "is not a preference strength:",
     ),
     Refusal(
         "dpo_label_smoothing",
         "set it from 0 to below 0.5",
         lambda value, given: not 0 <= given.smoothing < 0.5,
-        "is not a share of wrong labels",
+        "is not a share of wrong labels:",
     ),
     Refusal(
         "dpo_label_smoothing",
@@ -292,7 +304,7 @@ REFUSALS: tuple[Refusal, ...] = (
             and LOSSES[value].label_smoothing == "required"
             and not given.smoothing
         ),
-        "needs dpo_label_smoothing",
+        "needs dpo_label_smoothing:",
     ),
     Refusal(
         "dpo_label_smoothing",
@@ -316,39 +328,19 @@ REFUSALS: tuple[Refusal, ...] = (
         "dpo_use_weighting",
         "set dpo_loss_type, for example [sigmoid], beside it",
         lambda value, given: value and not given.host_loss,
-        "needs one of the host's own losses",
+        "needs one of the host's own losses:",
     ),
 )
 
 
 def refuse(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
-    """Refuse what the table has, and an `output_dir` that cannot be written.
+    """Refuse what the table has.
 
     Raises:
         ValueError: naming the key, the value, and what to do.
     """
-    require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     if cfg.get("trl") is not None:
         require_block("trl", cfg["trl"])
     given = Given(cfg, sera)
     for refusal in REFUSALS:
         refusal.check(given)
-
-
-def require_writable(output_dir: Any) -> None:
-    """The host would fail in one place or another, each with a traceback of its own."""
-    try:
-        os.fsencode(output_dir)
-        place = Path(output_dir).expanduser().absolute()
-        while not place.exists():
-            place = place.parent
-    except (TypeError, ValueError, OSError, RuntimeError):
-        place = None
-    if place is None or isinstance(output_dir, bytes) or "\0" in str(output_dir):
-        raise ValueError(f"output_dir: {quoted(output_dir)} is not a path. Name a directory.")
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"output_dir: {quoted(output_dir, 200)} cannot be written: {quoted(str(place), 200)} "
-            "is read-only, not a directory, or not yours. Make it writable, or set another "
-            "output_dir."
-        )
