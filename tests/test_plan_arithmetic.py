@@ -16,7 +16,7 @@ from sera_plugin.model.memory import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.planning import show
 from sera_plugin.tools.planning.advice import Case, advise
-from sera_plugin.tools.planning.compute import Speed, forward_flops, training_flops
+from sera_plugin.tools.planning.compute import Speed, phase_flops
 from sera_plugin.tools.planning.counts import Counting, Lengths, Work, evaluations, padding
 from sera_plugin.tools.planning.disk import Saving, disk_parts
 from sera_plugin.tools.planning.memory import device_phases
@@ -189,16 +189,16 @@ def test_operations_by_hand():
     shape = replace(shape, linears=(Linear("b", "normed", 3, 7), Linear("b", "normed", 7, 3)))
     work = Work(sequences=1, tokens=6, most=6, forwarded=6.0, scored=4.0, squares=36.0)
     layers, head = 2 * 42 * 6 + 2 * 2 * 20 * 36, 2 * 10 * 3 * 4
-    assert forward_flops(shape, work) == layers + head
-    assert training_flops(shape, work, False, 0) == 3 * (layers + head)
-    assert training_flops(shape, work, True, 0) == 4 * layers + 3 * head
+    assert phase_flops(shape, "score_offline", work, True, 0) == layers + head
+    assert phase_flops(shape, "train", work, False, 0) == 3 * (layers + head)
+    assert phase_flops(shape, "train", work, True, 0) == 4 * layers + 3 * head
     # More logits than are kept: they are made again.
-    assert training_flops(shape, work, False, 2**26) == 3 * layers + 4 * head
+    assert phase_flops(shape, "train", work, False, 2**26) == 3 * layers + 4 * head
     lora = shape.with_lora(2)
     added = 2 * (3 + 7) * 2
     layers += 2 * added * 6
-    assert forward_flops(lora, work) == layers + head
-    assert training_flops(lora, work, False, 0) == 2 * (layers + head) + 2 * added * 6
+    assert phase_flops(lora, "score_offline", work, True, 0) == layers + head
+    assert phase_flops(lora, "train", work, False, 0) == 2 * (layers + head) + 2 * added * 6
 
 
 # ------------------------------------------------------------------ memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sera_plugin.tools.planning.counts import Lengths
 from sera_plugin.tools.planning.memory import Phase, device_phases
@@ -100,18 +101,15 @@ def _apply(trials: Sequence[Trial], case: Case) -> list[Change]:
     return changes
 
 
-def _utilization(case: Case) -> Change | None:
-    if case.setting.utilization is None or not case.fails("sample"):
-        return None
-    changed = replace(case, setting=replace(case.setting, utilization=None))
-    return Change("vllm.gpu_memory_utilization: (remove)", "derived from what is free", changed)
+def _changed(keys: str, remark: str, when: Callable[[Case], bool], **changes: Any) -> Trial:
+    """A trial that changes nothing but settings."""
 
+    def trial(case: Case) -> Change | None:
+        if not when(case):
+            return None
+        return Change(keys, remark, replace(case, setting=replace(case.setting, **changes)))
 
-def _sampler(case: Case) -> Change | None:
-    if case.setting.sampler != "vllm" or not case.fails("sample"):
-        return None
-    changed = replace(case, setting=replace(case.setting, sampler="transformers"))
-    return Change("sera.sampler: transformers", "slower sampling", changed)
+    return trial
 
 
 def _micro_batch(case: Case) -> Change | None:
@@ -128,35 +126,6 @@ def _micro_batch(case: Case) -> Change | None:
             keys = f"micro_batch_size: {size}, gradient_accumulation_steps: {accumulation}"
             return Change(keys, "the same effective batch", changed)
     return None
-
-
-def _checkpointing(case: Case) -> Change | None:
-    if case.setting.checkpointing:
-        return None
-    changed = replace(case, setting=replace(case.setting, checkpointing=True))
-    return Change("gradient_checkpointing: true", "one more forward pass per step", changed)
-
-
-def _fused(case: Case) -> Change | None:
-    if case.setting.optimizer not in FOREACH or not case.fails("update"):
-        return None
-    changed = replace(case, setting=replace(case.setting, optimizer="adamw_torch_fused"))
-    return Change("optimizer: adamw_torch_fused", "the same without copies", changed)
-
-
-def _optimizer(case: Case) -> Change | None:
-    if "8bit" in case.setting.optimizer:
-        return None
-    changed = replace(case, setting=replace(case.setting, optimizer="paged_adamw_8bit"))
-    return Change("optimizer: paged_adamw_8bit", "states in 8 bits", changed)
-
-
-def _four_bits(case: Case) -> Change | None:
-    if not case.shape.adapter or case.setting.bits == 4:
-        return None
-    setting = replace(case.setting, bits=4, double_quantised=True)
-    changed = replace(case, setting=setting)
-    return Change("adapter: qlora, load_in_4bit: true", "the base in 4 bits", changed)
 
 
 def _qlora(case: Case) -> Change | None:
@@ -192,13 +161,44 @@ def _shorter(case: Case) -> Change | None:
 
 
 _TRIALS: tuple[Trial, ...] = (
-    _utilization,
+    _changed(
+        "vllm.gpu_memory_utilization: (remove)",
+        "derived from what is free",
+        lambda case: case.setting.utilization is not None and case.fails("sample"),
+        utilization=None,
+    ),
     _micro_batch,
-    _checkpointing,
-    _fused,
-    _optimizer,
-    _sampler,
-    _four_bits,
+    _changed(
+        "gradient_checkpointing: true",
+        "one more forward pass per step",
+        lambda case: not case.setting.checkpointing,
+        checkpointing=True,
+    ),
+    _changed(
+        "optimizer: adamw_torch_fused",
+        "the same without copies",
+        lambda case: case.setting.optimizer in FOREACH and case.fails("update"),
+        optimizer="adamw_torch_fused",
+    ),
+    _changed(
+        "optimizer: paged_adamw_8bit",
+        "states in 8 bits",
+        lambda case: "8bit" not in case.setting.optimizer,
+        optimizer="paged_adamw_8bit",
+    ),
+    _changed(
+        "sera.sampler: transformers",
+        "slower sampling",
+        lambda case: case.setting.sampler == "vllm" and case.fails("sample"),
+        sampler="transformers",
+    ),
+    _changed(
+        "adapter: qlora, load_in_4bit: true",
+        "the base in 4 bits",
+        lambda case: bool(case.shape.adapter) and case.setting.bits != 4,
+        bits=4,
+        double_quantised=True,
+    ),
     _shorter,
     _qlora,
 )

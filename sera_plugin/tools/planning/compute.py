@@ -16,40 +16,33 @@ from sera_plugin.tools.planning.counts import Iteration, Work
 from sera_plugin.tools.planning.shape import Shape
 
 
-def layers_flops(shape: Shape, tokens: float, squares: float) -> float:
-    """Forward through the layers: each token times each weight, queries times keys, weights times
-    values. Half of the pairs of tokens count, because attention is causal."""
-    weights = shape.matrix_elements + shape.adapter_parameters
-    return 2.0 * weights * tokens + 2.0 * shape.layers * shape.queries * squares
+def phase_flops(
+    shape: Shape, phase: str, work: Work, checkpointing: bool, micro_batch: float
+) -> float:
+    """Operations of a phase.
 
-
-def head_flops(shape: Shape, scored: float) -> float:
-    """Logits of the tokens that are scored; of others none are made."""
-    return 2.0 * shape.vocabulary * shape.hidden * scored
-
-
-def forward_flops(shape: Shape, work: Work) -> float:
-    """A phase without gradients, with prompts that completions share computed once."""
-    return layers_flops(shape, work.forwarded, work.squares) + head_flops(shape, work.scored)
-
-
-def training_flops(shape: Shape, work: Work, checkpointing: bool, micro_batch: float) -> float:
-    """Forward, backward for the activations, backward for the weights that are trained.
+    - Layers forward: each token times each weight, queries times keys, weights times values. Half
+      of the pairs of tokens count, because attention is causal. Prompts that completions share are
+      computed once.
+    - Logits of the tokens that are scored or sampled; of others none are made.
+    - Training: forward, backward for the activations, backward for the weights that are trained.
 
     Args:
-        work: of the phase, tokens with padding.
+        work: of the phase; in training its tokens with padding.
         checkpointing: whether layers are computed again in the backward pass.
         micro_batch: completion tokens in one; where their logits are many, these are made again.
     """
-    layers = layers_flops(shape, work.forwarded, work.squares)
-    head = head_flops(shape, work.scored)
+    weights = shape.matrix_elements + shape.adapter_parameters
+    attention = 2.0 * shape.layers * shape.queries * work.squares
+    layers = 2.0 * weights * work.forwarded + attention
+    head = 2.0 * shape.vocabulary * shape.hidden * work.scored
+    if phase != "train":
+        return layers + head
+    passes = 3 * (layers + head)
     if shape.adapter:
-        trained = 2.0 * shape.adapter_parameters * work.forwarded
-        passes = 2 * layers + trained + 2 * head
-    else:
-        passes = 3 * layers + 3 * head
-    again = layers if checkpointing else 0.0
-    return passes + again + (head if micro_batch * shape.vocabulary > KEPT_LOGITS else 0.0)
+        passes = 2 * (layers + head) + 2.0 * shape.adapter_parameters * work.forwarded
+    logits_again = head if micro_batch * shape.vocabulary > KEPT_LOGITS else 0.0
+    return passes + (layers if checkpointing else 0.0) + logits_again
 
 
 @dataclass(frozen=True)
@@ -72,15 +65,6 @@ class Speed:
     engine: float = 0.0
 
 
-def phase_flops(
-    shape: Shape, phase: str, work: Work, checkpointing: bool, micro_batch: float
-) -> float:
-    """See `training_flops` and `forward_flops`; sampling makes as many logits as tokens."""
-    if phase == "train":
-        return training_flops(shape, work, checkpointing, micro_batch)
-    return forward_flops(shape, work)
-
-
 def phase_seconds(speed: Speed, iteration: Iteration, flops: dict[str, float]) -> dict[str, float]:
     """Seconds of an iteration's phases, named as in summary.json.
 
@@ -91,18 +75,12 @@ def phase_seconds(speed: Speed, iteration: Iteration, flops: dict[str, float]) -
         iteration: what is done.
         flops: operations by phase.
     """
-    found = {}
-    for phase, work in iteration.phases.items():
-        if phase == "sample":
-            found[phase] = work.tokens * speed.sampling + speed.engine
-        elif phase == "score_candidates":
-            found[phase] = flops[phase] / speed.candidates
-        elif phase == "train":
-            found[phase] = flops[phase] / speed.training
-        elif phase == "evaluate":
-            found["train"] += flops[phase] / speed.scoring
-        else:
-            found[phase] = flops[phase] / speed.scoring
+    rates = {"score_candidates": speed.candidates, "train": speed.training}
+    found = {phase: flops[phase] / rates.get(phase, speed.scoring) for phase in iteration.phases}
+    if "sample" in found:
+        found["sample"] = iteration.phases["sample"].tokens * speed.sampling + speed.engine
+    if "evaluate" in found:
+        found["train"] += found.pop("evaluate")
     if iteration.number > 1:
         found["select"] = speed.selecting * iteration.pairs
     return found

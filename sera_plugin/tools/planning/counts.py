@@ -7,7 +7,7 @@ counted at an expected length, with the most that there can be beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,9 +81,12 @@ class Work:
     def exact(self) -> bool:
         return self.tokens == self.most
 
-    def times(self, factor: int) -> Work:
-        """The same, that many times."""
-        return Work(*(factor * value for value in vars(self).values()))
+    def times(self, factor: float) -> Work:
+        """The same this many times."""
+        return Work(
+            *(round(factor * value) for value in (self.sequences, self.tokens, self.most)),
+            *(factor * value for value in (self.forwarded, self.scored, self.squares)),
+        )
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,8 @@ class Counting:
     def limits(self) -> IntArray:
         """(N,) most tokens of a sample for each prompt, see `sampling.room`."""
         most = np.full(len(self.pairs), self.method.config.max_new_tokens, dtype=np.int64)
-        return (
-            most
-            if not self.sequence_len
-            else np.minimum(most, self.sequence_len - self.pairs.prompt)
-        )
+        room = self.sequence_len - self.pairs.prompt if self.sequence_len else most
+        return np.minimum(most, room)
 
     @property
     def expected(self) -> npt.NDArray[np.float64]:
@@ -159,12 +159,18 @@ class Counting:
             if self.held_out is not None:
                 phases["score_evaluation"] = _scoring(self.held_out)
             if bootstrapped:
-                phases["sample"] = self._sampling()
-                under = len(self.method.candidates_under(t))
-                phases["score_candidates"] = self._candidates().times(under)
+                phases["sample"] = sampled = self._sampling()
+                # Each under every policy that its reward needs, its prompt with it.
+                prompts = int(self.method.config.candidates * self.pairs.prompt.sum())
+                scored = replace(
+                    sampled, tokens=prompts + sampled.tokens, most=prompts + sampled.most
+                )
+                phases["score_candidates"] = scored.times(len(self.method.candidates_under(t)))
             phases["train"] = self._training(kept, bootstrapped)
             if self.held_out is not None and self.evaluations:
-                phases["evaluate"] = _evaluation(self.held_out, self.evaluations)
+                # Trainer.evaluate computes the prompt with each of its completions.
+                once = _scoring(self.held_out).times(self.evaluations)
+                phases["evaluate"] = replace(once, forwarded=float(once.tokens))
             yield Iteration(t, kept, bootstrapped, self.schedule.steps(t), phases)
 
     def _sampling(self) -> Work:
@@ -177,19 +183,6 @@ class Counting:
             forwarded=float(self.pairs.prompt.sum() + tokens),
             scored=float(tokens),
             squares=float(candidates * ((self.pairs.prompt + self.expected) ** 2).sum()),
-        )
-
-    def _candidates(self) -> Work:
-        """Scoring all candidates under one policy."""
-        sampled = self._sampling()
-        prompts = int(self.method.config.candidates * self.pairs.prompt.sum())
-        return Work(
-            sampled.sequences,
-            prompts + sampled.tokens,
-            prompts + sampled.most,
-            sampled.forwarded,
-            sampled.scored,
-            sampled.squares,
         )
 
     def _training(self, kept: int, bootstrapped: int) -> Work:
@@ -230,19 +223,6 @@ def _scoring(pairs: Lengths) -> Work:
     )
 
 
-def _evaluation(pairs: Lengths, times: float) -> Work:
-    once = _scoring(pairs)
-    tokens = round(times * once.tokens)
-    return Work(
-        round(times * once.sequences),
-        tokens,
-        tokens,
-        float(tokens),
-        times * once.scored,
-        times * once.squares,
-    )
-
-
 def _largest(values: IntArray, count: int) -> int:
     return int(np.sort(values)[::-1][:count].sum())
 
@@ -253,15 +233,12 @@ def padding(pairs: Lengths, micro_batch: int, multiple: int | None, seed: int) -
     Both completions of a batch's pairs are padded to its longest sequence. One shuffle stands for
     all.
     """
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    longer = pairs.longer[order]
+    longer = pairs.longer[np.random.default_rng(seed).permutation(len(pairs))]
     padded = 0
-    for start in range(0, len(order), micro_batch):
+    for start in range(0, len(longer), micro_batch):
         batch = longer[start : start + micro_batch]
-        longest = int(batch.max())
-        if multiple:
-            longest = -(-longest // multiple) * multiple
-        padded += 2 * len(batch) * longest
+        step = multiple or 1
+        padded += 2 * len(batch) * -(-int(batch.max()) // step) * step
     return padded / float(pairs.both.sum())
 
 

@@ -144,31 +144,21 @@ def notes_of(
     quantised_already: str | None,
 ) -> list[str]:
     """What the figures leave out or take for granted, in sentences."""
-    notes = []
-    if counting.sampled is None and setting.sample:
-        notes.append(
-            "Samples are expected to be as long as chosen answers are "
-            f"({counting.expected.mean():.0f} tokens on average)."
-        )
-    if setting.optimizer not in KNOWN:
-        notes.append(f"optimizer: {setting.optimizer} is counted like AdamW in float32.")
-    if setting.optimizer.startswith("paged"):
-        notes.append(
-            "State of paged optimizers is counted on the device; where that is short it moves to "
-            "host memory by itself."
-        )
-    if shape.expert_elements:
-        notes.append("Activations of a mixture of experts are counted as one feed-forward part's.")
-    if other_layers:
-        notes.append(f"Activations of {', '.join(other_layers)} layers are counted as attention's.")
-    if quantised_already:
-        notes.append(
-            f"The checkpoint is quantised with {quantised_already}; its weights are counted as the "
-            "YAML would load them."
-        )
-    if cfg.get("fsdp_config"):
-        notes.append(
-            "fsdp_config shares weights, gradients and optimizer state among processes; all "
-            "figures here are for one process that holds them all."
-        )
-    return notes
+    optimizer = setting.optimizer
+    notes = {
+        "Samples are expected to be as long as chosen answers are "
+        f"({counting.expected.mean():.0f} tokens on average).": counting.sampled is None
+        and setting.sample,
+        f"optimizer: {optimizer} is counted like AdamW in float32.": optimizer not in KNOWN,
+        "State of paged optimizers is counted on the device; where that is short it moves to "
+        "host memory by itself.": optimizer.startswith("paged"),
+        "Activations of a mixture of experts are counted as one feed-forward "
+        "part's.": shape.expert_elements,
+        f"Activations of {', '.join(other_layers)} layers are counted as "
+        "attention's.": other_layers,
+        f"The checkpoint is quantised with {quantised_already}; its weights are counted as the "
+        "YAML would load them.": quantised_already,
+        "fsdp_config shares weights, gradients and optimizer state among processes; all figures "
+        "here are for one process that holds them all.": cfg.get("fsdp_config"),
+    }
+    return [note for note, applies in notes.items() if applies]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import repeat
 from typing import Any
 
 from sera_plugin.config.quoting import printable
@@ -180,6 +180,19 @@ def _time(plan: Plan) -> str:
 def data(plan: Plan) -> dict[str, Any]:
     """The plan as JSON has it."""
     device, inputs = plan.inputs.device, plan.inputs
+    memory_free, disk_free = inputs.room or (None, None)
+
+    def phases(found: list[Phase]) -> list[dict[str, Any]]:
+        return [
+            {
+                "phase": phase.name,
+                "bytes": phase.parts,
+                "all": phase.total,
+                "fits": None if device.memory is None else phase.fits(device.memory),
+            }
+            for phase in found
+        ]
+
     return {
         "about": dict(inputs.about),
         "iterations": [
@@ -198,26 +211,28 @@ def data(plan: Plan) -> dict[str, Any]:
                     }
                     for name, work in one.phases.items()
                 },
-                "seconds": None if plan.seconds is None else plan.seconds[one.number - 1],
+                "seconds": seconds,
             }
-            for one, flops in zip(plan.iterations, plan.flops, strict=True)
+            for one, flops, seconds in zip(
+                plan.iterations, plan.flops, plan.seconds or repeat(None), strict=False
+            )
         ],
         "memory": {
             "device": device.name,
             "bytes": device.memory,
             "fits": plan.fits,
-            "phases": [_phase(phase, device.memory) for phase in plan.phases],
+            "phases": phases(plan.phases),
             "host": plan.host,
-            "host_free": None if inputs.room is None else inputs.room[0],
+            "host_free": memory_free,
         },
         "disk": plan.disk,
-        "disk_free": None if inputs.room is None else inputs.room[1],
+        "disk_free": disk_free,
         "changes": [
             {
                 "keys": change.keys,
                 "remark": change.remark,
                 "fits": change.case.fits,
-                "phases": [_phase(phase, device.memory) for phase in change.case.phases],
+                "phases": phases(change.case.phases),
             }
             for change in plan.changes
         ],
@@ -225,8 +240,3 @@ def data(plan: Plan) -> dict[str, Any]:
         "speed_from": inputs.speed_from,
         "notes": inputs.notes,
     }
-
-
-def _phase(phase: Phase, memory: int | None) -> Mapping[str, Any]:
-    fits = None if memory is None else phase.fits(memory)
-    return {"phase": phase.name, "bytes": phase.parts, "all": phase.total, "fits": fits}
