@@ -43,7 +43,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     # No shell; the command of the process that started this one.
-    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606
+    os.execvp(sys.argv[1], sys.argv[1:])
 
 
 if __name__ == "__main__":
