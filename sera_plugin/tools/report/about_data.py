@@ -224,7 +224,7 @@ def _rewards(
 def scores(run: Run, found: Figures) -> Section:
     selection = run.settings.get("selection")
     role = "They never influence training."
-    if SELECTIONS[str(selection)].reads_scores:
+    if selection is not None and SELECTIONS[selection].reads_scores:
         role = f"sera.selection: {selection} chooses pairs by the first of them."
     section = Section(
         "scores",
