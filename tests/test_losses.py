@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.step import preference_loss
 from sera_plugin.model.losses import PreferenceLoss
 from sera_plugin.model.objective import Objective
 
@@ -96,6 +98,32 @@ def test_gradients_push_chosen_up_and_rejected_down(kind):
 def test_loss_elsewhere_by_hand(loss, expected):
     value = loss(torch.tensor([3.0]), torch.tensor([-2.0]))
     assert value.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "block", "at_zero", "reward"),
+    [
+        ({"dpo_label_smoothing": 0.1}, {}, math.log(2), 4.0),
+        ({"dpo_label_smoothing": 0.2}, {"loss": "robust"}, math.log(2), 4.0),
+        ({}, {"loss": "slic"}, 1.0, 4.0),
+        # (0 - 1 / (2 beta))^2 with the paper's beta of 1
+        ({}, {"loss": "ipo"}, 0.25, 2.0),
+        ({}, {"loss": "ipo", "ipo_reduction": "sum"}, 0.25, 4.0),
+        ({}, {"loss": "simpo"}, math.log(2), -1.5),
+        ({"simpo_gamma": 0.5}, {"loss": "simpo"}, math.log1p(math.exp(0.5)), -1.5),
+        ({}, {"loss": "orpo"}, 0.1 * math.log(2), -1.5),
+    ],
+)
+def test_a_configuration_gives_its_loss(base_config, load, keys, block, at_zero, reward):
+    """Two tokens with log pi = -3 under the policy and -7 under the reference."""
+    base_config["sera"] |= block
+    cfg = load(base_config | keys)
+    loss = preference_loss(cfg, SeraConfig(**cfg.sera))
+    assert loss.label_smoothing == keys.get("dpo_label_smoothing", 0.0)
+    side = torch.tensor([-1.0])
+    assert loss(side, side).item() == pytest.approx(at_zero, abs=1e-6)
+    found = loss.rewards(torch.tensor([-3.0]), torch.tensor([-7.0]), torch.tensor([2]))
+    assert found.item() == reward
 
 
 def test_averaged_ipo_agrees_with_trl_from_log_probabilities_on():

@@ -178,7 +178,7 @@ def table(run: Path, iteration: int, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = base_config | {"num_epochs": 2} | (adapter() if kind == "lora" else {})
     config["sera"]["sampler"] = "transformers"
@@ -236,7 +236,7 @@ def test_no_rank_goes_on_in_smaller_batches_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.nightly), "full"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = base_config | (adapter() if kind == "lora" else {})
     config["sera"]["sampler"] = "transformers"

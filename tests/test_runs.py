@@ -36,35 +36,23 @@ def files(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("keys", "block", "expected"),
-    [
-        ({"dpo_label_smoothing": 0.1}, {}, 0.693147),
-        ({"dpo_label_smoothing": 0.2}, {"loss": "robust"}, 0.693147),
-        ({}, {"loss": "slic"}, 1.0),
-        # (0 - 1 / (2 beta))^2 with the paper's beta of 1
-        ({}, {"loss": "ipo"}, 0.25),
-        ({}, {"loss": "ipo", "ipo_reduction": "sum"}, 0.25),
-        ({}, {"loss": "simpo"}, None),
-        ({"simpo_gamma": 0.5, "cpo_alpha": 0.1}, {"loss": "simpo"}, None),
-    ],
-    ids=["cdpo", "robust", "slic", "ipo", "ipo-sum", "simpo", "simpo-gamma-nll"],
+    ("keys", "block"),
+    [({}, {"loss": "ipo"}), ({"simpo_gamma": 0.5, "cpo_alpha": 0.1}, {"loss": "simpo"})],
+    ids=["ipo", "simpo-gamma-nll"],
 )
-def test_every_loss_trains_two_iterations(base_config, train, keys, block, expected):
+def test_rewards_of_a_run_are_those_of_its_loss(base_config, train, keys, block):
+    """Per token, with a reference and without; test_losses.py has the other losses."""
     base_config["sera"] |= block
     result = train(base_config | keys | {"num_epochs": 2})
     for iteration in (1, 2):
         step_zero = summary(result, iteration)["step_zero"]
         assert step_zero["loss"] == pytest.approx(step_zero["expected_loss"], abs=1e-4)
-        if expected is not None:
-            assert step_zero["loss"] == pytest.approx(expected, abs=1e-4)
     offline = pq.read_table(result.run / "iteration-02/offline.parquet").to_pydict()
     before = pq.read_table(result.run / "iteration-01/offline.parquet").to_pydict()
-    free, mean = block.get("loss") == "simpo", block.get("ipo_reduction", "mean") == "mean"
-    divide = free or (block.get("loss") == "ipo" and mean)
     for side in ("chosen", "rejected"):
-        length = offline[f"{side}_length"][0] if divide else 1
+        free = block["loss"] == "simpo"
         ratio = offline[f"{side}_logp"][0] - (0 if free else before[f"{side}_logp"][0])
-        assert offline[f"{side}_reward"][0] == pytest.approx(ratio / length)
+        assert offline[f"{side}_reward"][0] == pytest.approx(ratio / offline[f"{side}_length"][0])
 
 
 def test_the_hosts_own_losses_train_through_dpo_loss_type(base_config, train):
@@ -76,10 +64,7 @@ def test_the_hosts_own_losses_train_through_dpo_loss_type(base_config, train):
     assert losses[0] == pytest.approx(1.0, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("selection", "bootstrap", "pairs"),
-    [(0.7, 0.0, 17), (0.7, 2.0, 65), (0.0, 1.0, 24), (1.0, 0.0, 24)],
-)
+@pytest.mark.parametrize(("selection", "bootstrap", "pairs"), [(0.7, 2.0, 65), (0.0, 1.0, 24)])
 def test_epochs_of_unequal_length_have_right_totals(
     base_config, train, selection, bootstrap, pairs
 ):
@@ -156,23 +141,24 @@ def test_an_adapter_with_tied_embeddings_is_saved_and_nothing_else(base_config, 
 
 
 @pytest.mark.parametrize("keys", [{}, adapter()], ids=["full", "lora"])
-@pytest.mark.parametrize("stop", [1, 4], ids=["in-iteration-1", "in-iteration-2"])
-def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path, keys, stop):
+def test_a_resumed_run_equals_an_uninterrupted_one(base_config, train, tmp_path, keys):
     base_config |= keys | {"save_steps": 1, "saves_per_epoch": None, "save_total_limit": 9}
     whole = train(base_config)
-    cut = Path(shutil.copytree(whole.output, tmp_path / "cut"))
-    for checkpoint in cut.glob("checkpoint-*"):
-        if int(checkpoint.name.split("-")[1]) > stop:
-            shutil.rmtree(checkpoint)
-    # What later iterations left behind came from another continuation and must not be used.
-    (cut / "sera/iteration-03/offline.parquet").write_bytes(b"stale")
-    resume = {"output_dir": str(cut), "auto_resume_from_checkpoints": True}
-    resumed = train(base_config | resume)
-    assert resumed.trainer.state.global_step == whole.trainer.state.global_step
-    assert files(resumed.run) == files(whole.run)
     name = "adapter_model.safetensors" if keys else "model.safetensors"
-    mine, theirs = load_file(resumed.output / name), load_file(whole.output / name)
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    theirs = load_file(whole.output / name)
+    for stop in (1, 4):  # in iteration 1 and in iteration 2
+        cut = Path(shutil.copytree(whole.output, tmp_path / f"cut-{stop}"))
+        for checkpoint in cut.glob("checkpoint-*"):
+            if int(checkpoint.name.split("-")[1]) > stop:
+                shutil.rmtree(checkpoint)
+        # What later iterations left behind came from another continuation and must not be used.
+        (cut / "sera/iteration-03/offline.parquet").write_bytes(b"stale")
+        resume = {"output_dir": str(cut), "auto_resume_from_checkpoints": True}
+        resumed = train(base_config | resume)
+        assert resumed.trainer.state.global_step == whole.trainer.state.global_step
+        assert files(resumed.run) == files(whole.run)
+        mine = load_file(resumed.output / name)
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
 def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there(
