@@ -11,7 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.dataset import prepare_rows
+from sera_plugin.host.data_config import name_types
 from tests.conftest import write_rows
 from tests.test_dataset import PLAIN_TEMPLATE, build, spelled
 
@@ -37,58 +41,58 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def parsed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A configuration as the host resolves it; the tests here change what is about data."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    keys = {
+        "base_model": str(base),
+        "tokenizer_type": "PreTrainedTokenizerFast",
+        "plugins": ["sera_plugin.SeraPlugin"],
+        "rl": "sera",
+        "datasets": [{"path": "pairs.jsonl", "type": TYPE}],
+        "output_dir": str(path.parent / "out"),
+        "sequence_len": 48,
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-5,
+        **dict.fromkeys(("bf16", "fp16", "tf32"), False),
+    }
+    path.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_instance", "_cfg"):  # a process parses one configuration; tests, many
+            patch.setattr(PluginManager, name, None)
+        cfg = load_cfg(str(path))
+    cfg.dataset_num_proc = None  # no process of its own for a few rows
+    return cfg
+
+
 @pytest.fixture
-def prepare(base: Path, load: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """What `axolotl train` does with the data before it loads a model."""
+def prepare(parsed: Any, tmp_path: Path) -> Callable[..., Any]:
+    """What `axolotl train` does with the data before it loads a model, and the trainer then."""
 
-    def run(**keys: Any) -> SimpleNamespace:
-        from axolotl.integrations.base import PluginManager
-        from transformers import AutoTokenizer
+    def run(sera: Any = None, **keys: Any) -> SimpleNamespace:
+        from axolotl.loaders import load_tokenizer
+        from axolotl.utils.dict import DictDefault
 
-        from sera_plugin.data.dataset import report_rows, tokenize_rows
+        from sera_plugin.host.datasets import load_pairs
 
-        cfg = load(
-            {
-                "base_model": str(base),
-                "tokenizer_type": "PreTrainedTokenizerFast",
-                "plugins": ["sera_plugin.SeraPlugin"],
-                "rl": "sera",
-                "dataset_prepared_path": str(tmp_path / "prepared"),
-                "dataset_num_proc": 1,
-                "output_dir": str(tmp_path / "out"),
-                "sequence_len": 48,
-                "micro_batch_size": 1,
-                "gradient_accumulation_steps": 1,
-                "learning_rate": 1e-5,
-                "bf16": False,
-                "fp16": False,
-                "tf32": False,
-                **keys,
-            }
-        )
-        data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        found = {}
+        cfg = DictDefault({**parsed.to_dict(), **keys})
+        cfg.sera = {**parsed.sera, **(sera or {})}
+        cfg.dataset_prepared_path = str(tmp_path / "prepared")
+        name_types(cfg)
+        data = load_pairs(cfg)
+        tokenizer = load_tokenizer(cfg)
+        rows, ends = {}, [tokenizer.eos_token_id]
         for name, dataset in (("train", data.train_dataset), ("eval", data.eval_dataset)):
             if dataset is not None:
-                found[name] = tokenize_rows(
-                    dataset,
-                    tokenizer,
-                    [tokenizer.eos_token_id],
-                    cfg.sequence_len,
-                    truncate=cfg.excess_length_strategy == "truncate",
-                )
-                report_rows(
-                    found[name],
-                    name,
-                    raise_bad=cfg.sera["bad_rows"] == "raise",
-                    raise_long=cfg.excess_length_strategy == "raise",
-                    max_length=cfg.sequence_len,
-                )
-        return SimpleNamespace(
-            cfg=cfg, tokenizer=tokenizer, columns=data.train_dataset.column_names, **found
-        )
+                config = SeraConfig(**cfg.sera)
+                rows[name] = prepare_rows(dataset, tokenizer, ends, cfg, config, name)
+        columns = data.train_dataset.column_names
+        return SimpleNamespace(cfg=cfg, tokenizer=tokenizer, columns=columns, data=data, **rows)
 
     return run
 
@@ -193,6 +197,34 @@ def test_deduplication_ignores_where_rows_stand_and_keeps_bad_ones_apart(
     assert result.kept == {}
     [dropped] = result.dropped.values()
     assert sorted(result.places[row] for row in dropped) == [3, 4]
+    held_out = file_of(tmp_path, [other, GOOD | {"question": "ab"}], "held-out.jsonl")
+    both = prepare(datasets=sets, test_datasets=[held_out], dataset_exact_deduplication=True)
+    assert both.data.eval_dataset["sera_row"][:] == [1]
+
+
+def test_rows_are_merged_shuffled_split_and_counted_as_the_host_does(
+    prepare: Any, tmp_path: Path
+) -> None:
+    from axolotl.utils.data.shared import create_train_validation_split, merge_datasets
+    from datasets import load_dataset
+
+    sets = [
+        file_of(tmp_path, [GOOD | {"question": f"{name} {i}"} for i in range(9)], f"{name}.jsonl")
+        for name in ("hi", "ab")
+    ]
+    for keys in (
+        {"seed": 5, "shuffle_before_merging_datasets": True},
+        {"seed": 6, "shuffle_merged_datasets": False},
+        {"seed": 7, "val_set_size": 0.25, "skip_prepare_dataset": True},
+    ):
+        made = prepare(datasets=sets, **keys)
+        raw = [load_dataset("json", data_files=one["path"], split="train") for one in sets]
+        expected, held_out = merge_datasets(raw, made.cfg), None
+        if keys.get("val_set_size"):
+            expected, held_out = create_train_validation_split(expected, made.cfg, 0.25)
+            assert made.data.eval_dataset["prompt"][:] == held_out["question"][:]
+        assert made.data.train_dataset["prompt"][:] == expected["question"][:]
+        assert made.data.total_num_steps == len(expected) * made.cfg.num_epochs
 
 
 def test_held_out_rows_are_read_as_test_datasets_says(prepare: Any, tmp_path: Path) -> None:

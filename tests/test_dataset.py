@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from sera_plugin.data.dataset import INEXACT, LOG, report_rows, tokenize_rows
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.dataset import INEXACT, LOG, prepare_rows, tokenize_rows
 
 SPECIAL = [
     "<pad>",
@@ -227,42 +228,6 @@ def test_ids_are_int32_arrays_and_rows_are_named_by_their_place(plain: Any) -> N
         assert [ids.dtype for ids in column] == [np.int32, np.int32]
 
 
-def test_conversations_go_through_the_chat_template(plain: Any) -> None:
-    result = tokenize(
-        plain,
-        row(
-            prompt=[{"role": "user", "content": "hi"}],
-            chosen=[{"role": "assistant", "content": "hello"}],
-            rejected=[{"role": "assistant", "content": "world"}],
-        ),
-    )
-    assert spelled(plain, result.prompt_ids[0]) == "<|user|>hi<|assistant|>"
-    assert spelled(plain, result.chosen_ids[0]) == "hello<|im_end|>"
-    assert spelled(plain, result.rejected_ids[0]) == "world<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        (row(chosen=""), "empty"),
-        (row(rejected=" \n"), "empty"),
-        (row(prompt=""), "empty"),
-        (row(chosen=None), "all be text or all messages, not str, NoneType, str"),
-        ({"prompt": "hi", "chosen": "ab"}, "NoneType"),
-        (row(chosen=[{"role": "assistant", "content": "hi"}]), "not str, list, str"),
-        (row(prompt=[], chosen=[], rejected=[]), "all be text or all messages"),
-    ],
-)
-def test_rows_that_cannot_be_used_are_dropped_and_named(
-    plain: Any, bad: dict[str, Any], reason: str
-) -> None:
-    result = tokenize(plain, row(), bad, row(), bad)
-    assert result.rows == [0, 2]
-    [(why, rows)] = result.dropped.items()
-    assert reason in why
-    assert rows == [1, 3]
-
-
 def test_sequence_len_counts_prompt_longer_completion_and_end_token(plain: Any) -> None:
     """prompt: <|user|> x <|assistant|> is 3; chosen x x </s> is 3; rejected y </s> is 2."""
     example = row(prompt="<|user|>x<|assistant|>", chosen="xz", rejected="y")
@@ -292,7 +257,8 @@ def test_a_prompt_that_leaves_no_room_is_dropped_even_when_truncating(plain: Any
 def test_no_usable_row_is_an_error_with_the_counts(plain: Any) -> None:
     rows = [row(chosen=""), row(rejected=""), row(chosen="hello world " * 9)]
     with pytest.raises(
-        ValueError, match=r"none of the 3 .*2 row\(s\): empty.*1 row\(s\): longer.*sequence_len"
+        ValueError,
+        match=r"none of the 3 .*2 row\(s\): .* without tokens.*1 row\(s\): longer.*sequence_len",
     ):
         tokenize(plain, *rows, max_length=12)
     with pytest.raises(ValueError, match="the dataset is empty"):
@@ -327,9 +293,10 @@ def logged() -> Iterator[list[str]]:
 
 
 def test_the_log_names_the_first_rows_of_each_reason(plain: Any, logged: list[str]) -> None:
-    report_rows(tokenize(plain, row(), *[row(chosen="")] * 7), "train")
+    rows = [row(), *[row(chosen="")] * 7]
+    prepare_rows(rows, plain, [plain.eos_token_id], {}, SeraConfig(), "train")
     [line] = logged
-    assert line.startswith("WARNING train: dropped 7 row(s): empty")
+    assert line.startswith("WARNING train: dropped 7 row(s): prompt, chosen or rejected without")
     assert "(rows 1, 2, 3, 4, 5, ...)" in line
 
 

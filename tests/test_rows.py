@@ -19,17 +19,18 @@ from hypothesis import strategies as st
 from requests.exceptions import ReadTimeout
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.dataset import DUPLICATE, SPELLED_OUT, report_rows, tokenize_rows
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.dataset import DUPLICATE, SPELLED_OUT, prepare_rows, tokenize_rows
+from sera_plugin.data.edited_files import edited_since
 from sera_plugin.data.load_errors import (
     DataError,
     check_loaded,
-    edited_since,
     load_failure,
     one_line,
     while_loading,
     while_preparing,
 )
-from sera_plugin.data.rows import GuardedTransform, source_name
+from sera_plugin.data.rows import GuardedTransform, as_it_is, source_name
 from sera_plugin.data.texts import visible
 from sera_plugin.host.data_config import restore_entries
 from tests.test_dataset import build, nasty, ordinary_texts, spelled
@@ -199,6 +200,24 @@ def test_a_strategy_may_return_anything_and_raise_anything() -> None:
     assert "must all be text" in of(lambda row: {})
 
 
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"chosen": ""}, "field 'chosen' is empty"),
+        ({"rejected": " \n"}, "field 'rejected' is empty"),
+        ({"prompt": ""}, "field 'prompt' is empty"),
+        ({"chosen": None}, "all be text or all messages, not str, NoneType, str"),
+        ({"chosen": [{"role": "assistant", "content": "hi"}]}, "not str, list, str"),
+        ({"prompt": [], "chosen": [], "rejected": []}, "all be text or all messages"),
+    ],
+)
+def test_rows_that_a_strategy_has_mapped_in_a_way_of_its_own(bad: Any, reason: str) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    transform = guarded(as_it_is)
+    assert transform(row, 0)["sera_problem"] == ""
+    assert reason in transform(row | bad, 1)["sera_problem"]
+
+
 def test_halves_of_surrogate_pairs_stop_at_the_guard() -> None:
     """No Arrow table can hold them, so a placeholder must stand for the row from here on."""
     row = {"prompt": "p", "chosen": "a\ud800", "rejected": "b"}
@@ -305,7 +324,7 @@ def test_an_edit_is_noticed_wherever_the_file_lies(tmp_path: Path) -> None:
 def test_nothing_usable_names_the_set(tokenizer: Any) -> None:
     for name, keys in (("train", "`datasets:`"), ("eval", "`test_datasets:` or `val_set_size`")):
         with pytest.raises(ValueError, match=f"none of the 1 {name} rows .* Check {keys}, and"):
-            tokenize_rows([{"prompt": ""}], tokenizer, [2], None, name=name)
+            tokenize_rows([{"sera_problem": "why"}], tokenizer, [2], None, name=name)
 
 
 # ------------------------------------------------------------------ tokens
@@ -348,24 +367,43 @@ def test_duplicates_are_kept_and_named(tokenizer: Any) -> None:
     assert result.kept == {DUPLICATE: [2, 3]}
 
 
+def test_only_rows_that_are_trained_are_remarked_on(tokenizer: Any) -> None:
+    rows = [{"prompt": "x", "chosen": text, "rejected": "y"} for text in ("a\0b", "\0" * 30)]
+    result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], 12)
+    assert result.rows == [0]
+    assert list(result.kept.values()) == [[0]]
+
+
 def test_one_row_is_enough(tokenizer: Any) -> None:
     assert rows_of(tokenizer, ("ab", "hello")).rows == [0]
 
 
-def test_bad_and_long_rows_stop_the_run_when_asked_to(tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("config", "cfg", "said"),
+    [
+        ({}, {}, None),
+        ({"bad_rows": "raise"}, {}, r"^sera.bad_rows: raise, and 2 of the 3 train rows .*bad_rows"),
+        (
+            {},
+            {"excess_length_strategy": "raise"},
+            r"^excess_length_strategy: raise, and 2 of the 3 .*1 row\(s\): longer .*\(rows 2\)",
+        ),
+    ],
+)
+def test_bad_and_long_rows_stop_the_run_when_asked_to(
+    tokenizer: Any, config: Any, cfg: Any, said: str | None
+) -> None:
     rows = [{"prompt": "hi", "chosen": text, "rejected": "ab"} for text in ("x", "", "hello " * 9)]
-    result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], 9)
-    report_rows(result, "train", max_length=9)
-    with pytest.raises(
-        ValueError, match=r"^sera.bad_rows: raise, and 2 of the 3 train rows"
-    ) as bad:
-        report_rows(result, "train", raise_bad=True, max_length=9)
-    assert "1 row(s): empty prompt, chosen or rejected (rows 1)" in str(bad.value)
-    assert str(bad.value).endswith("Mend or remove them, or set sera.bad_rows: drop.")
-    with pytest.raises(ValueError, match=r"^excess_length_strategy: raise, .* 3 .*rows 2"):
-        report_rows(result, "train", raise_long=True, max_length=9)
-    long = tokenize_rows(rows[::2], tokenizer, [tokenizer.eos_token_id], 9)
-    report_rows(long, "train", raise_bad=True, max_length=9)
+    options = ([tokenizer.eos_token_id], {"sequence_len": 9, **cfg}, SeraConfig(**config), "train")
+    if said is None:
+        assert prepare_rows(rows, tokenizer, *options).rows == [0]
+        return
+    with pytest.raises(ValueError, match=said) as error:
+        prepare_rows(rows, tokenizer, *options)
+    assert "1 row(s): prompt, chosen or rejected without tokens (rows 1)" in str(error.value)
+    assert str(error.value).split(". ")[-1].startswith("Mend or remove them, or set ")
+    if config:  # rows that are only too long are no bad rows
+        assert prepare_rows(rows[::2], tokenizer, *options).rows == [0]
 
 
 def test_only_the_commonest_reasons_are_named(tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ import numpy.typing as npt
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.encoding import RowTokenizer
+from sera_plugin.data.fields import TEXTS
 from sera_plugin.data.rows import PROBLEM, ROW, SOURCE
-from sera_plugin.data.templates import row_texts
-from sera_plugin.data.texts import RowError, check_texts, odd
+from sera_plugin.data.texts import RowError, odd
 
 IntArray = npt.NDArray[np.int32]
 
@@ -51,8 +52,7 @@ class TokenizedRows:
         total: how many rows there were.
         dropped: reason -> rows dropped for it.
         kept: remark -> kept rows that deserve a look.
-        sources, places: for every row, the user's dataset it comes from and its place there; for
-            rows that did not come through the guarded transform, "" and the place in this one.
+        sources, places: for every row, the user's dataset it comes from and its place there.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -70,12 +70,8 @@ class TokenizedRows:
         """Note why a row is not used."""
         self.dropped.setdefault(reason, []).append(row)
 
-    def remark(self, row: int, remark: str) -> None:
-        """Note what is odd about a row that is."""
-        self.kept.setdefault(remark, []).append(row)
-
     def named(self, rows: Sequence[int]) -> str:
-        """The first rows by their place in the user's own files, or in the prepared dataset."""
+        """The first rows by their place in the user's own files."""
         first: dict[str, list[int]] = {}
         for row in rows[:_NAMED_ROWS]:
             first.setdefault(self.sources[row], []).append(self.places[row])
@@ -120,44 +116,43 @@ def prepare_rows(
     config: SeraConfig,
     name: str,
 ) -> TokenizedRows:
-    """Tokenise the host's rows and say what was dropped, as the configuration has it.
+    """Tokenise rows and say in the log what was dropped and what deserves a look.
 
     Args:
         examples, tokenizer, end_ids: see `tokenize_rows`.
-        cfg: the host's resolved configuration.
-        config: the `sera:` block in it.
+        cfg: the host's resolved configuration (`sequence_len`, `excess_length_strategy`).
+        config: the `sera:` block in it (`bad_rows`).
         name: what the rows are for, "train" or "eval".
 
     Raises:
-        ValueError: if no usable row is left, or some are dropped that must not be.
+        ValueError: if no usable row is left, or some are dropped that must not be, with the counts
+            and the first rows of each reason.
     """
     long_rows = str(cfg.get("excess_length_strategy") or "").lower()
     length = cfg.get("sequence_len")
     result = tokenize_rows(
         examples, tokenizer, end_ids, length, truncate=long_rows == "truncate", name=name
     )
-    report_rows(
-        result,
-        name,
-        raise_bad=config.bad_rows == "raise",
-        raise_long=long_rows == "raise",
-        max_length=length,
-    )
+    for remark, rows in result.kept.items():
+        LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
+    dropped = sum(map(len, result.dropped.values()))
+    long = len(result.dropped.get(too_long(length), ()))
+    for wanted, count, key in (
+        (long_rows == "raise", long, "excess_length_strategy"),
+        (config.bad_rows == "raise", dropped - long, "sera.bad_rows"),
+    ):
+        if wanted and count:
+            raise ValueError(
+                f"{key}: raise, and {dropped} of the {result.total} {name} rows cannot be used: "
+                f"{'; '.join(result.reasons())}. Mend or remove them, or set {key}: drop."
+            )
+    for reason in result.reasons():
+        LOG.warning("%s: dropped %s", name, reason)
     return result
 
 
 def kept_columns(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of the host's rows that can be used, (N,) each.
-
-    Raises:
-        ValueError: naming those that are not there.
-    """
-    missing = [name for name in names if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"sera.score_columns: {', '.join(missing)} not in the prepared dataset. It has "
-            f"{', '.join(dataset.column_names)}."
-        )
+    """Columns of the host's rows that can be used, (N,) each."""
     kept = dataset.select(rows)
     return {name: kept[name][:] for name in names}
 
@@ -173,8 +168,8 @@ def tokenize_rows(
     """Tokenise preference rows exactly.
 
     Args:
-        examples: rows with `prompt`, `chosen`, `rejected`, as text or as messages; rows from the
-            guarded transform also say what is wrong with them and where they come from.
+        examples: rows with `prompt`, `chosen` and `rejected` as text, as the guarded transform
+            made them; it also says what is wrong with them and where they come from.
         tokenizer: a transformers tokenizer.
         end_ids: token ids that end a turn for the model.
         max_length: longest prompt + completion in tokens (`sequence_len`), or None.
@@ -192,35 +187,31 @@ def tokenize_rows(
     """
     encoder = RowTokenizer(tokenizer, end_ids)
     result = TokenizedRows()
-    parsed: list[tuple[int, IntArray, IntArray, IntArray]] = []
+    parsed: list[tuple[int, list[str], IntArray, list[IntArray]]] = []
     for row, example in enumerate(examples):
         result.total += 1
-        guarded = isinstance(example.get(SOURCE), str)
-        result.sources.append(sys.intern(example[SOURCE]) if guarded else "")
-        result.places.append(example[ROW] if guarded else row)
+        result.sources.append(sys.intern(example.get(SOURCE, "")))
+        result.places.append(example.get(ROW, row))
         try:
-            if guarded and example[PROBLEM]:
+            if example.get(PROBLEM):
                 raise RowError(example[PROBLEM])
-            texts = row_texts(example, tokenizer)
-            check_texts(*texts)
+            texts = [example[key] for key in TEXTS]
             prompt_ids, *answers = _encode(encoder, *texts)
         except RowError as error:
             result.drop(row, str(error))
             continue
-        except Exception as error:  # a chat template or a tokenizer may raise anything
+        except Exception as error:  # a tokenizer may raise anything
             result.drop(row, f"{type(error).__name__}: {plain(str(error), 120)}")
             continue
-        if not all(map(encoder.decodes_to, answers, texts[1:])):
-            result.remark(row, INEXACT)
-        if any(map(odd, texts)):
-            result.remark(row, ODD)
+        remarks = [] if all(map(encoder.decodes_to, answers, texts[1:])) else [INEXACT]
+        remarks += [ODD] if any(map(odd, texts)) else []
         # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
-        arrays = [np.asarray(ids, dtype=np.int32) for ids in (prompt_ids, *answers)]
-        parsed.append((row, arrays[0], arrays[1], arrays[2]))
+        prompt_array, *raw = (np.asarray(ids, dtype=np.int32) for ids in (prompt_ids, *answers))
+        parsed.append((row, remarks, prompt_array, raw))
 
-    result.end_ids = _turn_ends(encoder, parsed)
+    result.end_ids = _turn_ends(encoder, [raw for *_, raw in parsed])
     seen: set[bytes] = set()
-    for row, prompt_array, *raw in parsed:
+    for row, remarks, prompt_array, raw in parsed:
         try:
             completions, spelled_out = _finish(encoder, raw, result.end_ids)
             if max_length is not None:
@@ -233,11 +224,11 @@ def tokenize_rows(
         digest = hashlib.sha256()
         for ids in (prompt_array, *completions):
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        if digest.digest() in seen:
-            result.remark(row, DUPLICATE)
+        remarks += [DUPLICATE] if digest.digest() in seen else []
+        remarks += [SPELLED_OUT] if spelled_out else []
         seen.add(digest.digest())
-        if spelled_out:
-            result.remark(row, SPELLED_OUT)
+        for remark in remarks:
+            result.kept.setdefault(remark, []).append(row)
         result.rows.append(row)
         result.prompt_ids.append(prompt_array)
         result.chosen_ids.append(completions[0])
@@ -289,9 +280,7 @@ def _fit(
     return [ids[: max_length - prompt] for ids in completions]
 
 
-def _turn_ends(
-    encoder: RowTokenizer, parsed: Sequence[tuple[int, IntArray, IntArray, IntArray]]
-) -> list[int]:
+def _turn_ends(encoder: RowTokenizer, answers: Sequence[Sequence[IntArray]]) -> list[int]:
     """The tokens that end a turn, the one to append to a completion without any first.
 
     The model's own, and the special token that at least half of all completions end with instead
@@ -300,52 +289,13 @@ def _turn_ends(
     """
     ends: Counter[int] = Counter()
     foreign: Counter[int] = Counter()
-    for _, _, *completions in parsed:
-        for tokens in completions:
-            ids = tokens.tolist()
-            tail = [ids[position] for position in encoder.tail(ids)]
-            own = [token for token in tail if token in encoder.end_ids]
-            ends.update(own[:1])
-            foreign.update([] if own else tail[-1:])
-    half = len(parsed)  # two completions a row
+    for tokens in chain.from_iterable(answers):
+        ids = tokens.tolist()
+        tail = [ids[position] for position in encoder.tail(ids)]
+        own = [token for token in tail if token in encoder.end_ids]
+        ends.update(own[:1])
+        foreign.update([] if own else tail[-1:])
+    half = len(answers)  # two completions a row
     ends.update({token: count for token, count in foreign.items() if count >= half})
     most_common = [token for token, _ in ends.most_common()]
     return list(dict.fromkeys([*most_common, *encoder.end_ids]))
-
-
-def report_rows(
-    result: TokenizedRows,
-    name: str,
-    raise_bad: bool = False,
-    raise_long: bool = False,
-    max_length: int | None = None,
-) -> None:
-    """Say in the log what was dropped and what deserves a look, naming the first rows.
-
-    Args:
-        result: from `tokenize_rows`.
-        name: what the rows are for, such as "train".
-        raise_bad: stop where rows were dropped (`sera.bad_rows: raise`).
-        raise_long: stop where rows were dropped for their length
-            (`excess_length_strategy: raise`).
-        max_length: `sequence_len`.
-
-    Raises:
-        ValueError: with the counts and the first rows of each reason.
-    """
-    for remark, rows in result.kept.items():
-        LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
-    long = too_long(max_length)
-    bad = sum(len(rows) for why, rows in result.dropped.items() if why != long)
-    for wanted, count, key in (
-        (raise_long, len(result.dropped.get(long, ())), "excess_length_strategy"),
-        (raise_bad, bad, "sera.bad_rows"),
-    ):
-        if wanted and count:
-            raise ValueError(
-                f"{key}: raise, and {sum(map(len, result.dropped.values()))} of the "
-                f"{result.total} {name} rows cannot be used: {'; '.join(result.reasons())}. "
-                f"Mend or remove them, or set {key}: drop."
-            )
-    for reason in result.reasons():
-        LOG.warning("%s: dropped %s", name, reason)

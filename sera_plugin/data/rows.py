@@ -1,10 +1,9 @@
-"""The host's transform of raw rows, guarded: a bad row becomes a note about itself.
+"""A strategy's transform of raw rows, guarded: a bad row becomes a note about itself.
 
-The host transforms raw rows through a strategy's function and then filters them. What is wrong
-with a row shows there, as an exception without a row number, or not at all. The guard turns such a
-row into a harmless placeholder that says what was wrong and where the row came from; it travels
-through the host's filters, its merging and its files to `dataset.tokenize_rows`, which drops and
-names it.
+What is wrong with a row shows in a transform as an exception without a row number, or not at all.
+The guard turns such a row into a harmless placeholder that says what was wrong and where the row
+came from. It stays in its place through shuffling, merging and the host's files, up to
+`dataset.tokenize_rows`, which drops and names it.
 """
 
 from __future__ import annotations
@@ -67,7 +66,6 @@ class GuardedTransform:
         except Exception as error:  # a strategy may raise anything on a row it did not expect
             problem = _cause(error, row)
         if problem:
-            # Not empty, or the host's filter raises on it.
             texts = dict.fromkeys(TEXTS, "-")
         kept = {key: row[key] for key in self.kept}
         return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}

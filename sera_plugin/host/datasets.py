@@ -47,11 +47,11 @@ from datasets import Dataset, Features, Value
 from transformers import HfArgumentParser
 
 from sera_plugin.config.quoting import quoted
+from sera_plugin.data.edited_files import edited_since
 from sera_plugin.data.fields import SYSTEM, TEXTS
 from sera_plugin.data.load_errors import (
     DataError,
     check_loaded,
-    edited_since,
     while_loading,
     while_preparing,
 )
