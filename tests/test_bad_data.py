@@ -361,13 +361,3 @@ def test_other_columns_keep_no_datasets_apart(prepare: Any, tmp_path: Path) -> N
     assert len(result.train.rows) == 3
     with pytest.raises(ValueError, match=r"sera.score_columns: 'quality' not .* 'id', 'question'"):
         prepare(datasets=sets, sera={"score_columns": ["quality"]})
-
-
-def test_odd_text_is_trained_and_named(prepare: Any, tmp_path: Path) -> None:
-    odd = ["a\0b", "\ufeffab", "a\u202eb", "e" + "\u0301" * 12, "a\ufffdb", "a\u200bb"]
-    rows = [GOOD | {"good": text} for text in odd] + [GOOD | {"good": "\U0001f469\u200d\U0001f467"}]
-    result = prepare(datasets=[file_of(tmp_path, rows)]).train
-    [(remark, found)] = result.kept.items()
-    assert "control characters" in remark
-    assert sorted(result.places[row] for row in found) == list(range(6))
-    assert len(result.rows) == 7

@@ -374,10 +374,6 @@ def test_only_rows_that_are_trained_are_remarked_on(tokenizer: Any) -> None:
     assert list(result.kept.values()) == [[0]]
 
 
-def test_one_row_is_enough(tokenizer: Any) -> None:
-    assert rows_of(tokenizer, ("ab", "hello")).rows == [0]
-
-
 @pytest.mark.parametrize(
     ("config", "cfg", "said"),
     [
