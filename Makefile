@@ -29,8 +29,10 @@ $(READY): setup.cfg pyproject.toml
 demo: $(READY)
 	$(BIN)/axolotl sera demo
 
+# One worker a core; more only where memory allows it, about 3 GB each.
+WORKERS ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest -m "not nightly and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not nightly and not vllm"
 
 # Before a release: what `make test` leaves out, with a real vLLM.
 test-slow: $(READY) $(VLLM_READY)
