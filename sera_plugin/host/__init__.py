@@ -1,8 +1,8 @@
 """Axolotl alone: everything that touches the host.
 
-- `plugin`   the host's public hooks
-- `trainer`   construction; `epochs`, `continuing`, `step`   private seams, each pinned by a test
-- `patches`   what is replaced in the host's modules, and when that may go
-- `loop`, `run`   the iterations of one run in order; which run this is
-- `config`   what `rl: sera` becomes; `refused`, `data_config`   what a YAML may not say
+- `plugin`     the host's public hooks; `datasets`  the pairs, for the hook `load_datasets`
+- `config`     what `rl: sera` becomes; `refused`, `data_config`  what a YAML may not say
+- `trainer`    construction; `epochs`, `continuing`, `step`  the private seams, each pinned by a test
+- `patches`    what must be patched, and what would remove each patch
+- `loop`, `run`, `iteration_log`  the iterations of one run in order; which run this is; its log
 """
