@@ -189,7 +189,7 @@ def running_server(python: str, name: str, longest: int, directory: Path) -> Ite
         command += ["--max-num-batched-tokens", str(max(4096, longest))]
     environment = child_environment(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    client = Client(f"http://127.0.0.1:{port}", "", retries=0, remedy="")
+    client = Client(f"http://127.0.0.1:{port}", "", retries=0, remedy="", timeout=None)
     with Child(command, environment, directory / "server.log") as server:
         while client.answers("/health") is None:
             server.check(server.log_size)

@@ -200,6 +200,29 @@ def test_candidates_belong_to_their_rows_and_nobody_is_left(sampler, tmp_path):
     assert gone(*pids(tmp_path))
 
 
+def test_a_slow_answer_is_waited_for_while_tokens_are_sampled(sampler, monkeypatch, caplog):
+    """However long one takes; and waiting for the start fills no log with failed tries."""
+    monkeypatch.setattr(child, "PATIENCE", 2.0)
+    change = """
+        time.sleep(3)
+        def choices(request, answer=choices):
+            time.sleep(5)
+            return answer(request)
+        def count(self):
+            return self.reply({"version": "0"}) if self.path == "/version" else self.metrics()
+        def metrics(self):
+            content = f"vllm:generation_tokens_total {time.time()}".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        Server.do_GET, Server.metrics = count, metrics
+    """
+    monkeypatch.setattr(Child, "log_size", lambda self: time.monotonic())
+    assert len(list(sampler(change).sample(PROMPTS, SETTINGS))) > 0
+    assert "Retrying" not in caplog.text
+
+
 def test_nothing_is_started_when_nothing_is_left_to_sample(sampler):
     engine = sampler("raise SystemExit(3)")
     assert list(engine.sample(PROMPTS, SETTINGS, skip={0, 1, 2})) == []

@@ -13,7 +13,6 @@ from urllib3.util import Retry
 
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.config.quoting import printable, without_credentials, without_secret
-from sera_plugin.sampling import child
 from sera_plugin.sampling.answers import read_candidates
 from sera_plugin.sampling.prompts import SamplingFailed
 
@@ -54,13 +53,17 @@ class Client:
         key: its API key, or an empty text.
         retries: tries after the first one.
         remedy: what to do where nothing answers there.
+        timeout: seconds to wait for a reply, None where `watch` sees to it.
     """
 
-    def __init__(self, url: str, key: str, retries: int, remedy: str) -> None:
+    def __init__(
+        self, url: str, key: str, retries: int, remedy: str, timeout: float | None
+    ) -> None:
         self.url = url
         self._key = key
         self._retries = retries
         self._remedy = remedy
+        self._timeout = timeout
         retry = Retry(
             total=retries,
             backoff_factor=BACKOFF,
@@ -71,6 +74,8 @@ class Client:
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy does not know this machine
         self._session.mount("http://", HTTPAdapter(pool_maxsize=IN_FLIGHT, max_retries=retry))
+        self._once = requests.Session()  # without tries, each of which urllib3 warns of
+        self._once.trust_env = False
         if key:
             self._session.headers["Authorization"] = f"Bearer {key}"
 
@@ -138,9 +143,9 @@ class Client:
         return self.shown(self.ask("version", "GET", "/version"))
 
     def answers(self, path: str) -> str | None:
-        """What a path gives, None where nothing answers within some seconds."""
+        """What a path gives, None where nothing answers within some seconds; tried once."""
         try:
-            answer = self._session.get(self.url + path, timeout=5)
+            answer = self._once.get(self.url + path, timeout=5)
         except requests.RequestException:
             return None
         return answer.text if answer.ok else None
@@ -153,7 +158,7 @@ class Client:
         """
         try:
             return self._session.request(
-                method, self.url + path, json=body, timeout=(10, child.PATIENCE)
+                method, self.url + path, json=body, timeout=(10, self._timeout)
             )
         except requests.RequestException as error:
             raise self.wrong(

@@ -155,7 +155,7 @@ class VllmSampler:
             flags = [_flag(name, value) for name, value in options.items()]
             command = [self.python, "-m", SERVER, f"--port={port}", *flags]
             # A connection that the server has closed while it was idle is opened again.
-            client = Client(f"http://127.0.0.1:{port}", key, retries=1, remedy="")
+            client = Client(f"http://127.0.0.1:{port}", key, retries=1, remedy="", timeout=None)
             LOG.info("SeRA: starting vLLM; what it prints goes to %s", self.log)
             starting = perf_counter()
             child = Child(command, environment, self.log)

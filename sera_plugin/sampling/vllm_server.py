@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from sera_plugin.algorithm.protocols import Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import WHOLE, Shard
+from sera_plugin.sampling.child import PATIENCE
 from sera_plugin.sampling.client import RETRIES, Client
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 
@@ -57,6 +58,7 @@ class VllmServerSampler:
             RETRIES,
             "Start it (docs/sampling.md has the command), or set vllm.host and vllm.port to where "
             "it is",
+            PATIENCE,
         )
         self.base_model = base_model
         self.adapter = adapter
