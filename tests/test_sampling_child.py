@@ -370,3 +370,14 @@ def test_the_child_is_no_rank_of_ours_and_reports_to_nobody(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # whoever has set the threads then meant it
     environment = interpreter.child_environment(sys.executable)
     assert environment["PYTHONPATH"] == environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_an_error_that_a_warning_quotes_is_not_the_first_and_pydantics_is_read(tmp_path):
+    printed = (
+        "WARNING: this can cause errors like `OSError: [Errno 24] Too many open files`. Consider\n"
+        "pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "  Value error, User-specified max_model_len (4096) is greater than the derived one (64)\n"
+    )
+    said = child.explain(ChildFailed("it ended with exit code 1", printed, tmp_path / "log"))
+    assert "The first error in its log: ValidationError: 1 validation error" in said
+    assert "do not fit into the model's own context" in said

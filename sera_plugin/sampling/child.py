@@ -173,12 +173,16 @@ def _group(pid: int) -> int | None:
     return None
 
 
+#: An error in a log. A warning quotes the one it warns of; pydantic says the cause a line later.
+_ERROR = re.compile(
+    r"(?<![`\w])[A-Z]\w*(?:Error|Exception): .+|Value error, .+|error: unrecognized arguments: .+"
+)
+
+
 def explain(failure: ChildFailed) -> str:
     """What happened, the first error in the log, its end, and what to change."""
     lines = [printable(line) for line in failure.printed.splitlines()]
-    errors = re.findall(
-        r"\b[A-Z]\w*(?:Error|Exception): .+|error: unrecognized arguments: .+", "\n".join(lines)
-    )
+    errors = _ERROR.findall("\n".join(lines))
     reason = printable(" ".join(failure.reason.split())).rstrip(".")
     text = "\n".join([failure.reason, *errors])
     remedy = next(
