@@ -38,7 +38,15 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "a phase's file",
+        "a checkpoint",
+        pytest.param("a chunk of samples", marks=pytest.mark.nightly),
+        pytest.param("a policy", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_disk_that_fills_up_stops_the_run_and_nothing_is_lost(
     base_config, train, small_disk, monkeypatch, moment
 ):
@@ -193,6 +201,7 @@ def test_another_error_is_not_taken_for_memory(model):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_that_really_runs_out():
     """A layer 32,768 wide takes 2 GiB for 64 x 250 tokens; the process may have 1 GiB more."""
     script = textwrap.dedent("""

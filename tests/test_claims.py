@@ -217,6 +217,7 @@ def test_names_are_unique_and_unknown_ones_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_smoke_runs_again_with_the_same_numbers_and_continues(tmp_path, monkeypatch):
     """Two runs of one seed in two places; a third call has nothing left to do."""
     found = []

@@ -31,6 +31,7 @@ def axolotl(tmp_path):
     return run
 
 
+@pytest.mark.nightly
 def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, axolotl, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(base_config | adapter() | {"num_epochs": 2}))

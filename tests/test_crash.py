@@ -170,21 +170,26 @@ def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
 @pytest.mark.parametrize(
     "point",
     [
-        "score-offline:5:full",
         "sample-token:100:lora-keep-1",
-        "sample-chunk:3:full",
-        "score-candidates:20:lora-keep-1",
         "rename-before:22:full",
         "policy-half:6:lora-keep-1",
         "micro-batch:10:full-one-schedule",
-        "checkpoint-file:35:full-one-schedule",
         "checkpoint-half:42:lora-keep-1",
-        "rotation:30:lora-keep-1",
-        "boundary:7:full",
-        "clean:3:full",
-        "final-half:3:full",
-        "random:1:full",
         "checkpoint-half:55+sample-chunk:3:lora-keep-1",
+        *(
+            pytest.param(point, marks=pytest.mark.nightly)
+            for point in (
+                "score-offline:5:full",
+                "sample-chunk:3:full",
+                "score-candidates:20:lora-keep-1",
+                "checkpoint-file:35:full-one-schedule",
+                "rotation:30:lora-keep-1",
+                "boundary:7:full",
+                "clean:3:full",
+                "final-half:3:full",
+                "random:1:full",
+            )
+        ),
     ],
 )
 def test_a_killed_run_continues_to_the_same_end(bench, point):

@@ -69,7 +69,7 @@ def log(directory: Path) -> str:
     return (directory / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("damage", [pytest.param(cut, marks=pytest.mark.nightly), flip])
 @pytest.mark.parametrize(
     "names",
     [
@@ -116,7 +116,9 @@ def test_a_table_of_the_iteration_before_is_made_again_while_this_one_samples(
         assert differences(bench.whole(KIND).left, left_behind(directory)) == []
 
 
-@pytest.mark.parametrize("kind", ["full-short", "full-short-one-schedule"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("full-short", marks=pytest.mark.nightly), "full-short-one-schedule"]
+)
 def test_where_a_run_is_does_not_hang_on_a_file_that_can_be_damaged(bench, carry_on, kind) -> None:
     """Iteration 2 was shorter than planned; the checkpoint knows, whatever became of its files."""
     planned = 17 + 48

@@ -236,7 +236,8 @@ def test_no_rank_goes_on_in_smaller_batches_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.nightly), "full"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = base_config | (adapter() if kind == "lora" else {})
     config["sera"]["sampler"] = "transformers"
@@ -350,6 +351,7 @@ def test_snapshots_of_sharded_weights_are_parts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_that_do_not_train_together_are_refused(base_config, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(base_config | {"max_memory": {"cpu": "8GiB"}, **adapter()}))

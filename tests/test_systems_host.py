@@ -261,6 +261,7 @@ def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(config, train,
     assert table(again, 3, "candidates") == before
 
 
+@pytest.mark.nightly
 def test_a_policy_that_cannot_judge_itself_adds_no_pair(config, train):
     """This model knows no word of the judge's prompt, and writes no score."""
     result = train(system(config | {"sequence_len": 600}, labeler="self_judge"))
