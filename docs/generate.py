@@ -13,8 +13,7 @@ from sera_plugin.config.judge import JudgeConfig
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.refused import DOES_NOT_WORK, REFUSALS
 from sera_plugin.tools.convert.keys import RULES
-from sera_plugin.tools.convert.left_out import LEFT_OUT
-from sera_plugin.tools.convert.templates import TEMPLATES
+from sera_plugin.tools.convert.names import LEFT_OUT, TEMPLATES
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -129,11 +128,9 @@ def convert_tables() -> list[str]:
         else:
             keys.append(f"| {names} | {rule.to} | {rule.about} |")
     keys.append(f"| {', '.join(same)} | the same | |")
-    reasons: dict[str, list[str]] = {}
-    for name, why in LEFT_OUT.items():
-        reasons.setdefault(why, []).append(f"`{name}`")
     lost = ["| left out | why |", "|---|---|"]
-    lost += [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
+    for names, why in LEFT_OUT:
+        lost.append(f"| {', '.join(f'`{name}`' for name in names.split())} | {why} |")
     templates = ["| `template` | `chat_template` | |", "|---|---|---|"]
     templates += [f"| `{one}` | `{host}` | {note} |" for one, (host, note) in TEMPLATES.items()]
     return ["\n".join(table) for table in (keys, lost, templates)]

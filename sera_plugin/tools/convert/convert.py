@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,21 +14,17 @@ from typing import Any
 import yaml
 
 from sera_plugin.config.quoting import MASK, is_secret, plain
+from sera_plugin.config.spelling import closest
 from sera_plugin.data.texts import encodable
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.convert.keys import KNOWN, RULES, why_left_out
+from sera_plugin.tools.convert.names import DEFAULTS
 from sera_plugin.tools.convert.settings import Settings
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The result.
-
-    Attributes:
-        text: the new YAML.
-        rows: files to be written beside it -> their rows.
-        said: what to tell about it: what was left out and why, what is unknown, what to know.
-    """
+    """The new YAML, files to be written beside it -> their rows, and what to tell about it."""
 
     text: str
     rows: Mapping[Path, list[Any]]
@@ -62,10 +57,8 @@ def _line(row: Any) -> str:
 def convert(path: Path, output: Path | None = None) -> Converted:
     """Read a LLaMA-Factory YAML and the datasets it names.
 
-    Args:
-        path: of the YAML; its own paths are relative to the working directory, as LLaMA-Factory
-            reads them.
-        output: where the new one will go, for the paths in it.
+    Paths in the YAML are relative to the working directory, as LLaMA-Factory reads them. `output`
+    is where the new one will go, for the paths in it.
 
     Raises:
         ValueError: if there is nothing like what it trains here, naming the key and its value.
@@ -98,12 +91,11 @@ def _say(path: Path, settings: Settings) -> str:
     for name, value in settings.given.items():
         if value is None or name in settings.read or name in lost:
             continue
-        why = why_left_out(str(name))
-        if why is not None:
+        if (why := why_left_out(str(name))) is not None:
             lost[name] = why
-            continue
-        close = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.75)
-        unknown[name] = f"Did you mean {close[0]}?" if close else "Not a key that this knows."
+        else:
+            close = closest(str(name), KNOWN, cutoff=0.75)
+            unknown[name] = f"Did you mean {close}?" if close else "Not a key that this knows."
     converted = sum(settings.has(name) and name not in lost for name in settings.read)
     lines = [f"{path}: {converted} of {len(settings.given)} keys converted."]
     for title, found in (("Left out:", lost), ("Unknown and left out:", unknown)):
@@ -113,7 +105,8 @@ def _say(path: Path, settings: Settings) -> str:
             lines += [f"  {plain(str(name))}: {_shown(name, settings.given[name])}"]
             lines += wrap(why, 98, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "To know:"]
-    defaults = ", ".join(f"{name} {_shown(name, one)}" for name, one in settings.defaults.items())
+    unset = [name for name in settings.read if name in DEFAULTS and not settings.has(name)]
+    defaults = ", ".join(f"{name} {_shown(name, DEFAULTS[name])}" for name in unset)
     for note in [*settings.notes, f"What the YAML does not say is LLaMA-Factory's: {defaults}."]:
         lines += wrap(note, 98, initial_indent="  - ", subsequent_indent="    ")
     return "\n".join(lines)

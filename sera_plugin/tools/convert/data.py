@@ -1,53 +1,26 @@
-"""`dataset`, `eval_dataset` and `dataset_info.json` as the host's `datasets:`."""
+"""`dataset`, `eval_dataset` and `dataset_info.json` as the host's `datasets:`, and their rows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.csv as pa_csv
+import pyarrow.ipc as pa_ipc
+import pyarrow.parquet as pq
+
 from sera_plugin.config.quoting import quoted
-from sera_plugin.tools.convert.rows import TAGS, as_messages, has_more, read_rows, roles
+from sera_plugin.data.json_rows import json_rows
+from sera_plugin.tools.convert.names import COLUMNS, DATASET_KEYS, TAGS
 from sera_plugin.tools.convert.settings import Settings
 
-INFO = "dataset_info.json"
+_INFO = "dataset_info.json"
 #: File name's end -> `ds_type`.
-KINDS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
-#: LLaMA-Factory's columns where `dataset_info.json` names none.
-COLUMNS = {"prompt": "instruction", "query": "input", "messages": "conversations"}
-STRATEGY = "chat_template.default"
-
-
-@dataclass(frozen=True)
-class _Described:
-    """A dataset as `dataset_info.json` describes it."""
-
-    name: str
-    info: Mapping[str, Any]
-    directory: Path
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """LLaMA-Factory's names of the columns -> the dataset's. One that is not named is none."""
-        if "columns" in self.info:
-            return dict(self.info["columns"])
-        return COLUMNS
-
-    @property
-    def tags(self) -> dict[str, str]:
-        return TAGS | dict(self.info.get("tags") or {})
-
-    @property
-    def conversations(self) -> bool:
-        return self.info.get("formatting", "alpaca") != "alpaca"
-
-    @property
-    def read(self) -> dict[str, Any]:
-        """The columns that make a row, of those that the format has."""
-        other = ("prompt", "query", "history") if self.conversations else ("messages",)
-        return {name: column for name, column in self.columns.items() if name not in other}
+_KINDS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+_TYPE = {"type": "chat_template.default"}
+_SIDES = ("chosen", "rejected")
 
 
 def put_datasets(settings: Settings) -> None:
@@ -60,23 +33,30 @@ def put_datasets(settings: Settings) -> None:
         raise ValueError("dataset is not set")
     given = str(settings.text("dataset_dir"))
     described = _read_info(given)
-    for name, to in (("dataset", "datasets"), ("eval_dataset", "test_datasets")):
+    for key, to in (("dataset", "datasets"), ("eval_dataset", "test_datasets")):
         entries = []
-        for one in settings.texts(name):
-            if not isinstance(described.get(one), Mapping):
+        for name in settings.texts(key):
+            if not isinstance(described.get(name), Mapping):
                 known = ", ".join(list(described)[:10])
-                raise ValueError(f"{name}: {quoted(one)} is not in {given}/{INFO}; {known} are")
-            entries.append(_entry(settings, _Described(one, described[one], Path(given))))
+                raise ValueError(f"{key}: {quoted(name)} is not in {given}/{_INFO}; {known} are")
+            try:
+                entries.append(_entry(settings, name, described[name], Path(given)))
+            except _Refused as error:
+                raise ValueError(f"dataset: {quoted(name)} {error}") from None
         if entries:
             settings.out[to] = entries
 
 
+class _Refused(Exception):
+    """What is wrong with a dataset, to be said after its name."""
+
+
 def _read_info(given: str) -> dict[str, Any]:
-    path = Path(given) / INFO
+    path = Path(given) / _INFO
     if not path.is_file():
         raise ValueError(
-            f"dataset_dir: {quoted(given, 200)} has no {INFO}. Run this where LLaMA-Factory is run "
-            "(its own paths are relative to there), or set dataset_dir in the YAML"
+            f"dataset_dir: {quoted(given, 200)} has no {_INFO}. Run this where LLaMA-Factory is "
+            "run (its own paths are relative to there), or set dataset_dir in the YAML"
         )
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -84,99 +64,149 @@ def _read_info(given: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _entry(settings: Settings, one: _Described) -> dict[str, Any]:
-    info = one.info
-    for name in ("columns", "tags"):
-        if not isinstance(info.get(name, {}), Mapping):
-            raise ValueError(
-                f"dataset: {quoted(one.name)} has {name} that are not blocks in {INFO}"
-            )
-    columns = one.columns
+def _entry(
+    settings: Settings, name: str, info: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """One of the host's `datasets:`."""
+    for part in ("columns", "tags"):
+        if not isinstance(info.get(part, {}), Mapping):
+            raise _Refused(f"has {part} that are not blocks in {_INFO}")
+    columns, tags = dict(info.get("columns", COLUMNS)), TAGS | dict(info.get("tags", {}))
     if not info.get("ranking"):
-        raise ValueError(f"dataset: {quoted(one.name)} has no `ranking: true`: it holds no pairs")
-    for name in ("images", "videos", "audios"):
-        if columns.get(name):
-            raise ValueError(f"dataset: {quoted(one.name)} has {name}; rl: sera trains on text")
-    if not columns.get("chosen") or not columns.get("rejected"):
-        raise ValueError(f"dataset: {quoted(one.name)} names no columns chosen and rejected")
-    for name in ("tools", "folder", "num_samples"):
-        if columns.get(name) or info.get(name):
-            settings.notes.append(f"{one.name}: `{name}` of {INFO} is left out. {_LOST[name]}")
-    entry, rows = _source(one)
+        raise _Refused("has no `ranking: true`: it holds no pairs")
+    for part in ("images", "videos", "audios"):
+        if columns.get(part):
+            raise _Refused(f"has {part}; rl: sera trains on text")
+    if not all(map(columns.get, _SIDES)):
+        raise _Refused("names no columns chosen and rejected")
+    for part, remedy in DATASET_KEYS.items():
+        if columns.get(part) or info.get(part):
+            settings.notes.append(f"{name}: `{part}` of {_INFO} is left out. {remedy}")
+    entry, rows = _source(info, directory)
     limit = settings.whole("max_samples")
     if limit and (rows is None or limit < len(rows)):
         entry["split"] += f"[:{limit}]"
         if rows is None:
             settings.notes.append(
-                f"max_samples: {one.name} has to have {limit} rows; with fewer, write its "
+                f"max_samples: {name} has to have {limit} rows; with fewer, write its "
                 "`split` without the bracket."
             )
-    if rows is not None and has_more(rows, one.read):
-        target = (settings.output or Path("converted.yaml")).with_suffix(f".{one.name}.jsonl")
+    talks = info.get("formatting", "alpaca") != "alpaca"
+    for unused in ("prompt", "query", "history") if talks else ("messages",):
+        columns.pop(unused, None)
+    more = [columns[one] for one in ("query", "system", "history") if columns.get(one)]
+    if any(isinstance(row, Mapping) and row.get(one) for row in rows or () for one in more):
+        target = (settings.output or Path("converted.yaml")).with_suffix(f".{name}.jsonl")
         where = f"They are in {target} as messages."
         if settings.output is None:
             where = f"Give --output, and they are written beside it as messages ({target})."
         settings.notes.append(
-            f"{one.name}: it has rows with more than the host's strategy reads (input, system or "
+            f"{name}: it has rows with more than the host's strategy reads (input, system or "
             f"history). {where}"
         )
-        settings.rows[target] = [as_messages(row, one.read, one.tags) for row in rows]
-        return {**entry, "path": str(target), "ds_type": "json", "type": STRATEGY}
-    if rows is None and (unread := [n for n in ("query", "system", "history") if one.read.get(n)]):
+        settings.rows[target] = [_as_messages(row, columns, tags) for row in rows or ()]
+        return {**entry, "path": str(target), "ds_type": "json", **_TYPE}
+    if rows is None and more:
         settings.notes.append(
-            f"{one.name}: its rows were not looked at. What they have in "
-            f"{', '.join(one.read[name] for name in unread)} is not trained; if there is anything, "
-            "write them as messages first (docs/llama-factory.md)."
+            f"{name}: its rows were not looked at. What they have in {', '.join(more)} is not "
+            "trained; if there is anything, write them as messages first (docs/llama-factory.md)."
         )
-    return {**entry, "type": STRATEGY, **_fields(one)}
+    messages = columns.get("messages" if talks else "prompt")
+    if not messages:
+        raise _Refused("names no column of prompts")
+    fields = {"field_messages": messages}
+    fields |= {f"field_{side}": columns[side] for side in _SIDES if columns[side] != side}
+    return {**entry, **_TYPE, **fields, **(_spelling(tags) if talks else {})}
 
 
-_LOST = {
-    "tools": "Descriptions of tools do not come into the prompts.",
-    "folder": "Put the files' names into `data_files`.",
-    "num_samples": "To take the first N rows write `split: train[:N]`.",
-}
+def _spelling(tags: Mapping[str, str]) -> dict[str, Any]:
+    """What the host has to know of a dataset's messages where it expects something else."""
+    found: dict[str, Any] = {}
+    keys = {"role": tags["role_tag"], "content": tags["content_tag"]}
+    if any(theirs != ours for ours, theirs in keys.items()):
+        found["message_property_mappings"] = keys
+    roles = _roles(tags)
+    if any(theirs != ours for theirs, ours in roles.items()):
+        found["roles"] = {ours: [theirs] for theirs, ours in roles.items()}
+    return found
 
 
-def _source(one: _Described) -> tuple[dict[str, Any], list[Any] | None]:
+def _source(info: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any], list[Any] | None]:
     """Where the dataset is, as the host has it, and its rows if it is a file that is here."""
-    info = one.info
-    part = {"split": info.get("split") or "train"}
+    split = {"split": info.get("split") or "train"}
     if info.get("hf_hub_url"):
-        name = {"name": info["subset"]} if info.get("subset") else {}
-        return {"path": info["hf_hub_url"], **name, **part}, None
-    file_name = info.get("file_name")
-    if not file_name:
-        raise ValueError(
-            f"dataset: {quoted(one.name)} comes from {', '.join(map(quoted, info)) or 'nowhere'}. "
-            "The host loads files and datasets of the Hugging Face hub; download it and set "
-            f"file_name in {INFO}"
+        subset = {"name": info["subset"]} if info.get("subset") else {}
+        return {"path": info["hf_hub_url"], **subset, **split}, None
+    if not info.get("file_name"):
+        raise _Refused(
+            f"comes from {', '.join(map(quoted, info)) or 'nowhere'}. The host loads files and "
+            f"datasets of the Hugging Face hub; download it and set file_name in {_INFO}"
         )
-    path = one.directory / file_name
+    path = directory / info["file_name"]
     if path.is_dir():
-        return {"path": str(path), **part}, None
-    kind = KINDS.get(path.suffix.lstrip("."))
+        return {"path": str(path), **split}, None
+    kind = _KINDS.get(path.suffix.lstrip("."))
     if kind is None:
-        raise ValueError(f"dataset: {quoted(str(path), 200)} is not a {', '.join(KINDS)} file")
-    entry = {"path": str(path), "ds_type": kind, **part}
+        raise ValueError(f"dataset: {quoted(str(path), 200)} is not a {', '.join(_KINDS)} file")
+    entry = {"path": str(path), "ds_type": kind, **split}
     return entry, read_rows(path) if path.exists() else None
 
 
-def _fields(one: _Described) -> dict[str, Any]:
-    """What the host's strategy has to know of the columns, where it is not what it expects."""
-    columns, tags = one.columns, one.tags
-    messages = columns.get("messages" if one.conversations else "prompt")
-    if not messages:
-        raise ValueError(f"dataset: {quoted(one.name)} names no column of prompts")
-    found: dict[str, Any] = {"field_messages": messages}
-    for side in ("chosen", "rejected"):
-        if columns[side] != side:
-            found[f"field_{side}"] = columns[side]
-    if one.conversations:
-        keys = {"role": tags["role_tag"], "content": tags["content_tag"]}
-        if keys != {"role": "role", "content": "content"}:
-            found["message_property_mappings"] = keys
-        named = roles(tags)
-        if any(theirs != ours for theirs, ours in named.items()):
-            found["roles"] = {ours: [theirs] for theirs, ours in named.items()}
-    return found
+def read_rows(path: Path) -> list[Any]:
+    """All rows of a .json (a list, or an object a line), .jsonl, .csv, .parquet or .arrow file.
+
+    Raises:
+        ValueError: if it holds no rows, naming the line of JSON that is none.
+        OSError: if it cannot be read.
+    """
+    try:
+        if path.suffix == ".parquet":
+            return list(pq.read_table(path).to_pylist())
+        if path.suffix == ".csv":
+            return list(pa_csv.read_csv(path).to_pylist())
+        if path.suffix == ".arrow":
+            with path.open("rb") as file:
+                return list(pa_ipc.open_stream(file).read_all().to_pylist())
+        return [row for _, row in json_rows(path)]
+    except ValueError as error:
+        raise ValueError(f"{quoted(str(path), 200)} holds no rows: {error}") from error
+
+
+def _as_messages(row: Any, columns: Mapping[str, Any], tags: Mapping[str, str]) -> Any:
+    """A row as `messages`, `chosen` and `rejected`, the host's own names.
+
+    What is wrong with a row stays wrong: SeRA names it, and drops it or stops.
+    """
+    if not isinstance(row, Mapping):
+        return row
+    system = row.get(columns.get("system"))
+    messages = [] if not system else [{"role": "system", "content": system}]
+    if columns.get("messages"):
+        turns = [_message(turn, tags) for turn in row.get(columns["messages"]) or ()]
+        if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
+            messages = []  # it stands in for the column, as LLaMA-Factory has it
+        answers = {side: _message(row.get(columns[side]), tags) for side in _SIDES}
+        return {"messages": messages + turns, **answers}
+    for turn in row.get(columns.get("history")) or ():
+        said = turn if isinstance(turn, list | tuple) else [turn]
+        messages += [
+            {"role": role, "content": one}
+            for role, one in zip(("user", "assistant"), said, strict=False)
+        ]
+    parts = [row.get(columns.get(name)) for name in ("prompt", "query")]
+    messages.append({"role": "user", "content": "\n".join(map(str, filter(None, parts)))})
+    answers = {side: {"role": "assistant", "content": row.get(columns[side])} for side in _SIDES}
+    return {"messages": messages, **answers}
+
+
+def _message(turn: Any, tags: Mapping[str, str]) -> Any:
+    if not isinstance(turn, Mapping):
+        return turn
+    role = turn.get(tags["role_tag"])
+    return {"role": _roles(tags).get(str(role), role), "content": turn.get(tags["content_tag"])}
+
+
+def _roles(tags: Mapping[str, str]) -> dict[str, str]:
+    """The dataset's name of a role -> the host's. Calls of tools have none there."""
+    names = {"user": "user", "assistant": "assistant", "system": "system", "observation": "tool"}
+    return {tags[f"{theirs}_tag"]: ours for theirs, ours in names.items()}
