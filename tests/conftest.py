@@ -140,7 +140,7 @@ def train(load, monkeypatch):
 
         def spy(self, iteration, *args):
             prepared = begin(self, iteration, *args)
-            iterations[iteration] = prepared.pairs
+            iterations[iteration] = prepared[0]
             return prepared
 
         monkeypatch.setattr(Loop, "begin", spy)

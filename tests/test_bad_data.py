@@ -15,7 +15,7 @@ import yaml
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
-from sera_plugin.host.data_config import name_types
+from sera_plugin.host.config import name_types
 from tests.conftest import write_rows
 from tests.test_dataset import PLAIN_TEMPLATE, build, spelled
 

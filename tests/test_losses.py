@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.host.step import preference_loss
+from sera_plugin.host.trainer import preference_loss
 from sera_plugin.model.losses import PreferenceLoss
 from sera_plugin.model.objective import Objective
 

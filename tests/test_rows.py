@@ -32,7 +32,7 @@ from sera_plugin.data.load_errors import (
 )
 from sera_plugin.data.rows import GuardedTransform, as_it_is, source_name
 from sera_plugin.data.texts import visible
-from sera_plugin.host.data_config import restore_entries
+from sera_plugin.host.config import restore_entries
 from tests.test_dataset import build, nasty, ordinary_texts, spelled
 
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}

@@ -10,7 +10,7 @@ import pytest
 
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.host.iteration_log import describe_start
+from sera_plugin.host.run import describe_start
 from sera_plugin.rundir.store import make_table
 from tests.test_iteration import CANDIDATES, Run
 

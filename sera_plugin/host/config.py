@@ -1,6 +1,7 @@
 """What `rl: sera` becomes: the host's own `rl: dpo` with our trainer.
 
-Every check, loader and dataset path that the host has for DPO then holds.
+Every check, loader and dataset path that the host has for DPO then holds. Keys that the host would
+drop without a word, or stumble over, are looked for here; `refused` has the table of the others.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import copy
 import logging
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.config.spelling import SERA_KEYS, closest, not_a_key, parse_sera, require_block
-from sera_plugin.host.data_config import check_datasets, name_types
 from sera_plugin.host.refused import LABEL_KERNELS, TRAINER, WHOLE, refuse
 
 LOG = logging.getLogger("axolotl.sera")
@@ -25,6 +25,8 @@ LOG = logging.getLogger("axolotl.sera")
 #: Seed: the default of the host's command line and of transformers. Without one the host would
 #: draw other held-out pairs in every run.
 _DEFAULTS = {"num_epochs": 3, "seed": 42}
+_DATASETS = ("datasets", "test_datasets")
+_EXAMPLE = "`datasets: [{path: pairs.jsonl, type: chat_template.default}]`"
 
 
 def resolve(cfg: dict[str, Any]) -> Mapping[str, Any]:
@@ -55,9 +57,9 @@ def resolve(cfg: dict[str, Any]) -> Mapping[str, Any]:
     sera = parse_sera(cfg.get("sera"))
     _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     refuse(cfg, sera)
-    check_datasets(cfg)
+    _check_datasets(cfg)
     name_types(cfg)
-    entries = {key: copy.deepcopy(cfg.get(key)) for key in ("datasets", "test_datasets")}
+    entries = {key: copy.deepcopy(cfg.get(key)) for key in _DATASETS}
     cfg["vllm"] = vllm
     cfg["rl"] = "dpo"
     cfg["trainer_cls"] = TRAINER
@@ -84,16 +86,12 @@ def _warn(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
             ", ".join(unused),
         )
     wanted = {"selected": sera.selection_ratio < 1, "sampled": sera.bootstrap_ratio > 0}
-    missing = [what for what, is_wanted in wanted.items() if is_wanted]
-    first = sera.first_iteration
-    if missing and first > float(cfg["num_epochs"]):
+    missing = " and ".join(what for what, is_wanted in wanted.items() if is_wanted)
+    first, epochs = sera.first_iteration, cfg["num_epochs"]
+    if missing and first > float(epochs):
         LOG.warning(
-            "SeRA: num_epochs: %s ends before iteration %d, the first for which pairs are %s. Set "
-            "num_epochs to %d or more.",
-            cfg["num_epochs"],
-            first,
-            " and ".join(missing),
-            first,
+            f"SeRA: num_epochs: {epochs} ends before iteration {first}, the first for which pairs "
+            f"are {missing}. Set num_epochs to {first} or more."
         )
 
 
@@ -125,11 +123,7 @@ def _refuse_evaluate() -> None:
 
 
 def _refuse_misplaced(cfg: Mapping[str, Any]) -> None:
-    """The host drops unknown top-level keys without a word, so ours are looked for here.
-
-    Raises:
-        ValueError: for a key of the `sera:` block beside it, and for a misspelling of one.
-    """
+    """The host drops unknown top-level keys without a word, so ours are looked for here."""
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     known = AxolotlInputConfig.model_fields
@@ -165,7 +159,7 @@ def _require_writable(output_dir: Any) -> None:
             place = place.parent
     except (TypeError, ValueError, OSError, RuntimeError):
         place = None
-    if place is None or isinstance(output_dir, bytes) or "\0" in str(output_dir):
+    if place is None or "\0" in output_dir:
         raise ValueError(f"output_dir: {quoted(output_dir)} is not a path. Name a directory.")
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(
@@ -173,3 +167,91 @@ def _require_writable(output_dir: Any) -> None:
             "is read-only, not a directory, or not yours. Make it writable, or set another "
             "output_dir."
         )
+
+
+# ------------------------------------------------------------------ datasets
+
+
+def _check_datasets(cfg: Mapping[str, Any]) -> None:
+    """Refuse datasets that the host would stumble over, or read otherwise than they were meant."""
+    if cfg.get("datasets") is None:
+        raise ValueError(f"datasets is not set. Name preference pairs, for example {_EXAMPLE}.")
+    for key in _DATASETS:
+        entries = cfg.get(key)
+        if entries is None:
+            continue
+        if not isinstance(entries, (list, tuple)) or not entries:
+            raise _refused(key, entries, f"not a list of datasets. Write for example {_EXAMPLE}")
+        for index, entry in enumerate(entries):
+            _check_entry(f"{key}[{index}]", entry)
+
+
+def _refused(key: str, value: Any, why: str) -> ValueError:
+    return ValueError(f"{key}: {quoted(value)} is {why}.")
+
+
+def _check_entry(key: str, entry: Any) -> None:
+    from axolotl.utils.schemas import datasets as schemas
+
+    if not isinstance(entry, Mapping):
+        raise _refused(key, entry, "not a block of keys. Write `path:` and `type:` under it")
+    kinds = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset)
+    _check_spelling(key, entry, [name for model in kinds for name in model.model_fields])
+    path = entry.get("path")
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        why = "not a path. Name a file, a directory or a dataset of the Hugging Face hub"
+        raise _refused(f"{key}.path", path, why)
+    kind = entry.get("type")
+    if isinstance(kind, Mapping):
+        _check_spelling(f"{key}.type", kind, list(schemas.UserDefinedDPOType.model_fields))
+        for name, value in kind.items():
+            if value is not None and not isinstance(value, str):
+                raise _refused(f"{key}.type.{name}", value, "not text. Quote it")
+    elif kind is not None and not (isinstance(kind, str) and kind.strip(". ")):
+        why = (
+            "not a strategy. Use chat_template.default or another one of "
+            "axolotl.prompt_strategies.dpo, or a block of field names"
+        )
+        raise _refused(f"{key}.type", kind, why)
+    for name in ("preprocess_shards", "name"):
+        value = entry.get(name)
+        if isinstance(value, (list, tuple)) or (name == "preprocess_shards" and value):
+            raise ValueError(
+                f"{key}.{name}: {quoted(value)} makes several datasets of one, which the host "
+                "cannot do for preference pairs. Give each an entry of its own."
+            )
+
+
+def _check_spelling(key: str, block: Mapping[Any, Any], known: Collection[str]) -> None:
+    """The host drops keys that it does not know without a word."""
+    for name in block:
+        if not isinstance(name, str):
+            raise _refused(key, name, "not a key. Keys are words, such as `path`")
+        close = closest(name, known, 0.75)
+        if name not in known and close:
+            raise ValueError(f"{key}.{name[:60]!a} is not a key. Did you mean `{close}`?")
+
+
+def name_types(cfg: Mapping[str, Any]) -> None:
+    """Give datasets without a type the host's strategy for rows that need none.
+
+    Without any it would not look at such rows at all before it measures their length.
+    """
+    for key in _DATASETS:
+        for entry in cfg.get(key) or ():
+            if not entry.get("type"):
+                entry["type"] = "passthrough.default"
+
+
+def restore_entries(cfg: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Put back what the host's validation lost of `datasets` and `test_datasets`.
+
+    axolotl 0.19 reads an entry as the first of five schemas that accepts it, and all accept
+    anything. A `type:` block of two field names comes out empty, and the dataset is then read as
+    if it had none; a `name:` beside a longer block is gone.
+    """
+    for key, raw in entries.items():
+        for entry, before in zip(cfg.get(key) or (), raw or (), strict=False):
+            for name, value in before.items():
+                if value is not None and (entry.get(name) is None or isinstance(value, Mapping)):
+                    entry[name] = type(entry)(value) if isinstance(value, Mapping) else value

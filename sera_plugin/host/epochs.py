@@ -1,19 +1,36 @@
-"""Epochs of unequal length: each trains on its own dataset, against its own reference.
+"""One `train()` call: epochs of unequal length, each on its own dataset and reference.
 
 The host plans one dataset of one length for all epochs. Its totals, its learning-rate schedule and
-where a continued run goes on are counted anew here.
+where a continued run goes on are counted anew here, and so is what it saves to continue from.
 """
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
-from sera_plugin.host.step import PreferenceStep
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.loop import RECORD, Loop
+from sera_plugin.model.losses import PreferenceLoss
+from sera_plugin.model.policies import is_finite
+from sera_plugin.rundir.checkpoints import checkpoint
+from sera_plugin.rundir.checksums import explained, seal
+from sera_plugin.rundir.store import RunStore, write_json
+
+DIVERGED = (
+    "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
+    "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
+)
+#: Where the host saves the optimizer's state: alone and under DDP, under FSDP whole and in parts.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
 
 
 class EndOfIteration(TrainerCallback):
@@ -34,8 +51,64 @@ class TrainingBar(ProgressCallback):
             super().on_log(args, state, control, logs=logs, **kwargs)
 
 
-class UnequalEpochs(PreferenceStep):
-    """One iteration of the loop per epoch of the host."""
+class UnequalEpochs(AxolotlDPOTrainer):
+    """One iteration of the loop per epoch of the host; continues as if never interrupted."""
+
+    config: SeraConfig
+    loop: Loop
+    store: RunStore
+    #: None where the loss is one of the host's.
+    loss: PreferenceLoss | None
+    train_dataset: Any
+    eval_dataset: Any
+    #: Whether the next forward pass is an iteration's first.
+    _gate_pending = False
+    _iteration = 0
+    _saved_step: int | None = None
+
+    # ------------------------------------------------------------------ where it begins
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """The run continues from its own newest whole checkpoint, not from the host's find.
+
+        Raises:
+            ValueError: if the checkpoint that the YAML asks for cannot be used.
+        """
+        step = self.loop.continue_from()
+        resume_from_checkpoint = None
+        if step is not None:
+            self._require_optimizer(step)
+            resume_from_checkpoint = str(checkpoint(Path(self.args.output_dir), step))
+            # It would compare the policy with itself, in the middle of the curve.
+            self.args.eval_on_start = False
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _require_optimizer(self, step: int) -> None:
+        path = checkpoint(Path(self.args.output_dir), step)
+        restarts, schedule = self.config.restart_optimizer, self.loop.schedule
+        if step == schedule.total_steps or (restarts and schedule.locate(step)[1] == 0):
+            return
+        if not any((path / name).exists() for name in _OPTIMIZER_FILES):
+            other = ", or name the checkpoint of an iteration's end with resume_from_checkpoint"
+            raise ValueError(
+                f"{path} was saved without the optimizer (save_only_model), so the run cannot "
+                "continue from it as if it had not been interrupted. Start fresh in another "
+                f"output_dir without save_only_model{other if restarts else ''}."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Remember theta_0 before a checkpoint is loaded over it.
+
+        Under FSDP that waits until the weights are where they will be used: before, they are in
+        the host's memory, and with `cpu_ram_efficient_loading` on the first rank alone.
+        """
+        self.loop.recall()
+        if self.is_fsdp_enabled and is_peft_model(self.model):
+            # accelerate 1.13 saves only rank 0's part of the adapter for this, and would load it on
+            # rank 0 alone. The checkpoint's adapter, as PEFT has it, is whole.
+            self.loop.scorer.policies.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Totals over iterations of unequal length; see transformers 5.16 for the tuple."""
@@ -48,24 +121,16 @@ class UnequalEpochs(PreferenceStep):
         values[6] = schedule.total_steps
         return tuple(values)
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: Any,
-        trial: Any,
-    ) -> tuple[int, int]:
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Where a resumed run continues, counted in steps of unequal iterations."""
-        epochs, batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
+        epochs, batches = super()._init_training_state(*args, **kwargs)
         schedule = self.loop.schedule
         if self.state.global_step:
             iteration, steps = schedule.locate(self.state.global_step)
-            epochs = iteration - 1
-            batches = steps * schedule.accumulation
+            return iteration - 1, steps * schedule.accumulation
         return epochs, batches
+
+    # ------------------------------------------------------------------ an epoch
 
     def _run_epoch(
         self,
@@ -77,25 +142,24 @@ class UnequalEpochs(PreferenceStep):
         **kwargs: Any,
     ) -> None:
         """One iteration: prepare D_t, then the host's own epoch over it."""
-        loop = self.loop
-        iteration = epoch + 1
+        loop, iteration = self.loop, epoch + 1
         resumed = kwargs.get("epochs_trained") == epoch and bool(
             kwargs.get("steps_trained_in_current_epoch")
         )
         loop.recall()
         planned = loop.schedule.steps(iteration)
-        prepared = loop.begin(iteration, resumed, self.optimizer)
+        pairs, held_out = loop.begin(iteration, resumed, self.optimizer)
         steps = loop.schedule.steps(iteration)
-        if prepared.held_out is not None:
-            assert self._eval_pairs is not None
-            self.eval_dataset = self._with_reference(self._eval_pairs, prepared.held_out)
+        if held_out is not None:
+            assert loop.held_out is not None
+            self.eval_dataset = self._with_reference(loop.held_out, held_out)
             # Persistent workers would go on serving the last iteration's reference values.
             self._eval_dataloaders: dict[str, Any] = {}
         self._announce_total(loop.schedule.total_steps)
         # The host has made the first iteration's, for as many steps as were planned.
         if self.config.restart_optimizer and not resumed and (iteration > 1 or steps != planned):
             self._restart_optimizer(steps)
-        self.train_dataset = Dataset(InMemoryTable(prepared.pairs))
+        self.train_dataset = Dataset(InMemoryTable(pairs))
         loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = loader
         self._gate_pending = not resumed
@@ -109,16 +173,16 @@ class UnequalEpochs(PreferenceStep):
             **kwargs,
         )
 
-    def end_iteration(self, state: Any, control: Any) -> None:
-        """Complete the iteration's record, and save unless saving is off.
-
-        Between two iterations lie hours of scoring and sampling, which a run that is cut off
-        there must not repeat.
-        """
-        self._require_finite_weights()
-        self.loop.end()
-        if self.args.save_strategy != SaveStrategy.NO and self._saved_step != state.global_step:
-            control.should_save = True
+    def _announce_total(self, total_steps: int) -> None:
+        """Fewer pairs than asked for may exist: keep the host's total and its bar true."""
+        if total_steps == self.state.max_steps:
+            return
+        self.state.max_steps = total_steps
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if isinstance(callback, ProgressCallback) and bar is not None:
+                bar.total = total_steps
+                bar.refresh()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""
@@ -141,13 +205,57 @@ class UnequalEpochs(PreferenceStep):
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
 
-    def _announce_total(self, total_steps: int) -> None:
-        """Fewer pairs than asked for may exist: keep the host's total and its bar true."""
-        if total_steps == self.state.max_steps:
-            return
-        self.state.max_steps = total_steps
-        for callback in self.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
-            if isinstance(callback, ProgressCallback) and bar is not None:
-                bar.total = total_steps
-                bar.refresh()
+    def end_iteration(self, state: Any, control: Any) -> None:
+        """Complete the iteration's record, and save unless saving is off.
+
+        Between two iterations lie hours of scoring and sampling, which a run that is cut off
+        there must not repeat.
+        """
+        self._require_finite_weights()
+        self.loop.end()
+        if self.args.save_strategy != SaveStrategy.NO and self._saved_step != state.global_step:
+            control.should_save = True
+
+    # ------------------------------------------------------------------ what it saves
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The host's checkpoint, sealed before an older one is removed; a step is saved once.
+
+        Raises:
+            ValueError: if the policy's weights are not finite.
+            OSError: if the disk is full, with what to do about it.
+        """
+        step = self.state.global_step
+        if step == self._saved_step:
+            return  # asked for again at the same step: the whole one stays
+        self._require_finite_weights()
+        directory = Path(self._get_output_dir(trial=trial))
+        path = checkpoint(directory, step)
+
+        def complete() -> None:
+            write_json(path / RECORD, self.loop.record())
+            seal(path)
+
+        # What is there was cut off, or `continue_from` would have set it aside.
+        self.store.ranks.on_main(lambda: shutil.rmtree(path, ignore_errors=True))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with explained(directory):
+                super()._save_checkpoint(model, trial)
+                self.store.ranks.on_main(complete)
+        finally:
+            self.args.save_total_limit = limit
+        self._saved_step = step
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(directory),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _require_finite_weights(self) -> None:
+        if not is_finite(self.model, self.store.ranks):
+            raise ValueError(
+                f"the policy's weights are not finite after step {self.state.global_step} "
+                f"(iteration {self._iteration}), so they are not saved. {DIVERGED}"
+            )

@@ -24,8 +24,13 @@ from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import metrics, summarize
-from sera_plugin.host.iteration_log import describe_end, describe_start
-from sera_plugin.host.run import announce, describe_run, require_same_run
+from sera_plugin.host.run import (
+    announce,
+    describe_end,
+    describe_run,
+    describe_start,
+    require_same_run,
+)
 from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.model.gate import deviation
 from sera_plugin.model.scoring import PolicyScorer
@@ -45,84 +50,64 @@ RECORD = "sera.json"
 _FEW = 8
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What an iteration trains on and is evaluated against.
-
-    Attributes:
-        pairs: D_t, see `algorithm.prepare`.
-        held_out: the held-out pairs' chosen and rejected log-probabilities under the reference,
-            None without any.
-    """
-
-    pairs: pa.Table
-    held_out: dict[str, FloatArray] | None
-
-
 @dataclass
 class Loop:
     """One run.
 
     Attributes:
         cfg: the host's resolved configuration.
+        loss, beta: what is optimised.
         method: the method's constants.
         schedule: how long each iteration is; updated as iterations turn out shorter.
-        pairs, held_out: the data.
+        dataset, columns: the offline pairs, and the dataset's own columns to keep beside them.
+        held_out: pairs that no iteration trains on, None without any.
         end_ids: token ids that end a completion.
-        store: the run directory.
         scorer: scores under any policy; owns the model's policies.
-        samplers, labelers: make what samples in an iteration, and what ranks its samples.
+        tokenizer: the host's.
         nats: how far a policy's log-probabilities may move when nothing has changed, see
             `sera_plugin.model.gate.deviation`.
         log: takes figures for the trackers.
     """
 
     cfg: Mapping[str, Any]
+    loss: str
+    beta: float
     method: Method
     schedule: Schedule
-    pairs: Pairs
+    dataset: pa.Table
+    columns: Mapping[str, Any]
     held_out: Pairs | None
     end_ids: tuple[int, ...]
     store: RunStore
     scorer: PolicyScorer
-    samplers: Samplers
-    labelers: Labelers
+    tokenizer: Any
     nats: float
     log: Callable[[dict[str, float]], None]
-    #: Steps as planned, which one learning-rate schedule over all iterations spans.
-    planned_steps: int = field(init=False)
     _earlier: bool = field(default=False, init=False)
     _sampler: Choice | None = field(default=None, init=False)
-    _few: Pairs = field(init=False)
     _recalled: bool = field(default=False, init=False)
     _summary: dict[str, Any] = field(default_factory=dict, init=False)
     _began: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        self.pairs = Pairs.from_table(self.dataset)
+        self.samplers = Samplers(
+            self.cfg, self.method.config, self.store, self.scorer, self.tokenizer
+        )
+        self.labelers = Labelers(self.method, self.samplers, self.tokenizer)
+        #: Steps as planned, which one learning-rate schedule over all iterations spans.
         self.planned_steps = self.schedule.total_steps
+        # As the YAML has it: the host puts its own find there later.
+        self._asked: str | None = self.cfg["resume_from_checkpoint"]
 
     @property
     def _output_dir(self) -> Path:
         return self.store.root.parent
 
-    def open(
-        self,
-        loss: str,
-        beta: float,
-        columns: Mapping[str, Any],
-        dataset: pa.Table,
-        resuming: bool,
-        asked: str | None,
-        sharded_later: bool = False,
-    ) -> None:
+    def open(self, sharded_later: bool = False) -> None:
         """Start the run's record, or continue it; nothing is recorded before all checks are passed.
 
         Args:
-            loss, beta: what is optimised.
-            columns: the dataset's own columns to keep beside its token ids.
-            dataset: the offline pairs.
-            resuming: whether the configuration allows to continue an earlier run.
-            asked: `resume_from_checkpoint` as the YAML has it.
             sharded_later: whether the weights are not where they will be used yet; then it is for
                 the trainer to call `recall`, before it loads a checkpoint or begins.
 
@@ -131,32 +116,32 @@ class Loop:
                 cannot be used, the directory holds another run or is in use by one, or if the
                 sampler or the labeler that the configuration names cannot run.
             OSError: if the directory cannot be written.
-            SamplingFailed: if a server is named and cannot serve this run.
-            JudgeFailed: if a judge's key is not there.
+            SamplingFailed, JudgeFailed: if a server cannot serve this run, or a judge has no key.
         """
         description = describe_run(
-            self.cfg, loss, beta, self.method, self.schedule, self.pairs, self.held_out,
+            self.cfg, self.loss, self.beta, self.method, self.schedule, self.pairs, self.held_out,
             self.end_ids,
         )  # fmt: skip
         self._require_pairs()
-        if asked:
-            checkpoints.named(self._output_dir, asked)
+        if self._asked:
+            checkpoints.named(self._output_dir, self._asked)
         self.store.lock()
         earlier = self.store.description()
         if earlier is None:
             self._require_empty()
-        elif not resuming:
+        elif not (self._asked or self.cfg["auto_resume_from_checkpoints"]):
             raise ValueError(
                 f"output_dir: {self._output_dir} holds an earlier run. Set another output_dir, "
                 "move it away, or continue it with `auto_resume_from_checkpoints: true`."
             )
         else:
             require_same_run(earlier, description, self.store.root)
-        self._earlier, self._few = earlier is not None, Pairs.from_table(dataset.slice(0, _FEW))
+        self._earlier = earlier is not None
         if not sharded_later:
             self.recall()
         self._sampler = self._choose_sampler(kept=len(self.schedule.pairs))
-        for name, values in columns.items():
+        dataset = self.dataset
+        for name, values in self.columns.items():
             dataset = dataset.append_column(name, pa.array(values))
         if earlier is None:
             self.store.begin(description, dataset)
@@ -219,7 +204,7 @@ class Loop:
         recorded = self.store.read(1, "offline", names)
         if recorded is None:
             return
-        few = self._few
+        few = Pairs.from_table(self.dataset.slice(0, _FEW))
         logps = score_pairs(few, 0, self.scorer, "check")
         for side in ("chosen", "rejected"):
             before = recorded[f"{side}_logp"].to_numpy()[: len(few)]
@@ -233,18 +218,15 @@ class Loop:
                     "fresh."
                 )
 
-    def continue_from(self, asked: str | None) -> int | None:
+    def continue_from(self) -> int | None:
         """The checkpoint to continue from, as its step, or None to train from the beginning.
-
-        Args:
-            asked: `resume_from_checkpoint` as the YAML has it; None takes the newest whole one.
 
         Raises:
             ValueError: if the one that is asked for cannot be used, or if iterations after it
                 sampled and the sampler or the labeler cannot run any more.
             SamplingFailed: if a server is named and cannot serve this run.
         """
-        directory = self._output_dir
+        directory, asked = self._output_dir, self._asked
         step = checkpoints.named(directory, asked) if asked else checkpoints.newest(directory)
         last = -1 if step is None else step
         if step is not None:
@@ -268,13 +250,18 @@ class Loop:
         """What a checkpoint says of the run: |D_t| so far as it is known, else as planned."""
         return {"pairs": list(self.schedule.pairs)}
 
-    def begin(self, iteration: int, resumed: bool, optimizer: Any) -> Prepared:
-        """Everything before the first step of iteration t.
+    def begin(
+        self, iteration: int, resumed: bool, optimizer: Any
+    ) -> tuple[pa.Table, dict[str, FloatArray] | None]:
+        """Everything before the first step of iteration t (1-based).
 
         Args:
-            iteration: t, 1-based.
-            resumed: whether training continues in the middle of it.
+            iteration, resumed: t, and whether training continues in the middle of it.
             optimizer: may wait in host memory while an engine samples.
+
+        Returns:
+            D_t, see `algorithm.prepare`, and the held-out pairs' chosen and rejected
+            log-probabilities under the reference, None without any.
         """
         self.store.discard_after(iteration)
         earlier = self.store.summary(iteration)
@@ -321,7 +308,7 @@ class Loop:
         self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
         policies.current = None  # from the first step on
         self._began = perf_counter()
-        return Prepared(pairs, held_out)
+        return pairs, held_out
 
     def _judged(self, iteration: int, summary: dict[str, Any], tell: bool) -> dict[str, Any]:
         """The summary with its alarms; told to the log and the trackers unless they know it."""

@@ -1,7 +1,7 @@
 """What is replaced in the host's modules, for `rl: sera` alone; any other `rl` finds the host's.
 
-Nothing else patches the host. Each has the condition under which it goes. They are made before the
-host sets up its trainer (`SeraPlugin.load_datasets`) and may be made again.
+Nothing else patches the host. Facts are of axolotl 0.19; each patch has the condition under which
+it goes, and the closest request upstream.
 """
 
 from __future__ import annotations
@@ -23,70 +23,53 @@ NO_FSDP = (
 
 
 def prepare_host(cfg: DictDefault) -> None:
-    """Everything below, before a training run.
+    """Before the host sets up its trainer; may be called again.
 
     Raises:
-        ValueError: where the host would fail to make a mesh for FSDP.
-    """
-    require_mesh(cfg)
-    keep_one_model_loaded()
-    hand_over_trained_model()
-
-
-def require_mesh(cfg: DictDefault) -> None:
-    """Refuse FSDP where the host would fail to make a mesh.
-
-    axolotl 0.19 makes one of CUDA devices whatever there is, and without any fails in torch. Goes
-    when `build_parallelism_config` reads the accelerator's type.
-
-    Raises:
-        ValueError: if it cannot.
+        ValueError: where the host would fail to make a mesh for FSDP. It makes one of CUDA devices
+            whatever there is. Goes when `build_parallelism_config` reads the accelerator's type;
+            no request for that was found upstream.
     """
     if cfg.fsdp_config and not torch.cuda.is_available():
         try:
             host_model.build_parallelism_config(cfg)
         except (AttributeError, AssertionError, RuntimeError) as error:
             raise ValueError(NO_FSDP) from error
+    _replace("setup_reference_model", _no_reference)
+    _replace("setup_model_and_trainer", _trained_model)
 
 
-def keep_one_model_loaded() -> None:
+def _no_reference(original: Callable[..., Any], cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
     """Load no reference model beside the policy: our reference is data.
 
-    axolotl 0.19 loads the model a second time for full fine-tuning before any trainer exists. Goes
-    when it asks the trainer, or honours `precompute_ref_log_probs`.
+    The host loads the model a second time for full fine-tuning before any trainer exists. Goes when
+    it honours `precompute_ref_log_probs` there, as TRL does since huggingface/trl#5542.
     """
-
-    def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-        def setup_reference_model(cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
-            return None if cfg.get("sera") else original(cfg, *args, **kwargs)
-
-        return setup_reference_model
-
-    _replace("setup_reference_model", replacement)
+    return None if cfg.get("sera") else original(cfg, *args, **kwargs)
 
 
-def hand_over_trained_model() -> None:
+def _trained_model(
+    original: Callable[..., Any], cfg: DictDefault, *args: Any, **kwargs: Any
+) -> Any:
     """Let the host go on, save at the end and on Ctrl-C with the model that was trained.
 
-    axolotl 0.19 keeps the base model that it loaded, although TRL has put an adapter around it:
-    what it saves is the base model under the adapter's names, beside the adapter. With tied weights
-    in `lora_modules_to_save` that fails, and under FSDP nothing else is saved. Goes when
-    `setup_model_and_trainer` returns `trainer.model`.
+    The host keeps the base model that it loaded, although TRL has put an adapter around it: what it
+    saves is the base model under the adapter's names, beside the adapter. With tied weights in
+    `lora_modules_to_save` that fails, and under FSDP nothing else is saved. Goes when
+    `setup_model_and_trainer` returns `trainer.model`; axolotl-ai-cloud/axolotl#1304 and #1592 were
+    of the same save.
     """
-
-    def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-        def setup_model_and_trainer(cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
-            trainer, model, *others = original(cfg, *args, **kwargs)
-            return (trainer, trainer.model if cfg.get("sera") else model, *others)
-
-        return setup_model_and_trainer
-
-    _replace("setup_model_and_trainer", replacement)
+    trainer, model, *others = original(cfg, *args, **kwargs)
+    return (trainer, trainer.model if cfg.get("sera") else model, *others)
 
 
-def _replace(name: str, replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _replace(name: str, replacement: Callable[..., Any]) -> None:
     original = getattr(host, name)
     if not hasattr(original, "_sera"):
-        ours = wraps(original)(replacement(original))
+
+        @wraps(original)
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            return replacement(original, *args, **kwargs)
+
         ours._sera = True  # type: ignore[attr-defined]
         setattr(host, name, ours)

@@ -13,8 +13,7 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 
 from sera_plugin.config.quoting import plain
-from sera_plugin.host.config import resolve
-from sera_plugin.host.data_config import restore_entries
+from sera_plugin.host.config import resolve, restore_entries
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -29,11 +28,7 @@ class SeraPlugin(BasePlugin):
     _entries: Mapping[str, Any] = MappingProxyType({})
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """The raw configuration, before the host validates it.
-
-        Raises:
-            ValueError: for anything in it that SeRA cannot run with.
-        """
+        """Raises ValueError for what SeRA cannot run with, before the host validates it."""
         self._entries = resolve(cfg) or self._entries
 
     def get_input_args(self) -> str:
@@ -52,26 +47,23 @@ class SeraPlugin(BasePlugin):
         return load_pairs(cfg)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
-        """The host calls this for training alone, and before it writes into output_dir."""
-        trainer.open_run()
+        """Open the run: for training alone, and before the host writes into output_dir."""
+        trainer.loop.open(sharded_later=bool(trainer.is_fsdp_enabled))
 
     def post_train_unload(self, cfg: DictDefault) -> None:
-        """After the last thing the host does: a report on the run, which nothing waits for."""
-        if os.environ.get("RANK", "0") == "0":
-            _report(Path(cfg["output_dir"]))
+        """Write a report; a run that is trained does not fail for want of one."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        output_dir = Path(cfg["output_dir"])
+        try:
+            from sera_plugin.tools.report.page import write_report
 
-
-def _report(output_dir: Path) -> None:
-    """Write the report; a run that is trained does not fail for want of one."""
-    try:
-        from sera_plugin.tools.report.page import write_report
-
-        LOG.info("SeRA report: %s", write_report(output_dir))
-    except Exception as error:  # whatever it is: the model is saved
-        LOG.warning(
-            "SeRA: the report could not be written (%s: %s). The run is complete; to try again: "
-            "axolotl sera report %s",
-            type(error).__name__,
-            plain(str(error), 300),
-            output_dir,
-        )
+            LOG.info("SeRA report: %s", write_report(output_dir))
+        except Exception as error:  # whatever it is: the model is saved
+            LOG.warning(
+                "SeRA: the report could not be written (%s: %s). The run is complete; to try "
+                "again: axolotl sera report %s",
+                type(error).__name__,
+                plain(str(error), 300),
+                output_dir,
+            )

@@ -1,4 +1,4 @@
-"""What a run is, on paper: run.json, the log block at the start, and whether two runs are one."""
+"""What a run is, on paper: run.json, the blocks in the log, and whether two runs are one."""
 
 from __future__ import annotations
 
@@ -65,16 +65,9 @@ def describe_run(
     held_out: Pairs | None,
     end_ids: Sequence[int],
 ) -> dict[str, Any]:
-    """The content of run.json.
-
-    Args:
-        config: the host's resolved configuration; secrets are left out.
-        loss, beta, method: what is optimised.
-        schedule: how many pairs make a step.
-        pairs, held_out: the data.
-        end_ids: token ids that end a completion.
-    """
+    """The content of run.json, without secrets; `config` is the host's, resolved."""
     gap = method.annotations.score_gap
+    plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -82,7 +75,7 @@ def describe_run(
             "python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
         },
-        "config": public(_plain(config)),
+        "config": public({key: value for key, value in plain.items() if value is not None}),
         "loss": loss,
         "beta": beta,
         "per_token": method.per_token,
@@ -102,12 +95,6 @@ def _fingerprint(pairs: Pairs) -> str:
     return fingerprint((pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids))
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What is set, as JSON has it."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
-    return {key: value for key, value in plain.items() if value is not None}
-
-
 def announce(
     run: Mapping[str, Any],
     method: Method,
@@ -120,36 +107,33 @@ def announce(
     `sampler` is None where nothing is sampled.
     """
     config = method.config
+    by = "" if config.labeler == "implicit" else f" by {config.labeler}"
+    rewards = "averaged per token" if method.per_token else "summed over tokens"
+    restarts = "restart every iteration" if config.restart_optimizer else "run on"
+    changed = [
+        f"  {key}: {getattr(config, key)}"
+        for key in ("length_control", "offline_length_control", "label_noise")
+        if getattr(config, key) not in ("none", 0)
+    ]
     lines = [
         "SeRA run",
-        f"  loss {run['loss']}, beta {run['beta']:g}, rewards "
-        f"{'averaged per token' if method.per_token else 'summed over tokens'}",
+        f"  loss {run['loss']}, beta {run['beta']:g}, rewards {rewards}",
         f"  keep {keeps(config.selection, config.selection_ratio)}, sample "
         f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
         f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
-        f"{'' if config.labeler == 'implicit' else f' by {config.labeler}'}, gamma "
-        f"{config.gamma:g}",
-        *(
-            f"  {key}: {getattr(config, key)}"
-            for key in ("length_control", "offline_length_control", "label_noise")
-            if getattr(config, key) not in ("none", 0)
-        ),
+        f"{by}, gamma {config.gamma:g}",
+        *changed,
         f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
-        "  optimizer and learning-rate schedule "
-        + ("restart every iteration" if config.restart_optimizer else "run on"),
+        f"  optimizer and learning-rate schedule {restarts}",
     ]
     for iteration, size in enumerate(schedule.pairs, start=1):
         kept, sampled = method.kept(iteration), method.sampled(iteration)
         whole = kept == method.total and not sampled
+        pairs = "all offline pairs" if whole else f"{kept} kept + {sampled} sampled"
+        reference = f"reference theta_{method.reference(iteration)}"
         lines.append(
-            f"  iteration {iteration}: {size} pairs "
-            f"({'all offline pairs' if whole else f'{kept} kept + {sampled} sampled'}), "
-            f"{schedule.steps(iteration)} steps, "
-            + (
-                "no reference"
-                if method.reference_free
-                else f"reference theta_{method.reference(iteration)}"
-            )
+            f"  iteration {iteration}: {size} pairs ({pairs}), {schedule.steps(iteration)} steps, "
+            f"{'no reference' if method.reference_free else reference}"
         )
     if sampler is not None:
         lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
@@ -157,12 +141,62 @@ def announce(
     return "\n".join(lines)
 
 
-def keeps(selection: str, ratio: float) -> str:
-    """What selection keeps of the offline pairs, for a reader.
+def describe_start(summary: Mapping[str, Any], unit: str) -> str:
+    """The log block before an iteration's first step: what it will train on; `unit` of margins."""
+    pairs: Mapping[str, int] = summary["pairs"]
+    lines = [
+        f"SeRA iteration {summary['iteration']}: trains on {pairs['trained']} pairs",
+        f"  offline: {pairs['kept']} of {pairs['offline']} pairs kept",
+    ]
+    if "offline_accuracy" in summary:
+        lines[-1] += (
+            f", median margin {summary['margins']['offline']['0.5']:+.3f} {unit}, "
+            f"{summary['offline_accuracy']:.0%} agree with their label"
+        )
+    if "jaccard_with_previous" in summary:
+        lines[-1] += f", Jaccard with the last selection {summary['jaccard_with_previous']:.2f}"
+    noise = summary.get("label_noise")
+    if noise and noise["recall"] is not None:
+        lines.append(
+            f"  label noise: {noise['swapped_dropped']} of {noise['swapped']} swapped pairs "
+            f"dropped (recall {noise['recall']:.0%}, precision {noise['precision']:.0%})"
+        )
+    if "samples" in summary:
+        samples = summary["samples"]
+        lines.append(
+            f"  sampled: {pairs['bootstrapped_kept']} of {pairs['bootstrapped_found']} pairs kept, "
+            f"from {samples['sampled']} samples of {summary['sampler'].get('name')} "
+            f"({samples['duplicates']} duplicate, {samples['unfinished']} unfinished, "
+            f"{samples['ties']} ties"
+            + (f", {samples['unranked']} without a verdict)" if samples["unranked"] else ")")
+        )
+        if "length_control" in samples:
+            lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
+    if pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
+        lines.append(
+            f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "
+            "sera.candidates or sera.temperature, or lower sera.bootstrap_ratio"
+        )
+    if "evaluation" in summary:
+        lines.append(f"  held out: {summary['evaluation']['accuracy']:.0%} agree with their label")
+    return "\n".join(lines)
 
-    Args:
-        selection, ratio: `selection` and `selection_ratio` in `sera:`.
-    """
+
+def describe_end(summary: Mapping[str, Any]) -> str:
+    """The log block after an iteration's last step: what it cost."""
+    seconds = ", ".join(
+        f"{phase.replace('_', ' ')} {spent:.1f} s" for phase, spent in summary["seconds"].items()
+    )
+    drift = summary["drift"]
+    return (
+        f"SeRA iteration {summary['iteration']} is trained ({seconds})\n"
+        f"  it began {drift['chosen']:+.2f} (chosen) and {drift['rejected']:+.2f} (rejected) nats "
+        "per answer from the initial policy"
+    )
+
+
+def keeps(selection: str, ratio: float) -> str:
+    """What `selection` and `selection_ratio` keep of the offline pairs, for a reader."""
     return SELECTIONS[selection].keeps.format(ratio=ratio)
 
 
@@ -183,11 +217,7 @@ _IDENTITY = (
 
 
 def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: Path) -> None:
-    """Refuse to continue a run whose data or method is another one's.
-
-    Args:
-        earlier, now: run.json of the run that is there, and of the one that is asked for.
-        root: the run directory.
+    """Refuse to continue the run in `root` where its run.json has another method or other data.
 
     Raises:
         ValueError: naming everything that changed, with both values, and how to start fresh.
@@ -213,10 +243,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the keys of `sera:` and of `judge:` in it beside the others.
-
-    They are called `sera.KEY` and `sera.judge.KEY`.
-    """
+    """The configuration with `sera.KEY` and `sera.judge.KEY` beside the other keys."""
     found = dict(config)
     for block in ("sera", "sera.judge"):
         inner = found.pop(block, None) or {}

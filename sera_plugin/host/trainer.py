@@ -1,20 +1,22 @@
-"""The trainer: SeRA's iterations inside one `train()` call of the host.
+"""The trainer: the host's DPO trainer with SeRA's data, loss and loop over iterations.
 
-Here it is put together, from the host's DPO trainer and the data to the loop that tells it what to
-train on. `epochs`, `continuing` and `step` override the host's private seams, one reason each.
-tests/test_host_seams.py pins the signature of every one, so that a host upgrade fails there and not
-in the middle of somebody's run.
+Here it is put together, and here is what one micro-batch optimises; `epochs` has its one `train()`
+call. tests/test_host_seams.py pins the signature of every private seam of the host that is
+overridden, so that a host upgrade fails there and not in the middle of somebody's run.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from accelerate.utils import is_peft_model
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
@@ -30,37 +32,58 @@ from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import kept_columns, prepare_rows
 from sera_plugin.data.encoding import model_end_ids
-from sera_plugin.host.continuing import ContinuedRun
-from sera_plugin.host.epochs import EndOfIteration, TrainingBar, UnequalEpochs
+from sera_plugin.host.epochs import DIVERGED, EndOfIteration, TrainingBar, UnequalEpochs
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
-from sera_plugin.host.step import Collator, preference_loss
-from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.model.adapters import continue_adapter, tidy_adapters
 from sera_plugin.model.gate import (
     FLOAT32_LIMIT,
     LOW_PRECISION_LIMIT,
+    check_step_zero,
     low_precision,
 )
 from sera_plugin.model.logprobs import scoring_budget
+from sera_plugin.model.losses import PreferenceLoss
 from sera_plugin.model.objective import Objective
 from sera_plugin.model.policies import PolicyHistory
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.distributed import current_ranks
 from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.store import RunStore, make_table
-from sera_plugin.sampling.samplers import Samplers
 
 LOG = logging.getLogger("axolotl.sera")
 
 
-class SeraTrainer(UnequalEpochs, ContinuedRun):
+class Collator:
+    """TRL's collator, and log pi_{t-1} for the gate, which TRL has no name for."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collate(examples)
+        for name in ("policy_chosen_logps", "policy_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+def preference_loss(cfg: DictDefault, config: SeraConfig) -> PreferenceLoss:
+    """The loss that the configuration names, with its constants."""
+    beta = cfg.trl.beta if cfg.trl and cfg.trl.beta is not None else cfg.rl_beta
+    return PreferenceLoss(
+        kind=config.loss,
+        beta=float(beta),
+        label_smoothing=float(cfg.dpo_label_smoothing or 0.0),
+        simpo_gamma=float(cfg.simpo_gamma or 0.0),
+        per_token=config.per_token,
+    )
+
+
+class SeraTrainer(UnequalEpochs):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
-    _opened = False
     tag_names: ClassVar[list[str]] = ["axolotl", "sera", "dpo"]
-    train_dataset: Any
-    eval_dataset: Any
 
     def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
         self.cfg: DictDefault = PluginManager.get_instance().cfg
@@ -71,8 +94,7 @@ class SeraTrainer(UnequalEpochs, ContinuedRun):
         if not self.store.ranks.main:
             LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
         self._quiet = bool(args.disable_tqdm) or not self.store.ranks.main
-        self._asked_checkpoint = self.cfg.resume_from_checkpoint
-        self._offline_columns: Mapping[str, Sequence[Any]] = {}
+        self._columns: Mapping[str, Sequence[Any]] = {}
         self._swapped: np.ndarray[Any, Any] | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
@@ -97,36 +119,12 @@ class SeraTrainer(UnequalEpochs, ContinuedRun):
         super().__init__(model, None, args=args, **kwargs)
 
         self.data_collator: Any = Collator(self.data_collator)
-
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "the launcher has turned DeepSpeed on, which does not work with rl: sera yet. Take "
-                "it out of the launcher's configuration (docs/many-gpus.md)."
-            )
-        if self.cfg.fsdp_config and not self.is_fsdp_enabled:
-            raise ValueError(NO_FSDP)
-        if self.accelerator.num_processes != self.store.ranks.world:
-            raise ValueError(
-                f"{self.store.ranks.world} processes were started, but the host trains in each of "
-                "them alone. Use a launcher that sets up the devices: `axolotl train config.yaml "
-                "--launcher accelerate`."
-            )
+        self._require_launched()
         if is_peft_model(self.model):
             tidy_adapters(self.model, continued)
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingBar)
-        self._pairs = Pairs.from_table(self.train_dataset.data.table)
-        held_out = self.eval_dataset
-        self._eval_pairs = Pairs.from_table(held_out.data.table) if held_out else None
-        self._score = PolicyScorer(
-            PolicyHistory(self.model, self.store, str(self.cfg.base_model), self.processing_class),
-            int(self._tokenizer.pad_token_id),
-            scoring_budget(self.model, self.accelerator.device, int(self.cfg.sequence_len or 0)),
-            self.accelerator.autocast,
-            self.store.ranks,
-            self._quiet,
-        )
         if self.loss is not None:
             likelihood = LOSSES[self.loss.kind].likelihood
             self._objective = Objective(
@@ -137,6 +135,69 @@ class SeraTrainer(UnequalEpochs, ContinuedRun):
                 mean=lambda metrics: self.accelerator.reduce(metrics, reduction="mean"),
             )
         self.loop = self._make_loop()
+
+    def _require_launched(self) -> None:
+        """The launcher has set up what the configuration and the number of processes ask for."""
+        world = self.store.ranks.world
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "the launcher has turned DeepSpeed on, which does not work with rl: sera yet. Take "
+                "it out of the launcher's configuration (docs/many-gpus.md)."
+            )
+        if self.cfg.fsdp_config and not self.is_fsdp_enabled:
+            raise ValueError(NO_FSDP)
+        if self.accelerator.num_processes != world:
+            raise ValueError(
+                f"{world} processes were started, but the host trains in each of them alone. Use a "
+                "launcher that sets up the devices: `axolotl train config.yaml --launcher "
+                "accelerate`."
+            )
+
+    def _make_loop(self) -> Loop:
+        args, ours, table = self.args, self.loss, self.train_dataset.data.table
+        host_losses = args.loss_type if ours is None else []
+        pairs = Pairs.from_table(table)
+        method = Method(
+            config=self.config,
+            reference_free=ours is not None and ours.reference_free,
+            per_token=ours.per_token if ours else not PER_TOKEN_HOST_LOSSES.isdisjoint(host_losses),
+            total=len(pairs),
+            iterations=int(args.num_train_epochs),
+            seed=int(args.seed),
+            annotations=annotate(self.config, pairs.prompt_ids, self._columns, self._swapped),
+        )
+        schedule = Schedule(
+            method.sizes,
+            args.train_batch_size * self.store.ranks.world,
+            args.gradient_accumulation_steps,
+            args.dataloader_drop_last,
+        )
+        scorer = PolicyScorer(
+            PolicyHistory(self.model, self.store, str(self.cfg.base_model), self.processing_class),
+            int(self._tokenizer.pad_token_id),
+            scoring_budget(self.model, self.accelerator.device, int(self.cfg.sequence_len or 0)),
+            self.accelerator.autocast,
+            self.store.ranks,
+            self._quiet,
+        )
+        low = args.bf16 or args.fp16 or low_precision(self.model)
+        return Loop(
+            cfg=self.cfg,
+            loss=ours.name if ours else " + ".join(host_losses),
+            beta=float(args.beta),
+            method=method,
+            schedule=schedule,
+            dataset=table,
+            columns=self._columns,
+            held_out=Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None,
+            end_ids=tuple(self._end_ids),
+            store=self.store,
+            scorer=scorer,
+            tokenizer=self.processing_class,
+            nats=LOW_PRECISION_LIMIT if low else FLOAT32_LIMIT,
+            # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
+            log=lambda figures: Trainer.log(self, figures),
+        )
 
     # ------------------------------------------------------------------ data
 
@@ -156,17 +217,17 @@ class SeraTrainer(UnequalEpochs, ContinuedRun):
             "rejected_ids": result.rejected_ids,
         }
         if dataset_name == "train":
-            self._offline_columns = kept_columns(dataset, result.rows, self.config.score_columns)
+            self._columns = kept_columns(dataset, result.rows, self.config.score_columns)
             self._end_ids = result.end_ids
             if self.config.label_noise:
                 self._swapped = swapped_rows(len(result.rows), self.config.label_noise, args.seed)
                 columns = swap(columns, self._swapped)
-                self._offline_columns = swap(self._offline_columns, self._swapped)
+                self._columns = swap(self._columns, self._swapped)
         return Dataset(InMemoryTable(make_table(columns)))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Dataset:
         """TRL's hook: during __init__ nothing is scored, later a set passed to evaluate() is."""
-        if not hasattr(self, "_pairs"):
+        if not hasattr(self, "loop"):
             return dataset
         context = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
         with context:
@@ -175,7 +236,7 @@ class SeraTrainer(UnequalEpochs, ContinuedRun):
     def _with_reference(self, pairs: Pairs, logps: dict[str, FloatArray] | None = None) -> Dataset:
         """The pairs as rows for training, by default against the model as it was loaded."""
         if logps is None:
-            logps = score_pairs(pairs, 0, self._score, "score_evaluation")
+            logps = score_pairs(pairs, 0, self.loop.scorer, "score_evaluation")
         columns = {
             "prompt_ids": pairs.prompt_ids,
             "chosen_ids": pairs.chosen_ids,
@@ -185,77 +246,77 @@ class SeraTrainer(UnequalEpochs, ContinuedRun):
         }
         return Dataset(InMemoryTable(make_table(columns)))
 
-    # -------------------------------------------------------------- one train() call
-
-    def open_run(self) -> None:
-        """Start or continue the run's record, before the host writes into output_dir.
-
-        Raises:
-            ValueError, OSError: see `Loop.open`.
-        """
-        if self._opened:
-            return
-        self._opened = True
-        self.loop.open(
-            self.loss.name if self.loss else " + ".join(self.args.loss_type),
-            float(self.args.beta),
-            self._offline_columns,
-            self.train_dataset.data.table,
-            bool(self._asked_checkpoint or self.cfg.auto_resume_from_checkpoints),
-            self._asked_checkpoint,
-            sharded_later=bool(self.is_fsdp_enabled),
-        )
-
-    def _make_loop(self) -> Loop:
-        method = Method(
-            config=self.config,
-            reference_free=self.loss is not None and self.loss.reference_free,
-            per_token=self._per_token,
-            total=len(self._pairs),
-            iterations=int(self.args.num_train_epochs),
-            seed=int(self.args.seed),
-            annotations=annotate(
-                self.config, self._pairs.prompt_ids, self._offline_columns, self._swapped
-            ),
-        )
-        schedule = Schedule(
-            method.sizes,
-            self.args.train_batch_size * self.store.ranks.world,
-            self.args.gradient_accumulation_steps,
-            self.args.dataloader_drop_last,
-        )
-        samplers = Samplers(self.cfg, self.config, self.store, self._score, self.processing_class)
-        return Loop(
-            cfg=self.cfg,
-            method=method,
-            schedule=schedule,
-            pairs=self._pairs,
-            held_out=self._eval_pairs,
-            end_ids=tuple(self._end_ids),
-            store=self.store,
-            scorer=self._score,
-            samplers=samplers,
-            labelers=Labelers(method, samplers, self.processing_class),
-            nats=self._rounding,
-            # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
-            log=lambda figures: Trainer.log(self, figures),
-        )
-
-    @property
-    def _per_token(self) -> bool:
-        if self.loss is not None:
-            return self.loss.per_token
-        return any(loss in PER_TOKEN_HOST_LOSSES for loss in self.args.loss_type)
-
-    @property
-    def _rounding(self) -> float:
-        """How far the same policy may differ from itself, nats per square root of the tokens."""
-        low = self.args.bf16 or self.args.fp16 or low_precision(self.model)
-        return LOW_PRECISION_LIMIT if low else FLOAT32_LIMIT
-
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See TRL. An evaluation before the first iteration refers to the policy as it is."""
         if eval_dataset is None and "ref_chosen_logps" not in self.eval_dataset.column_names:
-            assert self._eval_pairs is not None
-            self.eval_dataset = self._with_reference(self._eval_pairs)
+            assert self.loop.held_out is not None
+            self.eval_dataset = self._with_reference(self.loop.held_out)
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    # ------------------------------------------------------------------ one micro-batch
+
+    def compute_loss_context_manager(self) -> Any:
+        """The context of every forward pass, the scorer's too.
+
+        That of transformers 5.16 is empty: autocast comes with accelerate's wrapping of the model,
+        which an evaluation or a continued run's first scores do not wait for.
+        """
+        return self.accelerator.autocast()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's step. The host's own collects garbage and empties the cache in each one."""
+        loss: torch.Tensor = super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        """SeRA's losses in place of TRL's, or the host's own where `dpo_loss_type` names one."""
+        training = self.model.training
+        recorded = self._metrics["train" if training else "eval"]
+        if self.loss is None:
+            result = super()._compute_loss(model, inputs, return_outputs)
+            if self._gate_pending and training:
+                # What the host records are means over all processes.
+                references = {
+                    name: self.accelerator.gather(values)
+                    for name, values in inputs.items()
+                    if name.endswith("_logps")
+                }
+                logps = [torch.tensor(recorded[f"logps/{s}"][-1]) for s in ("chosen", "rejected")]
+                self._pass_gate(inputs | references, *logps)
+            if training:
+                self._require_finite((result[0] if return_outputs else result).item())
+            return result
+        result = self._objective(model, inputs)
+        if training:
+            if self._gate_pending:
+                self._pass_gate(
+                    inputs, result.chosen_logps, result.rejected_logps, result.preference_loss
+                )
+            self._require_finite(result.metrics["loss"])
+        del result.metrics["loss"]  # the host logs it itself
+        tokens = round(result.metrics.pop("num_tokens") * self.store.ranks.world)
+        for name, value in result.metrics.items():
+            recorded[name].append(value)
+        if training:
+            self._total_train_tokens += tokens
+        recorded["num_tokens"] = [self._total_train_tokens]
+        return (result.loss, result.outputs) if return_outputs else result.loss
+
+    def _pass_gate(
+        self,
+        inputs: Any,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        loss: torch.Tensor | None = None,
+    ) -> None:
+        self._gate_pending = False
+        nats = self.loop.nats
+        self.loop.passed_gate(check_step_zero(inputs, chosen, rejected, nats, loss, self.loss))
+
+    def _require_finite(self, loss: float) -> None:
+        """The host would go on, and log the mean of earlier losses instead."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} in step {self.state.global_step + 1} (iteration "
+                f"{self._iteration}), so training stops here. {DIVERGED}"
+            )

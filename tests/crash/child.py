@@ -187,7 +187,7 @@ class Watch:
             self.hit("boundary")
 
         def began(prepared: Any, loop: Any, iteration: int, *_: Any, **__: Any) -> None:
-            digest = sha(json.dumps(prepared.pairs.to_pydict()))
+            digest = sha(json.dumps(prepared[0].to_pydict()))
             self.tell("begin", iteration=iteration, pairs=digest)
 
         wrap(Loop, "begin", before=begins, after=began)
