@@ -26,8 +26,7 @@ import pyarrow as pa
 
 from benchmarks.harness import Setup, in_fresh_process
 from sera_plugin.algorithm import algorithm, summary
-from sera_plugin.algorithm.iteration import Iteration
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Iteration, Method, Pairs
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.implicit import ImplicitReward

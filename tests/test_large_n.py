@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from sera_plugin.algorithm.algorithm import prepare
-from sera_plugin.algorithm.iteration import Iteration
-from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig

@@ -7,38 +7,6 @@ import pytest
 from sera_plugin.algorithm.schedule import Schedule
 
 
-@pytest.mark.parametrize(
-    ("pairs", "steps"),
-    [
-        # 10 in micro-batches of 2, two a step: ceil(5 / 2) = 3 steps.
-        ((10, 10, 10), (3, 3, 3)),
-        ((10, 7, 7), (3, 2, 2)),
-        ((10, 27, 27), (3, 7, 7)),
-    ],
-)
-def test_iterations_have_their_own_length(pairs, steps):
-    schedule = Schedule(pairs, batch_size=2, accumulation=2)
-    assert tuple(schedule.steps(t) for t in (1, 2, 3)) == steps
-    assert schedule.total_steps == sum(steps)
-
-
-def test_drop_last_drops_the_incomplete_micro_batch():
-    schedule = Schedule((7,), batch_size=2, accumulation=2, drop_last=True)
-    assert (schedule.batches(1), schedule.steps(1)) == (3, 2)
-
-
-def test_every_global_step_is_located():
-    schedule = Schedule((10, 7, 27), batch_size=2, accumulation=2)
-    expected = [(t, s) for t in (1, 2, 3) for s in range(schedule.steps(t))] + [(4, 0)]
-    assert [schedule.locate(step) for step in range(schedule.total_steps + 1)] == expected
-
-
-def test_fewer_pairs_than_planned_change_only_their_iteration():
-    schedule = Schedule((10, 10, 10), batch_size=2, accumulation=1).with_pairs(2, 8)
-    assert schedule.pairs == (10, 8, 10)
-    assert schedule.total_steps == 14
-
-
 def walk(pairs, batch_size, accumulation, drop_last):
     """Optimizer steps as a data loader and an accumulating loop make them, one by one."""
     batches = []
@@ -65,8 +33,9 @@ def test_steps_and_places_equal_a_walk(later, batch_size, accumulation, drop_las
     assert located == [*places, (4, 0)]
 
 
-def test_with_pairs_leaves_the_planned_schedule_alone():
-    planned = Schedule((10, 10, 10), batch_size=2, accumulation=2, drop_last=True)
-    known = planned.with_pairs(3, 8)
+def test_fewer_pairs_than_planned_change_only_their_iteration():
+    planned = Schedule((10, 10, 10), batch_size=2, accumulation=1, drop_last=True)
+    known = planned.with_pairs(2, 7)
+    assert known == Schedule((10, 7, 10), 2, 1, True)
+    assert (known.batches(2), known.total_steps) == (3, 13)
     assert planned.pairs == (10, 10, 10)
-    assert (known.batch_size, known.accumulation, known.drop_last) == (2, 2, True)

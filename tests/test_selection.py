@@ -1,4 +1,4 @@
-"""Which pairs are kept."""
+"""Which offline pairs are kept, and how a prompt's candidates are paired."""
 
 from __future__ import annotations
 
@@ -7,71 +7,145 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sera_plugin.algorithm.pairing import pair_candidates
 from sera_plugin.algorithm.selection import select_largest
-
-MARGINS = st.lists(st.floats(-50, 50), min_size=1, max_size=40)
 
 
 def kept(margins, count):
     return np.flatnonzero(select_largest(margins, count)).tolist()
 
 
-def test_the_largest_margins_are_kept_even_negative_ones():
-    assert kept([0.5, -1.0, 2.0, -0.2], 3) == [0, 2, 3]
-
-
-def test_ties_are_kept_in_row_order():
-    assert kept([1.0, 2.0, 1.0, 1.0], 2) == [0, 1]
-
-
-@pytest.mark.parametrize(("count", "rows"), [(0, []), (2, [0, 1]), (9, [0, 1])])
-def test_none_all_and_more_than_all(count, rows):
-    assert kept([1.0, 2.0], count) == rows
+@pytest.mark.parametrize(
+    ("margins", "count", "rows"),
+    [
+        ([0.5, -1.0, 2.0, -0.2], 3, [0, 2, 3]),  # negative ones too
+        ([1.0, 2.0, 1.0, 1.0], 2, [0, 1]),  # ties in row order
+        *(([1.0, 2.0], count, rows) for count, rows in ((0, []), (2, [0, 1]), (9, [0, 1]))),
+        ([], 3, []),
+    ],
+)
+def test_the_largest_margins_are_kept(margins, count, rows):
+    assert kept(margins, count) == rows
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_margin_that_is_not_finite_is_named(broken):
-    with pytest.raises(ValueError, match="row 2 is"):
-        select_largest([1.0, 2.0, broken, broken], 1)
+    with pytest.raises(ValueError, match=r"margin in row 2 is .*\(2 such values\).*learning_rate"):
+        select_largest([1.0, 2.0, broken, np.nan], 1)
 
 
-@given(MARGINS, st.data())
-def test_selected_margins_do_not_depend_on_the_order(margins, data):
-    count = data.draw(st.integers(0, len(margins)))
-    shuffled = data.draw(st.permutations(margins))
-    one = np.asarray(margins)[select_largest(margins, count)]
-    other = np.asarray(shuffled)[select_largest(shuffled, count)]
-    assert sorted(one) == sorted(other)
-
-
-@given(MARGINS, st.data())
-def test_a_larger_ratio_keeps_a_superset(margins, data):
-    few = data.draw(st.integers(0, len(margins)))
-    many = data.draw(st.integers(few, len(margins)))
-    assert not (select_largest(margins, few) & ~select_largest(margins, many)).any()
-
-
-@given(MARGINS, st.data())
-def test_no_dropped_margin_beats_a_kept_one(margins, data):
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=40), st.data())
+def test_no_dropped_margin_beats_a_kept_one_in_any_order(margins, data):
     count = data.draw(st.integers(1, len(margins)))
-    selected = select_largest(margins, count)
-    assert selected.sum() == count
-    if count < len(margins):
-        assert np.asarray(margins)[selected].min() >= np.asarray(margins)[~selected].max()
-
-
-def test_several_broken_margins_are_counted():
-    with pytest.raises(ValueError, match=r"row 1 is inf \(2 such rows\).*learning_rate"):
-        select_largest([0.0, np.inf, np.nan], 1)
-
-
-def test_nothing_to_select_from():
-    assert select_largest([], 3).shape == (0,)
-
-
-@given(st.lists(st.floats(-50, 50), max_size=40, unique=True), st.data())
-def test_distinct_margins_keep_the_same_rows_in_any_order(margins, data):
-    count = data.draw(st.integers(0, 45))
     order = data.draw(st.permutations(range(len(margins))))
-    moved = kept([margins[i] for i in order], count)
-    assert sorted(order[i] for i in moved) == kept(margins, count)
+    shuffled = [margins[i] for i in order]
+    selected = select_largest(shuffled, count)
+    assert sorted(np.asarray(shuffled)[selected]) == sorted(margins)[-count:]
+    fewer = select_largest(shuffled, data.draw(st.integers(0, count)))
+    assert not (fewer & ~selected).any()
+    if len(set(margins)) == len(margins):
+        assert sorted(order[i] for i in np.flatnonzero(selected)) == kept(margins, count)
+
+
+# ------------------------------------------------------------------ pairs of candidates
+
+
+def pairs(candidates, rewards, pairs_per_prompt=1):
+    found = pair_candidates([list(candidates)], [rewards], pairs_per_prompt)
+    return list(zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("candidates", "rewards", "count", "expected", "margins", "counts"),
+    [
+        ("ab", [0.25, 1.0], 1, [(1, 0)], [0.75], (0, 0, 0)),
+        ("abcd", [0.1, 0.9, -0.5, 0.3], 1, [(1, 2)], [1.4], (0, 0, 0)),
+        # Ranked: 5 (6.0), 0 (5.0), 3 (4.0), 1 (3.0), 4 (2.0), 2 (1.0).
+        ("abcdef", [5, 3, 1, 4, 2, 6], 3, [(5, 2), (0, 4), (3, 1)], [5, 3, 1], (0, 0, 0)),
+        # The middle one of an odd number stays alone.
+        ("abc", [2.0, 1.0, 0.0], 3, [(0, 2)], [2.0], (0, 0, 0)),
+        # Identical ones count once: two distinct remain, so one pair even if two are asked for.
+        # Batching may move a repeat's reward in its last digits: the first stands for both.
+        ("aab", [2.0, 2.0, 1.0], 2, [(0, 2)], [1.0], (1, 0, 0)),
+        ("aabb", [1.0, 9.0, 0.0, -9.0], 2, [(0, 2)], [1.0], (2, 0, 0)),
+        ("aaaa", [1.0] * 4, 1, [], [], (3, 0, 1)),
+        ("abcd", [1.0, 3.0, 3.0, 5.0], 2, [(3, 0)], [4.0], (0, 1, 0)),  # equal rewards give no pair
+    ],
+)
+def test_pairs_by_hand(candidates, rewards, count, expected, margins, counts):
+    found, result = pairs(candidates, rewards, count)
+    assert found == expected
+    assert result.margin.tolist() == pytest.approx(margins)
+    assert (result.duplicates, result.ties, result.too_few) == counts
+
+
+def test_a_reward_that_is_infinite_is_named_and_one_that_is_missing_is_counted():
+    with pytest.raises(ValueError, match="candidate in row 1 is inf"):
+        pair_candidates([[0, 1], [0, 1]], [[0.0, 1.0], [0.0, np.inf]])
+    found, result = pairs("abc", [np.nan, 1.0, 2.0])
+    assert found == [(2, 1)]
+    assert (result.unranked, result.too_few) == (1, 0)
+
+
+REWARDS = st.lists(st.integers(-99, 99), min_size=2, max_size=10, unique=True)
+
+
+@given(REWARDS, st.integers(1, 4), st.data())
+def test_pairs_do_not_depend_on_the_order_and_more_per_prompt_only_add(rewards, count, data):
+    shuffled = data.draw(st.permutations(rewards))
+    one = {(rewards[c], rewards[r]) for c, r in pairs(rewards, rewards, count)[0]}
+    other = {(shuffled[c], shuffled[r]) for c, r in pairs(shuffled, shuffled, count + 1)[0]}
+    assert len(one) == min(count, len(rewards) // 2)
+    assert one <= other
+
+
+def test_prompts_are_paired_separately_and_in_order():
+    found = pair_candidates([[1, 2], [3, 3], [5, 6]], [[1, 0], [1, 1], [-2, -1]])
+    assert found.prompt.tolist() == [0, 2]
+    assert found.chosen.tolist() == [0, 1]
+    assert found.margin.tolist() == [1.0, 1.0]
+
+
+def test_no_prompts_give_empty_columns_of_the_right_types():
+    found = pair_candidates(np.empty((0, 4)), np.empty((0, 4)))
+    kinds = [c.dtype for c in (found.prompt, found.chosen, found.rejected, found.margin)]
+    assert kinds == [np.int64, np.int32, np.int32, np.float64]
+
+
+def plainly(candidates, rewards, pairs_per_prompt):
+    """Prompt by prompt and candidate by candidate: what `pair_candidates` does for all at once."""
+    found, duplicates, ties, too_few = [], 0, 0, 0
+    for prompt, (answers, reward) in enumerate(zip(candidates, rewards, strict=True)):
+        distinct = [i for i, answer in enumerate(answers) if answer not in answers[:i]]
+        duplicates += len(answers) - len(distinct)
+        too_few += len(distinct) < 2
+        ranked = sorted(distinct, key=lambda index: (-reward[index], index))
+        while len(ranked) >= 2 and len(distinct) - len(ranked) < 2 * pairs_per_prompt:
+            best, *ranked, worst = ranked
+            if reward[best] > reward[worst]:
+                found.append((prompt, best, worst, reward[best] - reward[worst]))
+            else:
+                ties += 1
+    return found, (duplicates, ties, too_few)
+
+
+@st.composite
+def groups(draw):
+    count = draw(st.integers(1, 7))
+    rewards = st.sampled_from([-1.5, -0.0, 0.0, 0.25, 3.0]) | st.floats(-1e3, 1e3)
+    group = st.tuples(
+        st.lists(st.integers(0, 4), min_size=count, max_size=count),
+        st.lists(rewards, min_size=count, max_size=count),
+    )
+    return draw(st.lists(group, min_size=1, max_size=12)), draw(st.integers(1, 4))
+
+
+@given(groups())
+def test_all_prompts_at_once_are_paired_as_one_by_one(drawn):
+    prompts, pairs_per_prompt = drawn
+    candidates, rewards = map(list, zip(*prompts, strict=True))
+    result = pair_candidates(candidates, rewards, pairs_per_prompt)
+    columns = (result.prompt, result.chosen, result.rejected, result.margin)
+    found = list(zip(*(column.tolist() for column in columns), strict=True))
+    counts = (result.duplicates, result.ties, result.too_few)
+    assert (found, counts) == plainly(candidates, rewards, pairs_per_prompt)

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sera_plugin.algorithm.annotations import Annotations, annotate, score_gap, swap, swapped_rows
-from sera_plugin.algorithm.length_control import equalizing_alpha, regressed_alpha
 from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.pairing import pair_candidates
 from sera_plugin.algorithm.protocols import FloatArray, Ranked
+from sera_plugin.algorithm.rewards import equalizing_alpha, regressed_alpha
 from sera_plugin.algorithm.summary import noise_found
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import require_same_run
@@ -111,10 +111,10 @@ def test_random_is_another_draw_each_iteration_and_the_same_for_a_seed():
 
 
 def draw(method: Method, iteration: int) -> tuple[int, ...]:
-    from sera_plugin.algorithm.selection import Offline, select_largest
+    from sera_plugin.algorithm.selection import select_largest
 
     none = np.zeros(method.total)
-    priority = method.selection.priority(Offline(iteration, none, none))
+    priority = method.selection.priority(iteration, none, none)
     return tuple(np.flatnonzero(select_largest(priority, method.kept(iteration))))
 
 

@@ -7,7 +7,7 @@ them stops a run: they say where to look. docs/alarms.md has the same thresholds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,15 +46,7 @@ SPREAD = 1e-3
 
 @dataclass(frozen=True)
 class Alarm:
-    """One alarm that could be judged.
-
-    Attributes:
-        name: of the alarm, as in docs/alarms.md.
-        figure: what was compared.
-        threshold: with what. Figure and threshold share a unit, which docs/alarms.md names.
-        raised: whether it holds.
-        text: one sentence with the figures and what to change.
-    """
+    """One alarm that could be judged, named as in docs/alarms.md, which has its figure's unit."""
 
     name: str
     figure: float
@@ -63,38 +55,30 @@ class Alarm:
     text: str
 
 
-Summaries = Sequence[Mapping[str, Any]]
-#: What a check finds: the figure, its threshold, and the text; None without the figures it needs.
-Found = tuple[float, float, str] | None
+Summary = Mapping[str, Any]
 
 
-def judge(summaries: Summaries) -> list[Alarm]:
-    """Every alarm that can be judged after the last of the summaries.
+def judge(summaries: Sequence[Summary]) -> list[Alarm]:
+    """Every alarm, raised or not, that can be judged after the last of the summaries.
 
-    Args:
-        summaries: of iterations 1 to t, as summary.json has them; at least one.
-
-    Returns:
-        Raised and unraised alarms. One whose figures are missing (nothing sampled, nothing held
-        out, no earlier iteration) is left out.
+    One whose figures are missing (nothing sampled, nothing held out, no earlier iteration) is left
+    out. `summaries` are those of iterations 1 to t, at least one.
     """
-    alarms = []
-    for name, check in _CHECKS.items():
-        found = check(summaries)
-        if found is not None:
-            figure, threshold, text = found
-            raised = figure < threshold if name in _RAISED_BELOW else figure > threshold
-            alarms.append(Alarm(name, figure, threshold, raised, text))
-    return alarms
+    now = summaries[-1]
+    return [
+        *_of_lengths(summaries, now["lengths"]),
+        _of_drift(now["drift"], now["lengths"]),
+        *_of_accuracy("held_out_accuracy", "held-out", list(map(_held_out, summaries))),
+        *_of_accuracy("offline_accuracy", "offline", list(map(_offline, summaries))),
+        *(_of_samples(now["samples"]) if "samples" in now else ()),
+        *_of_spread(now.get("spread", {})),
+    ]
 
 
 def records(alarms: Iterable[Alarm]) -> list[dict[str, Any]]:
     """The raised alarms as summary.json keeps them."""
-    return [
-        {key: value for key, value in asdict(alarm).items() if key != "raised"}
-        for alarm in alarms
-        if alarm.raised
-    ]
+    kept = [asdict(alarm) for alarm in alarms if alarm.raised]
+    return [{key: one[key] for key in ("name", "figure", "threshold", "text")} for one in kept]
 
 
 def alarm_metrics(alarms: Iterable[Alarm]) -> dict[str, float]:
@@ -102,35 +86,29 @@ def alarm_metrics(alarms: Iterable[Alarm]) -> dict[str, float]:
     return {f"sera/alarm/{alarm.name}": float(alarm.raised) for alarm in alarms}
 
 
-def _sampled_length(summaries: Summaries) -> Found:
-    lengths = summaries[-1]["lengths"]
-    if "sampled" not in lengths:
-        return None
-    figure = lengths["sampled"] / lengths["chosen"]
-    text = (
-        f"sampled answers have {lengths['sampled']:.1f} tokens on average, {figure:.2f} times the "
-        f"{lengths['chosen']:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
-        "learning_rate, set sera.length_control: auto, or rank per token with sera.loss: ipo or "
-        "simpo."
-    )
-    return figure, SAMPLED_LENGTH, text
+def _above(name: str, figure: float, threshold: float, text: str) -> Alarm:
+    return Alarm(name, figure, threshold, figure > threshold, text)
 
 
-def _length_growth(summaries: Summaries) -> Found:
-    sampled = [one for one in summaries if "sampled" in one["lengths"]]
-    if len(sampled) < 2 or sampled[-1] is not summaries[-1]:
-        return None
-    before, now = (one["lengths"]["sampled"] for one in (sampled[0], sampled[-1]))
-    text = (
-        f"sampled answers have grown from {before:.1f} tokens in iteration "
-        f"{sampled[0]['iteration']} to {now:.1f}, {now / before:.2f} times as many: raise rl_beta, "
-        "lower learning_rate, or stop at an earlier iteration with num_epochs."
-    )
-    return now / before, LENGTH_GROWTH, text
-
-
-def _chosen_length(summaries: Summaries) -> Found:
-    lengths = summaries[-1]["lengths"]
+def _of_lengths(summaries: Sequence[Summary], lengths: Mapping[str, float]) -> Iterator[Alarm]:
+    if "sampled" in lengths:
+        now, ratio = lengths["sampled"], lengths["sampled"] / lengths["chosen"]
+        text = (
+            f"sampled answers have {now:.1f} tokens on average, {ratio:.2f} times the "
+            f"{lengths['chosen']:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
+            "learning_rate, set sera.length_control: auto, or rank per token with sera.loss: ipo "
+            "or simpo."
+        )
+        yield _above("sampled_length", ratio, SAMPLED_LENGTH, text)
+        first = next(one for one in summaries if "sampled" in one["lengths"])
+        if first is not summaries[-1]:
+            before = first["lengths"]["sampled"]
+            text = (
+                f"sampled answers have grown from {before:.1f} tokens in iteration "
+                f"{first['iteration']} to {now:.1f}, {now / before:.2f} times as many: raise "
+                "rl_beta, lower learning_rate, or stop at an earlier iteration with num_epochs."
+            )
+            yield _above("length_growth", now / before, LENGTH_GROWTH, text)
     trained = lengths["trained_chosen"] / lengths["trained_rejected"]
     offline = lengths["chosen"] / lengths["rejected"]
     text = (
@@ -139,56 +117,49 @@ def _chosen_length(summaries: Summaries) -> Found:
         "sera.length_control: auto, rank per token with sera.loss: ipo or simpo, or lower "
         "sera.bootstrap_ratio."
     )
-    return trained / offline, CHOSEN_LENGTH, text
+    yield _above("chosen_length", trained / offline, CHOSEN_LENGTH, text)
 
 
-def _drift(summaries: Summaries) -> Found:
-    drift, lengths = summaries[-1]["drift"], summaries[-1]["lengths"]
+def _of_drift(drift: Mapping[str, float], lengths: Mapping[str, float]) -> Alarm:
     # Sums over tokens divided by tokens: the mean over all tokens, not over completions.
     chosen, rejected = (drift[side] / lengths[side] for side in ("chosen", "rejected"))
     text = (
         f"the policy is {chosen:+.3f} nats per token from the initial one on the offline chosen "
         f"answers ({rejected:+.3f} on the rejected): raise rl_beta or lower learning_rate."
     )
-    return abs(chosen), DRIFT, text
+    return _above("drift", abs(chosen), DRIFT, text)
 
 
-#: (accuracy, its standard error, pairs) of an iteration, None where it has none.
-_Accuracy = tuple[float, float, int] | None
+#: What an accuracy is called, the accuracy, its standard error, pairs; None where there is none.
+_Accuracy = tuple[str, float, float, int] | None
 
 
-def _of_held_out(summary: Mapping[str, Any]) -> _Accuracy:
+def _held_out(summary: Summary) -> _Accuracy:
     found = summary.get("evaluation", {})
     if "accuracy_error" not in found:
         return None
-    return found["accuracy"], found["accuracy_error"], found["pairs"]
+    by = f"iteration {summary['iteration']}"
+    return by, found["accuracy"], found["accuracy_error"], found["pairs"]
 
 
-def _of_offline(summary: Mapping[str, Any]) -> _Accuracy:
+def _offline(summary: Summary) -> _Accuracy:
     if "offline_accuracy_error" not in summary:
         return None
-    accuracy, error = summary["offline_accuracy"], summary["offline_accuracy_error"]
-    return accuracy, error, summary["pairs"]["offline"]
+    by, error = f"iteration {summary['iteration']}", summary["offline_accuracy_error"]
+    return by, summary["offline_accuracy"], error, summary["pairs"]["offline"]
 
 
-def _fallen(
-    summaries: Summaries, kind: str, accuracy_of: Callable[[Mapping[str, Any]], _Accuracy]
-) -> Found:
+def _of_accuracy(name: str, kind: str, found: Sequence[_Accuracy]) -> Iterator[Alarm]:
     """The fall below the best earlier iteration, or below a coin, beyond chance.
 
     The errors are added as if two iterations were judged on different pairs. They are the same
     pairs, so the true error is smaller: the alarm is slow rather than nervous.
     """
-    found = accuracy_of(summaries[-1])
-    if found is None:
-        return None
-    now, error_now, pairs = found
-    earlier = [("a coin", 0.5, 0.0)] + [
-        (f"iteration {summary['iteration']}", *before[:2])
-        for summary in summaries[:-1]
-        if (before := accuracy_of(summary)) is not None
-    ]
-    by, best, error = max(earlier, key=lambda one: one[1])
+    if found[-1] is None:
+        return
+    _, now, error_now, pairs = found[-1]
+    earlier = [("a coin", 0.5, 0.0, 0), *filter(None, found[:-1])]
+    by, best, error, _ = max(earlier, key=lambda one: one[1])
     chance = STANDARD_ERRORS * math.hypot(error, error_now)
     text = (
         f"the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
@@ -196,76 +167,45 @@ def _fallen(
         "iteration with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise "
         "rl_beta."
     )
-    return best - now, max(ACCURACY_FALL, chance), text
+    yield _above(name, best - now, max(ACCURACY_FALL, chance), text)
 
 
-def _share(summaries: Summaries, part: str, whole: str, threshold: float, text: str) -> Found:
-    """A share of what was sampled: two counts of the summary's `samples`."""
-    samples = summaries[-1].get("samples")
-    if samples is None:
-        return None
-    figure = samples[part] / samples[whole]
-    return figure, threshold, f"{figure:.0%} of {samples[whole]} {text}"
+def _of_samples(samples: Mapping[str, int]) -> Iterator[Alarm]:
+    def share(name: str, part: str, whole: str, threshold: float, text: str) -> Alarm:
+        figure = samples[part] / samples[whole]
+        return _above(name, figure, threshold, f"{figure:.0%} of {samples[whole]} {text}")
 
-
-def _duplicates(summaries: Summaries) -> Found:
     text = (
         "candidates repeat another one of their prompt: raise sera.temperature or sera.top_p, or "
         "lower sera.candidates."
     )
-    return _share(summaries, "duplicates", "sampled", DUPLICATES, text)
-
-
-def _without_pair(summaries: Summaries) -> Found:
+    yield share("duplicates", "duplicates", "sampled", DUPLICATES, text)
     text = (
         "prompts have fewer than two distinct candidates and give no pair: raise "
         "sera.temperature, sera.top_p or sera.candidates."
     )
-    unranked = summaries[-1].get("samples", {}).get("unranked")
-    if unranked:
+    if unranked := samples.get("unranked"):
         text = (
             "prompts have fewer than two distinct candidates with a reward and give no pair, and "
             f"{unranked} candidates have none: `labeler` in summary.json says what became of "
             "them. Where they are few, raise sera.temperature, sera.top_p or sera.candidates."
         )
-    return _share(summaries, "too_few", "prompts", WITHOUT_PAIR, text)
-
-
-def _unfinished(summaries: Summaries) -> Found:
+    yield share("without_pair", "too_few", "prompts", WITHOUT_PAIR, text)
     text = (
         "candidates were cut before their end: raise sera.max_new_tokens (and sequence_len, if "
         "prompt and candidate fill it)."
     )
-    return _share(summaries, "unfinished", "sampled", UNFINISHED, text)
+    yield share("unfinished", "unfinished", "sampled", UNFINISHED, text)
 
 
-def _constant(summaries: Summaries, of: str, what: str) -> Found:
-    figure = summaries[-1].get("spread", {}).get(of)
-    if figure is None:
-        return None
-    text = (
-        f"{what} {figure:.2g} nats per token, no more than rounding: the last iteration has hardly "
-        "changed the policy. Raise learning_rate, or lower rl_beta."
-    )
-    return figure, SPREAD, text
-
-
-_CHECKS: Mapping[str, Callable[[Summaries], Found]] = {
-    "sampled_length": _sampled_length,
-    "length_growth": _length_growth,
-    "chosen_length": _chosen_length,
-    "drift": _drift,
-    "held_out_accuracy": lambda summaries: _fallen(summaries, "held-out", _of_held_out),
-    "offline_accuracy": lambda summaries: _fallen(summaries, "offline", _of_offline),
-    "duplicates": _duplicates,
-    "without_pair": _without_pair,
-    "unfinished": _unfinished,
-    "constant_rewards": lambda summaries: _constant(
-        summaries, "sampled", "best and worst candidate of the middle prompt differ by"
-    ),
-    "constant_margins": lambda summaries: _constant(
-        summaries, "offline", "the middle half of the offline margins lies within"
-    ),
-}
-#: Those that are raised where the figure is too small.
-_RAISED_BELOW = ("constant_rewards", "constant_margins")
+def _of_spread(spread: Mapping[str, float | None]) -> Iterator[Alarm]:
+    for name, of, what in (
+        ("rewards", "sampled", "best and worst candidate of the middle prompt differ by"),
+        ("margins", "offline", "the middle half of the offline margins lies within"),
+    ):
+        if (figure := spread.get(of)) is not None:
+            text = (
+                f"{what} {figure:.2g} nats per token, no more than rounding: the last iteration "
+                "has hardly changed the policy. Raise learning_rate, or lower rl_beta."
+            )
+            yield Alarm(f"constant_{name}", figure, SPREAD, figure < SPREAD, text)

@@ -18,15 +18,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.iteration import Iteration
-from sera_plugin.algorithm.length_control import equalizing_alpha
-from sera_plugin.algorithm.method import Pairs
-from sera_plugin.algorithm.offline import SIDES, require_finite, restore, score, select
+from sera_plugin.algorithm.method import Iteration, Pairs
+from sera_plugin.algorithm.offline import SIDES, restore, score, select
 from sera_plugin.algorithm.pairing import pair_candidates
 from sera_plugin.algorithm.protocols import DATASET, Chunk, Ranked
+from sera_plugin.algorithm.rewards import FloatArray, equalizing_alpha, require_finite
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import TokenColumn
+
+#: What `pair` has counted: metadata of bootstrapped.parquet.
+COUNTS = ("duplicates", "ties", "too_few", "unranked")
 
 
 def prepare(it: Iteration) -> pa.Table:
@@ -55,8 +57,7 @@ def prepare(it: Iteration) -> pa.Table:
 def sample(it: Iteration) -> pa.Table:
     """R candidates per prompt from theta_{t-1}, chunk by chunk; those on disk are not made again.
 
-    Returns:
-        Rows of candidates.parquet before they are scored, in the order of (row, candidate).
+    They are rows of candidates.parquet before they are scored, in the order of (row, candidate).
     """
     with it.phases.timed("sample"):
         finished = it.store.sampled_rows(it.t)
@@ -101,20 +102,16 @@ def _samples_table(chunk: Chunk) -> pa.Table:
 
 
 def rank(it: Iteration, samples: pa.Table) -> pa.Table:
-    """candidates.parquet: log-probabilities under the policies that matter, and rewards.
-
-    Raises:
-        ValueError: naming the row of a candidate whose log-probability is not finite.
-    """
+    """candidates.parquet: log-probabilities under the policies that matter, and rewards."""
     samples = it.labeler.complete(samples, it.pairs.chosen_ids)
     token_ids = TokenColumn(samples["token_ids"])
     rows = samples["row"].to_numpy()
     prompts = it.pairs.prompt_ids.take(rows)
     sampled = np.flatnonzero(pc.not_equal(samples["finish_reason"], DATASET).to_numpy())
 
-    def under(policy: int) -> npt.NDArray[np.float64]:
+    def under(policy: int) -> FloatArray:
         """Log-probabilities; theta_policy has scored the dataset's own answers before."""
-        found: npt.NDArray[np.float64] = it.scores(policy)["chosen_logp"].to_numpy()[rows]
+        found: FloatArray = it.scores(policy)["chosen_logp"].to_numpy()[rows]
         with it.phases.timed("score_candidates"):
             found[sampled] = it.scorer(
                 policy, prompts.take(sampled), token_ids.take(sampled), "score_candidates"
@@ -124,21 +121,13 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
 
     logps = {policy: under(policy) for policy in it.method.candidates_under(it.t)}
     ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
-    ranked = Ranked(
-        it.t,
-        len(samples) // len(it.pairs),
-        prompts,
-        token_ids,
-        samples["finish_reason"].to_pylist(),
-        ranking,
-    )
+    per_prompt, why = len(samples) // len(it.pairs), samples["finish_reason"].to_pylist()
     with it.phases.timed("label"):
-        reward = it.labeler.rewards(ranked)
+        reward = it.labeler.rewards(Ranked(it.t, per_prompt, prompts, token_ids, why, ranking))
     by_candidate = np.stack(ranking, axis=1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1]
-    table = samples.append_column(
-        "logps", pa.ListArray.from_arrays(offsets, by_candidate.ravel())
-    ).append_column("reward", pa.array(reward))
+    lists = pa.ListArray.from_arrays(offsets, by_candidate.ravel())
+    table = samples.append_column("logps", lists).append_column("reward", pa.array(reward))
     reference = it.method.reference(it.t)
     if reference != it.t - 1:
         table = table.append_column("reference_logp", pa.array(logps[reference]))
@@ -157,13 +146,10 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
         lengths = tokens.lengths.reshape(-1, per_prompt)
         rewards = candidates["reward"].to_numpy().reshape(-1, per_prompt)
 
-        def longer(controlled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        def longer(controlled: FloatArray) -> FloatArray:
             found = pair_candidates(identity, controlled, config.pairs_per_prompt)
-            chosen, rejected = (
-                lengths[found.prompt, one].astype(np.float64)
-                for one in (found.chosen, found.rejected)
-            )
-            return chosen - rejected
+            chosen = lengths[found.prompt, found.chosen].astype(np.float64)
+            return chosen - lengths[found.prompt, found.rejected]
 
         alpha = 0.0 if config.length_control == "none" else config.length_control
         if alpha == "auto":
@@ -178,9 +164,8 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
                 "selected": select_largest(found.margin, it.method.sampled(it.t)),
             }
         )
-    counts = {name: getattr(found, name) for name in ("duplicates", "ties", "too_few", "unranked")}
-    report = counts | {"alpha": alpha}
-    return table.replace_schema_metadata({name: str(value) for name, value in report.items()})
+    report = {name: str(getattr(found, name)) for name in COUNTS} | {"alpha": str(alpha)}
+    return table.replace_schema_metadata(report)
 
 
 def candidate_places(
@@ -200,11 +185,8 @@ def union(
 ) -> pa.Table:
     """D_t from the run directory's tables: token ids and log-probabilities.
 
-    Args:
-        pairs: the offline pairs.
-        offline: the iteration's offline.parquet.
-        reference: offline.parquet of the iteration that began from the reference.
-        candidates, bootstrapped: the iteration's, if it samples.
+    `reference` is offline.parquet of the iteration that began from the reference; the others are
+    the iteration's own, the last two if it samples.
 
     Raises:
         ValueError: if D_t is empty.

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.kinds import SELECTIONS
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.tokens import TokenColumn
 
-FloatArray = npt.NDArray[np.float64]
+#: (N,) values each, by name.
+Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def by_side(names: Sequence[str]) -> dict[str, str]:
 def annotate(
     config: SeraConfig,
     prompt_ids: TokenColumn,
-    columns: Mapping[str, Sequence[Any]],
+    columns: Columns,
     swapped: npt.NDArray[np.bool_] | None,
 ) -> Annotations:
     """What the configuration's selection needs to know.
@@ -55,7 +57,7 @@ def annotate(
     Args:
         config: the `sera:` block.
         prompt_ids: (N,) of the offline pairs.
-        columns: those of `score_columns`, (N,) each, as `label_noise.swap` leaves them.
+        columns: those of `score_columns`, as `swap` leaves them.
         swapped: (N,) which labels were swapped on purpose, None without label noise.
 
     Raises:
@@ -67,22 +69,18 @@ def annotate(
     return Annotations(score_gap(columns, swapped), prompts, swapped)
 
 
-def score_gap(
-    columns: Mapping[str, Sequence[Any]], swapped: npt.NDArray[np.bool_] | None = None
-) -> FloatArray:
+def score_gap(columns: Columns, swapped: npt.NDArray[np.bool_] | None = None) -> FloatArray:
     """(N,) score of chosen less that of rejected, by the first column that has numbers.
 
-    Args:
-        columns: (N,) each; two columns of a score have followed a swapped label to the other side.
-        swapped: (N,) which labels were swapped: a column that is a gap turns its sign there.
+    Two columns of a score have followed a swapped label to the other side; a column that is a gap
+    turns its sign there.
 
     Raises:
         ValueError: if no column has, or a row of it has none.
     """
     rejected = by_side(list(columns))
-    second = set(rejected.values())
     for name, values in columns.items():
-        if name in second or not any(map(_is_number, values)):
+        if name in rejected.values() or not any(map(_is_number, values)):
             continue
         gap = _numbers(name, values)
         if name in rejected:
@@ -110,26 +108,15 @@ def _numbers(name: str, values: Sequence[Any]) -> FloatArray:
 
 def swapped_rows(total: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
     """(N,) bool: round(share N) rows at random, the same for the same seed."""
-    swapped = np.zeros(total, dtype=bool)
     order = np.random.default_rng((seed, total)).permutation(total)
-    swapped[order[: round(share * total)]] = True
-    return swapped
+    return np.isin(np.arange(total), order[: round(share * total)])
 
 
-def swap(
-    columns: Mapping[str, Sequence[Any]], swapped: npt.NDArray[np.bool_]
-) -> dict[str, Sequence[Any]]:
-    """The columns with what belongs to an answer following it to the other side.
-
-    Args:
-        columns: (N,) each; two whose names differ in `chosen` and `rejected` are of two answers.
-        swapped: (N,) which rows had their answers swapped.
-    """
+def swap(columns: Columns, swapped: npt.NDArray[np.bool_]) -> dict[str, Sequence[Any]]:
+    """The columns with what belongs to an answer on the other side where `swapped`, (N,)."""
     found = dict(columns)
-    rows = np.flatnonzero(swapped).tolist()
     for chosen, rejected in by_side(list(columns)).items():
-        one, other = list(columns[chosen]), list(columns[rejected])
-        for row in rows:
-            one[row], other[row] = other[row], one[row]
-        found[chosen], found[rejected] = one, other
+        pairs = zip(columns[chosen], columns[rejected], swapped, strict=True)
+        both = [(other, one) if turned else (one, other) for one, other, turned in pairs]
+        found[chosen], found[rejected] = ([pair[side] for pair in both] for side in (0, 1))
     return found

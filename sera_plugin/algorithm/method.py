@@ -1,10 +1,10 @@
-"""What an iteration is made of: preference pairs, the method's constants, what phases cost."""
+"""What an iteration works with: preference pairs, the method's constants, costs, and its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 
@@ -13,10 +13,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sera_plugin.algorithm.annotations import Annotations
+from sera_plugin.algorithm.protocols import (
+    CandidateSampler,
+    Chunk,
+    Labeler,
+    Progress,
+    SamplingSettings,
+    Scorer,
+)
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.algorithm.selection import Selection
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tokens import TokenColumn
 
 
@@ -31,9 +40,7 @@ class Pairs:
     @classmethod
     def from_table(cls, table: pa.Table) -> Pairs:
         """The pairs of a table with the columns of dataset.parquet."""
-        return cls(
-            *(TokenColumn(table[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-        )
+        return cls(*(TokenColumn(table[f"{one}_ids"]) for one in ("prompt", "chosen", "rejected")))
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -41,7 +48,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Method:
-    """The method's constants, fixed for the run.
+    """The method's constants, fixed for the run. Iterations are 1-based.
 
     Attributes:
         config: the `sera:` block.
@@ -67,11 +74,6 @@ class Method:
         return "nats per token" if self.per_token else "nats"
 
     @property
-    def bootstrapped(self) -> int:
-        """k~ = round(bootstrap_ratio N)."""
-        return round(self.config.bootstrap_ratio * self.total)
-
-    @property
     def first(self) -> int:
         """The iteration from which pairs are selected and sampled."""
         return self.config.first_iteration
@@ -82,18 +84,13 @@ class Method:
         found: Selection = SELECTIONS[self.config.selection].load()(self)
         return found
 
-    @property
-    def kept_by_ratio(self) -> int:
-        """k = round(selection_ratio N)."""
-        return round(self.config.selection_ratio * self.total)
-
     def kept(self, iteration: int) -> int:
         """How many offline pairs iteration t keeps: N, then k = round(selection_ratio N)."""
         return self.selection.count(iteration)
 
     def sampled(self, iteration: int) -> int:
-        """How many sampled pairs iteration t asks for: none, then k~."""
-        return self.bootstrapped if iteration >= self.first else 0
+        """How many sampled pairs iteration t asks for: none, then k~ = round(bootstrap_ratio N)."""
+        return round(self.config.bootstrap_ratio * self.total) if iteration >= self.first else 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -134,11 +131,11 @@ class Method:
     def reward(
         self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
     ) -> FloatArray:
-        """(n,) implicit rewards in `unit`.
+        """(n,) implicit rewards in `unit`, for t >= 2.
 
         Args:
             logps: (n,) summed log-probabilities in nats per policy of `weights`, newest first.
-            iteration: t, at least 2.
+            iteration: t.
             lengths: (n,) tokens of the completions.
         """
         weights = self.weights(iteration)
@@ -166,7 +163,6 @@ class Phases:
             self.spend(phase, perf_counter() - start)
 
     def spend(self, phase: str, seconds: float) -> None:
-        """Add to what a phase took."""
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
 
     def count(self, phase: str, sequences: int, tokens: int) -> None:
@@ -174,3 +170,78 @@ class Phases:
         entry = self.forwarded.setdefault(phase, {"sequences": 0, "tokens": 0})
         entry["sequences"] += sequences
         entry["tokens"] += tokens
+
+
+def _no_progress(total: int, phase: str) -> AbstractContextManager[Callable[[Chunk], None]]:
+    return nullcontext(lambda chunk: None)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What the steps of iteration t (1-based, of policy theta_{t-1}) work with.
+
+    Attributes:
+        method, pairs, store: the run.
+        scorer, sampler: the model's two abilities.
+        settings: how to sample.
+        labeler: ranks the samples.
+        phases: receives what each phase cost.
+        progress: given (prompts to sample, phase), opens a bar that takes finished chunks.
+        held_out: pairs that no iteration trains on, None without any.
+        tables: the run directory's tables that have been read or made, by (iteration, name).
+    """
+
+    t: int
+    method: Method
+    pairs: Pairs
+    store: RunStore
+    scorer: Scorer
+    sampler: CandidateSampler
+    settings: SamplingSettings
+    labeler: Labeler
+    phases: Phases = field(default_factory=Phases)
+    progress: Progress = _no_progress
+    held_out: Pairs | None = None
+    tables: dict[tuple[int, str], pa.Table] = field(default_factory=dict)
+
+    def at(self, t: int) -> Iteration:
+        """An earlier iteration of the same run; the tables are shared."""
+        return replace(self, t=t)
+
+    def read(self, name: str) -> pa.Table | None:
+        """A finished phase's table; None if its file is missing or damaged."""
+        if (self.t, name) not in self.tables:
+            table = self.store.read(self.t, name)
+            if table is None:
+                return None
+            self.tables[self.t, name] = table
+        return self.tables[self.t, name]
+
+    def table(self, name: str) -> pa.Table:
+        """The table of a phase that is finished.
+
+        Raises:
+            ValueError: if its file is missing or damaged.
+        """
+        table = self.read(name)
+        if table is None:
+            raise ValueError(
+                f"{self.store.table_file(self.t, name)} is missing or damaged. Start the command "
+                "again with `auto_resume_from_checkpoints: true`: it is then made again."
+            )
+        return table
+
+    def keep(self, name: str, table: pa.Table) -> pa.Table:
+        """Complete a phase: write its table."""
+        self.store.write(self.t, name, table)
+        self.tables[self.t, name] = table
+        return table
+
+    def once(self, name: str, make: Callable[[], pa.Table]) -> pa.Table:
+        """The phase's table: from its file where that is whole, else made and written."""
+        table = self.read(name)
+        return self.keep(name, make()) if table is None else table
+
+    def scores(self, policy: int) -> pa.Table:
+        """The offline pairs' log-probabilities under theta_policy (offline.parquet)."""
+        return self.at(policy + 1).table("offline")

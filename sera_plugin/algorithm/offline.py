@@ -6,15 +6,12 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from sera_plugin.algorithm.iteration import Iteration
-from sera_plugin.algorithm.length_control import regressed_alpha
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Iteration, Method, Pairs
 from sera_plugin.algorithm.protocols import Scorer
-from sera_plugin.algorithm.rewards import FloatArray
-from sera_plugin.algorithm.selection import Offline, select_largest
+from sera_plugin.algorithm.rewards import FloatArray, regressed_alpha, require_finite
+from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.rundir.store import make_table
 
 #: The two answers of a pair.
@@ -39,6 +36,13 @@ def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[s
     return logps
 
 
+def _columns(pairs: Pairs, logps: dict[str, FloatArray]) -> dict[str, Any]:
+    lengths = {"chosen": pairs.chosen_ids.lengths, "rejected": pairs.rejected_ids.lengths}
+    return {f"{side}_length": lengths[side] for side in SIDES} | {
+        f"{side}_logp": logps[side] for side in SIDES
+    }
+
+
 def score(it: Iteration) -> dict[str, FloatArray]:
     """log pi_{t-1} of the offline pairs: each policy scores them once (Algorithm 1, line 4)."""
     with it.phases.timed("score_offline"):
@@ -51,19 +55,10 @@ def select(it: Iteration, logps: dict[str, FloatArray]) -> pa.Table:
     Args:
         it: the iteration; its earlier policies have scored the pairs.
         logps: as `score` gives them.
-
-    Raises:
-        ValueError: naming the first row whose margin is not finite.
     """
     method, pairs = it.method, it.pairs
-    columns: dict[str, Any] = {
-        "row": np.arange(len(pairs)),
-        "prompt_length": pairs.prompt_ids.lengths,
-        "chosen_length": pairs.chosen_ids.lengths,
-        "rejected_length": pairs.rejected_ids.lengths,
-        "chosen_logp": logps["chosen"],
-        "rejected_logp": logps["rejected"],
-    }
+    columns: dict[str, Any] = {"row": np.arange(len(pairs))}
+    columns |= {"prompt_length": pairs.prompt_ids.lengths, **_columns(pairs, logps)}
     with it.phases.timed("select"):
         if it.t > 1:
             earlier = [it.scores(policy) for policy in method.reward_policies(it.t)[1:]]
@@ -85,26 +80,18 @@ def _kept(t: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
     kept, margin = method.kept(t), columns.get("margin")
     if margin is None and kept == method.total:
         return {}
-    lengths = {side: columns[f"{side}_length"] for side in SIDES}
-    controlled = margin
-    if margin is not None and method.config.offline_length_control != "none":
-        longer = (lengths["chosen"] - lengths["rejected"]).astype(np.float64)
-        controlled = margin - offline_alpha(method, margin, longer) * longer
-    chosen, rejected = (method.reduced(columns[f"{side}_logp"], lengths[side]) for side in SIDES)
-    priority = method.selection.priority(Offline(t, controlled, chosen - rejected))
+    controlled, alpha = margin, method.config.offline_length_control
+    if margin is not None and alpha != "none":
+        longer = columns["chosen_length"].astype(np.float64) - columns["rejected_length"]
+        if alpha == "auto":
+            alpha = regressed_alpha(margin[None], longer[None])
+        controlled = margin - alpha * longer
+    chosen, rejected = (
+        method.reduced(columns[f"{side}_logp"], columns[f"{side}_length"]) for side in SIDES
+    )
+    priority = method.selection.priority(t, controlled, chosen - rejected)
     found = {"selected": select_largest(priority, kept)}
     return found if priority is margin else {"priority": priority, **found}
-
-
-def offline_alpha(method: Method, margin: FloatArray, longer: FloatArray) -> float:
-    """What length control takes off a margin, in nats per token.
-
-    Args:
-        margin: (N,) margins.
-        longer: (N,) tokens of chosen less those of rejected.
-    """
-    setting = method.config.offline_length_control
-    return regressed_alpha(margin[None], longer[None]) if setting == "auto" else float(setting)
 
 
 def restore(it: Iteration, policies: Collection[int]) -> None:
@@ -112,16 +99,11 @@ def restore(it: Iteration, policies: Collection[int]) -> None:
 
     Oldest first: a table's rewards need the scores of the policies before.
     """
-    missing: set[int] = set()
-    unchecked = [policy + 1 for policy in policies]
-    while unchecked:
-        t = unchecked.pop()
-        if t < it.t and t not in missing and it.at(t).read("offline") is None:
-            missing.add(t)
-            unchecked += [policy + 1 for policy in it.method.reward_policies(t)]
-    for t in sorted(missing):
-        earlier = it.at(t)
-        earlier.once("offline", lambda at=earlier: select(at, score(at)))  # type: ignore[misc]
+    for policy in sorted(policies):
+        earlier = it.at(policy + 1)
+        if earlier.read("offline") is None:
+            restore(earlier, it.method.reward_policies(earlier.t)[1:])
+            earlier.keep("offline", select(earlier, score(earlier)))
 
 
 def score_held_out(it: Iteration) -> dict[str, FloatArray]:
@@ -135,33 +117,7 @@ def score_held_out(it: Iteration) -> dict[str, FloatArray]:
         if it.at(t).read("evaluation") is None:
             with it.phases.timed("score_evaluation"):
                 logps = score_pairs(pairs, t - 1, it.scorer, "score_evaluation")
-            columns = {
-                "row": np.arange(len(pairs)),
-                "chosen_length": pairs.chosen_ids.lengths,
-                "rejected_length": pairs.rejected_ids.lengths,
-                "chosen_logp": logps["chosen"],
-                "rejected_logp": logps["rejected"],
-            }
-            it.at(t).once("evaluation", lambda made=columns: make_table(made))  # type: ignore[misc]
+            columns = {"row": np.arange(len(pairs)), **_columns(pairs, logps)}
+            it.at(t).keep("evaluation", make_table(columns))
     reference = it.at(method.reference(it.t) + 1).table("evaluation")
     return {side: reference[f"{side}_logp"].to_numpy() for side in SIDES}
-
-
-def require_finite(values: FloatArray, what: str, rows: npt.NDArray[Any]) -> None:
-    """Refuse log-probabilities that are not finite.
-
-    Args:
-        values: (n,) nats.
-        what: whose they are, for the message.
-        rows: (n,) the row of each.
-
-    Raises:
-        ValueError: naming the first such row.
-    """
-    broken = np.flatnonzero(~np.isfinite(values))
-    if broken.size:
-        raise ValueError(
-            f"the {what} in row {rows[broken[0]]} is {values[broken[0]]} ({broken.size} such "
-            "values). The policy has diverged or overflows: lower learning_rate, or train with "
-            "bf16 or float32 instead of fp16."
-        )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sera_plugin.algorithm.rewards import require_finite
+
 
 @dataclass(frozen=True)
 class CandidatePairs:
@@ -47,25 +49,16 @@ def pair_candidates(
         The pairs. Equal rewards give none; fewer than two distinct candidates give none.
 
     Raises:
-        ValueError: naming prompt and candidate of a reward that is infinite, or both shapes if
-            they differ.
+        ValueError: naming the prompt of a reward that is infinite.
     """
     answers, reward = np.asarray(candidates), np.asarray(rewards, dtype=np.float64)
-    if answers.shape != reward.shape:
-        raise ValueError(f"candidates are {answers.shape}, their rewards {reward.shape}")
-    broken = np.argwhere(np.isinf(reward))
-    if broken.size:
-        prompt, candidate = broken[0]
-        raise ValueError(
-            f"the reward of candidate {candidate} of prompt {prompt} is "
-            f"{reward[prompt, candidate]}: the policy's log-probabilities are not finite. Lower "
-            "learning_rate, or train with bf16 or float32 instead of fp16."
-        )
+    unknown = np.isnan(reward)
+    prompts = np.repeat(np.arange(len(reward)), reward.shape[1])
+    require_finite(np.where(unknown, 0, reward).ravel(), "reward of a candidate", prompts)
     repeats = np.zeros(reward.shape, dtype=bool)
     for index in range(1, reward.shape[1]):
         earlier, this = answers[:, :index], answers[:, index : index + 1]
         repeats[:, index] = (earlier == this).any(axis=1)
-    unknown = np.isnan(reward)
     left_out = repeats | unknown
     distinct = reward.shape[1] - left_out.sum(axis=1, keepdims=True)
     # Best first, equal ones in their order, those that are left out behind all others.

@@ -1,4 +1,4 @@
-"""What Algorithm 1 asks of the rest: who samples, and who ranks samples.
+"""What Algorithm 1 asks of the rest: who samples, who scores, and who ranks samples.
 
 Token ids in, token ids out: what was sampled is what is scored and trained. An engine samples from
 theta_{t-1}; rewards never come from an engine. A labeler gives candidates numbers; pairing the best
@@ -20,6 +20,9 @@ from sera_plugin.rundir.tokens import TokenColumn
 
 FloatArray = npt.NDArray[np.float64]
 TokenIds = npt.NDArray[np.int32]
+
+#: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
+DATASET = "dataset"
 
 
 @dataclass(frozen=True)
@@ -81,18 +84,12 @@ class CandidateSampler(Protocol):
     longest: int | None
 
     def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        settings: SamplingSettings,
-        skip: Collection[int] = (),
+        self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
     ) -> Generator[Chunk, None, None]:
         """Yield finished chunks of (row, its R candidates), in any order.
 
-        Args:
-            prompts: token ids of all rows.
-            settings: how to sample.
-            skip: rows already sampled by an earlier, interrupted call. What the other rows give
-                does not depend on it.
+        Rows in `skip` were sampled by an earlier, interrupted call; what the others give does not
+        depend on it.
 
         Raises:
             ValueError: for a prompt that leaves no room to sample.
@@ -109,10 +106,6 @@ class Scorer(Protocol):
     ) -> FloatArray:
         """(n,) summed log-probabilities in nats under theta_policy."""
         ...
-
-
-#: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
-DATASET = "dataset"
 
 
 @dataclass(frozen=True)
@@ -144,12 +137,8 @@ class Labeler(Protocol):
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
         """Add candidates that are not sampled: the dataset's chosen answers, marked `DATASET`.
 
-        Args:
-            samples: rows of candidates.parquet before they are scored, as many per prompt.
-            chosen: (N,) the dataset's chosen answers.
-
-        Returns:
-            The same columns in the order of (row, candidate), as many per prompt.
+        Takes rows of candidates.parquet before they are scored, as many per prompt, and (N,) chosen
+        answers; gives the same columns in the order of (row, candidate), as many per prompt.
         """
         ...
 

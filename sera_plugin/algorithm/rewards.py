@@ -1,4 +1,4 @@
-"""Implicit rewards: pure functions of arrays.
+"""Implicit rewards, and length control of rewards: pure functions of arrays.
 
 A direct alignment loss defines a reward by the policies alone. With `log pi(y|x)` summed over the
 completion's tokens, in nats, iteration t's reward (paper Eq. 7) is
@@ -10,31 +10,36 @@ completion's tokens, in nats, iteration t's reward (paper Eq. 7) is
 without beta, which scales every margin alike. It is linear in the log-probabilities, so one row of
 weights says all of it. A reference-free loss (SimPO, Eq. 17; ORPO) has `r = log pi / |y|` and the
 same ensemble.
+
+A summed reward grows with length wherever a token's log-ratio is positive on average, and a policy
+that ranks its own samples by it drifts towards long ones (DICE, Chen et al. 2024). Length control
+takes alpha nats per token off.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
+#: Halvings of the interval that alpha is looked for in: to a millionth of its width.
+_HALVINGS = 20
+
 
 def reward_weights(iteration: int, gamma: float, reference_free: bool) -> tuple[float, ...]:
-    """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward.
+    """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward (Eq. 7, Eq. 17).
 
     Args:
         iteration: t, 1-based; selection starts at t = 2.
         gamma: weight of the previous reward in the ensemble, 0 to 1.
         reference_free: whether the loss has no reference (SimPO, ORPO).
 
-    Returns:
-        As many weights as policies the reward needs, newest first.
-
     Raises:
         ValueError: for iteration 1, which has no earlier policy to compare with.
-
-    Source: Eq. 7; Eq. 17 for the reference-free form.
     """
     if iteration < 2:
         raise ValueError(f"iteration {iteration} has no implicit reward; selection starts at 2")
@@ -47,21 +52,100 @@ def reward_weights(iteration: int, gamma: float, reference_free: bool) -> tuple[
 def implicit_reward(
     logps: npt.ArrayLike, weights: tuple[float, ...], lengths: npt.ArrayLike | None = None
 ) -> FloatArray:
-    """Weighted sum of log-probabilities, per token where the loss is.
+    """(n,) weighted sums of log-probabilities in nats; per token with lengths.
 
     Args:
         logps: (policies, n) summed log-probabilities in nats, newest policy first.
-        weights: as `reward_weights` gives them.
+        weights: (policies,) as `reward_weights` gives them.
         lengths: (n,) completion tokens, or None for a loss that sums over tokens.
-
-    Returns:
-        (n,) float64 rewards, in nats (per token with `lengths`).
-
-    Raises:
-        ValueError: if the number of policies and of weights differ.
     """
     values = np.asarray(logps, dtype=np.float64)
     if len(values) != len(weights):
         raise ValueError(f"{len(values)} policies scored, but the reward weighs {len(weights)}")
     reward: FloatArray = np.einsum("pn,p->n", values, np.asarray(weights))
     return reward if lengths is None else reward / np.asarray(lengths, dtype=np.float64)
+
+
+def require_finite(values: npt.NDArray[Any], what: str, rows: npt.NDArray[Any]) -> None:
+    """Refuse numbers that are not finite.
+
+    Args:
+        values: (n,) log-probabilities, rewards or margins.
+        what: whose they are, for the message.
+        rows: (n,) the row of each.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    broken = np.flatnonzero(~np.isfinite(values))
+    if broken.size:
+        raise ValueError(
+            f"the {what} in row {rows[broken[0]]} is {values[broken[0]]} ({broken.size} such "
+            "values). The policy has diverged or overflows: lower learning_rate, or train with "
+            "bf16 or float32 instead of fp16."
+        )
+
+
+def regressed_alpha(rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> float:
+    """Slope of reward on length within groups, in nats per token; 0 where no length differs.
+
+    Args:
+        rewards, lengths: (groups, members). Rewards that are not finite are left out with their
+            lengths.
+    """
+    reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
+    known = np.isfinite(reward)
+    count = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    centred = [
+        np.where(known, values - np.where(known, values, 0).sum(1, keepdims=True) / count, 0)
+        for values in (np.where(known, reward, 0), length)
+    ]
+    variance = float((centred[1] ** 2).sum())
+    return float((centred[0] * centred[1]).sum()) / variance if variance else 0.0
+
+
+def equalizing_alpha(
+    rewards: npt.ArrayLike, lengths: npt.ArrayLike, pair: Callable[[FloatArray], FloatArray]
+) -> float:
+    """The alpha with which chosen and rejected are equally long on average (DICE).
+
+    The mean difference in length falls as alpha grows, so the interval in which it passes zero is
+    halved, starting around the slope within prompts.
+
+    Args:
+        rewards, lengths: (prompts, R), nats and tokens.
+        pair: given (prompts, R) controlled rewards, the (pairs,) differences in length, chosen less
+            rejected.
+
+    Returns:
+        Of the alphas tried the one with the smallest mean difference, the smallest among equals.
+    """
+    reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
+    tried: dict[float, float] = {}
+
+    def difference(alpha: float) -> float:
+        found = pair(reward - alpha * length)
+        tried[alpha] = float(found.mean()) if len(found) else 0.0
+        return tried[alpha]
+
+    difference(0.0)
+    high = 2 * abs(regressed_alpha(reward, length)) or 1.0
+    low = -high
+    difference(low)
+    difference(high)
+    for _ in range(_HALVINGS):
+        if tried[low] < 0:
+            low *= 2
+            difference(low)
+        elif tried[high] > 0:
+            high *= 2
+            difference(high)
+        else:
+            break
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if difference(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return min(tried, key=lambda alpha: (abs(tried[alpha]), abs(alpha)))

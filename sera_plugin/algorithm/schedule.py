@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many optimizer steps each iteration takes.
+    """How many optimizer steps each iteration takes; iterations are 1-based.
 
     Attributes:
         pairs: |D_t| for t = 1..T.
@@ -23,7 +23,7 @@ class Schedule:
     drop_last: bool = False
 
     def batches(self, iteration: int) -> int:
-        """Micro-batches of iteration t (1-based)."""
+        """Micro-batches of iteration t."""
         rounding = math.floor if self.drop_last else math.ceil
         return rounding(self.pairs[iteration - 1] / self.batch_size)
 
@@ -37,18 +37,15 @@ class Schedule:
         return sum(self.steps(t) for t in range(1, len(self.pairs) + 1))
 
     def locate(self, global_step: int) -> tuple[int, int]:
-        """Where a run that has made `global_step` steps continues.
+        """(iteration, steps made in it) where a run that has made `global_step` steps continues.
 
-        Returns:
-            (iteration, steps already made in it). At a boundary this is the next iteration with
-            0 steps; at the end of the run it is (T + 1, 0).
+        At a boundary this is the next iteration with 0 steps, at the end of the run (T + 1, 0).
         """
-        remaining = global_step
-        for iteration in range(1, len(self.pairs) + 1):
-            if remaining < self.steps(iteration):
-                return iteration, remaining
-            remaining -= self.steps(iteration)
-        return len(self.pairs) + 1, 0
+        iteration, made = 1, global_step
+        while iteration <= len(self.pairs) and made >= self.steps(iteration):
+            made -= self.steps(iteration)
+            iteration += 1
+        return iteration, made
 
     def with_pairs(self, iteration: int, pairs: int) -> Schedule:
         """The same schedule once |D_t| is known (fewer pairs than asked for may exist)."""

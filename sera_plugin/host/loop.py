@@ -17,8 +17,7 @@ import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
 from sera_plugin.algorithm.algorithm import prepare
-from sera_plugin.algorithm.iteration import Iteration
-from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
 from sera_plugin.algorithm.offline import restore, score_held_out, score_pairs
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.algorithm.rewards import FloatArray
