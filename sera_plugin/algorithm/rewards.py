@@ -81,8 +81,8 @@ def require_finite(values: npt.NDArray[Any], what: str, rows: npt.NDArray[Any]) 
     if broken.size:
         raise ValueError(
             f"the {what} in row {rows[broken[0]]} is {values[broken[0]]} ({broken.size} such "
-            "values). The policy has diverged or overflows: lower learning_rate, or train with "
-            "bf16 or float32 instead of fp16."
+            "values): the policy's log-probabilities are not finite. It has diverged or overflows: "
+            "lower learning_rate, or train with bf16 or float32 instead of fp16."
         )
 
 
