@@ -20,7 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from sera_plugin.tools.report.compare import compare, write
 from sera_plugin.tools.report.page import write_report
-from sera_plugin.tools.report.reading import find_run, read_run
+from sera_plugin.tools.report.reading import Run, find_run
 from tests.report_run import WORDS, make_run
 from tests.test_report_page import HOSTILE
 
@@ -232,7 +232,7 @@ class TestComparison:
         for name, gamma in (("one", 0.3), ("two", 0.1)):
             make_run(tmp_path / name, sera={"gamma": gamma})
         page = tmp_path / "comparison.html"
-        write(compare([read_run(find_run(tmp_path / name)) for name in ("one", "two")]), page)
+        write(compare([Run(find_run(tmp_path / name)) for name in ("one", "two")]), page)
         browser.open(page.as_uri(), size)
         browser.picture(f"comparison-{size[0]}")
         assert "Settings that differ" in browser.find("main")[0].text

@@ -24,7 +24,7 @@ from sera_plugin.tools.planning.optimizers import state_bytes
 from sera_plugin.tools.planning.plan import Device, Inputs, make_plan
 from sera_plugin.tools.planning.setting import Setting, copied_bytes, snapshots
 from sera_plugin.tools.planning.shape import Linear, Shape, Weight
-from sera_plugin.tools.report.terminal import json_text
+from sera_plugin.tools.report.output import json_text
 
 PROMPT, CHOSEN, REJECTED = [3, 5, 2, 4], [6, 2, 4, 8], [1, 7, 4, 4]
 

@@ -6,10 +6,9 @@ import math
 
 import pytest
 
-from sera_plugin.tools.report.about_training import _curve
-from sera_plugin.tools.report.agreement import r_squared, score_columns
-from sera_plugin.tools.report.figures import figures
-from sera_plugin.tools.report.reading import find_run, read_run
+from sera_plugin.tools.report.figures import figures, r_squared, score_columns
+from sera_plugin.tools.report.reading import Run, find_run
+from sera_plugin.tools.report.sections import curve
 from tests.report_run import make_run
 
 # Four pairs. Rejected answers keep their log-probability, so that a margin is the change in the
@@ -22,7 +21,7 @@ FOUR = {
 
 
 def read(output_dir):
-    return read_run(find_run(output_dir))
+    return Run(find_run(output_dir))
 
 
 def of(output_dir, **keys):
@@ -88,9 +87,7 @@ def test_recomputed_rewards_are_those_recorded(tmp_path):
     make_run(tmp_path, sera={"gamma": 0.4})
     run = read(tmp_path)
     for one in run.iterations[1:]:
-        for side in ("chosen", "rejected"):
-            recorded = one.offline[f"{side}_reward"]
-            assert run.reward(one.number, side) == pytest.approx(recorded)
+        assert run.implicit_margin(one.number) == pytest.approx(one.margin)
 
 
 def test_the_ensemble_s_part_in_sampled_pairs(tmp_path):
@@ -154,8 +151,8 @@ def test_scores_come_in_pairs_or_alone(tmp_path):
     make_run(tmp_path, pairs=4, scores=dict.fromkeys(names[:-1], values) | {"note": ["x"] * 4})
     assert score_columns(read(tmp_path)) == {
         "rating": ("chosen_rating", "rejected_rating"),
-        "gap": None,
-        "score_chosen": None,
+        "gap": ("gap",),
+        "score_chosen": ("score_chosen",),
     }
 
 
@@ -165,7 +162,7 @@ def test_scores_of_one_name_are_told_apart(tmp_path):
     more = ("gpt_chosen", "gpt_rejected")
     make_run(tmp_path, pairs=4, scores=dict.fromkeys((*names, *more), values))
     assert score_columns(read(tmp_path)) == {
-        "score": None,
+        "score": ("score",),
         "score_chosen": ("score_chosen", "score_rejected"),
         "gpt": ("chosen_gpt", "rejected_gpt"),
         "gpt_chosen": ("gpt_chosen", "gpt_rejected"),
@@ -206,7 +203,7 @@ def test_curves_have_a_gap_where_an_iteration_starts():
         {"step": 4, "sera/iteration": 2.0},
         {"step": 6, "loss": 0.7},
     ]
-    steps, losses = _curve(history, "loss")
+    steps, losses = curve(history, "loss")
     assert steps == [0, 2, 4, 6, 6]
     assert losses == pytest.approx([0.7, 0.6, 0.5, math.nan, 0.7], nan_ok=True)
-    assert _curve(history, "eval_loss") == ([], [])
+    assert curve(history, "eval_loss") == ([], [])

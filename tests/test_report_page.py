@@ -21,7 +21,7 @@ from sera_plugin.rundir.checksums import is_whole
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.report import page
 from sera_plugin.tools.report.page import MEANINGS, write_report
-from sera_plugin.tools.report.reading import find_run, read_run
+from sera_plugin.tools.report.reading import Run, find_run
 from tests.report_run import WORDS, make_run, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +241,7 @@ def test_curves_come_from_the_newest_whole_checkpoint(tmp_path):
     older = tmp_path / "checkpoint-3"
     shutil.copytree(tmp_path / "checkpoint-9", older)
     damage(tmp_path / "checkpoint-9" / "trainer_state.json")
-    run = read_run(store)
+    run = Run(store)
     assert run.history
     assert any("checkpoint-9/trainer_state.json is not whole" in note for note in run.notes)
 
@@ -383,4 +383,4 @@ def test_a_newer_format_is_refused(tmp_path):
     store = make_run(tmp_path, iterations=1)
     write_json(store.run_file, read_json(store.run_file) | {"format_version": 2})
     with pytest.raises(ValueError, match="format version 2; this sera_plugin reads 1"):
-        read_run(find_run(tmp_path))
+        Run(find_run(tmp_path))

@@ -12,18 +12,22 @@ from sera_plugin.algorithm.annotations import Annotations
 from sera_plugin.labeling.ranker import Ranker
 from sera_plugin.labeling.spin import Spin
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.tools.report.export import export
 from sera_plugin.tools.report.figures import figures
-from sera_plugin.tools.report.inspection import describe_pair, show_pair, show_suspects, suspects
 from sera_plugin.tools.report.page import render
-from sera_plugin.tools.report.reading import read_run
-from sera_plugin.tools.report.tokens import texts_of
+from sera_plugin.tools.report.pairs import (
+    describe_pair,
+    export,
+    show_pair,
+    show_suspects,
+    suspects,
+)
+from sera_plugin.tools.report.reading import Run
+from sera_plugin.tools.report.tokens import Texts
 from tests.report_run import make_run
 
 
 def page_of(store: RunStore) -> str:
-    run = read_run(store)
-    return render(run, texts_of(run))
+    return render(Run(store))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,7 @@ def test_every_system_has_a_report(tmp_path, block):
     store = make_run(tmp_path, sera=block)
     page = page_of(store)
     assert f"<dd>0.5 N{' by ' * ('selection' in block)}{block.get('selection', '')}</dd>" in page
-    found = figures(read_run(store))["iterations"]
+    found = figures(Run(store))["iterations"]
     assert [one["iteration"] for one in found] == [1, 2, 3]
     if "selection" in block:
         assert found[-1]["threshold"] is None
@@ -52,7 +56,7 @@ def test_every_system_has_a_report(tmp_path, block):
 def test_swapped_labels_are_counted_and_marked(tmp_path):
     swapped = np.arange(12) % 4 == 0
     store = make_run(tmp_path, annotations=Annotations(swapped=swapped))
-    run = read_run(store)
+    run = Run(store)
     last = figures(run)["iterations"][-1]
     kept = run.iterations[-1].selected
     assert kept is not None
@@ -64,9 +68,9 @@ def test_swapped_labels_are_counted_and_marked(tmp_path):
     assert "swapped on purpose</" in page
     block = {"selection": "curriculum", "selection_ratio": 1.0, "score_columns": ["gap"]}
     asked = Annotations(np.arange(12.0), np.arange(12) // 4, swapped)
-    by_turns = read_run(make_run(tmp_path / "turns", sera=block, annotations=asked))
+    by_turns = Run(make_run(tmp_path / "turns", sera=block, annotations=asked))
     assert all("label_noise" not in one for one in figures(by_turns)["iterations"])
-    texts = texts_of(run)
+    texts = Texts(run)
     assert "label: swapped on purpose" in show_pair(describe_pair(run, 4, texts), texts)
     assert "swapped" not in show_pair(describe_pair(run, 5, texts), texts)
     listed = show_suspects(run, suspects(run, 12, texts)).splitlines()
@@ -79,16 +83,16 @@ def test_swapped_labels_are_counted_and_marked(tmp_path):
 def test_an_export_says_which_labels_were_swapped_on_purpose(tmp_path, suffix):
     swapped = np.arange(12) % 4 == 0
     make_run(tmp_path, annotations=Annotations(swapped=swapped))
-    run = read_run(RunStore(tmp_path))
+    run = Run(RunStore(tmp_path))
     path = tmp_path / f"kept.{suffix}"
-    export(run, texts_of(run), path, "kept", 1)
+    export(run, Texts(run), path, "kept", 1)
     rows = (
         list(map(json.loads, path.read_text().splitlines()))
         if suffix == "jsonl"
         else pq.read_table(path).to_pylist()
     )
     assert [row["swapped"] for row in rows] == swapped.tolist()
-    made, _ = export(run, texts_of(run), tmp_path / f"made.{suffix}", "bootstrapped", 2)
+    made, _ = export(run, Texts(run), tmp_path / f"made.{suffix}", "bootstrapped", 2)
     assert made > 0
     assert "swapped" not in (tmp_path / f"made.{suffix}").read_bytes().decode("latin-1")
 
@@ -97,7 +101,7 @@ def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
     """Candidates 0 and 1 are samples of 2 and 3 tokens, 2 is the chosen answer of 4."""
     block = {"labeler": "spin", "selection_ratio": 0, "bootstrap_ratio": 1, "candidates": 2}
     store = make_run(tmp_path, sera=block, labeler=Spin())
-    run = read_run(store)
+    run = Run(store)
     assert not run.notes
     first = figures(run)["iterations"][0]
     assert (first["kept"], first["dropped"]) == (0, 12)
@@ -108,10 +112,10 @@ def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
     page = page_of(store)
     row = page[page.index('<th scope="row">1</th>') :].split("</tr>")[0]
     assert [cell.split("<")[0] for cell in row.split("<td>")[1:4]] == ["12", "0", "12"]
-    assert "The dataset&#39;s chosen answers before samples of theta_2" in page
+    assert "The dataset's chosen answers before samples of theta_2" in page
     assert "implicit reward tells apart" not in page
     assert "Jaccard index of" not in page
-    texts = texts_of(run)
+    texts = Texts(run)
     said = show_pair(describe_pair(run, 3, texts), texts)
     assert "candidate 2: reward +1.000, 4 tokens, from the dataset, chosen in a pair" in said
     assert "candidates have rewards of labeler: spin" in said
@@ -121,7 +125,7 @@ def test_what_an_online_run_lacks_of_its_first_iteration_is_named(tmp_path):
     block = {"labeler": "spin", "selection_ratio": 0, "bootstrap_ratio": 1, "candidates": 2}
     store = make_run(tmp_path, sera=block, labeler=Spin())
     store.table_file(1, "candidates").unlink()
-    assert read_run(store).notes == ("sera/iteration-01/candidates.parquet is missing",)
+    assert Run(store).notes == ["sera/iteration-01/candidates.parquet is missing"]
 
 
 class _Judge(Ranker):
@@ -134,11 +138,11 @@ class _Judge(Ranker):
 
 def test_a_judges_rewards_are_not_taken_for_nats(tmp_path):
     store = make_run(tmp_path, sera={"labeler": "self_judge"}, labeler=_Judge("self_judge"))
-    run = read_run(store)
+    run = Run(store)
     page = page_of(store)
     assert "that its own verdict in words tells apart most" in page
     assert "12 (25%)" in page  # of the 48 samples got no verdict
-    texts = texts_of(run)
+    texts = Texts(run)
     said = show_pair(describe_pair(run, 3, texts), texts)
     assert "candidate 2: reward -, 4 tokens" in said
     assert "in its own unit" in said
@@ -152,7 +156,7 @@ def test_a_curriculums_first_choice_is_shown(tmp_path):
     store = make_run(
         tmp_path, sera={**block, "score_columns": ["gap"]}, annotations=annotations, scores=scores
     )
-    found = figures(read_run(store))["iterations"]
+    found = figures(Run(store))["iterations"]
     assert [(one["kept"], one["dropped"]) for one in found] == [(3, 9)] * 3
     page = page_of(store)
     assert "<dd>each prompt&#39;s t-th easiest pair</dd>" in page

@@ -17,7 +17,7 @@ from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.algorithm.summary import jaccard
 from sera_plugin.tools.demo.world import true_reward
 from sera_plugin.tools.evaluation.winrate import win_rate
-from sera_plugin.tools.report.agreement import r_squared
+from sera_plugin.tools.report.figures import r_squared
 
 FloatArray = npt.NDArray[np.float64]
 #: Figures are kept with this many digits: more than any conclusion needs.

@@ -27,7 +27,7 @@ from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.algorithm.summary import jaccard
 from sera_plugin.rundir.journal import key_of
 from sera_plugin.rundir.tokens import IntArray
-from sera_plugin.tools.report.agreement import r_squared
+from sera_plugin.tools.report.figures import r_squared
 
 SYSTEMS = (
     System("iterative DPO", {"selection": "all", "bootstrap_ratio": 0}),

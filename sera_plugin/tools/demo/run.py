@@ -19,7 +19,7 @@ import yaml
 from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
-from sera_plugin.tools.report.terminal import plain_table
+from sera_plugin.tools.report.output import plain_table
 
 PAIRS = 3_000
 HELD_OUT = 1_000

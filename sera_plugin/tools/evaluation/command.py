@@ -105,7 +105,7 @@ def evaluate(
     from sera_plugin.tools.evaluation.answers import Decoding
     from sera_plugin.tools.evaluation.results import shown
     from sera_plugin.tools.evaluation.run import evaluate
-    from sera_plugin.tools.report.terminal import json_text
+    from sera_plugin.tools.report.output import json_text
 
     try:
         with refusing(), log_on_stderr():

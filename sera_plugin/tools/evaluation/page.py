@@ -7,9 +7,7 @@ from random import Random
 from typing import Any
 
 from sera_plugin.tools.evaluation.results import Evaluation, tables
-from sera_plugin.tools.report.blocks import number
-from sera_plugin.tools.report.html import fill
-from sera_plugin.tools.report.tokens import shown_name, shown_text
+from sera_plugin.tools.report.output import fill, number, shown_name, shown_text
 
 #: Examples of each kind per model, and the longest text of one.
 _EXAMPLES, _LONGEST = 8, 4_000

@@ -19,8 +19,7 @@ from sera_plugin.tools.evaluation.models import Model
 from sera_plugin.tools.evaluation.prompts import Prompt, duplicates
 from sera_plugin.tools.evaluation.verdicts import Judged
 from sera_plugin.tools.evaluation.winrate import FloatArray, by_category, mean_score, win_rate
-from sera_plugin.tools.report.blocks import NOTHING, Table, number
-from sera_plugin.tools.report.tokens import shown_name
+from sera_plugin.tools.report.output import NOTHING, Table, number, shown_name
 
 FORMAT_VERSION = 1
 

@@ -83,7 +83,7 @@ def _engine(*arguments: Any) -> Any:
 
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
     from sera_plugin.tools.evaluation.page import page
-    from sera_plugin.tools.report.terminal import json_text
+    from sera_plugin.tools.report.output import json_text
 
     with explained(output, COMMAND):
         (output / "outputs").mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def plan(config: Path, gpu: float | None, measure: bool, as_json: bool) -> None:
         traceback.print_exc()
         raise Refused(f"{type(error).__name__}: {error}") from error
     from sera_plugin.tools.planning import show
-    from sera_plugin.tools.report.terminal import json_text
+    from sera_plugin.tools.report.output import json_text
 
     click.echo(json_text(show.data(found)) if as_json else show.text(found))
     if found.fits is False:

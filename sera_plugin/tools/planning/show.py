@@ -11,7 +11,7 @@ from sera_plugin.model.memory import GIB
 from sera_plugin.tools.planning.counts import Work
 from sera_plugin.tools.planning.memory import Phase
 from sera_plugin.tools.planning.plan import Plan
-from sera_plugin.tools.report.terminal import plain_table
+from sera_plugin.tools.report.output import plain_table
 
 #: Columns of the memory table, in order.
 _PARTS = (

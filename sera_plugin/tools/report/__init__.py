@@ -2,14 +2,12 @@
 
 Everything here reads the run directory and writes one file; nothing of it is needed to train.
 
-- `data`, `reading`   a run as arrays; what is missing or damaged is named
+- `reading`   a run as arrays; what is missing or damaged is named
 - `tokens`   token ids as text, with a tokenizer that is on this machine
-- `figures`, `agreement`, `ensemble`   the numbers: what `--json` prints
-- `examples`   which pairs are worth reading
-- `charts`   the pictures, as SVG that takes the page's colours
-- `blocks`, `about_data`, `about_training`   the page's sections
-- `html`, `page`   the HTML page
-- `pairs`, `inspection`, `export`   pairs one by one: under every policy, and as a dataset
+- `figures`   the numbers: what `--json` prints
+- `output`   texts and tables that are safe to show, in a terminal or on a page
+- `charts`, `sections`, `page`   the HTML page; its words are in `page.html`
+- `pairs`   pairs one by one: to read, under every policy, and as a dataset
 - `compare`   runs side by side
-- `terminal`, `commands`   the command line
+- `commands`   the command line
 """

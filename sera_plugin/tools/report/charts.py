@@ -10,8 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -22,10 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sera_plugin.algorithm.rewards import FloatArray
-from sera_plugin.tools.report.blocks import value_at
 
 Bools = npt.NDArray[np.bool_]
-Figures = Sequence[Mapping[str, Any]]
 
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 KEPT, DROPPED, SAMPLED, OTHER = "#040404", "#050505", "#060606", "#070707"
@@ -60,6 +57,13 @@ _STYLE: Any = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "path.simplify": True,
+    "legend.loc": "lower left",
+    "legend.frameon": False,
+    "legend.borderpad": 0.2,
+    "legend.borderaxespad": 0,
+    "legend.handlelength": 0,
+    "legend.handletextpad": 0,
+    "legend.columnspacing": 1.2,
 }
 _DASHED: Any = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2))}
 #: Inches at 72 units each. Narrow, so that a phone shows the text at its size.
@@ -70,41 +74,25 @@ _POINTS = 400
 _CURVE = 400
 
 
-@dataclass(frozen=True)
-class Series:
+class Chart(NamedTuple):
+    """A picture, its title, and a sentence on how it is made."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+class Series(NamedTuple):
     """A line: `y` over `x`; `error` is one standard error each way."""
 
     name: str
+    colour: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: str
     error: Sequence[float] | None = None
 
-    @classmethod
-    def over_iterations(
-        cls, name: str, colour: str, iterations: Figures, *keys: str, error: str | None = None
-    ) -> Series:
-        """A figure over the iterations that have it.
 
-        Args:
-            name, colour: of the line.
-            iterations: what `figures` says of each.
-            keys: where the figure is, one key for each level.
-            error: key of its standard error, on the same level.
-        """
-        have = [one for one in iterations if value_at(one, *keys) is not None]
-        errors = error and [value_at(one, *keys[:-1], error) for one in have]
-        return cls(
-            name,
-            [one["iteration"] for one in have],
-            [value_at(one, *keys) for one in have],
-            colour,
-            errors or None,
-        )
-
-
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """A histogram of (n,) margins: which of them are kept, and the colour of those."""
 
     name: str
@@ -114,21 +102,20 @@ class Panel:
 
 
 @contextmanager
-def _drawing(name: str, height: float = _HEIGHT) -> Iterator[Figure]:
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+def _drawing(title: str, height: float = _HEIGHT) -> Iterator[Figure]:
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
         yield Figure(figsize=(_WIDTH, height))
 
 
-def _svg(figure: Figure, title: str) -> Markup:
+def _chart(figure: Figure, title: str, note: str) -> Chart:
     """The drawing without its XML frame, ids and fixed size, in the page's colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # A style inside a page would be one of the whole page.
-    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    # Groups are named for editors; what is referred to is a path or a clip path, which keep theirs.
+    # A style inside a page would be one of the whole page. Groups are named for editors; what is
+    # referred to is a path or a clip path, which keep theirs.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r' (width|height)="[0-9.]+pt"', "", text, count=2)
     text = re.sub(r"\n\s*", "\n", text)
@@ -136,7 +123,7 @@ def _svg(figure: Figure, title: str) -> Markup:
     for stand_in, colour in _PAGE.items():
         text = text.replace(stand_in, colour)
     # matplotlib has escaped the text in it.
-    return Markup(text)
+    return Chart(title, note, Markup(text))
 
 
 def _axes(
@@ -159,59 +146,61 @@ def _span(*values: npt.ArrayLike) -> tuple[float, float]:
     return low - room, high + room
 
 
-def margins(title: str, panels: Sequence[Panel], unit: str) -> Markup:
+def margins(title: str, note: str, panels: Sequence[Panel], unit: str) -> Chart:
     """Histograms of margins, kept and dropped, one panel above the other."""
-    low, high = _span(*(one.margins for one in panels))
+    # All but the outermost 0.2% of the values, and 0.
+    every = np.concatenate([one.margins for one in panels])
+    low, high = np.quantile(every, [0.002, 0.998]).tolist()
+    low, high = min(low, 0.0), max(high, 0.0)
+    room = (high - low or 1.0) * 0.02
+    low, high = low - room, high + room
+    edges = np.linspace(low, high, _BINS + 1)
     height = 0.5 + 1.5 * len(panels)
     with _drawing(title, height) as figure:
-        for index, panel in enumerate(panels):
-            last = index == len(panels) - 1
-            bottom = (0.5 + 1.5 * (len(panels) - 1 - index)) / height
+        for below, panel in zip(reversed(range(len(panels))), panels, strict=True):
+            bottom = (0.5 + 1.5 * below) / height
             axes = _axes(figure, bottom, bottom + 1.2 / height, left=0.09)
-            kept, edges = panel.kept, np.linspace(low, high, _BINS + 1)
-            parts = [
-                (f"{int(which.sum()):,} {panel.name} {what}", panel.margins[which], colour)
-                for what, which, colour in (
-                    ("dropped", ~kept, DROPPED),
-                    ("kept", kept, panel.colour),
-                )
-                if which.any()
-            ]
-            base = np.zeros(_BINS)
-            for _, values, colour in parts:
-                top = base + np.histogram(np.clip(values, low, high), edges)[0]
-                axes.stairs(top, edges, baseline=base, fill=True, color=colour, alpha=0.8)
-                base = top
+            names, base = [], np.zeros(_BINS)
+            for what, which, colour in (
+                ("dropped", ~panel.kept, DROPPED),
+                ("kept", panel.kept, panel.colour),
+            ):
+                if which.any():
+                    names.append((f"{int(which.sum()):,} {panel.name} {what}", colour))
+                    values = np.clip(panel.margins[which], low, high)
+                    top = base + np.histogram(values, edges)[0]
+                    axes.stairs(top, edges, baseline=base, fill=True, color=colour, alpha=0.8)
+                    base = top
             axes.axvline(0, color=INK, linewidth=0.8)
-            if len(parts) > 1:
-                axes.axvline(float(panel.margins[kept].min()), **_DASHED)
+            if len(names) > 1:
+                axes.axvline(float(panel.margins[panel.kept].min()), **_DASHED)
             axes.set_xlim(low, high)
             axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-            axes.tick_params(labelbottom=last)
-            _name(axes, [(name, colour) for name, _, colour in parts])
+            axes.tick_params(labelbottom=not below)
+            _name(axes, names)
         axes.set_xlabel(f"margin, {unit}")
-        return _svg(figure, title)
+        return _chart(figure, title, note)
 
 
 def scatter(
     title: str,
+    note: str,
     x: FloatArray,
     y: FloatArray,
-    xlabel: str,
-    ylabel: str,
+    labels: tuple[str, str],
     marks: Sequence[tuple[str, Bools, str]],
     cuts: tuple[float, float] | None = None,
     around: Bools | None = None,
-) -> Markup:
+) -> Chart:
     """Points in groups, the rarer group on top; at most a few hundred of each, chosen evenly.
 
     Args:
-        title: for who cannot see it.
+        title, note: for the page.
         x, y: (n,) values; pairs that are not finite are left out.
-        xlabel, ylabel: what they are, with the unit.
+        labels: what they are, with the unit.
         marks: (name, which points, colour), in drawing order.
         cuts: where to draw a line on each axis.
-        around: points to zoom in on; all unless given.
+        around: points to zoom in on, together with the cuts; all unless given.
     """
     finite = np.isfinite(x) & np.isfinite(y)
     with _drawing(title, 3.1) as figure:
@@ -227,37 +216,34 @@ def scatter(
             at = at[np.linspace(0, len(at) - 1, min(len(at), _POINTS)).astype(int)]
             axes.plot(x[at], y[at], "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.55)
         _name(axes, [(name, colour) for name, _, colour in marks if name])
-        if around is not None and (around & finite).any():
-            axes.set_xlim(*_surroundings(x[around & finite], cuts and cuts[0]))
-            axes.set_ylim(*_surroundings(y[around & finite], cuts and cuts[1]))
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        return _svg(figure, title)
-
-
-def _surroundings(values: FloatArray, cut: float | None) -> tuple[float, float]:
-    """A range with the values and the cut in its middle part."""
-    inside = [*values, *([] if cut is None else [cut])]
-    room = (max(inside) - min(inside) or 1.0) * 0.8
-    return min(inside) - room, max(inside) + room
+        if cuts is not None and around is not None and (around & finite).any():
+            for values, cut, limit in zip(
+                (x, y), cuts, (axes.set_xlim, axes.set_ylim), strict=True
+            ):
+                inside = [*values[around & finite], cut]
+                room = (max(inside) - min(inside) or 1.0) * 0.8
+                limit(min(inside) - room, max(inside) + room)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        return _chart(figure, title, note)
 
 
 def lines(
     title: str,
+    note: str,
     series: Sequence[Series],
     ylabel: str,
     reference: tuple[float, str] | None = None,
     decimals: int = 2,
-) -> Markup:
+) -> Chart:
     """Figures over iterations, each line named with its last value."""
     with _drawing(title) as figure:
         axes = _axes(figure, left=0.14, bottom=0.18)
         for one in series:
             axes.plot(one.x, one.y, "o-", color=one.colour, markersize=4)
             if one.error is not None:
-                axes.errorbar(
-                    one.x, one.y, yerr=one.error, fmt="none", ecolor=one.colour, elinewidth=0.9
-                )
+                error: Any = {"fmt": "none", "ecolor": one.colour, "elinewidth": 0.9}
+                axes.errorbar(one.x, one.y, yerr=one.error, **error)
         names = [(f"{one.name} {one.y[-1]:.{decimals}f}", one.colour) for one in series]
         if reference is not None:
             axes.axhline(reference[0], **_DASHED)
@@ -269,17 +255,22 @@ def lines(
         axes.set_xlabel("iteration")
         axes.set_ylabel(ylabel)
         _name(axes, names)
-        return _svg(figure, title)
+        return _chart(figure, title, note)
 
 
 def curves(
     title: str, series: Sequence[Series], ylabel: str, boundaries: Mapping[int, int]
-) -> Markup:
+) -> Chart:
     """Training curves over steps, with the first step of each iteration marked."""
     with _drawing(title) as figure:
         axes = _axes(figure, left=0.14, bottom=0.18, top=0.82)
         for one in series:
-            x, y = _thinned(np.asarray(one.x, float), np.asarray(one.y, float))
+            # Means of neighbours, so that a long run's curve stays small; gaps (nan) stay.
+            parts = np.array_split(np.arange(len(one.x)), min(len(one.x), _CURVE))
+            x, y = (
+                np.array([np.asarray(of, float)[part].mean() for part in parts])
+                for of in (one.x, one.y)
+            )
             few = "o-" if len(x) < 12 else "-"
             axes.plot(x, y, few, color=one.colour, markersize=3.5, linewidth=1.3)
         axes.margins(x=0.01)
@@ -292,7 +283,7 @@ def curves(
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
         _name(axes, [(one.name, one.colour) for one in series], above=1.1)
-        return _svg(figure, title)
+        return _chart(figure, title, "")
 
 
 def _name(axes: Any, names: Sequence[tuple[str, str]], above: float = 1.0) -> None:
@@ -301,21 +292,6 @@ def _name(axes: Any, names: Sequence[tuple[str, str]], above: float = 1.0) -> No
         [Line2D([], [], linestyle="none")] * len(names),
         [name for name, _ in names],
         labelcolor=[colour for _, colour in names],
-        loc="lower left",
         bbox_to_anchor=(0, above),
         ncols=max(1, len(names)),
-        frameon=False,
-        borderpad=0.2,
-        borderaxespad=0,
-        handlelength=0,
-        handletextpad=0,
-        columnspacing=1.2,
     )
-
-
-def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Means of neighbours, so that a long run's curve stays small; gaps (nan) stay."""
-    if len(x) <= _CURVE:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), _CURVE)
-    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])

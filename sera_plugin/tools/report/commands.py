@@ -13,9 +13,9 @@ _RUN = click.Path(path_type=Path)
 
 
 def _read(path: Path) -> Any:
-    from sera_plugin.tools.report.reading import find_run, read_run
+    from sera_plugin.tools.report.reading import Run, find_run
 
-    return read_run(find_run(path))
+    return Run(find_run(path))
 
 
 @click.command(
@@ -45,7 +45,7 @@ def report(output_dir: Path, output: Path | None, as_json: bool) -> None:
     with refusing():
         if as_json:
             from sera_plugin.tools.report.figures import figures
-            from sera_plugin.tools.report.terminal import json_text
+            from sera_plugin.tools.report.output import json_text
 
             click.echo(json_text(figures(_read(output_dir))))
             return
@@ -109,27 +109,20 @@ def inspect(
     if (path is None) != (which is None) or (iteration is not None and path is None):
         raise click.UsageError("--export and --which go together; --iteration needs --export.")
     with refusing():
-        from sera_plugin.tools.report.inspection import (
-            describe_pair,
-            show_pair,
-            show_suspects,
-            suspects,
-        )
-        from sera_plugin.tools.report.terminal import json_text
-        from sera_plugin.tools.report.tokens import texts_of
+        from sera_plugin.tools.report import pairs
+        from sera_plugin.tools.report.output import json_text
+        from sera_plugin.tools.report.tokens import Texts
 
         found = _read(run)
-        texts = texts_of(found)
+        texts = Texts(found)
         if row is not None:
-            pair = describe_pair(found, row, texts)
-            click.echo(json_text(pair) if as_json else show_pair(pair, texts))
+            pair = pairs.describe_pair(found, row, texts)
+            click.echo(json_text(pair) if as_json else pairs.show_pair(pair, texts))
         elif mislabelled is not None:
-            pairs = suspects(found, mislabelled, texts)
-            click.echo(json_text(pairs) if as_json else show_suspects(found, pairs))
+            listed = pairs.suspects(found, mislabelled, texts)
+            click.echo(json_text(listed) if as_json else pairs.show_suspects(found, listed))
         elif path is not None and which is not None:
-            from sera_plugin.tools.report.export import export
-
-            written, number = export(found, texts, path, which, iteration)
+            written, number = pairs.export(found, texts, path, which, iteration)
             done = {"path": str(path), "which": which, "iteration": number, "pairs": written}
             said = f"{written} {which} pairs of iteration {number} in {path}"
             click.echo(json_text(done) if as_json else said)
@@ -161,7 +154,7 @@ def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
         raise click.UsageError("--json prints; it writes no page, so leave --html out.")
     with refusing():
         from sera_plugin.tools.report import compare as comparison
-        from sera_plugin.tools.report.terminal import json_text
+        from sera_plugin.tools.report.output import json_text
 
         compared = comparison.compare([_read(path) for path in runs])
         if as_json:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.config.kinds import is_reference_free
+from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
 from sera_plugin.host.run import keeps
 from sera_plugin.rundir.checksums import COMMAND, write_text
-from sera_plugin.tools.report import about_data, about_training
-from sera_plugin.tools.report.blocks import Section, Table, number, value_at
-from sera_plugin.tools.report.data import Run
-from sera_plugin.tools.report.examples import examples
 from sera_plugin.tools.report.figures import figures
-from sera_plugin.tools.report.html import fill
-from sera_plugin.tools.report.reading import find_run, read_run
-from sera_plugin.tools.report.tokens import Texts, shown_text, texts_of
+from sera_plugin.tools.report.output import Table, fill, number, shown_text, value_at
+from sera_plugin.tools.report.pairs import examples
+from sera_plugin.tools.report.reading import Run, find_run
+from sera_plugin.tools.report.sections import sections
+from sera_plugin.tools.report.tokens import Texts
 
-NAME = "report.html"
 #: What each alarm means; docs/alarms.md says the same.
 MEANINGS = {
     "sampled_length": "the policy answers at greater length than the data",
@@ -51,78 +48,62 @@ def write_report(output_dir: Path, path: Path | None = None) -> Path:
         ValueError: if no run is there.
         OSError: if the file cannot be written, with what to do about it.
     """
-    store = find_run(output_dir)
-    run = read_run(store)
-    path = path or store.root / NAME
+    run = Run(find_run(output_dir))
+    path = path or run.root / "report.html"
     # Training asks for a report too, and it is not training that has to be done again.
     again = COMMAND._replace(then="run `axolotl sera report` again")
-    write_text(path, render(run, texts_of(run)), again)
+    write_text(path, render(run), again)
     return path
 
 
-def render(run: Run, texts: Texts) -> str:
+def render(run: Run) -> str:
     """The page."""
-    found = figures(run)
+    found, texts = figures(run), Texts(run)
     return fill(
         "page.html",
         run=run,
         title=shown_text(run.root.parent.resolve().name or "SeRA run", 120),
-        facts=_facts(run),
+        facts=_facts(run) if run.description else [],
         overview=_overview(found),
         alarms=_alarms(found["alarms"]),
-        sections=_sections(run, found),
+        sections=sections(run, found),
+        by_margin=any(one.get("threshold") is not None for one in found["iterations"]),
+        selection=SELECTIONS.get(run.settings.get("selection", "")),
+        labeler=LABELERS[run.labeler],
         examples=examples(run, texts),
         texts=texts,
         settings=_settings(run),
     )
 
 
-def _sections(run: Run, found: dict[str, Any]) -> list[Section]:
-    """All sections that have something to show."""
-    every = [
-        about_data.margins(run, found),
-        about_data.choice(run, found),
-        about_data.lengths(run, found),
-        about_data.scores(run, found),
-        about_training.accuracy(found),
-        about_training.samples(found),
-        about_training.cost(found),
-        about_training.training(run),
-    ]
-    return [one for one in every if one.charts or one.tables]
-
-
 def _facts(run: Run) -> list[tuple[str, str]]:
-    config, settings = run.description.get("config") or {}, run.settings
-    if not run.description:
-        return []
+    description, settings = run.description, run.settings
+    sampled = settings["bootstrap_ratio"]
+    samples = (
+        f"{sampled:g} N, of {settings['candidates']} answers each, ranked by {run.labeler}"
+        if sampled
+        else "nothing"
+    )
+    reference = "theta_0" if settings.get("reference") == "initial" else "theta_{t-1}"
     return [
-        ("base model", shown_text(str(config.get("base_model")), 200)),
-        ("trained", "an adapter" if config.get("adapter") else "all weights"),
-        ("loss", f"{run.description['loss']}, beta {run.description['beta']:g}"),
+        ("base model", shown_text(str(run.config.get("base_model")), 200)),
+        ("trained", "an adapter" if run.config.get("adapter") else "all weights"),
+        ("loss", f"{description['loss']}, beta {description['beta']:g}"),
         ("rewards in", run.unit),
         ("pairs", f"{run.total:,}"),
-        ("held out", f"{run.description.get('evaluation_pairs') or 0:,}"),
+        ("held out", f"{description.get('evaluation_pairs') or 0:,}"),
         ("keeps", keeps(settings.get("selection", "irm"), settings["selection_ratio"])),
-        ("samples", f"{settings['bootstrap_ratio']:g} N, of {settings['candidates']} answers each, "
-         f"ranked by {run.labeler}"
-         if settings["bootstrap_ratio"] else "nothing"),
-        ("reference", _reference(run)),
+        ("samples", samples),
+        ("reference", "none" if is_reference_free(description["loss"]) else reference),
         ("gamma", f"{settings['gamma']:g}"),
-        ("seed", str(run.description.get("seed"))),
-    ]  # fmt: skip
-
-
-def _reference(run: Run) -> str:
-    if is_reference_free(run.description["loss"]):
-        return "none"
-    return "theta_0" if run.settings.get("reference") == "initial" else "theta_{t-1}"
+        ("seed", str(description.get("seed"))),
+    ]
 
 
 def _overview(found: dict[str, Any]) -> Table:
-    raised = [(alarm["iteration"], alarm["raised"]) for alarm in found["alarms"]]
+    raised = [alarm["iteration"] for alarm in found["alarms"] if alarm["raised"]]
     kept_sets = found["jaccard"] or {"iterations": [], "matrix": []}
-    places = {number: place for place, number in enumerate(kept_sets["iterations"])}
+    places = {iteration: place for place, iteration in enumerate(kept_sets["iterations"])}
     rows = []
     for one in found["iterations"]:
         pairs, at = one["pairs"] or {}, one["iteration"]
@@ -141,39 +122,33 @@ def _overview(found: dict[str, Any]) -> Table:
                 "offline accuracy": number(one.get("offline_accuracy"), ".0%"),
                 "held-out accuracy": number(value_at(one, "held_out", "accuracy"), ".0%"),
                 "Jaccard with last": number(shared, ".2f"),
-                "alarms": str(raised.count((at, True))),
+                "alarms": str(raised.count(at)),
             }
         )
-    note = "Accuracies are those of the policy it starts from."
-    return Table.of("Iterations", rows, note)
+    return Table.of("Iterations", rows, "Accuracies are those of the policy it starts from.")
 
 
 def _alarms(judged: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per alarm its figures by iteration, the raised ones first."""
-    rows: dict[str, dict[str, Any]] = {}
-    for alarm in judged:
-        row = rows.setdefault(
-            alarm["name"],
-            {
-                "name": alarm["name"],
-                "threshold": number(alarm["threshold"]),
-                "meaning": MEANINGS.get(alarm["name"], ""),
-                "figures": [],
-                "texts": [],
-            },
-        )
-        figure = f"{number(alarm['figure'], '.2g')} (t = {alarm['iteration']})"
-        row["figures"].append((figure, alarm["raised"]))
-        if alarm["raised"]:
-            row["texts"].append(f"Iteration {alarm['iteration']}: {alarm['text']}")
-    return sorted(rows.values(), key=lambda row: not row["texts"])
+    """What was judged by alarm, those that were ever raised first."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for one in judged:
+        by_name.setdefault(one["name"], []).append(one)
+    rows = [
+        {
+            "name": name,
+            "meaning": MEANINGS.get(name, ""),
+            "judged": every,
+            "raised": [one for one in every if one["raised"]],
+        }
+        for name, every in by_name.items()
+    ]
+    return sorted(rows, key=lambda row: not row["raised"])
 
 
 def _settings(run: Run) -> list[tuple[str, str]]:
-    config = run.description.get("config") or {}
     keys = ("learning_rate", "lr_scheduler", "num_epochs", "micro_batch_size", "adapter", "lora_r",
             "sequence_len", "optimizer")  # fmt: skip
-    shown = [(key, config[key]) for key in keys if config.get(key) is not None]
+    shown = [(key, run.config[key]) for key in keys if run.config.get(key) is not None]
     shown += [(f"sera.{key}", value) for key, value in sorted(run.settings.items())]
     versions = run.description.get("versions") or {}
     shown += [("versions", ", ".join(f"{name} {value}" for name, value in versions.items()))]

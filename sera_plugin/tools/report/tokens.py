@@ -7,32 +7,41 @@ not loaded; its ids are then shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.config.quoting import printable, quoted
+from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir.checksums import is_whole
-from sera_plugin.tools.report.data import Run
+from sera_plugin.tools.report.reading import Run
 
 _FILE = "tokenizer.json"
-_NAME = 60
 
 
-@dataclass(frozen=True)
 class Texts:
-    """Turns token ids into text.
+    """Turns a run's token ids into text, with the tokenizer it was trained with if that is here.
+
+    Looked for in the run's policies, in its output_dir, where `base_model` is a directory, and in
+    the local hub cache.
 
     Attributes:
         tokenizer: a `tokenizers.Tokenizer`, or None.
         source: where it is from, or why there is none.
-        end_ids: tokens that end a completion.
     """
 
-    tokenizer: Any
-    source: str
-    end_ids: frozenset[int] = frozenset()
+    def __init__(self, run: Run) -> None:
+        base_model = run.config.get("base_model")
+        self.tokenizer: Any = None
+        self.source = (
+            f"no {_FILE} in the run's policies, its output_dir, or for base_model "
+            f"{quoted(base_model)} on this machine"
+        )
+        for path in _places(run.root, base_model):
+            tokenizer = _load(path)
+            if tokenizer is not None:
+                self.tokenizer, self.source = tokenizer, str(path)
+                break
+        self._end_ids = frozenset(run.description.get("end_ids") or ())
+        self._added = frozenset(self.tokenizer.encode("").ids if self.tokenizer else ())
 
     def exact(self, ids: Sequence[int]) -> str:
         """Every token, special ones included; the ids themselves without a tokenizer."""
@@ -51,48 +60,7 @@ class Texts:
 
     def completion(self, ids: Sequence[int]) -> str:
         """The completion without its end token, which trainers add themselves."""
-        return self.exact(ids[:-1] if len(ids) and int(ids[-1]) in self.end_ids else ids)
-
-    @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset() if self.tokenizer is None else frozenset(self.tokenizer.encode("").ids)
-
-
-def shown_text(text: str, limit: int) -> str:
-    """Text for reading: every character that hides or reorders others is escaped, the end is cut.
-
-    Args:
-        text: anything.
-        limit: most characters of it.
-    """
-    lines = text[:limit].split("\n")
-    cut = f"\n[... {len(text) - limit:,} more characters]" if len(text) > limit else ""
-    return "\n".join(map(printable, lines)) + cut
-
-
-def shown_name(name: str, limit: int = _NAME) -> str:
-    """A column's name or a value on one line, its end cut."""
-    return printable(name[:limit]) + ("..." if len(name) > limit else "")
-
-
-def texts_of(run: Run) -> Texts:
-    """The run's token ids as text, with the tokenizer it was trained with if that is here.
-
-    Looked for in the run's policies, in its output_dir, where `base_model` is a directory, and in
-    the local hub cache.
-    """
-    base_model = (run.description.get("config") or {}).get("base_model")
-    end_ids = frozenset(run.description.get("end_ids") or ())
-    for path in _places(run.root, base_model):
-        tokenizer = _load(path)
-        if tokenizer is not None:
-            return Texts(tokenizer, str(path), end_ids)
-    return Texts(
-        None,
-        f"no {_FILE} in the run's policies, its output_dir, or for base_model {quoted(base_model)} "
-        "on this machine",
-        end_ids,
-    )
+        return self.exact(ids[:-1] if len(ids) and int(ids[-1]) in self._end_ids else ids)
 
 
 def _places(root: Path, base_model: str | None) -> Iterator[Path]:
