@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from sera_plugin.cli import sera
@@ -32,13 +33,10 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("command", ["report", "inspect", "compare"])
-def test_help_has_examples(command):
-    said = call(command, "--help")
-    assert f"  axolotl sera {command} outputs/" in said
-
-
 def test_report_goes_into_the_run_or_where_it_is_told(run, tmp_path):
+    found = json.loads(call("report", run, "--json"))
+    assert [one["iteration"] for one in found["iterations"]] == [1, 2, 3]
+    assert not (run / "sera/report.html").exists()
     assert call("report", run).strip() == str(run / "sera/report.html")
     assert call("report", run / "sera", "--output", tmp_path / "mine.html").strip().endswith("html")
     assert (tmp_path / "mine.html").read_text().startswith("<!DOCTYPE html>")
@@ -52,13 +50,6 @@ def test_the_commands_run_without_the_host_and_its_banner(run):
     done = subprocess.run([*command[:4], run / "no"], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert "no SeRA run there" in done.stderr
-
-
-def test_report_as_json(run):
-    found = json.loads(call("report", run, "--json"))
-    assert [one["iteration"] for one in found["iterations"]] == [1, 2, 3]
-    assert found["run"]["state"] == "finished"
-    assert not (run / "sera/report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -167,26 +158,18 @@ def test_exports_are_preference_datasets(run, tmp_path, suffix, which, count):
     )
 
 
-def test_the_first_iteration_keeps_all_pairs(run, tmp_path):
-    path = tmp_path / "all.jsonl"
-    said = call("inspect", run, "--export", path, "--which", "kept", "--iteration", 1)
-    assert said == f"12 kept pairs of iteration 1 in {path}\n"
-    assert json.loads(path.read_text().splitlines()[0])["margin"] is None
-
-
 def test_an_exported_prompt_gives_its_token_ids_again(run, tmp_path):
     """A tokenizer that puts a token in front by itself would put it there twice."""
     tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(single="w4 $A", special_tokens=[("w4", 4)])
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(run / "tokenizer.json"))
     path = tmp_path / "kept.jsonl"
-    call("inspect", run, "--export", path, "--which", "kept", "--iteration", 1)
-    prompt = json.loads(path.read_text().splitlines()[3])["prompt"]
-    assert prompt == "w4"
-    assert tokenizer.encode(prompt).ids == [4, 4]
+    said = call("inspect", run, "--export", path, "--which", "kept", "--iteration", 1)
+    assert said == f"12 kept pairs of iteration 1 in {path}\n"
+    pair = json.loads(path.read_text().splitlines()[3])
+    assert (pair["prompt"], pair["margin"]) == ("w4", None)
+    assert tokenizer.encode(pair["prompt"]).ids == [4, 4]
 
 
 def test_export_without_a_tokenizer_is_refused(tmp_path):
@@ -200,16 +183,14 @@ def test_export_without_a_tokenizer_is_refused(tmp_path):
 
 @pytest.fixture
 def runs(tmp_path):
-    same = {0: ([-9] * 4, [-9] * 4), 1: ([-5, -6, -7, -8], [-9] * 4)}
-    turned = {0: same[0], 1: ([-8, -6, -7, -5], [-9] * 4)}
-    keys = {"pairs": 4, "iterations": 2}
-    make_run(tmp_path / "one", logps=same, **keys)
-    make_run(tmp_path / "two", logps=turned, sera={"gamma": 0.1}, **keys)
+    for name, logps, gamma in (("one", [-5, -6, -7, -8], 0.3), ("two", [-8, -6, -7, -5], 0.1)):
+        both = {0: ([-9] * 4, [-9] * 4), 1: (logps, [-9] * 4)}
+        make_run(tmp_path / name, logps=both, sera={"gamma": gamma}, pairs=4, iterations=2)
     make_run(tmp_path / "other", pairs=8, iterations=2)
     return [tmp_path / name for name in ("one", "two", "other")]
 
 
-def test_compare_says_what_differs_and_how_alike_selections_are(runs):
+def test_compare_says_what_differs_and_how_alike_selections_are(runs, tmp_path):
     found = json.loads(call("compare", *runs, "--json"))
     assert [one["name"] for one in found["runs"]] == ["one", "two", "other"]
     assert found["settings"]["sera.gamma"] == [0.3, 0.1, 0.3]
@@ -228,30 +209,20 @@ def test_compare_says_what_differs_and_how_alike_selections_are(runs):
     ]
     threshold = [one for one in found["metrics"] if one["name"] == "kept above (margin)"]
     assert threshold[0]["values"][:2] == [3.0, 3.0]
+    assert call("compare", *runs, "--html", tmp_path / "x.html").strip() == str(tmp_path / "x.html")
+    for said in (call("compare", *runs), (tmp_path / "x.html").read_text()):
+        assert "Jaccard index of the pairs kept in iteration 2" in said
+        assert "Settings that differ" in said
+        assert "sera.gamma" in said
+        assert "0.33" in said
 
 
-def test_compare_prints_tables_or_writes_a_page(runs, tmp_path):
-    said = call("compare", *runs)
-    assert "Jaccard index of the pairs kept in iteration 2" in said
-    assert "sera.gamma" in said
-    page = tmp_path / "compared.html"
-    assert call("compare", *runs, "--html", page).strip() == str(page)
-    assert "Settings that differ" in page.read_text()
-    assert "0.33" in page.read_text()
-
-
-def test_compare_tells_runs_of_the_same_name_apart(tmp_path):
-    for place in ("a", "b"):
-        make_run(tmp_path / place / "out", pairs=4, iterations=1)
-    found = json.loads(call("compare", tmp_path / "a/out", tmp_path / "b/out", "--json"))
-    assert len({one["name"] for one in found["runs"]}) == 2
-
-
-def test_compare_warns_of_margins_in_other_units(tmp_path):
-    make_run(tmp_path / "dpo", pairs=4, iterations=2)
-    make_run(tmp_path / "ipo", pairs=4, iterations=2, loss="ipo", per_token=True)
-    said = call("compare", tmp_path / "dpo", tmp_path / "ipo")
-    assert "Margins are not comparable: dpo nats, ipo nats per token." in said
+def test_compare_tells_runs_of_one_name_and_of_two_units_apart(tmp_path):
+    make_run(tmp_path / "a/out", pairs=4, iterations=2)
+    make_run(tmp_path / "b/out", pairs=4, iterations=2, loss="ipo", per_token=True)
+    paths = [tmp_path / "a/out", tmp_path / "b/out"]
+    said = call("compare", *paths)
+    assert f"Margins are not comparable: {paths[0]} nats, {paths[1]} nats per token." in said
 
 
 OLDER = Path(__file__).parent / "run_of_format_1"

@@ -52,14 +52,6 @@ def test_what_is_asked_for_wrongly_is_2_and_what_fails_is_1(error, code):
     assert result.stderr == f"Error: {error}\n"
 
 
-def test_what_is_done_is_0(tmp_path):
-    make_run(tmp_path / "run", pairs=4, iterations=2)
-    make_run(tmp_path / "other", pairs=4, iterations=2)
-    assert call("report", tmp_path / "run").exit_code == 0
-    assert call("inspect", tmp_path / "run", "--row", 1).exit_code == 0
-    assert call("compare", tmp_path / "run", tmp_path / "other").exit_code == 0
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_option_that_is_not_there_is_2_in_every_command(command):
     result = call(command, "--no-such-option")

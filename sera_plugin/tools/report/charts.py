@@ -24,17 +24,10 @@ from sera_plugin.algorithm.rewards import FloatArray
 
 Bools = npt.NDArray[np.bool_]
 
-INK, MUTED, RULE = "#010101", "#020202", "#030303"
-KEPT, DROPPED, SAMPLED, OTHER = "#040404", "#050505", "#060606", "#070707"
-_PAGE = {
-    INK: "currentColor",
-    MUTED: "var(--muted)",
-    RULE: "var(--rule)",
-    KEPT: "var(--kept)",
-    DROPPED: "var(--dropped)",
-    SAMPLED: "var(--sampled)",
-    OTHER: "var(--other)",
-}
+#: The page's variables.
+_NAMES = ("ink", "muted", "rule", "kept", "dropped", "sampled", "other")
+_PAGE = {f"#0{place}0{place}0{place}": name for place, name in enumerate(_NAMES, 1)}
+INK, MUTED, RULE, KEPT, DROPPED, SAMPLED, OTHER = _PAGE
 #: Labels carry names of the dataset's columns: nothing in them is a formula.
 _STYLE: Any = {
     "text.parse_math": False,
@@ -56,7 +49,6 @@ _STYLE: Any = {
     "ytick.major.size": 0,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
-    "path.simplify": True,
     "legend.loc": "lower left",
     "legend.frameon": False,
     "legend.borderpad": 0.2,
@@ -120,8 +112,8 @@ def _chart(figure: Figure, title: str, note: str) -> Chart:
     text = re.sub(r' (width|height)="[0-9.]+pt"', "", text, count=2)
     text = re.sub(r"\n\s*", "\n", text)
     text = text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    for stand_in, colour in _PAGE.items():
-        text = text.replace(stand_in, colour)
+    for stand_in, name in _PAGE.items():
+        text = text.replace(stand_in, f"var(--{name})")
     # matplotlib has escaped the text in it.
     return Chart(title, note, Markup(text))
 
@@ -135,15 +127,6 @@ def _axes(
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     return axes
-
-
-def _span(*values: npt.ArrayLike) -> tuple[float, float]:
-    """Where all but the outermost 0.2% of the values are, and 0."""
-    every = np.concatenate([np.asarray(one, dtype=np.float64) for one in values])
-    low, high = np.quantile(every, [0.002, 0.998]).tolist()
-    low, high = min(low, 0.0), max(high, 0.0)
-    room = (high - low or 1.0) * 0.02
-    return low - room, high + room
 
 
 def margins(title: str, note: str, panels: Sequence[Panel], unit: str) -> Chart:
@@ -192,15 +175,9 @@ def scatter(
     cuts: tuple[float, float] | None = None,
     around: Bools | None = None,
 ) -> Chart:
-    """Points in groups, the rarer group on top; at most a few hundred of each, chosen evenly.
+    """Points (n,) in groups (name, which, colour); a few hundred of each, chosen evenly.
 
-    Args:
-        title, note: for the page.
-        x, y: (n,) values; pairs that are not finite are left out.
-        labels: what they are, with the unit.
-        marks: (name, which points, colour), in drawing order.
-        cuts: where to draw a line on each axis.
-        around: points to zoom in on, together with the cuts; all unless given.
+    Lines are drawn at the `cuts`; with `around` the chart zooms in on them and on those points.
     """
     finite = np.isfinite(x) & np.isfinite(y)
     with _drawing(title, 3.1) as figure:

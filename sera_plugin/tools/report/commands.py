@@ -9,7 +9,7 @@ import click
 
 from sera_plugin.tools.command import refusing
 
-_RUN = click.Path(path_type=Path)
+_RUN, _FILE = click.Path(path_type=Path), click.Path(dir_okay=False, path_type=Path)
 
 
 def _read(path: Path) -> Any:
@@ -28,10 +28,7 @@ Examples:
 )
 @click.argument("output_dir", type=_RUN)
 @click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=None,
-    help="Where the page goes; OUTPUT_DIR/sera/report.html unless given.",
+    "--output", type=_FILE, help="Where the page goes; OUTPUT_DIR/sera/report.html unless given."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures instead of a page.")
 def report(output_dir: Path, output: Path | None, as_json: bool) -> None:
@@ -64,33 +61,29 @@ Examples:
 """
 )
 @click.argument("run", type=_RUN)
-@click.option("--row", type=int, default=None, help="Show one pair under every policy.")
+@click.option("--row", type=int, help="Show one pair under every policy.")
 @click.option(
     "--mislabelled",
     type=click.IntRange(min=1),
     is_flag=False,
     flag_value=20,
-    default=None,
     metavar="[N]",
     help="List the N pairs (20 unless given) whose label the policy disagrees with most.",
 )
 @click.option(
     "--export",
     "path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=None,
+    type=_FILE,
     help="Write pairs to a new .jsonl or .parquet file with prompt, chosen and rejected.",
 )
 @click.option(
     "--which",
     type=click.Choice(("kept", "dropped", "bootstrapped")),
-    default=None,
     help="With --export: offline pairs that were kept or dropped, or sampled pairs that were kept.",
 )
 @click.option(
     "--iteration",
     type=click.IntRange(min=1),
-    default=None,
     help="With --export: of which iteration; the newest unless given.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print for machines.")
@@ -139,12 +132,7 @@ Examples:
 """
 )
 @click.argument("runs", type=_RUN, nargs=-1, required=True, metavar="RUN RUN...")
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=None,
-    help="Write a page instead of printing.",
-)
+@click.option("--html", type=_FILE, help="Write a page instead of printing.")
 @click.option("--json", "as_json", is_flag=True, help="Print for machines.")
 def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Runs side by side: settings that differ, metrics, how alike their selections are."""

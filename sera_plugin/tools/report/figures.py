@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -162,14 +163,10 @@ def _alarms(run: Run) -> list[dict[str, Any]]:
     """Every alarm that could be judged, per iteration, raised or not."""
     summaries: list[Mapping[str, Any]] = []
     found: list[dict[str, Any]] = []
-    names = ("name", "figure", "threshold", "raised", "text")
     for one in run.iterations:
         if one.summary:
             summaries.append(one.summary)
-            found += [
-                {"iteration": one.number, **{name: getattr(alarm, name) for name in names}}
-                for alarm in judge(summaries)
-            ]
+            found += [{"iteration": one.number, **asdict(alarm)} for alarm in judge(summaries)]
     return found
 
 
@@ -177,16 +174,15 @@ def _alarms(run: Run) -> list[dict[str, Any]]:
 
 
 def r_squared(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:
-    """The squared correlation of two variables: the share of one's variance the other explains.
+    """The squared correlation: the share of one's variance the other explains.
 
-    Pairs of values of which one is not finite are left out. None with fewer than three pairs, or
-    where a variable is constant.
+    Of what is finite; None with fewer than three such pairs, or where a variable is constant.
     """
     both = np.array([x, y], dtype=np.float64)
     both = both[:, np.isfinite(both).all(axis=0)]
     if both.shape[1] < 3 or (np.ptp(both, axis=1) == 0).any():
         return None
-    return float(np.corrcoef(both)[0, 1] ** 2)
+    return float(np.corrcoef(both[0], both[1])[0, 1] ** 2)
 
 
 def pooled(columns: Columns, what: str) -> FloatArray:

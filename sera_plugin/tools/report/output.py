@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
@@ -56,11 +56,6 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     shades: Sequence[Sequence[float | None]] | None = None
-
-    @classmethod
-    def of(cls, title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> Table:
-        """From rows that each name their cells, in the same order."""
-        return cls(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows], note)
 
     @classmethod
     def square(

@@ -135,11 +135,7 @@ def examples(run: Run, texts: Texts) -> list[dict[str, Any]]:
 
 
 def describe_pair(run: Run, row: int, texts: Texts) -> dict[str, Any]:
-    """What each policy thought of a pair: log-probabilities, rewards, margin, its candidates.
-
-    Raises:
-        ValueError: if there is no such row, saying which there are.
-    """
+    """What each policy thought of a pair: log-probabilities, rewards, margin, its candidates."""
     total = run.total or 0
     if not 0 <= row < total:
         raise ValueError(f"--row: {row} is not in the run; it has rows 0 to {total - 1}")
@@ -206,15 +202,13 @@ def show_pair(found: dict[str, Any], texts: Texts) -> str:
     ]
     table = plain_table(["iteration", *names, "pair"], rows)
     implicit = LABELERS[found["labeler"]].implicit
-    return fill("pair.txt", pair=found, texts=texts, table=table, implicit=implicit)
+    return fill("pair.txt", pair=found, texts=texts, table=table, implicit=implicit).removesuffix(
+        "\n"
+    )
 
 
 def suspects(run: Run, most: int, texts: Texts) -> list[dict[str, Any]]:
-    """Pairs on which the newest policy disagrees with the label, the most negative margin first.
-
-    Raises:
-        ValueError: if no iteration has margins yet.
-    """
+    """Pairs on which the newest policy disagrees with the label, the most negative margin first."""
     one, rows = _mislabelled(run, most)
     pairs = [_offline(run, one, row) for row in rows.tolist()]
     return [pair | {name: texts.exact(pair[name]) for name in run.tokens} for pair in pairs]
@@ -254,21 +248,13 @@ def export(
     """Write pairs with `prompt`, `chosen`, `rejected`, and `row` and `margin` for the curious.
 
     Of a run with `label_noise`, offline pairs have `swapped` too: their answers are as trained.
-    Prompts are rendered by the run's own template and lack the token that the tokenizer adds by
-    itself; completions lack their end token, which trainers add.
-
-    Args:
-        run, texts: the run, and a tokenizer.
-        path: a `.jsonl` or `.parquet` file that does not exist yet.
-        which: `kept`, `dropped` or `bootstrapped`.
-        iteration: the newest that has such pairs unless given.
+    Of the newest iteration that has such pairs unless one is given.
 
     Returns:
         (pairs written, iteration).
 
     Raises:
-        ValueError: if the path cannot be used, the iteration has no such pairs, or there is no
-            tokenizer.
+        ValueError: if there is nothing to write, or nowhere to write it.
         OSError: if the file cannot be written, with what to do about it.
     """
     if path.suffix not in SUFFIXES:

@@ -212,15 +212,9 @@ class Run:
     def implicit_margin(
         self, iteration: int, table: str = "offline", gamma: float | None = None
     ) -> FloatArray | None:
-        """(n,) margins of a table's pairs, from the recorded log-probabilities.
+        """(n,) margins of `offline` or `evaluation`, from the recorded log-probabilities.
 
-        Args:
-            iteration: t, at least 2.
-            table: `offline` or `evaluation`.
-            gamma: of the ensemble; the run's own unless given.
-
-        Returns:
-            None where a table or a setting it needs cannot be read.
+        With the run's own gamma unless one is given; None where what it needs cannot be read.
         """
         if not self.settings or "per_token" not in self.description:
             return None

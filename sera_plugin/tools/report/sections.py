@@ -1,4 +1,4 @@
-"""Charts and tables of the page, by section; the page has the words around them."""
+"""Charts of the page by section, and its tables that take more than a template."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.tools.report import charts
@@ -29,53 +30,47 @@ from sera_plugin.tools.report.figures import (
     spent,
 )
 from sera_plugin.tools.report.output import NOTHING, Table, number, shown_name, value_at
-from sera_plugin.tools.report.reading import SIDES, Iteration, Run
+from sera_plugin.tools.report.reading import Iteration, Run
 
 Figures = dict[str, Any]
-Content = list[Chart | Table]
 
 
-def sections(run: Run, found: Figures) -> dict[str, Content]:
-    """Those that have something to show."""
+def charts_of(run: Run, found: Figures) -> dict[str, list[Chart]]:
+    """The pictures of each section."""
     iterations = found["iterations"]
     both = list(zip(run.iterations, iterations, strict=True))
-    every = {
-        "margins": [chart for one in both for chart in _margins(run, *one)],
-        "selection": [
-            *_jaccard(found["jaccard"]),
-            *_noise([one for one in iterations if one.get("label_noise")]),
-            *(chart for one in both for chart in _ensemble(run, *one)),
-            *_groups([one for one in iterations if one.get("groups")]),
-        ],
-        "lengths": [
-            *_lengths(iterations),
-            *(chart for one in both for chart in _length_r2(run, *one)),
-        ],
-        "scores": [chart for one in both for chart in _scores(run, *one)],
-        "accuracy": [*_accuracy(iterations), *_drift([one for one in iterations if one["drift"]])],
-        "samples": _samples([one for one in iterations if one["samples"]]),
-        "cost": _cost([one for one in iterations if one["seconds"]]),
+    each = {"margins": _margins, "selection": _ensemble, "lengths": _length_r2, "scores": _scores}
+    drifted = [one for one in iterations if one["drift"]]
+    first = {"lengths": _lengths(iterations)}
+    return {
+        name: first.get(name, []) + [chart for one in both for chart in make(run, *one)]
+        for name, make in each.items()
+    } | {
+        "accuracy": _accuracy(iterations) + _drift(drifted),
+        "samples": [],
+        "cost": [],
         "training": _training(run),
     }
-    return {name: content for name, content in every.items() if content}
 
 
-def over_iterations(
-    name: str, colour: str, iterations: Sequence[Figures], *keys: str, error: str = ""
+def _series(
+    iterations: Sequence[Figures], named: Mapping[Any, tuple[str, str]], error: str = ""
 ) -> list[Series]:
-    """A figure over the iterations that have it, if any: where it is, a key for each level.
+    """Figures over the iterations that have them: name and colour by where a figure is.
 
-    Its standard error has the key `error` on the same level.
+    A figure's standard error is beside it, under its key and `error`.
     """
-    have = [one for one in iterations if value_at(one, *keys) is not None]
-    errors = [value_at(one, *keys[:-1], error) for one in have] if error else None
-    values = [value_at(one, *keys) for one in have]
-    return (
-        [Series(name, colour, [one["iteration"] for one in have], values, errors)] if have else []
-    )
+    found = []
+    for keys, (name, colour) in named.items():
+        have = [one for one in iterations if value_at(one, *keys) is not None]
+        values = [value_at(one, *keys) for one in have]
+        errors = [value_at(one, *keys[:-1], f"{keys[-1]}{error}") for one in have]
+        x = [one["iteration"] for one in have]
+        found.append(Series(name, colour, x, values, errors if error else None))
+    return [one for one in found if one.x]
 
 
-def _margins(run: Run, one: Iteration, figures: Figures) -> Content:
+def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     panels, pairs, said = [], one.bootstrapped, []
     if one.margin is not None and one.selected is not None:
         panels.append(Panel("offline", one.margin, one.selected, KEPT))
@@ -90,53 +85,24 @@ def _margins(run: Run, one: Iteration, figures: Figures) -> Content:
     return [charts.margins(title, note, panels, run.unit)] if panels else []
 
 
-def _jaccard(shared: Figures | None) -> Content:
-    chance = None if shared is None else shared["by_chance"]
-    # Where all pairs are kept, or none, there is no choice to agree on.
-    if shared is None or chance in (None, 1.0) or len(shared["iterations"]) < 2:
-        return []
+def jaccard_table(found: Figures) -> Table | None:
+    """How alike selections are; None where all pairs are kept, or none: there is no choice."""
+    shared = found["jaccard"]
+    if not shared or shared["by_chance"] in (None, 1.0) or len(shared["iterations"]) < 2:
+        return None
     title = (
         f"The last two selections have a Jaccard index of {shared['matrix'][-1][-2]:.2f}; two "
-        f"random ones would have {number(chance, '.2f')}"
+        f"random ones would have {shared['by_chance']:.2f}"
     )
     note = (
         "Jaccard index of two iterations' kept sets: shared pairs over pairs in either. 1 is the "
         "same set."
     )
     names = [f"t = {iteration}" for iteration in shared["iterations"]]
-    return [Table.square(title, names, shared["matrix"], note)]
+    return Table.square(title, names, shared["matrix"], note)
 
 
-def _noise(noisy: Sequence[Figures]) -> Content:
-    """How many of the labels that were swapped on purpose selection has dropped."""
-    if not noisy:
-        return []
-    last = noisy[-1]
-    noise, total = last["label_noise"], last["kept"] + last["dropped"]
-    title = (
-        f"Iteration {last['iteration']} drops {noise['swapped_dropped']:,} of the "
-        f"{noise['swapped']:,} labels swapped on purpose"
-    )
-    rows = [
-        {
-            "iteration": str(one["iteration"]),
-            "swapped": f"{one['label_noise']['swapped']:,}",
-            "dropped": f"{one['dropped']:,}",
-            "both": f"{one['label_noise']['swapped_dropped']:,}",
-            "recall": number(one["label_noise"]["recall"], ".0%"),
-            "precision": number(one["label_noise"]["precision"], ".0%"),
-        }
-        for one in noisy
-    ]
-    note = (
-        "Recall: the share of the swapped pairs that is dropped; by chance "
-        f"{last['dropped'] / total:.0%}. Precision: the share of the dropped pairs that was "
-        f"swapped; by chance {noise['swapped'] / total:.0%}."
-    )
-    return [Table.of(title, rows, note)]
-
-
-def _ensemble(run: Run, one: Iteration, figures: Figures) -> Content:
+def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     without, changed = margin_without_ensemble(run, one), figures.get("ensemble")
     if without is None or changed is None or one.margin is None or one.selected is None:
         return []
@@ -161,35 +127,14 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> Content:
     return [charts.scatter(title, note, without, one.margin, axes, marks, cuts, around)]
 
 
-def _groups(grouped: Sequence[Figures]) -> Content:
-    found: Content = []
-    for name, groups in grouped[-1]["groups"].items() if grouped else ():
-        rows = [
-            {
-                shown_name(name): shown_name(str(group["value"])),
-                "pairs": f"{group['pairs']:,}",
-                "kept": f"{group['kept']:.0%}",
-                "median margin": f"{group['median_margin']:+.3g}",
-            }
-            for group in groups
-        ]
-        title = f"Kept by {shown_name(name)}, iteration {grouped[-1]['iteration']}"
-        found.append(Table.of(title, rows))
-    return found
-
-
-def _lengths(iterations: Sequence[Figures]) -> Content:
-    names = {
-        "chosen": ("chosen", KEPT),
-        "rejected": ("rejected", DROPPED),
-        "sampled": ("sampled", SAMPLED),
-        "bootstrapped_chosen": ("its best", OTHER),
+def _lengths(iterations: Sequence[Figures]) -> list[Chart]:
+    named = {
+        ("lengths", "chosen"): ("chosen", KEPT),
+        ("lengths", "rejected"): ("rejected", DROPPED),
+        ("lengths", "sampled"): ("sampled", SAMPLED),
+        ("lengths", "bootstrapped_chosen"): ("its best", OTHER),
     }
-    series = [
-        one
-        for key, named in names.items()
-        for one in over_iterations(*named, iterations, "lengths", key)
-    ]
+    series = _series(iterations, named)
     title, note = "Mean length of answers in tokens", ""
     sampled = [one["lengths"] for one in iterations if "sampled" in one["lengths"]]
     if sampled:
@@ -202,7 +147,7 @@ def _lengths(iterations: Sequence[Figures]) -> Content:
     return [charts.lines(title, note, series, "mean tokens", decimals=1)] if series else []
 
 
-def _length_r2(run: Run, one: Iteration, figures: Figures) -> Content:
+def _length_r2(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     r2 = figures.get("length_r2")
     if not r2 or one.offline is None or "chosen_reward" not in one.offline:
         return []
@@ -218,7 +163,7 @@ def _rewards(
     one: Iteration,
     name: str,
     r2: float | None,
-    x: charts.FloatArray,
+    x: FloatArray,
     axis: str,
     note: str,
 ) -> Chart:
@@ -234,8 +179,8 @@ def _rewards(
     return charts.scatter(title, note, x, pooled(one.offline, "reward"), axes, marks)
 
 
-def _scores(run: Run, one: Iteration, figures: Figures) -> Content:
-    found: Content = []
+def _scores(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
+    found: list[Chart] = []
     for column, r2 in figures.get("scores", {}).items():
         values, difference = scores_of(run, score_columns(run)[column])
         name, of_margins = shown_name(column), number(r2["margin"], ".3f")
@@ -257,11 +202,13 @@ def _scores(run: Run, one: Iteration, figures: Figures) -> Content:
     return found
 
 
-def _accuracy(iterations: Sequence[Figures]) -> Content:
-    keys, error = ("held_out", "accuracy"), "accuracy_error"
-    held_out = over_iterations("held out", SAMPLED, iterations, *keys, error=error)
-    keys, error = ("offline_accuracy",), "offline_accuracy_error"
-    series = over_iterations("offline", KEPT, iterations, *keys, error=error) + held_out
+def _accuracy(iterations: Sequence[Figures]) -> list[Chart]:
+    named = {
+        ("offline_accuracy",): ("offline", KEPT),
+        ("held_out", "accuracy"): ("held out", SAMPLED),
+    }
+    series = _series(iterations, named, error="_error")
+    held_out = [one["held_out"] for one in iterations if one["held_out"]]
     if not series:
         return []
     x, y = series[-1].x, series[-1].y
@@ -271,20 +218,15 @@ def _accuracy(iterations: Sequence[Figures]) -> Content:
         title += f", {y[0]:.0%} in iteration {x[0]}"
     note = "Bars are one standard error. What is not better than a coin flip has learnt nothing."
     if held_out:
-        pairs = [one["held_out"]["pairs"] for one in iterations if one["held_out"]]
-        note += f" {pairs[-1]:,} pairs are held out."
+        note += f" {held_out[-1]['pairs']:,} pairs are held out."
     return [charts.lines(title, note, series, "share of pairs", (0.5, "a coin"))]
 
 
-def _drift(drifted: Sequence[Figures]) -> Content:
+def _drift(drifted: Sequence[Figures]) -> list[Chart]:
     if len(drifted) < 2:
         return []
-    colours = dict(zip(SIDES, (KEPT, DROPPED), strict=True))
-    series = [
-        one
-        for side, colour in colours.items()
-        for one in over_iterations(side, colour, drifted, "drift", side)
-    ]
+    named = {("drift", "chosen"): ("chosen", KEPT), ("drift", "rejected"): ("rejected", DROPPED)}
+    series = _series(drifted, named)
     last = drifted[-1]["drift"]
     title = (
         f"Iteration {drifted[-1]['iteration']} began {last['chosen']:+.1f} nats (chosen) and "
@@ -294,36 +236,12 @@ def _drift(drifted: Sequence[Figures]) -> Content:
     return [charts.lines(title, note, series, "nats per answer", (0.0, "theta_0"), decimals=1)]
 
 
-def _samples(sampled: Sequence[Figures]) -> Content:
-    def share(part: int | None, whole: int) -> str:
-        return NOTHING if part is None else f"{part:,} ({part / max(1, whole):.0%})"
-
-    rows = []
-    unranked = any(one["samples"].get("unranked") for one in sampled)
-    for one in sampled:
-        samples, pairs = one["samples"], one["pairs"] or {}
-        total = samples["sampled"]
-        kept, of = (number(pairs.get(f"bootstrapped_{what}"), ",") for what in ("kept", "found"))
-        rows.append(
-            {
-                "iteration": str(one["iteration"]),
-                "prompts": f"{samples['prompts']:,}",
-                "answers": f"{total:,}",
-                "duplicates": share(samples["duplicates"], total),
-                "unfinished": share(samples["unfinished"], total),
-                "prompts without a pair": share(samples["too_few"], samples["prompts"]),
-                "ties": number(samples["ties"], ","),
-                **({"unranked": share(samples["unranked"], total)} if unranked else {}),
-                "pairs kept": f"{kept} of {of}",
-            }
-        )
-    return [Table.of("What became of the samples", rows)] if rows else []
-
-
-def _cost(iterations: Sequence[Figures]) -> Content:
+def cost_table(found: Figures) -> Table | None:
+    """Seconds and tokens of each phase, the longest first."""
+    iterations = [one for one in found["iterations"] if one["seconds"]]
     phases = dict.fromkeys(phase for one in iterations for phase in one["seconds"])
     if not phases:
-        return []
+        return None
     whole = [spent(one["seconds"]) for one in iterations]
     total, rows = sum(whole), []
     of_phase = {
@@ -343,29 +261,22 @@ def _cost(iterations: Sequence[Figures]) -> Content:
     title = f"Most time went into: {rows[0][0]} ({rows[0][-2]})"
     rows.append(["all", *(f"{one:,.1f}" for one in whole), f"{total:,.1f}", "100%", ""])
     head = ["phase, s", *(f"t = {one['iteration']}" for one in iterations)]
-    return [Table(title, [*head, "all", "share", "tokens"], rows)]
+    return Table(title, [*head, "all", "share", "tokens"], rows)
 
 
-def _training(run: Run) -> Content:
-    found: Content = []
+def _training(run: Run) -> list[Chart]:
+    found: list[Chart] = []
     # Where each iteration's own figures are in the log, it starts.
     boundaries = {
         int(entry["sera/iteration"]): int(entry["step"])
         for entry in run.history
         if _is_number(entry.get("sera/iteration")) and _is_number(entry.get("step"))
     }
+    against = "of rewards against the iteration's reference"
     for title, ylabel, key in (
         ("Loss", "loss", "loss"),
-        (
-            "Margin of rewards against the iteration's reference",
-            "beta x margin",
-            "rewards/margins",
-        ),
-        (
-            "Accuracy of rewards against the iteration's reference",
-            "share of pairs",
-            "rewards/accuracies",
-        ),
+        (f"Margin {against}", "beta x margin", "rewards/margins"),
+        (f"Accuracy {against}", "share of pairs", "rewards/accuracies"),
     ):
         series = [
             Series(name, colour, *curve(run.history, f"{prefix}{key}"))

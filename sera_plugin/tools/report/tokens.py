@@ -6,7 +6,8 @@ not loaded; its ids are then shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,21 @@ class Texts:
     """
 
     def __init__(self, run: Run) -> None:
+        from tokenizers import Tokenizer
+
         base_model = run.config.get("base_model")
         self.tokenizer: Any = None
         self.source = (
             f"no {_FILE} in the run's policies, its output_dir, or for base_model "
             f"{quoted(base_model)} on this machine"
         )
-        for path in _places(run.root, base_model):
-            tokenizer = _load(path)
-            if tokenizer is not None:
-                self.tokenizer, self.source = tokenizer, str(path)
+        places = [run.root.parent / _FILE]
+        if base_model:
+            places += [Path(base_model) / _FILE, cached_file(base_model, _FILE) or Path()]
+        policies = [policy / _FILE for policy in sorted(run.root.glob("iteration-*/policy"))]
+        for path in [*filter(is_whole, policies), *filter(Path.is_file, places)]:
+            with suppress(Exception):  # the library raises it for whatever it cannot read
+                self.tokenizer, self.source = Tokenizer.from_file(str(path)), str(path)
                 break
         self._end_ids = frozenset(run.description.get("end_ids") or ())
         self._added = frozenset(self.tokenizer.encode("").ids if self.tokenizer else ())
@@ -61,29 +67,6 @@ class Texts:
     def completion(self, ids: Sequence[int]) -> str:
         """The completion without its end token, which trainers add themselves."""
         return self.exact(ids[:-1] if len(ids) and int(ids[-1]) in self._end_ids else ids)
-
-
-def _places(root: Path, base_model: str | None) -> Iterator[Path]:
-    for policy in sorted(root.glob("iteration-*/policy")):
-        if is_whole(policy / _FILE):
-            yield policy / _FILE
-    yield root.parent / _FILE
-    if base_model:
-        yield Path(base_model) / _FILE
-        cached = cached_file(base_model, _FILE)
-        if cached is not None:
-            yield cached
-
-
-def _load(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception:  # the library raises plain Exception for whatever it cannot read
-        return None
 
 
 def cached_file(model: str, name: str) -> Path | None:
