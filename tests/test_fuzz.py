@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from sera_plugin import SeraPlugin
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import ODD, SPELLED_OUT, TokenizedRows, tokenize_rows
-from sera_plugin.data.load_errors import DataError, while_loading
+from sera_plugin.data.files import DataError, while_loading
 from sera_plugin.data.texts import visible
 from tests.test_dataset import build
 from tests.test_plugin_config import config

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sera_plugin.data.dataset import tokenize_rows
-from sera_plugin.data.fields import SYSTEM
+from sera_plugin.data.texts import SYSTEM
 from tests.test_dataset import build
 from tests.test_rows import guarded
 

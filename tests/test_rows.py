@@ -21,10 +21,10 @@ from requests.exceptions import ReadTimeout
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import DUPLICATE, SPELLED_OUT, prepare_rows, tokenize_rows
-from sera_plugin.data.edited_files import edited_since
-from sera_plugin.data.load_errors import (
+from sera_plugin.data.files import (
     DataError,
     check_loaded,
+    edited_since,
     load_failure,
     one_line,
     while_loading,

@@ -12,9 +12,8 @@ import logging
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,8 @@ import numpy.typing as npt
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.encoding import RowTokenizer
-from sera_plugin.data.fields import TEXTS
 from sera_plugin.data.rows import PROBLEM, ROW, SOURCE
-from sera_plugin.data.texts import RowError, odd
+from sera_plugin.data.texts import EMPTY, TEXTS, RowError, odd
 
 IntArray = npt.NDArray[np.int32]
 
@@ -35,10 +33,20 @@ LOG = logging.getLogger("axolotl.sera")
 _NAMED_ROWS = 5
 _NAMED_REASONS = 20
 
-
-def too_long(sequence_len: int | None) -> str:
-    """The reason for dropping a row that the context has no room for."""
-    return f"longer than sequence_len: {sequence_len}"
+#: Remarks on rows that are kept.
+INEXACT = "have tokens that do not decode back to their text; they are trained as tokenised"
+SPELLED_OUT = (
+    "have an answer that spells a token which ends a turn or begins a text; it is tokenised as "
+    "plain text there"
+)
+ODD = (
+    "have control characters, zero-width spaces, byte order marks, direction overrides, wrongly "
+    "decoded characters or piled-up accents; they are trained as they are"
+)
+DUPLICATE = (
+    "repeat an earlier row, token for token; they are trained as often as they are there. Set "
+    "`dataset_exact_deduplication: true` to keep one of each"
+)
 
 
 @dataclass
@@ -72,17 +80,11 @@ class TokenizedRows:
 
     def named(self, rows: Sequence[int]) -> str:
         """The first rows by their place in the user's own files."""
-        first: dict[str, list[int]] = {}
+        first: dict[str, list[str]] = {}
         for row in rows[:_NAMED_ROWS]:
-            first.setdefault(self.sources[row], []).append(self.places[row])
-        more = ", ..." if len(rows) > _NAMED_ROWS else ""
-        return (
-            "; ".join(
-                f"{source} rows {', '.join(map(str, places))}".strip()
-                for source, places in first.items()
-            )
-            + more
-        )
+            first.setdefault(self.sources[row], []).append(str(self.places[row]))
+        places = [f"{source} rows {', '.join(found)}".strip() for source, found in first.items()]
+        return "; ".join(places) + (", ..." if len(rows) > _NAMED_ROWS else "")
 
     def reasons(self) -> list[str]:
         """How many rows were dropped and why, the commonest reason first, with its first rows."""
@@ -90,22 +92,6 @@ class TokenizedRows:
         lines = [f"{len(rows)} row(s): {why} ({self.named(rows)})" for why, rows in ranked]
         more = len(lines) - _NAMED_REASONS
         return lines[:_NAMED_REASONS] + ([f"{more} more reasons"] if more > 0 else [])
-
-
-#: Remarks on rows that are kept.
-INEXACT = "have tokens that do not decode back to their text; they are trained as tokenised"
-SPELLED_OUT = (
-    "have an answer that spells a token which ends a turn or begins a text; it is tokenised as "
-    "plain text there"
-)
-ODD = (
-    "have control characters, zero-width spaces, byte order marks, direction overrides, wrongly "
-    "decoded characters or piled-up accents; they are trained as they are"
-)
-DUPLICATE = (
-    "repeat an earlier row, token for token; they are trained as often as they are there. Set "
-    "`dataset_exact_deduplication: true` to keep one of each"
-)
 
 
 def prepare_rows(
@@ -119,10 +105,9 @@ def prepare_rows(
     """Tokenise rows and say in the log what was dropped and what deserves a look.
 
     Args:
-        examples, tokenizer, end_ids: see `tokenize_rows`.
+        examples, tokenizer, end_ids, name: see `tokenize_rows`.
         cfg: the host's resolved configuration (`sequence_len`, `excess_length_strategy`).
         config: the `sera:` block in it (`bad_rows`).
-        name: what the rows are for, "train" or "eval".
 
     Raises:
         ValueError: if no usable row is left, or some are dropped that must not be, with the counts
@@ -136,7 +121,7 @@ def prepare_rows(
     for remark, rows in result.kept.items():
         LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
     dropped = sum(map(len, result.dropped.values()))
-    long = len(result.dropped.get(too_long(length), ()))
+    long = len(result.dropped.get(_too_long(length), ()))
     for wanted, count, key in (
         (long_rows == "raise", long, "excess_length_strategy"),
         (config.bad_rows == "raise", dropped - long, "sera.bad_rows"),
@@ -158,7 +143,7 @@ def kept_columns(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> dic
 
 
 def tokenize_rows(
-    examples: Sequence[Mapping[str, Any]] | Any,
+    examples: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     end_ids: Sequence[int],
     max_length: int | None,
@@ -168,13 +153,12 @@ def tokenize_rows(
     """Tokenise preference rows exactly.
 
     Args:
-        examples: rows with `prompt`, `chosen` and `rejected` as text, as the guarded transform
-            made them; it also says what is wrong with them and where they come from.
+        examples: rows as `GuardedTransform` made them: `prompt`, `chosen` and `rejected` as text,
+            what is wrong with them and where they come from.
         tokenizer: a transformers tokenizer.
         end_ids: token ids that end a turn for the model.
         max_length: longest prompt + completion in tokens (`sequence_len`), or None.
-        truncate: cut longer completions (`excess_length_strategy: truncate`) instead of dropping
-            the row.
+        truncate: cut longer completions instead of dropping the row.
         name: what the rows are for, "train" or "eval".
 
     Returns:
@@ -187,100 +171,90 @@ def tokenize_rows(
     """
     encoder = RowTokenizer(tokenizer, end_ids)
     result = TokenizedRows()
-    parsed: list[tuple[int, list[str], IntArray, list[IntArray]]] = []
+    encoded: list[tuple[int, list[str], list[IntArray]]] = []
     for row, example in enumerate(examples):
         result.total += 1
         result.sources.append(sys.intern(example.get(SOURCE, "")))
         result.places.append(example.get(ROW, row))
         try:
-            if example.get(PROBLEM):
-                raise RowError(example[PROBLEM])
-            texts = [example[key] for key in TEXTS]
-            prompt_ids, *answers = _encode(encoder, *texts)
+            encoded.append((row, *_encode(encoder, example)))
         except RowError as error:
             result.drop(row, str(error))
-            continue
         except Exception as error:  # a tokenizer may raise anything
             result.drop(row, f"{type(error).__name__}: {plain(str(error), 120)}")
-            continue
-        remarks = [] if all(map(encoder.decodes_to, answers, texts[1:])) else [INEXACT]
-        remarks += [ODD] if any(map(odd, texts)) else []
-        # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
-        prompt_array, *raw = (np.asarray(ids, dtype=np.int32) for ids in (prompt_ids, *answers))
-        parsed.append((row, remarks, prompt_array, raw))
 
-    result.end_ids = _turn_ends(encoder, [raw for *_, raw in parsed])
+    # Which token ends a completion without any is known once all have been seen.
+    result.end_ids = _turn_ends(encoder, [answer for *_, ids in encoded for answer in ids[1:]])
     seen: set[bytes] = set()
-    for row, remarks, prompt_array, raw in parsed:
+    for row, remarks, (prompt, *answers) in encoded:
         try:
-            completions, spelled_out = _finish(encoder, raw, result.end_ids)
+            finished = [_end_once(encoder, answer.tolist(), result.end_ids) for answer in answers]
+            pair = [ids for ids, _ in finished]
             if max_length is not None:
-                completions = _fit(len(prompt_array), completions, max_length, truncate)
-            if np.array_equal(completions[0], completions[1]):
+                too_long = len(prompt) + max(map(len, pair)) > max_length
+                if too_long and not (truncate and len(prompt) < max_length):
+                    raise RowError(_too_long(max_length))
+                pair = [ids[: max_length - len(prompt)] for ids in pair]
+            if np.array_equal(pair[0], pair[1]):
                 raise RowError("chosen equals rejected, which prefers nothing")
         except RowError as error:
             result.drop(row, str(error))
             continue
         digest = hashlib.sha256()
-        for ids in (prompt_array, *completions):
+        for ids in (prompt, *pair):
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         remarks += [DUPLICATE] if digest.digest() in seen else []
-        remarks += [SPELLED_OUT] if spelled_out else []
+        remarks += [SPELLED_OUT] if any(spelled_out for _, spelled_out in finished) else []
         seen.add(digest.digest())
         for remark in remarks:
             result.kept.setdefault(remark, []).append(row)
         result.rows.append(row)
-        result.prompt_ids.append(prompt_array)
-        result.chosen_ids.append(completions[0])
-        result.rejected_ids.append(completions[1])
+        result.prompt_ids.append(prompt)
+        result.chosen_ids.append(pair[0])
+        result.rejected_ids.append(pair[1])
     if not result.rows:
-        reasons = "; ".join(result.reasons())
+        reasons = "; ".join(result.reasons()) or "the dataset is empty"
         keys = "`datasets:`" if name == "train" else "`test_datasets:` or `val_set_size`"
         raise ValueError(
-            f"none of the {result.total} {name} rows can be used "
-            f"({reasons or 'the dataset is empty'}). Check {keys}, and `sequence_len`."
+            f"none of the {result.total} {name} rows can be used ({reasons}). Check {keys}, and "
+            "`sequence_len`."
         )
     return result
 
 
-def _encode(encoder: RowTokenizer, prompt: str, chosen: str, rejected: str) -> list[list[int]]:
-    found = [encoder.prompt(prompt)]
-    found += [encoder.completion(prompt, text) for text in (chosen, rejected)]
-    if not all(found):
+def _too_long(sequence_len: int | None) -> str:
+    return f"longer than sequence_len: {sequence_len}"
+
+
+def _encode(encoder: RowTokenizer, example: Mapping[str, Any]) -> tuple[list[str], list[IntArray]]:
+    """Remarks on a row, and the ids of its texts, without an end added yet."""
+    if example.get(PROBLEM):
+        raise RowError(example[PROBLEM])
+    prompt, *answers = texts = [example[key] for key in TEXTS]
+    ids = [encoder.prompt(prompt), *(encoder.completion(prompt, text) for text in answers)]
+    if not all(ids):
         raise RowError("prompt, chosen or rejected without tokens")
-    return found
+    remarks = [] if all(map(encoder.decodes_to, ids[1:], answers)) else [INEXACT]
+    remarks += [ODD] if any(map(odd, texts)) else []
+    # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
+    return remarks, [np.asarray(one, dtype=np.int32) for one in ids]
 
 
-def _finish(
-    encoder: RowTokenizer, raw: Sequence[IntArray], end_ids: Sequence[int]
-) -> tuple[list[IntArray], bool]:
-    """Both completions with one end token, their last; and whether one had another within."""
-    completions = []
-    spelled_out = False
-    for tokens in raw:
-        ids, ended = encoder.end_once(tokens.tolist(), end_ids)
-        answer, end = (ids[:-1], ids[-1]) if ended else (ids, end_ids[0])
-        if not answer:
-            raise RowError("empty prompt, chosen or rejected")
-        plain = encoder.spell_out(answer, end_ids)
-        if plain != answer:
-            spelled_out = True
-            if not set(end_ids).isdisjoint(plain):
-                raise RowError("an answer spells an end-of-turn token that has no other spelling")
-        completions.append(np.asarray([*plain, end], dtype=np.int32))
-    return completions, spelled_out
+def _end_once(
+    encoder: RowTokenizer, ids: list[int], end_ids: Sequence[int]
+) -> tuple[IntArray, bool]:
+    """A completion whose last token, and no other, ends it; whether another had stood within."""
+    answer, end = encoder.before_end(ids, end_ids)
+    if not answer:
+        raise RowError(EMPTY)
+    spelled = encoder.spell_out(answer, end_ids)
+    if not set(end_ids).isdisjoint(spelled):
+        raise RowError("an answer spells an end-of-turn token that has no other spelling")
+    last = end_ids[0] if end is None else end
+    return np.asarray([*spelled, last], dtype=np.int32), spelled != answer
 
 
-def _fit(
-    prompt: int, completions: Sequence[IntArray], max_length: int, truncate: bool
-) -> list[IntArray]:
-    """The completions as far as they fit after a prompt of that many tokens."""
-    if prompt + max(map(len, completions)) > max_length and (not truncate or prompt >= max_length):
-        raise RowError(too_long(max_length))
-    return [ids[: max_length - prompt] for ids in completions]
-
-
-def _turn_ends(encoder: RowTokenizer, answers: Sequence[Sequence[IntArray]]) -> list[int]:
+def _turn_ends(encoder: RowTokenizer, answers: Sequence[IntArray]) -> list[int]:
     """The tokens that end a turn, the one to append to a completion without any first.
 
     The model's own, and the special token that at least half of all completions end with instead
@@ -289,13 +263,12 @@ def _turn_ends(encoder: RowTokenizer, answers: Sequence[Sequence[IntArray]]) -> 
     """
     ends: Counter[int] = Counter()
     foreign: Counter[int] = Counter()
-    for tokens in chain.from_iterable(answers):
+    for tokens in answers:
         ids = tokens.tolist()
         tail = [ids[position] for position in encoder.tail(ids)]
         own = [token for token in tail if token in encoder.end_ids]
         ends.update(own[:1])
         foreign.update([] if own else tail[-1:])
-    half = len(answers)  # two completions a row
-    ends.update({token: count for token, count in foreign.items() if count >= half})
+    ends.update({token: count for token, count in foreign.items() if 2 * count >= len(answers)})
     most_common = [token for token, _ in ends.most_common()]
     return list(dict.fromkeys([*most_common, *encoder.end_ids]))

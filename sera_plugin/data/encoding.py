@@ -20,7 +20,7 @@ class RowTokenizer:
 
     Args:
         tokenizer: a transformers tokenizer.
-        end_ids: token ids that end a turn for the model (tokenizer and generation config).
+        end_ids: token ids that end a turn for the model (`model_end_ids`).
     """
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
@@ -31,13 +31,12 @@ class RowTokenizer:
                 "the tokenizer has no eos_token, so nothing can end a completion. Set "
                 "`special_tokens: {eos_token: ...}` in the YAML."
             )
-        bos = tokenizer.bos_token_id
-        with_special = tokenizer("a")["input_ids"]
-        self._bos = bos if bos is not None and with_special[:1] == [bos] else None
+        self._bos = tokenizer.bos_token_id
+        self._adds_bos = self._bos is not None and tokenizer("a")["input_ids"][:1] == [self._bos]
         self._special = {
             index
             for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special and index not in (bos, tokenizer.unk_token_id)
+            if token.special and index not in (self._bos, tokenizer.unk_token_id)
         } | set(self.end_ids)
 
     def _encode(self, text: str, spelled_out: bool = False) -> list[int]:
@@ -48,12 +47,9 @@ class RowTokenizer:
     def prompt(self, text: str) -> list[int]:
         """The prompt's ids with one BOS where the tokenizer adds one, never two."""
         ids = self._encode(text)
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
+        while self._bos is not None and ids[:2] == [self._bos, self._bos]:
             ids = ids[1:]
-        if self._bos is not None and ids[:1] != [self._bos]:
-            ids = [self._bos, *ids]
-        return ids
+        return [self._bos, *ids] if self._adds_bos and ids[:1] != [self._bos] else ids
 
     def completion(self, prompt: str, text: str, spelled_out: bool = False) -> list[int]:
         """The completion's ids as they follow the prompt, without an end token added yet.
@@ -61,11 +57,7 @@ class RowTokenizer:
         Tokenised after the prompt where that leaves the prompt's own tokens alone (a
         SentencePiece tokenizer would otherwise put a space in front); on its own where the two
         would merge across the boundary, because sampling continues from the prompt's tokens.
-
-        Args:
-            prompt: what stands before the completion.
-            text: the completion.
-            spelled_out: special tokens in the text become the tokens of their spelling.
+        Special tokens that are `spelled_out` become the tokens of their spelling.
         """
         alone = self._encode(prompt, spelled_out)
         joint = self._encode(prompt + text, spelled_out)
@@ -83,31 +75,28 @@ class RowTokenizer:
                 break
         return positions
 
-    def end_once(self, ids: list[int], turn_ends: Collection[int]) -> tuple[list[int], bool]:
-        """Cut after the first token that ends the turn (`<|im_end|></s>`, a newline after it).
+    def before_end(
+        self, ids: list[int], turn_ends: Collection[int]
+    ) -> tuple[list[int], int | None]:
+        """The ids up to the first of these tokens in the tail, and that token or None.
 
-        Returns:
-            The ids, and whether they end in such a token.
+        What is behind it goes: the `</s>` of `<|im_end|></s>`, a newline.
         """
         for position in self.tail(ids):
             if ids[position] in turn_ends:
-                return ids[: position + 1], True
-        return ids, False
+                return ids[:position], ids[position]
+        return ids, None
 
     def spell_out(self, ids: Sequence[int], turn_ends: Collection[int]) -> list[int]:
-        """The answer's ids with its turn ends and BOS as plain text.
+        """An answer's ids, without its end, with turn ends and BOS as plain text.
 
         An answer may talk about `<|im_end|>`. As the token itself it would end the turn for
         everything that reads these ids later; as the tokens of its spelling it is text. Special
         tokens that do neither, such as those around a tool call, stay.
-
-        Args:
-            ids: a completion without the token that ends it.
-            turn_ends: token ids that end a turn.
         """
         found: list[int] = []
         for token in ids:
-            if token in turn_ends or token == self.tokenizer.bos_token_id:
+            if token in turn_ends or token == self._bos:
                 # Behind a full stop: a SentencePiece tokenizer puts a space before a first word.
                 text = self.tokenizer.convert_ids_to_tokens(token)
                 found += self.completion(".", text, spelled_out=True)

@@ -17,9 +17,8 @@ from pathlib import PurePath
 from typing import Any
 
 from sera_plugin.config.quoting import plain, quoted, without_credentials
-from sera_plugin.data.fields import SYSTEM, TEXTS, check_fields
 from sera_plugin.data.templates import AnswerRecorder, row_texts
-from sera_plugin.data.texts import RowError, check_texts
+from sera_plugin.data.texts import SYSTEM, TEXTS, RowError, check_fields, check_texts
 
 #: What is wrong with a row ("" if nothing), the dataset it comes from, its place there from 0.
 PROBLEM, SOURCE, ROW = "sera_problem", "sera_source", "sera_row"
@@ -33,6 +32,11 @@ def source_name(key: str, index: int, path: str) -> str:
     if "://" in path:
         path = re.split("[?#]", without_credentials(path))[0]
     return f"{key}[{index}] ({plain(PurePath(path).name or path)})"
+
+
+def as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transform of rows that a strategy has mapped in a way of its own."""
+    return row
 
 
 @dataclass
@@ -71,45 +75,32 @@ class GuardedTransform:
         return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
 
     def _texts(self, row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
-        recorder = AnswerRecorder(tokenizer) if self._renders else None
-        result = self._run(copy.deepcopy(row), recorder)
-        if not isinstance(result, Mapping):
-            raise RowError(f"the strategy returned {type(result).__name__} for it")
-        prompt, chosen, rejected = row_texts(result, tokenizer)
-        answers = recorder.completions() if recorder else []
+        recorder = AnswerRecorder(tokenizer)
+        options = {"tokenizer": recorder.recording()} if self._renders else {}
+
+        def transform(row: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+            result = self.transform(row, **options)
+            if not isinstance(result, Mapping):
+                raise RowError(f"the strategy returned {type(result).__name__} for it")
+            return result, dict(zip(TEXTS, row_texts(result, tokenizer), strict=True))
+
+        result, texts = transform(copy.deepcopy(row))
+        answers = recorder.completions()
         if len(answers) == 2:
-            chosen, rejected = answers
-        texts = dict(zip(TEXTS, (prompt, chosen, rejected), strict=True))
-
-        def again(changed: dict[str, Any]) -> Mapping[str, Any]:
-            result = self._run(changed, recorder)
-            return dict(zip(TEXTS, row_texts(result, tokenizer), strict=True))
-
-        templated = bool(recorder and recorder.used) or not isinstance(result["prompt"], str)
-        check_fields(row, texts, again, templated, self.optional)
-        check_texts(prompt, chosen, rejected)
+            texts["chosen"], texts["rejected"] = answers
+        templated = recorder.used or not isinstance(result["prompt"], str)
+        check_fields(row, texts, lambda row: transform(row)[1], templated, self.optional)
+        check_texts(**texts)
         return texts
-
-    def _run(self, row: dict[str, Any], recorder: AnswerRecorder | None) -> Any:
-        options = {"tokenizer": recorder.tokenizer} if recorder else {}
-        return self.transform(row, **options)
-
-
-def as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The transform of rows that a strategy has mapped in a way of its own."""
-    return row
 
 
 def _cause(error: Exception, row: Mapping[str, Any]) -> str:
     """Why a strategy could not transform a row, in one line."""
+    names = [quoted(key) for key in row]
     if isinstance(error, KeyError) and error.args and error.args[0] not in row:
-        return f"no field or role {quoted(error.args[0])}; its fields are {_fields(row)}"
+        fields = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        return f"no field or role {quoted(error.args[0])}; its fields are {fields}"
     null = [quoted(key) for key, value in row.items() if value is None]
     aside = f" (null: {', '.join(null[:5])})" if null else ""
     said = f"{type(error).__name__}: {plain(str(error), 120)}"
     return f"the host's strategy cannot read it: {said}{aside}"
-
-
-def _fields(row: Mapping[str, Any]) -> str:
-    names = [quoted(key) for key in row]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

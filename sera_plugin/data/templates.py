@@ -9,15 +9,17 @@ found at all, which leaves only the last character of the end-of-turn text.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.texts import RowError, visible
+from sera_plugin.data.texts import EMPTY, TEXTS, RowError, visible
+
+Message = Mapping[str, Any]
 
 #: The user message that the host puts before an answer.
-HOST_DUMMY = "[[dummy_message]]"
+_DUMMY = {"role": "user", "content": "[[dummy_message]]"}
 _PROBE = "sera-probe-7f3a"
 _CHANGED = "the chat template does not render the answer as it is"
 _ANSWER_ROLES = ("assistant", "model")
@@ -28,7 +30,7 @@ _ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "func
 def _surroundings(tokenizer: Any, role: str, template: str | None) -> tuple[str, str]:
     """What a chat template writes before and after an answer, the end trimmed."""
     rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": HOST_DUMMY}, {"role": role, "content": _PROBE}],
+        [_DUMMY, {"role": role, "content": _PROBE}],
         add_generation_prompt=False,
         tokenize=False,
         chat_template=template,
@@ -42,25 +44,26 @@ class AnswerRecorder:
 
     It keeps the answers that the strategy renders after the dummy message, so that `completions`
     can cut them out of the very same renderings by position.
-
-    Attributes:
-        tokenizer: a copy for the strategy, which records.
-        used: whether the strategy rendered anything.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = copy.copy(tokenizer)
-        self.tokenizer.apply_chat_template = self._apply_chat_template
+        #: Whether the strategy rendered anything.
         self.used = False
         self._original = tokenizer
-        self._answers: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._answers: list[tuple[Message, str, Any]] = []
+
+    def recording(self) -> Any:
+        """A copy of the tokenizer for the strategy, which records."""
+        recording = copy.copy(self._original)
+        recording.apply_chat_template = self._apply_chat_template
+        return recording
 
     def _apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
         if args or options.get("tokenize", True) or not _is_conversation(conversation):
             return self._original.apply_chat_template(conversation, *args, **options)
         self.used = True
-        rendered = render(self._original, conversation, **options)
-        if len(conversation) == 2 and conversation[0].get("content") == HOST_DUMMY:
+        rendered = _render(self._original, conversation, **options)
+        if len(conversation) == 2 and conversation[0].get("content") == _DUMMY["content"]:
             template = options.get("chat_template") or self._original.chat_template
             self._answers.append((conversation[1], rendered, template))
         return rendered
@@ -73,14 +76,13 @@ class AnswerRecorder:
         """
         return [self._completion(*answer) for answer in self._answers]
 
-    def _completion(self, answer: Mapping[str, Any], rendered: str, template: Any) -> str:
+    def _completion(self, answer: Message, rendered: str, template: Any) -> str:
         _check_answer(answer)
         before, end = _surroundings(self._original, answer["role"], template)
         if not rendered.startswith(before):
             # A template that writes reasoning and answer in two places, for example.
-            dummy = [{"role": "user", "content": HOST_DUMMY}]
             before = self._original.apply_chat_template(
-                dummy, add_generation_prompt=True, chat_template=template, tokenize=False
+                [_DUMMY], add_generation_prompt=True, chat_template=template, tokenize=False
             )
         completion = rendered[len(before) :].rstrip()
         if not rendered.startswith(before) or not completion.endswith(end):
@@ -89,7 +91,56 @@ class AnswerRecorder:
         return completion
 
 
-def _content(message: Mapping[str, Any]) -> list[str]:
+def row_texts(row: Mapping[str, Any], tokenizer: Any) -> list[str]:
+    """A row's prompt, chosen and rejected as text; messages go through the chat template.
+
+    Raises:
+        RowError: for values that are neither text nor messages, or that the template cannot
+            render.
+    """
+    values: list[Any] = [row.get(key) for key in TEXTS]
+    if all(isinstance(value, str) for value in values):
+        return values
+    if not all(map(_is_conversation, values)):
+        kinds = ", ".join(type(value).__name__ for value in values)
+        raise RowError(f"prompt, chosen, rejected must all be text or all messages, not {kinds}")
+    prompt, *answers = ([_without_blanks(message) for message in value] for value in values)
+    for message in prompt:
+        if message.get("role") not in _ROLES:
+            raise RowError(f"unknown role {quoted(message.get('role'))} in the prompt")
+    texts = [_render(tokenizer, prompt, add_generation_prompt=True, tokenize=False)]
+    for answer in answers:
+        if len(answer) != 1:
+            raise RowError("chosen or rejected has several messages; a completion is one turn")
+        _check_answer(answer[0])
+        whole = _render(tokenizer, prompt + answer, tokenize=False)
+        if not whole.startswith(texts[0]):
+            raise RowError(
+                "the chat template renders the prompt differently once the answer follows; "
+                "`type: chat_template.default` renders each alone"
+            )
+        texts.append(whole[len(texts[0]) :].rstrip())
+        _check_whole(answer[0], texts[-1])
+    return texts
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(message, Mapping) for message in value)
+    )
+
+
+def _without_blanks(message: Message) -> dict[str, Any]:
+    """A message without keys that say nothing: a table has all keys in all rows (`tool_calls: []`),
+    and templates look whether one is there."""
+    return {
+        key: value for key, value in message.items() if key == "content" or value not in (None, [])
+    }
+
+
+def _content(message: Message) -> list[str]:
     """The texts in a message; templates render anything else as if it were text, or as nothing."""
     content = message.get("content")
     if content is None and message.get("tool_calls"):
@@ -103,88 +154,35 @@ def _content(message: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def render(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """A conversation as text.
+def _has(rendered: str, parts: Iterable[str]) -> bool:
+    """Whether all parts are there, white space aside."""
+    squeezed = "".join(rendered.split())
+    return all("".join(part.split()) in squeezed for part in parts)
 
-    Raises:
-        RowError: for a message that says nothing, or whose parts the template does not render.
-    """
+
+def _render(tokenizer: Any, conversation: Sequence[Message], **options: Any) -> str:
+    """A conversation as text; RowError for a message of which nothing is rendered."""
     contents = [_content(message) for message in conversation]
     text: str = tokenizer.apply_chat_template(conversation, **options)
-    squeezed = "".join(text.split())
     for message, parts in zip(conversation, contents, strict=True):
         if message.get("role") == "user" and not any(map(visible, parts)):
             raise RowError("a user message is empty")
-        if isinstance(message.get("content"), list) and not all(
-            "".join(part.split()) in squeezed for part in parts
-        ):
+        if isinstance(message.get("content"), list) and not _has(text, parts):
             raise RowError("the chat template does not render a message that has parts")
     return text
 
 
-def _check_answer(answer: Mapping[str, Any]) -> None:
+def _check_answer(answer: Message) -> None:
     if answer.get("role") not in _ANSWER_ROLES:
         raise RowError(
             f"chosen or rejected has the role {quoted(answer.get('role'))}, not assistant"
         )
     if not answer.get("tool_calls") and not any(map(visible, _content(answer))):
-        raise RowError("empty prompt, chosen or rejected")
+        raise RowError(EMPTY)
 
 
-def _check_whole(answer: Mapping[str, Any], completion: str) -> None:
+def _check_whole(answer: Message, completion: str) -> None:
     """Templates may trim an answer, or have a place for tool calls or none."""
     calls = [call.get("function") or call for call in answer.get("tool_calls") or ()]
-    said = [*_content(answer), *(str(call.get("name")) for call in calls)]
-    squeezed = "".join(completion.split())
-    if not all("".join(part.split()) in squeezed for part in said):
+    if not _has(completion, [*_content(answer), *(str(call.get("name")) for call in calls)]):
         raise RowError(_CHANGED)
-
-
-def _without_blanks(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without keys that say nothing: a table has all keys in all rows (`tool_calls: []`),
-    and templates look whether one is there."""
-    return {
-        key: value for key, value in message.items() if key == "content" or value not in (None, [])
-    }
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and bool(value)
-        and all(isinstance(message, Mapping) for message in value)
-    )
-
-
-def row_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
-    """A row's prompt, chosen and rejected as text; messages go through the chat template.
-
-    Raises:
-        RowError: for values that are neither text nor messages, or that the template cannot
-            render.
-    """
-    values: list[Any] = [row.get(key) for key in ("prompt", "chosen", "rejected")]
-    if all(isinstance(value, str) for value in values):
-        return values[0], values[1], values[2]
-    if not all(_is_conversation(value) for value in values):
-        kinds = ", ".join(type(value).__name__ for value in values)
-        raise RowError(f"prompt, chosen, rejected must all be text or all messages, not {kinds}")
-    prompt, *answers = ([_without_blanks(message) for message in value] for value in values)
-    for message in prompt:
-        if message.get("role") not in _ROLES:
-            raise RowError(f"unknown role {quoted(message.get('role'))} in the prompt")
-    text = render(tokenizer, prompt, add_generation_prompt=True, tokenize=False)
-    completions = []
-    for answer in answers:
-        if len(answer) != 1:
-            raise RowError("chosen or rejected has several messages; a completion is one turn")
-        _check_answer(answer[0])
-        whole = render(tokenizer, prompt + answer, tokenize=False)
-        if not whole.startswith(text):
-            raise RowError(
-                "the chat template renders the prompt differently once the answer follows; "
-                "`type: chat_template.default` renders each alone"
-            )
-        completions.append(whole[len(text) :].rstrip())
-        _check_whole(answer[0], completions[-1])
-    return text, completions[0], completions[1]

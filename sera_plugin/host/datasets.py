@@ -47,11 +47,10 @@ from datasets import Dataset, Features, Value
 from transformers import HfArgumentParser
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.edited_files import edited_since
-from sera_plugin.data.fields import SYSTEM, TEXTS
-from sera_plugin.data.load_errors import (
+from sera_plugin.data.files import (
     DataError,
     check_loaded,
+    edited_since,
     while_loading,
     while_preparing,
 )
@@ -64,6 +63,7 @@ from sera_plugin.data.rows import (
     as_it_is,
     source_name,
 )
+from sera_plugin.data.texts import SYSTEM, TEXTS
 
 #: With one of these a strategy maps its rows in a way of its own.
 _OWN_MAPPING = frozenset({"batched", "with_indices", "with_rank", "input_columns"})

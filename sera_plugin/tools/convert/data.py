@@ -12,7 +12,7 @@ import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.json_rows import json_rows
+from sera_plugin.data.files import json_rows
 from sera_plugin.tools.convert.names import COLUMNS, DATASET_KEYS, TAGS
 from sera_plugin.tools.convert.settings import Settings
 

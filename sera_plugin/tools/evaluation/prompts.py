@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.json_rows import json_rows
+from sera_plugin.data.files import json_rows
 from sera_plugin.data.texts import encodable, visible
 
 #: Where a row's prompt is, the first of these that it has, and where its category is if it has no
