@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks.harness import Setup, figure, interleave, markdown, times
 from benchmarks.workload import load_model, make_model, vocabulary_of
 from sera_plugin.model.forward import _KNOWN, abilities
-from sera_plugin.model.logprobs import cost_of_sharing, score_sequences, scoring_budget
 from sera_plugin.model.packing import plan_lines
+from sera_plugin.model.scoring import cost_of_sharing, score_sequences, scoring_budget
 
 TITLE = "Shared prompts"
 PROMPTS, CANDIDATES, COMPLETION = (32, 128, 512, 768), 4, 96

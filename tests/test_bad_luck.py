@@ -17,8 +17,8 @@ from transformers import Trainer
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.model.budget import TokenBudget
 from sera_plugin.model.forward import abilities
-from sera_plugin.model.logprobs import score_sequences
 from sera_plugin.model.policies import PolicyHistory
+from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
 from tests.conftest import adapter, fill, ids
@@ -209,7 +209,7 @@ def test_memory_that_really_runs_out():
         import numpy as np, psutil, torch
         from transformers import LlamaConfig, LlamaForCausalLM
         from sera_plugin.model.budget import TokenBudget
-        from sera_plugin.model.logprobs import score_sequences
+        from sera_plugin.model.scoring import score_sequences
         logging.basicConfig()
         torch.set_num_threads(1)
         config = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32768,

@@ -11,8 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.trainer import preference_loss
-from sera_plugin.model.losses import PreferenceLoss
-from sera_plugin.model.objective import Objective
+from sera_plugin.model.losses import Objective, PreferenceLoss
 
 BETA = 0.5
 CHOSEN = torch.tensor([1.2, -0.4, 3.0])

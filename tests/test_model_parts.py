@@ -15,9 +15,10 @@ from peft import LoraConfig, get_peft_model
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.model.budget import TokenBudget, batches_by_length
 from sera_plugin.model.gate import FLOAT32_LIMIT, LOW_PRECISION_LIMIT, check_step_zero
-from sera_plugin.model.logprobs import score_sequences
 from sera_plugin.model.losses import PreferenceLoss
-from sera_plugin.model.policies import PolicyHistory, restore_snapshot, take_snapshot
+from sera_plugin.model.policies import PolicyHistory
+from sera_plugin.model.scoring import score_sequences
+from sera_plugin.model.weights import restore_snapshot, take_snapshot
 from sera_plugin.rundir.ranks import Shard
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler

@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.model.forward import completion_logps, forward_logps
-from sera_plugin.model.logprobs import score_sequences, scoring_budget
 from sera_plugin.model.memory import SAMPLED_ON_CPU
 from sera_plugin.model.packing import Targets
-from sera_plugin.model.policies import PolicyHistory, take_snapshot
+from sera_plugin.model.policies import PolicyHistory
+from sera_plugin.model.scoring import score_sequences, scoring_budget
+from sera_plugin.model.weights import take_snapshot
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.tools.planning.activations import (

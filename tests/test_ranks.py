@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 import yaml
 from safetensors.numpy import load_file
 
-from sera_plugin.model.logprobs import TokenBudget
+from sera_plugin.model.budget import TokenBudget
 from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard
 from tests.conftest import adapter
 
@@ -300,8 +300,13 @@ def test_sharding_that_the_host_cannot_do_is_refused(base_config, tmp_path):
 def _meet_sharded(rank: int, port: int, directory: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    from sera_plugin.model.policies import is_finite, restore_snapshot, take_snapshot
-    from sera_plugin.model.sharding import is_sharded, whole_weights
+    from sera_plugin.model.weights import (
+        is_finite,
+        is_sharded,
+        restore_snapshot,
+        take_snapshot,
+        whole_weights,
+    )
     from sera_plugin.rundir.ranks import Ranks
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -24,8 +24,8 @@ from transformers import (
 from sera_plugin.model import forward
 from sera_plugin.model.budget import TokenBudget
 from sera_plugin.model.forward import Abilities, abilities, completion_logps, forward_logps
-from sera_plugin.model.logprobs import cost_of_sharing, score_sequences
 from sera_plugin.model.packing import Sharing, Targets, collate, plan_lines
+from sera_plugin.model.scoring import cost_of_sharing, score_sequences
 from tests.conftest import ids
 
 SMALL = {
@@ -227,7 +227,7 @@ def test_an_adapter_on_any_layer_is_scored_and_trained_as_by_the_whole_logits(mo
     found = []
     for in_head in (True, False):
         model.zero_grad()
-        logps, _ = forward._forward(model, inputs, targets, in_head)
+        logps, _ = forward_logps(model, inputs, targets, in_head)
         logps.sum().backward()
         gradients = [w.grad.clone() for w in model.parameters() if w.grad is not None]
         found.append([logps.detach(), *gradients])

@@ -35,18 +35,16 @@ from sera_plugin.data.encoding import model_end_ids
 from sera_plugin.host.epochs import DIVERGED, EndOfIteration, TrainingBar, UnequalEpochs
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
-from sera_plugin.model.adapters import continue_adapter, tidy_adapters
 from sera_plugin.model.gate import (
     FLOAT32_LIMIT,
     LOW_PRECISION_LIMIT,
     check_step_zero,
     low_precision,
 )
-from sera_plugin.model.logprobs import scoring_budget
-from sera_plugin.model.losses import PreferenceLoss
-from sera_plugin.model.objective import Objective
+from sera_plugin.model.losses import Objective, PreferenceLoss
 from sera_plugin.model.policies import PolicyHistory
-from sera_plugin.model.scoring import PolicyScorer
+from sera_plugin.model.scoring import PolicyScorer, scoring_budget
+from sera_plugin.model.weights import continue_adapter, tidy_adapters
 from sera_plugin.rundir.distributed import current_ranks
 from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.store import RunStore, make_table

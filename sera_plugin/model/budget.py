@@ -19,16 +19,10 @@ T = TypeVar("T")
 
 
 def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu: int) -> int:
-    """Tokens per forward pass, a power of two unless one sequence is longer.
+    """`tokens_per_pass` on a device.
 
     Told by the device alone and not by what is free on it, so that batches, and with them the last
     digits of all results, are the same when a run is continued.
-
-    Args:
-        device: where the model is.
-        bytes_per_token: memory that a pass needs for each.
-        longest: tokens of the longest sequence there can be.
-        on_cpu: the number where there is no GPU.
     """
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else None
@@ -38,9 +32,7 @@ def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu
 def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first.
 
-    Args:
-        lengths: tokens per sequence.
-        token_budget: most tokens a batch holds once padded; a longer sequence is alone.
+    A batch holds at most `token_budget` tokens once padded; a longer sequence is alone.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -59,7 +51,7 @@ class TokenBudget:
     Attributes:
         planned: most tokens per forward pass, padding included. All ranks plan by it.
         purpose: what the passes are for, in a message.
-        tokens: the same, after what has run out of memory.
+        tokens: the same as `planned`, after what has run out of memory.
     """
 
     planned: int
@@ -103,38 +95,35 @@ class TokenBudget:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                if in_step:
-                    raise ValueError(self._in_step_message(len(batch), size)) from error
-                self._exceeded(len(batch), size)
+                if in_step or len(batch) == 1:
+                    raise ValueError(self._out_of_memory(len(batch), size, in_step)) from error
                 error.__traceback__ = None  # its frames hold what did not fit
             else:
                 yield batch, result
                 continue
             clear_device_cache(garbage_collection=True)
+            self.tokens = min(self.tokens, len(batch) * size) // 2
+            LOG.warning(
+                "SeRA: out of memory while %s %d sequences of %d tokens at a time; going on with "
+                "%d tokens at a time",
+                self.purpose,
+                len(batch),
+                size,
+                self.tokens,
+            )
             left.appendleft(batch)
 
-    def _in_step_message(self, sequences: int, size: int) -> str:
-        return (
-            f"out of memory while {self.purpose} {sequences} sequences of {size} tokens at a time. "
-            "Every forward pass over sharded weights is made by all processes together, so this "
-            "one cannot go on with smaller batches alone, and the run stops. Set "
-            "fsdp_config.offload_params: true, take more processes, or lower sequence_len (for "
-            "sampling sera.max_new_tokens or sera.candidates, or set sera.sampler: vllm)."
-        )
-
-    def _exceeded(self, sequences: int, size: int) -> None:
-        if sequences == 1:
-            raise ValueError(
-                f"out of memory while {self.purpose}, with {size} tokens at a time. "
-                "Lower sequence_len (for sampling sera.max_new_tokens or sera.candidates), load "
-                "the model in 4 or 8 bits, or take a device with more memory."
+    def _out_of_memory(self, sequences: int, size: int, in_step: bool) -> str:
+        sampling = "for sampling sera.max_new_tokens or sera.candidates"
+        if in_step:
+            return (
+                f"out of memory while {self.purpose} {sequences} sequences of {size} tokens at a "
+                "time. Every forward pass over sharded weights is made by all processes together, "
+                "so this one cannot go on with smaller batches alone, and the run stops. Set "
+                "fsdp_config.offload_params: true, take more processes, or lower sequence_len "
+                f"({sampling}, or set sera.sampler: vllm)."
             )
-        self.tokens = min(self.tokens, sequences * size) // 2
-        LOG.warning(
-            "SeRA: out of memory while %s %d sequences of %d tokens at a time; going on with %d "
-            "tokens at a time",
-            self.purpose,
-            sequences,
-            size,
-            self.tokens,
+        return (
+            f"out of memory while {self.purpose}, with {size} tokens at a time. Lower sequence_len "
+            f"({sampling}), load the model in 4 or 8 bits, or take a device with more memory."
         )

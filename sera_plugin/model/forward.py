@@ -54,7 +54,7 @@ def completion_logps(
 
 
 def forward_logps(
-    model: nn.Module, inputs: Mapping[str, Any], targets: Targets
+    model: nn.Module, inputs: Mapping[str, Any], targets: Targets, in_head: bool | None = None
 ) -> tuple[Tensor, Any]:
     """One forward pass.
 
@@ -62,18 +62,14 @@ def forward_logps(
         model: a causal language model, wrapped or not.
         inputs: what its forward takes, `input_ids` among it.
         targets: what to score.
+        in_head: see `Abilities`; None asks them.
 
     Returns:
         (n,) float32 log pi(completion | prompt) in nats, and the model's output. Its logits are
         not those of all tokens.
     """
-    in_head = abilities(model).in_head and not is_compiled_module(model)
-    return _forward(model, inputs, targets, in_head)
-
-
-def _forward(
-    model: nn.Module, inputs: Mapping[str, Any], targets: Targets, in_head: bool
-) -> tuple[Tensor, Any]:
+    if in_head is None:
+        in_head = abilities(model).in_head and not is_compiled_module(model)
     base = innermost(model)
     length = inputs["input_ids"].shape[1]
     vocabulary = base.config.get_text_config().vocab_size
@@ -96,12 +92,9 @@ def _forward(
 def _scoring_head(
     head: nn.Module, targets: Targets, length: int, vocabulary: int
 ) -> Iterator[list[Tensor]]:
-    """The output layer takes its logits at the targets only, and sums them up at once.
+    """The output layer takes its logits at the targets only, and sums them up into the list.
 
     Inside the model's own forward, so that whatever wraps the model or the layer stays in force.
-
-    Yields:
-        A list that the sums are put into.
     """
     logits = head.forward
     own = vars(head).get("forward")
@@ -162,23 +155,22 @@ def abilities(model: nn.Module) -> Abilities:
     def score(layout: Layout, in_head: bool) -> tuple[Tensor, Any]:
         lines = [(0, 1)] if layout == "shared" else [(0,), (1,)]
         inputs, targets = collate([prompt, prompt], answers, lines, layout, 0, device)
-        return _forward(model, inputs, targets, in_head)
+        return forward_logps(model, inputs, targets, in_head)
+
+    def gives_the_same(layout: Layout, in_head: bool) -> bool:
+        try:
+            logps, output = score(layout, in_head)
+        except _REFUSALS:
+            return False
+        returned = output.logits.flatten()
+        if in_head and not torch.equal(returned, logps.to(returned.dtype)):
+            return False  # something comes after the output layer
+        return torch.allclose(logps, plain, rtol=0.01)
 
     was_training = model.training
     model.eval()
     try:
         plain, _ = score("padded", in_head=False)
-
-        def gives_the_same(layout: Layout, in_head: bool) -> bool:
-            try:
-                logps, output = score(layout, in_head)
-            except _REFUSALS:
-                return False
-            returned = output.logits.flatten()
-            if in_head and not torch.equal(returned, logps.to(returned.dtype)):
-                return False  # something comes after the output layer
-            return torch.allclose(logps, plain, rtol=0.01)
-
         in_head = gives_the_same("padded", in_head=True)
         attention = text._attn_implementation
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])

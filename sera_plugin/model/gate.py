@@ -27,14 +27,9 @@ def low_precision(model: torch.nn.Module) -> bool:
 
 
 def deviation(found: npt.ArrayLike, expected: npt.ArrayLike, lengths: npt.ArrayLike) -> float:
-    """How far log-probabilities are from what they should be, at most.
+    """How far (n,) log pi of completions of some lengths are from what they should be, at most.
 
-    Args:
-        found, expected: (n,) log pi of completions, nats.
-        lengths: (n,) their tokens.
-
-    Returns:
-        Nats per square root of a completion's tokens; NaN if any log-probability is.
+    In nats per square root of a completion's tokens; NaN if any log-probability is.
     """
     difference = np.asarray(found, np.float64) - np.asarray(expected, np.float64)
     return float(np.max(np.abs(difference) / np.sqrt(np.asarray(lengths))))
@@ -70,13 +65,11 @@ def check_step_zero(
         ValueError: with the figures, if policy and reference differ by more than the limit, or the
             loss from its formula.
     """
-    sides = ("chosen", "rejected")
     found = [chosen_logps.detach().cpu(), rejected_logps.detach().cpu()]
-    references = [inputs[f"ref_{side}_logps"].cpu() for side in sides]
-    stored = [
-        inputs.get(f"policy_{side}_logps", reference).cpu()
-        for side, reference in zip(sides, references, strict=True)
-    ]
+    references = [inputs[f"ref_{side}_logps"].cpu() for side in ("chosen", "rejected")]
+    stored = references
+    if "policy_chosen_logps" in inputs:
+        stored = [inputs[f"policy_{side}_logps"].cpu() for side in ("chosen", "rejected")]
     lengths = inputs["completion_mask"].sum(dim=1).cpu().chunk(2)
     means = [
         (float(policy.mean()), float(before.mean()), float(length.float().mean()))

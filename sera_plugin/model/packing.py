@@ -6,9 +6,9 @@ not to each other, so that the prompt is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,31 +51,29 @@ class Sharing:
 def plan_lines(
     prompts: Sequence[Ids], completions: Sequence[Ids], sharing: Sharing | None
 ) -> list[Line]:
-    """Put completions of one prompt into one line where that costs less.
-
-    Args:
-        prompts, completions: (n,) arrays of token ids each; equal prompts are one prompt.
-        sharing: None gives every completion a line of its own.
+    """Put completions of equal prompts into one line where that costs less.
 
     Returns:
-        Lines that have each completion once.
+        Lines that have each completion once; one each if `sharing` is None.
     """
     if sharing is None:
         return [(index,) for index in range(len(prompts))]
-    by_prompt: dict[Hashable, list[int]] = {}
+    by_prompt: dict[bytes, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_prompt.setdefault(prompt.tobytes(), []).append(index)
+
+    def cost(line: Line) -> float:
+        tokens = len(prompts[line[0]]) + sum(len(completions[index]) for index in line)
+        return sharing.cost(tokens, len(line))
+
     lines: list[Line] = []
     for indices in by_prompt.values():
         indices.sort(key=lambda index: len(completions[index]))
-        prompt_length = len(prompts[indices[0]])
-        lengths = [len(completions[index]) for index in indices]
-        costs = []
-        for size in range(1, min(len(indices), _MOST_SHARED) + 1):
-            parts = [lengths[at : at + size] for at in range(0, len(lengths), size)]
-            costs.append(sum(sharing.cost(prompt_length + sum(part), len(part)) for part in parts))
-        size = 1 + int(np.argmin(costs))
-        lines += [tuple(indices[at : at + size]) for at in range(0, len(indices), size)]
+        plans = [
+            [tuple(indices[at : at + size]) for at in range(0, len(indices), size)]
+            for size in range(1, min(len(indices), _MOST_SHARED) + 1)
+        ]
+        lines += min(plans, key=lambda plan: sum(map(cost, plan)))
     return lines
 
 
@@ -96,27 +94,17 @@ class Targets:
 
     @classmethod
     def of(cls, input_ids: Tensor, completion_mask: Tensor) -> Targets:
-        """Of a batch with one completion a line.
-
-        Args:
-            input_ids: (n, length) token ids.
-            completion_mask: (n, length), 1 where a token belongs to the completion.
-        """
+        """Of (n, length) token ids, one completion a line, and a mask of where it is."""
         line, position = completion_mask.nonzero(as_tuple=True)
         label = input_ids[line, position]
         return cls(line, position - 1, label, completion_mask.sum(dim=1).tolist())
 
     def with_prompts(self, input_ids: Tensor, completion_mask: Tensor) -> Targets:
-        """The same and the prompts of the first half of the lines, all but their first token.
-
-        Args:
-            input_ids, completion_mask: as `of` takes them.
-        """
+        """The same and the prompts of the first half of the lines, all but their first token."""
         begins = completion_mask.argmax(dim=1, keepdim=True)
         before = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < begins
         before[:, 0] = False  # nothing predicts it
-        before = before[: len(input_ids) // 2]
-        prompts = Targets.of(input_ids, before)
+        prompts = Targets.of(input_ids, before[: len(input_ids) // 2])
         return Targets(
             torch.cat([self.line, prompts.line]),
             torch.cat([self.position, prompts.position]),
@@ -133,80 +121,53 @@ def collate(
     pad_id: int,
     device: torch.device,
 ) -> tuple[dict[str, Any], Targets]:
-    """A batch, padded on the right.
+    """A batch of some lines of (n,) prompts and completions, padded on the right.
 
     No mask says what is padding: attention is causal, so nothing that is scored sees it.
-
-    Args:
-        prompts, completions: (n,) arrays of token ids each.
-        lines: which of them to take, and how.
-        layout: how the lines lie in the batch.
-        pad_id: padding token id.
-        device: where the batch goes.
 
     Returns:
         The model's inputs, and what to score, in the order of the lines.
     """
-    found = [_flatten(prompts[line[0]], [completions[index] for index in line]) for line in lines]
-    sizes = [len(one.ids) for one in found]
+    sizes = [len(prompts[line[0]]) + sum(len(completions[i]) for i in line) for line in lines]
     packed = layout == "packed"
     shape = (1, sum(sizes)) if packed else (len(lines), max(sizes))
-    starts = np.cumsum([0, *sizes[:-1]]) if packed else np.zeros(len(lines), dtype=np.int64)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
-    part = np.full(shape, -1, dtype=np.int64)
-    for number, (one, start) in enumerate(zip(found, starts, strict=True)):
-        place = (0 if packed else number, slice(start, start + len(one.ids)))
-        input_ids[place], position_ids[place], part[place] = one.ids, one.positions, one.part
+    part = np.full(shape, -1, dtype=np.int64)  # 0 in a prompt, 1 in its first completion, ...
+    targets: list[npt.NDArray[np.int64]] = []  # (line, position, label) of each completion
+    end = 0
+    for number, line in enumerate(lines):
+        row, start = (0, end) if packed else (number, 0)
+        prompt_end = end = start + len(prompts[line[0]])
+        input_ids[row, start:end] = prompts[line[0]]
+        position_ids[row, start:end] = np.arange(end - start)
+        part[row, start:end] = 0
+        for place, index in enumerate(line, start=1):
+            begin, end = end, end + len(completions[index])
+            input_ids[row, begin:end] = completions[index]
+            position_ids[row, begin:end] = np.arange(end - begin) + prompt_end - start
+            part[row, begin:end] = place
+            # The prompt's last token predicts the first, and every other one the next.
+            predicted_at = np.arange(begin, end) - 1
+            predicted_at[0] = prompt_end - 1
+            targets.append(
+                np.stack([np.full(end - begin, row), predicted_at, input_ids[row, begin:end]])
+            )
 
-    def on_device(values: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    counts = [len(one.predicted_at) for one in found]
-    targets = Targets(
-        line=on_device(
-            np.repeat(np.zeros_like(starts) if packed else np.arange(len(lines)), counts)
-        ),
-        position=on_device(
-            np.concatenate([one.predicted_at for one in found]) + np.repeat(starts, counts)
-        ),
-        label=on_device(
-            np.concatenate([completions[i] for line in lines for i in line]).astype(np.int64)
-        ),
-        lengths=[len(completions[index]) for line in lines for index in line],
-    )
-    inputs = {"input_ids": on_device(input_ids)}
+    inputs = {"input_ids": torch.from_numpy(input_ids).to(device)}
     if layout != "padded":
-        inputs["position_ids"] = on_device(position_ids)
+        inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
     if layout == "shared":
-        inputs["attention_mask"] = _prompt_mask(on_device(part))
-    return inputs, targets
-
-
-class _Flat(NamedTuple):
-    ids: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    #: 0 in the prompt, 1 in the first answer, ...
-    part: npt.NDArray[np.int64]
-    predicted_at: npt.NDArray[np.int64]
-
-
-def _flatten(prompt: Ids, answers: Sequence[Ids]) -> _Flat:
-    """A line. Each answer's first token is predicted at the prompt's last, others one before."""
-    begin, sizes = len(prompt), [len(answer) for answer in answers]
-    ids = np.concatenate([prompt, *answers])
-    predicted_at = np.arange(begin, len(ids)) - 1
-    predicted_at[np.cumsum([0, *sizes[:-1]])] = begin - 1
-    positions = [np.arange(begin), *(np.arange(begin, begin + size) for size in sizes)]
-    part = np.repeat(np.arange(len(sizes) + 1), [begin, *sizes])
-    return _Flat(ids, np.concatenate(positions), part, predicted_at)
+        inputs["attention_mask"] = _prompt_mask(torch.from_numpy(part).to(device))
+    lengths = [one.shape[1] for one in targets]
+    row_of, position, label = torch.from_numpy(np.hstack(targets)).to(device)
+    return inputs, Targets(row_of, position, label, lengths)
 
 
 def _prompt_mask(part: Tensor) -> Tensor:
-    """(lines, 1, length, length), True where a token may attend: back to its part and the prompt.
+    """(lines, 1, length, length) from (lines, length) parts: True where a token may attend.
 
-    Args:
-        part: (lines, length), 0 in the prompt, -1 in the padding.
+    That is back to its own part and to the prompt.
     """
     length = part.shape[1]
     back = torch.ones(length, length, dtype=torch.bool, device=part.device).tril()

@@ -16,49 +16,20 @@ from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
 
-from sera_plugin.model.sharding import is_sharded, local, part_of, trainable, whole_weights
+from sera_plugin.model.weights import (
+    Snapshot,
+    is_sharded,
+    part_of,
+    restore_snapshot,
+    take_snapshot,
+    trainable,
+    whole_weights,
+)
 from sera_plugin.rundir.checksums import damage, replace_directory
-from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore, write_json
-
-Snapshot = dict[str, Tensor]
-
-
-def take_snapshot(model: nn.Module) -> Snapshot:
-    """Copy the trainable weights to host memory, bit for bit, in their own type.
-
-    Of sharded weights this process's part.
-    """
-    return {name: local(weight).to("cpu", copy=True) for name, weight in trainable(model).items()}
-
-
-@torch.no_grad()
-def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
-    """Write a snapshot into the model's own storage.
-
-    One that was taken before the model was sharded holds whole weights, and is cut.
-
-    Raises:
-        ValueError: if the snapshot was taken from other trainable weights.
-    """
-    weights = trainable(model)
-    if weights.keys() != snapshot.keys():
-        differing = sorted(weights.keys() ^ snapshot.keys())[:3]
-        raise ValueError(f"the snapshot's weights are not the model's: {', '.join(differing)}")
-    for name, weight in weights.items():
-        here, saved = local(weight), snapshot[name]
-        here.copy_(saved if saved.shape == here.shape else part_of(saved, weight))
-
-
-def is_finite(model: nn.Module, ranks: Ranks) -> bool:
-    """Whether no trainable weight is NaN or infinite, on any rank; a collective call."""
-    found = [local(weight).isfinite().all().cpu() for weight in trainable(model).values()]
-    bad = np.array([0.0 if torch.stack(found).all() else 1.0])
-    return not ranks.sum(bad).any()
 
 
 @contextmanager
@@ -103,10 +74,8 @@ class PolicyHistory:
     def keep_initial(self, recorded: bool) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
 
-        Args:
-            recorded: whether this run has begun before. Its own theta_0 is then on disk: another
-                version of a library may initialise an adapter differently, and rewards count from
-                the one the run began with.
+        A run that has begun before, `recorded`, has its own on disk: another version of a library
+        may initialise an adapter differently, and rewards count from the one the run began with.
         """
         directory = self.store.policy(1)
         recorded = recorded and self.is_adapter and damage(directory) is None
@@ -122,26 +91,25 @@ class PolicyHistory:
         self.current = policy
         if policy not in self._snapshots:
             self._snapshots[policy] = take_snapshot(self.model)
+        is_base = policy == 0 and not self.is_adapter
         whole: dict[str, Any] = {}
-        if is_sharded(self.model) and not self._is_base(policy):
+        if is_sharded(self.model) and not is_base:
             # Every rank takes part, or the others would wait for it.
             whole = {"state_dict": whole_weights(self.model, trainable_only=self.is_adapter)}
-        self.store.ranks.on_main(lambda: self._write(policy, whole))
 
-    def _is_base(self, policy: int) -> bool:
-        return policy == 0 and not self.is_adapter
+        def save(directory: Path) -> None:
+            if is_base:
+                write_json(directory / "base_model.json", {"base_model": self.base_model})
+            else:
+                self.model.save_pretrained(str(directory), **whole)
+                self.tokenizer.save_pretrained(str(directory))
 
-    def _write(self, policy: int, whole: dict[str, Any]) -> None:
-        final = self.store.policy(policy + 1)
-        if not final.exists() or damage(final) is not None:
-            replace_directory(final, lambda directory: self._save(policy, directory, whole))
+        def write() -> None:
+            final = self.store.policy(policy + 1)
+            if not final.exists() or damage(final) is not None:
+                replace_directory(final, save)
 
-    def _save(self, policy: int, directory: Path, whole: dict[str, Any]) -> None:
-        if self._is_base(policy):
-            write_json(directory / "base_model.json", {"base_model": self.base_model})
-        else:
-            self.model.save_pretrained(str(directory), **whole)
-            self.tokenizer.save_pretrained(str(directory))
+        self.store.ranks.on_main(write)
 
     @contextmanager
     def at(self, policy: int) -> Iterator[None]:
@@ -160,35 +128,30 @@ class PolicyHistory:
             restore_snapshot(self.model, here)
 
     def forget_before(self, policy: int, on_disk: int) -> None:
-        """Drop policies older than these; adapters are small and stay on disk.
+        """Drop the snapshots of older policies, and whole weights older than `on_disk` there.
 
-        Args:
-            policy: the oldest that this process still needs.
-            on_disk: the oldest whose whole weights stay on disk.
+        Adapters are small and stay on disk.
         """
-        for old in [number for number in self._snapshots if number < policy]:
-            del self._snapshots[old]
-        if not self.is_adapter:
-            self.store.ranks.on_main(lambda: self._remove_before(on_disk))
+        self._snapshots = {
+            number: one for number, one in self._snapshots.items() if number >= policy
+        }
 
-    def _remove_before(self, policy: int) -> None:
-        for old in range(1, policy):
-            directory = self.store.policy(old + 1)
-            if directory.exists():
-                shutil.rmtree(directory)
+        def remove() -> None:
+            for old in range(1, on_disk):
+                if self.store.policy(old + 1).exists():
+                    shutil.rmtree(self.store.policy(old + 1))
+
+        if not self.is_adapter:
+            self.store.ranks.on_main(remove)
 
     def _load(self, policy: int) -> Snapshot:
-        """Read a saved policy back (a resumed run); the model keeps its own weights.
-
-        Raises:
-            ValueError: if it is not there or damaged, with what to do.
-        """
-        directory = self.store.policy(policy + 1)
+        """Read a saved policy back (a resumed run); the model keeps its own weights."""
         if policy == 0 and not self.is_adapter:
             raise ValueError(
                 "theta_0 is needed, but this process no longer holds it. Start the command again "
                 "with `auto_resume_from_checkpoints: true`."
             )
+        directory = self.store.policy(policy + 1)
         problem = damage(directory)
         if problem is not None:
             raise ValueError(
@@ -199,11 +162,7 @@ class PolicyHistory:
         return self._read(directory)
 
     def load(self, directory: Path) -> None:
-        """Write the policy in a directory into the model.
-
-        Raises:
-            FileNotFoundError: if an adapter's weights are not there.
-        """
+        """Write the policy in a directory into the model; FileNotFoundError if it is not there."""
         restore_snapshot(self.model, self._read(directory))
 
     def _read(self, directory: Path) -> Snapshot:
@@ -218,8 +177,6 @@ class PolicyHistory:
                 f"{directory} has no adapter_model.safetensors. Restore it, or train anew in "
                 "another output_dir."
             )
-        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
         weights = load_peft_weights(str(directory), device="cpu")
         if is_sharded(self.model):
             # PEFT cannot load into parts, but it knows what it calls each weight in a file.

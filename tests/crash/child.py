@@ -165,7 +165,7 @@ class Watch:
         wrap(TrainerState, "save_to_json", after=lambda *_, **__: self.settle())
 
     def _watch_phases(self, set_up: Callable[[], None]) -> None:
-        import sera_plugin.model.logprobs
+        import sera_plugin.model.scoring
         import sera_plugin.sampling.samplers
         from sera_plugin.host.loop import Loop
         from sera_plugin.model.forward import innermost
@@ -173,7 +173,7 @@ class Watch:
         from sera_plugin.rundir.store import RunStore
         from sera_plugin.sampling.transformers import TransformersSampler
 
-        for module in (sera_plugin.model.logprobs, sera_plugin.sampling.samplers):
+        for module in (sera_plugin.model.scoring, sera_plugin.sampling.samplers):
             module.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[attr-defined]
 
         def opened(*_: Any, **__: Any) -> None:
@@ -203,7 +203,7 @@ class Watch:
 
         wrap(PolicyScorer, "__call__", before=scores)
         wrap(
-            sera_plugin.model.logprobs,
+            sera_plugin.model.scoring,
             "forward_logps",
             before=lambda *_, **__: self.hit(self._scoring),
         )
