@@ -7,78 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.trainer import preference_loss
 from sera_plugin.model.losses import Objective, PreferenceLoss
 
 BETA = 0.5
-CHOSEN = torch.tensor([1.2, -0.4, 3.0])
-REJECTED = torch.tensor([0.2, 0.6, -1.0])
 
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
-        (PreferenceLoss("dpo", BETA), math.log(2)),
-        (PreferenceLoss("dpo", BETA, label_smoothing=0.2), math.log(2)),
-        # (0.8 ln 2 - 0.2 ln 2) / 0.6 = ln 2
-        (PreferenceLoss("robust", BETA, label_smoothing=0.2), math.log(2)),
-        (PreferenceLoss("slic", BETA), 1.0),
-        # (0 - 1 / (2 * 0.5))^2 = 1
-        (PreferenceLoss("ipo", BETA), 1.0),
-        (PreferenceLoss("simpo", BETA), math.log(2)),
-        # -log sigmoid(-1.5) = log(1 + e^1.5)
-        (PreferenceLoss("simpo", BETA, simpo_gamma=1.5), math.log1p(math.exp(1.5))),
-    ],
-)
-def test_loss_at_zero_margin(loss, expected):
-    assert loss(CHOSEN, CHOSEN).tolist() == pytest.approx([expected] * 3, abs=1e-6)
-
-
-def test_losses_agree_with_trl_where_both_exist():
-    delta = CHOSEN - REJECTED
-    z = BETA * delta
-    torch.testing.assert_close(PreferenceLoss("dpo", BETA)(CHOSEN, REJECTED), -logsigmoid(z))
-    torch.testing.assert_close(PreferenceLoss("slic", BETA)(CHOSEN, REJECTED), torch.relu(1 - z))
-    torch.testing.assert_close(
-        PreferenceLoss("ipo", BETA)(CHOSEN, REJECTED), (delta - 1 / (2 * BETA)) ** 2
-    )
-    robust = (-(1 - 0.1) * logsigmoid(z) + 0.1 * logsigmoid(-z)) / (1 - 2 * 0.1)
-    torch.testing.assert_close(
-        PreferenceLoss("robust", BETA, label_smoothing=0.1)(CHOSEN, REJECTED), robust
-    )
-
-
-def test_cdpo_mixes_both_labels():
-    # margin 1, beta 0.5: 0.9 * log(1 + e^-0.5) + 0.1 * log(1 + e^0.5)
-    loss = PreferenceLoss("dpo", BETA, label_smoothing=0.1)(CHOSEN[:1], REJECTED[:1])
-    expected = 0.9 * math.log1p(math.exp(-0.5)) + 0.1 * math.log1p(math.exp(0.5))
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_reward_is_a_ratio_or_reference_free():
-    logps, reference, lengths = torch.tensor([-8.0]), torch.tensor([-10.0]), torch.tensor([4])
-    assert PreferenceLoss("dpo", 1).rewards(logps, reference, lengths).item() == 2.0
-    assert PreferenceLoss("ipo", 1, per_token=True).rewards(logps, reference, lengths).item() == 0.5
-    simpo = PreferenceLoss("simpo", 1, per_token=True)
-    assert simpo.rewards(logps, reference, lengths).item() == -2.0
-
-
-@pytest.mark.parametrize("kind", ["dpo", "ipo", "slic", "robust", "simpo"])
-def test_gradients_push_chosen_up_and_rejected_down(kind):
-    chosen = torch.zeros(3, requires_grad=True)
-    rejected = torch.zeros(3, requires_grad=True)
-    PreferenceLoss(kind, BETA, label_smoothing=0.1)(chosen, rejected).sum().backward()
-    assert (chosen.grad < 0).all()
-    assert (rejected.grad > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        # Margin 5. DPO at logit 1: log(1 + e^-1).
+        # DPO at logit 1: log(1 + e^-1).
         (PreferenceLoss("dpo", 0.2), 0.313262),
         # cDPO: 0.9 * 0.313262 + 0.1 * 1.313262
         (PreferenceLoss("dpo", 0.2, label_smoothing=0.1), 0.413262),
@@ -94,7 +34,7 @@ def test_gradients_push_chosen_up_and_rejected_down(kind):
         (PreferenceLoss("simpo", 0.4, simpo_gamma=1.0), 0.313262),
     ],
 )
-def test_loss_elsewhere_by_hand(loss, expected):
+def test_loss_by_hand_at_a_margin_of_five(loss, expected):
     value = loss(torch.tensor([3.0]), torch.tensor([-2.0]))
     assert value.item() == pytest.approx(expected, abs=1e-5)
 
@@ -123,19 +63,6 @@ def test_a_configuration_gives_its_loss(base_config, load, keys, block, at_zero,
     assert loss(side, side).item() == pytest.approx(at_zero, abs=1e-6)
     found = loss.rewards(torch.tensor([-3.0]), torch.tensor([-7.0]), torch.tensor([2]))
     assert found.item() == reward
-
-
-def test_averaged_ipo_agrees_with_trl_from_log_probabilities_on():
-    generator = torch.Generator().manual_seed(0)
-    chosen, rejected, ref_chosen, ref_rejected = -50 * torch.rand(4, 8, generator=generator)
-    lengths = torch.randint(1, 40, (2, 8), generator=generator)
-    averaged = (chosen - ref_chosen) / lengths[0] - (rejected - ref_rejected) / lengths[1]
-    loss = PreferenceLoss("ipo", BETA, per_token=True)
-    rewards = (
-        loss.rewards(chosen, ref_chosen, lengths[0]),
-        loss.rewards(rejected, ref_rejected, lengths[1]),
-    )
-    torch.testing.assert_close(loss(*rewards), (averaged - 1 / (2 * BETA)) ** 2)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "slic", "robust", "simpo"])
