@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import INEXACT, LOG, prepare_rows, tokenize_rows
 
-SPECIAL = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|tool_end|>",
-]
+_NAMES = "user assistant im_start im_end start_header_id end_header_id eot_id tool_end"
+SPECIAL = ["<pad>", "<s>", "</s>", *(f"<|{name}|>" for name in _NAMES.split())]
 CORPUS = ["ab"] * 9 + ["hello world", "a user and an assistant say hi", "user assistant"] * 3
 PLAIN_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
@@ -75,11 +61,6 @@ def plain() -> Any:
     return build()
 
 
-@pytest.fixture(scope="module")
-def adds_bos() -> Any:
-    return build(add_bos=True)
-
-
 def row(prompt: Any = "<|user|>hi<|assistant|>", chosen: Any = "hello", rejected: Any = "world"):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -96,28 +77,17 @@ def spelled(tokenizer: Any, ids: Any) -> str:
     return text
 
 
-def test_the_built_tokenizers_are_what_these_tests_need(plain: Any, adds_bos: Any) -> None:
-    assert plain("hi")["input_ids"] == plain("hi", add_special_tokens=False)["input_ids"]
-    assert adds_bos("hi")["input_ids"][0] == adds_bos.bos_token_id
-    assert len(plain("ab")["input_ids"]) == 1, "a and b must merge"
-    assert plain.convert_tokens_to_ids("<|im_end|>") in plain("x<|im_end|>")["input_ids"]
-
-
 # ------------------------------------------------------------------ beginnings
 
 
 @pytest.mark.parametrize("text", ["hi", "<s>hi", "<s><s>hi", "<s><s><s>hi"])
-def test_exactly_one_bos_where_the_tokenizer_adds_one(adds_bos: Any, text: str) -> None:
-    result = tokenize(adds_bos, row(prompt=text))
-    assert spelled(adds_bos, result.prompt_ids[0]) == "<s>hi"
+@pytest.mark.parametrize("adds", [True, False])
+def test_one_bos_where_the_tokenizer_adds_one_and_never_two(adds: bool, text: str) -> None:
+    tokenizer = build(add_bos=adds)
+    result = tokenize(tokenizer, row(prompt=text))
+    assert spelled(tokenizer, result.prompt_ids[0]) == ("<s>hi" if adds or text != "hi" else "hi")
     for ids in (result.chosen_ids[0], result.rejected_ids[0]):
-        assert adds_bos.bos_token_id not in ids
-
-
-@pytest.mark.parametrize(("text", "one"), [("hi", "hi"), ("<s>hi", "<s>hi"), ("<s><s>hi", "<s>hi")])
-def test_no_bos_is_added_where_the_tokenizer_adds_none(plain: Any, text: str, one: str) -> None:
-    result = tokenize(plain, row(prompt=text))
-    assert spelled(plain, result.prompt_ids[0]) == one
+        assert tokenizer.bos_token_id not in ids
 
 
 def test_tokens_do_not_merge_across_the_boundary(plain: Any) -> None:
@@ -153,6 +123,9 @@ def test_prompt_and_completion_spell_the_text(metaspace: bool, chosen: str) -> N
         ("hello<|im_end|> \n\n", "hello<|im_end|>"),
         ("hello<|im_end|></s>\n", "hello<|im_end|>"),
         ("hello<|im_end|>\n</s>", "hello<|im_end|>"),
+        # Nothing that stands before an end, or without one behind it, is lost.
+        ("hello\n", "hello\n<|im_end|>"),
+        ("hello<|im_end|>world", "hello<|im_end|>world<|im_end|>"),
     ],
 )
 def test_exactly_one_end_token_and_nothing_behind_it(plain: Any, text: str, kept: str) -> None:
@@ -167,10 +140,7 @@ def test_a_special_token_that_ends_no_turn_is_part_of_the_answer(plain: Any) -> 
     result = tokenize(plain, called, row(chosen="ab<|tool_end|>"), end_ids=ends)
     assert spelled(plain, result.chosen_ids[0]) == "ab<|tool_end|><|im_end|>"
     assert spelled(plain, result.rejected_ids[0]) == "ab<|tool_end|></s>"
-    assert spelled(plain, result.chosen_ids[1]) in (
-        "ab<|tool_end|><|im_end|>",
-        "ab<|tool_end|></s>",
-    )
+    assert spelled(plain, result.chosen_ids[1]).startswith("ab<|tool_end|><")
 
 
 def test_one_unfinished_tool_call_does_not_make_its_close_an_end(plain: Any) -> None:
@@ -180,16 +150,6 @@ def test_one_unfinished_tool_call_does_not_make_its_close_an_end(plain: Any) -> 
     result = tokenize(plain, *[usual] * 5, odd)
     assert result.end_ids == [plain.eos_token_id]
     assert {spelled(plain, ids) for ids in result.chosen_ids} == {"ab<|tool_end|></s>"}
-
-
-def test_white_space_without_an_end_token_behind_it_stays(plain: Any) -> None:
-    result = tokenize(plain, row(chosen="hello\n"))
-    assert spelled(plain, result.chosen_ids[0]) == "hello\n</s>"
-
-
-def test_an_end_token_within_the_text_does_not_count(plain: Any) -> None:
-    result = tokenize(plain, row(chosen="hello<|im_end|>world"))
-    assert spelled(plain, result.chosen_ids[0]) == "hello<|im_end|>world</s>"
 
 
 def test_a_missing_end_becomes_the_datas_most_frequent_one(plain: Any) -> None:
@@ -278,24 +238,13 @@ def test_ordinary_text_of_any_script_is_exact(plain: Any) -> None:
     assert result.dropped == {}
 
 
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(f"{record.levelname} {record.getMessage()}")
-
-    handler = Keep()
-    LOG.addHandler(handler)
-    yield lines
-    LOG.removeHandler(handler)
-
-
-def test_the_log_names_the_first_rows_of_each_reason(plain: Any, logged: list[str]) -> None:
+def test_the_log_names_the_first_rows_of_each_reason(
+    plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(LOG, "handlers", [caplog.handler])  # the host's loggers do not propagate
     rows = [row(), *[row(chosen="")] * 7]
     prepare_rows(rows, plain, [plain.eos_token_id], {}, SeraConfig(), "train")
-    [line] = logged
+    [line] = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
     assert line.startswith("WARNING train: dropped 7 row(s): prompt, chosen or rejected without")
     assert "(rows 1, 2, 3, 4, 5, ...)" in line
 
@@ -322,12 +271,3 @@ def ordinary_texts(count: int) -> list[str]:
         )
         texts.append(f"No. {len(texts)} {joined} done.")
     return texts[:count]
-
-
-nasty = st.lists(
-    st.sampled_from(
-        ["\n", " ", ">", "|", "<|", "|>", "user", "assistant", "end", "eot", "_id", "im", "x", "é"]
-    ),
-    min_size=1,
-    max_size=5,
-).map("".join)

@@ -31,9 +31,8 @@ from sera_plugin.data.files import (
     while_preparing,
 )
 from sera_plugin.data.rows import GuardedTransform, as_it_is, source_name
-from sera_plugin.data.texts import visible
 from sera_plugin.host.config import restore_entries
-from tests.test_dataset import build, nasty, ordinary_texts, spelled
+from tests.test_dataset import build, ordinary_texts, spelled
 
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
 
@@ -86,6 +85,8 @@ def test_answers_that_the_host_cuts_wrongly_are_cut_rightly(
     assert result["chosen"].endswith(ENDS[template])
     answer = result["chosen"].removesuffix(ENDS[template])
     assert answer == (content if template == "chatml" else content.strip())
+    nothing = answered(tokenizer, template, f"\n\u200b{' ' * len(content)}")
+    assert nothing["sera_problem"] == "empty prompt, chosen or rejected"
 
 
 @pytest.mark.parametrize("template", ENDS)
@@ -94,18 +95,6 @@ def test_the_host_alone_still_cuts_them_wrongly(tokenizer: Any, template: str) -
     row = {"messages": "How are you?", "chosen": "user", "rejected": "Fine, thanks."}
     transform, _ = strategy("chat_template.default", template)
     assert transform(row, tokenizer=tokenizer)["chosen"] != f"user{ENDS[template]}"
-
-
-@settings(deadline=None, max_examples=150, derandomize=True, database=None)
-@given(content=nasty)
-def test_every_answer_is_itself_and_the_end_or_is_refused(tokenizer: Any, content: str) -> None:
-    for template, end in ENDS.items():
-        result = answered(tokenizer, template, content)
-        if visible(content):
-            assert result["chosen"].removesuffix(end).strip() == content.strip()
-            assert result["chosen"].endswith(end)
-        else:
-            assert result["sera_problem"] == "empty prompt, chosen or rejected"
 
 
 def test_ordinary_answers_are_what_the_host_makes_of_them(tokenizer: Any) -> None:
@@ -130,8 +119,9 @@ REASONING = (
 
 
 def test_templates_that_write_reasoning_keep_what_the_answer_has(tokenizer: Any) -> None:
+    loaded = strategy("chat_template.default", "jinja", chat_template_jinja=REASONING)
+
     def of(content: str) -> dict[str, Any]:
-        loaded = strategy("chat_template.default", "jinja", chat_template_jinja=REASONING)
         row = {"messages": "q", "chosen": content, "rejected": "no"}
         return transformed(tokenizer, loaded, row)
 
@@ -141,16 +131,16 @@ def test_templates_that_write_reasoning_keep_what_the_answer_has(tokenizer: Any)
 
 
 def test_parts_of_a_message_must_all_be_rendered(tokenizer: Any) -> None:
-    def of(*parts: Any) -> str:
+    template = (
+        "{% for m in messages %}{{ m['content'] if m['content'] is string else "
+        "m['content'][0]['text'] }}{% endfor %}"
+    )
+    loaded = strategy("chat_template.default", "jinja", chat_template_jinja=template)
+
+    def of(*parts: Any) -> Any:
         user = {"role": "user", "content": list(parts)}
         row = {"messages": [user], "chosen": "yes", "rejected": "no"}
-        template = (
-            "{% for m in messages %}{{ m['content'] if m['content'] is string else "
-            "m['content'][0]['text'] }}{% endfor %}"
-        )
-        loaded = strategy("chat_template.default", "jinja", chat_template_jinja=template)
-        problem: str = transformed(tokenizer, loaded, row)["sera_problem"]
-        return problem
+        return transformed(tokenizer, loaded, row)["sera_problem"]
 
     text = {"type": "text", "text": "one"}
     assert of(text) == ""
@@ -185,9 +175,8 @@ def test_only_columns_that_are_asked_for_are_kept() -> None:
 
 
 def test_a_strategy_may_return_anything_and_raise_anything() -> None:
-    def of(transform: Any, **row: Any) -> str:
-        problem: str = GuardedTransform(transform, "s")(row, 0)["sera_problem"]
-        return problem
+    def of(transform: Any, **row: Any) -> Any:
+        return GuardedTransform(transform, "s")(row, 0)["sera_problem"]
 
     def raises(row: Any) -> Any:
         raise StopIteration
@@ -209,20 +198,16 @@ def test_a_strategy_may_return_anything_and_raise_anything() -> None:
         ({"chosen": None}, "all be text or all messages, not str, NoneType, str"),
         ({"chosen": [{"role": "assistant", "content": "hi"}]}, "not str, list, str"),
         ({"prompt": [], "chosen": [], "rejected": []}, "all be text or all messages"),
+        # No Arrow table can hold it, so a placeholder must stand for the row from here on.
+        ({"chosen": "a\ud800"}, "not valid Unicode: half of a surrogate pair"),
     ],
 )
 def test_rows_that_a_strategy_has_mapped_in_a_way_of_its_own(bad: Any, reason: str) -> None:
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     transform = guarded(as_it_is)
     assert transform(row, 0)["sera_problem"] == ""
-    assert reason in transform(row | bad, 1)["sera_problem"]
-
-
-def test_halves_of_surrogate_pairs_stop_at_the_guard() -> None:
-    """No Arrow table can hold them, so a placeholder must stand for the row from here on."""
-    row = {"prompt": "p", "chosen": "a\ud800", "rejected": "b"}
-    result = GuardedTransform(lambda row: row, "s")(row, 0)
-    assert result["sera_problem"] == "not valid Unicode: half of a surrogate pair"
+    result = transform(row | bad, 1)
+    assert reason in result["sera_problem"]
     assert result["chosen"] == "-"
 
 
@@ -244,15 +229,6 @@ def test_a_hub_that_does_not_answer_is_left_to_the_host() -> None:
         raise ZeroDivisionError("no")
 
 
-def test_a_transform_that_reads_no_field_by_name_is_checked_too() -> None:
-    def merged(row: Any) -> Any:
-        return {**row, "chosen": "{chosen}!".format(**row)}
-
-    row = {"prompt": "p", "chosen": None, "rejected": "b"}
-    problem = GuardedTransform(merged, "s")(row, 0)["sera_problem"]
-    assert problem == "field 'chosen' is null, not text"
-
-
 def test_answers_are_checked_also_where_a_template_renders_the_prompt(tokenizer: Any) -> None:
     def own(row: Any, tokenizer: Any = None) -> Any:
         asked = [{"role": "user", "content": row["q"]}]
@@ -266,14 +242,6 @@ def test_answers_are_checked_also_where_a_template_renders_the_prompt(tokenizer:
     for value, said in ((None, "null, not text"), (5, "a number, not text"), ("", "empty")):
         problem = transformed(templated, (own, {}), row | {"chosen": [{"content": value}]})
         assert problem["sera_problem"] == f"field \"chosen[0]['content']\" is {said}"
-
-
-def test_text_that_only_looks_like_a_null_or_number_is_text() -> None:
-    def loaded(row: Any) -> Any:
-        return {"prompt": f"{row['p']}?", "chosen": f"{row['c']}", "rejected": f"{row['r']}"}
-
-    row = {"p": "None", "c": "5", "r": "[]", "x": None, "y": 5, "z": []}
-    assert GuardedTransform(loaded, "s")(row, 0)["sera_problem"] == ""
 
 
 def test_the_file_is_blamed_only_where_its_content_could_not_be_read(tmp_path: Path) -> None:
@@ -355,16 +323,13 @@ def test_answers_that_differ_behind_the_cut_prefer_nothing(tokenizer: Any) -> No
     rows = [{"prompt": "x", "chosen": "xzx", "rejected": "xzy"}] * 2
     rows[0] = rows[0] | {"chosen": "yzx"}
     result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], 3, truncate=True)
-    assert result.rows == [0]
-    assert list(result.dropped.values()) == [[1]]
+    assert (result.rows, list(result.dropped.values())) == ([0], [[1]])
 
 
 def test_duplicates_are_kept_and_named(tokenizer: Any) -> None:
-    result = rows_of(
-        tokenizer, ("ab", "hello"), ("ab", "world"), ("ab", "hello"), ("ab</s>", "hello")
-    )
+    result = rows_of(tokenizer, *[("ab", "hello")] * 2, ("ab", "world"), ("ab</s>", "hello"))
     assert len(result.rows) == 4
-    assert result.kept == {DUPLICATE: [2, 3]}
+    assert result.kept == {DUPLICATE: [1, 3]}
 
 
 def test_only_rows_that_are_trained_are_remarked_on(tokenizer: Any) -> None:
@@ -403,13 +368,12 @@ def test_bad_and_long_rows_stop_the_run_when_asked_to(
 
 
 def test_only_the_commonest_reasons_are_named(tokenizer: Any) -> None:
-    rows = [{"prompt": "hi", "chosen": "ab", "rejected": "hello"}]
-    guarded = [
-        {**rows[0], "sera_problem": f"problem {i}", "sera_source": "datasets[0] (f)", "sera_row": i}
+    good = {"prompt": "hi", "chosen": "ab", "rejected": "hello"}
+    bad = [
+        {"sera_problem": f"problem {i}", "sera_source": "datasets[0] (f)", "sera_row": i}
         for i in range(30)
     ]
-    result = tokenize_rows([*rows, *guarded, guarded[7]], tokenizer, [2], None)
-    lines = result.reasons()
+    lines = tokenize_rows([good, *bad, bad[7]], tokenizer, [2], None).reasons()
     assert lines[0] == "2 row(s): problem 7 (datasets[0] (f) rows 7, 7)"
     assert lines[-1] == "10 more reasons"
     assert len(lines) == 21
@@ -427,11 +391,12 @@ def test_a_shown_value_is_short_and_plain(value: Any) -> None:
     assert len(text) <= 63
 
 
-def test_a_source_is_named_by_its_file() -> None:
-    assert source_name("datasets", 1, "/data/pairs.jsonl") == "datasets[1] (pairs.jsonl)"
-    assert source_name("datasets", 0, "org/set") == "datasets[0] (set)"
-    assert source_name("datasets", 0, "/") == "datasets[0] (/)"
-    assert source_name("datasets", 0, "a\u202eb'c") == "datasets[0] (a\\u202eb'c)"
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/a/p.jsonl", "p.jsonl"), ("org/set", "set"), ("/", "/"), ("a\u202eb'c", "a\\u202eb'c")],
+)
+def test_a_source_is_named_by_its_file(path: str, name: str) -> None:
+    assert source_name("datasets", 1, path) == f"datasets[1] ({name})"
 
 
 def test_one_line_finds_where_it_began() -> None:
@@ -442,23 +407,9 @@ def test_one_line_finds_where_it_began() -> None:
 
 
 def test_what_the_hosts_validation_lost_is_put_back() -> None:
-    cfg = {"datasets": [{"path": "a", "type": {}}, {"path": "b", "type": "x", "split": "train"}]}
-    raw = {
-        "datasets": [
-            {"path": "a", "type": {"field_prompt": "q"}, "name": "main", "split": None},
-            {"path": "b", "type": "x"},
-        ],
-        "test_datasets": None,
-    }
-    restore_entries(cfg, raw)
-    assert cfg["datasets"] == [
-        {"path": "a", "type": {"field_prompt": "q"}, "name": "main"},
-        {"path": "b", "type": "x", "split": "train"},
-    ]
-
-
-def test_a_password_in_a_path_is_not_shown():
-    url = "https://me:hunter2@example.org/pairs.jsonl"
-    error = load_failure("datasets[0]", url, FileNotFoundError(url))
-    assert "hunter2" not in str(error)
-    assert "example.org/pairs.jsonl" in str(error)
+    second = {"path": "b", "type": "x", "split": "train"}
+    cfg = {"datasets": [{"path": "a", "type": {}}, second.copy()]}
+    first = {"path": "a", "type": {"field_prompt": "q"}, "name": "main"}
+    raw = [first | {"split": None}, {"path": "b", "type": "x"}]
+    restore_entries(cfg, {"datasets": raw, "test_datasets": None})
+    assert cfg["datasets"] == [first, second]
