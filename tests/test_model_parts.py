@@ -43,25 +43,11 @@ def test_batches_hold_every_index_once_within_the_budget():
         assert max(lengths[i] for i in batch) * len(batch) <= 16
 
 
-@pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_scores_do_not_depend_on_how_they_are_batched(model, budget):
-    prompts, completions = ids(3, 9, 5, 5), ids(8, 2, 1, 12, seed=1)
-    scores = score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(budget))
-    for score, prompt, completion in zip(scores, prompts, completions, strict=True):
-        whole = torch.from_numpy(np.concatenate([prompt, completion])).long()[None]
-        with torch.no_grad():
-            logp = model(input_ids=whole).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-        expected = logp.gather(1, whole[0, len(prompt) :, None]).sum().item()
-        assert score == pytest.approx(expected, abs=1e-4 * len(completion))
-
-
 def test_scoring_leaves_the_model_in_its_mode(model):
-    model.train()
-    score_sequences(model, ids(3), ids(3), pad_id=0, budget=TokenBudget(99))
-    assert model.training
-    model.eval()
-    score_sequences(model, ids(3), ids(3), pad_id=0, budget=TokenBudget(99))
-    assert not model.training
+    for mode in (True, False):
+        model.train(mode)
+        score_sequences(model, ids(3), ids(3), pad_id=0, budget=TokenBudget(99))
+        assert model.training == mode
 
 
 # ------------------------------------------------------------------ sampling
@@ -96,17 +82,11 @@ def test_sampling_leaves_the_training_random_stream_alone(model):
 def test_skipped_rows_do_not_change_the_others(model):
     prompts = ids(7, 9, 8, 9, 7)
     whole = sampled(model, prompts)
-    chunks = list(TransformersSampler(model, 0, 150).sample(prompts, SETTINGS))
-    done = {row for row, _ in chunks[0]}
-    rest = sampled(model, prompts, skip=done)
-    assert rest == {row: found for row, found in whole.items() if row not in done}
-    assert rest
-
-
-def test_a_batch_that_another_sampler_has_begun_gives_only_the_rest(model):
-    prompts = ids(7, 9, 8, 9, 7)
-    whole = sampled(model, prompts)
-    assert sampled(model, prompts, skip={1}) == {row: whole[row] for row in (0, 2, 3, 4)}
+    first = next(iter(TransformersSampler(model, 0, 150).sample(prompts, SETTINGS)))
+    for done in ({row for row, _ in first}, {1}):  # a batch, and a part of one
+        rest = sampled(model, prompts, skip=done)
+        assert rest
+        assert rest == {row: found for row, found in whole.items() if row not in done}
 
 
 def test_shards_together_give_the_same_candidates(model):
@@ -162,48 +142,48 @@ def test_the_models_own_generation_config_does_not_leak_in(model):
 # ------------------------------------------------------------------ policies
 
 
-def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, tokenizer, tmp_path):
+@pytest.fixture
+def history(model, tokenizer, tmp_path):
+    """theta_0 is kept, and the model has been trained since."""
     history = PolicyHistory(model, RunStore(tmp_path), "base", tokenizer)
     history.keep_initial(recorded=False)
-    first = take_snapshot(model)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(1.0)
+    change(model, lambda weight: weight.add_(1.0))
+    return history
+
+
+@torch.no_grad()
+def change(model, how):
+    for weight in model.parameters():
+        if weight.requires_grad:
+            how(weight)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, history):
     history.keep_current(1)
-    second = take_snapshot(model)
-    name = next(iter(first))
-    with pytest.raises(KeyboardInterrupt), history.at(0):  # noqa: PT012
-        assert torch.equal(take_snapshot(model)[name], first[name])
-        raise KeyboardInterrupt
-    assert all(torch.equal(take_snapshot(model)[n], second[n]) for n in second)
+    trained = take_snapshot(model)
+    name = next(iter(trained))
     storage = model.get_parameter(name).data_ptr()
-    with history.at(0):
+    with pytest.raises(KeyboardInterrupt), history.at(0):  # noqa: PT012
+        assert torch.equal(take_snapshot(model)[name] + 1, trained[name])
         assert model.get_parameter(name).data_ptr() == storage
+        raise KeyboardInterrupt
+    assert same(take_snapshot(model), trained)
 
 
-def test_training_between_two_visits_of_another_policy_is_not_undone(model, tokenizer, tmp_path):
-    history = PolicyHistory(model, RunStore(tmp_path), "base", tokenizer)
-    history.keep_initial(recorded=False)
-    history.keep_current(0)
+def test_training_between_two_visits_of_another_policy_is_not_undone(model, history):
     history.current = None  # from an iteration's first step on
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(1.0)
     trained = take_snapshot(model)
     with history.at(0):
         pass
-    assert all(torch.equal(take_snapshot(model)[name], trained[name]) for name in trained)
+    assert same(take_snapshot(model), trained)
 
 
-def test_ctrl_c_while_another_policy_is_in_the_model_meets_the_one_in_training(
-    model, tokenizer, tmp_path, monkeypatch
-):
+def test_ctrl_c_while_another_policy_is_in_the_model_meets_the_one_in_training(model, history):
     """The host's handler saves the model as it is, and ends."""
-    history = PolicyHistory(model, RunStore(tmp_path), "base", tokenizer)
-    history.keep_initial(recorded=False)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(1.0)
     history.keep_current(1)
     trained, saved = take_snapshot(model), []
 
@@ -218,7 +198,7 @@ def test_ctrl_c_while_another_policy_is_in_the_model_meets_the_one_in_training(
         assert signal.getsignal(signal.SIGINT) is host_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert all(torch.equal(saved[0][name], trained[name]) for name in trained)
+    assert same(saved[0], trained)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -228,31 +208,21 @@ def test_a_policy_read_from_disk_is_the_one_that_was_kept(model, tokenizer, tmp_
     store = RunStore(tmp_path)
     history = PolicyHistory(model, store, "base", tokenizer)
     history.keep_initial(recorded=False)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(torch.randn_like(weight))
+    change(model, lambda weight: weight.add_(torch.randn_like(weight)))
     history.keep_current(1)
     kept = take_snapshot(model)
     assert not list(store.policy(2).glob("*.bin"))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.zero_()
+    change(model, torch.Tensor.zero_)
     fresh = PolicyHistory(model, store, "base", tokenizer)
     fresh.current = None
     with fresh.at(1):
-        loaded = take_snapshot(model)
-    assert loaded.keys() == kept.keys()
-    assert all(torch.equal(loaded[name], kept[name]) for name in kept)
-    assert not any(take_snapshot(model)[name].any() for name in kept)
+        assert same(take_snapshot(model), kept)
+    assert not any(weight.any() for weight in take_snapshot(model).values())
 
 
 def test_a_snapshot_of_other_weights_is_refused(model):
-    snapshot = take_snapshot(model)
-    snapshot["extra"] = torch.zeros(1)
     with pytest.raises(ValueError, match="extra"):
-        restore_snapshot(model, snapshot)
+        restore_snapshot(model, take_snapshot(model) | {"extra": torch.zeros(1)})
 
 
 # ------------------------------------------------------------------ the gate

@@ -49,19 +49,15 @@ def build(config):
     return model
 
 
+#: All that a model takes without a kernel for packed lines.
+EVERY = Abilities(in_head=True, packed=False, shared=True)
 MODELS = {
-    "llama": (LlamaConfig(**SMALL), Abilities(True, False, True)),
-    "qwen3": (Qwen3Config(**SMALL), Abilities(True, False, True)),
-    "mistral with a window": (
-        MistralConfig(**SMALL, sliding_window=30),
-        Abilities(True, False, True),
-    ),
+    "llama": (LlamaConfig(**SMALL), EVERY),
+    "qwen3": (Qwen3Config(**SMALL), EVERY),
+    "mistral with a window": (MistralConfig(**SMALL, sliding_window=30), EVERY),
     "logits scaled": (GraniteConfig(**SMALL, logits_scaling=8.0), Abilities(False, False, True)),
     "logits capped": (Gemma2Config(**SMALL), Abilities(False, False, True)),
-    "learned positions": (
-        GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2),
-        Abilities(True, False, True),
-    ),
+    "learned positions": (GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2), EVERY),
     "no attention": (
         MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4),
         Abilities(True, False, False),
@@ -88,8 +84,11 @@ def test_every_kind_of_model_is_scored_right_in_the_ways_it_takes(name):
     assert abilities(model) == expected
     prompts, completions = ids(9, 3, 9, 7, 9), ids(8, 5, 2, 1, 11, seed=1)
     prompts[2] = prompts[4] = prompts[0]
-    scores = score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(200))
-    assert scores.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=2e-3)
+    defined = one_by_one(model, prompts, completions)
+    for budget in (1, 40, 200):
+        keys = {"pad_id": 0, "budget": TokenBudget(budget)}
+        scores = score_sequences(model, prompts, completions, **keys)
+        assert scores.tolist() == pytest.approx(defined, abs=2e-3)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
@@ -106,7 +105,7 @@ def test_every_layout_gives_the_same(layout):
     assert logps.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=1e-3)
 
 
-def test_a_shared_prompt_is_forwarded_once_and_gives_the_same(monkeypatch):
+def test_a_shared_prompt_is_forwarded_once():
     model = build(LlamaConfig(**SMALL))
     abilities(model)
     prompts = [ids(30)[0]] * 4
