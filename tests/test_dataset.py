@@ -241,7 +241,8 @@ def test_ordinary_text_of_any_script_is_exact(plain: Any) -> None:
 def test_the_log_names_the_first_rows_of_each_reason(
     plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(LOG, "handlers", [caplog.handler])  # the host's loggers do not propagate
+    monkeypatch.setattr(LOG, "handlers", [caplog.handler])
+    monkeypatch.setattr(LOG, "propagate", False)  # as where the host has set up its loggers
     rows = [row(), *[row(chosen="")] * 7]
     prepare_rows(rows, plain, [plain.eos_token_id], {}, SeraConfig(), "train")
     [line] = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]

@@ -12,15 +12,10 @@ import pytest
 from sera_plugin.data.dataset import tokenize_rows
 from sera_plugin.data.texts import SYSTEM
 from tests.test_dataset import build
-from tests.test_rows import guarded
+from tests.test_rows import guarded, strategy
 
 TEXTS = [
-    "None",
-    "5",
-    "[]",
-    "{}",
-    "null",
-    "true",
+    *("None", "5", "[]", "{}", "null", "true"),
     "x = [] or {}\nprint(x[0], {'a': None})",
     "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1ef\U0001f1f5",
     "مرحبا بالعالم",
@@ -40,11 +35,8 @@ ASIDE = {
     "history": [{"content": "", "answer": None}],
 }
 
-CALL = {
-    "id": "abc123def",
-    "type": "function",
-    "function": {"name": "lookup", "arguments": {"place": "x"}},
-}
+FUNCTION = {"name": "lookup", "arguments": {"place": "x"}}
+CALL = {"id": "abc123def", "type": "function", "function": FUNCTION}
 
 
 def user(text: str, **keys: Any) -> dict[str, Any]:
@@ -53,15 +45,6 @@ def user(text: str, **keys: Any) -> dict[str, Any]:
 
 def answer(text: str | None, **keys: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **keys}
-
-
-def host_strategy(kind: Any, **cfg: Any) -> Any:
-    from axolotl.prompt_strategies.dpo import load
-    from axolotl.utils.dict import DictDefault
-
-    cfg = {"chat_template": "tokenizer_default", "datasets": [{"type": kind}], **cfg}
-    name = "user_defined.default" if isinstance(kind, dict) else kind
-    return load(name, DictDefault(cfg), dataset_idx=0)
 
 
 def template(name: str) -> Any:
@@ -120,14 +103,14 @@ FORMATTED = ["default", "icr", "intel", "prompt_pairs"]
     ids=str,
 )
 def test_text_in_fields(kind: Any) -> None:
-    tokenizer, loaded = build(), host_strategy(kind)
+    tokenizer, loaded = build(), strategy(kind)
     rows = [row | {"input": row["prompt"], "question": row["prompt"]} for row in pairs(persona="")]
     check(loaded, rows, tokenizer, partial(host_texts, loaded, None), optional=(*SYSTEM, "persona"))
 
 
 @pytest.mark.parametrize("kind", ["chatml.ultra", "chatml.argilla_chat", "llama3.argilla_chat"])
 def test_text_in_messages_that_are_formatted(kind: str) -> None:
-    loaded = host_strategy(kind)
+    loaded = strategy(kind)
     blank = {"name": "", "tool_calls": [], "reasoning_content": "", "arguments": {}}
     rows = [
         {
@@ -142,16 +125,11 @@ def test_text_in_messages_that_are_formatted(kind: str) -> None:
 
 
 def test_text_in_ranked_answers() -> None:
-    loaded = host_strategy("zephyr.nectar")
+    loaded = strategy("zephyr.nectar")
+    first = {"answer": "", "rank": 0, "model": None}
+    last = {"answer": "no", "rank": 1}
     rows = [
-        {
-            "prompt": text,
-            "answers": [
-                {"answer": "", "rank": 0, "model": None},
-                {"answer": text, "rank": 2, "model": ""},
-                {"answer": "no", "rank": 1},
-            ],
-        }
+        {"prompt": text, "answers": [first, {"answer": text, "rank": 2, "model": ""}, last]}
         for text in TEXTS
     ]
     check(loaded, rows, build(), partial(host_texts, loaded, None))
@@ -160,7 +138,7 @@ def test_text_in_ranked_answers() -> None:
 @pytest.mark.parametrize("name", ["chatml", "llama3", "qwen_25", "phi_35", "gemma3", "qwen3"])
 def test_messages_through_the_hosts_chat_template(name: str) -> None:
     tokenizer = template(name)
-    loaded = host_strategy("chat_template.default")
+    loaded = strategy("chat_template.default")
     system = [] if name == "gemma3" else [{"role": "system", "content": "Be brief."}]
     rows = [
         {
@@ -172,14 +150,8 @@ def test_messages_through_the_hosts_chat_template(name: str) -> None:
         for text in TEXTS
     ]
     check(loaded, rows, tokenizer, partial(host_texts, loaded, tokenizer))
-    loaded = host_strategy("chat_template.argilla_chat")
-    rows = [
-        {
-            "chosen": [*row["messages"], row["chosen"]],
-            "rejected": [*row["messages"], row["rejected"]],
-        }
-        for row in rows
-    ]
+    loaded = strategy("chat_template.argilla_chat")
+    rows = [{key: [*row["messages"], row[key]] for key in ("chosen", "rejected")} for row in rows]
     check(loaded, rows, tokenizer, partial(host_texts, loaded, tokenizer))
 
 
@@ -212,7 +184,7 @@ def test_messages_that_are_pairs_already(name: str, blank: dict[str, Any]) -> No
         }
         for text in TEXTS
     ]
-    loaded = host_strategy("passthrough.default")
+    loaded = strategy("passthrough.default")
     check(loaded, rows, tokenizer, partial(rendered, tokenizer))
     # What a table fills in where other rows have something.
     filled = copy.deepcopy(rows)
@@ -228,8 +200,7 @@ def test_messages_that_are_pairs_already(name: str, blank: dict[str, Any]) -> No
 @pytest.mark.parametrize("name", ["qwen_25", "qwen3", "mistral_v2v3", "jamba", "exaone4"])
 def test_tool_calls_say_something(name: str, arguments: Any, content: str | None) -> None:
     tokenizer = template(name)
-    call = copy.deepcopy(CALL)
-    call["function"]["arguments"] = arguments
+    call = CALL | {"function": FUNCTION | {"arguments": arguments}}
     asked = [user("Where?")]
     done = [answer(content, tool_calls=[CALL])]
     done += [{"role": "tool", "content": "there", "tool_call_id": CALL["id"], "name": "lookup"}]
@@ -241,13 +212,13 @@ def test_tool_calls_say_something(name: str, arguments: Any, content: str | None
         }
         for prompt in (asked, asked + done)
     ]
-    check(host_strategy("passthrough.default"), rows, tokenizer, partial(rendered, tokenizer))
+    check(strategy("passthrough.default"), rows, tokenizer, partial(rendered, tokenizer))
 
 
 def test_a_tool_call_that_the_template_leaves_out_is_no_answer() -> None:
     row = {"prompt": [user("q")], "chosen": [answer("", tool_calls=[CALL])]}
     row |= {"rejected": [answer("no")]}
-    transform = guarded(host_strategy("passthrough.default"))
+    transform = guarded(strategy("passthrough.default"))
     result = transform(row, 0, tokenizer=template("chatml"))
     assert result["sera_problem"] == "the chat template does not render the answer as it is"
 
@@ -277,14 +248,12 @@ def test_a_strategy_may_use_the_tokenizer_as_it_likes() -> None:
 
 
 def test_a_system_prompt_is_optional_by_its_own_name_alone() -> None:
-    def of(row: dict[str, Any], **options: Any) -> str:
-        def own(row: Any) -> dict[str, str]:
-            prompt = f"{row['persona']}|{row['operating_system']}"
-            return {"prompt": prompt, "chosen": row["system"] + ".", "rejected": "no"}
+    def own(row: Any) -> dict[str, str]:
+        prompt = f"{row['persona']}|{row['operating_system']}"
+        return {"prompt": prompt, "chosen": row["system"] + ".", "rejected": "no"}
 
-        transform = guarded(own, **options)
-        problem: str = transform(row, 0)["sera_problem"]
-        return problem
+    def of(row: dict[str, Any], **options: Any) -> Any:
+        return guarded(own, **options)(row, 0)["sera_problem"]
 
     row = {"persona": "", "operating_system": "", "system": "yes"}
     assert of(row) == "field 'persona' is empty"

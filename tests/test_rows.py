@@ -37,14 +37,14 @@ from tests.test_dataset import build, ordinary_texts, spelled
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
 
 
-def strategy(kind: str, template: str, **entry: Any) -> Any:
-    """A host strategy whose dataset names a template of its own, not the tokenizer's."""
+def strategy(kind: Any, template: str | None = None, **entry: Any) -> Any:
+    """A host strategy; its dataset may name a template of its own, not the tokenizer's."""
     from axolotl.prompt_strategies.dpo import load
     from axolotl.utils.dict import DictDefault
 
-    entry = {"type": kind, "chat_template": template, **entry}
+    entry |= {"type": kind} | ({"chat_template": template} if template else {})
     cfg = DictDefault({"chat_template": "tokenizer_default", "datasets": [entry]})
-    return load(kind, cfg, dataset_idx=0)
+    return load("user_defined.default" if isinstance(kind, dict) else kind, cfg, dataset_idx=0)
 
 
 @pytest.fixture(scope="module")

@@ -102,12 +102,7 @@ def prepare_rows(
     config: SeraConfig,
     name: str,
 ) -> TokenizedRows:
-    """Tokenise rows and say in the log what was dropped and what deserves a look.
-
-    Args:
-        examples, tokenizer, end_ids, name: see `tokenize_rows`.
-        cfg: the host's resolved configuration (`sequence_len`, `excess_length_strategy`).
-        config: the `sera:` block in it (`bad_rows`).
+    """`tokenize_rows`, and say in the log what was dropped and what deserves a look.
 
     Raises:
         ValueError: if no usable row is left, or some are dropped that must not be, with the counts
@@ -155,7 +150,6 @@ def tokenize_rows(
     Args:
         examples: rows as `GuardedTransform` made them: `prompt`, `chosen` and `rejected` as text,
             what is wrong with them and where they come from.
-        tokenizer: a transformers tokenizer.
         end_ids: token ids that end a turn for the model.
         max_length: longest prompt + completion in tokens (`sequence_len`), or None.
         truncate: cut longer completions instead of dropping the row.

@@ -16,12 +16,7 @@ def model_end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 class RowTokenizer:
-    """Turns a row's texts into token ids.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        end_ids: token ids that end a turn for the model (`model_end_ids`).
-    """
+    """Turns a row's texts into token ids; a turn of the model ends with one of `end_ids`."""
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer

@@ -180,12 +180,8 @@ def edited_since(entries: Sequence[Any], prepared: Path, *aside: Path) -> str:
     """The local files that are newer than what was prepared from them, with their times.
 
     The host keeps prepared data by configuration, not by content. Where rows have been mended it
-    would go on training the old ones. Data prepared elsewhere, without its files, stays good.
-
-    Args:
-        entries: the datasets of the configuration.
-        prepared: where the host has put what it prepared from them.
-        aside: directories that a run writes to, which may lie in one that holds data.
+    would go on training the old ones. Data prepared elsewhere, without its files, stays good. What
+    a run writes, to the directories `aside`, may lie in one that holds data and is no edit.
     """
     if not prepared.exists():
         return ""

@@ -56,19 +56,13 @@ def completion_logps(
 def forward_logps(
     model: nn.Module, inputs: Mapping[str, Any], targets: Targets, in_head: bool | None = None
 ) -> tuple[Tensor, Any]:
-    """One forward pass.
-
-    Args:
-        model: a causal language model, wrapped or not.
-        inputs: what its forward takes, `input_ids` among it.
-        targets: what to score.
-        in_head: see `Abilities`; None asks them.
+    """One forward pass of a causal language model, wrapped or not.
 
     Returns:
         (n,) float32 log pi(completion | prompt) in nats, and the model's output. Its logits are
         not those of all tokens.
     """
-    if in_head is None:
+    if in_head is None:  # as `abilities` finds it
         in_head = abilities(model).in_head and not is_compiled_module(model)
     base = innermost(model)
     length = inputs["input_ids"].shape[1]

@@ -62,8 +62,7 @@ def check_step_zero(
         The figures that were compared.
 
     Raises:
-        ValueError: with the figures, if policy and reference differ by more than the limit, or the
-            loss from its formula.
+        ValueError: with the figures, if one is over its limit.
     """
     found = [chosen_logps.detach().cpu(), rejected_logps.detach().cpu()]
     references = [inputs[f"ref_{side}_logps"].cpu() for side in ("chosen", "rejected")]

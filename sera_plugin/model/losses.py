@@ -125,8 +125,7 @@ class Result:
     """One micro-batch of n pairs.
 
     Attributes:
-        loss: what is minimised.
-        preference_loss: the part of it that compares chosen with rejected.
+        loss: what is minimised; `preference_loss` the part that compares chosen with rejected.
         chosen_logps, rejected_logps: (n,) log pi of the completions, nats.
         metrics: TRL's names, plus `num_tokens` and `loss` of this micro-batch; means over all
             processes.

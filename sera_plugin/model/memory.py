@@ -20,13 +20,9 @@ ENGINE_SEQUENCES = 32
 
 
 def tokens_per_pass(memory: int | None, bytes_per_token: int, longest: int, on_cpu: int) -> int:
-    """Tokens per forward pass, a power of two unless one sequence is longer.
+    """Tokens per forward pass, a power of two unless the longest sequence there can be is longer.
 
-    Args:
-        memory: of the GPU in bytes, None without one.
-        bytes_per_token: memory that a pass needs for each.
-        longest: tokens of the longest sequence there can be.
-        on_cpu: the number where there is no GPU.
+    `on_cpu` without a GPU, where `memory`, the GPU's in bytes, is None.
     """
     tokens = on_cpu
     if memory is not None:

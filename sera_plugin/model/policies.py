@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
@@ -51,25 +52,28 @@ def _before_interrupt(action: Callable[[], object]) -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
+@dataclass
 class PolicyHistory:
     """theta_0, theta_1, ... of a run, by number.
 
-    Args:
+    Attributes:
         model: the one loaded model; a PEFT model for adapters.
         store: the run directory.
         base_model: the host's `base_model`, what a fully fine-tuned theta_0 is.
         tokenizer: saved beside the weights, so that a policy loads on its own.
+        current: which policy the model is now; None in the middle of an iteration.
     """
 
-    def __init__(self, model: Any, store: RunStore, base_model: str, tokenizer: Any) -> None:
-        self.model = model
-        self.store = store
-        self.base_model = base_model
-        self.tokenizer = tokenizer
-        self.is_adapter = hasattr(model, "peft_config")
-        #: Which policy the model is now; None in the middle of an iteration.
-        self.current: int | None = 0
-        self._snapshots: dict[int, Snapshot] = {}
+    model: Any
+    store: RunStore
+    base_model: str
+    tokenizer: Any
+    current: int | None = 0
+    _snapshots: dict[int, Snapshot] = field(default_factory=dict)
+
+    @property
+    def is_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
 
     def keep_initial(self, recorded: bool) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
@@ -132,9 +136,8 @@ class PolicyHistory:
 
         Adapters are small and stay on disk.
         """
-        self._snapshots = {
-            number: one for number, one in self._snapshots.items() if number >= policy
-        }
+        for old in [number for number in self._snapshots if number < policy]:
+            del self._snapshots[old]
 
         def remove() -> None:
             for old in range(1, on_disk):

@@ -33,7 +33,7 @@ class PolicyScorer:
         budget: most tokens per forward pass.
         autocast: the context training computes its loss in.
         ranks: the run's processes; each scores its part.
-        quiet: tells nothing about its progress.
+        quiet: whether it shows no progress.
         phases: what the current iteration has cost; the loop starts a new one each iteration.
     """
 
@@ -90,7 +90,6 @@ def score_sequences(
     Args:
         model: a causal language model; left in the mode (train or eval) it came in.
         prompts, completions: (n,) arrays of token ids each.
-        pad_id: padding token id.
         budget: most tokens per forward pass; halved, for good, when memory runs out.
         autocast: the context training computes its loss in.
         shard: this process's part of the batches; in step where the model is sharded.
@@ -99,9 +98,6 @@ def score_sequences(
     Returns:
         (n,) float64 log pi(completion | prompt) in nats, 0 where another part scores. Not checked
         for being finite.
-
-    Raises:
-        ValueError: if not even one sequence fits into memory.
     """
     with autocast():
         can = abilities(model)
@@ -121,17 +117,16 @@ def score_sequences(
             logps, _ = forward_logps(model, inputs, targets)
         return [index for line in chosen for index in line], logps.double().cpu().numpy()
 
+    batches = []
+    # Apart, because a mask of our own slows down lines that do not need it.
+    for shared in (True, False):
+        kind = [number for number, line in enumerate(lines) if (len(line) > 1) == shared]
+        for batch in batches_by_length([sizes[number] for number in kind], budget.planned):
+            batches.append([kind[index] for index in batch])
+    mine = shard.of(batches, [sum(sizes[number] for number in batch) for batch in batches])
     was_training = model.training
     model.eval()
     try:
-        batches = []
-        # Apart, because a mask of our own slows down lines that do not need it.
-        for shared in (True, False):
-            kind = [number for number, line in enumerate(lines) if (len(line) > 1) == shared]
-            kind_sizes = [sizes[number] for number in kind]
-            for batch in batches_by_length(kind_sizes, budget.planned):
-                batches.append([kind[index] for index in batch])
-        mine = shard.of(batches, [sum(sizes[number] for number in batch) for batch in batches])
         for _, (indices, logps) in budget.run(mine, sizes, score, shard.in_step):
             scores[indices] = logps
             progress(sum(len(prompts[index]) + len(completions[index]) for index in indices))

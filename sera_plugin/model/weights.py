@@ -51,10 +51,7 @@ def _local(weight: Tensor) -> Tensor:
 def part_of(whole: Tensor, weight: Tensor, source: int | None = None) -> Tensor:
     """This process's part of a tensor, cut as a weight is.
 
-    Args:
-        whole: of the weight's full shape.
-        weight: a DTensor, or any tensor, of which the whole is the part.
-        source: the rank whose `whole` counts, in a collective call; None takes each rank's own.
+    In a collective call `source` is the rank whose `whole` counts; None takes each rank's own.
     """
     if not isinstance(weight, DTensor):
         return whole
@@ -87,12 +84,9 @@ def take_snapshot(model: nn.Module) -> Snapshot:
 
 @torch.no_grad()
 def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
-    """Write a snapshot into the model's own storage.
+    """Write a snapshot of the same weights into the model's own storage.
 
     One that was taken before the model was sharded holds whole weights, and is cut.
-
-    Raises:
-        ValueError: if the snapshot was taken from other trainable weights.
     """
     weights = trainable(model)
     if weights.keys() != snapshot.keys():
@@ -113,8 +107,7 @@ def is_finite(model: nn.Module, ranks: Ranks) -> bool:
 def continue_adapter(model: Any, directory: str | None) -> tuple[Any, Snapshot | None]:
     """Load the adapter in `lora_model_dir`, which axolotl 0.19 ignores for DPO.
 
-    Returns:
-        The model, and the weights of its adapter where it has one.
+    Returns the model, and the weights of its adapter where it has one.
     """
     if directory and not isinstance(model, PeftModel):
         model = PeftModel.from_pretrained(model, directory, is_trainable=True)
