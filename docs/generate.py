@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sera_plugin.config.host_keys import HOST_KEYS
 from sera_plugin.config.judge import JudgeConfig
-from sera_plugin.config.sera import SeraConfig
+from sera_plugin.config.sera import HOST_KEYS, SeraConfig
 from sera_plugin.host.refused import DOES_NOT_WORK, REFUSALS
 from sera_plugin.tools.convert.keys import RULES
 from sera_plugin.tools.convert.names import LEFT_OUT, TEMPLATES
@@ -75,7 +74,8 @@ def render() -> str:
     ]
     for name, field in SeraConfig.model_fields.items():
         allowed = ", ".join(filter(None, (kind(field), limits(field))))
-        lines.append(f"| `{name}` | `{default(field)}` | {allowed} | {field.description} |")
+        meaning = " ".join(str(field.description).split())
+        lines.append(f"| `{name}` | `{default(field)}` | {allowed} | {meaning} |")
     lines += [
         "",
         "`bootstrap_ratio` needs `ceil(bootstrap_ratio)` disjoint pairs a prompt, and `candidates`",

@@ -16,6 +16,14 @@ from sera_plugin.tools.paper import paper
 from sera_plugin.tools.planning.commands import plan
 from sera_plugin.tools.report.commands import compare, inspect, report
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+
+
+def _examples(*lines: str) -> str:
+    return "\n  ".join(("\b\nExamples:", *lines))
+
 
 @click.group(help="SeRA: preference tuning that reviews its own data.")
 @click.version_option(__version__, prog_name="sera_plugin")
@@ -24,22 +32,18 @@ def sera() -> None:
 
 
 @sera.command(
-    epilog="""\b
-Examples:
-  axolotl sera demo
-  axolotl sera demo --directory /tmp/sera-demo --config my-demo.yaml
-"""
+    epilog=_examples(
+        "axolotl sera demo",
+        "axolotl sera demo --directory /tmp/sera-demo --config my-demo.yaml",
+    )
 )
 @click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    default=None,
-    help="The YAML to train with; the shipped demo-cpu.yaml unless given.",
+    "--config", type=_FILE, help="The YAML to train with; the shipped demo-cpu.yaml unless given."
 )
 @click.option(
     "--directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("sera-demo"),
+    type=_DIRECTORY,
+    default="sera-demo",
     show_default=True,
     help="Where the demo's model, data and run go.",
 )
@@ -56,16 +60,14 @@ def demo(config: Path | None, directory: Path) -> None:
 
 
 @sera.command(
-    epilog="""\b
-Examples:
-  axolotl sera schema --output axolotl-schema.json
-  python -m sera_plugin schema | jq .properties.sera
-"""
+    epilog=_examples(
+        "axolotl sera schema --output axolotl-schema.json",
+        "python -m sera_plugin schema | jq .properties.sera",
+    )
 )
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=None,
+    type=_NEW_FILE,
     help="Where the schema goes; an earlier one is replaced. Printed unless given.",
 )
 def schema(output: Path | None) -> None:
@@ -86,19 +88,13 @@ def schema(output: Path | None) -> None:
 
 
 @sera.command(
-    epilog="""\b
-Examples:
-  axolotl sera convert examples/train_lora/my_dpo.yaml --output sera.yaml
-  python -m sera_plugin convert my_dpo.yaml > sera.yaml
-"""
+    epilog=_examples(
+        "axolotl sera convert examples/train_lora/my_dpo.yaml --output sera.yaml",
+        "python -m sera_plugin convert my_dpo.yaml > sera.yaml",
+    )
 )
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=None,
-    help="A new file for the YAML; printed unless given.",
-)
+@click.argument("file", type=_FILE)
+@click.option("--output", type=_NEW_FILE, help="A new file for the YAML; printed unless given.")
 def convert(file: Path, output: Path | None) -> None:
     """Turn a LLaMA-Factory YAML for DPO into one for rl: sera.
 

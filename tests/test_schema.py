@@ -12,8 +12,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
 from sera_plugin.cli import sera
-from sera_plugin.config.host_keys import HOST_KEYS
-from sera_plugin.config.sera import SeraConfig
+from sera_plugin.config.sera import HOST_KEYS, SeraConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))

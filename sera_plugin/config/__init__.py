@@ -1,10 +1,8 @@
 """What a YAML may say: the `sera:` block, the judge's, and what SeRA does with the host's keys.
 
-- `sera`       the `sera:` block, frozen; unknown keys are errors
-- `kinds`      the losses, selections and labelers by name, a line each
-- `judge`      the block of a judge behind an API
-- `host_keys`  what SeRA does with keys that are the host's, for docs and editors
-- `spelling`   unknown keys and unreadable blocks, as messages
-- `spelling`   the block parsed, and what a misspelt key may have meant
-- `quoting`    values of a YAML or a row as messages quote them: escaped and cut
+- `sera`      the `sera:` block, frozen, and what SeRA does with keys that are the host's
+- `kinds`     the losses, selections and labelers by name, a line each
+- `judge`     the block of a judge behind an API
+- `spelling`  the block parsed, and what a misspelt key may have meant
+- `quoting`   values of a YAML or a row as messages quote them: escaped and cut
 """

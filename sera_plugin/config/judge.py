@@ -17,45 +17,47 @@ _OURS = frozenset({"model", "messages", "stream", "n"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class JudgeConfig(BaseModel):
-    """A judge at an OpenAI-compatible endpoint. Unknown keys are errors."""
+def _on_one_line(schema: dict[str, Any]) -> None:
+    for key in schema["properties"].values():
+        key["description"] = " ".join(key["description"].split())
+
+
+class Block(BaseModel):
+    """A block of a YAML: unknown keys are errors, and the docstring of a key is its description."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        json_schema_extra=_on_one_line,
     )
 
-    base_url: str = Field(
-        description="Where the endpoint is, up to `/v1`: `https://api.openai.com/v1`, "
-        "`http://127.0.0.1:8000/v1`. `/v1` is added to an address without a path."
-    )
-    model: str = Field(min_length=1, description="The model's name there.")
-    api_key_env: str | None = Field(
-        None,
-        description="The NAME of the environment variable that holds the key. Unset: no key is "
-        "sent.",
-    )
-    mode: Literal["pairwise", "single"] = Field(
-        "pairwise",
-        description="`pairwise` shows two answers, in both orders; `single` rates each answer "
-        "from 1 to 10.",
-    )
-    template: Path | None = Field(
-        None, description="A text file with the judge's prompt in place of the shipped one."
-    )
-    request: dict[str, Any] = Field(
-        {"temperature": 0, "max_tokens": 2048},
-        description="Fields of the request besides `model` and `messages`, sent as they are.",
-    )
-    concurrency: int = Field(8, ge=1, le=256, description="Requests at a time.")
-    timeout: float = Field(
-        120.0, gt=0, le=3600, description="Seconds without a byte after which a request is dead."
-    )
-    prompt_price: float | None = Field(
-        None, ge=0, description="Price of a million prompt tokens, in any currency."
-    )
-    completion_price: float | None = Field(
-        None, ge=0, description="Price of a million completion tokens."
-    )
+
+class JudgeConfig(Block, hide_input_in_errors=True):
+    """A judge at an OpenAI-compatible endpoint."""
+
+    base_url: str
+    """Where the endpoint is, up to `/v1`: `https://api.openai.com/v1`, `http://127.0.0.1:8000/v1`.
+    `/v1` is added to an address without a path."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    api_key_env: str | None = None
+    """The NAME of the environment variable that holds the key. Unset: no key is sent."""
+    mode: Literal["pairwise", "single"] = "pairwise"
+    """`pairwise` shows two answers, in both orders; `single` rates each answer from 1 to 10."""
+    template: Path | None = None
+    """A text file with the judge's prompt in place of the shipped one."""
+    request: dict[str, Any] = {"temperature": 0, "max_tokens": 2048}
+    """Fields of the request besides `model` and `messages`, sent as they are."""
+    concurrency: int = Field(8, ge=1, le=256)
+    """Requests at a time."""
+    timeout: float = Field(120.0, gt=0, le=3600)
+    """Seconds without a byte after which a request is dead."""
+    prompt_price: float | None = Field(None, ge=0)
+    """Price of a million prompt tokens, in any currency."""
+    completion_price: float | None = Field(None, ge=0)
+    """Price of a million completion tokens."""
 
     @field_validator("base_url")
     @classmethod
@@ -126,11 +128,7 @@ def read_judge(path: Path) -> JudgeConfig:
 
 
 def parse_judge(content: Mapping[str, Any], where: str) -> JudgeConfig:
-    """A judge from a mapping.
-
-    Args:
-        content: as in `JudgeConfig`.
-        where: the file or key it stands in, for messages.
+    """A judge from a mapping that stands in `where`, a file or key.
 
     Raises:
         ValueError: naming the key and what is wrong, without the value.

@@ -13,13 +13,9 @@ from importlib import import_module
 from typing import Any, Literal
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Kind:
-    """What all kinds have.
-
-    Attributes:
-        implementation: `module:name` within sera_plugin.
-    """
+    """What all kinds have: where it is, as `module:name` within sera_plugin."""
 
     implementation: str
 
@@ -29,7 +25,7 @@ class Kind:
         return getattr(import_module(f"sera_plugin.{module}"), name)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Loss(Kind):
     """A loss: a function (loss, chosen_rewards, rejected_rewards) -> (n,) losses.
 
@@ -51,24 +47,16 @@ class Loss(Kind):
 
 
 LOSSES: Mapping[str, Loss] = {
-    "dpo": Loss(implementation="model.losses:dpo", beta=0.2, label_smoothing="read"),
-    "ipo": Loss(implementation="model.losses:ipo", beta=1.0, per_token="by_reduction"),
-    "slic": Loss(implementation="model.losses:slic", beta=0.2),
-    "robust": Loss(implementation="model.losses:robust", beta=0.2, label_smoothing="required"),
+    "dpo": Loss("model.losses:dpo", beta=0.2, label_smoothing="read"),
+    "ipo": Loss("model.losses:ipo", beta=1.0, per_token="by_reduction"),
+    "slic": Loss("model.losses:slic", beta=0.2),
+    "robust": Loss("model.losses:robust", beta=0.2, label_smoothing="required"),
     "simpo": Loss(
-        implementation="model.losses:simpo",
-        beta=2.0,
-        reference_free=True,
-        per_token="always",
-        target_margin=True,
+        "model.losses:simpo", beta=2.0, reference_free=True, per_token="always", target_margin=True
     ),
-    "kto_pair": Loss(implementation="model.losses:kto_pair", beta=0.1),
+    "kto_pair": Loss("model.losses:kto_pair", beta=0.1),
     "orpo": Loss(
-        implementation="model.losses:orpo",
-        beta=0.1,
-        reference_free=True,
-        per_token="always",
-        likelihood=True,
+        "model.losses:orpo", beta=0.1, reference_free=True, per_token="always", likelihood=True
     ),
 }
 
@@ -78,7 +66,7 @@ def is_reference_free(loss: str) -> bool:
     return loss in LOSSES and LOSSES[loss].reference_free
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Selection(Kind):
     """How offline pairs are chosen: a subclass of `algorithm.selection.Selection`.
 
@@ -91,7 +79,6 @@ class Selection(Kind):
     """
 
     keeps: str
-
     reads_ratio: bool = True
     reads_scores: bool = False
     by_margin: bool = False
@@ -100,24 +87,18 @@ class Selection(Kind):
 
 SELECTIONS: Mapping[str, Selection] = {
     "irm": Selection(
-        implementation="algorithm.selection:ImplicitRewardMargin",
-        keeps="{ratio:g} N",
-        by_margin=True,
+        "algorithm.selection:ImplicitRewardMargin", keeps="{ratio:g} N", by_margin=True
     ),
     "reference_logp": Selection(
-        implementation="algorithm.selection:ReferenceLogp", keeps="{ratio:g} N by reference_logp"
+        "algorithm.selection:ReferenceLogp", keeps="{ratio:g} N by reference_logp"
     ),
     "score": Selection(
-        implementation="algorithm.selection:Score",
-        keeps="{ratio:g} N by score",
-        reads_scores=True,
+        "algorithm.selection:Score", keeps="{ratio:g} N by score", reads_scores=True
     ),
-    "random": Selection(implementation="algorithm.selection:Random", keeps="{ratio:g} N by random"),
-    "all": Selection(
-        implementation="algorithm.selection:All", keeps="all pairs", reads_ratio=False
-    ),
+    "random": Selection("algorithm.selection:Random", keeps="{ratio:g} N by random"),
+    "all": Selection("algorithm.selection:All", keeps="all pairs", reads_ratio=False),
     "curriculum": Selection(
-        implementation="algorithm.selection:Curriculum",
+        "algorithm.selection:Curriculum",
         keeps="each prompt's t-th easiest pair",
         reads_ratio=False,
         reads_scores=True,
@@ -126,7 +107,7 @@ SELECTIONS: Mapping[str, Selection] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Labeler(Kind):
     """Who ranks candidates: a subclass of `labeling.ranker.Ranker`.
 
@@ -157,27 +138,18 @@ class Labeler(Kind):
 
 LABELERS: Mapping[str, Labeler] = {
     "implicit": Labeler(
-        implementation="labeling.implicit:ImplicitReward",
-        ranks_by="its implicit reward",
-        implicit=True,
+        "labeling.implicit:ImplicitReward", ranks_by="its implicit reward", implicit=True
     ),
     "reward_model": Labeler(
-        implementation="labeling.judged:RewardModelLabeler",
+        "labeling.judged:RewardModelLabeler",
         ranks_by="the reward model",
         setting=("reward_model", "./my-model"),
     ),
     "judge": Labeler(
-        implementation="labeling.judged:JudgeLabeler",
-        ranks_by="the judge",
-        setting=("judge", "{base_url: ...}"),
+        "labeling.judged:JudgeLabeler", ranks_by="the judge", setting=("judge", "{base_url: ...}")
     ),
-    "self_judge": Labeler(
-        implementation="labeling.self_judge:SelfJudge", ranks_by="its own verdict in words"
-    ),
+    "self_judge": Labeler("labeling.self_judge:SelfJudge", ranks_by="its own verdict in words"),
     "spin": Labeler(
-        implementation="labeling.spin:Spin",
-        ranks_by="the dataset",
-        gives_rewards=False,
-        adds_dataset_answer=True,
+        "labeling.spin:Spin", ranks_by="the dataset", gives_rewards=False, adds_dataset_answer=True
     ),
 }

@@ -1,7 +1,7 @@
-"""The `sera:` block of an Axolotl configuration.
+"""The `sera:` block of an Axolotl configuration, and what SeRA does with keys that are the host's.
 
-Parsed once, into a frozen type. The defaults are the paper's values. The configuration reference
-(docs/configuration.md) is generated from the descriptions below.
+The block is parsed once, into a frozen type. The defaults are the paper's values. The configuration
+reference (docs/configuration.md) and the schema for editors are generated from this file.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.judge import Block, JudgeConfig
 from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
 from sera_plugin.config.quoting import quoted
 
@@ -38,161 +38,99 @@ else:
     LabelerName = Literal[tuple(LABELERS)]
 
 
-class SeraConfig(BaseModel):
-    """Everything inside `sera:`. Unknown keys are errors."""
+class SeraConfig(Block):
+    """Everything inside `sera:`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    selection_ratio: float = Field(
-        0.7,
-        ge=0.0,
-        le=1.0,
-        description="k / N: the share of the N offline pairs kept from iteration 2 on, largest "
-        "implicit-reward margin first. 1 keeps all. 0 keeps none, and a labeler that needs no "
-        "earlier policy (any but `implicit`) then samples for iteration 1 too.",
-    )
-    bootstrap_ratio: float = Field(
-        0.3,
-        ge=0.0,
-        le=32.0,
-        description="k~ / N: how many pairs sampled from the current policy are added from "
-        "iteration 2 on, relative to N. May exceed 1 (the paper's best-SeRA uses 2.0): a prompt "
-        "gives up to candidates // 2 disjoint pairs. 0 turns sampling off.",
-    )
-    selection: SelectionName = Field(
-        "irm",
-        description="What offline pairs are ranked by. `irm` is SeRA's implicit reward margin, "
-        "`reference_logp` how much likelier theta_{t-1} makes chosen than rejected, `score` the "
-        "gap of a score in the dataset (see `score_columns`), `random` a seeded draw. `all` "
-        "keeps every pair, and `curriculum` trains iteration t on each prompt's t-th easiest pair "
-        "by score; neither reads `selection_ratio`. See systems.md.",
-    )
-    labeler: LabelerName = Field(
-        "implicit",
-        description="Who ranks a prompt's samples. `implicit` is SeRA's implicit reward, "
-        "`reward_model` the model that `reward_model` names, `judge` the endpoint under `judge`, "
-        "`self_judge` the policy itself in words, `spin` takes the dataset's chosen answer for "
-        "the best and the samples for worse. See systems.md.",
-    )
-    reference: Literal["previous", "initial"] = Field(
-        "previous",
-        description="The loss's reference: theta_{t-1}, the policy that the iteration starts "
-        "from, or theta_0, the one that the run started from.",
-    )
-    length_control: Literal["none", "auto"] | float = Field(
-        "none",
-        description="What is taken off the rewards of samples per token before they are paired: a "
-        "number (nats; with another labeler than `implicit`, of what that ranks by), or `auto` for "
-        "the one with which chosen and rejected samples are equally long on average (DICE). "
-        "`none` is the paper.",
-    )
-    offline_length_control: Literal["none", "auto"] | float = Field(
-        "none",
-        description="The same for the margins that `selection: irm` ranks by. `auto` takes "
-        "what the margin's regression on the difference in length gives.",
-    )
-    label_noise: float = Field(
-        0.0,
-        ge=0.0,
-        le=1.0,
-        description="Swap chosen and rejected of this share of the offline pairs, at random by "
-        "`seed`, and record which: an experiment on how many of them selection drops.",
-    )
-    reward_model: str | None = Field(
-        None,
-        description="For `labeler: reward_model`: a local sequence classification model with one "
-        "label and a chat template. Loaded for the phase alone.",
-    )
-    judge: JudgeConfig | None = Field(
-        None,
-        description="For `labeler: judge`: an OpenAI-compatible endpoint, with the keys of "
-        "judges.md (`base_url`, `model`, `api_key_env`, ...). Every two different samples of a "
-        "prompt are compared, in both orders. What it said is kept in the run directory and not "
-        "asked again.",
-    )
-    gamma: float = Field(
-        0.3,
-        ge=0.0,
-        le=1.0,
-        description="Reward ensemble (Eq. 7): the weight of the previous iteration's implicit "
-        "reward, from iteration 3 on. 0 turns the ensemble off.",
-    )
-    loss: LossName = Field(
-        "dpo",
-        description="The direct alignment loss. `dpo` with `dpo_label_smoothing` is cDPO; "
-        "`robust` (rDPO) needs `dpo_label_smoothing`; `simpo` reads `simpo_gamma` and "
-        "`cpo_alpha`, both 0 unless set; `orpo` takes beta for its lambda. For any other "
-        "loss type of the host's DPO trainer set `dpo_loss_type` and leave this out.",
-    )
-    ipo_reduction: Literal["mean", "sum"] = Field(
-        "mean",
-        description="How IPO's reward is reduced over a completion's tokens: `mean` is the "
-        "host's (TRL's) convention, `sum` is the paper's Eq. 9. The margin follows.",
-    )
-    candidates: int = Field(
-        4,
-        ge=1,
-        le=64,
-        description="R: how many candidates are sampled per prompt. One is enough for "
-        "`labeler: spin`, any other needs two.",
-    )
-    temperature: float = Field(
-        0.7, gt=0.0, le=10.0, description="Sampling temperature of the candidates."
-    )
-    top_p: float = Field(0.95, gt=0.0, le=1.0, description="Nucleus sampling of the candidates.")
-    max_new_tokens: int = Field(
-        512,
-        ge=1,
-        le=1_000_000,
-        description="Longest candidate in tokens, its end token included. Prompt and candidate "
-        "together never exceed `sequence_len`.",
-    )
-    sampler: Literal["auto", "vllm", "vllm-server", "transformers"] = Field(
-        "auto",
-        description="What samples the candidates. `vllm` starts vLLM in a child process for each "
-        "sampling phase; `vllm-server` uses a running `vllm serve` at `vllm.host` and "
-        "`vllm.port` (adapters only); `transformers` runs inside the training process. `auto` "
-        "takes `vllm` where it can be imported and serves this kind of policy, else "
-        "`transformers`, and says why.",
-    )
-    vllm_python: str | None = Field(
-        None,
-        description="Python interpreter of the environment that has vLLM, such as "
-        "`~/vllm/bin/python`. Unset: the one that trains.",
-    )
-    restart_optimizer: bool = Field(
-        True,
-        description="Start every iteration with fresh optimizer state and its own warm-up and "
-        "learning-rate schedule. `false` runs one schedule over all iterations.",
-    )
-    keep_policies: bool = Field(
-        False,
-        description="Full fine-tuning only: keep the weights of every policy in the run "
-        "directory. Otherwise those that no later iteration needs are removed. Adapters are "
-        "small and always kept.",
-    )
-    bad_rows: Literal["drop", "raise"] = Field(
-        "drop",
-        description="Rows that cannot be used (empty or null fields, wrong types, chosen equal to "
-        "rejected, ...; see data.md): `drop` leaves them out, with a warning that counts and names "
-        "them; `raise` stops the run, with an error that does. Rows that are only too long follow "
-        "the host's `excess_length_strategy`.",
-    )
-    score_columns: tuple[str, ...] = Field(
-        (),
-        description="Columns of the dataset (scores, sources, anything per pair) to copy to "
-        "`dataset.parquet` for later analysis. `selection: score` and `curriculum` rank by the "
-        "first that has numbers: by the gap of two columns whose names differ in `chosen` and "
-        "`rejected`, or by a column that is a gap. Nothing else trains by them.",
-    )
+    selection_ratio: float = Field(0.7, ge=0.0, le=1.0)
+    """k / N: the share of the N offline pairs kept from iteration 2 on, largest implicit-reward
+    margin first. 1 keeps all. 0 keeps none, and a labeler that needs no earlier policy (any but
+    `implicit`) then samples for iteration 1 too."""
+    bootstrap_ratio: float = Field(0.3, ge=0.0, le=32.0)
+    """k~ / N: how many pairs sampled from the current policy are added from iteration 2 on,
+    relative to N. May exceed 1 (the paper's best-SeRA uses 2.0): a prompt gives up to candidates //
+    2 disjoint pairs. 0 turns sampling off."""
+    selection: SelectionName = "irm"
+    """What offline pairs are ranked by. `irm` is SeRA's implicit reward margin, `reference_logp`
+    how much likelier theta_{t-1} makes chosen than rejected, `score` the gap of a score in the
+    dataset (see `score_columns`), `random` a seeded draw. `all` keeps every pair, and `curriculum`
+    trains iteration t on each prompt's t-th easiest pair by score; neither reads `selection_ratio`.
+    See systems.md."""
+    labeler: LabelerName = "implicit"
+    """Who ranks a prompt's samples. `implicit` is SeRA's implicit reward, `reward_model` the model
+    that `reward_model` names, `judge` the endpoint under `judge`, `self_judge` the policy itself in
+    words, `spin` takes the dataset's chosen answer for the best and the samples for worse. See
+    systems.md."""
+    reference: Literal["previous", "initial"] = "previous"
+    """The loss's reference: theta_{t-1}, the policy that the iteration starts from, or theta_0, the
+    one that the run started from."""
+    length_control: Literal["none", "auto"] | float = "none"
+    """What is taken off the rewards of samples per token before they are paired: a number (nats;
+    with another labeler than `implicit`, of what that ranks by), or `auto` for the one with which
+    chosen and rejected samples are equally long on average (DICE). `none` is the paper."""
+    offline_length_control: Literal["none", "auto"] | float = "none"
+    """The same for the margins that `selection: irm` ranks by. `auto` takes what the margin's
+    regression on the difference in length gives."""
+    label_noise: float = Field(0.0, ge=0.0, le=1.0)
+    """Swap chosen and rejected of this share of the offline pairs, at random by `seed`, and record
+    which: an experiment on how many of them selection drops."""
+    reward_model: str | None = None
+    """For `labeler: reward_model`: a local sequence classification model with one label and a chat
+    template. Loaded for the phase alone."""
+    judge: JudgeConfig | None = None
+    """For `labeler: judge`: an OpenAI-compatible endpoint, with the keys of judges.md (`base_url`,
+    `model`, `api_key_env`, ...). Every two different samples of a prompt are compared, in both
+    orders. What it said is kept in the run directory and not asked again."""
+    gamma: float = Field(0.3, ge=0.0, le=1.0)
+    """Reward ensemble (Eq. 7): the weight of the previous iteration's implicit reward, from
+    iteration 3 on. 0 turns the ensemble off."""
+    loss: LossName = "dpo"
+    """The direct alignment loss. `dpo` with `dpo_label_smoothing` is cDPO; `robust` (rDPO) needs
+    `dpo_label_smoothing`; `simpo` reads `simpo_gamma` and `cpo_alpha`, both 0 unless set; `orpo`
+    takes beta for its lambda. For any other loss type of the host's DPO trainer set `dpo_loss_type`
+    and leave this out."""
+    ipo_reduction: Literal["mean", "sum"] = "mean"
+    """How IPO's reward is reduced over a completion's tokens: `mean` is the host's (TRL's)
+    convention, `sum` is the paper's Eq. 9. The margin follows."""
+    candidates: int = Field(4, ge=1, le=64)
+    """R: how many candidates are sampled per prompt. One is enough for `labeler: spin`, any other
+    needs two."""
+    temperature: float = Field(0.7, gt=0.0, le=10.0)
+    """Sampling temperature of the candidates."""
+    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    """Nucleus sampling of the candidates."""
+    max_new_tokens: int = Field(512, ge=1, le=1_000_000)
+    """Longest candidate in tokens, its end token included. Prompt and candidate together never
+    exceed `sequence_len`."""
+    sampler: Literal["auto", "vllm", "vllm-server", "transformers"] = "auto"
+    """What samples the candidates. `vllm` starts vLLM in a child process for each sampling phase;
+    `vllm-server` uses a running `vllm serve` at `vllm.host` and `vllm.port` (adapters only);
+    `transformers` runs inside the training process. `auto` takes `vllm` where it can be imported
+    and serves this kind of policy, else `transformers`, and says why."""
+    vllm_python: str | None = None
+    """Python interpreter of the environment that has vLLM, such as `~/vllm/bin/python`. Unset: the
+    one that trains."""
+    restart_optimizer: bool = True
+    """Start every iteration with fresh optimizer state and its own warm-up and learning-rate
+    schedule. `false` runs one schedule over all iterations."""
+    keep_policies: bool = False
+    """Full fine-tuning only: keep the weights of every policy in the run directory. Otherwise those
+    that no later iteration needs are removed. Adapters are small and always kept."""
+    bad_rows: Literal["drop", "raise"] = "drop"
+    """Rows that cannot be used (empty or null fields, wrong types, chosen equal to rejected, ...;
+    see data.md): `drop` leaves them out, with a warning that counts and names them; `raise` stops
+    the run, with an error that does. Rows that are only too long follow the host's
+    `excess_length_strategy`."""
+    score_columns: tuple[str, ...] = ()
+    """Columns of the dataset (scores, sources, anything per pair) to copy to `dataset.parquet` for
+    later analysis. `selection: score` and `curriculum` rank by the first that has numbers: by the
+    gap of two columns whose names differ in `chosen` and `rejected`, or by a column that is a gap.
+    Nothing else trains by them."""
 
     @property
     def per_token(self) -> bool:
         """Whether `loss` averages its reward over the completion's tokens."""
-        by_reduction = self.ipo_reduction == "mean"
-        return {"always": True, "by_reduction": by_reduction, "never": False}[
-            LOSSES[self.loss].per_token
-        ]
+        kind = LOSSES[self.loss].per_token
+        return kind == "always" or (kind == "by_reduction" and self.ipo_reduction == "mean")
 
     @property
     def first_iteration(self) -> int:
@@ -204,22 +142,11 @@ class SeraConfig(BaseModel):
         """Pairs a prompt must be able to give so that bootstrap_ratio x N pairs can exist."""
         return max(1, math.ceil(self.bootstrap_ratio))
 
-    @field_validator(
-        "selection_ratio",
-        "bootstrap_ratio",
-        "gamma",
-        "candidates",
-        "temperature",
-        "top_p",
-        "max_new_tokens",
-        "length_control",
-        "offline_length_control",
-        "label_noise",
-        mode="before",
-    )
+    @field_validator("*", mode="before")
     @classmethod
-    def _is_no_switch(cls, value: object) -> object:
-        if isinstance(value, bool):
+    def _is_no_switch(cls, value: object, key: ValidationInfo) -> object:
+        kind = cls.model_fields[str(key.field_name)].annotation
+        if isinstance(value, bool) and {float, int} & {kind, *get_args(kind)}:
             raise ValueError(f"{value} is not a number. Set one, or remove the key.")
         return value
 
@@ -337,3 +264,56 @@ class SeraArgs(BaseModel):
     sera: SeraConfig | None = Field(
         default=None, description="SeRA: selection and bootstrapping between epochs (`rl: sera`)."
     )
+
+
+#: (keys of the host's, separated by commas; what SeRA does with them, in Markdown).
+HOST_KEYS: tuple[tuple[str, str], ...] = (
+    ("num_epochs", "T, the number of iterations; a whole number. 3 unless set."),
+    (
+        "rl_beta, trl.beta",
+        "beta of the loss. Unless set, the paper's: "
+        + ", ".join(f"{kind.beta:g} for {name}" for name, kind in LOSSES.items())
+        + " (SimPO, KTO-Pair and ORPO: those of their own papers).",
+    ),
+    (
+        "dpo_label_smoothing",
+        "Share of labels taken to be wrong: cDPO with `loss: dpo`, rDPO with `loss: robust`.",
+    ),
+    (
+        "dpo_loss_type, dpo_loss_weights, dpo_use_weighting",
+        "Any loss type of the host's DPO trainer instead of `sera.loss`.",
+    ),
+    ("simpo_gamma, cpo_alpha", "SimPO's target margin and NLL weight; 0 unless set."),
+    ("sequence_len", "Longest prompt + completion in tokens, for data and for samples."),
+    (
+        "excess_length_strategy",
+        "`drop` (default), `truncate` or `raise` for longer rows; see data.md.",
+    ),
+    ("seed", "Seeds new adapters, held-out pairs, data order and samples. 42 unless set."),
+    (
+        "warmup_ratio, warmup_steps",
+        "Warm-up of each iteration with `restart_optimizer: true`, else of the run.",
+    ),
+    ("val_set_size, test_datasets", "Held-out pairs, scored and referenced anew each iteration."),
+    (
+        "vllm",
+        "How vLLM samples: `gpu_memory_utilization` (unset: what is free), `tensor_parallel_size`, "
+        "`dtype` (unset: as trained), `max_model_len` (unset: prompts + `max_new_tokens`), "
+        "`enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and `port`. See "
+        "sampling.md.",
+    ),
+    (
+        "gradient_accumulation_steps, gradient_checkpointing, optimizer",
+        "As for any other `rl`: reentrant or not, 8-bit and paged optimizers too.",
+    ),
+    (
+        "activation_offloading",
+        "`true` keeps activations in host memory (TRL's offloader, for accelerators only); "
+        "`hidden_states` with reentrant checkpointing is the host's own.",
+    ),
+    ("lora_model_dir", "An adapter to continue; theta_0 is the base model with it."),
+    (
+        "auto_resume_from_checkpoints, resume_from_checkpoint",
+        "Continue the run in `output_dir` where it stopped.",
+    ),
+)
