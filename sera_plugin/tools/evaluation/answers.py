@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sera_plugin.config.quoting import quoted
@@ -15,38 +15,25 @@ from sera_plugin.tools.evaluation.prompts import Prompt, joined, read_rows
 
 #: What a user said and a model answered, in turn; the user's last words are unanswered.
 Conversation = tuple[str, ...]
-#: Why an answer ended: "stop", "length", "no room" (the prompt fills the model's context), "given".
+#: Why a turn ended: "stop", "length", "no room" (the prompt fills the model's context), "given".
 NO_ROOM = "no room"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are sampled, the same for every model.
-
-    Attributes:
-        temperature: 0 takes the likeliest token each time.
-        top_p: nucleus sampling.
-        max_new_tokens: longest answer of a turn.
-        seed: the same seed, prompts and model give the same answers.
-        prompt_format: a text with `{prompt}` in place of the model's chat template, or None.
-    """
+    """How every model answers; temperature 0 takes the likeliest token each time."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
+    #: A text with `{prompt}`, in place of the model's chat template.
     prompt_format: str | None = None
 
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer in one turn of a conversation.
-
-    Attributes:
-        text: the answer, without special tokens and the white space around it.
-        tokens: how many tokens were sampled, the end token included.
-        finish_reason: why it ended.
-    """
+    """An answer in one turn, without special tokens; `tokens` counts the end token too."""
 
     text: str
     tokens: int
@@ -63,11 +50,6 @@ class Answer:
     def text(self) -> str:
         """All turns in one text, for a judge and for export."""
         return joined([turn.text for turn in self.turns])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all turns."""
-        return sum(turn.tokens for turn in self.turns)
 
     @property
     def chars(self) -> int:
@@ -93,15 +75,8 @@ def sampled(
 ) -> list[Answer | None]:
     """The model's answers, in the order of the prompts; None where its context has no room.
 
-    Args:
-        model: whose answers.
-        prompts: what is asked.
-        decoding: how it answers.
-        journal: where answers are kept; what is in there is not sampled again.
-        engine: loads the model; called only if an answer is missing.
-
-    Raises:
-        ValueError, RuntimeError: as the engine does. What was sampled is kept.
+    What is in the journal is not sampled again, and `engine`, which loads the model, is called only
+    if an answer is missing. When it raises, what was sampled is kept.
     """
     turns: list[list[Turn]] = [[] for _ in prompts]
     sample: Sample | None = None
@@ -112,26 +87,29 @@ def sampled(
             if len(prompt.turns) > number and not _is_full(turns[row])
         ]
         conversations = [_conversation(prompts[row], turns[row]) for row in rows]
-        keys = _keys(model, decoding, conversations)
+        # A prompt that occurs again is answered again.
+        seen: Counter[Conversation] = Counter()
+        keys = []
+        for one in conversations:
+            keys.append(key_of(model.identity, asdict(decoding), one, seen[one]))
+            seen[one] += 1
         done = [index for index, key in enumerate(keys) if key in journal]
         if len(done) < len(keys):
-            # Each turn has seeds of its own.
-            seed = decoding.seed + 1_000_003 * number
             sample = sample or engine()
             what = f"answers of {model.name}" + (f", turn {number + 1}" if number else "")
             with progress(what, len(keys) - len(done), "answer") as advance:
+                # Each turn has seeds of its own.
+                seed = decoding.seed + 1_000_003 * number
                 for index, turn in sample(conversations, done, seed):
                     journal.add(keys[index], {**asdict(turn), "row": prompts[rows[index]].row})
                     advance(1)
         for row, key in zip(rows, keys, strict=True):
-            found = journal.get(key)
-            assert found is not None
-            turns[row].append(Turn(**{one.name: found[one.name] for one in fields(Turn)}))
+            found = journal.get(key) or {}
+            turns[row].append(Turn(found["text"], found["tokens"], found["finish_reason"]))
     return [None if _is_full(each) else Answer(tuple(each)) for each in turns]
 
 
 def _is_full(turns: Sequence[Turn]) -> bool:
-    """Whether the model's context had no room for a turn."""
     return any(turn.finish_reason == NO_ROOM for turn in turns)
 
 
@@ -142,22 +120,10 @@ def _conversation(prompt: Prompt, answered: Sequence[Turn]) -> Conversation:
     return (*said, prompt.turns[len(answered)])
 
 
-def _keys(model: Model, decoding: Decoding, conversations: Sequence[Conversation]) -> list[str]:
-    """A prompt that occurs again is answered again."""
-    seen: Counter[Conversation] = Counter()
-    keys = []
-    for conversation in conversations:
-        keys.append(key_of(model.identity, asdict(decoding), conversation, seen[conversation]))
-        seen[conversation] += 1
-    return keys
-
-
 def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
     """Answers from a file in AlpacaEval's format, in the order of the prompts; None without one.
 
-    Args:
-        path: rows with `instruction` and `output`.
-        prompts: what was asked; a row belongs to the prompt whose text its instruction is.
+    A row belongs to the prompt whose text its `instruction` is.
 
     Raises:
         ValueError: naming the row and the field that is wrong, or if no row belongs to a prompt.

@@ -12,6 +12,7 @@ from sera_plugin.tools.command import refusing
 
 @click.command(
     "eval",
+    context_settings={"show_default": True},
     epilog="""\b
 Examples:
   axolotl sera eval outputs/my-run --prompts alpaca_eval.json --judge judge.yaml
@@ -30,7 +31,6 @@ Examples:
 )
 @click.option(
     "--judge",
-    default=None,
     help="judge.yaml (an API judge), module:function or file.py:function, or the directory of a "
     "reward model. Without one, answers are sampled and exported only.",
 )
@@ -38,49 +38,39 @@ Examples:
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("sera-eval"),
-    show_default=True,
     help="Where answers, verdicts, figures and the page are kept. The same command goes on there.",
 )
 @click.option("--iterations", is_flag=True, help="All policies of a run in place of its last one.")
 @click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=None,
-    help="At most this many prompts, drawn with the seed.",
+    "--limit", type=click.IntRange(min=1), help="At most this many prompts, drawn with the seed."
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, max=10),
     default=0.7,
-    show_default=True,
     help="Of the answers; 0 takes the likeliest token each time.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.95,
-    show_default=True,
     help="Nucleus sampling of the answers.",
 )
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
     default=1024,
-    show_default=True,
     help="Longest answer in tokens.",
 )
 @click.option(
-    "--prompt-format",
-    default=None,
-    help="A text with {prompt} in place of the models' chat templates.",
+    "--prompt-format", help="A text with {prompt} in place of the models' chat templates."
 )
 @click.option(
     "--vllm-python",
     type=click.Path(dir_okay=False),
-    default=None,
     help="The Python of an environment with vLLM, to sample with it.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn.")
+@click.option("--seed", type=int, default=0, help="Of all that is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures for machines.")
 def evaluate(
     models: tuple[str, ...],
@@ -107,18 +97,10 @@ def evaluate(
     from sera_plugin.tools.evaluation.run import evaluate
     from sera_plugin.tools.report.output import json_text
 
+    how = Decoding(**decoding)
     try:
         with refusing(), log_on_stderr():
-            figures = evaluate(
-                models,
-                prompts,
-                judge,
-                output,
-                Decoding(**decoding),
-                iterations=iterations,
-                limit=limit,
-                vllm_python=vllm_python,
-            )
+            figures = evaluate(models, prompts, judge, output, how, iterations, limit, vllm_python)
     except SamplingFailed as error:
         raise click.ClickException(
             f"{error}\nIn this command: leave --vllm-python out to sample without vLLM. It goes on "
@@ -129,5 +111,4 @@ def evaluate(
     if as_json:
         click.echo(json_text(figures))
     else:
-        click.echo(shown(figures))
-        click.echo(f"\n{output / 'eval.html'}")
+        click.echo(f"{shown(figures)}\n\n{output / 'eval.html'}")

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from sera_plugin.model.budget import plan_tokens
 from sera_plugin.sampling.offload import cache_bytes_per_token
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, adapter_problem
-from sera_plugin.tools.evaluation.answers import NO_ROOM, Conversation, Decoding, Sample, Turn
+from sera_plugin.tools.evaluation.answers import NO_ROOM, Conversation, Decoding, Turn
 from sera_plugin.tools.evaluation.models import Model
 
 #: Top-p that leaves one token: both engines take the likeliest one then.
@@ -34,73 +33,105 @@ _GIB = 2**30
 _SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
-class Speaker:
-    """Turns conversations into token ids and token ids into answers, as one model has it.
+class Engine:
+    """A model, ready to answer as it is asked by its own tokenizer and template.
 
-    Args:
-        model: whose tokenizer and template.
-        prompt_format: a text with `{prompt}` in place of the chat template, or None.
+    With `vllm_python`, the interpreter of an environment with vLLM, it is served by that, which
+    prints into `log`.
 
     Raises:
-        ValueError: if there is neither a template nor a format, or nothing ends an answer.
+        ValueError: if it cannot be loaded, asked this way, or served by vLLM.
     """
 
-    def __init__(self, model: Model, prompt_format: str | None) -> None:
-        self._model = model
-        self._format = prompt_format
+    def __init__(
+        self, model: Model, decoding: Decoding, vllm_python: str | None, log: Path
+    ) -> None:
+        self._model, self._decoding = model, decoding
+        python = None if vllm_python is None else _program(vllm_python)
         with _named(model):
-            self.tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_SAFE)
-            config = AutoConfig.from_pretrained(model.weights, **_SAFE)
-        if prompt_format is None and not self.tokenizer.chat_template:
+            self._tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_SAFE)
+            config = AutoConfig.from_pretrained(model.weights, **_SAFE).get_text_config()
+        if decoding.prompt_format is None and not self._tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {model.name} ({model.tokenizer}) has no chat template, so how "
                 "it is asked is not known. Give --prompt-format, such as 'Q: {prompt} A:'."
             )
-        self.context: int | None = getattr(
-            config.get_text_config(), "max_position_embeddings", None
+        self._context: int | None = getattr(config, "max_position_embeddings", None)
+        ends = [self._tokenizer.eos_token_id, *_generation_ends(Path(model.weights))]
+        ends = [one for one in ends if one is not None] + [*model.end_ids, *self._turn_end()]
+        self._end_ids = tuple(dict.fromkeys(ends))
+        self._rows = RowTokenizer(self._tokenizer, self._end_ids)
+        self._sampler: CandidateSampler
+        if python is not None:
+            policy = _served(model, int(config.vocab_size))
+            self._sampler = VllmSampler(python, policy, {}, log, _room)
+        else:
+            weights, pad = _load(model), self._tokenizer.pad_token_id
+            cached = cache_bytes_per_token(weights, element_size=4)
+            self._sampler = TransformersSampler(
+                weights,
+                self._end_ids[0] if pad is None else pad,
+                plan_tokens(weights.device, bytes_per_token=cached, longest=0, on_cpu=16_384),
+            )
+
+    def __call__(
+        self, conversations: Sequence[Conversation], done: Collection[int], seed: int
+    ) -> Iterator[tuple[int, Turn]]:
+        """Yield (index, answer) of every conversation that is not `done`, in any order."""
+        decoding, context = self._decoding, self._context
+        prompts = [np.array(self._prompt(one), dtype=np.int32) for one in conversations]
+        # All that have room are given, finished ones too: what the others draw depends on it.
+        rows = [
+            row for row, prompt in enumerate(prompts) if context is None or len(prompt) < context
+        ]
+        for row in set(range(len(prompts))).difference(rows, done):
+            yield row, Turn("", 0, NO_ROOM)
+        settings = SamplingSettings(
+            candidates=1,
+            temperature=decoding.temperature or 1.0,
+            top_p=decoding.top_p if decoding.temperature else _GREEDY,
+            max_new_tokens=decoding.max_new_tokens,
+            max_length=context,
+            end_ids=self._end_ids,
+            seed=seed,
         )
-        self.vocabulary = int(config.get_text_config().vocab_size)
-        ends = [self.tokenizer.eos_token_id, *_generation_ends(Path(model.weights))]
-        found = dict.fromkeys([*(one for one in ends if one is not None), *model.end_ids])
-        self.end_ids = tuple({**found, **dict.fromkeys(self._turn_end())})
-        self._rows = RowTokenizer(self.tokenizer, self.end_ids)
+        finished = set(done)
+        skip = {place for place, row in enumerate(rows) if row in finished}
+        for chunk in self._sampler.sample([prompts[row] for row in rows], settings, skip):
+            for place, (candidate,) in chunk:
+                ids, reason = list(candidate.token_ids), candidate.finish_reason
+                # An end token may be no special one for the tokenizer.
+                shown = ids[:-1] if reason == "stop" else ids
+                text: str = self._tokenizer.decode(shown, skip_special_tokens=True)
+                yield rows[place], Turn(text.strip(), len(ids), reason)
 
     def _turn_end(self) -> list[int]:
         """The special token that the chat template puts after an answer, if it puts one there."""
-        if self._format is not None:
+        if self._decoding.prompt_format is not None:
             return []
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
-        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
         after = text.rpartition("answer")[2].strip()
-        first = self.tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        return [token for token in first if token in self.tokenizer.all_special_ids]
+        first = self._tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        return [token for token in first if token in self._tokenizer.all_special_ids]
 
-    def prompt(self, conversation: Conversation) -> list[int]:
-        """The token ids after which the model answers.
-
-        Raises:
-            ValueError: for a conversation of several turns without a chat template.
-        """
-        if self._format is not None:
-            if len(conversation) > 1:
-                raise ValueError(
-                    "--prompt-format: prompts of several turns need the chat template of "
-                    f"{self._model.name}. Leave --prompt-format out."
-                )
-            return self._rows.prompt(self._format.replace("{prompt}", conversation[0]))
-        turns = [
-            {"role": "assistant" if index % 2 else "user", "content": text}
-            for index, text in enumerate(conversation)
-        ]
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return ids
-
-    def answer(self, token_ids: Sequence[int]) -> str:
-        """The text of sampled tokens."""
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text.strip()
+    def _prompt(self, conversation: Conversation) -> list[int]:
+        """The token ids after which the model answers."""
+        if self._decoding.prompt_format is None:
+            turns = [
+                {"role": "assistant" if index % 2 else "user", "content": text}
+                for index, text in enumerate(conversation)
+            ]
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return ids
+        if len(conversation) > 1:
+            raise ValueError(
+                "--prompt-format: prompts of several turns need the chat template of "
+                f"{self._model.name}. Leave --prompt-format out."
+            )
+        return self._rows.prompt(self._decoding.prompt_format.replace("{prompt}", conversation[0]))
 
 
 def _generation_ends(weights: Path) -> list[int]:
@@ -110,39 +141,6 @@ def _generation_ends(weights: Path) -> list[int]:
         return []
     ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     return ends if isinstance(ends, list) else [ends]
-
-
-def load_engine(model: Model, decoding: Decoding, vllm_python: str | None, log: Path) -> Sample:
-    """The model, ready to answer.
-
-    Args:
-        model: what answers.
-        decoding: how it answers.
-        vllm_python: the interpreter of an environment with vLLM, or None to sample here.
-        log: what vLLM prints goes there.
-
-    Raises:
-        ValueError: if it cannot be asked this way, or not be served by vLLM.
-    """
-    python = None if vllm_python is None else _program(vllm_python)
-    speaker = Speaker(model, decoding.prompt_format)
-    sampler: CandidateSampler
-    if python is not None:
-        sampler = VllmSampler(python, _served(model, speaker.vocabulary), {}, log, _room)
-    else:
-        policy = _load(model)
-        pad = speaker.tokenizer.pad_token_id
-        sampler = TransformersSampler(
-            policy,
-            speaker.end_ids[0] if pad is None else pad,
-            plan_tokens(
-                policy.device,
-                bytes_per_token=cache_bytes_per_token(policy, element_size=4),
-                longest=0,
-                on_cpu=16_384,
-            ),
-        )
-    return partial(_answers, speaker, sampler, decoding)
 
 
 def _program(name: str) -> str:
@@ -155,48 +153,10 @@ def _program(name: str) -> str:
     return os.path.abspath(found)
 
 
-def _answers(
-    speaker: Speaker,
-    sampler: CandidateSampler,
-    decoding: Decoding,
-    conversations: Sequence[Conversation],
-    done: Collection[int],
-    seed: int,
-) -> Iterator[tuple[int, Turn]]:
-    prompts = [np.array(speaker.prompt(one), dtype=np.int32) for one in conversations]
-    full = [
-        index
-        for index, prompt in enumerate(prompts)
-        if speaker.context is not None and len(prompt) >= speaker.context
-    ]
-    for index in set(full).difference(done):
-        yield index, Turn("", 0, NO_ROOM)
-    # All that have room are given, finished ones too: what the others draw depends on it.
-    rows = sorted(set(range(len(prompts))).difference(full))
-    settings = SamplingSettings(
-        candidates=1,
-        temperature=decoding.temperature or 1.0,
-        top_p=decoding.top_p if decoding.temperature else _GREEDY,
-        max_new_tokens=decoding.max_new_tokens,
-        max_length=speaker.context,
-        end_ids=speaker.end_ids,
-        seed=seed,
-    )
-    finished = set(done)
-    skip = {place for place, index in enumerate(rows) if index in finished}
-    for chunk in sampler.sample([prompts[index] for index in rows], settings, skip):
-        for place, (candidate,) in chunk:
-            ids, reason = candidate.token_ids, candidate.finish_reason
-            # An end token may be no special one for the tokenizer.
-            text = speaker.answer(ids[:-1] if reason == "stop" else ids)
-            yield rows[place], Turn(text, len(ids), reason)
-
-
 def _load(model: Model) -> Any:
     """The model on the GPU if there is one, read from safetensors."""
     _free()
     with _named(model):
-        # As above: files that are here already.
         weights = AutoModelForCausalLM.from_pretrained(
             model.weights, dtype="auto", use_safetensors=True, **_SAFE
         )
@@ -216,27 +176,27 @@ def _named(model: Model) -> Iterator[None]:
 
 
 def _served(model: Model, vocabulary: int) -> ServedPolicy:
+    adapter, rank = None, 0
+    if model.adapter is not None:
+        config = json.loads((model.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        problem = adapter_problem(config)
+        if problem is not None:
+            raise ValueError(f"--vllm-python: {problem}. Leave it out to sample in this process.")
+        adapter, rank = str(model.adapter.resolve()), config["r"]
     weights = str(Path(model.weights).resolve())
-    if model.adapter is None:
-        return ServedPolicy(weights, None, 0, "auto", None, {}, vocabulary)
-    config = json.loads((model.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    problem = adapter_problem(config)
-    if problem is not None:
-        raise ValueError(f"--vllm-python: {problem}. Leave it out to sample in this process.")
-    adapter = str(model.adapter.resolve())
-    return ServedPolicy(weights, adapter, config["r"], "auto", None, {}, vocabulary)
+    return ServedPolicy(weights, adapter, rank, "auto", None, {}, vocabulary)
 
 
 @contextmanager
 def _room(length: int) -> Iterator[Memory]:
     """What an engine may take: nothing else of ours is on the device."""
     _free()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        yield Memory(min(0.95, (free - _GIB) / total), whole_fits=True)
+    else:
         available = psutil.virtual_memory().available
         yield Memory(None, whole_fits=True, cache_gib=max(1, available // 4 // _GIB))
-        return
-    free, total = torch.cuda.mem_get_info()
-    yield Memory(min(0.95, (free - _GIB) / total), whole_fits=True)
 
 
 def _free() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked.
-
-    Attributes:
-        turns: what the user says, a text per turn; the model answers each.
-        category: as the file has it, "" without one.
-        row: in the file, counted from 0.
-    """
+    """What a model is asked in each turn, its category ("" without one), its row from 0."""
 
     turns: tuple[str, ...]
     category: str
@@ -55,12 +48,9 @@ def joined(turns: Sequence[str]) -> str:
 
 
 def read_prompts(path: Path, limit: int | None = None, seed: int = 0) -> list[Prompt]:
-    """The prompts of a file, in its order.
+    """The prompts of a file of JSON lines, a JSON list or parquet, in its order.
 
-    Args:
-        path: JSON lines, a JSON list, or parquet.
-        limit: how many of them, drawn with the seed; a larger limit has those of a smaller one.
-        seed: of the draw.
+    `limit` of them are drawn with the seed; a larger limit has those of a smaller one.
 
     Raises:
         ValueError: naming the file, the row and the field, if one cannot be used.
@@ -69,24 +59,12 @@ def read_prompts(path: Path, limit: int | None = None, seed: int = 0) -> list[Pr
     prompts = [_prompt(path, row, content) for row, content in enumerate(read_rows(path))]
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
-    if limit is None or limit >= len(prompts):
-        return prompts
     drawn = np.random.default_rng(seed).permutation(len(prompts))[:limit]
     return [prompts[row] for row in sorted(drawn.tolist())]
 
 
-def duplicates(prompts: Sequence[Prompt]) -> int:
-    """How many prompts are there again."""
-    return sum(count - 1 for count in Counter(prompt.turns for prompt in prompts).values())
-
-
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file of JSON lines, a JSON list, or parquet.
-
-    Raises:
-        ValueError: naming the line or row that is none.
-        OSError: if it cannot be read.
-    """
+    """The rows of a file of JSON lines, a JSON list, or parquet. Raises as `read_prompts`."""
     try:
         if path.suffix == ".parquet":
             yield from pq.read_table(path).to_pylist()
@@ -111,15 +89,18 @@ def _prompt(path: Path, row: int, content: Mapping[str, Any]) -> Prompt:
     value = content[field]
     turns = value if field == "turns" else [value]
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{path}: row {row}: {field} is {quoted(value)}, not a list of texts")
-    for turn in turns:
-        if not isinstance(turn, str):
-            raise ValueError(f"{path}: row {row}: {field} is {quoted(turn)}, not text")
-        if not visible(turn):
-            raise ValueError(f"{path}: row {row}: {field} is empty. Remove the row or mend it.")
-        if not encodable(turn):
-            raise ValueError(
-                f"{path}: row {row}: {field} is not valid Unicode: half of a surrogate pair"
-            )
+        problem = f"{quoted(value)}, not a list of texts"
+    else:
+        problem = next(filter(None, map(_problem, turns)), "")
+    if problem:
+        raise ValueError(f"{path}: row {row}: {field} is {problem}")
     category = content.get("category", content.get(FIELDS[field] or ""))
     return Prompt(tuple(turns), "" if category is None else str(category), row)
+
+
+def _problem(turn: Any) -> str:
+    if not isinstance(turn, str):
+        return f"{quoted(turn)}, not text"
+    if not visible(turn):
+        return "empty. Remove the row or mend it."
+    return "" if encodable(turn) else "not valid Unicode: half of a surrogate pair"

@@ -1,4 +1,4 @@
-"""An evaluation in figures: what `--json` prints, the terminal shows and the page is made of."""
+"""An evaluation in figures, as `--json` prints them, in a terminal and on the page."""
 
 from __future__ import annotations
 
@@ -6,49 +6,75 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 
 from sera_plugin import __version__
 from sera_plugin.config.judge import JudgeConfig
-from sera_plugin.labeling.judging import Judge
+from sera_plugin.labeling.judging import Judge, Verdict
 from sera_plugin.tools.evaluation.answers import Answer, Decoding
-from sera_plugin.tools.evaluation.length import length_controlled
 from sera_plugin.tools.evaluation.models import Model
-from sera_plugin.tools.evaluation.prompts import Prompt, duplicates
-from sera_plugin.tools.evaluation.verdicts import Judged
-from sera_plugin.tools.evaluation.winrate import FloatArray, by_category, mean_score, win_rate
-from sera_plugin.tools.report.output import NOTHING, Table, number, shown_name
+from sera_plugin.tools.evaluation.prompts import Prompt
+from sera_plugin.tools.evaluation.winrate import (
+    FloatArray,
+    by_category,
+    length_controlled,
+    mean_score,
+    win_rate,
+)
+from sera_plugin.tools.report.output import NOTHING, Table, fill, number, shown_name, shown_text
 
 FORMAT_VERSION = 1
+#: Examples of each kind per model, and the longest text of one.
+_EXAMPLES, _LONGEST = 8, 4_000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model, judged; in the order of the prompts."""
+
+    #: On its answers against the baseline's: None for the baseline, and where either has none.
+    verdicts: list[Verdict | None]
+    #: (n,) of a judge that scores, nan where there is none.
+    scores: FloatArray | None = None
+
+    @property
+    def outcomes(self) -> FloatArray:
+        """(n,) 0 to 1, nan where there is none."""
+        found = [None if one is None else one.outcome for one in self.verdicts]
+        return np.array([np.nan if one is None else one for one in found])
+
+    @property
+    def inconsistent(self) -> float | None:
+        """The share of verdicts that turn with the order of the answers; None if none can."""
+        known = [one.consistent for one in self.verdicts if one is not None]
+        known = [one for one in known if one is not None]
+        return known.count(False) / len(known) if known else None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation has found. Lists of models have the baseline first.
-
-    Attributes:
-        path: the prompt file.
-        prompts, models, decoding: what was asked, who answered, and how.
-        answers: per model, in the order of the prompts.
-        judge: who judged, None if nobody did.
-        judged: per model; empty without a judge.
-    """
+    """All that an evaluation has found; the baseline is the first model."""
 
     path: Path
     prompts: Sequence[Prompt]
     models: Sequence[Model]
     decoding: Decoding
+    #: Per model, in the order of the prompts.
     answers: Sequence[Sequence[Answer | None]]
     judge: Judge | None = None
+    #: Per model; empty without a judge.
     judged: Sequence[Judged] = ()
+
+
+# ------------------------------------------------------------------ figures
 
 
 def figures(found: Evaluation) -> dict[str, Any]:
     """The evaluation as plain values; what is not a number is nan."""
-    controlled = _controlled(found)
-    models = [_model(found, index, controlled) for index in range(len(found.models))]
+    repeated = len(found.prompts) - len({prompt.turns for prompt in found.prompts})
     return {
         "format_version": FORMAT_VERSION,
         "sera_plugin": __version__,
@@ -56,63 +82,49 @@ def figures(found: Evaluation) -> dict[str, Any]:
             "file": str(found.path),
             "sha256": hashlib.sha256(found.path.read_bytes()).hexdigest(),
             "number": len(found.prompts),
-            "duplicates": duplicates(found.prompts),
+            "duplicates": repeated,
         },
         "decoding": asdict(found.decoding),
         "judge": _judge(found.judge),
         "baseline": found.models[0].name,
-        "models": models,
-        "notes": _notes(found),
+        "models": _models(found),
+        "notes": _notes(found, repeated),
     }
 
 
-def _model(found: Evaluation, index: int, controlled: FloatArray | None) -> dict[str, Any]:
-    model, answers = found.models[index], found.answers[index]
-    there = [one for one in answers if one is not None]
-    facts: dict[str, Any] = {
-        "name": model.name,
-        "source": model.source,
-        "answers": {
+def _models(found: Evaluation) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = []
+    for model, answers in zip(found.models, found.answers, strict=True):
+        there = [one for one in answers if one is not None]
+        chars = [one.chars for one in there]
+        # Of answers from a file they are not known.
+        tokens = [] if model.answers else [sum(t.tokens for t in one.turns) for one in there]
+        facts = {
             "number": len(there),
-            "mean_chars": float(np.mean([one.chars for one in there])) if there else None,
-            # Of answers from a file they are not known.
-            "mean_tokens": float(np.mean([one.tokens for one in there]))
-            if there and model.answers is None
-            else None,
+            "mean_chars": float(np.mean(chars)) if chars else None,
+            "mean_tokens": float(np.mean(tokens)) if tokens else None,
             "unfinished": sum(one.unfinished for one in there),
             "empty": sum(not one.text for one in there),
-        },
-    }
-    if not found.judged:
-        return facts
-    judged, seed = found.judged[index], found.decoding.seed
-    if judged.scores is not None:
-        mean, error = mean_score(judged.scores)
-        facts["score"] = {"mean": mean, "error": error}
-    if index:
-        assert controlled is not None
-        facts |= {
-            "win_rate": asdict(win_rate(judged.outcomes, seed)),
-            "length_controlled": float(controlled[index - 1]),
-            "inconsistent": judged.inconsistent,
-            "categories": {
-                name: asdict(rate)
-                for name, rate in by_category(
-                    judged.outcomes, [prompt.category for prompt in found.prompts], seed
-                ).items()
-            },
         }
-    return facts
-
-
-def _controlled(found: Evaluation) -> FloatArray | None:
+        models.append({"name": model.name, "source": model.source, "answers": facts})
     if not found.judged:
-        return None
+        return models
+    categories, seed = [prompt.category for prompt in found.prompts], found.decoding.seed
     lengths = np.array(
         [[np.nan if one is None else one.chars for one in each] for each in found.answers]
     )
-    outcomes = np.array([one.outcomes for one in found.judged[1:]])
-    return length_controlled(outcomes, lengths[1:] - lengths[0])
+    outcomes = np.array([one.outcomes for one in found.judged])
+    controlled = [np.nan, *length_controlled(outcomes[1:], lengths[1:] - lengths[0])]
+    for index, (facts, judged) in enumerate(zip(models, found.judged, strict=True)):
+        if judged.scores is not None:
+            facts["score"] = dict(zip(("mean", "error"), mean_score(judged.scores), strict=True))
+        if index:
+            rates = by_category(outcomes[index], categories, seed)
+            facts["win_rate"] = asdict(win_rate(outcomes[index], seed))
+            facts["length_controlled"] = float(controlled[index])
+            facts["inconsistent"] = judged.inconsistent
+            facts["categories"] = {name: asdict(rate) for name, rate in rates.items()}
+    return models
 
 
 def _judge(judge: Judge | None) -> dict[str, Any] | None:
@@ -127,12 +139,11 @@ def _judge(judge: Judge | None) -> dict[str, Any] | None:
     return {"name": judge.name, "description": description, "usage": asdict(usage), **cost}
 
 
-def _notes(found: Evaluation) -> list[str]:
+def _notes(found: Evaluation, repeated: int) -> list[str]:
     """What a reader must know before the figures are believed."""
     notes = []
-    again = duplicates(found.prompts)
-    if again:
-        notes.append(f"{again} of {len(found.prompts)} prompts are repetitions; each counts.")
+    if repeated:
+        notes.append(f"{repeated} of {len(found.prompts)} prompts are repetitions; each counts.")
     for model, answers in zip(found.models, found.answers, strict=True):
         missing = [p.row for p, one in zip(found.prompts, answers, strict=True) if one is None]
         if missing:
@@ -157,18 +168,41 @@ def _notes(found: Evaluation) -> list[str]:
     return notes
 
 
-def tables(figures: Mapping[str, Any]) -> list[Table]:
+# ------------------------------------------------------------------ tables
+
+
+def shown(figures: Mapping[str, Any]) -> str:
+    """The evaluation for a terminal."""
+    parts = [one.text() for one in _tables(figures)]
+    judge = figures["judge"]
+    if judge is not None:
+        asked, cached = (judge["usage"][name] for name in ("asked", "cached"))
+        said = f"Judge {shown_name(judge['name'], 120)}"
+        if asked["count"] or cached["count"]:
+            said += f": {asked['count']:,} replies asked for"
+        if cached["count"]:
+            said += f", {cached['count']:,} were there"
+        if asked["prompt_tokens"] or asked["completion_tokens"]:
+            said += f"; {asked['prompt_tokens']:,} + {asked['completion_tokens']:,} tokens"
+        if judge.get("cost") is not None:
+            said += f", price {judge['cost']:.2f} (of the cached ones {judge['cached_cost']:.2f})"
+        parts.append(f"{said}.")
+    if figures["notes"]:
+        parts.append("\n".join(figures["notes"]))
+    return "\n\n".join(parts)
+
+
+def _tables(figures: Mapping[str, Any]) -> list[Table]:
     """A line per model, and win rates by category where there are several."""
     models = figures["models"]
     judged = [one for one in models if "win_rate" in one]
-    against = f"Against {figures['baseline']}, on {figures['prompts']['number']} prompts."
     lines = [_line(one, bool(judged)) for one in models]
-    head = [name for name, _ in lines[0]]
     rows = [[cell for _, cell in line] for line in lines]
-    found = [Table("Win rates" if judged else "Answers", head, rows, against if judged else "")]
-    names = list(judged[0]["categories"]) if judged else []
-    if len(names) > 1:
-        found.append(_by_category(names, judged))
+    against = f"Against {figures['baseline']}, on {figures['prompts']['number']} prompts."
+    title, note = ("Win rates", against) if judged else ("Answers", "")
+    found = [Table(title, [name for name, _ in lines[0]], rows, note)]
+    if judged and len(judged[0]["categories"]) > 1:
+        found.append(_by_category(judged))
     return found
 
 
@@ -179,66 +213,125 @@ def _line(one: Mapping[str, Any], judged: bool) -> list[tuple[str, str]]:
         cells.append(("score", number(one["score"]["mean"], ".4g")))
         cells.append(("± se", number(one["score"]["error"], ".2g")))
     if judged:
-        cells += _wins(one)
+        rate = one.get("win_rate")
+        wins = ["baseline", "", "", "", ""]
+        if rate is not None:
+            wins = [number(rate[name], ".1%") for name in ("rate", "error", "low", "high")]
+            wins[2:] = [
+                " to ".join(wins[2:]),
+                number(one["length_controlled"], ".1%"),
+                f"{rate['wins']}/{rate['ties']}/{rate['losses']}",
+            ]
+        names = ("wins", "± se", "95% interval", "length-controlled", "won/tied/lost")
+        cells += zip(names, wins, strict=True)
     for name, key in (("characters", "mean_chars"), ("tokens", "mean_tokens")):
         cells.append((name, number(one["answers"][key], ",.0f")))
     return cells
 
 
-def _wins(one: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rate = one.get("win_rate")
-    if rate is None:
-        cells = ["baseline", "", "", "", ""]
-    else:
-        cells = [
-            number(rate["rate"], ".1%"),
-            number(rate["error"], ".1%"),
-            f"{number(rate['low'], '.1%')} to {number(rate['high'], '.1%')}",
-            number(one["length_controlled"], ".1%"),
-            f"{rate['wins']}/{rate['ties']}/{rate['losses']}",
-        ]
-    names = ("wins", "± se", "95% interval", "length-controlled", "won/tied/lost")
-    return list(zip(names, cells, strict=True))
-
-
-def _by_category(names: Sequence[str], judged: Sequence[Mapping[str, Any]]) -> Table:
-    rows, shades = [], []
-    for name in names:
-        rates = [one["categories"][name] for one in judged]
-        total = sum(rates[0][what] for what in ("wins", "ties", "losses", "missing"))
-        rows.append([shown_name(name) or "(none)", str(total), *map(_with_error, rates)])
-        values = [rate["rate"] for rate in rates]
-        shades.append([None, None, *(None if np.isnan(value) else value for value in values)])
+def _by_category(judged: Sequence[Mapping[str, Any]]) -> Table:
+    rows: list[list[str]] = []
+    shades: list[list[float | None]] = []
+    for name, first in judged[0]["categories"].items():
+        total = sum(first[what] for what in ("wins", "ties", "losses", "missing"))
+        rows.append([shown_name(name) or "(none)", str(total)])
+        shades.append([None, None])
+        for one in judged:
+            rate = one["categories"][name]
+            known = not np.isnan(rate["rate"])
+            error = number(rate["error"], ".1%")
+            rows[-1].append(f"{number(rate['rate'], '.1%')} ± {error}" if known else NOTHING)
+            shades[-1].append(rate["rate"] if known else None)
     head = ["category", "prompts", *(one["name"] for one in judged)]
     return Table("Win rates by category", head, rows, "Rate and one standard error.", shades)
 
 
-def _with_error(rate: Mapping[str, Any]) -> str:
-    if np.isnan(rate["rate"]):
-        return NOTHING
-    return f"{number(rate['rate'], '.1%')} ± {number(rate['error'], '.1%')}"
+# ------------------------------------------------------------------ the page
 
 
-def shown(figures: Mapping[str, Any]) -> str:
-    """The evaluation for a terminal."""
-    parts = [one.text() for one in tables(figures)]
+def page(found: Evaluation, figures: Mapping[str, Any]) -> str:
+    """The page as HTML: win rates with their intervals, categories, and answers to read."""
+    return fill(
+        "eval.html",
+        title=f"Evaluation on {shown_name(found.path.name)}",
+        figures=figures,
+        facts=_facts(figures),
+        intervals=_intervals(figures),
+        tables=_tables(figures),
+        groups=_groups(found),
+        settings=_settings(figures),
+    )
+
+
+def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     judge = figures["judge"]
+    facts = [
+        ("baseline", figures["baseline"]),
+        ("prompts", f"{figures['prompts']['number']:,}"),
+        ("judge", "none" if judge is None else shown_name(judge["name"], 120)),
+    ]
+    inconsistent = [one.get("inconsistent") for one in figures["models"]]
+    known = [share for share in inconsistent if share is not None]
+    if known:
+        facts.append(("verdicts that turn with the order", f"{sum(known) / len(known):.0%}"))
     if judge is not None:
-        parts.append(_judging(judge))
-    if figures["notes"]:
-        parts.append("\n".join(figures["notes"]))
-    return "\n\n".join(parts)
+        usage = judge["usage"]
+        replies = usage["asked"]["count"] + usage["cached"]["count"]
+        if replies:
+            facts.append(("replies of the judge", f"{replies:,}"))
+        if judge.get("cost") is not None:
+            facts.append(("price", f"{judge['cost'] + judge['cached_cost']:.2f}"))
+    return facts
 
 
-def _judging(judge: Mapping[str, Any]) -> str:
-    asked, cached = (judge["usage"][name] for name in ("asked", "cached"))
-    said = f"Judge {shown_name(judge['name'], 120)}"
-    if asked["count"] or cached["count"]:
-        said += f": {asked['count']:,} replies asked for"
-    if cached["count"]:
-        said += f", {cached['count']:,} were there"
-    if asked["prompt_tokens"] or asked["completion_tokens"]:
-        said += f"; {asked['prompt_tokens']:,} + {asked['completion_tokens']:,} tokens"
-    if judge.get("cost") is not None:
-        said += f", price {judge['cost']:.2f} (of the cached ones {judge['cached_cost']:.2f})"
-    return said + "."
+def _intervals(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where each model's rate, interval and length-controlled rate are, 0 to 100."""
+    found = []
+    for one in figures["models"]:
+        rate = one.get("win_rate")
+        if rate is not None and not np.isnan(rate["rate"]):
+            places = {name: 100 * rate[name] for name in ("rate", "low", "high")}
+            places["controlled"] = 100 * one["length_controlled"]
+            found.append({"name": one["name"], **places})
+    return found
+
+
+def _groups(found: Evaluation) -> list[dict[str, Any]]:
+    """For each model some answers that lost and some that won, drawn by the seed."""
+    groups = []
+    for index, judged in enumerate(found.judged[1:], start=1):
+        name, outcomes = found.models[index].name, judged.outcomes
+        for kind, chosen in (("loses", outcomes < 0.5), ("wins", outcomes > 0.5)):
+            rows = np.flatnonzero(chosen).tolist()
+            drawn = Random(found.decoding.seed).sample(rows, min(_EXAMPLES, len(rows)))
+            if drawn:
+                examples = [_example(found, index, row) for row in sorted(drawn)]
+                group = {"title": f"{name} {kind}", "model": name, "of": len(rows)}
+                groups.append({**group, "examples": examples})
+    return groups
+
+
+def _example(found: Evaluation, index: int, row: int) -> dict[str, Any]:
+    prompt, both = found.prompts[row], (found.judged[index], found.judged[0])
+    facts = {"outcome": number(both[0].outcomes[row], ".2f")}
+    scores = [number(one.scores[row]) for one in both if one.scores is not None]
+    if scores:
+        facts["scores"] = " against ".join(scores)
+    if prompt.category:
+        facts["category"] = shown_name(prompt.category)
+    texts = {"prompt": prompt.question}
+    for side, place in (("mine", index), ("theirs", 0)):
+        answer = found.answers[place][row]
+        assert answer is not None
+        texts[side] = answer.text
+    shown = {name: shown_text(text, _LONGEST) for name, text in texts.items()}
+    return {"row": prompt.row, "facts": facts, **shown}
+
+
+def _settings(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings = [("prompts", figures["prompts"]["file"])]
+    settings += [(f"model {one['name']}", one["source"]) for one in figures["models"]]
+    settings += figures["decoding"].items()
+    if figures["judge"] is not None:
+        settings += [(f"judge: {k}", v) for k, v in figures["judge"]["description"].items()]
+    return [(shown_text(str(key), 80), shown_text(str(value), 300)) for key, value in settings]

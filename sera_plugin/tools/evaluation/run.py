@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+
+from sera_plugin.labeling.judging import Answered, Comparison, Judge, ScoringJudge, by_scores
 from sera_plugin.labeling.judging.choose import make_judge
 from sera_plugin.rundir.checksums import COMMAND, explained, write_text
 from sera_plugin.rundir.journal import Journal
+from sera_plugin.rundir.progress import progress
 from sera_plugin.tools.evaluation.answers import Answer, Decoding, given, sampled
 from sera_plugin.tools.evaluation.models import Model, find_models
-from sera_plugin.tools.evaluation.prompts import read_prompts
-from sera_plugin.tools.evaluation.results import Evaluation, figures
-from sera_plugin.tools.evaluation.verdicts import judge_all
+from sera_plugin.tools.evaluation.prompts import Prompt, read_prompts
+from sera_plugin.tools.evaluation.results import Evaluation, Judged, figures, page
+from sera_plugin.tools.report.output import json_text
+
+Asked = TypeVar("Asked")
+Said = TypeVar("Said")
 
 
 def evaluate(
@@ -25,22 +32,14 @@ def evaluate(
     judge_spec: str | None,
     output: Path,
     decoding: Decoding,
-    *,
     iterations: bool = False,
     limit: int | None = None,
     vllm_python: str | None = None,
 ) -> dict[str, Any]:
     """Compare models on a set of prompts; everything that is done is kept in `output`.
 
-    Args:
-        specs: see `find_models`.
-        prompt_file: see `read_prompts`.
-        judge_spec: see `make_judge`; None only samples answers.
-        output: a directory of this command's.
-        decoding: how answers are sampled.
-        iterations: all policies of a run in place of its last.
-        limit: how many prompts, drawn by the seed.
-        vllm_python: the interpreter of an environment with vLLM, to sample with it.
+    For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers)
+    and `Engine`.
 
     Returns:
         The figures, which are in `output/results.json` too.
@@ -76,15 +75,62 @@ def evaluate(
 
 
 def _engine(*arguments: Any) -> Any:
-    from sera_plugin.tools.evaluation.engine import load_engine  # loads torch
+    from sera_plugin.tools.evaluation.engine import Engine  # loads torch
 
-    return load_engine(*arguments)
+    return Engine(*arguments)
+
+
+def judge_all(
+    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]]
+) -> list[Judged]:
+    """Every model against the first one, from answers per model in the order of the prompts.
+
+    Raises:
+        JudgeFailed: as the judge does.
+    """
+    there = {
+        (model, row): answer
+        for model, each in enumerate(answers)
+        for row, answer in enumerate(each)
+        if answer is not None
+    }
+    judged = [Judged([None] * len(prompts)) for _ in answers]
+    if not isinstance(judge, ScoringJudge):
+        comparisons = {
+            (model, row): Comparison(prompts[row].question, mine.text, there[0, row].text)
+            for (model, row), mine in there.items()
+            if model and (0, row) in there
+        }
+        for (model, row), verdict in _each(comparisons, judge.compare, "verdict"):
+            judged[model].verdicts[row] = verdict
+        return judged
+    scores = np.full((len(answers), len(prompts)), np.nan)
+    asked = {
+        (model, row): Answered(prompts[row].question, answer.text)
+        for (model, row), answer in there.items()
+    }
+    for place, score in _each(asked, judge.score_all, "answer"):
+        scores[place] = np.nan if score is None else score
+    for (model, row), score in np.ndenumerate(scores):
+        if model and not np.isnan([score, scores[0, row]]).any():
+            judged[model].verdicts[row] = by_scores(float(score), float(scores[0, row]))
+    return [Judged(one.verdicts, mine) for one, mine in zip(judged, scores, strict=True)]
+
+
+def _each(
+    asked: Mapping[tuple[int, int], Asked],
+    ask: Callable[[Sequence[Asked]], Iterator[tuple[int, Said]]],
+    unit: str,
+) -> Iterator[tuple[tuple[int, int], Said]]:
+    """What a judge says, by (model, row)."""
+    places = list(asked)
+    with progress("judging", len(asked), unit) as advance:
+        for index, said in ask(list(asked.values())):
+            yield places[index], said
+            advance(1)
 
 
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
-    from sera_plugin.tools.evaluation.page import page
-    from sera_plugin.tools.report.output import json_text
-
     with explained(output, COMMAND):
         (output / "outputs").mkdir(parents=True, exist_ok=True)
     for model, answers in zip(found.models, found.answers, strict=True):
@@ -95,20 +141,19 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
         ]
         write_text(output / "outputs" / f"{model.file}.json", json.dumps(rows, indent=1))
     if found.judged:
-        lines = [
-            json.dumps(
-                {
-                    "row": prompt.row,
-                    "category": prompt.category,
-                    "model": model.name,
-                    "outcome": verdict.outcome,
-                    "orders": verdict.orders,
-                }
-            )
-            for model, judged in zip(found.models[1:], found.judged[1:], strict=True)
+        verdicts = [
+            {
+                "row": prompt.row,
+                "category": prompt.category,
+                "model": model.name,
+                "outcome": verdict.outcome,
+                "orders": verdict.orders,
+            }
+            for model, judged in zip(found.models, found.judged, strict=True)
             for prompt, verdict in zip(found.prompts, judged.verdicts, strict=True)
             if verdict is not None
         ]
-        write_text(output / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
+        lines = "".join(f"{json.dumps(one)}\n" for one in verdicts)
+        write_text(output / "verdicts.jsonl", lines)
     write_text(output / "results.json", json_text(result) + "\n")
     write_text(output / "eval.html", page(found, result))

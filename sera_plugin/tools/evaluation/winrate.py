@@ -1,4 +1,4 @@
-"""Win rates against a baseline: arrays of outcomes in, figures out."""
+"""Win rates against a baseline, as they are and with the length of answers held equal."""
 
 from __future__ import annotations
 
@@ -7,94 +7,156 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize
+from scipy.special import expit
 
 FloatArray = npt.NDArray[np.float64]
 
 #: Resamples of a bootstrap, and the share of them inside its interval.
 RESAMPLES, COVERAGE = 2_000, 0.95
+#: Weight of the prior of phi, in outcomes of even odds per outcome.
+_PRIOR = 0.2
+#: Keeps theta finite for a model that wins or loses every time.
+_FINITE = 1e-3
+#: Wins and losses added to each prompt's, so that its log-odds are finite.
+_SMOOTHING = 0.5
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a model is preferred to the baseline.
+    """How often a model is preferred to the baseline; nan where there are too few outcomes."""
 
-    Attributes:
-        rate: mean outcome, 0 to 1; nan without any.
-        error: its standard error; nan with fewer than two outcomes.
-        low, high: 95% bootstrap interval of the rate, over prompts.
-        wins, ties, losses: outcomes above, at and below 1/2.
-        missing: prompts without an outcome; they are left out of all the rest.
-    """
-
-    rate: float
-    error: float
-    low: float
+    rate: float  # mean outcome, 0 to 1
+    error: float  # its standard error
+    low: float  # 95% bootstrap interval of the rate, over prompts
     high: float
-    wins: int
+    wins: int  # outcomes above, at and below 1/2
     ties: int
     losses: int
-    missing: int
+    missing: int  # prompts without an outcome, which are left out of all the rest
 
 
 def win_rate(outcomes: npt.ArrayLike, seed: int = 0) -> WinRate:
-    """The win rate of a model.
+    """The win rate of a model, from (n,) outcomes of 0 to 1, nan where there is none.
 
     A win counts 1, a tie 1/2, a loss 0; an outcome is the mean over the orders in which the answers
     were shown. The standard error is that of a mean of independent prompts (n - 1 in its variance),
     as AlpacaEval has it; the interval is the percentile bootstrap (Efron 1979).
-
-    Args:
-        outcomes: (n,) 0 to 1 for each prompt, nan where there is none.
-        seed: of the bootstrap.
     """
     given = np.asarray(outcomes, dtype=np.float64)
     seen = given[~np.isnan(given)]
     rate, error = mean_score(seen)
-    low, high = _interval(seen, seed) if len(seen) else (rate, rate)
-    return WinRate(
-        rate,
-        error,
-        low,
-        high,
-        wins=int((seen > 0.5).sum()),
-        ties=int((seen == 0.5).sum()),
-        losses=int((seen < 0.5).sum()),
-        missing=len(given) - len(seen),
-    )
-
-
-def _interval(seen: FloatArray, seed: int) -> tuple[float, float]:
-    """Resampling n outcomes is drawing how often each distinct value occurs among n."""
-    values, counts = np.unique(seen, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(seen), counts / len(seen), RESAMPLES)
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(drawn @ values / len(seen), [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = rate, rate
+    if len(seen):
+        # Resampling n outcomes is drawing how often each distinct value occurs among n.
+        values, counts = np.unique(seen, return_counts=True)
+        drawn = np.random.default_rng(seed).multinomial(len(seen), counts / len(seen), RESAMPLES)
+        tail = (1 - COVERAGE) / 2
+        low, high = map(float, np.quantile(drawn @ values / len(seen), [tail, 1 - tail]))
+    wins, ties, losses = (int(one.sum()) for one in (seen > 0.5, seen == 0.5, seen < 0.5))
+    return WinRate(rate, error, low, high, wins, ties, losses, len(given) - len(seen))
 
 
 def by_category(
     outcomes: npt.ArrayLike, categories: Sequence[str], seed: int = 0
 ) -> dict[str, WinRate]:
-    """The win rate among the prompts of each category, in order of first appearance.
-
-    Args:
-        outcomes: (n,) as for `win_rate`.
-        categories: one per prompt.
-        seed: of the bootstrap.
-    """
+    """The win rate among the prompts of each category, in order of first appearance."""
     given = np.asarray(outcomes, dtype=np.float64)
     named = np.asarray(categories, dtype=object)
     return {name: win_rate(given[named == name], seed) for name in dict.fromkeys(categories)}
 
 
 def mean_score(scores: npt.ArrayLike) -> tuple[float, float]:
-    """Mean of scores and its standard error, nan where there are too few.
-
-    Args:
-        scores: (n,) nan where there is none.
-    """
+    """Mean of (n,) scores, nan where there is none, and its standard error."""
     given = np.asarray(scores, dtype=np.float64)
     seen = given[~np.isnan(given)]
     n = len(seen)
     mean = float(seen.mean()) if n else float("nan")
     return mean, float(seen.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+
+
+def length_controlled(outcomes: npt.ArrayLike, longer_by: npt.ArrayLike) -> FloatArray:
+    """What models would win with answers as long as the baseline's.
+
+    After Dubois et al. 2024, "Length-Controlled AlpacaEval". There as here, outcomes are explained
+    by a logistic regression, and the length term is then set to zero:
+
+        logit P(model m is preferred on prompt x) = theta_m + phi_m tanh(d_mx / s_m) + gamma_mx
+
+    with d_mx the model's length less the baseline's in characters and s_m its standard deviation.
+    What differs, because that regression leans on figures of AlpacaEval's own leaderboard, which no
+    other set of prompts has:
+
+    - gamma_mx, how hard a prompt is, is not a published value with a coefficient per model. It is
+      the smoothed log-odds at which the *other* models compared here win on it, centred. With one
+      model there is none, and gamma is 0.
+    - phi_m is held back not by verdicts on a baseline asked to be brief or wordy, but by a prior:
+      phi_m lies around a common phi, and that around 0, each with the weight of one fifth of the
+      outcomes at even odds (the weight that the published regression gives to its extra verdicts).
+    - An L2 penalty as a Gaussian prior, in place of an L1 penalty chosen by cross-validation.
+
+    docs/eval.md says how close this comes to the published figures.
+
+    Args:
+        outcomes: (models, prompts) 0 to 1, nan where there is none.
+        longer_by: (models, prompts) characters of the model's answer less those of the baseline's;
+            not looked at where there is no outcome.
+
+    Returns:
+        (models,) rates from 0 to 1; nan for a model without outcomes.
+    """
+    given = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
+    difference = np.atleast_2d(np.asarray(longer_by, dtype=np.float64))
+    there = ~np.isnan(given)
+    result = np.full(len(given), np.nan)
+    some = there.any(axis=1)
+    if some.any():
+        result[some] = _fit(given[some], difference[some], there[some])
+    return result
+
+
+def _fit(outcomes: FloatArray, longer_by: FloatArray, there: npt.NDArray[np.bool_]) -> FloatArray:
+    models = len(outcomes)
+    weight = there.astype(np.float64)
+    outcome = np.where(there, outcomes, 0.0)
+    length = np.tanh(_standardised(np.where(there, longer_by, np.nan)))
+    gamma = _difficulty(outcome, weight)
+    prior = _PRIOR * (length**2).sum(axis=1) / 4
+
+    def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
+        theta, own, common = np.split(parameters, [models, 2 * models])
+        logit = theta[:, None] + (common + own)[:, None] * length + gamma
+        likelihood = (weight * (np.logaddexp(0.0, logit) - outcome * logit)).sum()
+        penalty = _FINITE * theta @ theta + prior @ own**2 + prior.mean() * common @ common
+        residual = weight * (expit(logit) - outcome)
+        slope = (residual * length).sum(axis=1)
+        gradient = [
+            residual.sum(axis=1) + _FINITE * theta,
+            slope + prior * own,
+            [slope.sum() + prior.mean() * common[0]],
+        ]
+        return float(likelihood + penalty / 2), np.concatenate(gradient)
+
+    start, options = np.zeros(2 * models + 1), {"maxiter": 5_000, "ftol": 1e-13, "gtol": 1e-7}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+    at_equal_length = weight * expit(found.x[:models, None] + gamma)
+    rates: FloatArray = at_equal_length.sum(axis=1) / weight.sum(axis=1)
+    return rates
+
+
+def _standardised(longer_by: FloatArray) -> FloatArray:
+    """Differences in units of each model's standard deviation; 0 where all are equal or missing."""
+    squares = (longer_by - np.nanmean(longer_by, axis=1, keepdims=True)) ** 2
+    freedom = np.maximum(1, (~np.isnan(longer_by)).sum(axis=1, keepdims=True) - 1)
+    spread = np.sqrt(np.nansum(squares, axis=1, keepdims=True) / freedom)
+    scaled = np.divide(longer_by, spread, out=np.zeros_like(longer_by), where=spread > 0)
+    return np.nan_to_num(scaled)
+
+
+def _difficulty(outcome: FloatArray, weight: FloatArray) -> FloatArray:
+    """(models, prompts) log-odds at which the other models win, centred per model."""
+    won = (weight * outcome).sum(axis=0) - weight * outcome
+    lost = (weight * (1 - outcome)).sum(axis=0) - weight * (1 - outcome)
+    odds = np.log((won + _SMOOTHING) / (lost + _SMOOTHING))
+    centred: FloatArray = odds - odds.mean(axis=1, keepdims=True)
+    return centred
