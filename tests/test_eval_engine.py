@@ -18,11 +18,11 @@ GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
 @pytest.fixture
 def sample(world, tmp_path):
     """Answers of a model to conversations, by index."""
-    from sera_plugin.tools.evaluation.engine import load_engine
+    from sera_plugin.tools.evaluation.engine import Engine
 
     def run(conversations, decoding=GREEDY, done=(), path=None, **keys):
         model = Model("m", "m", str(path or world.base), **keys)
-        engine = load_engine(model, decoding, None, tmp_path / "vllm.log")
+        engine = Engine(model, decoding, None, tmp_path / "vllm.log")
         return dict(engine([(c,) if isinstance(c, str) else c for c in conversations], done, 0))
 
     return run

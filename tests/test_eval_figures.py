@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sera_plugin.labeling.judging import Answered, Comparison, ScoringJudge, Usage, Verdict
+from sera_plugin.labeling.judging import ScoringJudge, Usage, Verdict
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.tools.evaluation.answers import NO_ROOM, Answer, Decoding, Turn, given, sampled
 from sera_plugin.tools.evaluation.models import Model
-from sera_plugin.tools.evaluation.page import page
 from sera_plugin.tools.evaluation.prompts import Prompt
-from sera_plugin.tools.evaluation.results import Evaluation, figures, shown
-from sera_plugin.tools.evaluation.verdicts import Judged, judge_all
-from tests.conftest import fill
+from sera_plugin.tools.evaluation.results import Evaluation, Judged, figures, page, shown
+from sera_plugin.tools.evaluation.run import judge_all
 from tests.test_eval_inputs import make_model
 
 # ------------------------------------------------------------------ answers
@@ -69,38 +68,31 @@ def texts_of(answers) -> list[str | None]:
     return [one and one.text for one in answers]
 
 
-def test_answers_are_sampled_once(answer):
-    prompts, engine = prompts_of("a", "b", "ü🙂"), Engine()
-    assert texts_of(answer(prompts, engine)) == ["A", "B", "Ü🙂"]
-    again = Engine()
-    assert texts_of(answer(prompts, again)) == ["A", "B", "Ü🙂"]
+def test_sampling_that_stopped_goes_on_and_nothing_is_sampled_again(answer):
+    prompts = prompts_of("a", "b", "ü🙂", "d")
+    with pytest.raises(RuntimeError, match="stopped"):
+        answer(prompts, Engine(stop_after=2))
+    rest, again = Engine(), Engine()
+    for engine in (rest, again):
+        assert texts_of(answer(prompts, engine)) == ["A", "B", "Ü🙂", "D"]
+    assert rest.asked == [("ü🙂",), ("d",)]
     assert again.loaded == 0
 
 
-def test_sampling_that_stopped_goes_on(answer):
-    prompts = prompts_of("a", "b", "c", "d")
-    with pytest.raises(RuntimeError, match="stopped"):
-        answer(prompts, Engine(stop_after=2))
-    rest = Engine()
-    assert texts_of(answer(prompts, rest)) == ["A", "B", "C", "D"]
-    assert rest.asked == [("c",), ("d",)]
-
-
 @pytest.mark.parametrize(
-    "decoding",
+    "change",
     [
-        Decoding(0.8, 0.95, 8, 0),
-        Decoding(0.7, 0.9, 8, 0),
-        Decoding(0.7, 0.95, 9, 0),
-        Decoding(0.7, 0.95, 8, 1),
-        Decoding(0.7, 0.95, 8, 0, "{prompt}!"),
+        {"temperature": 0.8},
+        {"top_p": 0.9},
+        {"max_new_tokens": 9},
+        {"seed": 1},
+        {"prompt_format": "{prompt}!"},
     ],
-    ids=["temperature", "top_p", "max_new_tokens", "seed", "prompt_format"],
 )
-def test_other_settings_are_other_answers(answer, decoding):
+def test_other_settings_are_other_answers(answer, change):
     answer(prompts_of("a"), Engine())
     engine = Engine()
-    answer(prompts_of("a"), engine, decoding)
+    answer(prompts_of("a"), engine, replace(DECODING, **change))
     assert engine.loaded == 1
 
 
@@ -134,32 +126,12 @@ def test_a_prompt_without_room_has_no_answer_and_is_not_tried_again(answer):
     assert again.loaded == 0
 
 
-def test_a_full_disk_stops_the_sampling_and_nothing_is_lost(small_disk):
-    model = Model("m", "m", str(make_model(small_disk / "base")))
-    prompts = prompts_of("a" * 9000, "b" * 9000, "c")
-    with Journal(small_disk / "answers.jsonl") as journal:
-        sampled(model, prompts[:1], DECODING, journal, Engine())
-        fill(small_disk)
-        with pytest.raises(OSError, match=r"takes no more files.*start the same command again"):
-            sampled(model, prompts, DECODING, journal, Engine())
-    (small_disk / "filler").unlink()
-    rest = Engine()
-    with Journal(small_disk / "answers.jsonl") as journal:
-        sampled(model, prompts, DECODING, journal, rest)
-    assert ("a" * 9000,) not in rest.asked
-
-
 def test_answers_from_a_file(tmp_path):
     path = tmp_path / "a.json"
     rows = [("b ", "B"), ("a", "A1"), ("a", " A2\n"), ("x", "X")]
     path.write_text(json.dumps([{"instruction": i, "output": o} for i, o in rows]))
-    assert texts_of(given(path, prompts_of("a", "c", "b", "a", "a"))) == [
-        "A1",
-        None,
-        "B",
-        "A2",
-        "A2",
-    ]
+    found = given(path, prompts_of("a", "c", "b", "a", "a"))
+    assert texts_of(found) == ["A1", None, "B", "A2", "A2"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +185,7 @@ def said(*texts: str | None) -> list[Answer | None]:
 
 
 def test_every_model_is_judged_against_the_first_by_scores():
-    prompts = prompts_of("p", "q", "r", "s")
+    prompts = prompts_of(*"pqrs")
     answers = [said("aa", "aa", None, "a"), said("a", "aaa", "a", "?"), said("aa", None, "", "aa")]
     base, one, two = judge_all(Longest(), prompts, answers)
     nan = float("nan")
@@ -224,7 +196,7 @@ def test_every_model_is_judged_against_the_first_by_scores():
 
 
 def test_every_model_is_judged_against_the_first_in_pairs():
-    prompts = prompts_of("p", "q", "r", "s")
+    prompts = prompts_of(*"pqrs")
     answers = [said("x", "x", "x", None), said("good", "y", "bad", "good")]
     base, one = judge_all(First(), prompts, answers)
     assert base.scores is None
@@ -270,60 +242,26 @@ def test_figures_of_an_evaluation(evaluation):
     assert note.startswith("<i>: no answer to 1 of 20 prompts")
 
 
-def test_a_terminal_shows_figures_and_obeys_nothing(evaluation):
-    text = shown(figures(evaluation))
-    assert "\x1b" not in text
-    assert "\u202e" not in text
+def test_page_and_terminal_show_figures_and_answers_and_obey_nothing(evaluation):
+    found = figures(evaluation)
+    html, text = page(evaluation, found), shown(found)
     line = next(line for line in text.splitlines() if line.startswith("new"))
     assert "37.5%" in line
     assert "5/5/10" in line
-
-
-def test_a_page_shows_answers_and_runs_nothing(evaluation):
-    html = page(evaluation, figures(evaluation))
+    assert not {"\x1b", "\u202e"} & {*text, *html}
     assert "<script>alert" not in html
-    assert "&lt;script&gt;alert(1)" in html
     assert html.count("<script>") == 1  # the page's own
-    for hidden in ("\x1b", "\u202e", "<b>", "<i>"):
-        assert hidden not in html
-    assert "new loses" in html
-    assert "new wins" in html
-    assert "{{ 7*7 }}" in html
+    for part in ("&lt;script&gt;alert(1)", "new loses", "new wins", "{{ 7*7 }}"):
+        assert part in html
+    assert "<b>" not in html
+    assert "<i>" not in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html)
 
 
 def test_an_evaluation_without_verdicts_is_shown_too(evaluation):
-    nothing = Judged([None] * 20, np.full(20, np.nan))
-    empty = Evaluation(
-        evaluation.path,
-        evaluation.prompts,
-        evaluation.models,
-        DECODING,
-        evaluation.answers,
-        Longest(),
-        [nothing] * 3,
-    )
-    unjudged = Evaluation(
-        evaluation.path, evaluation.prompts, evaluation.models, DECODING, evaluation.answers
-    )
-    for found in (empty, unjudged):
+    empty = replace(evaluation, judged=[Judged([None] * 20, np.full(20, np.nan))] * 3)
+    for found in (empty, replace(evaluation, judge=None, judged=())):
         result = figures(found)
         assert "new" in shown(result)
         assert "new" in page(found, result)
     assert np.isnan(figures(empty)["models"][1]["win_rate"]["rate"])
-
-
-def test_comparisons_are_of_texts():
-    """What a judge is given is what a reader reads."""
-    prompt = Prompt(("a", "b"), "", 0)
-    answer = Answer((Turn("A", 1, "stop"), Turn("B", 1, "stop")))
-    seen = []
-
-    class Spy(First):
-        def compare(self, comparisons):
-            seen.extend(comparisons)
-            return super().compare(comparisons)
-
-    judge_all(Spy(), [prompt], [[answer], [answer]])
-    assert seen == [Comparison(prompt.question, answer.text, answer.text)]
-    assert Answered(prompt.question, answer.text).question == "[Turn 1]\na\n\n[Turn 2]\nb"

@@ -14,67 +14,40 @@ import pytest
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, write_json
 from sera_plugin.tools.evaluation.models import find_models
-from sera_plugin.tools.evaluation.prompts import Prompt, duplicates, read_prompts
+from sera_plugin.tools.evaluation.prompts import Prompt, read_prompts
 from tests.conftest import write_rows
 from tests.report_run import make_run
 
 # ------------------------------------------------------------------ prompts
 
 PUBLISHED = {
-    "AlpacaEval": (
-        [{"dataset": "koala", "instruction": "Why?", "output": "So.", "generator": "x"}],
-        [Prompt(("Why?",), "koala", 0)],
-    ),
-    "MT-Bench": (
-        [{"question_id": 81, "category": "writing", "turns": ["Why?", "Shorter."]}],
-        [Prompt(("Why?", "Shorter."), "writing", 0)],
-    ),
-    "Vicuna": (
-        [{"question_id": 1, "category": "generic", "turns": ["Why?"]}],
-        [Prompt(("Why?",), "generic", 0)],
-    ),
-    "Vicuna, the older table": (
-        [{"question_id": 1, "text": "Why?", "category": "generic"}],
-        [Prompt(("Why?",), "generic", 0)],
-    ),
-    "Evol-Instruct": (
-        [{"idx": 1, "Skill": "Math", "Difficulty": 1, "Instruction": "Why?"}],
-        [Prompt(("Why?",), "Math", 0)],
-    ),
-    "UltraFeedback": (
-        [
-            {
-                "prompt": "Why?",
-                "prompt_id": "ab",
-                "chosen": [{"content": "Why?", "role": "user"}],
-                "messages": [{"content": "Why?", "role": "user"}],
-                "score_chosen": 8.0,
-            }
-        ],
-        [Prompt(("Why?",), "", 0)],
-    ),
-    "one's own": (
-        [{"prompt": "Wie? 🙂\u2028{}", "category": 3}, {"prompt": "Why?", "category": None}],
-        [Prompt(("Wie? 🙂\u2028{}",), "3", 0), Prompt(("Why?",), "", 1)],
-    ),
+    "AlpacaEval": ({"dataset": "koala", "instruction": "Why?", "output": "So."}, "koala"),
+    "Vicuna": ({"question_id": 1, "category": "generic", "turns": ["Why?"]}, "generic"),
+    "Vicuna, the older table": ({"text": "Why?", "category": "generic"}, "generic"),
+    "Evol-Instruct": ({"idx": 1, "Skill": "Math", "Instruction": "Why?"}, "Math"),
+    "UltraFeedback": ({"prompt": "Why?", "chosen": [{"content": "Why?", "role": "user"}]}, ""),
+    "MT-Bench": ({"category": "writing", "turns": ["Why?", "Shorter."]}, "writing"),
+    "one's own": ({"prompt": "Wie? 🙂\u2028{}", "category": 3}, "3"),
+    "no category": ({"prompt": "Why?", "category": None}, ""),
 }
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_prompt_sets_are_read_as_published(tmp_path, name, form):
-    rows, prompts = PUBLISHED[name]
+    row, category = PUBLISHED[name]
     path = tmp_path / f"prompts.{form}"
     if form == "parquet":
-        if name == "one's own":
-            rows, prompts = rows[:1], prompts[:1]
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pq.write_table(pa.Table.from_pylist([row] * 2), path)
     elif form == "json":
-        path.write_text("\ufeff" + json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+        text = "\ufeff" + json.dumps([row] * 2, ensure_ascii=False, indent=2)
+        path.write_text(text, encoding="utf-8")
     else:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False)] * 2
         path.write_text("\n\n".join(lines), encoding="utf-8")
-    assert read_prompts(path) == prompts
+    turns = {"MT-Bench": ("Why?", "Shorter."), "one's own": ("Wie? 🙂\u2028{}",)}
+    texts = turns.get(name, ("Why?",))
+    assert read_prompts(path) == [Prompt(texts, category, number) for number in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -87,10 +60,7 @@ def test_prompt_sets_are_read_as_published(tmp_path, name, form):
         ('{"prompt": "a"}\n["a"]', r"line 2 is \['a'\], not an object"),
         ('[{"prompt": "a"}, 3]', r"row 1 is 3, not an object"),
         ("[" * 100_000, r"is not JSON"),
-        (
-            '{"question": "a", "id": 1}',
-            r"row 0 has no prompt.*turns, instruction.*'question', 'id'",
-        ),
+        ('{"question": "a", "id": 1}', r"row 0 has no prompt.*turns, inst.*'question', 'id'"),
         ("{}", r"row 0 has no prompt.*has no fields"),
         ('{"prompt": "a"}\n{"prompt": null}', r"row 1: prompt is None, not text"),
         ('{"instruction": 5}', r"row 0: instruction is 5, not text"),
@@ -130,11 +100,6 @@ def test_a_limit_draws_and_a_larger_one_has_those_of_the_smaller(tmp_path):
     assert few != other
     assert more == sorted(more) != list(range(20))
     assert len(read_prompts(tmp_path / "p.jsonl", 99)) == 50
-
-
-def test_duplicates_are_counted():
-    prompts = [Prompt((text,), "", row) for row, text in enumerate("aabaa")]
-    assert duplicates(prompts) == 3
 
 
 # ------------------------------------------------------------------ what is compared
@@ -227,10 +192,7 @@ def test_models_adapters_and_answers(run, tmp_path):
         (["{}/base", "{}/empty"], r"empty holds no model: neither config.json"),
         (["{}/base", "{}/pickled"], r"pickled has no adapter_model.safetensors"),
         (["{}/base", "{}/lost"], r"lost stands on no/such-model: .*nothing is downloaded"),
-        (
-            ["{}/base", "no-such/model"],
-            r"no-such/model is neither a directory nor in the local hub",
-        ),
+        (["{}/base", "no-such/model"], r"no-such/model is neither a directory nor in the local"),
         (["{}/base", "so what"], r"'so what' is neither a run, a model directory"),
         (["{}/base", "../x/y/z"], r"is neither a run, a model directory"),
     ],

@@ -12,8 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sera_plugin.tools.evaluation.length import length_controlled
-from sera_plugin.tools.evaluation.winrate import by_category, mean_score, win_rate
+from sera_plugin.tools.evaluation.winrate import (
+    by_category,
+    length_controlled,
+    mean_score,
+    win_rate,
+)
 
 NAN = float("nan")
 
