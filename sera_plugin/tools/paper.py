@@ -7,7 +7,7 @@ docs/systems.md says what each system is and how it differs from its own paper.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ DATASETS: dict[str, dict[str, Any]] = {
     "hh-rlhf": {"path": "trl-lib/hh-rlhf-helpful-base", **CONVERSATIONS},
     "tldr": {"path": "trl-lib/tldr-preference", **CONVERSATIONS},
 }
+PAIR_SCORES = ["score_chosen", "score_rejected"]
 SCORED = ["chosen-rating", "rejected-rating"]
 #: A row for every pair of a prompt's answers: docs/systems.md shows how to make it.
 RANKED = {"path": "pairs.jsonl", "ds_type": "json", **CONVERSATIONS}
@@ -92,11 +93,7 @@ SYSTEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kto-pair": ({**ITERATIVE, "loss": "kto_pair"}, {"rl_beta": 0.1}),
     "orpo": ({**ITERATIVE, "loss": "orpo"}, {"rl_beta": 0.1}),
     "curri-dpo": (
-        {
-            "selection": "curriculum",
-            "bootstrap_ratio": 0.0,
-            "score_columns": ["score_chosen", "score_rejected"],
-        },
+        {"selection": "curriculum", "bootstrap_ratio": 0.0, "score_columns": PAIR_SCORES},
         {"datasets": [RANKED]},
     ),
     "spin": ({**ONLINE, "labeler": "spin", "candidates": 1}, {}),
@@ -107,10 +104,7 @@ SYSTEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "oaif-llm": ({**ONLINE, "labeler": "judge", "judge": JUDGE, "candidates": 2}, {}),
     "self-rewarding": ({**ONLINE, "labeler": "self_judge"}, {}),
     "select-reference-logp": ({"selection": "reference_logp", "bootstrap_ratio": 0.0}, {}),
-    "select-score": (
-        {"selection": "score", "bootstrap_ratio": 0.0, "score_columns": SCORED},
-        {},
-    ),
+    "select-score": ({"selection": "score", "bootstrap_ratio": 0.0, "score_columns": SCORED}, {}),
 }
 #: The systems that are run on the other datasets too.
 ELSEWHERE = ("sera-dpo", "dpo", "iterative-dpo")
@@ -150,21 +144,19 @@ def configurations() -> list[tuple[str, str, str]]:
 def configuration(dataset: str, model: str, system: str) -> dict[str, Any]:
     """The keys of one configuration.
 
-    Args:
-        dataset: a key of `DATASETS`.
-        model: a key of `MODELS`.
-        system: a key of `SYSTEMS`.
-
     Raises:
         ValueError: for an unknown name, with the one that comes closest, or for a system that the
             paper does not run on this dataset.
     """
-    _require(dataset, "dataset", DATASETS)
-    _require(model, "model", MODELS)
-    _require(system, "system", SYSTEMS)
+    names = {"dataset": (dataset, DATASETS), "model": (model, MODELS), "system": (system, SYSTEMS)}
+    for what, (name, known) in names.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+            raise ValueError(f"{quoted(name)} is not a {what} of the paper. {hint}")
     if system not in _systems(dataset):
-        known = ", ".join(_systems(dataset))
-        raise ValueError(f"{system} is not run on {dataset}. These are: {known}.")
+        there = ", ".join(_systems(dataset))
+        raise ValueError(f"{system} is not run on {dataset}. These are: {there}.")
     keys = MODELS[model]
     block, beside = SYSTEMS[system]
     return {
@@ -183,7 +175,8 @@ def configuration(dataset: str, model: str, system: str) -> dict[str, Any]:
 def yaml_text(dataset: str, model: str, system: str) -> str:
     """One configuration as a file. Takes and raises what `configuration` does."""
     keys = configuration(dataset, model, system)
-    body = yaml.dump(keys, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+    plain = json.loads(json.dumps(keys))  # what occurs twice is written twice, without anchors
+    body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     head = f"# {system} on {dataset} with {model}; docs/systems.md says what it is.\n"
     return head + NOTES.get(model, "") + body
 
@@ -207,27 +200,12 @@ def _systems(dataset: str) -> tuple[str, ...]:
     return tuple(SYSTEMS) if dataset == "ultrafeedback" else ELSEWHERE
 
 
-def _require(name: str, what: str, known: Collection[str]) -> None:
-    if name in known:
-        return
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
-    raise ValueError(f"{quoted(name)} is not a {what} of the paper. {hint}")
-
-
 def _flow(keys: dict[str, Any]) -> str:
     """Keys on one line, without what is inside of blocks."""
     return ", ".join(
         f"{key}: ..." if isinstance(value, dict | list) else f"{key}: {value}"
         for key, value in keys.items()
     )
-
-
-class _Plain(yaml.SafeDumper):
-    """Writes what occurs twice twice, without anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 @click.command(

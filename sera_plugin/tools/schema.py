@@ -114,15 +114,13 @@ def write_schema(path: Path) -> None:
         FileExistsError: if the file holds something else.
         OSError: if it cannot be written, with what to do about it.
     """
-    if path.exists() and not _is_schema(path):
-        raise FileExistsError(
-            f"{path} exists and is not a schema of this command. Choose another path."
-        )
+    if path.exists():
+        try:
+            ours = json.loads(path.read_text(encoding="utf-8"))["$comment"] == COMMENT
+        except (ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise FileExistsError(
+                f"{path} exists and is not a schema of this command. Choose another path."
+            )
     write_text(path, schema_text() + "\n")
-
-
-def _is_schema(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["$comment"] == COMMENT)
-    except (ValueError, KeyError, TypeError):
-        return False

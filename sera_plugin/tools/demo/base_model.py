@@ -44,32 +44,24 @@ def build_tokenizer() -> FastTokenizer:
 def train_base_model(
     directory: Path, *, steps: int = 700, batch_size: int = 128, seed: int = 0
 ) -> None:
-    """Train on corrupted demonstrations and save model and tokenizer.
-
-    Args:
-        directory: where `save_pretrained` writes.
-        steps: optimizer steps; 700 leave the model under-trained on purpose.
-        batch_size: demonstrations per step.
-        seed: of weights and data.
-    """
+    """Train on corrupted demonstrations; 700 steps leave the model under-trained on purpose."""
     tokenizer = build_tokenizer()
     random = Random(seed)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=320,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     # Without a terminal, without a bar.
@@ -82,9 +74,7 @@ def train_base_model(
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         labels[:, : len(PROMPT_FORMAT.split()) + len(prompts[0].split()) - 1] = -100
-        loss = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
-        ).loss
+        loss = model(**_inputs(batch), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -93,6 +83,10 @@ def train_base_model(
         bar.set_postfix(loss=f"{loss.item():.3f}")
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _inputs(batch: Any) -> dict[str, Any]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def load_model(directory: Path) -> tuple[Any, Any]:
@@ -117,18 +111,10 @@ def respond(
     batch_size: int = 500,
     seed: int = 0,
 ) -> list[str]:
-    """Sample one response to each prompt.
+    """Sample one response to each prompt, without special tokens, from the whole distribution.
 
-    Args:
-        model, tokenizer: of `load_model`.
-        prompts: letters separated by spaces, of any length; padded on the left.
-        temperature: of the softmax; the whole distribution is sampled from.
-        max_new_tokens: most tokens of a response, its end token included.
-        batch_size: prompts per call of `generate`.
-        seed: of all batches together; the caller's random state stays as it was.
-
-    Returns:
-        Responses without special tokens, in the order of `prompts`.
+    Prompts are letters separated by spaces, of any length. The seed is that of all batches
+    together; the caller's random state stays as it was.
     """
     model.eval()
     responses: list[str] = []
@@ -137,16 +123,10 @@ def respond(
         starts = range(0, len(prompts), batch_size)
         for first in tqdm(starts, desc="sample", unit="batch", disable=None):
             texts = [PROMPT_FORMAT.format(prompt=p) for p in prompts[first : first + batch_size]]
-            batch = tokenizer(
-                texts,
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,
-            )
+            how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+            batch = tokenizer(texts, return_tensors="pt", **how)
             output = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                **_inputs(batch),
                 do_sample=True,
                 temperature=temperature,
                 top_k=0,

@@ -26,13 +26,10 @@ HELD_OUT = 1_000
 
 
 def run_demo(directory: Path, config: Path) -> None:
-    """Make the world's model and data, train with rl: sera, and show what it did.
+    """Make the world's model and data in `directory`, train with the YAML, and show what it did.
 
-    Args:
-        directory: gets `base-model/`, `pairs.jsonl` and, through the YAML, the run. What is there
-            from an earlier demo is used again.
-        config: the YAML to train with; its base_model and dataset must be the ones in
-            `directory`. Its paths are relative to the working directory, as the host reads them.
+    What is there from an earlier demo is used again. The YAML's base_model and dataset must be the
+    ones in `directory`; its paths are relative to the working directory, as the host reads them.
 
     Raises:
         ValueError: if the YAML points elsewhere, or an earlier run or prepared data is in the way.
@@ -57,8 +54,12 @@ def run_demo(directory: Path, config: Path) -> None:
     with _step(f"pairs of its answers, labelled: {pairs}", done=pairs.exists()):
         if not pairs.exists():
             _write_pairs(base, pairs)
-    right, total = _label_accuracy(pairs)
-    click.echo(f"{total} pairs; of those that differ in true reward {right:.0%} are labelled right")
+    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    better = [row["score_chosen"] - row["score_rejected"] for row in rows]
+    right = sum(one > 0 for one in better) / max(1, sum(one != 0 for one in better))
+    click.echo(
+        f"{len(rows)} pairs; of those that differ in true reward {right:.0%} are labelled right"
+    )
     with _step(f"axolotl train {config}"):
         _train(config)
     with _step("every policy answers the held-out prompts"):
@@ -89,10 +90,7 @@ def _check(config: Path, base: Path, pairs: Path) -> Path:
             f"{config} has to be a YAML with base_model, datasets and output_dir: "
             f"{type(error).__name__}: {plain(str(error), 200)}"
         ) from error
-    for key, given, expected in (
-        ("base_model", model, base),
-        ("datasets[0].path", data, pairs),
-    ):
+    for key, given, expected in (("base_model", model, base), ("datasets[0].path", data, pairs)):
         if given.resolve() != expected.resolve():
             raise ValueError(
                 f"{config} has {key}: {given}, but the demo writes {expected}. Change the YAML, "
@@ -115,21 +113,15 @@ def make_pairs(
 ) -> list[dict[str, Any]]:
     """Label two responses to each prompt; equal responses give no pair."""
     random = Random(2)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for prompt, one, other in zip(prompts, first, second, strict=True):
         if not one.strip() or not other.strip() or one == other:
             continue
         chosen, rejected, swapped = label(prompt, one, other, Labelling(), random)
-        rows.append(
-            {
-                "prompt": prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "swapped": swapped,
-                "score_chosen": true_reward(prompt, chosen),
-                "score_rejected": true_reward(prompt, rejected),
-            }
-        )
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "swapped": swapped}
+        row["score_chosen"] = true_reward(prompt, chosen)
+        row["score_rejected"] = true_reward(prompt, rejected)
+        rows.append(row)
     return rows
 
 
@@ -139,18 +131,9 @@ def _write_pairs(base: Path, path: Path) -> None:
     random = Random(1)
     prompts = [make_prompt(random) for _ in range(PAIRS)]
     model, tokenizer = load_model(base)
-    first, second = (
-        respond(model, tokenizer, prompts, temperature=1.0, seed=seed) for seed in (1, 2)
-    )
+    first, second = (respond(model, tokenizer, prompts, seed=seed) for seed in (1, 2))
     rows = make_pairs(prompts, first, second)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _label_accuracy(path: Path) -> tuple[float, int]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    differ = [row for row in rows if row["score_chosen"] != row["score_rejected"]]
-    right = sum(row["score_chosen"] > row["score_rejected"] for row in differ)
-    return right / max(1, len(differ)), len(rows)
 
 
 def _train(config: Path) -> None:

@@ -20,17 +20,11 @@ PROMPT_LENGTH = 6
 
 @dataclass(frozen=True)
 class Labelling:
-    """How the preference labels of the demo are made, and what is wrong with them.
+    """How the preference labels of the demo are made, and what is wrong with them."""
 
-    Attributes:
-        temperature: of the Bradley-Terry model on the true reward (0 to 1).
-        length_bonus: log-odds per word by which the longer response is preferred, true or not.
-        noise: share of labels swapped afterwards.
-    """
-
-    temperature: float = 0.15
-    length_bonus: float = 0.1
-    noise: float = 0.2
+    temperature: float = 0.15  # of the Bradley-Terry model on the true reward (0 to 1)
+    length_bonus: float = 0.1  # log-odds per word of the longer response, better or not
+    noise: float = 0.2  # share of labels swapped afterwards
 
 
 def make_prompt(random: Random) -> str:
@@ -90,15 +84,9 @@ def demonstrate(prompt: str, random: Random) -> str:
 def label(
     prompt: str, one: str, other: str, labelling: Labelling, random: Random
 ) -> tuple[str, str, bool]:
-    """Prefer one of two responses.
+    """Prefer one of two responses: (chosen, rejected, whether noise has swapped them).
 
-    Args:
-        prompt, one, other: words separated by spaces.
-        labelling: temperature, length bonus and noise.
-        random: two draws are taken from it, whatever the outcome.
-
-    Returns:
-        (chosen, rejected, swapped): `swapped` tells the labels swapped as noise.
+    Two draws are taken from `random`, whatever the outcome.
     """
     log_odds = (true_reward(prompt, one) - true_reward(prompt, other)) / labelling.temperature
     log_odds += labelling.length_bonus * (len(one.split()) - len(other.split()))
