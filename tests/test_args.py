@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 from pydantic import ValidationError
@@ -12,12 +13,15 @@ from pydantic import ValidationError
 from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS
 from sera_plugin.config.sera import SeraArgs, SeraConfig
 
+NAN = math.nan
+
 
 def test_defaults_are_the_papers():
     config = SeraConfig()
     assert (config.selection_ratio, config.bootstrap_ratio, config.gamma) == (0.7, 0.3, 0.3)
     assert (config.candidates, config.temperature, config.top_p) == (4, 0.7, 0.95)
     assert config.loss == "dpo"
+    assert (LOSSES["dpo"].beta, LOSSES["slic"].beta, LOSSES["ipo"].beta) == (0.2, 0.2, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -34,20 +38,16 @@ def test_defaults_are_the_papers():
         ("loss", "kto"),
         ("sampler", "magic"),
         ("selecton_ratio", 0.7),
+        ("ipo_reduction", "sum"),  # of another loss
+        *product(["selection_ratio", "bootstrap_ratio", "gamma", "temperature"], [NAN, math.inf]),
     ],
 )
 def test_a_bad_value_names_its_key(key, value):
     with pytest.raises(ValidationError, match=key):
         SeraConfig(**{key: value})
-
-
-def test_pairs_per_prompt_follow_the_ratio():
-    assert SeraConfig(bootstrap_ratio=0).pairs_per_prompt == 1
-    assert SeraConfig(bootstrap_ratio=1.0).pairs_per_prompt == 1
-    assert SeraConfig(bootstrap_ratio=2.0).pairs_per_prompt == 2
-    with pytest.raises(ValidationError, match="Raise candidates to 6"):
-        SeraConfig(bootstrap_ratio=2.5)
-    assert SeraConfig(bootstrap_ratio=2.5, candidates=6).pairs_per_prompt == 3
+    assert SeraArgs().sera is None
+    with pytest.raises(ValidationError, match=key):
+        SeraArgs(sera={key: value})
 
 
 def test_nothing_to_train_on_is_refused():
@@ -55,9 +55,22 @@ def test_nothing_to_train_on_is_refused():
         SeraConfig(selection_ratio=0, bootstrap_ratio=0)
 
 
-def test_summed_ipo_needs_ipo():
-    with pytest.raises(ValidationError, match="ipo_reduction"):
-        SeraConfig(ipo_reduction="sum")
+@pytest.mark.parametrize(("ratio", "pairs"), [(0, 1), (1.0, 1), (1.1, 2), (2.0, 2)])
+def test_pairs_per_prompt_follow_the_ratio(ratio, pairs):
+    assert SeraConfig(bootstrap_ratio=ratio).pairs_per_prompt == pairs
+
+
+@pytest.mark.parametrize(("ratio", "candidates", "needed"), [(3.0, 4, 3), (2.1, 4, 3), (1.5, 3, 2)])
+def test_too_few_candidates_say_which_number_to_raise(ratio, candidates, needed):
+    said = (
+        f"bootstrap_ratio: {ratio} needs {needed} pairs per prompt.*Raise candidates to "
+        f"{2 * needed}.*lower bootstrap_ratio to {candidates // 2}"
+    )
+    with pytest.raises(ValidationError, match=f"(?s){said}"):
+        SeraConfig(bootstrap_ratio=ratio, candidates=candidates)
+    # Both remedies work.
+    assert SeraConfig(bootstrap_ratio=ratio, candidates=2 * needed).pairs_per_prompt == needed
+    assert SeraConfig(bootstrap_ratio=candidates // 2, candidates=candidates)
 
 
 def test_the_block_cannot_change_after_parsing():
@@ -65,49 +78,9 @@ def test_the_block_cannot_change_after_parsing():
         SeraConfig().gamma = 0.5
 
 
-def test_reading_the_configuration_loads_no_heavy_library():
-    code = (
-        "import sys, sera_plugin.config.sera, sera_plugin.cli, sera_plugin.tools.demo\n"
-        "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert result.stdout.decode().strip() == "[]"
-
-
-def test_default_betas_are_the_papers():
-    assert (LOSSES["dpo"].beta, LOSSES["slic"].beta, LOSSES["ipo"].beta) == (0.2, 0.2, 1.0)
-
-
 @pytest.mark.parametrize("kinds", [LOSSES, SELECTIONS, LABELERS])
 def test_every_kind_has_an_implementation(kinds):
     assert all(callable(kind.load()) for kind in kinds.values())
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("key", ["selection_ratio", "bootstrap_ratio", "gamma", "temperature"])
-def test_a_number_that_is_not_finite_names_its_key(key, value):
-    with pytest.raises(ValidationError, match=key):
-        SeraConfig(**{key: value})
-
-
-@pytest.mark.parametrize(
-    ("ratio", "candidates", "needed"), [(3.0, 4, 3), (2.1, 4, 3), (1.5, 2, 2), (1.5, 3, 2)]
-)
-def test_too_few_candidates_say_which_number_to_raise(ratio, candidates, needed):
-    with pytest.raises(ValidationError) as error:
-        SeraConfig(bootstrap_ratio=ratio, candidates=candidates)
-    assert f"bootstrap_ratio: {ratio} needs {needed} pairs per prompt" in str(error.value)
-    assert f"Raise candidates to {2 * needed}" in str(error.value)
-    assert f"lower bootstrap_ratio to {candidates // 2}" in str(error.value)
-    # Both remedies work.
-    assert SeraConfig(bootstrap_ratio=ratio, candidates=2 * needed).pairs_per_prompt == needed
-    assert SeraConfig(bootstrap_ratio=candidates // 2, candidates=candidates)
-
-
-def test_the_host_gets_an_optional_strict_block():
-    assert SeraArgs().sera is None
-    with pytest.raises(ValidationError, match="selecton_ratio"):
-        SeraArgs(sera={"selecton_ratio": 0.5})
 
 
 def test_dumping_and_parsing_again_changes_nothing():
@@ -123,10 +96,13 @@ def test_score_columns_are_none_of_the_pairs_own(name):
         SeraConfig(score_columns=["score", name])
 
 
-@pytest.mark.parametrize("module", ["rundir.store", "algorithm.algorithm"])
-def test_the_method_and_the_files_load_no_heavy_library(module):
+@pytest.mark.parametrize(
+    "modules",
+    ["config.sera, sera_plugin.cli, sera_plugin.tools.demo", "rundir.store", "algorithm.algorithm"],
+)
+def test_configuration_files_and_method_load_no_heavy_library(modules):
     code = (
-        f"import sys, sera_plugin.{module}\n"
+        f"import sys, sera_plugin.{modules}\n"
         "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

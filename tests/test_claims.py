@@ -135,15 +135,8 @@ def test_differences_are_paired_by_seed():
     found = Comparison("a - b", 0.2, Side("a"), Side("b")).estimate(Results(ours + theirs))
     assert (found.seeds, found.low, found.high) == (3, pytest.approx(0.1), pytest.approx(0.1))
     assert Comparison("", 0.4, Side("a"), Side("b")).estimate(Results(ours)).seeds == 0
-
-
-def test_a_figure_against_a_constant():
-    found = Comparison("a - 0.3", 0.2, Side("a"), Side(None, constant=0.3))
-    results = Results([record("a", seed, [0.5]) for seed in range(3)])
-    assert found.estimate(results).mean == pytest.approx(0.2)
-
-
-def test_figures_of_policies_and_iterations_are_found_or_missing():
+    constant = Comparison("", 0.2, Side("a"), Side(None, constant=0.3))
+    assert constant.estimate(Results(ours[:1])).mean == pytest.approx(-0.2)
     one = record("a", 0, [0.1, 0.2]) | {"iterations": [{"recall": None}, {"recall": 0.4}]}
     assert (final("true_reward")(one), after(1, "true_reward")(one)) == (0.2, 0.1)
     assert after(3, "true_reward")(one) is None
@@ -199,7 +192,10 @@ def test_a_systems_lines_are_a_sera_block(system, tmp_path):
     assert run.key != runs.Run(system, 0.4, 0, world.WORLD).key
 
 
-def test_every_comparison_is_of_systems_and_levels_that_are_run():
+def test_systems_have_names_and_comparisons_are_of_those_that_are_run():
+    assert len({one.name for one in SYSTEMS}) == len(SYSTEMS)
+    with pytest.raises(SystemExit, match="no system is called 'SERA'"):
+        command.chosen(systems.CORE, ["SERA"])
     known = {(one.name, noise) for one in SYSTEMS for noise in one.noises}
     for claim in (*claims.CLAIMS, *claims.OURS):
         for one in claim.comparisons:
@@ -207,37 +203,89 @@ def test_every_comparison_is_of_systems_and_levels_that_are_run():
                 assert side.system is None or (side.system, one.noise) in known, one.label
 
 
-def test_names_are_unique_and_unknown_ones_refused():
-    assert len({one.name for one in SYSTEMS}) == len(SYSTEMS)
-    with pytest.raises(SystemExit, match="no system is called 'SERA'"):
-        command.chosen(systems.CORE, ["SERA"])
-
-
 # ------------------------------------------------------------------ runs
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
-def test_smoke_runs_again_with_the_same_numbers_and_continues(tmp_path, monkeypatch):
-    """Two runs of one seed in two places; a third call has nothing left to do."""
-    found = []
-    for name in ("one", "two"):
-        command.main(["--smoke", "--directory", str(tmp_path / name), "--only", "SeRA", "SPIN"])
-        found.append(kept(tmp_path / name / "smoke.jsonl"))
-    assert found[0].keys() == found[1].keys()
-    for key, one in found[0].items():
-        assert command.timeless(one) == command.timeless(found[1][key])
-    runs_kept = [one for one in found[0].values() if "policies" in one]
-    assert len(runs_kept) == 4  # SeRA at three shares of swapped labels, SPIN at one
-    for one in runs_kept:
-        assert len(one["policies"]) == len(one["iterations"]) == 3
-        assert 0 <= one["policies"][-1]["true_reward"] <= 1
-        assert np.isfinite(one["policies"][-1]["r2_true"])
-        sampled = one["iterations"][-1]
-        assert 0 <= sampled["order_likelihood"] <= 1
-        assert one["system"] == "SPIN" or 0 <= sampled["order_since_initial"] <= 1
+def test_a_run_is_measured_kept_and_not_made_again_and_one_that_fails_says_where(
+    tmp_path, monkeypatch
+):
+    spin = ["--smoke", "--directory", str(tmp_path), "--only", "SPIN"]
+    command.main(spin)
+    lines = (tmp_path / "smoke.jsonl").read_text().splitlines()
+    (one,) = [record for record in map(json.loads, lines) if "policies" in record]
+    assert len(one["policies"]) == len(one["iterations"]) == 3
+    assert 0 <= one["policies"][-1]["true_reward"] <= 1
+    assert np.isfinite(one["policies"][-1]["r2_true"])
+    assert 0 <= one["iterations"][-1]["order_likelihood"] <= 1
+    job = runs.Job("a run", real.read_pairs, (), tmp_path / "scratch")  # which is a directory
+    with pytest.raises(RuntimeError, match=r"a run failed: IsADirectoryError: .*log\.txt"):
+        list(runs.perform_all([job], 1))
+    assert "IsADirectoryError" in (tmp_path / "scratch" / "log.txt").read_text()
     monkeypatch.setattr(command, "perform_all", lambda *_: pytest.fail("ran again"))
-    command.main(["--smoke", "--directory", str(tmp_path / "one"), "--only", "SPIN"])
+    command.main(spin)
+
+
+@pytest.mark.slow
+def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
+    """The world's own files, as a dataset and a model that somebody brings."""
+    place, held_out = tmp_path / "world", tmp_path / "held-out.jsonl"
+    pairs, base = place / "pairs.jsonl", place / "base-model"
+    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
+    list(runs.perform_all([toy], 1))
+    with held_out.open("w") as file:
+        for row in real.read_pairs(pairs)[32:]:
+            responses = [
+                {"text": row[s], "score": row[f"score_{s}"]} for s in ("chosen", "rejected")
+            ]
+            file.write(json.dumps({"prompt": row["prompt"], "responses": responses}) + "\n")
+    found = []
+    for system, held, settings in (
+        (real.SYSTEMS[1], held_out, real.Settings(pairs=32, tokens=40, batch=16)),
+        (real.SELF_JUDGING, None, real.Settings(tokens=40, batch=4, judged=4)),
+    ):
+        scratch = tmp_path / f"scratch-{len(found)}"
+        arguments = (system, settings, 0, pairs, base, held)
+        job = runs.Job("real", real.perform, arguments, scratch)
+        found += [record for _, record in runs.perform_all([job], 1)]
+    selected, judged = found
+    assert (selected["pairs"], judged["pairs"]) == (32, 4)
+    assert [one["iteration"] for one in selected["iterations"]] == [2, 3]
+    kept = selected["iterations"][0]["kept"]
+    assert kept["score"]["score_gap"] >= max(one["score_gap"] for one in kept.values())
+    assert kept["irm"]["jaccard_irm"] == 1.0
+    assert kept["none"]["jaccard_irm"] == pytest.approx(22 / 32, abs=1e-5)
+    answers = selected["held_out"]
+    assert answers["answers"] == 2 * answers["prompts"] > 0
+    assert len(answers["policies"]) == 3
+    assert all(0 <= one["r2_score"] <= 1 and 0 <= one["order"] <= 1 for one in answers["policies"])
+    table = real_tables.real_table([selected])
+    assert "| selection by irm | 2 |" in table
+    assert f"on {answers['answers']} scored answers to {answers['prompts']} other" in table
+    # This model knows no word of the judge's prompt, and writes no score.
+    replies = judged["self_judging"]
+    assert replies["replies"] == replies["unparsed"] > 0
+    assert replies["found"] == 0
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "said"),
+    [
+        (
+            real.read_pairs,
+            {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1.0},
+            "line 1 has no score_rejected",
+        ),
+        *(
+            (real.read_responses, {"prompt": "a", "responses": [one]}, "line 1 has a response")
+            for one in ("an answer", {"text": "an answer"}, {"score": 1.0})
+        ),
+    ],
+)
+def test_a_file_without_scores_is_refused_by_line(read, row, said, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / "rows.jsonl")
 
 
 def test_a_second_run_says_how_many_figures_differ(tmp_path, monkeypatch):
@@ -259,89 +307,3 @@ def test_a_second_run_says_how_many_figures_differ(tmp_path, monkeypatch):
     said = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert (said[-1]["again"]["runs"], said[-1]["again"]["differ"]) == (2, 1)
     assert f"| {said[-1]['again']['date']} | 2 | 1 |" in tables.again_table(said)
-
-
-def kept(path):
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {one.pop("key"): one for one in records if "about" not in one}
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_says_where_its_output_is(tmp_path):
-    job = runs.Job("a run", broken, (), tmp_path / "scratch")
-    with pytest.raises(RuntimeError, match=r"a run failed: ValueError: no\. .*log\.txt"):
-        list(runs.perform_all([job], 1))
-    assert "no" in (tmp_path / "scratch" / "log.txt").read_text()
-
-
-def broken(scratch):
-    raise ValueError("no")
-
-
-@pytest.mark.slow
-def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
-    """The world's own files, as a dataset and a model that somebody brings."""
-    place = tmp_path / "world"
-    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
-    settings = real.Settings(pairs=32, tokens=40, batch=16)
-    pairs, held_out = place / "pairs.jsonl", tmp_path / "held-out.jsonl"
-    arguments = (real.SYSTEMS[1], settings, 0, pairs, place / "base-model", held_out)
-    job = runs.Job("real", real.perform, arguments, tmp_path / "scratch")
-    list(runs.perform_all([toy], 1))
-    with held_out.open("w") as file:
-        for row in real.read_pairs(pairs)[32:]:
-            responses = [
-                {"text": row[s], "score": row[f"score_{s}"]} for s in ("chosen", "rejected")
-            ]
-            file.write(json.dumps({"prompt": row["prompt"], "responses": responses}) + "\n")
-    ((_, record),) = runs.perform_all([job], 1)
-    assert record["pairs"] == 32
-    assert [one["iteration"] for one in record["iterations"]] == [2, 3]
-    kept = record["iterations"][0]["kept"]
-    assert kept["score"]["score_gap"] >= max(one["score_gap"] for one in kept.values())
-    assert kept["irm"]["jaccard_irm"] == 1.0
-    assert kept["none"]["jaccard_irm"] == pytest.approx(22 / 32, abs=1e-5)
-    found = record["held_out"]
-    assert found["answers"] == 2 * found["prompts"] > 0
-    assert len(found["policies"]) == 3
-    assert all(0 <= one["r2_score"] <= 1 and 0 <= one["order"] <= 1 for one in found["policies"])
-    table = real_tables.real_table([record])
-    assert "| selection by irm | 2 |" in table
-    assert f"on {found['answers']} scored answers to {found['prompts']} other prompts" in table
-
-
-@pytest.mark.slow
-def test_a_policy_that_judges_itself_is_measured_by_its_replies(tmp_path):
-    """This model knows no word of the judge's prompt, and writes no score."""
-    place = tmp_path / "world"
-    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
-    settings = real.Settings(tokens=40, batch=4, judged=4)
-    arguments = (
-        real.SELF_JUDGING, settings, 0, place / "pairs.jsonl", place / "base-model", None,
-    )  # fmt: skip
-    list(runs.perform_all([toy], 1))
-    job = runs.Job("self-judging", real.perform, arguments, tmp_path / "scratch")
-    ((_, record),) = runs.perform_all([job], 1)
-    assert record["pairs"] == 4
-    found = record["self_judging"]
-    assert found["replies"] == found["unparsed"] > 0
-    assert found["found"] == 0
-
-
-def test_a_dataset_without_scores_is_refused_by_line(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    row = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1.0}
-    path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="line 1 has no score_rejected"):
-        real.read_pairs(path)
-
-
-@pytest.mark.parametrize("response", ["an answer", {"text": "an answer"}, {"score": 1.0}])
-def test_held_out_answers_without_scores_are_refused_by_line(response, tmp_path):
-    path = tmp_path / "held-out.jsonl"
-    good = {"prompt": "a", "responses": [{"text": "b", "score": 0.5}]}
-    path.write_text(
-        "".join(json.dumps(row) + "\n" for row in (good, good | {"responses": [response]}))
-    )
-    with pytest.raises(ValueError, match="line 2 has a response without text or score"):
-        real.read_responses(path)

@@ -170,13 +170,10 @@ def test_the_host_knows_every_key_that_a_page_shows():
         assert keys.keys() <= {*known, "sera"}, block.place
 
 
-def test_the_expectations_and_the_readme_are_complete():
+def test_expectations_readme_and_package_have_the_shipped_yamls():
     assert {path.stem for path in FILES} == EXPECTED.keys()
     links = re.findall(r"\]\(([\w.-]+\.yaml)\)", (ROOT / "example_yamls/README.md").read_text())
     assert sorted(links) == [path.name for path in FILES]
     assert len(FILES) <= 16
-
-
-def test_the_packaged_demo_is_the_shipped_one():
     packaged = ROOT / "sera_plugin/tools/demo/demo-cpu.yaml"
     assert packaged.read_text() == (ROOT / "example_yamls/demo-cpu.yaml").read_text()
