@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.encoding import RowTokenizer
+from sera_plugin.data.encoding import RowTokenizer, model_end_ids
 from sera_plugin.model.budget import plan_tokens
 from sera_plugin.sampling.offload import cache_bytes_per_token
 from sera_plugin.sampling.transformers import TransformersSampler
@@ -57,8 +57,11 @@ class Engine:
                 "it is asked is not known. Give --prompt-format, such as 'Q: {prompt} A:'."
             )
         self._context: int | None = getattr(config, "max_position_embeddings", None)
-        ends = [self._tokenizer.eos_token_id, *_generation_ends(Path(model.weights))]
-        ends = [one for one in ends if one is not None] + [*model.end_ids, *self._turn_end()]
+        with suppress(OSError):  # a model may have no generation_config.json
+            config.generation_config = GenerationConfig.from_pretrained(
+                model.weights, local_files_only=True
+            )
+        ends = [*model_end_ids(config, self._tokenizer), *model.end_ids, *self._turn_end()]
         self._end_ids = tuple(dict.fromkeys(ends))
         self._rows = RowTokenizer(self._tokenizer, self._end_ids)
         self._sampler: CandidateSampler
@@ -132,15 +135,6 @@ class Engine:
                 f"{self._model.name}. Leave --prompt-format out."
             )
         return self._rows.prompt(self._decoding.prompt_format.replace("{prompt}", conversation[0]))
-
-
-def _generation_ends(weights: Path) -> list[int]:
-    """End tokens in generation_config.json, which chat models list there."""
-    path = weights / "generation_config.json"
-    if not path.is_file():
-        return []
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return ends if isinstance(ends, list) else [ends]
 
 
 def _program(name: str) -> str:

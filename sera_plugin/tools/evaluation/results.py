@@ -251,49 +251,46 @@ def _by_category(judged: Sequence[Mapping[str, Any]]) -> Table:
 
 def page(found: Evaluation, figures: Mapping[str, Any]) -> str:
     """The page as HTML: win rates with their intervals, categories, and answers to read."""
+    judge, models = figures["judge"], figures["models"]
+    intervals = []  # where each model's rates are, 0 to 100
+    for one in models:
+        rate = one.get("win_rate")
+        if rate is not None and not np.isnan(rate["rate"]):
+            places = {name: 100 * rate[name] for name in ("rate", "low", "high")}
+            controlled = 100 * one["length_controlled"]
+            intervals.append({"name": one["name"], "controlled": controlled, **places})
+    settings = [("prompts", figures["prompts"]["file"])]
+    settings += [(f"model {one['name']}", one["source"]) for one in models]
+    settings += figures["decoding"].items()
+    if judge is not None:
+        settings += [(f"judge: {key}", value) for key, value in judge["description"].items()]
     return fill(
         "eval.html",
         title=f"Evaluation on {shown_name(found.path.name)}",
         figures=figures,
         facts=_facts(figures),
-        intervals=_intervals(figures),
+        intervals=intervals,
         tables=_tables(figures),
         groups=_groups(found),
-        settings=_settings(figures),
+        settings=[(shown_text(str(k), 80), shown_text(str(v), 300)) for k, v in settings],
     )
 
 
 def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     judge = figures["judge"]
-    facts = [
-        ("baseline", figures["baseline"]),
-        ("prompts", f"{figures['prompts']['number']:,}"),
-        ("judge", "none" if judge is None else shown_name(judge["name"], 120)),
-    ]
+    facts = [("baseline", figures["baseline"]), ("prompts", f"{figures['prompts']['number']:,}")]
+    facts.append(("judge", "none" if judge is None else shown_name(judge["name"], 120)))
     inconsistent = [one.get("inconsistent") for one in figures["models"]]
     known = [share for share in inconsistent if share is not None]
     if known:
         facts.append(("verdicts that turn with the order", f"{sum(known) / len(known):.0%}"))
     if judge is not None:
-        usage = judge["usage"]
-        replies = usage["asked"]["count"] + usage["cached"]["count"]
+        replies = sum(judge["usage"][name]["count"] for name in ("asked", "cached"))
         if replies:
             facts.append(("replies of the judge", f"{replies:,}"))
         if judge.get("cost") is not None:
             facts.append(("price", f"{judge['cost'] + judge['cached_cost']:.2f}"))
     return facts
-
-
-def _intervals(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where each model's rate, interval and length-controlled rate are, 0 to 100."""
-    found = []
-    for one in figures["models"]:
-        rate = one.get("win_rate")
-        if rate is not None and not np.isnan(rate["rate"]):
-            places = {name: 100 * rate[name] for name in ("rate", "low", "high")}
-            places["controlled"] = 100 * one["length_controlled"]
-            found.append({"name": one["name"], **places})
-    return found
 
 
 def _groups(found: Evaluation) -> list[dict[str, Any]]:
@@ -326,12 +323,3 @@ def _example(found: Evaluation, index: int, row: int) -> dict[str, Any]:
         texts[side] = answer.text
     shown = {name: shown_text(text, _LONGEST) for name, text in texts.items()}
     return {"row": prompt.row, "facts": facts, **shown}
-
-
-def _settings(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    settings = [("prompts", figures["prompts"]["file"])]
-    settings += [(f"model {one['name']}", one["source"]) for one in figures["models"]]
-    settings += figures["decoding"].items()
-    if figures["judge"] is not None:
-        settings += [(f"judge: {k}", v) for k, v in figures["judge"]["description"].items()]
-    return [(shown_text(str(key), 80), shown_text(str(value), 300)) for key, value in settings]

@@ -106,21 +106,20 @@ def length_controlled(outcomes: npt.ArrayLike, longer_by: npt.ArrayLike) -> Floa
         (models,) rates from 0 to 1; nan for a model without outcomes.
     """
     given = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
-    difference = np.atleast_2d(np.asarray(longer_by, dtype=np.float64))
-    there = ~np.isnan(given)
-    result = np.full(len(given), np.nan)
-    some = there.any(axis=1)
-    if some.any():
-        result[some] = _fit(given[some], difference[some], there[some])
-    return result
-
-
-def _fit(outcomes: FloatArray, longer_by: FloatArray, there: npt.NDArray[np.bool_]) -> FloatArray:
-    models = len(outcomes)
+    rates = np.full(len(given), np.nan)
+    some = ~np.isnan(given).all(axis=1)
+    if not some.any():
+        return rates
+    given, difference = given[some], np.atleast_2d(np.asarray(longer_by, dtype=np.float64))[some]
+    models, there = len(given), ~np.isnan(given)
     weight = there.astype(np.float64)
-    outcome = np.where(there, outcomes, 0.0)
-    length = np.tanh(_standardised(np.where(there, longer_by, np.nan)))
-    gamma = _difficulty(outcome, weight)
+    outcome = np.where(there, given, 0.0)
+    length = np.tanh(_standardised(np.where(there, difference, np.nan)))
+    # Log-odds at which the other models win, centred per model.
+    won = (weight * outcome).sum(axis=0) - weight * outcome
+    lost = (weight * (1 - outcome)).sum(axis=0) - weight * (1 - outcome)
+    odds = np.log((won + _SMOOTHING) / (lost + _SMOOTHING))
+    gamma = odds - odds.mean(axis=1, keepdims=True)
     prior = _PRIOR * (length**2).sum(axis=1) / 4
 
     def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
@@ -140,7 +139,7 @@ def _fit(outcomes: FloatArray, longer_by: FloatArray, there: npt.NDArray[np.bool
     start, options = np.zeros(2 * models + 1), {"maxiter": 5_000, "ftol": 1e-13, "gtol": 1e-7}
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     at_equal_length = weight * expit(found.x[:models, None] + gamma)
-    rates: FloatArray = at_equal_length.sum(axis=1) / weight.sum(axis=1)
+    rates[some] = at_equal_length.sum(axis=1) / weight.sum(axis=1)
     return rates
 
 
@@ -151,12 +150,3 @@ def _standardised(longer_by: FloatArray) -> FloatArray:
     spread = np.sqrt(np.nansum(squares, axis=1, keepdims=True) / freedom)
     scaled = np.divide(longer_by, spread, out=np.zeros_like(longer_by), where=spread > 0)
     return np.nan_to_num(scaled)
-
-
-def _difficulty(outcome: FloatArray, weight: FloatArray) -> FloatArray:
-    """(models, prompts) log-odds at which the other models win, centred per model."""
-    won = (weight * outcome).sum(axis=0) - weight * outcome
-    lost = (weight * (1 - outcome)).sum(axis=0) - weight * (1 - outcome)
-    odds = np.log((won + _SMOOTHING) / (lost + _SMOOTHING))
-    centred: FloatArray = odds - odds.mean(axis=1, keepdims=True)
-    return centred
