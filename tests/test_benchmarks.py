@@ -19,9 +19,6 @@ from benchmarks import harness, report, scoring, step, whole_run, workload
 def test_pages_have_what_the_results_say(path):
     page = path.read_text(encoding="utf-8")
     assert page == report.render(page, report.PAGES[path]), "run `make docs`"
-
-
-def test_every_part_has_its_place_on_one_page():
     assert sorted(part for parts in report.PAGES.values() for part in parts) == sorted(report.PARTS)
 
 
@@ -74,15 +71,12 @@ def test_shapes_are_those_they_are_named_after():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_what_to_do():
-    with pytest.raises(SystemExit, match=r"needs a CUDA GPU.*`make bench` measures on the CPU"):
-        command.main(["--device", "cuda", "--shape", "tinyllama-1.1b", "mistral-7b"])
-
-
-def test_data_needs_a_model(capsys):
+def test_without_a_gpu_or_a_model_for_data_it_says_what_to_do(capsys):
     with pytest.raises(SystemExit):
         command.main(["--data", "x.jsonl"])
     assert "--data needs --model" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"needs a CUDA GPU.*`make bench` measures on the CPU"):
+        command.main(["--device", "cuda", "--shape", "tinyllama-1.1b", "mistral-7b"])
 
 
 def test_both_sides_score_the_same_pairs_and_a_toy_is_not_kept(capsys, monkeypatch, tmp_path):
@@ -98,15 +92,9 @@ def test_both_sides_score_the_same_pairs_and_a_toy_is_not_kept(capsys, monkeypat
 
 
 def test_tables_of_training_parts_are_made_of_raw_figures():
-    text = step.table(
-        {
-            "pairs": 8,
-            "steps": 4,
-            "tokens": 1000,
-            "batch": 2,
-            "steps_per_second": {"sera": [2.0], "dpo": [1.0], "dpo_precomputed": [4.0]},
-        }
-    )
+    speeds = {"sera": [2.0], "dpo": [1.0], "dpo_precomputed": [4.0]}
+    figures = {"pairs": 8, "steps": 4, "tokens": 1000, "batch": 2, "steps_per_second": speeds}
+    text = step.table(figures)
     assert "| `rl: dpo` | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) |" in text
     phases = dict.fromkeys(whole_run.PHASES, 1.0)
     text = whole_run.table(

@@ -86,7 +86,9 @@ def test_an_answer_of_nothing_is_an_empty_one(sample, world, tmp_path):
     assert (found[0].text, found[0].tokens, found[0].finish_reason) == ("", 1, "stop")
 
 
-def test_a_tokenizer_without_a_template_needs_a_format(sample, world, tmp_path):
+def test_a_tokenizer_without_a_template_needs_a_format_and_damaged_weights_are_named(
+    sample, world, tmp_path
+):
     bare = tmp_path / "bare"
     shutil.copytree(world.base, bare)
     for path in bare.glob("chat_template*"):
@@ -98,11 +100,6 @@ def test_a_tokenizer_without_a_template_needs_a_format(sample, world, tmp_path):
         sample([PROMPT], path=bare)
     decoding = replace(GREEDY, prompt_format="<s> <|user|> {prompt} <|assistant|>")
     assert sample([PROMPT], decoding, path=bare) == sample([PROMPT])
-
-
-def test_weights_that_cannot_be_read_are_named(sample, world, tmp_path):
-    damaged = tmp_path / "damaged"
-    shutil.copytree(world.base, damaged)
-    (damaged / "model.safetensors").write_bytes(b"not weights")
+    (bare / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"m \(m\) cannot be loaded"):
-        sample([PROMPT], path=damaged)
+        sample([PROMPT], decoding, path=bare)

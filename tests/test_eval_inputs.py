@@ -206,28 +206,35 @@ def test_what_is_not_there_is_named(run, tmp_path, specs, said):
         find_models([spec.format(tmp_path) for spec in specs])
 
 
-def test_a_run_that_goes_on_has_its_earlier_policies(run):
-    (run / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"run has not finished: .*run@t is its policy"):
-        find_models([str(run)])
-    assert names(find_models([f"{run}@0", f"{run}@2"])) == ["run@0", "run@2"]
-
-
-def test_weights_that_ctrl_c_has_left_are_not_taken_for_the_last_policy(run):
-    """The host saves what is in training; that iteration has no time of training then."""
+def test_a_run_that_has_not_finished_has_its_earlier_policies(run):
     store = RunStore(run)
     shutil.rmtree(store.iteration(3))
+    assert names(find_models([str(run)])) == ["run@0", "run"]  # early stopping has ended it
+    # Ctrl-C has the host save what is in training; that iteration has no time of training then.
     record = store.summary(2)
     del record["seconds"]["train"]
     store.write_summary(2, record)
     with pytest.raises(ValueError, match=r"run has not finished: iteration 2 is not trained"):
         find_models([str(run)])
+    (run / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"run has not finished: .*run@t is its policy"):
+        find_models([str(run)])
     assert names(find_models([f"{run}@0", f"{run}@1"])) == ["run@0", "run@1"]
 
 
-def test_a_run_that_early_stopping_has_ended_has_a_last_policy(run):
-    shutil.rmtree(RunStore(run).iteration(3))
-    assert names(find_models([str(run)])) == ["run@0", "run"]
+def test_a_finished_run_without_its_last_weights_has_not_finished(run):
+    (run / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"run has not finished: .*or .*run has no weights"):
+        find_models([str(run)])
+
+
+def test_a_damaged_policy_and_a_base_model_that_has_moved_are_named(run):
+    (run / "sera/iteration-02/policy/adapter_model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"run@1 is in .*the checksum of adapter_model"):
+        find_models([str(run)], iterations=True)
+    (run.parent / "base").rename(run.parent / "elsewhere")
+    with pytest.raises(ValueError, match=r"policy stands on .*base: .*nothing is downloaded"):
+        find_models([str(run)])
 
 
 def test_models_whose_names_read_alike_have_files_of_their_own(tmp_path):
@@ -235,18 +242,6 @@ def test_models_whose_names_read_alike_have_files_of_their_own(tmp_path):
     models = find_models(list(map(str, places)))
     assert names(models) == ["my run", "my_run-2", "my run-3"]
     assert [one.file for one in models] == ["my_run", "my_run-2", "my_run-3"]
-
-
-def test_a_base_model_that_has_moved_is_named(run):
-    (run.parent / "base").rename(run.parent / "elsewhere")
-    with pytest.raises(ValueError, match=r"policy stands on .*base: .*nothing is downloaded"):
-        find_models([str(run)])
-
-
-def test_a_damaged_policy_is_named(run):
-    (run / "sera/iteration-02/policy/adapter_model.safetensors").write_bytes(b"other")
-    with pytest.raises(ValueError, match=r"run@1 is in .*the checksum of adapter_model"):
-        find_models([str(run)], iterations=True)
 
 
 def test_a_model_is_another_one_when_its_files_change(run):

@@ -48,6 +48,9 @@ def test_the_bootstrap_is_seeded():
 
 
 def test_few_outcomes_or_none():
+    # 2, 4, 9: mean 5; deviations -3, -1, 4; variance 26/2; error root(13/3).
+    assert mean_score([2.0, NAN, 4.0, 9.0]) == pytest.approx((5.0, (13 / 3) ** 0.5), abs=1e-15)
+    assert np.isnan([*mean_score([]), mean_score([3.0])[1]]).all()
     one = win_rate([1.0])
     assert (one.rate, one.low, one.high, one.wins) == (1.0, 1.0, 1.0, 1)
     assert np.isnan(one.error)
@@ -62,15 +65,6 @@ def test_categories_are_apart():
     assert list(found) == ["math", "art", ""]
     assert [one.rate for one in found.values()] == [0.75, 0.0, 1.0]
     assert [one.missing for one in found.values()] == [0, 1, 0]
-
-
-def test_mean_scores():
-    """2, 4, 9 and one missing: mean 5; deviations -3, -1, 4; variance 26/2; error root(13/3)."""
-    mean, error = mean_score([2.0, NAN, 4.0, 9.0])
-    assert mean == 5.0
-    assert error == pytest.approx((13 / 3) ** 0.5, abs=1e-15)
-    assert np.isnan(mean_score([])).all()
-    assert np.isnan(mean_score([3.0])[1])
 
 
 # ------------------------------------------------------------------ length control
@@ -103,10 +97,7 @@ def test_a_length_that_pays_is_taken_out(longer):
     # The prior holds phi back, so some of the difference stays.
     assert abs(rate - true) < 0.6 * abs(raw - true)
     assert (rate - raw) * (true - raw) > 0
-
-
-def test_a_length_that_does_not_pay_changes_nothing():
-    outcomes, difference, _ = simulate(theta=0.5, phi=0.0, longer=2.0)
+    outcomes, difference, _ = simulate(theta=0.5, phi=0.0, longer=2.0)  # a length that does not pay
     assert length_controlled(outcomes, difference)[0] == pytest.approx(outcomes.mean(), abs=0.03)
 
 
