@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,16 +33,6 @@ def call(*arguments, code=0):
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return result.stdout if code == 0 else result.output
-
-
-@pytest.fixture(scope="session")
-def models(world, tmp_path_factory) -> SimpleNamespace:
-    """The world's model, and one that was trained longer."""
-    from sera_plugin.tools.demo.base_model import train_base_model
-
-    better = tmp_path_factory.mktemp("eval") / "better"
-    train_base_model(better, steps=80, batch_size=32, seed=1)
-    return SimpleNamespace(base=world.base, better=better)
 
 
 class Letters:
@@ -99,10 +88,13 @@ def options(prompts: Path, output: Path, judge: str | None = TRUTH) -> list:
 
 
 def test_models_are_compared_by_the_true_reward_and_a_rerun_needs_no_torch(
-    models, prompts, tmp_path
+    world, prompts, tmp_path
 ):
+    from sera_plugin.tools.demo.base_model import train_base_model
+
     out = tmp_path / "eval"
-    arguments = [models.base, models.better, *options(prompts, out), "--json"]
+    train_base_model(tmp_path / "better", steps=80, batch_size=32, seed=1)
+    arguments = [world.base, tmp_path / "better", *options(prompts, out), "--json"]
     printed = call(*arguments)
     found = json.loads(printed)
     assert found == json.loads((out / "results.json").read_text())
@@ -170,9 +162,7 @@ def test_answers_alone_and_answers_that_were_exported(letters, names, prompts, t
     assert by_file["answers"] == by_model["answers"]
 
 
-def test_a_file_of_other_answers_is_named_before_anything_is_sampled(
-    letters, names, prompts, tmp_path
-):
+def test_a_file_of_other_answers_stops_it_before_sampling(letters, names, prompts, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": "another", "output": "b"}]))
     said = call(names[0], tmp_path / "a.json", *options(prompts, tmp_path / "eval"), code=2)
     assert "no row answers any of these prompts" in said
@@ -193,7 +183,8 @@ def test_an_api_judge_judges_and_is_asked_once(letters, names, prompts, tmp_path
         )
         arguments = [*names, *options(prompts, tmp_path / "eval")]
         arguments[-1] = tmp_path / "judge.yaml"
-        found = json.loads(call(*arguments, "--limit", 20, "--json"))
+        arguments += ["--limit", 20]
+        found = json.loads(call(*arguments, "--json"))
         usage = found["judge"]["usage"]
         # Whatever stands first wins; equal answers are not shown.
         assert found["models"][1]["win_rate"]["rate"] == 0.5
@@ -202,21 +193,14 @@ def test_an_api_judge_judges_and_is_asked_once(letters, names, prompts, tmp_path
         cost = (100 * 10 + 10 * 100) * server.calls / 1e6
         assert found["judge"]["cost"] == pytest.approx(cost)
         server.plan()
-        again = json.loads(call(*arguments, "--limit", 20, "--json"))
+        again = json.loads(call(*arguments, "--json"))
         assert server.calls == 0
         assert again["judge"]["cached_cost"] == pytest.approx(cost)
         assert again["models"] == found["models"]
-        said = call(*arguments, "--limit", 20)
+        said = call(*arguments)
         assert f"0 replies asked for, {usage['asked']['count']} were there" in said
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert KEY.encode() not in kept
-    assert json.dumps(KEY)[1:-1].encode() not in kept
-    # The server is gone: what is missing is not judged, what is there is kept and told.
-    monkeypatch.setattr("sera_plugin.labeling.judging.client.BACKOFF", 0.002)
-    said = call(*arguments, code=1)
-    assert "did not answer in 7 tries" in said
-    assert "What was judged is kept" in said
-    assert KEY not in said
+    assert not [key for key in (KEY, json.dumps(KEY)[1:-1]) if key.encode() in kept]
 
 
 def test_the_example_in_the_docs_runs(letters, names, tmp_path, monkeypatch):
