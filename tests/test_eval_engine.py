@@ -86,9 +86,7 @@ def test_an_answer_of_nothing_is_an_empty_one(sample, world, tmp_path):
     assert (found[0].text, found[0].tokens, found[0].finish_reason) == ("", 1, "stop")
 
 
-def test_a_tokenizer_without_a_template_needs_a_format_and_damaged_weights_are_named(
-    sample, world, tmp_path
-):
+def test_a_missing_template_and_damaged_weights_are_named(sample, world, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(world.base, bare)
     for path in bare.glob("chat_template*"):

@@ -108,11 +108,8 @@ def test_a_prompt_that_occurs_again_is_answered_again(answer):
 def test_turns_are_asked_with_the_answers_before_them(answer):
     engine = Engine()
     prompts = prompts_of(("a", "b", "c"), "d", ("e", "f"))
-    assert texts_of(answer(prompts, engine)) == [
-        "[Turn 1]\nA\n\n[Turn 2]\nB\n\n[Turn 3]\nC",
-        "D",
-        "[Turn 1]\nE\n\n[Turn 2]\nF",
-    ]
+    three, two = "[Turn 1]\nA\n\n[Turn 2]\nB\n\n[Turn 3]\nC", "[Turn 1]\nE\n\n[Turn 2]\nF"
+    assert texts_of(answer(prompts, engine)) == [three, "D", two]
     assert engine.loaded == 1
     assert engine.asked[3:] == [("a", "A", "b"), ("e", "E", "f"), ("a", "A", "b", "B", "c")]
     assert prompts[2].question == "[Turn 1]\ne\n\n[Turn 2]\nf"

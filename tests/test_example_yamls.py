@@ -115,10 +115,8 @@ def test_the_paper_command_lists_and_writes_and_overwrites_nothing(tmp_path):
     assert call(*names, "--output", file).output == f"{file}\n"
     assert file.read_text() == paper.yaml_text(*names)
     again = call(*names, "--output", file)
-    assert (again.exit_code, again.stderr) == (
-        2,
-        f"Error: {file} exists. Remove it, or name another file.\n",
-    )
+    said = f"Error: {file} exists. Remove it, or name another file.\n"
+    assert (again.exit_code, again.stderr) == (2, said)
 
 
 @pytest.mark.parametrize(
