@@ -131,18 +131,8 @@ COMMON: dict[str, Any] = {
 }
 
 
-def configurations() -> list[tuple[str, str, str]]:
-    """(dataset, model, system) of every configuration."""
-    return [
-        (dataset, model, system)
-        for dataset in DATASETS
-        for model in MODELS
-        for system in _systems(dataset)
-    ]
-
-
-def configuration(dataset: str, model: str, system: str) -> dict[str, Any]:
-    """The keys of one configuration.
+def yaml_text(dataset: str, model: str, system: str) -> str:
+    """One configuration as a file, by the keys of `DATASETS`, `MODELS` and `SYSTEMS`.
 
     Raises:
         ValueError: for an unknown name, with the one that comes closest, or for a system that the
@@ -154,27 +144,21 @@ def configuration(dataset: str, model: str, system: str) -> dict[str, Any]:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
             raise ValueError(f"{quoted(name)} is not a {what} of the paper. {hint}")
-    if system not in _systems(dataset):
-        there = ", ".join(_systems(dataset))
+    if system not in systems(dataset):
+        there = ", ".join(systems(dataset))
         raise ValueError(f"{system} is not run on {dataset}. These are: {there}.")
-    keys = MODELS[model]
     block, beside = SYSTEMS[system]
-    return {
-        "base_model": keys["base_model"],
+    keys = {
+        "base_model": MODELS[model]["base_model"],
         "plugins": ["sera_plugin.SeraPlugin"],
         "rl": "sera",
         "sera": block,
         "datasets": [DATASETS[dataset]],
         "output_dir": f"./outputs/{dataset}-{model}-{system}",
-        **keys,
+        **MODELS[model],
         **COMMON,
         **beside,
     }
-
-
-def yaml_text(dataset: str, model: str, system: str) -> str:
-    """One configuration as a file. Takes and raises what `configuration` does."""
-    keys = configuration(dataset, model, system)
     plain = json.loads(json.dumps(keys))  # what occurs twice is written twice, without anchors
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     head = f"# {system} on {dataset} with {model}; docs/systems.md says what it is.\n"
@@ -185,18 +169,19 @@ def listing() -> str:
     """What there is to choose from, each name with what it stands for."""
     only = "; only " + ", ".join(ELSEWHERE)
     datasets = {
-        name: keys["path"] + (only if _systems(name) == ELSEWHERE else "")
+        name: keys["path"] + (only if systems(name) == ELSEWHERE else "")
         for name, keys in DATASETS.items()
     }
     models = {name: keys["base_model"] for name, keys in MODELS.items()}
-    systems = {name: _flow(block | beside) for name, (block, beside) in SYSTEMS.items()}
+    methods = {name: _flow(block | beside) for name, (block, beside) in SYSTEMS.items()}
     lines = []
-    for head, rows in (("DATASET", datasets), ("MODEL", models), ("SYSTEM", systems)):
+    for head, rows in (("DATASET", datasets), ("MODEL", models), ("SYSTEM", methods)):
         lines += [head, *(f"  {name:<22} {what}" for name, what in rows.items()), ""]
     return "\n".join(lines).rstrip()
 
 
-def _systems(dataset: str) -> tuple[str, ...]:
+def systems(dataset: str) -> tuple[str, ...]:
+    """The systems that the paper runs on a dataset."""
     return tuple(SYSTEMS) if dataset == "ultrafeedback" else ELSEWHERE
 
 
