@@ -138,8 +138,11 @@ def yaml_text(dataset: str, model: str, system: str) -> str:
         ValueError: for an unknown name, with the one that comes closest, or for a system that the
             paper does not run on this dataset.
     """
-    names = {"dataset": (dataset, DATASETS), "model": (model, MODELS), "system": (system, SYSTEMS)}
-    for what, (name, known) in names.items():
+    for what, name, known in (
+        ("dataset", dataset, list(DATASETS)),
+        ("model", model, list(MODELS)),
+        ("system", system, list(SYSTEMS)),
+    ):
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."

@@ -99,14 +99,14 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
         chars = [one.chars for one in there]
         # Of answers from a file they are not known.
         tokens = [] if model.answers else [sum(t.tokens for t in one.turns) for one in there]
-        facts = {
+        said = {
             "number": len(there),
             "mean_chars": float(np.mean(chars)) if chars else None,
             "mean_tokens": float(np.mean(tokens)) if tokens else None,
             "unfinished": sum(one.unfinished for one in there),
             "empty": sum(not one.text for one in there),
         }
-        models.append({"name": model.name, "source": model.source, "answers": facts})
+        models.append({"name": model.name, "source": model.source, "answers": said})
     if not found.judged:
         return models
     categories, seed = [prompt.category for prompt in found.prompts], found.decoding.seed
