@@ -35,12 +35,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.child import Child
+from sera_plugin.sampling.choose import child_environment, find_vllm
 from sera_plugin.sampling.client import Client
-from sera_plugin.sampling.interpreter import child_environment, find_vllm
 from sera_plugin.sampling.offload import engine_needs, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler
-from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler, VllmServerSampler
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32

@@ -21,7 +21,7 @@ from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run
-from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.labeling.ranker import ImplicitReward
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
 

@@ -20,7 +20,7 @@ from sera_plugin.algorithm.algorithm import prepare
 from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.labeling.implicit import ImplicitReward
+from sera_plugin.labeling.ranker import ImplicitReward
 from sera_plugin.rundir.store import RunStore, make_table
 
 # log pi of (prompt token, completion's first token) under theta_0, theta_1, theta_2, in nats.

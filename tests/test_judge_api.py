@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from sera_plugin.config.judge import JudgeConfig
-from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed, Replies, Usage
-from sera_plugin.labeling.judging import client as client_module
-from sera_plugin.labeling.judging.api import PairwiseJudge, RatingJudge, api_judge
+from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed, Replies, Usage, api
+from sera_plugin.labeling.judging.api import RatingJudge, api_judge
 from sera_plugin.rundir.journal import Journal
 from tests.conftest import fill
 from tests.judge_server import KEY, JudgeServer, judge_server
@@ -30,7 +29,7 @@ def running() -> Iterator[JudgeServer]:
 def server(running, monkeypatch) -> JudgeServer:
     """As good as new, for a client that does not wait long."""
     running.plan()
-    monkeypatch.setattr(client_module, "BACKOFF", 0.002)
+    monkeypatch.setattr(api, "BACKOFF", 0.002)
     monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
     # A proxy would not know this machine.
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"):
@@ -255,13 +254,13 @@ class Waits:
 
 
 def test_waits_double_unless_the_endpoint_says_how_long(server, monkeypatch):
-    monkeypatch.setattr(client_module, "BACKOFF", 1.0)
-    client = client_module.ChatClient(JudgeConfig(base_url=server.url, model="m"))
+    monkeypatch.setattr(api, "BACKOFF", 1.0)
+    client = api.ChatClient(JudgeConfig(base_url=server.url, model="m"))
     again, told = ["status", 500], ["status", 503, {"Retry-After": "17"}]
     server.plan(again, again, told, again)
     waits = Waits()
-    reply = client.ask([{"role": "user", "content": "?"}], waits)
-    assert reply.retries == 4
+    _, retries = client.ask([{"role": "user", "content": "?"}], waits)
+    assert retries == 4
     first, second, third, fourth = waits.seconds
     assert third == 17
     for waited, doubled in ((first, 1), (second, 2), (fourth, 8)):
@@ -396,7 +395,7 @@ def test_a_torn_journal_costs_one_reply(make, server, tmp_path):
 
 
 def test_a_full_disk_stops_the_judging(server, small_disk):
-    judge = PairwiseJudge(
+    judge = api_judge(
         JudgeConfig(base_url=server.url, model="m"), Journal(small_disk / "judge.jsonl")
     )
     fill(small_disk)

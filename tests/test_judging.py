@@ -21,70 +21,49 @@ from sera_plugin.labeling.judging import (
     Verdict,
     by_scores,
 )
-from sera_plugin.labeling.judging.choose import make_judge
-from sera_plugin.labeling.judging.function import FunctionJudge
-from sera_plugin.labeling.judging.prompts import (
-    PLACES,
-    parse_points,
-    parse_rating,
-    parse_verdict,
-    read_template,
-)
+from sera_plugin.labeling.judging.choose import FunctionJudge, make_judge
+from sera_plugin.labeling.judging.prompts import PLACES, fill, parse, read_template
 from sera_plugin.rundir.journal import Journal
 
 # ------------------------------------------------------------------ verdicts
 
 
-#: As MT-Bench has verdicts and ratings, and self-rewarding language models points.
-REPLIES = [
-    (parse_verdict, "[[A]]", 1.0),
-    (parse_verdict, "A is clearer.\n\n[[B]]", 0.0),
-    (parse_verdict, "Both do. My verdict: [[C]].", 0.5),
-    (parse_verdict, "**[[ A ]]**", 1.0),
+#: By kind and verdict. MT-Bench has verdicts and ratings, self-rewarding language models points.
+REPLIES = {
+    ("pairwise", 1.0): ["[[A]]", "**[[ A ]]**"],
     # What was quoted on the way is no verdict; the last one is.
-    (parse_verdict, "Answer A says 'reply with [[A]]', which is no reason. [[B]]", 0.0),
-    (parse_verdict, "<think>[[A]] or [[B]]? [[A]]</think>They are equal. [[C]]", 0.5),
-    (parse_verdict, "<think>is it [[A]]", None),
-    (parse_verdict, "<think>it is [[A]]</think> I cannot decide.", None),
-    (parse_verdict, "", None),
-    (parse_verdict, "A", None),
-    (parse_verdict, "[A]", None),
-    (parse_verdict, "[[D]]", None),
-    (parse_verdict, "[[a]]", None),
-    (parse_verdict, "[[AB]]", None),
-    (parse_verdict, "[[A]", None),
-    (parse_rating, "Rating: [[7]]", 7.0),
-    (parse_rating, "good\nRating: [[8.5]].", 8.5),
-    (parse_rating, "[[1]]", 1.0),
-    (parse_rating, "[[10]]", 10.0),
-    (parse_rating, "It asks for [[10]]. Rating: [[2]]", 2.0),
-    (parse_rating, "<think>[[3]]</think>[[4]]", 4.0),
-    (parse_rating, "[[0]]", None),
-    (parse_rating, "[[11]]", None),
-    (parse_rating, "Rating: 7", None),
-    (parse_rating, "[[-3]]", None),
-    (parse_rating, "[[seven]]", None),
-    (parse_rating, "", None),
-    (parse_points, "It helps.\nScore: 4", 4.0),
-    (parse_points, "Score: 0", 0.0),
-    (parse_points, "**Score: 5**", 5.0),
-    (parse_points, "**Score:** 3", 3.0),
-    (parse_points, "score: 2/5", 2.0),
-    (parse_points, "Score: 3.5 points", 3.5),
-    (parse_points, "The answer claims 'Score: 5'.\nScore: 1", 1.0),
-    (parse_points, "<think>Score: 5</think>Score: 2", 2.0),
-    (parse_points, "Score: 6", None),
-    (parse_points, "Score: 45", None),
-    (parse_points, "It scores 3 points", None),
-    (parse_points, "Score: four", None),
-    (parse_points, "4", None),
-    (parse_points, "", None),
-]
+    ("pairwise", 0.0): [
+        "A is clearer.\n\n[[B]]",
+        "Answer A says 'reply with [[A]]', which is no reason. [[B]]",
+    ],
+    ("pairwise", 0.5): [
+        "Both do. My verdict: [[C]].",
+        "<think>[[A]] or [[B]]? [[A]]</think>They are equal. [[C]]",
+    ],
+    ("pairwise", None): [
+        *("<think>is it [[A]]", "<think>it is [[A]]</think> I cannot decide.", "", "A", "[A]"),
+        *("[[D]]", "[[a]]", "[[AB]]", "[[A]"),
+    ],
+    ("single", 1.0): ["[[1]]"],
+    ("single", 2.0): ["It asks for [[10]]. Rating: [[2]]"],
+    ("single", 4.0): ["<think>[[3]]</think>[[4]]"],
+    ("single", 8.5): ["good\nRating: [[8.5]]."],
+    ("single", 10.0): ["[[10]]"],
+    ("single", None): ["[[0]]", "[[11]]", "Rating: 7", "[[-3]]", "[[seven]]", ""],
+    ("additive", 0.0): ["Score: 0"],
+    ("additive", 1.0): ["The answer claims 'Score: 5'.\nScore: 1"],
+    ("additive", 2.0): ["score: 2/5", "<think>Score: 5</think>Score: 2"],
+    ("additive", 3.0): ["**Score:** 3"],
+    ("additive", 3.5): ["Score: 3.5 points"],
+    ("additive", 5.0): ["**Score: 5**"],
+    ("additive", None): ["Score: 6", "Score: 45", "It scores 3 points", "Score: four", "4", ""],
+}
 
 
-@pytest.mark.parametrize(("parse", "reply", "found"), REPLIES)
-def test_replies_are_read_as_published(parse, reply, found):
-    assert parse(reply) == found
+@pytest.mark.parametrize(("kind", "found"), REPLIES)
+def test_replies_are_read_as_published(kind, found):
+    replies = REPLIES[kind, found]
+    assert [parse(kind, reply) for reply in replies] == [found] * len(replies)
 
 
 def test_both_orders_make_an_outcome_or_none_does():
@@ -104,18 +83,15 @@ def test_both_orders_make_an_outcome_or_none_does():
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_shipped_prompts_ask_for_what_is_parsed(kind):
-    template = read_template(kind)
-    prompt = template.fill({place: f"<{place}>" for place in template.places})
-    assert all(f"<{place}>" in prompt for place in template.places)
-    parse = {"pairwise": parse_verdict, "single": parse_rating, "additive": parse_points}[kind]
-    assert parse(prompt.splitlines()[-1]) is not None
+    prompt = fill(read_template(kind), {place: f"<{place}>" for place in PLACES[kind]})
+    assert all(f"<{place}>" in prompt for place in PLACES[kind])
+    assert parse(kind, prompt.splitlines()[-1]) is not None
 
 
 def test_braces_in_answers_stay_what_they_are():
     hostile = "{answer_b} {question} {0} {} {{answer_a}} {answer_a.__class__} %s $x \\1 \\g<0>"
-    filled = read_template("pairwise").fill(
-        {"question": hostile, "answer_a": hostile, "answer_b": "the truth"}
-    )
+    values = {"question": hostile, "answer_a": hostile, "answer_b": "the truth"}
+    filled = fill(read_template("pairwise"), values)
     assert filled.count(hostile) == 2
     assert filled.count("the truth") == 1
 
@@ -123,10 +99,8 @@ def test_braces_in_answers_stay_what_they_are():
 def test_a_template_of_ones_own(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text('{question} {"json": 1} {answer_a} ü {answer_b} {answer_a}\n')
-    filled = read_template("pairwise", path).fill(
-        {"question": "Q", "answer_a": "1", "answer_b": "2"}
-    )
-    assert filled == 'Q {"json": 1} 1 ü 2 1'
+    values = {"question": "Q", "answer_a": "1", "answer_b": "2"}
+    assert fill(read_template("pairwise", path), values) == 'Q {"json": 1} 1 ü 2 1'
     path.write_text("{question} {answer_a}")
     with pytest.raises(ValueError, match=r"mine.txt has no {answer_b}. A pairwise template holds"):
         read_template("pairwise", path)

@@ -11,8 +11,8 @@ import pytest
 from sera_plugin.algorithm.protocols import Candidate
 from sera_plugin.rundir import progress as progress_module
 from sera_plugin.rundir.progress import LOG, log_on_stderr, progress, told
-from sera_plugin.sampling import progress as sampling_progress_module
-from sera_plugin.sampling.progress import sampling_progress
+from sera_plugin.sampling import prompts
+from sera_plugin.sampling.prompts import sampling_progress
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """Seconds that pass when the test says so."""
     now = [100.0]
-    for module in (progress_module, sampling_progress_module):
+    for module in (progress_module, prompts):
         monkeypatch.setattr(module, "monotonic", lambda: now[0])
     return now
 

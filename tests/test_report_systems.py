@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sera_plugin.algorithm.annotations import Annotations
-from sera_plugin.labeling.ranker import Ranker
-from sera_plugin.labeling.spin import Spin
+from sera_plugin.labeling.ranker import Ranker, Spin
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.report.figures import figures
 from sera_plugin.tools.report.page import render

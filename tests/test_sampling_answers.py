@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
-from sera_plugin.sampling.answers import read_candidates
+from sera_plugin.sampling.client import read_candidates
 from sera_plugin.sampling.prompts import SamplingFailed
-from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.test_security import echo
 
 SETTINGS = SamplingSettings(2, 0.7, 0.95, 8, 16, (9, 7), seed=5)

@@ -16,12 +16,10 @@ from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling import choose, client, vllm_server
-from sera_plugin.sampling.choose import Choice, choose_sampler
-from sera_plugin.sampling.interpreter import find_vllm
+from sera_plugin.sampling import choose, client, vllm
+from sera_plugin.sampling.choose import Choice, adapter_problem, choose_sampler, find_vllm
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first
 from sera_plugin.sampling.samplers import Samplers
-from sera_plugin.sampling.vllm import adapter_problem
 
 MODEL = SimpleNamespace(
     get_input_embeddings=lambda: SimpleNamespace(weight=np.zeros((16, 2), dtype=np.float32))
@@ -169,7 +167,7 @@ def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, se
         compared.append(longest)
         return 56
 
-    monkeypatch.setattr(vllm_server.VllmServerSampler, "check", check)
+    monkeypatch.setattr(vllm.VllmServerSampler, "check", check)
     cfg = {"sequence_len": sequence_len, "base_model": "m"}
     samplers = chosen(cfg, 38, tmp_path, sampler="vllm-server", max_new_tokens=12)
     assert samplers.choice.name == "vllm-server"
@@ -182,7 +180,7 @@ def test_a_server_with_too_short_a_context_is_said_so(world, tmp_path):
     from tests.test_security import echo
 
     with echo(world.base) as server:
-        sampler = vllm_server.VllmServerSampler(
+        sampler = vllm.VllmServerSampler(
             "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, [], 99
         )
         assert sampler.check() == sampler.check(48) == 48
@@ -204,12 +202,12 @@ def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):
 
 
 def test_a_server_that_is_not_there_is_said_so(monkeypatch):
-    monkeypatch.setattr(vllm_server, "RETRIES", 2)
+    monkeypatch.setattr(vllm, "RETRIES", 2)
     monkeypatch.setattr(client, "BACKOFF", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = vllm_server.VllmServerSampler("0.0.0.0", port, "base", Path("adapter"), list, [], 99)
+    server = vllm.VllmServerSampler("0.0.0.0", port, "base", Path("adapter"), list, [], 99)
     settings = SamplingSettings(2, 0.7, 0.95, 8, 16, (9,), seed=5)
     with pytest.raises(
         SamplingFailed, match=rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
@@ -229,9 +227,7 @@ def test_a_server_of_another_kind_is_said_so(content):
     with HTTPServer(("127.0.0.1", 0), Other) as other:
         Thread(target=other.serve_forever, daemon=True).start()
         port = other.server_port
-        server = vllm_server.VllmServerSampler(
-            "127.0.0.1", port, "base", Path("adapter"), list, [], 99
-        )
+        server = vllm.VllmServerSampler("127.0.0.1", port, "base", Path("adapter"), list, [], 99)
         with pytest.raises(SamplingFailed) as failure:
             server.check()
         other.shutdown()

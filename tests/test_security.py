@@ -37,10 +37,9 @@ from sera_plugin.data.rows import source_name
 from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
-from sera_plugin.sampling import child, interpreter, vllm_server
-from sera_plugin.sampling.child import ChildFailed
+from sera_plugin.sampling import child, choose, vllm
 from sera_plugin.sampling.prompts import SamplingFailed
-from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.conftest import adapter
 
 PACKAGE = Path(__file__).parents[1] / "sera_plugin"
@@ -351,7 +350,7 @@ def echo(base: Path, fail: str | None = None) -> Iterator[SimpleNamespace]:
     "path", ["/v1/models", "/tokenize", "/version", "/v1/load_lora_adapter", "/v1/completions"]
 )
 def test_no_error_has_the_key_that_a_server_sends_back(world, tmp_path, monkeypatch, path):
-    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    monkeypatch.setenv(vllm.API_KEY, KEY)
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
     with echo(world.base, fail=path) as server:
         sampler = VllmServerSampler(
@@ -369,7 +368,7 @@ def test_no_error_has_the_key_that_a_server_sends_back(world, tmp_path, monkeypa
 def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_server(
     world, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    monkeypatch.setenv(vllm.API_KEY, KEY)
     with echo(world.base) as server:
         sampler = VllmServerSampler(
             "me:hidden@127.0.0.1", server.port, "another/model", tmp_path, server.tokenize, [], 99
@@ -379,7 +378,7 @@ def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_se
     assert f"at http://***@127.0.0.1:{server.port} serves" in str(failure.value)
     assert "planted" not in str(failure.value)
     # A key that cannot be sent is quoted by the HTTP library.
-    monkeypatch.setenv(vllm_server.API_KEY, "one-planted\nkey")
+    monkeypatch.setenv(vllm.API_KEY, "one-planted\nkey")
     sampler = VllmServerSampler("127.0.0.1", server.port, "base", tmp_path, list, [], 99)
     with pytest.raises(SamplingFailed, match="header") as failure:
         sampler.check()
@@ -390,7 +389,7 @@ def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_se
 def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
     base_config, train, world, monkeypatch, capfd, caplog
 ):
-    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    monkeypatch.setenv(vllm.API_KEY, KEY)
     base_config["sera"] |= {"sampler": "vllm-server"}
     base_config |= {"num_epochs": 2, **adapter()}
     with echo(world.base) as server:
@@ -419,8 +418,7 @@ def test_control_characters_are_shown_and_not_obeyed():
 
 def test_the_log_of_an_engine_is_shown_and_not_obeyed(tmp_path):
     printed = "\x1b[36mfine\x1b[0m\n\x1b[2J\x1b]0;mine\x07\nValueError: \x1b[5mno\x00\n"
-    failure = ChildFailed("RuntimeError: \x1b[2Ja\n  b\x07", printed, tmp_path / "log")
-    text = child.explain(failure)
+    text = child.explain("RuntimeError: \x1b[2Ja\n  b\x07", printed, tmp_path / "log")
     assert all(line.isprintable() for line in text.split("\n"))
     assert "stopped: RuntimeError: \\x1b[2Ja b\\x07." in text
     assert "  | fine\n  | \\x1b[2J\\x1b]0;mine\\x07\n" in text
@@ -432,7 +430,7 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
     path.write_text("#!/bin/sh\nprintf '\\033[2Jbroken\\007' >&2\nexit 1\n")
     path.chmod(0o755)
     with pytest.raises(RuntimeError) as failure:
-        interpreter.find_vllm(str(path))
+        choose.find_vllm(str(path))
     assert str(failure.value).endswith("\\x1b[2Jbroken\\x07")
 
 
@@ -444,7 +442,7 @@ def test_an_engine_stays_on_this_machine_whatever_the_training_run_uses(monkeypa
         monkeypatch.setenv(name, "10.0.0.1")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "eth0")
-    environment = interpreter.child_environment(sys.executable)
+    environment = choose.child_environment(sys.executable)
     assert environment["VLLM_HOST_IP"] == environment["VLLM_LOOPBACK_IP"] == "127.0.0.1"
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
 

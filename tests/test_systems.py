@@ -24,8 +24,7 @@ from sera_plugin.algorithm.rewards import equalizing_alpha, regressed_alpha
 from sera_plugin.algorithm.summary import noise_found
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import require_same_run
-from sera_plugin.labeling.ranker import Ranker
-from sera_plugin.labeling.spin import Spin
+from sera_plugin.labeling.ranker import Ranker, Spin
 from sera_plugin.rundir.store import make_table
 from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
@@ -558,13 +557,8 @@ def judged(judge):
     from sera_plugin.labeling.judged import Judged
     from sera_plugin.rundir.ranks import Ranks
 
-    return Judged(
-        "judge",
-        lambda: nullcontext(judge),
-        Conversation(Words()),
-        Ranks(),
-        lambda total: nullcontext(lambda done: None),
-    )
+    words = Conversation(Words())
+    return Judged("judge", lambda journal: judge, nullcontext, words, Ranks(), quiet=True)
 
 
 def test_a_judge_that_compares_gives_shares_of_wins():
@@ -631,8 +625,6 @@ class Replies:
 
 
 def self_judged(sampler: Replies, max_length: int | None = 64):
-    from contextlib import nullcontext
-
     from sera_plugin.algorithm.protocols import SamplingSettings
     from sera_plugin.labeling.conversation import Conversation
     from sera_plugin.labeling.self_judge import SelfJudge
@@ -648,10 +640,7 @@ def self_judged(sampler: Replies, max_length: int | None = 64):
             return {"input_ids": [1] * (90 if "answer 2" in text else 5)}
 
     settings = SamplingSettings(4, 1.0, 1.0, 12, max_length, (END,), seed=5)
-    return SelfJudge(
-        sampler, settings, Conversation(Letters()), Ranks(),
-        lambda total, phase: nullcontext(lambda chunk: None),
-    )  # fmt: skip
+    return SelfJudge(sampler, settings, Conversation(Letters()), Ranks(), quiet=True)
 
 
 def test_a_policy_judges_itself_by_the_mean_of_what_it_says():

@@ -24,11 +24,10 @@ import requests
 import yaml
 
 from sera_plugin.algorithm.protocols import SamplingSettings
-from sera_plugin.sampling import child, interpreter, vllm, vllm_server
+from sera_plugin.sampling import child, choose, vllm
 from sera_plugin.sampling import client as http
 from sera_plugin.sampling.prompts import SamplingFailed
-from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
-from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, VllmServerSampler
 from tests.conftest import adapter
 from tests.test_end_to_end import check_run
 from tests.test_ranks import free_port, launch
@@ -330,7 +329,7 @@ def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> 
     command += ["--enforce-eager", "--max-model-len", "40", *arguments]
     # vLLM 0.30 on a CPU cannot take a seed for a prompt that it prefills in parts.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
-    environment = interpreter.child_environment(PYTHON) | environment
+    environment = choose.child_environment(PYTHON) | environment
     with (directory / f"server-{port}.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -338,9 +337,7 @@ def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> 
             stderr=log,
             start_new_session=True,
             cwd=directory,
-            env=interpreter.child_environment(PYTHON)
-            | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-            | environment,
+            env=choose.child_environment(PYTHON) | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
         )
     return SimpleNamespace(port=port, process=process, url=f"http://127.0.0.1:{port}")
 
@@ -384,7 +381,7 @@ def servers(world, tmp_path_factory):
 
 @pytest.fixture
 def client(world, monkeypatch):
-    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    monkeypatch.setenv(vllm.API_KEY, KEY)
     monkeypatch.setattr(http, "BACKOFF", 0.1)
 
     def make(port: int, base=world.base, policy=Path("none"), **changes) -> VllmServerSampler:
@@ -402,7 +399,7 @@ def client(world, monkeypatch):
 
 
 def test_a_run_with_a_server(config, train, world, servers, client, monkeypatch):
-    monkeypatch.setenv(vllm_server.API_KEY, KEY)
+    monkeypatch.setenv(vllm.API_KEY, KEY)
     config["sera"]["sampler"] = "vllm-server"
     config |= {"vllm": {"port": servers.good.port}, "sequence_len": 40, **adapter()}
     result = train(config)
@@ -440,7 +437,7 @@ def test_every_way_a_server_can_be_wrong_is_told_apart(world, servers, client, m
         collect(client(good), prompts(world, 3), settings(max_new_tokens=36))
     with pytest.raises(SamplingFailed, match=r"did not load .*none: .*same path"):
         collect(client(good), prompts(world, 3), settings())
-    monkeypatch.setenv(vllm_server.API_KEY, "wrong")
+    monkeypatch.setenv(vllm.API_KEY, "wrong")
     with pytest.raises(SamplingFailed, match=r"refuses this run's key\. Set VLLM_API_KEY"):
         client(good).check()
 

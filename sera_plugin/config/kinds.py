@@ -138,7 +138,7 @@ class Labeler(Kind):
 
 LABELERS: Mapping[str, Labeler] = {
     "implicit": Labeler(
-        "labeling.implicit:ImplicitReward", ranks_by="its implicit reward", implicit=True
+        "labeling.ranker:ImplicitReward", ranks_by="its implicit reward", implicit=True
     ),
     "reward_model": Labeler(
         "labeling.judged:RewardModelLabeler",
@@ -150,6 +150,9 @@ LABELERS: Mapping[str, Labeler] = {
     ),
     "self_judge": Labeler("labeling.self_judge:SelfJudge", ranks_by="its own verdict in words"),
     "spin": Labeler(
-        "labeling.spin:Spin", ranks_by="the dataset", gives_rewards=False, adds_dataset_answer=True
+        "labeling.ranker:Spin",
+        ranks_by="the dataset",
+        gives_rewards=False,
+        adds_dataset_answer=True,
     ),
 }

@@ -37,7 +37,7 @@ from sera_plugin.rundir import checkpoints
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore, read_json
 from sera_plugin.sampling.choose import Choice
-from sera_plugin.sampling.progress import sampling_progress
+from sera_plugin.sampling.prompts import sampling_progress
 from sera_plugin.sampling.samplers import Samplers
 
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.

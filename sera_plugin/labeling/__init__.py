@@ -1,8 +1,8 @@
 """Who ranks a prompt's candidates.
 
-- `labelers`   the labeler of one run; `ranker`  what most have in common
-- `implicit`   the implicit reward, SeRA's own
+- `labelers`   the labeler of one run
+- `ranker`     what most have in common; the implicit reward, SeRA's own, and SPIN
 - `judged`     by a judge: `judging` has a reward model, an API and a function
-- `self_judge` the policy in words; `spin`  the dataset's answer before samples
+- `self_judge` the policy in words
 - `conversation`   token ids to messages
 """

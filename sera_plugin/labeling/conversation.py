@@ -10,27 +10,22 @@ _PLACE = "SERA-PLUGIN-USER-TEXT"
 
 
 class Conversation:
-    """Token ids back to text, without the chat template around it.
-
-    Args:
-        tokenizer: a transformers tokenizer, with or without a chat template.
-    """
+    """Token ids back to text, without the chat template (if there is one) around it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._around = self._template()
         self._special = [token for token in tokenizer.all_special_tokens if token]
+        #: What the chat template puts before and after a single question.
+        self._around: tuple[str, str] | None = None
+        if getattr(tokenizer, "chat_template", None):
+            before, found, behind = self._templated(_PLACE).partition(_PLACE)
+            self._around = (self._without_bos(before), behind) if found else None
 
-    def _template(self) -> tuple[str, str] | None:
-        """What the chat template puts before and after a single question."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return None
-        messages = [{"role": "user", "content": _PLACE}]
+    def _templated(self, question: str) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
-        before, found, behind = text.partition(_PLACE)
-        return (self._without_bos(before), behind) if found else None
+        return text
 
     def _without_bos(self, text: str) -> str:
         return text.removeprefix(self.tokenizer.bos_token or "")
@@ -45,8 +40,7 @@ class Conversation:
                 inner = text[len(before) : len(text) - len(behind)]
                 if not any(token in inner for token in self._special):
                     return inner
-        plain: str = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        return plain.strip()
+        return self.answer(prompt_ids)
 
     def answer(self, token_ids: IntArray) -> str:
         """An answer's text."""
@@ -57,9 +51,7 @@ class Conversation:
         """A question as the policy is asked it: token ids, ready for its answer."""
         if self._around is None:
             ids: list[int] = self.tokenizer(question)["input_ids"]
-            return ids
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        else:
+            text = self._templated(question)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

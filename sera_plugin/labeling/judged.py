@@ -7,9 +7,10 @@ the same have one reward; where all of a prompt's do, that is a half.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,27 +36,29 @@ class Judged(Ranker):
 
     Args:
         name: as in `sera.labeler`.
-        judge: opens the judge for the phase.
+        judge: makes the judge, which keeps what it says in the journal.
+        journal: opens that for the phase.
         conversation: token ids to the texts that a judge reads.
         ranks: the run's processes.
-        progress: (how many answers or comparisons) to a bar that takes finished ones.
+        quiet: whether no progress is shown.
     """
 
     def __init__(
         self,
         name: str,
-        judge: Callable[[], AbstractContextManager[Judge]],
+        judge: Callable[[Journal], Judge],
+        journal: Callable[[], AbstractContextManager[Journal]],
         conversation: Conversation,
         ranks: Ranks,
-        progress: Callable[[int], AbstractContextManager[Callable[[int], object]]],
+        quiet: bool,
     ) -> None:
         super().__init__(name)
-        self.judge, self.conversation = judge, conversation
-        self.ranks, self.progress = ranks, progress
+        self.judge, self.journal, self.conversation = judge, journal, conversation
+        self.ranks, self.quiet = ranks, quiet
 
     @classmethod
     def open_judge(cls, run: Labelers, journal: Journal) -> Judge:
-        """The judge, which keeps what it says in the journal."""
+        """The judge that the configuration names."""
         raise NotImplementedError
 
     @classmethod
@@ -63,19 +66,8 @@ class Judged(Ranker):
         cls, run: Labelers, iteration: int, settings: SamplingSettings, optimizer: Any
     ) -> Ranker:
         """See `Ranker.make`."""
-
-        @contextmanager
-        def opened() -> Iterator[Judge]:
-            with run.journal() as journal:
-                yield cls.open_judge(run, journal)
-
-        return cls(
-            run.method.config.labeler,
-            opened,
-            run.conversation,
-            run.ranks,
-            lambda total: progress("judging", total, "verdict", run.quiet),
-        )
+        name, judge = run.method.config.labeler, partial(cls.open_judge, run)
+        return cls(name, judge, run.journal, run.conversation, run.ranks, run.quiet)
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         """See `Labeler.rewards`.
@@ -88,7 +80,8 @@ class Judged(Ranker):
         if self.ranks.main:
             questions = list(map(self.conversation.question, ranked.prompts))
             answers = list(map(self.conversation.answer, ranked.answers))
-            with self.judge() as judge:
+            with self.journal() as journal:
+                judge = self.judge(journal)
                 if isinstance(judge, ScoringJudge):
                     found = self._scores(judge, questions, answers)
                 else:
@@ -99,8 +92,8 @@ class Judged(Ranker):
 
     def _scores(self, judge: ScoringJudge, questions: list[str], answers: list[str]) -> FloatArray:
         found = np.full(len(answers), np.nan)
-        given = [Answered(*pair) for pair in zip(questions, answers, strict=True)]
-        with self.progress(len(given)) as advance:
+        given = list(map(Answered, questions, answers))
+        with progress("judging", len(given), "verdict", self.quiet) as advance:
             for index, score in judge.score_all(given):
                 found[index] = np.nan if score is None else score
                 advance(1)
@@ -116,15 +109,14 @@ class Judged(Ranker):
             for pair in combinations(dict.fromkeys(first[begin : begin + per_prompt]), 2)
         ]
         met = [Comparison(questions[one], answers[one], answers[other]) for one, other in pairs]
-        won, known = np.zeros(len(answers)), np.zeros(len(answers))
-        with self.progress(len(met)) as advance:
+        won, known = np.zeros((2, len(answers)))
+        with progress("judging", len(met), "verdict", self.quiet) as advance:
             for index, verdict in judge.compare(met):
                 if verdict.outcome is not None:
-                    for place, share in zip(
-                        pairs[index], (verdict.outcome, 1 - verdict.outcome), strict=True
-                    ):
-                        won[place] += share
-                        known[place] += 1
+                    one, other = pairs[index]
+                    won[one] += verdict.outcome
+                    won[other] += 1 - verdict.outcome
+                    known[[one, other]] += 1
                 advance(1)
         unmet = set(first).difference(place for pair in pairs for place in pair)
         found = np.full(len(answers), np.nan)
@@ -138,8 +130,7 @@ class RewardModelLabeler(Judged):
     @classmethod
     def check(cls, run: Labelers) -> None:
         """See `Ranker.check`."""
-        directory = run.method.config.reward_model
-        assert directory is not None
+        directory = str(run.method.config.reward_model)
         if not Path(directory, "config.json").exists():
             raise ValueError(
                 f"sera.reward_model: {quoted(directory, 200)} has no config.json. Name the "
@@ -152,8 +143,7 @@ class RewardModelLabeler(Judged):
         """See `Judged.open_judge`."""
         from sera_plugin.labeling.judging.reward_model import RewardModelJudge
 
-        assert run.method.config.reward_model is not None
-        return RewardModelJudge(Path(run.method.config.reward_model), journal)
+        return RewardModelJudge(Path(str(run.method.config.reward_model)), journal)
 
 
 class JudgeLabeler(Judged):

@@ -20,10 +20,8 @@ from sera_plugin.sampling.samplers import Samplers
 class Labelers:
     """Makes the labeler of each iteration, and has what any of them may need.
 
-    Attributes:
-        method: the method's constants; `method.config` is the `sera:` block.
-        samplers: make what a policy samples with, for the one that judges itself.
-        tokenizer: the host's.
+    `method.config` is the `sera:` block. `samplers` make what a policy samples with, for the one
+    that judges itself. The tokenizer is the host's.
     """
 
     method: Method
@@ -59,11 +57,9 @@ class Labelers:
         self._kind.check(self)
 
     def make(self, iteration: int, settings: SamplingSettings, optimizer: Any) -> Ranker:
-        """The labeler that the configuration names.
+        """The labeler that the configuration names, for iteration t (1-based).
 
-        Args:
-            iteration: t, 1-based.
-            settings: how the iteration samples.
-            optimizer: may wait in host memory while an engine samples.
+        `settings` are how the iteration samples. The optimizer may wait in host memory while an
+        engine samples.
         """
         return self._kind.make(self, iteration, settings, optimizer)

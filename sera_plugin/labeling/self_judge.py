@@ -11,16 +11,15 @@ import numpy as np
 from sera_plugin.algorithm.protocols import (
     CandidateSampler,
     FloatArray,
-    Progress,
     Ranked,
     SamplingSettings,
     TokenIds,
 )
 from sera_plugin.labeling.conversation import Conversation
-from sera_plugin.labeling.judging.prompts import parse_points, read_template
+from sera_plugin.labeling.judging.prompts import fill, parse, read_template
 from sera_plugin.labeling.ranker import Ranker, first_places
 from sera_plugin.rundir.ranks import Ranks
-from sera_plugin.sampling.progress import sampling_progress
+from sera_plugin.sampling.prompts import sampling_progress
 
 if TYPE_CHECKING:
     from sera_plugin.labeling.labelers import Labelers
@@ -34,12 +33,8 @@ _LONGEST = 256
 class SelfJudge(Ranker):
     """Rewards are the mean points, 0 to 5, of what the policy says of an answer.
 
-    Args:
-        sampler: samples from theta_{t-1}.
-        settings: of the run's sampling; lengths, end tokens and seed are taken from it.
-        conversation: token ids to texts and back.
-        ranks: the run's processes.
-        progress: told (answers to judge, phase), opens a bar that takes finished chunks.
+    The sampler samples from theta_{t-1}. `settings` are of the run's sampling; lengths, end tokens
+    and seed are taken from it.
     """
 
     def __init__(
@@ -48,11 +43,11 @@ class SelfJudge(Ranker):
         settings: SamplingSettings,
         conversation: Conversation,
         ranks: Ranks,
-        progress: Progress,
+        quiet: bool,
     ) -> None:
         super().__init__("self_judge")
         self.sampler, self.conversation = sampler, conversation
-        self.ranks, self.progress = ranks, progress
+        self.ranks, self.quiet = ranks, quiet
         self.settings = replace(
             settings,
             candidates=REPLIES,
@@ -68,7 +63,7 @@ class SelfJudge(Ranker):
     ) -> Ranker:
         """See `Ranker.make`."""
         sampler = run.samplers.make(iteration, optimizer)
-        return cls(sampler, settings, run.conversation, run.ranks, sampling_progress(run.quiet))
+        return cls(sampler, settings, run.conversation, run.ranks, run.quiet)
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         """See `Labeler.rewards`.
@@ -87,7 +82,7 @@ class SelfJudge(Ranker):
                 "question": self.conversation.question(ranked.prompts[index]),
                 "answer": self.conversation.answer(ranked.answers[index]),
             }
-            return np.array(self.conversation.prompt(template.fill(texts)), dtype=np.int32)
+            return np.array(self.conversation.prompt(fill(template, texts)), dtype=np.int32)
 
         total, longest = len(ranked.answers), self.settings.max_length
         numbers = ranked.answers.numbered(ranked.per_prompt).ravel()
@@ -97,31 +92,26 @@ class SelfJudge(Ranker):
         asked = [
             index for index, prompt in prompts.items() if longest is None or len(prompt) < longest
         ]
+        chunks = self.sampler.sample([prompts[index] for index in asked], self.settings)
+        start = sampling_progress(self.quiet)
         points, counted = np.zeros((2, total))
-        said = unread = 0
-        with (
-            self.progress(len(asked) // self.ranks.world, "self-judge") as advance,
-            closing(
-                self.sampler.sample([prompts[index] for index in asked], self.settings)
-            ) as chunks,
-        ):
+        said = 0
+        with start(len(asked) // self.ranks.world, "self-judge") as advance, closing(chunks):
             for chunk in chunks:
                 for row, replies in chunk:
                     for reply in replies:
                         ids = np.array(reply.token_ids, dtype=np.int32)
-                        score = parse_points(self.conversation.answer(ids))
+                        score = parse("additive", self.conversation.answer(ids))
                         said += 1
-                        if score is None:
-                            unread += 1
-                        else:
+                        if score is not None:
                             points[asked[row]] += score
                             counted[asked[row]] += 1
                 advance(chunk)
-        totals = self.ranks.sum(np.concatenate([points, counted, [float(said), float(unread)]]))
-        points, counted = totals[:-2].reshape(2, -1)
+        totals = self.ranks.sum(np.concatenate([points, counted, [float(said)]]))
+        points, counted = totals[:-1].reshape(2, -1)
         self.report |= {
-            "replies": int(totals[-2]),
-            "unparsed": int(totals[-1]),
+            "replies": int(totals[-1]),
+            "unparsed": int(totals[-1] - counted.sum()),
             "too_long": total - int(np.isin(first, asked).sum()),
             **self.sampler.seconds,  # parts of the phase's, of an engine that started again
         }

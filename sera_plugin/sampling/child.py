@@ -19,29 +19,16 @@ import psutil
 
 from sera_plugin.config.quoting import printable
 from sera_plugin.sampling import lifeline
+from sera_plugin.sampling.prompts import SamplingFailed
 
 #: A child that shows no sign of life for this many seconds is hung.
 PATIENCE = 900.0
 #: Seconds that processes get to end by themselves before they are killed.
 GRACE = 15.0
-#: Lines of the log that a failure quotes.
-_TAIL = 15
 
 
-class ChildFailed(RuntimeError):
-    """The child ended or hung.
-
-    Attributes:
-        reason: what happened, in one sentence.
-        printed: the end of what it printed.
-        log: the file with the rest.
-    """
-
-    def __init__(self, reason: str, printed: str, log: Path) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.printed = printed
-        self.log = log
+class ChildFailed(SamplingFailed):
+    """The child ended or hung: `explain` has made the message."""
 
 
 class Child:
@@ -68,7 +55,7 @@ class Child:
                 cwd=log.parent,
                 start_new_session=True,  # a group of its own; Ctrl-C is for us to pass on
             )
-        self._family: dict[int, psutil.Process] = {}
+        self._family: set[psutil.Process] = set()
         self._next_look = 0.0
         self._seen: object = None
         self._since = monotonic()
@@ -89,8 +76,8 @@ class Child:
         Raises:
             ChildFailed: if the child has ended, or has made no progress for `PATIENCE` seconds.
         """
-        if self._process.poll() is not None:
-            raise self.failed(_how_it_ended(self._process.returncode))
+        if (end := self.ended(0)) is not None:
+            raise self.failed(end)
         if monotonic() < self._next_look:
             return
         self._remember_family()
@@ -104,7 +91,12 @@ class Child:
     def ended(self, within: float) -> str | None:
         """How it ended, None if it has not within some seconds."""
         with suppress(subprocess.TimeoutExpired):
-            return _how_it_ended(self._process.wait(within))
+            code = self._process.wait(within)
+            if code >= 0:
+                return f"it ended with exit code {code}"
+            killer = " (often the operating system, out of memory)"
+            name = signal.Signals(-code).name
+            return f"it was killed by {name}{killer if name == 'SIGKILL' else ''}"
         return None
 
     def log_size(self) -> int:
@@ -116,7 +108,8 @@ class Child:
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - 65_536))
-            return ChildFailed(reason, file.read().decode("utf-8", "replace"), self.log)
+            printed = file.read().decode("utf-8", "replace")
+        return ChildFailed(explain(reason, printed, self.log))
 
     def close(self) -> None:
         """End the child and every process it has started; returns when they are gone."""
@@ -133,8 +126,7 @@ class Child:
     def _remember_family(self) -> None:
         """Descendants are only known while their parents live."""
         with suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self._process.pid).children(recursive=True)
-            self._family.update({process.pid: process for process in family})
+            self._family.update(psutil.Process(self._process.pid).children(recursive=True))
 
     def _finished(self) -> bool:
         """Wait for all of the family to end by itself, for a while."""
@@ -148,29 +140,13 @@ class Child:
 
     def _left(self) -> list[psutil.Process]:
         """Of its descendants and its process group those that are alive."""
-        members = [each for each in psutil.process_iter() if _group(each.pid) == self._process.pid]
-        return [each for each in [*members, *self._family.values()] if _alive(each)]
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"it ended with exit code {code}"
-    name = signal.Signals(-code).name
-    killer = " (often the operating system, out of memory)" if -code == signal.SIGKILL else ""
-    return f"it was killed by {name}{killer}"
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _group(pid: int) -> int | None:
-    with suppress(ProcessLookupError, PermissionError):
-        return os.getpgid(pid)
-    return None
+        left = []
+        for each in self._family.union(psutil.process_iter()):
+            with suppress(psutil.Error, OSError):  # it has ended
+                ours = each in self._family or os.getpgid(each.pid) == self._process.pid
+                if ours and each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
+                    left.append(each)
+        return left
 
 
 #: An error in a log. A warning quotes the one it warns of; pydantic says the cause a line later.
@@ -179,23 +155,19 @@ _ERROR = re.compile(
 )
 
 
-def explain(failure: ChildFailed) -> str:
+def explain(reason: str, printed: str, log: Path) -> str:
     """What happened, the first error in the log, its end, and what to change."""
-    lines = [printable(line) for line in failure.printed.splitlines()]
+    lines = [printable(line) for line in printed.splitlines()]
     errors = _ERROR.findall("\n".join(lines))
-    reason = printable(" ".join(failure.reason.split())).rstrip(".")
-    text = "\n".join([failure.reason, *errors])
-    remedy = next(
-        (advice for pattern, advice in _REMEDIES if re.search(pattern, text, re.IGNORECASE)),
-        "If the log does not tell what to change, set sera.sampler: transformers.",
-    )
+    text = "\n".join([reason, *errors])
+    remedies = (a for pattern, a in _REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
     return "\n".join(
         [
-            f"sampling with vLLM stopped: {reason}.",
-            *([f"The first error in its log: {errors[0]}"] if errors else []),
-            f"The end of {failure.log}:",
-            *(f"  | {line}" for line in lines[-_TAIL:]),
-            f"What to do: {remedy}",
+            f"sampling with vLLM stopped: {printable(' '.join(reason.split())).rstrip('.')}.",
+            *(f"The first error in its log: {error}" for error in errors[:1]),
+            f"The end of {log}:",
+            *(f"  | {line}" for line in lines[-15:]),
+            f"What to do: {next(remedies)}",
             "What was sampled is kept: with `auto_resume_from_checkpoints: true` the same command "
             "goes on from there.",
         ]
@@ -203,34 +175,20 @@ def explain(failure: ChildFailed) -> str:
 
 
 #: What a log says, and what helps.
-_REMEDIES = (
-    (
-        r"killed by SIGKILL",
-        "something outside killed it. If host memory was short, end other programs.",
-    ),
-    (
-        r"out of memory|available memory|free memory|cache blocks|larger than the available KV",
-        "the engine did not find enough memory. End other programs on the GPU, lower "
-        "sera.max_new_tokens or vllm.max_model_len, set vllm.enforce_eager: true, or leave "
-        "vllm.gpu_memory_utilization out so that it is derived from what is free.",
-    ),
-    (
-        r"max_model_len \(\d+\) is greater than",
-        "prompt and candidate do not fit into the model's own context: lower sequence_len, "
-        "sera.max_new_tokens or vllm.max_model_len to it.",
-    ),
-    (
-        r"it hung",
-        "run it again. If it hangs at the same place, set vllm.enforce_eager: true or "
-        "sera.sampler: transformers.",
-    ),
-    (
-        r"No module named|cannot import name|undefined symbol",
-        "sera.vllm_python names an environment whose vLLM does not load; docs/sampling.md says how "
-        "to make one.",
-    ),
-    (
-        r"unrecognized arguments|unexpected keyword argument",
-        "this vLLM lacks something that is used here; docs/sampling.md lists versions.",
-    ),
-)
+_REMEDIES = {
+    "killed by SIGKILL": "something outside killed it. If host memory was short, end other "
+    "programs.",
+    "out of memory|available memory|free memory|cache blocks|larger than the available KV": "the "
+    "engine did not find enough memory. End other programs on the GPU, lower sera.max_new_tokens "
+    "or vllm.max_model_len, set vllm.enforce_eager: true, or leave vllm.gpu_memory_utilization out "
+    "so that it is derived from what is free.",
+    r"max_model_len \(\d+\) is greater than": "prompt and candidate do not fit into the model's "
+    "own context: lower sequence_len, sera.max_new_tokens or vllm.max_model_len to it.",
+    "it hung": "run it again. If it hangs at the same place, set vllm.enforce_eager: true or "
+    "sera.sampler: transformers.",
+    "No module named|cannot import name|undefined symbol": "sera.vllm_python names an environment "
+    "whose vLLM does not load; docs/sampling.md says how to make one.",
+    "unrecognized arguments|unexpected keyword argument": "this vLLM lacks something that is used "
+    "here; docs/sampling.md lists versions.",
+    "": "If the log does not tell what to change, set sera.sampler: transformers.",
+}

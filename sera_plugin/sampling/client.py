@@ -1,19 +1,22 @@
-"""The HTTP client of a vLLM server: token ids in, token ids out."""
+"""The HTTP client of a vLLM server: token ids in, token ids out.
+
+What an engine answers is checked here, once, before anything of it is stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from time import monotonic
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
-from sera_plugin.config.quoting import printable, without_credentials, without_secret
-from sera_plugin.sampling.answers import read_candidates
+from sera_plugin.config.quoting import printable, quoted, without_credentials, without_secret
 from sera_plugin.sampling.prompts import SamplingFailed
 
 #: Tries after a lost connection or an overloaded answer. urllib3 makes the first of them at once,
@@ -23,6 +26,9 @@ RETRIES, BACKOFF = 6, 1.0
 IN_FLIGHT = 128
 #: A chunk is handed over when it has this many prompts, or is this many seconds old.
 CHUNK_PROMPTS, CHUNK_SECONDS = 64, 5.0
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
@@ -45,6 +51,38 @@ def sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
     }
 
 
+def in_threads(
+    pool: Executor, jobs: Iterable[Job], work: Callable[[Job], Result], at_once: int
+) -> Generator[list[tuple[Job, Result]], None, None]:
+    """Yield what has finished of some work, every second at least; an empty list for nothing."""
+    waiting = iter(jobs)
+    running: dict[Future[Result], Job] = {}
+    while True:
+        for job in islice(waiting, at_once - len(running)):
+            running[pool.submit(work, job)] = job
+        if not running:
+            return
+        finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+        yield [(running.pop(future), future.result()) for future in finished]
+
+
+def one_line(text: object, key: str) -> str:
+    """Text in one line, without the key: a server may send back what it was sent."""
+    line = printable(" ".join(without_secret(str(text), key).split()))
+    return without_credentials(line)
+
+
+def server_words(answer: requests.Response, key: str) -> str:
+    """A server's own words, cut to a readable length."""
+    try:
+        error = answer.json()
+        error = error.get("error", error)
+        text = error["message"] if isinstance(error, dict) else error
+    except (ValueError, KeyError, AttributeError):
+        text = answer.text
+    return one_line(text, key)[:400]
+
+
 class Client:
     """Sends requests to one server.
 
@@ -59,11 +97,8 @@ class Client:
     def __init__(
         self, url: str, key: str, retries: int, remedy: str, timeout: float | None
     ) -> None:
-        self.url = url
-        self._key = key
-        self._retries = retries
-        self._remedy = remedy
-        self._timeout = timeout
+        self.url, self.key = url, key
+        self._retries, self._remedy, self._timeout = retries, remedy, timeout
         retry = Retry(
             total=retries,
             backoff_factor=BACKOFF,
@@ -72,10 +107,9 @@ class Client:
             raise_on_status=False,
         )
         self._session = requests.Session()
-        self._session.trust_env = False  # a proxy does not know this machine
-        self._session.mount("http://", HTTPAdapter(pool_maxsize=IN_FLIGHT, max_retries=retry))
         self._once = requests.Session()  # without tries, each of which urllib3 warns of
-        self._once.trust_env = False
+        self._session.trust_env = self._once.trust_env = False  # no proxy knows this machine
+        self._session.mount("http://", HTTPAdapter(pool_maxsize=IN_FLIGHT, max_retries=retry))
         if key:
             self._session.headers["Authorization"] = f"Bearer {key}"
 
@@ -102,45 +136,40 @@ class Client:
             SamplingFailed: if the server does not answer, or wrongly.
         """
         fields = sampling_fields(settings) | {"model": model}
-        waiting = iter(limits.items())
-        running: dict[Future[list[Candidate]], int] = {}
-        chunk: Chunk = []
-        until = monotonic() + CHUNK_SECONDS
-        pool = ThreadPoolExecutor(IN_FLIGHT)
 
-        def ask(row: int, limit: int) -> list[Candidate]:
+        def ask(row: int) -> list[Candidate]:
             request = {
                 "prompt": prompts[row].tolist(),
-                "max_tokens": limit,
+                "max_tokens": limits[row],
                 "seed": settings.stream(row),
             }
             choices = self.ask("choices", "POST", "/v1/completions", fields | request)
             try:
-                return read_candidates(choices, settings, limit, vocabulary)
+                return read_candidates(choices, settings, limits[row], vocabulary)
             except ValueError as error:
                 raise self.wrong(
                     f"answers the prompt of row {row} wrongly: {error}. Nothing of it is stored. "
                     "Use a vLLM that docs/sampling.md lists"
                 ) from None
 
+        chunk: Chunk = []
+        until = monotonic() + CHUNK_SECONDS
+        pool = ThreadPoolExecutor(IN_FLIGHT)
         try:
-            while True:
-                while len(running) < IN_FLIGHT and (job := next(waiting, None)) is not None:
-                    running[pool.submit(ask, *job)] = job[0]
-                if chunk and (len(chunk) >= CHUNK_PROMPTS or monotonic() > until or not running):
+            for finished in in_threads(pool, limits, ask, IN_FLIGHT):
+                watch()
+                chunk += finished
+                if chunk and (len(chunk) >= CHUNK_PROMPTS or monotonic() > until):
                     yield chunk
                     chunk, until = [], monotonic() + CHUNK_SECONDS
-                if not running:
-                    return
-                finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                watch()
-                chunk += [(running.pop(future), future.result()) for future in finished]
+            if chunk:
+                yield chunk
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def version(self) -> str:
         """Of vLLM, as the server gives it."""
-        return self.shown(self.ask("version", "GET", "/version"))
+        return one_line(self.ask("version", "GET", "/version"), self.key)
 
     def answers(self, path: str) -> str | None:
         """What a path gives, None where nothing answers within some seconds; tried once."""
@@ -151,11 +180,7 @@ class Client:
         return answer.text if answer.ok else None
 
     def send(self, method: str, path: str, body: Any = None) -> requests.Response:
-        """The reply, whatever its status.
-
-        Raises:
-            SamplingFailed: if there is none.
-        """
+        """The reply, whatever its status; SamplingFailed if there is none."""
         try:
             return self._session.request(
                 method, self.url + path, json=body, timeout=(10, self._timeout)
@@ -166,11 +191,7 @@ class Client:
             ) from None
 
     def ask(self, key: str, method: str, path: str, body: Any = None) -> Any:
-        """What stands under a key of the reply.
-
-        Raises:
-            SamplingFailed: if there is no such reply.
-        """
+        """What stands under a key of the reply; SamplingFailed if there is no such reply."""
         answer = self.send(method, path, body)
         if answer.status_code in (401, 403):
             raise self.wrong("refuses this run's key. Set VLLM_API_KEY to the server's own")
@@ -184,20 +205,66 @@ class Client:
                 "vllm.host and vllm.port to where `vllm serve` runs"
             ) from None
 
+    def words(self, answer: requests.Response) -> str:
+        """The server's own words."""
+        return server_words(answer, self.key)
+
     def wrong(self, problem: str) -> SamplingFailed:
         """What to raise, without the key."""
-        return SamplingFailed(self.shown(f"the vLLM server at {self.url} {problem}."))
+        return SamplingFailed(one_line(f"the vLLM server at {self.url} {problem}.", self.key))
 
-    def words(self, answer: requests.Response) -> str:
-        """The server's own words, cut to a readable length."""
-        try:
-            error = answer.json()["error"]
-            text = error["message"] if isinstance(error, dict) else error
-        except (ValueError, KeyError, TypeError):
-            text = answer.text
-        return self.shown(text)[:400]
 
-    def shown(self, text: object) -> str:
-        """In one line, without the key: a server may send back what it was sent."""
-        line = printable(" ".join(str(text).split()))
-        return without_secret(without_credentials(line), self._key)
+def read_candidates(
+    choices: object, settings: SamplingSettings, limit: int, vocabulary: int
+) -> list[Candidate]:
+    """The R candidates of one prompt, in the order of their index.
+
+    Args:
+        choices: an engine's answer: a list of objects with `index`, `token_ids` and
+            `finish_reason`.
+        settings: what was asked for.
+        limit: most tokens of a candidate of this prompt.
+        vocabulary: number of token ids that the model knows.
+
+    Raises:
+        ValueError: saying what is wrong, where they are not R different choices within the
+            vocabulary and the limit, each with an end token if and only if it stopped.
+    """
+    if not isinstance(choices, list) or not all(isinstance(each, Mapping) for each in choices):
+        raise ValueError(f"its choices are {quoted(choices, 100)}")
+    indices = [each.get("index") for each in choices]
+    if not _are_ids(indices) or sorted(indices) != list(range(settings.candidates)):
+        raise ValueError(
+            f"{settings.candidates} choices were asked for, and those with index "
+            f"{quoted(indices, 100)} came back"
+        )
+    choices.sort(key=lambda each: each["index"])
+    return [_candidate(each, settings.end_ids, limit, vocabulary) for each in choices]
+
+
+def _candidate(
+    choice: Mapping[str, Any], end_ids: tuple[int, ...], limit: int, vocabulary: int
+) -> Candidate:
+    ids, reason = choice.get("token_ids"), choice.get("finish_reason")
+    if not _are_ids(ids):
+        raise ValueError(f"its token ids are {quoted(ids, 100)}")
+    if not 1 <= len(ids) <= limit:
+        raise ValueError(f"1 to {limit} tokens were asked for, and {len(ids)} came back")
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise ValueError(
+            f"token ids go from {min(ids)} to {max(ids)}, but the model's vocabulary has "
+            f"{vocabulary} tokens"
+        )
+    if reason not in ("stop", "length"):
+        raise ValueError(f"its finish reason is {quoted(reason, 100)}, not 'stop' or 'length'")
+    ends = [place for place, token in enumerate(ids) if token in end_ids]
+    if ends != ([len(ids) - 1] if reason == "stop" else []):
+        raise ValueError(
+            f"a candidate of {len(ids)} tokens with the finish reason {reason!r} has end tokens at "
+            f"{quoted(ends, 100)}"
+        )
+    return Candidate(ids, reason)
+
+
+def _are_ids(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int for value in values)

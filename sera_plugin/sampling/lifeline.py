@@ -38,13 +38,8 @@ def guard() -> None:
     os._exit(0)
 
 
-def main() -> None:
+if __name__ == "__main__":
     guard()
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # No shell; the command of the process that started this one.
     os.execvp(sys.argv[1], sys.argv[1:])
-
-
-if __name__ == "__main__":
-    main()

@@ -28,16 +28,14 @@ from sera_plugin.sampling.vllm import Memory
 
 LOG = logging.getLogger("axolotl.sera")
 
+#: Seconds in which the driver returns a dead process's memory, a little later than it ends.
 _BACK_WITHIN = 60.0
 
 
 def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
     """Bytes of the unquantised weights, and of a cache for `ENGINE_SEQUENCES` sequences.
 
-    Args:
-        model: what is trained; only its configuration and parameter count are read.
-        length: longest prompt + candidate in tokens.
-        element_size: bytes per weight as served.
+    `length` is the longest prompt + candidate in tokens, `element_size` in bytes as served.
     """
     per_token = cache_bytes_per_token(model, element_size)
     return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
@@ -90,21 +88,16 @@ def make_room(
         wanted = int(asked * total)
     homes: list[tuple[Tensor, torch.device]] = []
     if free < wanted + ENGINE_SLACK:
-        homes = _to_host(resident_tensors(model, optimizer))
+        resident = resident_tensors(model, optimizer)
+        homes = [(tensor, tensor.device) for tensor in resident if tensor.device.type == "cuda"]
+        for tensor, _ in homes:
+            tensor.data = tensor.data.to("cpu")
         before, (free, _) = free, _free(device)
-        LOG.info(
-            "SeRA: weights and optimizer state wait in host memory: the engine wants %.1f GiB, "
-            "%.1f GiB were free, %.1f GiB are now",
-            wanted / GIB,
-            before / GIB,
-            free / GIB,
-        )
+        said = "weights and optimizer state wait in host memory: the engine wants %.1f GiB, "
+        said += f"{before / GIB:.1f} GiB were free, %.1f GiB are now"
     else:
-        LOG.info(
-            "SeRA: the engine fits beside the training run: it wants %.1f GiB of %.1f GiB free",
-            wanted / GIB,
-            free / GIB,
-        )
+        said = "the engine fits beside the training run: it wants %.1f GiB of %.1f GiB free"
+    LOG.info(f"SeRA: {said}", wanted / GIB, free / GIB)
     try:
         free = _least_free(free, size, ranks)
         if asked is not None and asked * total > free:
@@ -135,23 +128,11 @@ def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
         while state is not None:  # 4-bit weights: their scales, which may be quantised again
             found += [value for value in vars(state).values() if isinstance(value, Tensor)]
             state = getattr(state, "state2", None)
-    for values in optimizer.state.values() if optimizer is not None else ():
+    for state in optimizer.state.values() if optimizer is not None else ():
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
         # Paged optimizer state moves by itself.
-        found += [
-            value
-            for value in values.values()
-            if isinstance(value, Tensor) and not getattr(value, "is_paged", False)
-        ]
+        found += [value for value in tensors if not getattr(value, "is_paged", False)]
     return list({id(each): each for each in found if not isinstance(each, DTensor)}.values())
-
-
-def _to_host(tensors: list[Tensor]) -> list[tuple[Tensor, torch.device]]:
-    homes = []
-    for tensor in tensors:
-        if tensor.device.type == "cuda":
-            homes.append((tensor, tensor.device))
-            tensor.data = tensor.data.to("cpu")
-    return homes
 
 
 def _free(device: torch.device) -> tuple[int, int]:
@@ -169,7 +150,6 @@ def _least_free(free: int, size: int, ranks: Ranks) -> int:
 
 
 def _wait_until_back(device: torch.device, free: int) -> None:
-    """The driver returns a dead process's memory a little later than the process ends."""
     until = monotonic() + _BACK_WITHIN
     while (now := _free(device)[0]) < free - ENGINE_SLACK // 2:
         if monotonic() > until:

@@ -1,12 +1,13 @@
-"""Which prompts an engine takes next, and how much room each leaves; what it raises if it fails."""
+"""The prompts of a phase: their order, room after each, progress over them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
 
-import numpy as np
-
-from sera_plugin.algorithm.protocols import SamplingSettings, TokenIds
+from sera_plugin.algorithm.protocols import Chunk, Progress, SamplingSettings, TokenIds
+from sera_plugin.rundir.progress import progress
 
 
 class SamplingFailed(RuntimeError):
@@ -15,16 +16,12 @@ class SamplingFailed(RuntimeError):
 
 def longest_first(prompts: Sequence[TokenIds], skip: Collection[int]) -> list[int]:
     """The rows that are left: what still runs at the end of a phase is then short."""
-    lengths = np.fromiter(map(len, prompts), dtype=np.int64, count=len(prompts))
-    return [row for row in np.argsort(-lengths, kind="stable").tolist() if row not in skip]
+    left = [row for row in range(len(prompts)) if row not in skip]
+    return sorted(left, key=lambda row: -len(prompts[row]))
 
 
 def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
-    """How many tokens may be sampled after a prompt.
-
-    Raises:
-        ValueError: if that is none.
-    """
+    """How many tokens may be sampled after a prompt; a ValueError if that is none."""
     limit = settings.max_new_tokens
     if settings.max_length is not None:
         limit = min(limit, settings.max_length - len(prompt))
@@ -35,3 +32,24 @@ def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
             "is the smaller one), or remove the row."
         )
     return limit
+
+
+def sampling_progress(quiet: bool) -> Progress:
+    """Progress over prompts with samples and tokens per second, as `prepare_iteration` wants it."""
+
+    @contextmanager
+    def start(total: int, phase: str) -> Iterator[Callable[[Chunk], None]]:
+        samples = tokens = 0
+        began = monotonic()
+
+        def take(chunk: Chunk) -> None:
+            nonlocal samples, tokens
+            samples += sum(len(found) for _, found in chunk)
+            tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
+            spent = max(monotonic() - began, 1e-9)
+            advance(len(chunk), f"{samples / spent:,.1f} samples/s, {tokens / spent:,.0f} tok/s")
+
+        with progress(phase, total, "prompt", quiet) as advance:
+            yield take
+
+    return start

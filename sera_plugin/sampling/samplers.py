@@ -20,11 +20,10 @@ from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.rundir.ranks import NO_PART, WHOLE
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling.choose import SAMPLERS, Choice, choose_sampler
+from sera_plugin.sampling.choose import SAMPLERS, Choice, adapter_problem, choose_sampler
 from sera_plugin.sampling.offload import cache_bytes_per_token, engine_needs, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, adapter_problem
-from sera_plugin.sampling.vllm_server import VllmServerSampler
+from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, VllmServerSampler
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -33,13 +32,7 @@ LOG = logging.getLogger("axolotl.sera")
 class Samplers:
     """Chooses a sampler once, and makes one for each iteration.
 
-    Attributes:
-        cfg: the host's resolved configuration.
-        config: the `sera:` block in it.
-        store: the run directory.
-        scorer: owns the model and its policies.
-        tokenizer: the host's.
-        choice: which sampler is made.
+    `cfg` and `tokenizer` are the host's, `config` is the `sera:` block, `scorer` has the policies.
     """
 
     cfg: Mapping[str, Any]
@@ -52,10 +45,7 @@ class Samplers:
     _context: int | None = field(default=None, init=False)
 
     def choose(self, longest: int) -> Choice:
-        """Which sampler the run takes; the same on every rank.
-
-        Args:
-            longest: tokens of the longest prompt.
+        """Which sampler the run takes; the same on every rank. `longest`: of a prompt, in tokens.
 
         Raises:
             ValueError: if the sampler that the configuration names cannot run, or has no room for
@@ -84,24 +74,21 @@ class Samplers:
                 )
         # All ranks sample alike, whatever their own environments could do.
         mine = SAMPLERS.index(choice.name) if ranks.main else 0
-        choice = replace(choice, name=SAMPLERS[int(ranks.sum(np.array([mine], float))[0])])
-        if choice.name == "vllm":
+        name = SAMPLERS[int(ranks.sum(np.array([mine], float))[0])]
+        if name == "vllm":
             ranks.engine_shard(self._engine_size)
-        self.choice = choice
-        return choice
+        self.choice = replace(choice, name=name)
+        return self.choice
 
     def make(self, iteration: int, optimizer: Any) -> CandidateSampler:
-        """The chosen sampler for theta_{t-1}.
+        """The chosen sampler for theta_{t-1}, t being the 1-based iteration.
 
-        Args:
-            iteration: t, 1-based.
-            optimizer: may wait in host memory while an engine samples.
+        The optimizer's state may wait in host memory while an engine samples.
         """
-        name = self.choice.name
         policies, ranks = self.scorer.policies, self.store.ranks
-        if name == "vllm-server":
+        if self.choice.name == "vllm-server":
             return self._server(self.store.policy(iteration))
-        if name == "transformers":
+        if self.choice.name == "transformers":
             return TransformersSampler(
                 policies.model,
                 self.scorer.pad_id,
@@ -115,8 +102,7 @@ class Samplers:
                 self.scorer.shard,
                 partial(policies.at, iteration - 1),
             )
-        served = self._served(iteration)
-        options = self._vllm_options
+        served, options = self._served(iteration), self._vllm_options
 
         def room(length: int) -> Any:
             size = 4 if served.dtype == "float32" else 2
@@ -136,14 +122,8 @@ class Samplers:
     def _vllm_options(self) -> dict[str, Any]:
         """The host's `vllm:` block as vLLM's engine takes it, unset keys left out."""
         block = self.cfg.get("vllm") or {}
-        names = (
-            "gpu_memory_utilization",
-            "tensor_parallel_size",
-            "dtype",
-            "max_model_len",
-            "enforce_eager",
-            "enable_prefix_caching",
-        )
+        names = ["gpu_memory_utilization", "tensor_parallel_size", "dtype", "max_model_len"]
+        names += ["enforce_eager", "enable_prefix_caching"]
         return {name: block[name] for name in names if block.get(name) not in (None, "auto")}
 
     @property
@@ -170,14 +150,13 @@ class Samplers:
         return adapter_problem(model.peft_config[model.active_adapter].to_dict())
 
     def _served(self, iteration: int) -> ServedPolicy:
-        problem = damage(self.store.policy(iteration))
-        if problem is not None:
+        path = self.store.policy(iteration)
+        if (problem := damage(path)) is not None:
             raise ValueError(
-                f"{self.store.policy(iteration)} would be served, but {problem}. Restore it from a "
+                f"{path} would be served, but {problem}. Restore it from a "
                 "copy, or continue from an earlier checkpoint (resume_from_checkpoint)."
             )
-        directory = str(self.store.policy(iteration).resolve())
-        cfg, policies = self.cfg, self.scorer.policies
+        cfg, policies, directory = self.cfg, self.scorer.policies, str(path.resolve())
         loading: dict[str, Any] = {}
         if cfg.get("trust_remote_code"):
             loading["trust_remote_code"] = True
@@ -195,16 +174,11 @@ class Samplers:
             quantized = kwargs.get("bnb_4bit_quant_type", "nf4")
         elif cfg.get("load_in_8bit"):
             quantized = "8-bit"
-        model = policies.model
-        return ServedPolicy(
-            model=str(cfg["base_model"]),
-            adapter=directory if policies.is_adapter else None,
-            rank=model.peft_config[model.active_adapter].r if policies.is_adapter else 0,
-            dtype=dtype,
-            quantized=quantized,
-            options=loading,
-            vocabulary=self._vocabulary,
-        )
+        adapter, rank = None, 0
+        if policies.is_adapter:
+            adapter, rank = directory, policies.model.peft_config[policies.model.active_adapter].r
+        base = str(cfg["base_model"])
+        return ServedPolicy(base, adapter, rank, dtype, quantized, loading, self._vocabulary)
 
     def _server(self, adapter: Path) -> VllmServerSampler:
         block = self.cfg.get("vllm") or {}

@@ -41,18 +41,12 @@ class TransformersSampler:
         self.report: dict[str, Any] = {"name": "transformers"}
         self.seconds: dict[str, float] = {}
         self.longest: int | None = None
-        self.model = model
-        self.pad_id = pad_id
+        self.model, self.pad_id = model, pad_id
         self.budget = TokenBudget(token_budget, "sampling")
-        self.autocast = autocast
-        self.shard = shard
-        self.policy = policy
+        self.autocast, self.shard, self.policy = autocast, shard, policy
 
     def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        settings: SamplingSettings,
-        skip: Collection[int] = (),
+        self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
     ) -> Generator[Chunk, None, None]:
         """See `CandidateSampler.sample`. A chunk is one batch of prompts of similar length."""
         limits = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
@@ -72,12 +66,10 @@ class TransformersSampler:
         def generate(batch: list[int]) -> list[list[Candidate]]:
             if all(row in skip for row in batch):  # a finished part of an unfinished batch
                 return [[] for _ in batch]
-            return self._generate(
-                [prompts[i] for i in batch],
-                [limits[i] for i in batch],
-                settings,
-                seed=_stream(settings.seed, batch[0]),
-            )
+            # A random stream of its own for every batch, told by the first row in it.
+            seed = (settings.seed * 1_000_003 + batch[0] * 9_176 + 1) % 2**63
+            mine = [(prompts[row], limits[row]) for row in batch]
+            return self._generate(mine, settings, seed)
 
         was_training = self.model.training
         self.model.eval()
@@ -85,8 +77,7 @@ class TransformersSampler:
             with self.policy():
                 tokens = [sum(sizes[row] for row in batch) for batch in batches]
                 mine = self.shard.of(batches, tokens)
-                in_step = self.shard.in_step
-                for batch, generated in self.budget.run(mine, sizes, generate, in_step):
+                for batch, generated in self.budget.run(mine, sizes, generate, self.shard.in_step):
                     found = zip(batch, generated, strict=True)
                     # Another sampler may have finished a part of the batch.
                     chunk = [(row, candidates) for row, candidates in found if row not in skip]
@@ -99,17 +90,14 @@ class TransformersSampler:
 
     @torch.no_grad()
     def _generate(
-        self,
-        prompts: Sequence[TokenIds],
-        limits: Sequence[int],
-        settings: SamplingSettings,
-        seed: int,
+        self, prompts: Sequence[tuple[TokenIds, int]], settings: SamplingSettings, seed: int
     ) -> list[list[Candidate]]:
+        """Candidates of each (prompt, most tokens to sample)."""
         device = next(self.model.parameters()).device
-        width = max(map(len, prompts))
+        width = max(len(prompt) for prompt, _ in prompts)
         input_ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
         attention = torch.zeros_like(input_ids)
-        for line, prompt in enumerate(prompts):
+        for line, (prompt, _) in enumerate(prompts):
             input_ids[line, width - len(prompt) :] = torch.from_numpy(np.array(prompt))
             attention[line, width - len(prompt) :] = 1
         config = GenerationConfig(
@@ -118,7 +106,7 @@ class TransformersSampler:
             top_p=settings.top_p,
             top_k=0,
             num_return_sequences=settings.candidates,
-            max_new_tokens=max(limits),
+            max_new_tokens=max(limit for _, limit in prompts),
             eos_token_id=list(settings.end_ids),
             pad_token_id=self.pad_id,
         )
@@ -147,7 +135,7 @@ class TransformersSampler:
         sampled = output[:, width:].cpu().view(len(prompts), settings.candidates, -1).tolist()
         return [
             [_finish(ids, limit, settings.end_ids) for ids in group]
-            for group, limit in zip(sampled, limits, strict=True)
+            for group, (_, limit) in zip(sampled, prompts, strict=True)
         ]
 
 
@@ -157,8 +145,3 @@ def _finish(ids: list[int], limit: int, end_ids: Sequence[int]) -> Candidate:
         if token in end_ids:
             return Candidate(ids[: position + 1], "stop")
     return Candidate(ids[:limit], "length")
-
-
-def _stream(seed: int, row: int) -> int:
-    """A seed of its own for every batch, told by the first row in it."""
-    return (seed * 1_000_003 + row * 9_176 + 1) % 2**63

@@ -1,35 +1,45 @@
-"""Sampling with a vLLM that lives for the phase only: a server on loopback, as a child process."""
+"""Sampling with vLLM: a server of our own that lives for the phase only, or one that runs already.
+
+Ours is a child process on loopback. A running one has the adapter loaded into it over HTTP.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import socket
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
+from uuid import uuid4
 
 from sera_plugin.algorithm.protocols import Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import WHOLE, Shard
-from sera_plugin.sampling.child import Child, ChildFailed, explain
-from sera_plugin.sampling.client import Client
-from sera_plugin.sampling.interpreter import child_environment, serves_four_bit
+from sera_plugin.sampling.child import PATIENCE, Child, ChildFailed
+from sera_plugin.sampling.choose import LORA_RANKS, child_environment, serves_four_bit
+from sera_plugin.sampling.client import RETRIES, Client
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 
 LOG = logging.getLogger("axolotl.sera")
 
 #: vLLM's own `vllm` program does not start in its CPU build.
 SERVER = "vllm.entrypoints.openai.api_server"
-#: What vLLM takes as `max_lora_rank`.
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: The name under which a child serves the policy.
 _POLICY = "policy"
 #: Seconds in which a server that stopped answering shows how it ended.
 _ENDS_WITHIN = 10.0
+#: Where a running server's key is looked for; the variable that `vllm serve` itself reads.
+API_KEY = "VLLM_API_KEY"
+#: Text whose tokens tell tokenizers apart.
+_PROBE = "Hello, wörld!  1234567 你好 🙂\n\tdef f(x): return x"
+
+#: A server that is ready: its client, the policy's name there, what watches over it.
+Serving = tuple[Client, str, Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,7 @@ class ServedPolicy:
 
     Attributes:
         model: the base model, or the directory of a policy with weights of its own.
-        adapter: the policy's adapter directory, or None.
-        rank: the adapter's largest rank.
+        adapter, rank: the policy's adapter directory and its largest rank, or None and 0.
         dtype: of the weights and the computation, as vLLM names it.
         quantized: how training quantised the base ("nf4", "fp4", "8-bit"), or None.
         options: what else the model needs to load (revision, overrides of its configuration).
@@ -57,39 +66,53 @@ class ServedPolicy:
 
 @dataclass(frozen=True)
 class Memory:
-    """What an accelerator (or the host, on a CPU) has left for an engine.
+    """What an accelerator (or the host, on a CPU) has left for an engine."""
 
-    Attributes:
-        utilization: the share of the device's memory that the engine may take, None on a CPU.
-        whole_fits: whether the unquantised weights fit into it.
-        devices: CUDA devices for the engine by number, empty on a CPU.
-        cache_gib: for a CPU, room for the engine's cache.
-    """
-
-    utilization: float | None
-    whole_fits: bool
-    devices: tuple[str, ...] = ()
-    cache_gib: int = 1
+    utilization: float | None  # the share of the device's memory that it may take, None on a CPU
+    whole_fits: bool  # whether the unquantised weights fit into it
+    devices: tuple[str, ...] = ()  # CUDA devices for the engine by number, empty on a CPU
+    cache_gib: int = 1  # for a CPU, room for the engine's cache
 
 
-def adapter_problem(config: Mapping[str, Any]) -> str | None:
-    """Why vLLM would not serve an adapter with this PEFT configuration as it was trained."""
-    if str(config.get("peft_type", "LORA")).split(".")[-1] != "LORA":
-        return f"vLLM serves LoRA adapters, not {config['peft_type']}"
-    if config.get("use_dora"):
-        return "vLLM does not serve DoRA adapters (peft_use_dora)"
-    if config.get("modules_to_save"):
-        return "vLLM does not serve adapters with lora_modules_to_save"
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        return "vLLM knows one rank and one alpha per adapter, not a pattern of them"
-    if config.get("bias", "none") != "none":
-        return f"vLLM does not serve adapters that train biases ({config['bias']})"
-    if config["r"] > _LORA_RANKS[-1]:
-        return f"vLLM serves ranks up to {_LORA_RANKS[-1]}, not {config['r']}"
-    return None
+class _Sampler:
+    """What both have in common; see `CandidateSampler`."""
+
+    def __init__(self, name: str, vocabulary: int, shard: Shard, longest: int | None) -> None:
+        self.report: dict[str, Any] = {"name": name}
+        self.seconds: dict[str, float] = {}
+        self.longest, self.shard, self.vocabulary = longest, shard, vocabulary
+
+    def sample(
+        self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
+    ) -> Generator[Chunk, None, None]:
+        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts.
+
+        Raises:
+            ValueError: for a prompt that leaves no room to sample.
+            SamplingFailed: with what is wrong and what to change.
+        """
+        settings = settings.within(self.longest)
+        rows = longest_first(prompts, skip)
+        if not rows:
+            return
+        limits = {row: room(row, prompts[row], settings) for row in rows}
+        lengths = [len(prompts[row]) + limits[row] for row in rows]
+        mine = self.shard.of(rows, lengths)
+        with self.make_room(max(lengths)) as memory:
+            if mine:
+                with self._serving(max(lengths), memory) as (client, name, watch):
+                    left = {row: limits[row] for row in mine}
+                    yield from client.sample(name, prompts, left, settings, self.vocabulary, watch)
+
+    def make_room(self, length: int) -> AbstractContextManager[Any]:
+        """Free memory for an engine that takes sequences of that length."""
+        return nullcontext()
+
+    def _serving(self, length: int, memory: Any) -> AbstractContextManager[Serving]:
+        raise NotImplementedError
 
 
-class VllmSampler:
+class VllmSampler(_Sampler):
     """Samples from a vLLM server of its own, which is started for the phase and gone after it.
 
     Args:
@@ -111,83 +134,53 @@ class VllmSampler:
         make_room: Callable[[int], AbstractContextManager[Memory]],
         shard: Shard = WHOLE,
     ) -> None:
-        self.python = python
-        self.policy = policy
-        self.options = options
-        self.log = log
-        self.make_room = make_room
-        self.shard = shard
-        self.report: dict[str, Any] = {"name": "vllm"}
-        self.seconds: dict[str, float] = {}
-        self.longest: int | None = options.get("max_model_len")
+        super().__init__("vllm", policy.vocabulary, shard, options.get("max_model_len"))
+        self.python, self.policy, self.options = python, policy, options
+        self.log, self.make_room = log, make_room  # type: ignore[method-assign]
 
-    def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        settings: SamplingSettings,
-        skip: Collection[int] = (),
-    ) -> Generator[Chunk, None, None]:
-        """See `CandidateSampler.sample`.
-
-        Raises:
-            ValueError: for a prompt that leaves no room to sample.
-            SamplingFailed: with what happened, the end of the server's log and what to change.
-        """
-        settings = settings.within(self.longest)
-        rows = longest_first(prompts, skip)
-        if not rows:
-            return
-        limits = {row: room(row, prompts[row], settings) for row in rows}
-        lengths = [len(prompts[row]) + limits[row] for row in rows]
-        mine = self.shard.of(rows, lengths)
-        with self.make_room(max(lengths)) as memory:
-            if not mine:
-                return
-            weights = self._weights(memory)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            key = secrets.token_urlsafe()
-            environment = child_environment(self.python, memory.devices) | {"VLLM_API_KEY": key}
-            if memory.utilization is None:
-                environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(memory.cache_gib))
-            options = self._engine(max(lengths), memory, weights)
-            flags = [_flag(name, value) for name, value in options.items()]
-            command = [self.python, "-m", SERVER, f"--port={port}", *flags]
-            # A connection that the server has closed while it was idle is opened again.
-            client = Client(f"http://127.0.0.1:{port}", key, retries=1, remedy="", timeout=None)
-            LOG.info("SeRA: starting vLLM; what it prints goes to %s", self.log)
-            starting = perf_counter()
-            child = Child(command, environment, self.log)
-            try:
-                while client.answers("/health") is None:
-                    child.check(child.log_size)
-                    sleep(0.5)
-                self._started(client.version(), weights, perf_counter() - starting)
-                yield from client.sample(
-                    _POLICY,
-                    prompts,
-                    {row: limits[row] for row in mine},
-                    settings,
-                    self.policy.vocabulary,
-                    lambda: child.check(lambda: _tokens(client)),
-                )
-            except ChildFailed as failure:
-                raise SamplingFailed(explain(failure)) from None
-            except SamplingFailed as failure:
-                reason = child.ended(_ENDS_WITHIN) or str(failure)
-                raise SamplingFailed(explain(child.failed(reason))) from None
-            finally:
-                stopping = perf_counter()
-                child.close()
-                self.seconds["stop_engine"] = round(perf_counter() - stopping, 3)
+    @contextmanager
+    def _serving(self, length: int, memory: Memory) -> Generator[Serving, None, None]:
+        weights = self._weights(memory)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        key = secrets.token_urlsafe()
+        environment = child_environment(self.python, memory.devices) | {API_KEY: key}
+        if memory.utilization is None:
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(memory.cache_gib))
+        options = self._engine(length, memory, weights)
+        flags = [_flag(name, value) for name, value in options.items()]
+        command = [self.python, "-m", SERVER, f"--port={port}", *flags]
+        # A connection that the server has closed while it was idle is opened again.
+        client = Client(f"http://127.0.0.1:{port}", key, retries=1, remedy="", timeout=None)
+        LOG.info("SeRA: starting vLLM; what it prints goes to %s", self.log)
+        starting = perf_counter()
+        child = Child(command, environment, self.log)
+        try:
+            while client.answers("/health") is None:
+                child.check(child.log_size)
+                sleep(0.5)
+            self.report |= {"version": client.version(), "weights": weights}
+            self.seconds["start_engine"] = round(perf_counter() - starting, 3)
+            LOG.info(
+                "SeRA: vLLM %s serves %s in %s, started in %.0f s",
+                self.report["version"],
+                self.policy.adapter or self.policy.model,
+                weights,
+                self.seconds["start_engine"],
+            )
+            yield client, _POLICY, lambda: child.check(lambda: _tokens(client))
+        except ChildFailed:
+            raise
+        except SamplingFailed as failure:
+            raise child.failed(child.ended(_ENDS_WITHIN) or str(failure)) from None
+        finally:
+            stopping = perf_counter()
+            child.close()
+            self.seconds["stop_engine"] = round(perf_counter() - stopping, 3)
 
     def _weights(self, memory: Memory) -> str:
-        """The format to serve the base model's weights in.
-
-        Raises:
-            SamplingFailed: if there is none that this vLLM can load and that fits.
-        """
+        """The format to serve the base model's weights in."""
         quantized = self.policy.quantized
         try:
             if quantized == "nf4" and serves_four_bit(self.python):
@@ -235,21 +228,10 @@ class VllmSampler:
             engine |= {
                 "enable_lora": True,
                 "max_loras": 1,
-                "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= policy.rank),
+                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= policy.rank),
                 "lora_modules": {"name": _POLICY, "path": policy.adapter},
             }
         return engine
-
-    def _started(self, version: str, weights: str, seconds: float) -> None:
-        self.seconds["start_engine"] = round(seconds, 3)
-        self.report |= {"version": version, "weights": weights}
-        LOG.info(
-            "SeRA: vLLM %s serves %s in %s, started in %.0f s",
-            version,
-            self.policy.adapter or self.policy.model,
-            weights,
-            seconds,
-        )
 
 
 def _flag(name: str, value: Any) -> str:
@@ -264,3 +246,115 @@ def _tokens(client: Client) -> list[str]:
     """The server's counts of tokens so far, which rise while it samples."""
     lines = (client.answers("/metrics") or "").splitlines()
     return [line for line in lines if line.startswith("vllm:generation_tokens_total")]
+
+
+class VllmServerSampler(_Sampler):
+    """Samples from a running `vllm serve`.
+
+    Args:
+        host, port: where it listens; 0.0.0.0 is taken as this machine.
+        base_model: the host's `base_model`.
+        adapter: theta_{t-1}'s directory, which the server must see under the same path.
+        tokenize: text to token ids without special tokens added, as training tokenizes.
+        special_tokens: the tokenizer's special tokens.
+        vocabulary: number of token ids that the model knows.
+        shard: this process's part of the prompts.
+        longest: its context in tokens, as `check` has found it, None where that is not known.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        base_model: str,
+        adapter: Path,
+        tokenize: Callable[[str], list[int]],
+        special_tokens: Sequence[str],
+        vocabulary: int,
+        shard: Shard = WHOLE,
+        longest: int | None = None,
+    ) -> None:
+        super().__init__("vllm-server", vocabulary, shard, longest)
+        # Nothing binds here: a server on all interfaces is asked through loopback.
+        host = "127.0.0.1" if host == "0.0.0.0" else host
+        self.client = Client(
+            f"http://{host}:{port}",
+            os.environ.get(API_KEY, "").strip(),
+            RETRIES,
+            "Start it (docs/sampling.md has the command), or set vllm.host and vllm.port to where "
+            "it is",
+            PATIENCE,
+        )
+        self.base_model, self.adapter = base_model, adapter
+        self.tokenize, self.special_tokens = tokenize, special_tokens
+
+    def check(self, longest: int = 0) -> int:
+        """Whether this server can serve the run's policies; returns its context in tokens.
+
+        Args:
+            longest: most tokens of a prompt and its candidate together.
+
+        Raises:
+            SamplingFailed: naming what is wrong with it and how to start it right.
+        """
+        client = self.client
+        models = client.ask("data", "GET", "/v1/models")
+        served = next((model for model in models if self._is_base(model)), None)
+        if served is None:
+            names = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
+            raise client.wrong(
+                f"serves {names}, but base_model is {self.base_model}. Start it with `vllm serve "
+                f"{self.base_model}`; if it is the same model under another path, add "
+                f"`--served-model-name {self.base_model}`"
+            )
+        text = _PROBE + "".join(self.special_tokens)
+        request = {"model": served["id"], "prompt": text, "add_special_tokens": False}
+        if client.ask("tokens", "POST", "/tokenize", request) != self.tokenize(text):
+            raise client.wrong(
+                "has another tokenizer than this run: a test text gives other token ids. Start it "
+                "with `--tokenizer` set to the tokenizer that the YAML names"
+            )
+        # An empty request is refused where adapters can be loaded, and unknown where not.
+        if client.send("POST", "/v1/load_lora_adapter", {}).status_code == 404:
+            raise client.wrong(
+                "does not load adapters at run time. Start it with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and with `--enable-lora "
+                "--max-lora-rank` of at least lora_r"
+            )
+        context = int(served["max_model_len"])
+        if longest > context:
+            raise client.wrong(
+                f"has a context of {context} tokens, but prompt and candidate need up to "
+                f"{longest}. Start it with `--max-model-len {longest}` or more, or lower "
+                "sera.max_new_tokens or sequence_len"
+            )
+        return context
+
+    @contextmanager
+    def _serving(self, length: int, memory: None) -> Generator[Serving, None, None]:
+        """The adapter in the server under a name that it has never seen, and out again."""
+        self.check(length)
+        client, name = self.client, f"sera-{uuid4().hex}"
+        self.report["version"] = client.version()
+        path = str(self.adapter.resolve())
+        wanted = {"lora_name": name, "lora_path": path}
+        answer = client.send("POST", "/v1/load_lora_adapter", wanted)
+        if not answer.ok:
+            raise client.wrong(
+                f"did not load {path}: {client.words(answer)}. It must see this directory under "
+                "the same path, and its `--max-lora-rank` must be at least lora_r"
+            )
+        try:
+            yield client, name, lambda: None
+        finally:
+            try:
+                answer = client.send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+                if not answer.ok:
+                    LOG.warning("%s", client.wrong(f"kept {name}: {client.words(answer)}"))
+            except SamplingFailed as failure:
+                LOG.warning("the adapter %s was not unloaded: %s", name, failure)
+
+    def _is_base(self, model: Mapping[str, Any]) -> bool:
+        names = (model["id"], model.get("root"))
+        paths = [Path(name).resolve() for name in names if name and Path(name).is_dir()]
+        return self.base_model in names or Path(self.base_model).resolve() in paths

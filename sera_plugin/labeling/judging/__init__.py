@@ -1,11 +1,9 @@
 """Judges: who says which of two answers is better, or how good one is.
 
 - `prompts`   what a judge is asked, and how its replies are read
-- `client`    one request to an OpenAI-compatible endpoint, until it is answered
-- `api`       judges behind such an endpoint
-- `function`  a Python function that knows the truth
+- `api`       judges behind an OpenAI-compatible endpoint
 - `reward_model`   a sequence-classification model on this machine
-- `choose`    a judge by what the command line calls it
+- `choose`    a judge by what the command line calls it; a Python function that knows the truth
 
 Nothing here but `reward_model` knows torch, and nothing the host.
 """
@@ -14,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -96,16 +94,10 @@ class Usage:
 
     def add(self, other: Usage) -> None:
         """Count another's in."""
-        _add(self, other)
-
-
-def _add(total: Any, more: Any) -> None:
-    for one in fields(total):
-        count = getattr(total, one.name)
-        if isinstance(count, Replies):
-            _add(count, getattr(more, one.name))
-        else:
-            setattr(total, one.name, count + getattr(more, one.name))
+        for total, more in ((self, other), (self.asked, other.asked), (self.cached, other.cached)):
+            for name, count in vars(more).items():
+                if isinstance(count, int):
+                    setattr(total, name, getattr(total, name) + count)
 
 
 class Judge(Protocol):
@@ -147,24 +139,21 @@ class ScoringJudge(ABC):
         places: dict[Answered, list[int]] = {}
         for index, one in enumerate(answers):
             places.setdefault(one, []).append(index)
-        distinct = list(places)
-        for index, score in self.score(distinct):
-            for place in places[distinct[index]]:
+        of_each = list(places.values())
+        for index, score in self.score(list(places)):
+            for place in of_each[index]:
                 yield place, score
 
     def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         """See `Judge.compare`."""
-        sides = [
-            Answered(one.question, answer)
-            for one in comparisons
-            for answer in (one.first, one.second)
-        ]
+        firsts = [Answered(one.question, one.first) for one in comparisons]
+        seconds = [Answered(one.question, one.second) for one in comparisons]
         scores: dict[int, float | None] = {}
-        for side, score in self.score_all(sides):
+        for side, score in self.score_all(firsts + seconds):
             scores[side] = score
-            index = side // 2
-            if 2 * index in scores and 2 * index + 1 in scores:
-                yield index, by_scores(scores[2 * index], scores[2 * index + 1])
+            index = side % len(firsts)
+            if index in scores and index + len(firsts) in scores:
+                yield index, by_scores(scores[index], scores[index + len(firsts)])
 
 
 def by_scores(first: float | None, second: float | None) -> Verdict:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 _SHIPPED = Path(__file__).parent / "templates"
@@ -19,34 +18,31 @@ PLACES = {
     "single": ("question", "answer"),
     "additive": ("question", "answer"),
 }
+#: What a reply to each kind holds: a verdict and the values that it may have.
+_VERDICTS = {
+    "pairwise": (re.compile(r"\[\[\s*([ABC])\s*\]\]"), 0, 1),
+    "single": (re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]"), 1, 10),
+    "additive": (re.compile(r"score\W{0,8}(\d+(?:\.\d+)?)", re.IGNORECASE), 0, 5),
+}
+_OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}
+#: What a judge is told after a reply without a verdict.
+REMINDERS = {
+    "pairwise": "Your reply has no verdict that can be read. Reply with [[A]], [[B]] or [[C]].",
+    "single": "Your reply has no rating that can be read. Reply like this: Rating: [[7]]",
+}
 #: A reasoning model's thoughts; what it says of verdicts in there is none.
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
-_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-_POINTS = re.compile(r"score\W{0,8}(\d+(?:\.\d+)?)", re.IGNORECASE)
-_OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
-@dataclass(frozen=True)
-class Template:
-    """A judge's prompt with places such as `{question}`.
-
-    Attributes:
-        text: the prompt. Braces that hold anything else are text.
-        places: names, each of which occurs.
-    """
-
-    text: str
-    places: tuple[str, ...]
-
-    def fill(self, values: Mapping[str, str]) -> str:
-        """The prompt. Braces inside the values stay as they are, whatever they hold."""
-        pattern = r"\{(" + "|".join(self.places) + r")\}"
-        return re.sub(pattern, lambda match: values[match[1]], self.text)
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """A template with texts in its places. Braces inside these stay as they are."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
 
 
-def read_template(kind: str, path: Path | None = None) -> Template:
-    """A template of the user's, or the shipped one.
+def read_template(kind: str, path: Path | None = None) -> str:
+    """A judge's prompt, the user's or the shipped one, with places such as `{question}`.
+
+    Braces that hold anything else are text.
 
     Args:
         kind: `pairwise`, `single` or `additive`.
@@ -56,53 +52,30 @@ def read_template(kind: str, path: Path | None = None) -> Template:
         ValueError: if it is not text or lacks a place, naming the file and the place.
         OSError: if it cannot be read.
     """
-    places = PLACES[kind]
     path = path or _SHIPPED / f"{kind}.txt"
     try:
         text = path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"template: {path} is not UTF-8 text ({error.reason})") from None
-    missing = [place for place in places if f"{{{place}}}" not in text]
+    places = [f"{{{place}}}" for place in PLACES[kind]]
+    missing = [place for place in places if place not in text]
     if missing:
-        wanted = ", ".join(f"{{{place}}}" for place in missing)
         raise ValueError(
-            f"template: {path} has no {wanted}. A {kind} template holds "
-            f"{', '.join(f'{{{place}}}' for place in places)} where these texts go."
+            f"template: {path} has no {', '.join(missing)}. A {kind} template holds "
+            f"{', '.join(places)} where these texts go."
         )
-    return Template(text, places)
+    return text
 
 
-def parse_verdict(reply: str) -> float | None:
-    """Of a pairwise reply: 1 where A is better, 0 where B is, 0.5 a tie, None without a verdict.
+def parse(kind: str, reply: str) -> float | None:
+    """The verdict of a reply to that kind of template, None without one.
 
+    `pairwise`: 1 where A is better, 0 where B is, 0.5 a tie; `single`: 1 to 10; `additive`: 0 to 5.
     The last verdict counts: a judge may quote others on its way.
     """
-    found = _VERDICT.findall(_said(reply))
-    return _OUTCOMES[found[-1]] if found else None
-
-
-def parse_rating(reply: str) -> float | None:
-    """The last `[[7]]` of a reply, 1 to 10, or None."""
-    return _last(_RATING, reply, 1, 10)
-
-
-def parse_points(reply: str) -> float | None:
-    """The last `Score: 4` of a reply to the `additive` prompt, 0 to 5, or None."""
-    return _last(_POINTS, reply, 0, 5)
-
-
-def _last(pattern: re.Pattern[str], reply: str, low: float, high: float) -> float | None:
-    found = pattern.findall(_said(reply))
-    value = float(found[-1]) if found else None
-    return value if value is not None and low <= value <= high else None
-
-
-def _said(reply: str) -> str:
-    return _THOUGHTS.sub("", reply)
-
-
-#: What a judge is told after a reply without a verdict.
-REMINDERS = {
-    "pairwise": "Your reply has no verdict that can be read. Reply with [[A]], [[B]] or [[C]].",
-    "single": "Your reply has no rating that can be read. Reply like this: Rating: [[7]]",
-}
+    pattern, low, high = _VERDICTS[kind]
+    found = pattern.findall(_THOUGHTS.sub("", reply))
+    if not found:
+        return None
+    value = _OUTCOMES[found[-1]] if kind == "pairwise" else float(found[-1])
+    return value if low <= value <= high else None

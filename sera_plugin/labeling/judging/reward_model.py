@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sera_plugin.labeling.judging import Answered, JudgeFailed, ScoringJudge
@@ -21,9 +22,8 @@ _ON_CPU, _BYTES_PER_TOKEN = 8_192, 2**20
 class RewardModelJudge(ScoringJudge):
     """Scores question and answer, rendered by the model's chat template, with its one logit.
 
-    Args:
-        directory: weights (safetensors), configuration and tokenizer. Nothing in it is run.
-        journal: where scores are kept.
+    The directory has weights (safetensors), configuration and tokenizer; nothing in it is run.
+    Scores are kept in the journal.
 
     Raises:
         ValueError: if it cannot be loaded, is not a model with one output, or lacks a chat template
@@ -36,16 +36,11 @@ class RewardModelJudge(ScoringJudge):
         super().__init__(str(directory), {"reward_model": str(directory)})
         self._journal = journal
         self._identity = key_of("reward-model", str(directory.resolve()), stamps)
+        safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
+            self._tokenizer = AutoTokenizer.from_pretrained(directory, **safe)
             self._model = AutoModelForSequenceClassification.from_pretrained(
-                directory,
-                dtype="auto",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
+                directory, dtype="auto", use_safetensors=True, **safe
             )
         except Exception as error:  # libraries raise whatever they like
             raise ValueError(f"{directory} cannot be loaded as a reward model: {error}") from error
@@ -93,13 +88,13 @@ class RewardModelJudge(ScoringJudge):
             tokens.append(ids)
         lengths = list(map(len, tokens))
         longest = max(lengths, default=0)
-        budget = TokenBudget(
-            plan_tokens(self._device, _BYTES_PER_TOKEN, longest, _ON_CPU), "judging"
-        )
-        batches = list(batches_by_length(lengths, budget.planned))
-        for batch, scores in budget.run(
-            batches, lengths, lambda batch: self._scores([tokens[place] for place in batch])
-        ):
+        planned = plan_tokens(self._device, _BYTES_PER_TOKEN, longest, _ON_CPU)
+        batches = list(batches_by_length(lengths, planned))
+
+        def scores_of(batch: list[int]) -> list[float]:
+            return self._scores([tokens[place] for place in batch])
+
+        for batch, scores in TokenBudget(planned, "judging").run(batches, lengths, scores_of):
             for place, score in zip(batch, scores, strict=True):
                 index = left[place]
                 if not math.isfinite(score):
@@ -117,19 +112,15 @@ class RewardModelJudge(ScoringJudge):
             {"role": "user", "content": one.question},
             {"role": "assistant", "content": one.answer},
         ]
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=False
-        )
+        template = self._tokenizer.apply_chat_template
+        ids: list[int] = template(turns, tokenize=True, return_dict=False)
         return ids
 
     @torch.no_grad()
     def _scores(self, sequences: Sequence[list[int]]) -> list[float]:
-        width = max(map(len, sequences))
-        ids = torch.full((len(sequences), width), self._pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for line, sequence in enumerate(sequences):
-            ids[line, : len(sequence)] = torch.tensor(sequence)
-            mask[line, : len(sequence)] = 1
+        lines = [torch.tensor(sequence) for sequence in sequences]
+        ids = pad_sequence(lines, batch_first=True, padding_value=self._pad)
+        mask = pad_sequence([torch.ones_like(line) for line in lines], batch_first=True)
         output: Any = self._model(
             input_ids=ids.to(self._device), attention_mask=mask.to(self._device)
         )

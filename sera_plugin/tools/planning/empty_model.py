@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.sampling.vllm import adapter_problem
+from sera_plugin.sampling.choose import adapter_problem
 from sera_plugin.tools.planning.shape import Kind, Linear, Role, Shape, Source, Weight
 
 #: What configurations call the number of their experts.
