@@ -68,14 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         with self.lock:
             step = self.plan.pop(0) if self.plan else "fine"
-            self.seen.append(
-                {
-                    "path": self.path,
-                    "body": body,
-                    "key": self.headers.get("Authorization"),
-                    "time": time.monotonic(),
-                }
-            )
+            key = self.headers.get("Authorization")
+            self.seen.append({"path": self.path, "body": body, "key": key})
             Handler.at_once += 1
             Handler.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -86,32 +80,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def act(self, step: Any, body: dict[str, Any]) -> None:
         name, *details = step if isinstance(step, list) else [step]
-        text = verdict(body["messages"][0]["content"])
-        if name == "say":
-            (text,) = details
-        elif name == "sleep":
+        if name == "sleep":
             time.sleep(details[0])
-        elif name == "status":
-            status, headers = details[0], details[1] if len(details) > 1 else {}
-            said = f"no, {self.headers.get('Authorization')}"
-            self.answer(status, {"error": {"message": said}}, **headers)
-            return
-        elif name == "raw":
-            self.answer(200, details[0].encode())
-            return
-        elif name == "drop":
+        if name in ("drop", "hang up"):
+            self.close_connection = True
+        if name == "drop":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(b'{"choices": [{"mess')
-            self.close_connection = True
-            return
-        elif name == "hang up":
-            self.close_connection = True
-            return
-        reply = {"message": {"role": "assistant", "content": text}}
-        usage = {"prompt_tokens": 100, "completion_tokens": 10}
-        self.answer(200, {"choices": [reply], "usage": usage})
+        elif name == "status":
+            status, headers = details[0], details[1] if len(details) > 1 else {}
+            said = f"no, {self.headers.get('Authorization')}"
+            self.answer(status, {"error": {"message": said}}, **headers)
+        elif name == "raw":
+            self.answer(200, details[0].encode())
+        elif name != "hang up":
+            text = details[0] if name == "say" else verdict(body["messages"][0]["content"])
+            reply = {"message": {"role": "assistant", "content": text}}
+            usage = {"prompt_tokens": 100, "completion_tokens": 10}
+            self.answer(200, {"choices": [reply], "usage": usage})
 
 
 #: For the tests' own questions, whatever proxies a test sets.
@@ -134,18 +122,13 @@ class JudgeServer:
         """How to act on the next requests; forgets those before."""
         DIRECT.post(f"{self.url}/plan", json=steps, timeout=10).raise_for_status()
 
-    @property
-    def seen(self) -> list[dict[str, Any]]:
-        """What was asked since the last plan."""
-        return DIRECT.get(self.url, timeout=10).json()["seen"]
+    def _told(self) -> dict[str, Any]:
+        return DIRECT.get(self.url, timeout=10).json()
 
-    @property
-    def calls(self) -> int:
-        return len(self.seen)
-
-    @property
-    def most_at_once(self) -> int:
-        return DIRECT.get(self.url, timeout=10).json()["most_at_once"]
+    #: What was asked since the last plan.
+    seen = property(lambda self: self._told()["seen"])
+    most_at_once = property(lambda self: self._told()["most_at_once"])
+    calls = property(lambda self: len(self.seen))
 
 
 @contextmanager

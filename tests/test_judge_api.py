@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def running() -> Iterator[JudgeServer]:
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def server(running, monkeypatch) -> JudgeServer:
     """As good as new, for a client that does not wait long."""
     running.plan()
@@ -69,9 +70,6 @@ def outcomes(judge, pairs=PAIRS) -> list[float | None]:
     return [found[index].outcome for index in range(len(pairs))]
 
 
-# ------------------------------------------------------------------ good days
-
-
 def test_pairs_are_compared_in_both_orders(make, server):
     judge = make(concurrency=1)
     assert outcomes(judge) == OUTCOMES
@@ -102,35 +100,22 @@ def test_done_again_nothing_is_asked(make, server):
     assert again.usage.cached == Replies(CALLS + 1, 100 * (CALLS + 1), 10 * (CALLS + 1))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": "another"},
-        {"request": {"temperature": 1}},
-        {"base_url": "localhost"},
-        {"template": "{question} {answer_a} {answer_b} *"},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_another_judge_is_asked_anew(make, server, tmp_path, changes):
-    outcomes(make())
-    server.plan()
-    if "template" in changes:
-        (tmp_path / "t.txt").write_text(changes["template"])
-        changes = {"template": tmp_path / "t.txt"}
-    if "base_url" in changes:
-        changes = {"base_url": server.url.replace("127.0.0.1", "localhost")}
-    judge = make(changes.pop("base_url", ""), **changes)
-    dict(judge.compare(PAIRS))
-    assert server.calls >= CALLS
-    assert judge.usage.cached == Replies()
-
-
-def test_prices_and_concurrency_make_no_other_judge(make, server):
+def test_another_judge_is_asked_anew_and_prices_and_concurrency_make_none(make, server, tmp_path):
     outcomes(make())
     server.plan()
     outcomes(make(prompt_price=1, completion_price=2, concurrency=3, timeout=9, mode="pairwise"))
     assert server.calls == 0
+    template = tmp_path / "t.txt"
+    template.write_text("{question} {answer_a} {answer_b} *")
+    for changes in (
+        {"model": "another"},
+        {"request": {"temperature": 1}},
+        {"url": server.url.replace("127.0.0.1", "localhost")},
+        {"template": template},
+    ):
+        judge = make(**changes)
+        dict(judge.compare(PAIRS))
+        assert judge.usage.cached == Replies()
 
 
 def test_answers_are_rated(make, server):
@@ -143,9 +128,8 @@ def test_answers_are_rated(make, server):
 
 
 def test_no_more_requests_at_a_time_than_allowed(make, server):
-    judge = make(concurrency=3)
     server.plan(*[["sleep", 0.05]] * 20)
-    list(judge.compare([Comparison("?", f"{n}", "*") for n in range(10)]))
+    list(make(concurrency=3).compare([Comparison("?", f"{n}", "*") for n in range(10)]))
     assert server.most_at_once == 3
 
 
@@ -168,14 +152,12 @@ def test_fields_of_the_request_are_sent_as_they_are(make, server):
     assert body.keys() == {"max_completion_tokens", "seed", "model", "messages"}
 
 
-# ------------------------------------------------------------------ replies without a verdict
-
-
-def test_a_reply_without_a_verdict_is_asked_again(make, server):
-    server.plan(["say", "Hm."], ["say", ""])
+def test_a_reply_without_a_verdict_or_of_nothing_is_asked_again(make, server):
+    server.plan(["say", "Hm."], ["raw", '{"choices": [{"message": {"content": null}}]}'])
     judge = make(concurrency=1)
     assert outcomes(judge, PAIRS[:1]) == [1.0]
-    assert (judge.usage.malformed, judge.usage.unparsed, judge.usage.asked.count) == (2, 0, 4)
+    assert (judge.usage.malformed, judge.usage.unparsed) == (2, 0)
+    assert judge.usage.asked == Replies(4, 300, 30)
     conversation = server.seen[2]["body"]["messages"]
     assert [one["role"] for one in conversation] == ["user", "assistant"] * 2 + ["user"]
     assert conversation[1]["content"] == "Hm."
@@ -192,16 +174,6 @@ def test_after_three_such_replies_there_is_no_verdict_and_no_tie(make, server):
     assert outcomes(again, PAIRS[:2]) == [None, 0.0]
     assert (server.calls, again.usage.unparsed) == (0, 1)
 
-
-def test_a_reply_of_nothing_is_one_without_a_verdict(make, server):
-    nothing = {"choices": [{"message": {"content": None}}]}
-    server.plan(["raw", json.dumps(nothing)])
-    judge = make(concurrency=1)
-    assert outcomes(judge, PAIRS[:1]) == [1.0]
-    assert (judge.usage.malformed, judge.usage.asked.prompt_tokens) == (1, 200)
-
-
-# ------------------------------------------------------------------ bad days
 
 TROUBLE = {
     "too many requests": ["status", 429],
@@ -221,20 +193,13 @@ TROUBLE = {
 
 
 @pytest.mark.parametrize("trouble", TROUBLE)
-def test_trouble_that_passes_is_waited_for(make, server, trouble):
-    server.plan(*[TROUBLE[trouble]] * 3)
+def test_trouble_is_waited_for_until_it_stays_and_what_was_judged_is_kept(make, server, trouble):
+    server.plan(*[TROUBLE[trouble]] * 3, "fine", "fine", *[TROUBLE[trouble]] * 50)
     judge = make(concurrency=1)
-    assert outcomes(judge) == OUTCOMES
-    assert judge.usage.retries == 3
-    assert server.calls == CALLS + 3
-    assert judge.usage.malformed == 0
-
-
-@pytest.mark.parametrize("trouble", TROUBLE)
-def test_trouble_that_stays_ends_the_judging_and_what_was_judged_is_kept(make, server, trouble):
-    server.plan("fine", "fine", *[TROUBLE[trouble]] * 50)
     with pytest.raises(JudgeFailed, match=r"did not answer in 7 tries.*What was judged is kept"):
-        outcomes(make(concurrency=1))
+        outcomes(judge)
+    assert (judge.usage.retries, judge.usage.malformed) == (3, 0)
+    assert server.calls == 3 + 2 + 7
     server.plan()
     judge = make()
     assert outcomes(judge) == OUTCOMES
@@ -242,26 +207,16 @@ def test_trouble_that_stays_ends_the_judging_and_what_was_judged_is_kept(make, s
     assert server.calls == CALLS - 2
 
 
-class Waits:
-    """Stands for the event that ends waiting; remembers how long it was waited for."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def wait(self, seconds: float) -> bool:
-        self.seconds.append(seconds)
-        return False
-
-
 def test_waits_double_unless_the_endpoint_says_how_long(server, monkeypatch):
     monkeypatch.setattr(api, "BACKOFF", 1.0)
     client = api.ChatClient(JudgeConfig(base_url=server.url, model="m"))
     again, told = ["status", 500], ["status", 503, {"Retry-After": "17"}]
     server.plan(again, again, told, again)
-    waits = Waits()
-    _, retries = client.ask([{"role": "user", "content": "?"}], waits)
+    waited: list[float] = []
+    stop = SimpleNamespace(wait=waited.append)  # never set
+    _, retries = client.ask([{"role": "user", "content": "?"}], stop)
     assert retries == 4
-    first, second, third, fourth = waits.seconds
+    first, second, third, fourth = waited
     assert third == 17
     for waited, doubled in ((first, 1), (second, 2), (fourth, 8)):
         assert 0.75 * doubled <= waited <= 1.25 * doubled
@@ -280,39 +235,27 @@ def test_a_request_that_hangs_is_made_again(make, server):
     assert judge.usage.retries == 1
 
 
-def test_a_server_that_dies_in_the_middle(make, server, monkeypatch):
+def test_a_server_that_dies_in_the_middle(make):
     with judge_server() as mortal:
-        judge = make(mortal.url, concurrency=1)
-        judging = judge.compare(PAIRS)
+        judging = make(mortal.url, concurrency=1).compare(PAIRS)
         assert next(judging)[0] == 0
         mortal.process.kill()
         mortal.process.wait()
-        with pytest.raises(JudgeFailed, match=r"connection failed.*Look after the endpoint"):
+        with pytest.raises(
+            JudgeFailed,
+            match=rf"{mortal.url}/v1 did not .* connection failed.*Look after the endpoint",
+        ):
             list(judging)
-
-
-def test_nobody_there(make):
-    with pytest.raises(JudgeFailed, match=r"http://127.0.0.1:1/v1 did not answer in 7 tries"):
-        outcomes(make("http://127.0.0.1:1"))
 
 
 def test_threads_that_wait_to_try_again_stop_when_another_gives_up(make, server):
     """One is turned away for good while seven are told to wait for minutes."""
     slow = ["status", 429, {"Retry-After": "200"}]
     server.plan(*[slow] * 7, ["sleep", 0.3], *[["status", 404]] * 2)
-    finished = threading.Event()
-
-    def judging() -> None:
-        with pytest.raises(JudgeFailed, match="Check base_url and model"):
-            outcomes(make(), [Comparison("?", f"{n}", "*") for n in range(8)])
-        finished.set()
-
-    thread = threading.Thread(target=judging, daemon=True)
-    thread.start()
-    assert finished.wait(60)
-
-
-# ------------------------------------------------------------------ requests that are wrong
+    began = time.monotonic()
+    with pytest.raises(JudgeFailed, match="Check base_url and model"):
+        outcomes(make(), [Comparison("?", f"{n}", "*") for n in range(8)])
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(
@@ -360,9 +303,6 @@ def test_a_key_that_is_not_there(make, monkeypatch):
     assert "kéy" not in str(error.value)
 
 
-# ------------------------------------------------------------------ what is kept and shown
-
-
 @pytest.mark.parametrize("status", [401, 404, 429, 500])
 def test_no_error_has_the_key_that_an_endpoint_sends_back(make, server, status):
     server.plan(*[["status", status]] * 20)
@@ -371,8 +311,7 @@ def test_no_error_has_the_key_that_an_endpoint_sends_back(make, server, status):
     assert f"{status}: no, Bearer ***" in str(error.value)
     for spelled in (KEY, repr(KEY)[1:-1], json.dumps(KEY)[1:-1]):
         assert spelled not in str(error.value)
-    chain = [error.value.__cause__, error.value.__context__]
-    assert error.value.__suppress_context__ or chain == [None, None]
+    assert error.value.__suppress_context__ or not error.value.__context__
 
 
 def test_the_key_is_in_no_file(make, server, tmp_path):

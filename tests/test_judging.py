@@ -25,9 +25,6 @@ from sera_plugin.labeling.judging.choose import FunctionJudge, make_judge
 from sera_plugin.labeling.judging.prompts import PLACES, fill, parse, read_template
 from sera_plugin.rundir.journal import Journal
 
-# ------------------------------------------------------------------ verdicts
-
-
 #: By kind and verdict. MT-Bench has verdicts and ratings, self-rewarding language models points.
 REPLIES = {
     ("pairwise", 1.0): ["[[A]]", "**[[ A ]]**"],
@@ -67,18 +64,12 @@ def test_replies_are_read_as_published(kind, found):
 
 
 def test_both_orders_make_an_outcome_or_none_does():
-    assert Verdict((1.0, 1.0)).outcome == 1.0
-    assert Verdict((1.0, 0.0)).outcome == 0.5
-    assert Verdict((1.0, 0.5)).outcome == 0.75
-    assert Verdict((1.0, None)).outcome is None
-    assert Verdict((0.0,)).outcome == 0.0
+    orders = ((1.0, 1.0), (1.0, 0.0), (1.0, 0.5), (1.0, None), (0.0,))
+    assert [Verdict(each).outcome for each in orders] == [1.0, 0.5, 0.75, None, 0.0]
     consistent = [Verdict(orders).consistent for orders in ((1.0, 1.0), (1.0, 0.0), (1.0,))]
     assert consistent == [True, False, None]
     scores = ((2, 1), (1, 2), (1, 1), (None, 1))
     assert [by_scores(*pair).outcome for pair in scores] == [1.0, 0.0, 0.5, None]
-
-
-# ------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize("kind", PLACES)
@@ -111,8 +102,6 @@ def test_a_template_of_ones_own(tmp_path):
         read_template("pairwise", tmp_path / "none.txt")
 
 
-# ------------------------------------------------------------------ configuration
-
 URL = "http://127.0.0.1:1/v1"
 
 
@@ -144,11 +133,11 @@ SECRET = "sk-planted-secret"
     [
         ({"model": None}, r"model is missing"),
         ({"model": ""}, r"model: .*at least 1 character"),
-        ({"base_url": "api.example.com"}, r"base_url: give an address such as https"),
-        ({"base_url": "ftp://x/v1"}, r"base_url: give an address"),
-        ({"base_url": "http://x:99999/v1"}, r"base_url: give an address"),
+        *(
+            ({"base_url": url}, r"base_url: give an address such as https")
+            for url in ("api.example.com", "ftp://x/v1", "http://x:99999/v1", "http://[::1/v1")
+        ),
         ({"base_url": f"http://x:{SECRET}/v1"}, r"base_url: give an address"),
-        ({"base_url": "http://[::1/v1"}, r"base_url: give an address"),
         ({"base_url": f"https://u:{SECRET}@x.org/v1"}, r"base_url: an address with a user"),
         ({"base_url": f"https://x.org/v1?key={SECRET}"}, r"base_url: an address with a user"),
         ({"api_key": SECRET}, r"'api_key': no key belongs in a file.* api_key_env"),
@@ -197,9 +186,6 @@ def test_the_docs_list_every_key_with_its_default():
     assert parse_judge(yaml.safe_load(example), "docs").api_key_env == "OPENAI_API_KEY"
 
 
-# ------------------------------------------------------------------ functions
-
-
 def test_a_function_in_a_file_judges(tmp_path):
     path = write(
         tmp_path / "truth.py",
@@ -212,25 +198,18 @@ def test_a_function_in_a_file_judges(tmp_path):
     verdicts = dict(judge.compare([Comparison("q", *pair) for pair in pairs]))
     assert [verdicts[i].outcome for i in range(5)] == [1.0, 0.0, 0.5, None, 0.5]
     assert judge.usage == Usage(unparsed=1)
-    assert dict(judge.score([Answered("q", "abc")])) == {0: 3.0}
+    module = FunctionJudge("sera_plugin.tools.demo.world:true_reward")
+    assert dict(module.score([Answered("b a d c f e", "a b c d e f")])) == {0: 1.0}
 
 
 def test_each_answer_is_scored_once(tmp_path):
-    path = write(
-        tmp_path / "count.py",
-        "calls = []\ndef f(question, answer):\n    calls.append(answer)\n    return len(calls)\n",
-    )
-    judge = FunctionJudge(f"{path}:f")
+    code = "calls = []\ndef f(question, answer):\n    calls.append(answer)\n    return len(calls)\n"
+    judge = FunctionJudge(f"{write(tmp_path / 'count.py', code)}:f")
     pairs = [Comparison("q", "base", name) for name in ("a", "b", "base", "a")]
     verdicts = dict(judge.compare(pairs))
     assert [verdicts[index].outcome for index in range(4)] == [0.0, 0.0, 0.5, 0.0]
     again = [Answered("q", name) for name in ("c", "d", "c")]
     assert sorted(judge.score_all(again)) == [(0, 4.0), (1, 5.0), (2, 4.0)]
-
-
-def test_a_function_of_a_module_judges():
-    judge = FunctionJudge("sera_plugin.tools.demo.world:true_reward")
-    assert dict(judge.score([Answered("b a d c f e", "a b c d e f")])) == {0: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -265,9 +244,6 @@ def test_a_judge_that_is_not_there_is_named(tmp_path, monkeypatch, spec, said):
     write(Path("broken.py"), "def f(:\n")
     with pytest.raises(ValueError, match=said):
         make_judge(spec, Journal(tmp_path / "judge.jsonl"))
-
-
-# ------------------------------------------------------------------ the package
 
 
 def test_usage_adds_up():

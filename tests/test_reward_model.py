@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -46,15 +45,7 @@ def reward_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def judge(tmp_path):
     """A judge with a journal; another call is another process's judge."""
-    journals: list[Journal] = []
-
-    def load(directory: Path):
-        for journal in journals:
-            journal.close()
-        journals.append(Journal(tmp_path / "judge.jsonl"))
-        return make_judge(str(directory), journals[-1])
-
-    return load
+    return lambda directory: make_judge(str(directory), Journal(tmp_path / "judge.jsonl"))
 
 
 def alone(directory: Path, answers) -> list[float]:
@@ -96,18 +87,10 @@ def test_scores_are_kept_and_belong_to_the_files(reward_model, judge, tmp_path):
 def test_the_larger_score_wins_and_equal_answers_tie(reward_model, judge):
     scores = alone(reward_model, ANSWERS)
     pairs = [(0, 1), (1, 0), (2, 4), (0, 5)]
-    found = dict(
-        judge(reward_model).compare(
-            [Comparison(PROMPT, ANSWERS[i].answer, ANSWERS[j].answer) for i, j in pairs]
-        )
-    )
-    outcomes = [found[n].outcome for n in range(4)]
-    assert outcomes == [
-        float(scores[0] > scores[1]),
-        float(scores[1] > scores[0]),
-        float(scores[2] > scores[4]),
-        0.5,
-    ]
+    met = [Comparison(PROMPT, ANSWERS[i].answer, ANSWERS[j].answer) for i, j in pairs]
+    found = dict(judge(reward_model).compare(met))
+    larger = [float(scores[i] > scores[j]) for i, j in pairs[:3]]
+    assert [found[n].outcome for n in range(4)] == [*larger, 0.5]
 
 
 def test_an_answer_that_does_not_fit_has_no_score(reward_model, judge):
@@ -119,20 +102,13 @@ def test_an_answer_that_does_not_fit_has_no_score(reward_model, judge):
 
 
 def test_a_padding_token_may_be_the_tokenizers(judge, tmp_path, reward_model):
-    directory = save(tmp_path / "unpadded", pad_token_id=None)
-    assert dict(judge(directory).score(ANSWERS)) == pytest.approx(
-        dict(enumerate(alone(reward_model, ANSWERS))), abs=1e-5
-    )
+    scores = dict(judge(save(tmp_path / "unpadded", pad_token_id=None)).score(ANSWERS))
+    assert scores == pytest.approx(dict(enumerate(alone(reward_model, ANSWERS))), abs=1e-5)
 
 
 def broken(directory: Path, what: str) -> None:
     if what == "no template":
-        for path in directory.glob("chat_template*"):
-            path.unlink()
-        path = directory / "tokenizer_config.json"
-        config = json.loads(path.read_text())
-        config.pop("chat_template", None)
-        path.write_text(json.dumps(config))
+        (directory / "chat_template.jinja").unlink()
     if what == "no model":
         (directory / "config.json").unlink()
     if what == "pickled":

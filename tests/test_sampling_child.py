@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,19 +48,18 @@ def pids(directory: Path) -> list[int]:
     return [int(pid) for pid in (directory / "pids").read_text().split()]
 
 
+def alive(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def gone(*pids: int) -> bool:
     """Whether processes have ended, within a few seconds."""
     until = time.monotonic() + 25
-    while time.monotonic() < until:
-        alive = [
-            pid
-            for pid in pids
-            if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        ]
-        if not alive:
-            return True
+    while any(map(alive, pids)) and time.monotonic() < until:
         time.sleep(0.1)
-    return False
+    return not any(map(alive, pids))
 
 
 def failed(running: Child, sign=lambda: None) -> str:
@@ -73,9 +72,9 @@ def failed(running: Child, sign=lambda: None) -> str:
         return str(failure)
 
 
-@pytest.mark.parametrize("how", ["", "start_new_session=True"], ids=["in-group", "left-group"])
+@pytest.mark.parametrize("how", ["{}", "{'start_new_session': True}"])
 def test_descendants_are_ended_with_the_child(tmp_path, how):
-    body = HELPER.format(f"dict({how})") + PIDS + "time.sleep(600)"
+    body = HELPER.format(how) + PIDS + "time.sleep(600)"
     with start(body, tmp_path) as running:
         family = pids(tmp_path)
         running.check(lambda: None)
@@ -104,7 +103,6 @@ def test_killing_the_parent_ends_the_child_and_its_descendants(tmp_path):
         ("raise RuntimeError('broken inside')", "it ended with exit code 1"),
         ("os.kill(os.getpid(), 9)", "it was killed by SIGKILL (often the operating system, out "),
     ],
-    ids=["crash", "killed"],
 )
 def test_an_end_says_what_happened_and_shows_this_attempts_log(tmp_path, body, reason):
     (tmp_path / "child.log").write_text("an earlier attempt\n")
@@ -146,17 +144,18 @@ def choices(request):
         for i in range(request["n"])
     ]
 
+def metrics():
+    return "nothing"
+
 class Server(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.reply({"version": "0"} if self.path == "/version" else {})
+        self.reply('{"version": "0"}' if self.path == "/version" else metrics())
     def do_POST(self):
         assert self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with open("asked", "a") as file:
-            file.write(json.dumps(request) + "\\n")
-        self.reply({"choices": choices(request)})
+        self.reply(json.dumps({"choices": choices(request)}))
     def reply(self, body):
-        content = json.dumps(body).encode()
+        content = body.encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -208,15 +207,8 @@ def test_a_slow_answer_is_waited_for_while_tokens_are_sampled(sampler, monkeypat
         def choices(request, answer=choices):
             time.sleep(5)
             return answer(request)
-        def count(self):
-            return self.reply({"version": "0"}) if self.path == "/version" else self.metrics()
-        def metrics(self):
-            content = f"vllm:generation_tokens_total {time.time()}".encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-        Server.do_GET, Server.metrics = count, metrics
+        def metrics():
+            return f"vllm:generation_tokens_total {time.time()}"
     """
     monkeypatch.setattr(Child, "log_size", lambda self: time.monotonic())
     assert len(list(sampler(change).sample(PROMPTS, SETTINGS))) > 0
@@ -330,17 +322,12 @@ def test_engine_options_follow_the_vllm_block():
     assert "enforce_eager" not in made
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "flag"),
-    [
-        ("max_model_len", 640, "--max-model-len=640"),
-        ("enforce_eager", True, "--enforce-eager"),
-        ("enable_chunked_prefill", False, "--no-enable-chunked-prefill"),
-        ("hf_overrides", {"a": [1]}, '--hf-overrides={"a": [1]}'),
-    ],
-)
-def test_options_as_the_command_line_takes_them(name, value, flag):
-    assert vllm._flag(name, value) == flag
+def test_options_as_the_command_line_takes_them():
+    options = {"max_model_len": 640, "enforce_eager": True, "enable_chunked_prefill": False}
+    assert [vllm._flag(*item) for item in {**options, "hf_overrides": {"a": [1]}}.items()] == [
+        "--max-model-len=640", "--enforce-eager", "--no-enable-chunked-prefill",
+        '--hf-overrides={"a": [1]}',
+    ]  # fmt: skip
 
 
 def test_four_bit_weights_that_neither_load_nor_fit_are_refused(monkeypatch):

@@ -32,33 +32,32 @@ def with_vllm(monkeypatch):
     monkeypatch.setattr(choose, "find_vllm", lambda python: "0.30.0")
 
 
-def test_an_interpreter_without_vllm_is_said_so():
-    with pytest.raises(RuntimeError, match="vLLM is not installed in"):
-        find_vllm(sys.executable)
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        (sys.executable, "vLLM is not installed in"),
+        ("/no-such-python", "no-such-python does not run"),
+        ("/bin/false", "cannot be imported by .*false: no output"),
+    ],
+)
+def test_what_is_wrong_with_an_interpreter_is_said(python, said):
+    with pytest.raises(RuntimeError, match=said):
+        find_vllm(python)
 
 
-def test_an_interpreter_that_is_none_is_said_so():
-    with pytest.raises(RuntimeError, match=r"no-such-python does not run"):
-        find_vllm("/no-such-python")
-    with pytest.raises(RuntimeError, match=r"cannot be imported by .*false: no output"):
-        find_vllm("/bin/false")
-
-
-def test_auto_takes_vllm_where_it_is(with_vllm):
+def test_vllm_is_taken_where_it_is(with_vllm):
     choice = choose_sampler("auto", "python", None)
     assert choice.name == "vllm"
     assert "0.30.0, found in python" in choice.reason
     assert not choice.fell_back
 
 
-def test_auto_takes_transformers_without_vllm_and_says_why():
+def test_without_vllm_transformers_is_taken_or_an_error_says_why():
+    assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
     choice = choose_sampler("auto", sys.executable, None)
     assert choice.name == "transformers"
     assert "vLLM is not installed" in choice.reason
     assert not choice.fell_back
-
-
-def test_vllm_by_name_without_vllm_is_an_error():
     with pytest.raises(ValueError, match=r"sera\.sampler: vllm, but.*Set sera\.vllm_python"):
         choose_sampler("vllm", sys.executable, None)
 
@@ -81,9 +80,6 @@ def test_what_vllm_does_not_serve_falls_back_and_says_so(with_vllm, change, word
     assert choice.name == "transformers"
     assert words in choice.reason
     assert choice.fell_back == (asked != "auto")
-
-
-def test_a_plain_adapter_is_served():
     assert adapter_problem(PLAIN) is None
 
 
@@ -176,20 +172,18 @@ def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, se
     assert samplers.make(2, None).longest == 56
 
 
-def test_a_server_with_too_short_a_context_is_said_so(world, tmp_path):
+def server_at(port: int, base: object = "base", tokenize=list) -> vllm.VllmServerSampler:
+    return vllm.VllmServerSampler("0.0.0.0", port, str(base), Path("adapter"), tokenize, [], 99)
+
+
+def test_a_server_with_too_short_a_context_is_said_so(world):
     from tests.test_security import echo
 
     with echo(world.base) as server:
-        sampler = vllm.VllmServerSampler(
-            "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, [], 99
-        )
+        sampler = server_at(server.port, world.base, server.tokenize)
         assert sampler.check() == sampler.check(48) == 48
         with pytest.raises(SamplingFailed, match=r"context of 48 tokens.*--max-model-len 49"):
             sampler.check(49)
-
-
-def test_transformers_by_name_looks_for_nothing():
-    assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
 
 
 def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):
@@ -207,7 +201,7 @@ def test_a_server_that_is_not_there_is_said_so(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = vllm.VllmServerSampler("0.0.0.0", port, "base", Path("adapter"), list, [], 99)
+    server = server_at(port)
     settings = SamplingSettings(2, 0.7, 0.95, 8, 16, (9,), seed=5)
     with pytest.raises(
         SamplingFailed, match=rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
@@ -227,9 +221,8 @@ def test_a_server_of_another_kind_is_said_so(content):
     with HTTPServer(("127.0.0.1", 0), Other) as other:
         Thread(target=other.serve_forever, daemon=True).start()
         port = other.server_port
-        server = vllm.VllmServerSampler("127.0.0.1", port, "base", Path("adapter"), list, [], 99)
         with pytest.raises(SamplingFailed) as failure:
-            server.check()
+            server_at(port).check()
         other.shutdown()
     said = str(failure.value)
     assert f"127.0.0.1:{port} answers /v1/models as no vLLM does: {content.decode()}." in said

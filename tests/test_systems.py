@@ -7,6 +7,7 @@ theta_0, theta_1, theta_2 stands in its table.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,23 @@ from hypothesis import strategies as st
 from sera_plugin.algorithm.annotations import Annotations, annotate, score_gap, swap, swapped_rows
 from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.pairing import pair_candidates
-from sera_plugin.algorithm.protocols import FloatArray, Ranked
+from sera_plugin.algorithm.protocols import Candidate, FloatArray, Ranked, SamplingSettings
 from sera_plugin.algorithm.rewards import equalizing_alpha, regressed_alpha
-from sera_plugin.algorithm.summary import noise_found
+from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.selection import select_largest
+from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.host.run import require_same_run
+from sera_plugin.host.run import describe_run, require_same_run
+from sera_plugin.labeling.conversation import Conversation
+from sera_plugin.labeling.judged import Judged
+from sera_plugin.labeling.judging import Answered, JudgeFailed, ScoringJudge, Usage, Verdict
+from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.labeling.ranker import Ranker, Spin
-from sera_plugin.rundir.store import make_table
+from sera_plugin.labeling.self_judge import SelfJudge
+from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.rundir.store import RunStore, make_table
+from sera_plugin.rundir.tokens import TokenColumn
+from sera_plugin.sampling.prompts import room
 from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
@@ -56,27 +67,24 @@ def system(directory: Path, annotations: Annotations | None = None, **block: Any
     )
 
 
-# ------------------------------------------------------------------ which offline pairs
-
-
 def kept_rows(run: System, iteration: int) -> list[int]:
     return np.flatnonzero(run.offline(iteration)["selected"]).tolist()
 
 
 def test_reference_logp_keeps_what_the_reference_prefers(tmp_path):
-    """Under theta_1: -9 + 12 = 3, -21 + 20 = -1, -28 + 29 = 1; under theta_2: 7, 1, 2."""
-    run = system(tmp_path, selection="reference_logp")
+    """Under theta_1: -9 + 12 = 3, -21 + 20 = -1, -28 + 29 = 1; under theta_2: 7, 1, 2.
+
+    Per token, lengths (2, 2), (4, 2), (2, 4): -9/2 + 12/2 = 1.5, -21/4 + 20/2 = 4.75,
+    -28/2 + 29/4 = -6.75.
+    """
+    run = system(tmp_path / "sum", selection="reference_logp")
     trained = [run.prepare(t) for t in (1, 2, 3)]
     assert firsts(trained[0]) == [(1, 11, 12), (2, 21, 22), (3, 31, 32)]
     assert run.offline(2)["priority"] == [3, -1, 1]
     assert run.offline(3)["priority"] == [7, 1, 2]
     assert kept_rows(run, 2) == kept_rows(run, 3) == [0, 2]
     assert_reference_is(2, trained[2])
-
-
-def test_reference_logp_is_per_token_where_the_loss_is(tmp_path):
-    """Lengths (2, 2), (4, 2), (2, 4): -9/2 + 12/2 = 1.5, -21/4 + 20/2 = 4.75, -28/2 + 29/4."""
-    run = system(tmp_path, selection="reference_logp")
+    run = system(tmp_path / "mean", selection="reference_logp")
     run.per_token = True
     run.prepare(1)
     run.prepare(2)
@@ -99,22 +107,18 @@ def test_score_keeps_the_widest_gaps(tmp_path):
 
 def test_random_is_another_draw_each_iteration_and_the_same_for_a_seed():
     asked = {"selection": "random", "selection_ratio": 0.5, "bootstrap_ratio": 0}
-    masks = []
-    for seed in (1, 1, 2):
+
+    def draws(seed: int) -> list[tuple[int, ...]]:
         method = Method(SeraConfig(**asked), False, False, total=40, seed=seed)
-        masks.append([draw(method, t) for t in (2, 3)])
+        none = np.zeros(40)
+        priorities = [method.selection.priority(t, none, none) for t in (2, 3)]
+        return [tuple(np.flatnonzero(select_largest(one, 20))) for one in priorities]
+
+    masks = list(map(draws, (1, 1, 2)))
     assert masks[0] == masks[1]
     assert masks[0] != masks[2]
     assert masks[0][0] != masks[0][1]
     assert all(len(one) == 20 for pair in masks for one in pair)
-
-
-def draw(method: Method, iteration: int) -> tuple[int, ...]:
-    from sera_plugin.algorithm.selection import select_largest
-
-    none = np.zeros(method.total)
-    priority = method.selection.priority(iteration, none, none)
-    return tuple(np.flatnonzero(select_largest(priority, method.kept(iteration))))
 
 
 def test_all_is_iterative_dpo(tmp_path):
@@ -142,9 +146,6 @@ def test_curriculum_trains_on_each_prompts_next_easiest_pair(tmp_path):
     assert_reference_is(1, trained[1])
 
 
-# ------------------------------------------------------------------ which reference
-
-
 def test_the_initial_policy_as_reference(tmp_path):
     run = system(tmp_path, reference="initial", bootstrap_ratio=0.67)
     for iteration in (1, 2, 3):
@@ -168,9 +169,6 @@ def test_an_initial_reference_is_scored_once_more_where_no_reward_needs_it(tmp_p
     table = run.table(3, "candidates")
     assert table["logps"][:2] == [[-2], [-6]]  # theta_2 of 13 and 14
     assert table["reference_logp"][:2] == [-5, -5]  # theta_0
-
-
-# ------------------------------------------------------------------ who ranks the samples
 
 
 class ByToken(Ranker):
@@ -253,9 +251,6 @@ def test_a_sample_that_is_the_datasets_answer_stands_for_it(tmp_path, monkeypatc
     assert run.store.read(1, "bootstrapped").schema.metadata[b"ties"] == b"0"
 
 
-# ------------------------------------------------------------------ length control
-
-
 def test_a_fixed_alpha_is_taken_off_every_token(tmp_path):
     """Margins 3, -1, 1 of pairs longer by 0, 2, -2: less 1.5 each, 3, -4, 4."""
     run = system(tmp_path, offline_length_control=1.5)
@@ -301,9 +296,6 @@ def test_length_control_of_samples_is_recorded(tmp_path):
     assert table["margin"].to_pylist() == [3, 1, 6]
 
 
-# ------------------------------------------------------------------ noise and scores
-
-
 def test_noise_swaps_the_share_that_is_asked_for_and_what_belongs_to_an_answer():
     swapped = swapped_rows(10, 0.25, seed=3)
     assert swapped.sum() == 2  # round(2.5)
@@ -318,8 +310,6 @@ def test_noise_swaps_the_share_that_is_asked_for_and_what_belongs_to_an_answer()
 
 
 def test_noise_is_recorded_per_row_and_counted(tmp_path):
-    from sera_plugin.algorithm.summary import summarize
-
     annotations = Annotations(swapped=np.array([False, True, False]))
     run = system(tmp_path, annotations, label_noise=0.33)
     run.prepare(1)
@@ -333,8 +323,6 @@ def test_noise_is_recorded_per_row_and_counted(tmp_path):
 
 def test_a_curriculum_drops_no_pair_for_its_label(tmp_path):
     """What is not kept has had its turn or is to have it, which says nothing of a label."""
-    from sera_plugin.algorithm.summary import summarize
-
     swapped = np.array([False, True, False])
     run = system(
         tmp_path,
@@ -392,10 +380,6 @@ def test_prompts_are_numbered_for_a_curriculum():
 
 
 def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monkeypatch):
-    from sera_plugin.labeling.judging import JudgeFailed
-    from sera_plugin.labeling.labelers import Labelers
-    from sera_plugin.rundir.store import RunStore
-
     def check(**block: Any) -> None:
         run = system(tmp_path, bootstrap_ratio=1, **block)
         samplers = SimpleNamespace(store=RunStore(tmp_path))
@@ -419,7 +403,6 @@ def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monke
 @pytest.mark.parametrize("name", ["implicit", "spin"])
 def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(tmp_path, name):
     """Some templates refuse a lone question; that is a matter of labelers that read."""
-    from sera_plugin.labeling.labelers import Labelers
 
     class Refusing(Words):
         chat_template = "some"
@@ -463,9 +446,6 @@ def test_a_block_that_was_written_out_is_read_again():
 
 
 def described(annotations: Annotations | None = None, **block: Any) -> dict[str, Any]:
-    from sera_plugin.algorithm.schedule import Schedule
-    from sera_plugin.host.run import describe_run
-
     config = SeraConfig(**{"bootstrap_ratio": 0, **block})
     method = Method(config, False, False, total=1, annotations=annotations or Annotations())
     ids = make_table({f"{name}_ids": [[1]] for name in ("prompt", "chosen", "rejected")})
@@ -498,9 +478,6 @@ def test_a_judge_that_did_not_answer_in_time_may_be_given_more():
         require_same_run(one, other, Path("run"))
 
 
-# ------------------------------------------------------------------ judges that rank
-
-
 class Words:
     """A tokenizer of single words without a chat template."""
 
@@ -517,8 +494,6 @@ class Words:
 
 
 def ranked(*answers: list[int], per_prompt: int) -> Ranked:
-    from sera_plugin.rundir.tokens import TokenColumn
-
     table = make_table({"token_ids": answers, "prompt_ids": [[1]] * len(answers)})
     return Ranked(
         2, per_prompt, TokenColumn(table["prompt_ids"]), TokenColumn(table["token_ids"]),
@@ -532,15 +507,11 @@ class PrefersHigher:
     name = "by number"
 
     def __init__(self) -> None:
-        from sera_plugin.labeling.judging import Usage
-
         self.usage = Usage()
         self.description: dict[str, Any] = {}
         self.met: list[tuple[str, str]] = []
 
     def compare(self, comparisons):
-        from sera_plugin.labeling.judging import Verdict
-
         for index, one in enumerate(comparisons):
             self.met.append((one.first, one.second))
             if "w9" in (one.first, one.second):
@@ -551,11 +522,6 @@ class PrefersHigher:
 
 
 def judged(judge):
-    from contextlib import nullcontext
-
-    from sera_plugin.labeling.conversation import Conversation
-    from sera_plugin.labeling.judged import Judged
-    from sera_plugin.rundir.ranks import Ranks
 
     words = Conversation(Words())
     return Judged("judge", lambda journal: judge, nullcontext, words, Ranks(), quiet=True)
@@ -588,8 +554,6 @@ def test_answers_that_read_the_same_are_no_failure_of_the_judge():
 
 
 def test_a_judge_that_scores_is_asked_once_for_equal_answers():
-    from sera_plugin.labeling.judging import Answered, ScoringJudge
-
     class Scores(ScoringJudge):
         """By number; has nothing to say about w9."""
 
@@ -615,9 +579,6 @@ class Replies:
         self.replies, self.longest = replies, longest
 
     def sample(self, prompts, settings, skip=()):
-        from sera_plugin.algorithm.protocols import Candidate
-        from sera_plugin.sampling.prompts import room
-
         self.settings = settings
         self.rooms = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
         for row, letters in enumerate(self.replies):
@@ -625,11 +586,6 @@ class Replies:
 
 
 def self_judged(sampler: Replies, max_length: int | None = 64):
-    from sera_plugin.algorithm.protocols import SamplingSettings
-    from sera_plugin.labeling.conversation import Conversation
-    from sera_plugin.labeling.self_judge import SelfJudge
-    from sera_plugin.rundir.ranks import Ranks
-
     said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
 
     class Letters(Words):
@@ -643,53 +599,38 @@ def self_judged(sampler: Replies, max_length: int | None = 64):
     return SelfJudge(sampler, settings, Conversation(Letters()), Ranks(), quiet=True)
 
 
-def test_a_policy_judges_itself_by_the_mean_of_what_it_says():
-    sampler = Replies(["abb", "ccc", "dab"])
-    labeler = self_judged(sampler)
-    found = labeler.rewards(ranked([1], [3], [4], per_prompt=3))
-    np.testing.assert_array_equal(found, [2.0, np.nan, 2.5])
+NAN = np.nan
+#: Answers to prompts of three, what is sampled for those that are asked about, the ends of
+#: `sequence_len` and of the engine's own context, rewards, and how many leave no room to judge.
+SELF_JUDGED = {
+    "the mean of what it says": ([1, 3, 4], ["abb", "ccc", "dab"], (64, None), [2, NAN, 2.5], 0),
+    "no room": ([1, 2, 3], ["aaa", "bbb"], (90, None), [4, NAN, 1], 1),
+    "no room in the engine": ([1, 2, 3], ["aaa", "bbb"], (None, 90), [4, NAN, 1], 1),
+    "the engine ends first": ([1, 2, 3], ["aaa", "bbb"], (4096, 64), [4, NAN, 1], 1),
+    "the engine ends last": ([1, 2, 3], ["aaa", "bbb"], (64, 4096), [4, NAN, 1], 1),
+    "any room": ([1, 2, 3], ["aaa", "bbb", "aaa"], (None, 91), [4, 1, 4], 0),
+    "equal answers to a prompt are judged once": (
+        [1, 3, 1, 3, 1, 1], ["aaa", "bbb", "aab", "ccc"], (64, None), [4, 1, 4, 3, NAN, NAN], 0,
+    ),
+    "and have no room together": ([2, 1, 2], ["aaa"], (64, None), [NAN, 4, NAN], 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SELF_JUDGED)
+def test_a_policy_judges_itself(case):
+    answers, replies, (max_length, longest), rewards, too_long = SELF_JUDGED[case]
+    sampler = Replies(replies, longest)
+    labeler = self_judged(sampler, max_length)
+    found = labeler.rewards(ranked(*([one] for one in answers), per_prompt=3))
+    np.testing.assert_array_equal(found, rewards)
     assert labeler.report == {
-        "name": "self_judge", "replies": 9, "unparsed": 4, "too_long": 0,
+        "name": "self_judge", "replies": 3 * len(replies), "too_long": too_long,
+        "unparsed": sum(letter in "cd" for reply in replies for letter in reply),
         "start_engine": 50.0, "stop_engine": 2.0,
     }  # fmt: skip
     assert sampler.settings.candidates == 3
-
-
-@pytest.mark.parametrize(
-    ("max_length", "longest"), [(90, None), (None, 90), (4096, 64), (64, 4096)]
-)
-def test_an_answer_that_leaves_no_room_to_judge_it_has_no_reward(max_length, longest):
-    """Whether `sequence_len` ends there or the engine's own context; the others are judged."""
-    sampler = Replies(["aaa", "bbb"], longest)
-    labeler = self_judged(sampler, max_length)
-    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
-    np.testing.assert_array_equal(found, [4.0, np.nan, 1.0])
-    assert labeler.report["too_long"] == 1
-    assert labeler.report["replies"] == 6
-
-
-def test_equal_answers_to_a_prompt_are_judged_once():
-    """1 3 1 and 3 1 1: four are asked about, and a repeat is worth what the first one is."""
-    sampler = Replies(["aaa", "bbb", "aab", "ccc"])
-    labeler = self_judged(sampler)
-    found = labeler.rewards(ranked([1], [3], [1], [3], [1], [1], per_prompt=3))
-    np.testing.assert_array_equal(found, [4.0, 1.0, 4.0, 3.0, np.nan, np.nan])
-    assert labeler.report["replies"] == 12
-    assert labeler.report["too_long"] == 0
-    repeated = self_judged(Replies(["aaa"]))
-    np.testing.assert_array_equal(
-        repeated.rewards(ranked([2], [1], [2], per_prompt=3)), [np.nan, 4.0, np.nan]
-    )
-    assert repeated.report["too_long"] == 2
-
-
-def test_an_answer_that_leaves_any_room_is_judged():
-    sampler = Replies(["aaa", "bbb", "aaa"], longest=91)
-    labeler = self_judged(sampler, max_length=None)
-    found = labeler.rewards(ranked([1], [2], [3], per_prompt=3))
-    np.testing.assert_array_equal(found, [4.0, 1.0, 4.0])
-    assert sampler.rooms == [86, 1, 86]
-    assert labeler.report["too_long"] == 0
+    if case == "any room":
+        assert sampler.rooms == [86, 1, 86]
 
 
 class ChatWords(Words):
@@ -714,12 +655,9 @@ class ChatWords(Words):
 
 
 def test_a_judge_reads_the_question_and_not_the_template_around_it():
-    from sera_plugin.labeling.conversation import Conversation
-
     one = "<|user|>\nWhat is\n it?<end>\n<|assistant|>\n"
     several = "<|user|>\nHi<end>\n<|assistant|>\nYes?<end>\n<|user|>\nWhy?<end>\n<|assistant|>\n"
     conversation = Conversation(ChatWords({1: "<s>" + one, 2: one, 3: several, 4: "plain text"}))
-    assert conversation.question(np.array([1])) == "What is\n it?"
-    assert conversation.question(np.array([2])) == "What is\n it?"
-    assert conversation.question(np.array([3])) == "Hi\n\nYes?\n\nWhy?"
-    assert conversation.question(np.array([4])) == "plain text"
+    assert [conversation.question(np.array([text])) for text in (1, 2, 3, 4)] == [
+        "What is\n it?", "What is\n it?", "Hi\n\nYes?\n\nWhy?", "plain text",
+    ]  # fmt: skip
