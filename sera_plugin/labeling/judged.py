@@ -32,16 +32,7 @@ if TYPE_CHECKING:
 
 
 class Judged(Ranker):
-    """Rewards from a judge, which rank 0 asks.
-
-    Args:
-        name: as in `sera.labeler`.
-        judge: makes the judge, which keeps what it says in the journal.
-        journal: opens that for the phase.
-        conversation: token ids to the texts that a judge reads.
-        ranks: the run's processes.
-        quiet: whether no progress is shown.
-    """
+    """Rewards from a judge, which rank 0 asks. What it says is kept in the journal."""
 
     def __init__(
         self,

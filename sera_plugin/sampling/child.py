@@ -34,10 +34,7 @@ class ChildFailed(SamplingFailed):
 class Child:
     """A running child; a context manager that leaves no process behind.
 
-    Args:
-        command: what to run.
-        environment: all of its environment.
-        log: receives what it prints; appended to.
+    `environment` is all of its environment. What it prints is appended to the log.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -69,9 +66,7 @@ class Child:
     def check(self, sign: Callable[[], object]) -> None:
         """Return at once where the child runs; to be called every second or so.
 
-        Args:
-            sign: gives something else whenever the child has made progress. It is called now and
-                then only.
+        `sign`, called now and then, gives something else whenever the child has made progress.
 
         Raises:
             ChildFailed: if the child has ended, or has made no progress for `PATIENCE` seconds.

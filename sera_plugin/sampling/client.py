@@ -84,14 +84,10 @@ def server_words(answer: requests.Response, key: str) -> str:
 
 
 class Client:
-    """Sends requests to one server.
+    """Sends requests to one server, whose `key` may be an empty text.
 
-    Args:
-        url: where it listens.
-        key: its API key, or an empty text.
-        retries: tries after the first one.
-        remedy: what to do where nothing answers there.
-        timeout: seconds to wait for a reply, None where `watch` sees to it.
+    `retries` are tries after the first one, `remedy` says what to do where nothing answers, and
+    `timeout` is in seconds for a reply, None where `watch` sees to it.
     """
 
     def __init__(
@@ -126,9 +122,7 @@ class Client:
 
         Args:
             model: the name under which the policy is served.
-            prompts: token ids of all rows.
-            limits: most tokens to sample by row, in the order to take the rows in.
-            settings: how to sample.
+            limits: most tokens to sample by row of `prompts`, in the order to take the rows in.
             vocabulary: number of token ids that the model knows.
             watch: called at least every second; may raise.
 
@@ -220,9 +214,7 @@ def read_candidates(
     """The R candidates of one prompt, in the order of their index.
 
     Args:
-        choices: an engine's answer: a list of objects with `index`, `token_ids` and
-            `finish_reason`.
-        settings: what was asked for.
+        choices: an engine's answer: objects with `index`, `token_ids` and `finish_reason`.
         limit: most tokens of a candidate of this prompt.
         vocabulary: number of token ids that the model knows.
 

@@ -62,11 +62,8 @@ def make_room(
     On a GPU unused blocks are always returned. If the engine would still not fit beside the run,
     weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
 
-    Args:
-        model, optimizer: what a training run keeps on its device.
-        needs: from `engine_needs`.
-        options: the host's `vllm:` block, keys that are unset left out.
-        ranks: the run's processes. An engine on several devices takes those of its neighbours.
+    `needs` is from `engine_needs`, `options` is the host's `vllm:` block, unset keys left out. An
+    engine on several devices takes those of the neighbouring ranks.
 
     Raises:
         ValueError: if the engine cannot fit, or more devices are asked for than there are.

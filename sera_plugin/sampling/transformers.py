@@ -18,11 +18,9 @@ from sera_plugin.sampling.prompts import room
 
 
 class TransformersSampler:
-    """Samples from the loaded model.
+    """Samples from the loaded model, which is left in the mode (train or eval) it came in.
 
     Args:
-        model: the policy; left in the mode (train or eval) it came in.
-        pad_id: padding token id.
         token_budget: most tokens of one batch's prompts and candidates together.
         autocast: the context training computes its loss in.
         shard: this process's part of the batches; in step where the model is sharded.

@@ -29,10 +29,8 @@ LOG = logging.getLogger("axolotl.sera")
 
 #: vLLM's own `vllm` program does not start in its CPU build.
 SERVER = "vllm.entrypoints.openai.api_server"
-#: The name under which a child serves the policy.
-_POLICY = "policy"
-#: Seconds in which a server that stopped answering shows how it ended.
-_ENDS_WITHIN = 10.0
+_POLICY = "policy"  # the name under which a child serves the policy
+_ENDS_WITHIN = 10.0  # seconds in which a server that stopped answering shows how it ended
 #: Where a running server's key is looked for; the variable that `vllm serve` itself reads.
 API_KEY = "VLLM_API_KEY"
 #: Text whose tokens tell tokenizers apart.
@@ -117,7 +115,6 @@ class VllmSampler(_Sampler):
 
     Args:
         python: interpreter of the environment that has vLLM.
-        policy: what to serve.
         options: the host's `vllm:` block, keys that are unset left out.
         log: what the server prints goes here.
         make_room: frees accelerator memory for as long as its block lasts.
@@ -256,9 +253,6 @@ class VllmServerSampler(_Sampler):
         base_model: the host's `base_model`.
         adapter: theta_{t-1}'s directory, which the server must see under the same path.
         tokenize: text to token ids without special tokens added, as training tokenizes.
-        special_tokens: the tokenizer's special tokens.
-        vocabulary: number of token ids that the model knows.
-        shard: this process's part of the prompts.
         longest: its context in tokens, as `check` has found it, None where that is not known.
     """
 
@@ -291,8 +285,7 @@ class VllmServerSampler(_Sampler):
     def check(self, longest: int = 0) -> int:
         """Whether this server can serve the run's policies; returns its context in tokens.
 
-        Args:
-            longest: most tokens of a prompt and its candidate together.
+        `longest` is the most tokens of a prompt and its candidate together.
 
         Raises:
             SamplingFailed: naming what is wrong with it and how to start it right.

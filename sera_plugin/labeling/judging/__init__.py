@@ -41,10 +41,9 @@ class Comparison:
 class Verdict:
     """What a judge thinks of the first answer against the second.
 
-    Attributes:
-        orders: for each order in which the two were shown (the first answer first, then second):
-            1 the first answer is better, 0.5 a tie, 0 the second is better, None no verdict.
-            A judge that scores answers one by one has one entry.
+    `orders` has for each order in which the two were shown (the first answer first, then second):
+    1 the first answer is better, 0.5 a tie, 0 the second is better, None no verdict. A judge that
+    scores answers one by one has one entry.
     """
 
     orders: tuple[float | None, ...]
