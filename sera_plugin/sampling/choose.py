@@ -49,10 +49,8 @@ class Choice:
 def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
     """Decide once, when a run starts.
 
-    Args:
-        asked: `sera.sampler`.
-        python: the interpreter that should have vLLM.
-        problem: why vLLM would not serve this kind of policy, or None.
+    `asked` is `sera.sampler`, `python` the interpreter that should have vLLM, and `problem` why it
+    would not serve this kind of policy, or None.
 
     Raises:
         ValueError: if vLLM is asked for by name and its interpreter does not import it.
@@ -128,9 +126,7 @@ def _answer(python: str, code: str) -> str:
 def child_environment(python: str, devices: Sequence[str] = ()) -> dict[str, str]:
     """This process's environment without what would mislead an engine in another process.
 
-    Args:
-        python: the interpreter that will run there.
-        devices: CUDA devices for it by number or name, empty for all that are visible.
+    `python` will run there, with CUDA `devices` by number or name, none for all that are visible.
     """
     environment = {name: value for name, value in os.environ.items() if not _OURS.match(name)}
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has set it to 1 for each of its ranks
@@ -138,18 +134,12 @@ def child_environment(python: str, devices: Sequence[str] = ()) -> dict[str, str
     if python != sys.executable:
         environment.pop("PYTHONPATH", None)
         environment.pop("PYTHONHOME", None)
-    environment |= {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "PYTHONUNBUFFERED": "1",
-        # An engine serves this process alone: nothing of it listens on the network, whichever
-        # interfaces the training processes use among each other.
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOOPBACK_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-    }
+    environment |= dict.fromkeys(("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "PYTHONUNBUFFERED"), "1")
+    environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    # An engine serves this process alone: nothing of it listens on the network, whichever
+    # interfaces the training processes use among each other.
+    environment |= dict.fromkeys(("VLLM_HOST_IP", "VLLM_LOOPBACK_IP"), "127.0.0.1")
+    environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return environment

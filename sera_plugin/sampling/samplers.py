@@ -76,7 +76,7 @@ class Samplers:
         mine = SAMPLERS.index(choice.name) if ranks.main else 0
         name = SAMPLERS[int(ranks.sum(np.array([mine], float))[0])]
         if name == "vllm":
-            ranks.engine_shard(self._engine_size)
+            ranks.engine_shard(self._vllm_options.get("tensor_parallel_size") or 1)
         self.choice = replace(choice, name=name)
         return self.choice
 
@@ -111,7 +111,7 @@ class Samplers:
 
         name = f"vllm-{ranks.rank}.log" if ranks.world > 1 else "vllm.log"
         log = self.store.iteration(iteration) / name
-        shard = ranks.engine_shard(self._engine_size)
+        shard = ranks.engine_shard(options.get("tensor_parallel_size") or 1)
         return VllmSampler(self._python, served, options, log, room, shard)
 
     @property
@@ -125,10 +125,6 @@ class Samplers:
         names = ["gpu_memory_utilization", "tensor_parallel_size", "dtype", "max_model_len"]
         names += ["enforce_eager", "enable_prefix_caching"]
         return {name: block[name] for name in names if block.get(name) not in (None, "auto")}
-
-    @property
-    def _engine_size(self) -> int:
-        return int(self._vllm_options.get("tensor_parallel_size") or 1)
 
     @property
     def _vocabulary(self) -> int:

@@ -10,7 +10,6 @@ Nothing here but `reward_model` knows torch, and nothing the host.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -73,23 +72,14 @@ class Replies:
 
 @dataclass
 class Usage:
-    """What judging took.
+    """What judging took."""
 
-    Attributes:
-        asked: replies that were asked for.
-        cached: replies that were there from before.
-        retries: requests that were made again after an error.
-        malformed: replies without a verdict that can be read; the judge was asked again.
-        unparsed: verdicts that were given up, so are missing, after several such replies.
-        refused: verdicts that are missing because the endpoint refused the request.
-    """
-
-    asked: Replies = field(default_factory=Replies)
-    cached: Replies = field(default_factory=Replies)
-    retries: int = 0
-    malformed: int = 0
-    unparsed: int = 0
-    refused: int = 0
+    asked: Replies = field(default_factory=Replies)  # replies that were asked for
+    cached: Replies = field(default_factory=Replies)  # replies that were there from before
+    retries: int = 0  # requests that were made again after an error
+    malformed: int = 0  # replies without a verdict that can be read; the judge was asked again
+    unparsed: int = 0  # verdicts that were given up, so are missing, after several such replies
+    refused: int = 0  # verdicts that are missing because the endpoint refused the request
 
     def add(self, other: Usage) -> None:
         """Count another's in."""
@@ -117,21 +107,20 @@ class Judge(Protocol):
         ...
 
 
-class ScoringJudge(ABC):
+class ScoringJudge:
     """A judge that gives each answer a number; the larger one wins, equal ones tie."""
 
     def __init__(self, name: str, description: dict[str, Any]) -> None:
-        self.name = name
-        self.description = description
+        self.name, self.description = name, description
         self.usage = Usage()
 
-    @abstractmethod
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """Yield (index, score) of every answer as they are done, in any order, None without one.
 
         Raises:
             JudgeFailed: if it cannot go on.
         """
+        raise NotImplementedError
 
     def score_all(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `score`. An answer that occurs several times is scored once."""

@@ -42,11 +42,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 def read_template(kind: str, path: Path | None = None) -> str:
     """A judge's prompt, the user's or the shipped one, with places such as `{question}`.
 
-    Braces that hold anything else are text.
-
-    Args:
-        kind: `pairwise`, `single` or `additive`.
-        path: a text file, or None.
+    Braces that hold anything else are text. The kind is `pairwise`, `single` or `additive`.
 
     Raises:
         ValueError: if it is not text or lacks a place, naming the file and the place.
