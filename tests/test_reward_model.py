@@ -45,7 +45,15 @@ def reward_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def judge(tmp_path):
     """A judge with a journal; another call is another process's judge."""
-    return lambda directory: make_judge(str(directory), Journal(tmp_path / "judge.jsonl"))
+    journals: list[Journal] = []
+
+    def load(directory: Path):
+        for journal in journals:
+            journal.close()
+        journals.append(Journal(tmp_path / "judge.jsonl"))
+        return make_judge(str(directory), journals[-1])
+
+    return load
 
 
 def alone(directory: Path, answers) -> list[float]:

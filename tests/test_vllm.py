@@ -329,7 +329,7 @@ def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> 
     command += ["--enforce-eager", "--max-model-len", "40", *arguments]
     # vLLM 0.30 on a CPU cannot take a seed for a prompt that it prefills in parts.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
-    environment = choose.child_environment(PYTHON) | environment
+    environment = choose.child_environment(PYTHON) | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment
     with (directory / f"server-{port}.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -337,7 +337,7 @@ def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> 
             stderr=log,
             start_new_session=True,
             cwd=directory,
-            env=choose.child_environment(PYTHON) | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
+            env=environment,
         )
     return SimpleNamespace(port=port, process=process, url=f"http://127.0.0.1:{port}")
 
