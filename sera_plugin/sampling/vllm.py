@@ -79,6 +79,7 @@ class _Sampler:
         self.report: dict[str, Any] = {"name": name}
         self.seconds: dict[str, float] = {}
         self.longest, self.shard, self.vocabulary = longest, shard, vocabulary
+        self.make_room: Callable[[int], AbstractContextManager[Any]] = nullcontext
 
     def sample(
         self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
@@ -101,10 +102,6 @@ class _Sampler:
                 with self._serving(max(lengths), memory) as (client, name, watch):
                     left = {row: limits[row] for row in mine}
                     yield from client.sample(name, prompts, left, settings, self.vocabulary, watch)
-
-    def make_room(self, length: int) -> AbstractContextManager[Any]:
-        """Free memory for an engine that takes sequences of that length."""
-        return nullcontext()
 
     def _serving(self, length: int, memory: Any) -> AbstractContextManager[Serving]:
         raise NotImplementedError
@@ -133,7 +130,7 @@ class VllmSampler(_Sampler):
     ) -> None:
         super().__init__("vllm", policy.vocabulary, shard, options.get("max_model_len"))
         self.python, self.policy, self.options = python, policy, options
-        self.log, self.make_room = log, make_room  # type: ignore[method-assign]
+        self.log, self.make_room = log, make_room
 
     @contextmanager
     def _serving(self, length: int, memory: Memory) -> Generator[Serving, None, None]:
