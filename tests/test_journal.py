@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_what_was_added_is_there_again(tmp_path):
     assert all(map(str.isascii, again.path.read_text().splitlines()))
 
 
-@pytest.mark.parametrize("cut", range(1, 24))
+@pytest.mark.parametrize("cut", [1, 2, 9, 23])
 def test_a_line_that_a_process_died_in_is_passed_over(tmp_path, cut):
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:
@@ -52,19 +52,10 @@ def test_damaged_lines_are_passed_over(tmp_path, line):
 
 
 def test_threads_do_not_write_into_each_others_lines(tmp_path):
-    with Journal(tmp_path / "journal.jsonl") as journal:
-        threads = [
-            Thread(
-                target=lambda n=n: [journal.add(f"{n}-{i}", {"x": "y" * 999}) for i in range(50)]
-            )
-            for n in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with Journal(tmp_path / "journal.jsonl") as journal, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: journal.add(str(n), {"x": "y" * 999}), range(400)))
     again = Journal(journal.path)
-    assert all(f"{n}-{i}" in again for n in range(8) for i in range(50))
+    assert all(str(n) in again for n in range(400))
 
 
 HOLD = """

@@ -100,7 +100,7 @@ def test_ranks_that_cannot_share_engines_are_told():
 def _meet(rank: int, port: int, directory: str) -> None:
     from datetime import timedelta
 
-    from sera_plugin.rundir.distributed import current_ranks
+    from sera_plugin.rundir.ranks import current_ranks
     from sera_plugin.rundir.store import RunStore, make_table
 
     os.environ["LOCAL_WORLD_SIZE"] = "2"
@@ -136,7 +136,7 @@ def test_ranks_wait_however_long_it_takes_and_only_the_first_writes(tmp_path):
 
 
 def _die(rank: int, port: int) -> None:
-    from sera_plugin.rundir.distributed import current_ranks
+    from sera_plugin.rundir.ranks import current_ranks
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ranks = current_ranks()
@@ -338,7 +338,7 @@ def _meet_sharded(rank: int, port: int, directory: str) -> None:
     assert whole.keys() == (before.keys() if rank == 0 else set())
     assert all(torch.equal(weight, before[name]) for name, weight in whole.items())
 
-    from sera_plugin.rundir.distributed import current_ranks
+    from sera_plugin.rundir.ranks import current_ranks
 
     ranks = current_ranks()
     assert is_finite(model, ranks)

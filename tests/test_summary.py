@@ -21,20 +21,19 @@ def summary(run: Run, iteration: int) -> dict[str, Any]:
     return summarize(run.iteration(iteration))
 
 
-def test_spread_is_in_nats_per_token(tmp_path: Path) -> None:
-    """Offline margins are 3, -1 and 1: quartiles 0 and 2; 16 tokens in 6 completions.
-
-    Rewards of the candidates are (2, -1), (0, 1) and (6, 0), of two tokens each: 3/2, 1/2, 6/2.
-    """
-    spread = summary(Run(tmp_path), 2)["spread"]
-    assert spread["offline"] == pytest.approx(2 / (16 / 6))
-    assert spread["sampled"] == pytest.approx(3 / 2)
-
-
-def test_spread_of_rewards_per_token_is_not_divided_again(tmp_path: Path) -> None:
-    """Margins per token are 1/2 + 2/2, -1/4 - 0/2 and 2/2 - 1/4: quartiles 1/4 and 9/8."""
-    spread = summary(Run(tmp_path, per_token=True), 2)["spread"]
-    assert spread["offline"] == pytest.approx(9 / 8 - 1 / 4)
+@pytest.mark.parametrize(
+    ("per_token", "offline"),
+    [
+        # Margins 3, -1 and 1: quartiles 0 and 2; 16 tokens in 6 completions.
+        (False, 2 / (16 / 6)),
+        # Margins per token 1/2 + 2/2, -1/4 - 0/2 and 2/2 - 1/4: quartiles 1/4 and 9/8.
+        (True, 9 / 8 - 1 / 4),
+    ],
+)
+def test_spread_is_in_nats_per_token(tmp_path: Path, per_token: bool, offline: float) -> None:
+    """Rewards of the candidates are (2, -1), (0, 1) and (6, 0), of two tokens each."""
+    spread = summary(Run(tmp_path, per_token=per_token), 2)["spread"]
+    assert spread["offline"] == pytest.approx(offline)
     assert spread["sampled"] == pytest.approx(3 / 2)
 
 
@@ -84,18 +83,9 @@ def test_a_small_held_out_set_is_never_without_error(tmp_path: Path) -> None:
     """Three of three right: (3 + 2) / (3 + 4) right of 3 + 4, so sqrt(5/7 x 2/7 / 7)."""
     run = Run(tmp_path)
     for t, gain in ((1, 0.0), (2, 1.0)):
-        run.store.write(
-            t,
-            "evaluation",
-            make_table(
-                {
-                    "chosen_length": [2, 2, 2],
-                    "rejected_length": [2, 2, 2],
-                    "chosen_logp": [-5.0 + gain] * 3,
-                    "rejected_logp": [-5.0] * 3,
-                }
-            ),
-        )
+        columns = {"chosen_logp": [-5.0 + gain] * 3, "rejected_logp": [-5.0] * 3}
+        lengths = {f"{side}_length": [2, 2, 2] for side in ("chosen", "rejected")}
+        run.store.write(t, "evaluation", make_table(columns | lengths))
     found = summary(run, 2)["evaluation"]
     assert found["accuracy"] == 1.0
     assert found["accuracy_error"] == pytest.approx(sqrt(5 / 7 * 2 / 7 / 7))

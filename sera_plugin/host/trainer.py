@@ -45,8 +45,8 @@ from sera_plugin.model.losses import Objective, PreferenceLoss
 from sera_plugin.model.policies import PolicyHistory
 from sera_plugin.model.scoring import PolicyScorer, scoring_budget
 from sera_plugin.model.weights import continue_adapter, tidy_adapters
-from sera_plugin.rundir.distributed import current_ranks
 from sera_plugin.rundir.progress import told
+from sera_plugin.rundir.ranks import current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
 
 LOG = logging.getLogger("axolotl.sera")

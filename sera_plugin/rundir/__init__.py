@@ -4,6 +4,6 @@
 - `checksums`    what is whole; `checkpoints`  where a run continues
 - `journal`      JSON lines that only grow, for calls that cost money
 - `tokens`       lists of token ids as flat arrays
-- `ranks`, `distributed`   the same in several processes
+- `ranks`        the same in several processes
 - `progress`     how far a phase is: a bar, or lines in a log
 """

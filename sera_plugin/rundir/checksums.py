@@ -31,12 +31,7 @@ _REMEDIES: dict[int | None, str] = {
 
 
 class Advice(NamedTuple):
-    """How to go on where a disk has not taken a file.
-
-    Attributes:
-        elsewhere: how to write to another place.
-        then: what to do once the disk takes files.
-    """
+    """Where a disk takes no file: how to write elsewhere, and what to do once it takes files."""
 
     elsewhere: str
     then: str
@@ -57,11 +52,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, list its checksum, and rename it into place.
 
     Whenever the process ends, the place holds the whole old file or the whole new one, and the
-    list knows it.
-
-    Args:
-        path: the file.
-        write: called with the path to write to.
+    list knows it. `write` is called with the path to write to.
 
     Raises:
         OSError: if it cannot be written, with what to do about it. The old file is still there.
@@ -93,23 +84,14 @@ def _beside(path: Path, advice: Advice = RUN) -> Iterator[Path]:
 
 
 def write_file(path: Path, write: Callable[[Path], object], advice: Advice = COMMAND) -> None:
-    """Write a file beside its place and rename it into place. No checksum is listed.
-
-    Args:
-        path: the file, in a directory that is there.
-        write: called with the path to write to.
-        advice: how the caller goes on.
-
-    Raises:
-        OSError: if it cannot be written, with what to do about it. The old file is still there.
-    """
+    """Like `replace_file`, in a directory that is there. No checksum is listed."""
     with _beside(path, advice) as partial:
         write(partial)
         partial.replace(path)
 
 
 def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
-    """The same of a file of text."""
+    """Like `write_file`."""
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), advice)
 
 
@@ -119,16 +101,7 @@ def is_whole(path: Path) -> bool:
 
 
 def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> None:
-    """Write a file whose name ends in its checksum: many processes may add to one directory.
-
-    Args:
-        directory: where it goes.
-        name: of the file; the checksum comes in front of its suffix.
-        write: called with the path to write to.
-
-    Raises:
-        OSError: if it cannot be written, with what to do about it.
-    """
+    """Like `replace_file`, with the checksum in the name: many may add to one directory."""
     named = Path(name)
     with _beside(directory / name) as partial:
         directory.mkdir(parents=True, exist_ok=True)
@@ -144,11 +117,7 @@ def is_named_right(path: Path) -> bool:
 
 
 def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a directory beside its place, seal it, and rename it into place.
-
-    Args:
-        path: the directory. What is there is replaced.
-        write: called with the directory to write into.
+    """Write a directory beside its place, seal it, and rename it into place of what is there.
 
     Raises:
         OSError: if it cannot be written, with what to do about it.
@@ -232,11 +201,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
-    """Say what to do about a disk that does not take a file.
-
-    Args:
-        directory: where files are written inside the block.
-        advice: how the caller goes on.
+    """Say what to do about a disk that does not take a file in `directory`.
 
     Raises:
         OSError: instead of any error that comes from a full or closed disk.

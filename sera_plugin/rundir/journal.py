@@ -28,12 +28,7 @@ def key_of(*parts: Any) -> str:
 class Journal:
     """Records under keys, each written at once and never changed. Threads may share one.
 
-    Args:
-        path: the file; made with the first record.
-        advice: for whose work it is kept.
-
-    Raises:
-        OSError: if it is there and cannot be read.
+    The file is made with the first record; `advice` is for whose work it is kept.
     """
 
     def __init__(self, path: Path, advice: Advice = COMMAND) -> None:
@@ -57,7 +52,6 @@ class Journal:
         return key in self._records
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The record under a key, or None."""
         return self._records.get(key)
 
     def add(self, key: str, record: Mapping[str, Any]) -> None:
@@ -96,7 +90,6 @@ class Journal:
         return file
 
     def close(self) -> None:
-        """Let another process write."""
         with self._lock:
             if self._file is not None:
                 os.close(self._file)

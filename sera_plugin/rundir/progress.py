@@ -59,24 +59,18 @@ def log_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[Advance]:
-    """A phase under way; yields what to call with the units that are done.
+    """A phase under way; yields what to call with the units (in the singular) that are done.
 
     On a terminal it is a bar that stays when the phase is over. Elsewhere it is one line in the log
     when the phase begins, one a minute while it lasts, and one at its end if it lasted that long.
-
-    Args:
-        what: the phase, as a reader knows it.
-        total: how many units it has. An estimate will do.
-        unit: what is counted, in the singular.
-        quiet: neither bar nor lines: another rank shows them.
+    An estimate of the total will do. Quiet where another rank shows all this.
     """
     description = f"SeRA: {what}"
     if quiet:
         yield lambda done, note="": None
     elif sys.stderr.isatty():
-        with tqdm(
-            total=total, unit=f" {unit}", unit_scale=total > _COUNTED, desc=description
-        ) as bar:
+        scale = total > _COUNTED
+        with tqdm(total=total, unit=f" {unit}", unit_scale=scale, desc=description) as bar:
 
             def advance(done: int, note: str = "") -> None:
                 if note:
@@ -88,9 +82,38 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
         with above_bars():  # clears what is left of the bar
             pass
     else:
-        lines = _Lines(description, total, unit)
-        yield lines.advance
-        lines.end()
+        LOG.info("%s: %s %ss", description, f"{total:,}", unit)
+        yield from _lines(description, total, unit)
+
+
+def _lines(description: str, total: int, unit: str) -> Iterator[Advance]:
+    finished, last_note = 0, ""
+    began = told = monotonic()
+
+    def tell(of: int) -> None:
+        nonlocal told
+        told = monotonic()
+        line = tqdm.format_meter(
+            finished,
+            of,
+            told - began,
+            prefix=description,
+            unit=f" {unit}",
+            unit_scale=of > _COUNTED,
+            bar_format=_LINE,
+            postfix=last_note,
+        )
+        LOG.info("%s", line)
+
+    def advance(done: int, note: str = "") -> None:
+        nonlocal finished, last_note
+        finished, last_note = finished + done, note
+        if monotonic() - told >= EVERY:
+            tell(total)
+
+    yield advance
+    if told > began:
+        tell(finished)
 
 
 def told(rows: Sequence[Row], what: str, unit: str, quiet: bool = False) -> Iterator[Row]:
@@ -99,36 +122,3 @@ def told(rows: Sequence[Row], what: str, unit: str, quiet: bool = False) -> Iter
         for row in rows:
             yield row
             advance(1)
-
-
-class _Lines:
-    def __init__(self, description: str, total: int, unit: str) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.done, self.note = 0, ""
-        self.began = self.told = monotonic()
-        LOG.info("%s: %s %ss", description, f"{total:,}", unit)
-
-    def advance(self, done: int, note: str = "") -> None:
-        self.done += done
-        self.note = note
-        if monotonic() - self.told >= EVERY:
-            self._tell()
-
-    def end(self) -> None:
-        if self.told > self.began:
-            self.total = self.done
-            self._tell()
-
-    def _tell(self) -> None:
-        self.told = monotonic()
-        line = tqdm.format_meter(
-            self.done,
-            self.total,
-            self.told - self.began,
-            prefix=self.description,
-            unit=f" {self.unit}",
-            unit_scale=self.total > _COUNTED,
-            bar_format=_LINE,
-            postfix=self.note,
-        )
-        LOG.info("%s", line)

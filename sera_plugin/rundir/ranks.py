@@ -5,14 +5,19 @@ Every rank goes through a phase in the same order and holds the same tables; ran
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 T = TypeVar("T")
+
+#: Ranks wait for whole phases. A rank that dies ends the wait of the others at once.
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,19 @@ WHOLE, NO_PART = Shard(), Shard(0, 0)
 
 @dataclass(frozen=True)
 class Ranks:
-    """A run in one process; `sera_plugin.rundir.distributed` has the one in several.
+    """The processes of a run, one unless torch.distributed has more.
 
     Attributes:
         rank, world: this process's number among all of the run, and how many there are.
         local_world: how many of them are on this machine, numbered without a gap.
+        group: a gloo group of their own for waiting and adding up: collectives of an accelerator
+            give up after minutes, and would keep it busy meanwhile. None in one process.
     """
 
     rank: int = 0
     world: int = 1
     local_world: int = 1
+    group: Any = None
 
     @property
     def main(self) -> bool:
@@ -105,10 +113,21 @@ class Ranks:
 
     def barrier(self) -> None:
         """Return once every rank is here, however long that takes."""
+        if self.group is not None:
+            from torch import distributed
+
+            distributed.barrier(group=self.group)
 
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The element-wise sum over all ranks, on each of them."""
-        return values
+        if self.group is None:
+            return values
+        import torch
+
+        total = torch.from_numpy(values.copy())
+        torch.distributed.all_reduce(total, group=self.group)
+        added: npt.NDArray[np.float64] = total.numpy()
+        return added
 
     def on_main(self, action: Callable[[], object]) -> None:
         """Let rank 0 do something that all ranks see done, and none sees half done or too early."""
@@ -116,3 +135,18 @@ class Ranks:
         if self.main:
             action()
         self.barrier()
+
+
+def current_ranks() -> Ranks:
+    """The ranks of this run; a collective call where there are several."""
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return Ranks()
+    world = distributed.get_world_size()
+    return Ranks(
+        rank=distributed.get_rank(),
+        world=world,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        group=distributed.new_group(backend="gloo", timeout=_PATIENCE),
+    )

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,14 @@ FORMAT_VERSION = 1
 
 _TYPES: dict[str, pa.DataType] = {
     "row": pa.int64(),
-    "prompt_ids": TOKENS,
-    "chosen_ids": TOKENS,
-    "rejected_ids": TOKENS,
-    "prompt_length": pa.int32(),
-    "chosen_length": pa.int32(),
-    "rejected_length": pa.int32(),
-    "chosen_logp": pa.float64(),
-    "rejected_logp": pa.float64(),
-    "chosen_reward": pa.float64(),
-    "rejected_reward": pa.float64(),
-    "margin": pa.float64(),
-    "selected": pa.bool_(),
-    "candidate": pa.int32(),
-    "token_ids": TOKENS,
     "finish_reason": pa.string(),
     "logps": pa.list_(pa.float64()),
-    "reward": pa.float64(),
-    "chosen_candidate": pa.int32(),
-    "rejected_candidate": pa.int32(),
-    "priority": pa.float64(),
-    "swapped": pa.bool_(),
+    **dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids", "token_ids"], TOKENS),
+    **dict.fromkeys(["prompt_length", "chosen_length", "rejected_length"], pa.int32()),
+    **dict.fromkeys(["candidate", "chosen_candidate", "rejected_candidate"], pa.int32()),
+    **dict.fromkeys(["chosen_logp", "rejected_logp", "reward", "priority"], pa.float64()),
+    **dict.fromkeys(["chosen_reward", "rejected_reward", "margin"], pa.float64()),
+    **dict.fromkeys(["selected", "swapped"], pa.bool_()),
 }
 
 
@@ -91,7 +79,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
@@ -102,32 +89,30 @@ _LOCKS: dict[Path, BaseFileLock] = {}
 _HELPERS_END_WITHIN = 10.0
 
 
+def _on_main(method: Callable[..., None]) -> Callable[..., None]:
+    """All ranks call it, and rank 0 does it."""
+
+    @wraps(method)
+    def call(self: RunStore, *args: Any) -> None:
+        self.ranks.on_main(lambda: method(self, *args))
+
+    return call
+
+
 class RunStore:
-    """One run's directory.
+    """One run's directory, below the host's `output_dir`, on a file system that all ranks share.
 
-    All ranks call what writes, and rank 0 does it; only chunks of samples are each rank's own.
-
-    Args:
-        output_dir: the host's `output_dir`, on a file system that all ranks share.
-        ranks: the run's processes.
+    Only chunks of samples are each rank's own; all else that writes is called by all ranks.
     """
 
     def __init__(self, output_dir: str | Path, ranks: Ranks | None = None) -> None:
         self.root = Path(output_dir) / "sera"
+        #: What the run is (`description` reads it), and the offline pairs as token ids.
+        self.run_file, self.dataset_file = self.root / "run.json", self.root / "dataset.parquet"
         self.ranks = ranks or Ranks()
         self._reported: set[Path] = set()
         #: Chunks of samples by iteration: counting files again for each would take N^2 steps.
         self._chunks: dict[int, int] = {}
-
-    @property
-    def run_file(self) -> Path:
-        """What the run is; `description` reads it."""
-        return self.root / "run.json"
-
-    @property
-    def dataset_file(self) -> Path:
-        """The offline pairs as token ids."""
-        return self.root / "dataset.parquet"
 
     def lock(self) -> None:
         """Keep other runs out of this directory until this process ends.
@@ -162,14 +147,11 @@ class RunStore:
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         _LOCKS[path] = lock
 
+    @_on_main
     def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
         """Write what the run is and what it trains on; a run has begun once run.json is there."""
-
-        def write() -> None:
-            write_table(self.dataset_file, dataset)
-            write_json(self.run_file, description)
-
-        self.ranks.on_main(write)
+        write_table(self.dataset_file, dataset)
+        write_json(self.run_file, description)
 
     def description(self) -> dict[str, Any] | None:
         """run.json, or None where no run has begun.
@@ -194,35 +176,28 @@ class RunStore:
             )
         return content
 
+    @_on_main
     def repair_dataset(self, dataset: pa.Table) -> None:
         """Write dataset.parquet again if it is missing or damaged."""
-
-        def repair() -> None:
-            if not self._whole(self.dataset_file):
-                write_table(self.dataset_file, dataset)
-
-        self.ranks.on_main(repair)
+        if not self._whole(self.dataset_file):
+            write_table(self.dataset_file, dataset)
 
     def iteration(self, iteration: int) -> Path:
         """The directory of iteration t (1-based)."""
         return self.root / f"iteration-{iteration:02d}"
 
+    @_on_main
     def discard_after(self, iteration: int) -> None:
         """Remove later iterations: they began from a policy that is trained anew."""
-
-        def discard() -> None:
-            for path in self.root.glob("iteration-*"):
-                # Only what is named as ours; of a link the link, never what it leads to.
-                if not re.fullmatch(r"iteration-[0-9]{2,}", path.name):
-                    continue
-                if int(path.name.removeprefix("iteration-")) <= iteration:
-                    continue
-                if path.is_symlink():
-                    path.unlink()
-                elif path.is_dir():
-                    shutil.rmtree(path)
-
-        self.ranks.on_main(discard)
+        for path in self.root.glob("iteration-*"):
+            # Only what is named as ours; of a link the link, never what it leads to.
+            match = re.fullmatch(r"iteration-([0-9]{2,})", path.name)
+            if match is None or int(match[1]) <= iteration:
+                continue
+            if path.is_symlink():
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)
 
     def policy(self, iteration: int) -> Path:
         """Where theta_{t-1}, the policy iteration t starts from, is kept."""
@@ -243,9 +218,10 @@ class RunStore:
             LOG.warning("SeRA: %s is damaged (its checksum differs) and is not used", path)
         return False
 
+    @_on_main
     def write(self, iteration: int, name: str, table: pa.Table) -> None:
         """Complete a phase."""
-        self.ranks.on_main(lambda: write_table(self.table_file(iteration, name), table))
+        write_table(self.table_file(iteration, name), table)
 
     def finished(self, iteration: int, name: str) -> bool:
         """Whether a phase is complete and its file whole."""
@@ -264,10 +240,10 @@ class RunStore:
         path = self.iteration(iteration) / "summary.json"
         return read_json(path) if self._whole(path) else {}
 
+    @_on_main
     def write_summary(self, iteration: int, content: Mapping[str, Any]) -> None:
         """Replace the iteration's summary."""
-        path = self.iteration(iteration) / "summary.json"
-        self.ranks.on_main(lambda: write_json(path, content))
+        write_json(self.iteration(iteration) / "summary.json", content)
 
     def samples(self, iteration: int) -> Path:
         """Where sampling puts its finished chunks until candidates.parquet is written."""
@@ -305,20 +281,12 @@ class RunStore:
             return None
         table = pa.concat_tables([_read_parquet(file) for file in whole])
         order = np.lexsort((table["candidate"].to_numpy(), table["row"].to_numpy()))
-        return make_table(
-            {
-                name: TokenColumn(column).take(order)
-                if column.type == TOKENS
-                else column.take(order)
-                for name, column in zip(table.column_names, table.columns, strict=True)
-            }
-        )
+        tokens = TokenColumn(table["token_ids"]).take(order).to_arrow()
+        place = table.column_names.index("token_ids")
+        return table.drop_columns("token_ids").take(order).add_column(place, "token_ids", tokens)
 
+    @_on_main
     def remove_samples(self, iteration: int) -> None:
         """Remove the chunks once candidates.parquet holds them."""
-
-        def remove() -> None:
-            if self.samples(iteration).exists():
-                shutil.rmtree(self.samples(iteration))
-
-        self.ranks.on_main(remove)
+        if self.samples(iteration).exists():
+            shutil.rmtree(self.samples(iteration))

@@ -19,16 +19,10 @@ _CHUNK = 2**24
 
 
 class TokenColumn(Sequence[IntArray]):
-    """A column of token id lists, which stay in the flat arrays that they came in.
+    """A list<int32> column without nulls, whose lists stay in the flat arrays that they came in.
 
     Picking rows and joining columns copies no tokens. Positions are counted within each array, so
-    that all of them together may have more than 2^31 tokens.
-
-    Args:
-        column: a list<int32> column without nulls.
-
-    Attributes:
-        lengths: (n,) tokens per list.
+    that all of them together may have more than 2^31 tokens. `lengths` is (n,) tokens per list.
     """
 
     def __init__(self, column: pa.ChunkedArray | pa.ListArray) -> None:
@@ -84,13 +78,7 @@ class TokenColumn(Sequence[IntArray]):
         return pa.chunked_array(chunks, type=TOKENS)
 
     def numbered(self, group: int) -> IntArray:
-        """Numbers for lists: within a group equal where the lists are, and only there.
-
-        Args:
-            group: how many lists in a row make a group.
-
-        Returns:
-            (n / group, group) int32.
+        """(n / group, group) numbers: within a group of lists equal where they are, and only there.
 
         Raises:
             ValueError: if the last group is not whole.
