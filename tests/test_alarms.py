@@ -30,31 +30,17 @@ NAMES = [
 
 def first() -> dict:
     """Iteration 1: offline answers of 100 and 80 tokens, nothing sampled, no reward yet."""
-    return {
-        "iteration": 1,
-        "lengths": {
-            "prompt": 20.0,
-            "chosen": 100.0,
-            "rejected": 80.0,
-            "trained_chosen": 100.0,
-            "trained_rejected": 80.0,
-        },
-        "drift": {"chosen": 0.0, "rejected": 0.0},
-    }
+    lengths = {"prompt": 20.0, "chosen": 100.0, "rejected": 80.0}
+    lengths |= {"trained_chosen": 100.0, "trained_rejected": 80.0}
+    return {"iteration": 1, "lengths": lengths, "drift": {"chosen": 0.0, "rejected": 0.0}}
 
 
 def later(iteration: int = 2, **changes) -> dict:
     """An iteration in which all is well; `changes` name a figure as block__key."""
     summary = first() | {
         "iteration": iteration,
-        "samples": {
-            "prompts": 100,
-            "sampled": 400,
-            "duplicates": 0,
-            "ties": 0,
-            "too_few": 0,
-            "unfinished": 0,
-        },
+        "samples": {"prompts": 100, "sampled": 400, "duplicates": 0, "ties": 0, "too_few": 0}
+        | {"unfinished": 0},
         "spread": {"offline": 0.1, "sampled": 0.1},
         "pairs": {"offline": 1000},
         "offline_accuracy": 0.7,
@@ -134,52 +120,46 @@ def test_drift_counts_in_both_directions_and_only_for_chosen():
     assert "-1.000 on the rejected" in text
 
 
-def test_accuracy_falls_by_more_than_three_points_without_any_error():
-    steady = [first(), later(2, evaluation__accuracy=0.75)]
-    assert raised(*steady, later(3, evaluation__accuracy=0.7201)) == []
-    assert raised(*steady, later(3, evaluation__accuracy=0.7199)) == ["held_out_accuracy"]
+@pytest.mark.parametrize(
+    ("earlier", "fine", "bad", "threshold", "text"),
+    [
+        # By more than three points without any error.
+        ([(0.75, 0.0)], (0.7201, 0.0), (0.7199, 0.0), 0.03, "iteration 2 75.0%"),
+        # Below the best earlier iteration.
+        ([(0.8, 0.0), (0.78, 0.0)], (0.7701, 0.0), (0.76, 0.0), 0.03, "iteration 2 80.0%"),
+        # Errors of 0.03 and 0.04 add up to 0.05, and two of these are 0.1.
+        ([(0.8, 0.03)], (0.7001, 0.04), (0.6999, 0.04), 0.1, "a fall of 10.0%"),
+        # Worse than a coin needs no earlier iteration.
+        ([], (0.4701, 0.0), (0.4699, 0.0), 0.03, "a coin 50.0%"),
+    ],
+)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_accuracy_falls_beyond_chance(earlier, fine, bad, threshold, text, held_out):
+    def run(*figures) -> list[dict]:
+        found = [first()]
+        for t, (accuracy, error) in enumerate(figures, 2):
+            one = {"accuracy": accuracy, "accuracy_error": error}
+            found.append(
+                later(t, evaluation={"pairs": 1000, **one})
+                if held_out
+                else later(t, **{f"offline_{key}": value for key, value in one.items()})
+            )
+        return found
+
+    name, kind = ("held_out_accuracy", "held-out") if held_out else ("offline_accuracy", "offline")
+    assert raised(*run(*earlier, fine)) == []
+    assert raised(*run(*earlier, bad)) == [name]
+    alarm = only(name, *run(*earlier, bad))
+    assert alarm.threshold == pytest.approx(threshold)
+    assert alarm.figure == pytest.approx(max([0.5, *(one for one, _ in earlier)]) - bad[0])
+    assert f"{bad[0]:.1%} of 1000 {kind} pairs as labelled" in alarm.text
+    assert text in alarm.text
 
 
-def test_accuracy_is_compared_with_the_best_earlier_iteration():
-    run = [first(), later(2, evaluation__accuracy=0.8), later(3, evaluation__accuracy=0.78)]
-    fallen = [*run, later(4, evaluation__accuracy=0.76)]
-    assert raised(*fallen) == ["held_out_accuracy"]
-    assert "iteration 2 80.0%" in only("held_out_accuracy", *fallen).text
-
-
-def test_a_fall_within_sampling_noise_is_none():
-    # Errors of 0.03 and 0.04 add up to 0.05, and two of these are 0.1.
-    keys = {"evaluation__accuracy_error": 0.03}
-    run = [first(), later(2, evaluation__accuracy=0.8, **keys)]
-    keys = {"evaluation__accuracy_error": 0.04}
-    assert raised(*run, later(3, evaluation__accuracy=0.7001, **keys)) == []
-    beyond = [*run, later(3, evaluation__accuracy=0.6999, **keys)]
-    assert raised(*beyond) == ["held_out_accuracy"]
-    assert only("held_out_accuracy", *beyond).threshold == pytest.approx(0.1)
-
-
-def test_a_reward_that_ranks_worse_than_a_coin_needs_no_earlier_iteration():
-    assert raised(first(), later(evaluation__accuracy=0.4701)) == []
-    bad = [first(), later(evaluation__accuracy=0.4699)]
-    assert raised(*bad) == ["held_out_accuracy"]
-    assert "a coin 50.0%" in only("held_out_accuracy", *bad).text
-    # An error that is unknown for an earlier iteration leaves that one out.
+def test_an_earlier_accuracy_without_its_error_is_left_out():
     old = later(2, evaluation__accuracy=0.9)
     del old["evaluation"]["accuracy_error"]
     assert raised(first(), old, later(3)) == []
-
-
-def test_accuracy_on_the_offline_pairs_is_judged_alike():
-    # The demo's figures: 68.3% and 63.1% of 2,779 pairs.
-    run = [first(), later(2, offline_accuracy=0.683, offline_accuracy_error=0.0088)]
-    worse = [*run, later(3, offline_accuracy=0.631, offline_accuracy_error=0.0091)]
-    assert raised(*worse) == ["offline_accuracy"]
-    alarm = only("offline_accuracy", *worse)
-    assert alarm.figure == pytest.approx(0.052)
-    assert alarm.threshold == 0.03  # two standard errors are 2 hypot(0.0088, 0.0091) = 0.0253
-    assert "63.1% of 1000 offline pairs as labelled, iteration 2 68.3%" in alarm.text
-    noisy = later(3, offline_accuracy=0.631, offline_accuracy_error=0.026)
-    assert raised(*run, noisy) == []  # 2 hypot(0.0088, 0.026) = 0.0549
 
 
 def test_what_has_no_figures_is_not_judged():
@@ -192,11 +172,9 @@ def test_what_has_no_figures_is_not_judged():
         del alone[key]
     del alone["lengths"]["sampled"]
     alone["spread"] = {"offline": 0.1}
-    names = [alarm.name for alarm in judge([first(), alone])]
-    assert names == ["chosen_length", "drift", "constant_margins"]
-
-
-def test_equal_candidates_say_nothing_about_the_reward():
+    names = ["chosen_length", "drift", "constant_margins"]
+    assert [alarm.name for alarm in judge([first(), alone])] == names
+    # Equal candidates say nothing about the reward.
     judged = alarm_metrics(judge([first(), later(spread__sampled=None)]))
     assert "sera/alarm/constant_rewards" not in judged
     assert "sera/alarm/constant_margins" in judged

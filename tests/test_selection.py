@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.algorithm.pairing import pair_candidates
-from sera_plugin.algorithm.selection import select_largest
+from sera_plugin.algorithm.selection import pair_candidates, select_largest
 
 
 def kept(margins, count):

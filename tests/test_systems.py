@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 
 from sera_plugin.algorithm.annotations import Annotations, annotate, score_gap, swap, swapped_rows
 from sera_plugin.algorithm.method import Method, Pairs
-from sera_plugin.algorithm.pairing import pair_candidates
 from sera_plugin.algorithm.protocols import Candidate, FloatArray, Ranked, SamplingSettings
 from sera_plugin.algorithm.rewards import equalizing_alpha, regressed_alpha
 from sera_plugin.algorithm.schedule import Schedule
-from sera_plugin.algorithm.selection import select_largest
+from sera_plugin.algorithm.selection import pair_candidates, select_largest
 from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run, require_same_run
@@ -203,7 +202,7 @@ def test_a_ranker_of_its_own_decides_and_needs_the_current_policy_alone(tmp_path
 
 def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_on(tmp_path):
     run = system(tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0)
-    assert run.method.first == 1
+    assert run.config.first_iteration == 1
     assert run.method.sizes == (3, 3, 3)
     for iteration in (1, 2):
         trained = run.prepare(iteration, Spin())

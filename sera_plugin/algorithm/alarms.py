@@ -65,11 +65,12 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
     out. `summaries` are those of iterations 1 to t, at least one.
     """
     now = summaries[-1]
+    held_out = [{**one, **one.get("evaluation", {})} for one in summaries]
     return [
         *_of_lengths(summaries, now["lengths"]),
         _of_drift(now["drift"], now["lengths"]),
-        *_of_accuracy("held_out_accuracy", "held-out", list(map(_held_out, summaries))),
-        *_of_accuracy("offline_accuracy", "offline", list(map(_offline, summaries))),
+        *_of_accuracy("held-out", "accuracy", held_out),
+        *_of_accuracy("offline", "offline_accuracy", summaries),
         *(_of_samples(now["samples"]) if "samples" in now else ()),
         *_of_spread(now.get("spread", {})),
     ]
@@ -130,43 +131,31 @@ def _of_drift(drift: Mapping[str, float], lengths: Mapping[str, float]) -> Alarm
     return _above("drift", abs(chosen), DRIFT, text)
 
 
-#: What an accuracy is called, the accuracy, its standard error, pairs; None where there is none.
-_Accuracy = tuple[str, float, float, int] | None
-
-
-def _held_out(summary: Summary) -> _Accuracy:
-    found = summary.get("evaluation", {})
-    if "accuracy_error" not in found:
-        return None
-    by = f"iteration {summary['iteration']}"
-    return by, found["accuracy"], found["accuracy_error"], found["pairs"]
-
-
-def _offline(summary: Summary) -> _Accuracy:
-    if "offline_accuracy_error" not in summary:
-        return None
-    by, error = f"iteration {summary['iteration']}", summary["offline_accuracy_error"]
-    return by, summary["offline_accuracy"], error, summary["pairs"]["offline"]
-
-
-def _of_accuracy(name: str, kind: str, found: Sequence[_Accuracy]) -> Iterator[Alarm]:
+def _of_accuracy(kind: str, key: str, found: Sequence[Summary]) -> Iterator[Alarm]:
     """The fall below the best earlier iteration, or below a coin, beyond chance.
 
     The errors are added as if two iterations were judged on different pairs. They are the same
     pairs, so the true error is smaller: the alarm is slow rather than nervous.
     """
-    if found[-1] is None:
+    *earlier, last = found
+    if f"{key}_error" not in last:
         return
-    _, now, error_now, pairs = found[-1]
-    earlier = [("a coin", 0.5, 0.0, 0), *filter(None, found[:-1])]
-    by, best, error, _ = max(earlier, key=lambda one: one[1])
-    chance = STANDARD_ERRORS * math.hypot(error, error_now)
+    now, pairs = last[key], last["pairs"]
+    pairs = pairs["offline"] if kind == "offline" else pairs
+    known = [("a coin", 0.5, 0.0)] + [
+        (f"iteration {one['iteration']}", one[key], one[f"{key}_error"])
+        for one in earlier
+        if f"{key}_error" in one
+    ]
+    by, best, error = max(known, key=lambda one: one[1])
+    chance = STANDARD_ERRORS * math.hypot(error, last[f"{key}_error"])
     text = (
         f"the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
         f"{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier "
         "iteration with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise "
         "rl_beta."
     )
+    name = kind.replace("-", "_") + "_accuracy"
     yield _above(name, best - now, max(ACCURACY_FALL, chance), text)
 
 

@@ -20,10 +20,9 @@ import pyarrow.compute as pc
 
 from sera_plugin.algorithm.method import Iteration, Pairs
 from sera_plugin.algorithm.offline import SIDES, restore, score, select
-from sera_plugin.algorithm.pairing import pair_candidates
 from sera_plugin.algorithm.protocols import DATASET, Chunk, Ranked
 from sera_plugin.algorithm.rewards import FloatArray, equalizing_alpha, require_finite
-from sera_plugin.algorithm.selection import select_largest
+from sera_plugin.algorithm.selection import pair_candidates, select_largest
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import TokenColumn
 

@@ -24,17 +24,11 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a dataset says of its pairs beside their texts, where selection reads it; (N,) each.
+    """What a dataset says of its pairs beside their texts, where selection reads it; (N,) each."""
 
-    Attributes:
-        score_gap: the dataset's score of chosen less that of rejected.
-        prompts: numbers, equal where the prompts are.
-        swapped: which rows had their answers swapped on purpose.
-    """
-
-    score_gap: FloatArray | None = None
-    prompts: npt.NDArray[np.int32] | None = None
-    swapped: npt.NDArray[np.bool_] | None = None
+    score_gap: FloatArray | None = None  # the dataset's score of chosen less that of rejected
+    prompts: npt.NDArray[np.int32] | None = None  # numbers, equal where the prompts are
+    swapped: npt.NDArray[np.bool_] | None = None  # which had their answers swapped on purpose
 
 
 def by_side(names: Sequence[str]) -> dict[str, str]:
@@ -52,13 +46,9 @@ def annotate(
     columns: Columns,
     swapped: npt.NDArray[np.bool_] | None,
 ) -> Annotations:
-    """What the configuration's selection needs to know.
+    """What the configuration's selection needs to know of the N offline pairs.
 
-    Args:
-        config: the `sera:` block.
-        prompt_ids: (N,) of the offline pairs.
-        columns: those of `score_columns`, as `swap` leaves them.
-        swapped: (N,) which labels were swapped on purpose, None without label noise.
+    `columns` are those of `score_columns`, as `swap` leaves them; `swapped` is None without noise.
 
     Raises:
         ValueError: if selection is by a score and there is none, naming the row that lacks it.

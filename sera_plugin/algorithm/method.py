@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
@@ -15,7 +15,6 @@ import pyarrow as pa
 from sera_plugin.algorithm.annotations import Annotations
 from sera_plugin.algorithm.protocols import (
     CandidateSampler,
-    Chunk,
     Labeler,
     Progress,
     SamplingSettings,
@@ -48,23 +47,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Method:
-    """The method's constants, fixed for the run. Iterations are 1-based.
-
-    Attributes:
-        config: the `sera:` block.
-        reference_free: whether the loss has no reference (SimPO, ORPO).
-        per_token: whether the loss averages its reward over tokens; the margin follows it.
-        total: N, the number of offline pairs.
-        iterations: T.
-        seed: the run's.
-        annotations: what the dataset says of its pairs beside their texts.
-    """
+    """The method's constants, fixed for the run. Iterations are 1-based."""
 
     config: SeraConfig
-    reference_free: bool
-    per_token: bool
-    total: int
-    iterations: int = 1
+    reference_free: bool  # the loss has no reference (SimPO, ORPO)
+    per_token: bool  # the loss averages its reward over tokens; the margin follows it
+    total: int  # N, the number of offline pairs
+    iterations: int = 1  # T
     seed: int = 0
     annotations: Annotations = field(default_factory=Annotations)
 
@@ -72,11 +61,6 @@ class Method:
     def unit(self) -> str:
         """What implicit rewards and margins are measured in."""
         return "nats per token" if self.per_token else "nats"
-
-    @property
-    def first(self) -> int:
-        """The iteration from which pairs are selected and sampled."""
-        return self.config.first_iteration
 
     @cached_property
     def selection(self) -> Selection:
@@ -90,7 +74,8 @@ class Method:
 
     def sampled(self, iteration: int) -> int:
         """How many sampled pairs iteration t asks for: none, then k~ = round(bootstrap_ratio N)."""
-        return round(self.config.bootstrap_ratio * self.total) if iteration >= self.first else 0
+        samples = iteration >= self.config.first_iteration
+        return round(self.config.bootstrap_ratio * self.total) if samples else 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -131,19 +116,9 @@ class Method:
     def reward(
         self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
     ) -> FloatArray:
-        """(n,) implicit rewards in `unit`, for t >= 2.
-
-        Args:
-            logps: (n,) summed log-probabilities in nats per policy of `weights`, newest first.
-            iteration: t.
-            lengths: (n,) tokens of the completions.
-        """
+        """(n,) rewards in `unit` of completions of (n,) tokens; (n,) nats per reward policy."""
         weights = self.weights(iteration)
         return implicit_reward(np.stack(logps), weights, lengths if self.per_token else None)
-
-    def reduced(self, logps: FloatArray, lengths: npt.ArrayLike) -> FloatArray:
-        """(n,) summed log-probabilities as the loss reduces them: as they are, or per token."""
-        return logps / np.asarray(lengths) if self.per_token else logps
 
 
 @dataclass
@@ -172,24 +147,9 @@ class Phases:
         entry["tokens"] += tokens
 
 
-def _no_progress(total: int, phase: str) -> AbstractContextManager[Callable[[Chunk], None]]:
-    return nullcontext(lambda chunk: None)
-
-
 @dataclass(frozen=True)
 class Iteration:
-    """What the steps of iteration t (1-based, of policy theta_{t-1}) work with.
-
-    Attributes:
-        method, pairs, store: the run.
-        scorer, sampler: the model's two abilities.
-        settings: how to sample.
-        labeler: ranks the samples.
-        phases: receives what each phase cost.
-        progress: given (prompts to sample, phase), opens a bar that takes finished chunks.
-        held_out: pairs that no iteration trains on, None without any.
-        tables: the run directory's tables that have been read or made, by (iteration, name).
-    """
+    """What the steps of iteration t (1-based, of policy theta_{t-1}) work with."""
 
     t: int
     method: Method
@@ -200,8 +160,9 @@ class Iteration:
     settings: SamplingSettings
     labeler: Labeler
     phases: Phases = field(default_factory=Phases)
-    progress: Progress = _no_progress
-    held_out: Pairs | None = None
+    progress: Progress = lambda total, phase: nullcontext(lambda chunk: None)
+    held_out: Pairs | None = None  # pairs that no iteration trains on
+    #: Those of the run directory that have been read or made, by (iteration, name).
     tables: dict[tuple[int, str], pa.Table] = field(default_factory=dict)
 
     def at(self, t: int) -> Iteration:

@@ -52,9 +52,7 @@ def score(it: Iteration) -> dict[str, FloatArray]:
 def select(it: Iteration, logps: dict[str, FloatArray]) -> pa.Table:
     """offline.parquet: rewards, margins and which pairs are kept (Algorithm 1, line 5).
 
-    Args:
-        it: the iteration; its earlier policies have scored the pairs.
-        logps: as `score` gives them.
+    Earlier policies have scored the pairs; `logps` is what `score` gives.
     """
     method, pairs = it.method, it.pairs
     columns: dict[str, Any] = {"row": np.arange(len(pairs))}
@@ -86,10 +84,10 @@ def _kept(t: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
         if alpha == "auto":
             alpha = regressed_alpha(margin[None], longer[None])
         controlled = margin - alpha * longer
-    chosen, rejected = (
-        method.reduced(columns[f"{side}_logp"], columns[f"{side}_length"]) for side in SIDES
-    )
-    priority = method.selection.priority(t, controlled, chosen - rejected)
+    # As the loss reduces its reward: summed over tokens, or averaged.
+    tokens = [columns[f"{side}_length"] if method.per_token else 1 for side in SIDES]
+    gap = columns["chosen_logp"] / tokens[0] - columns["rejected_logp"] / tokens[1]
+    priority = method.selection.priority(t, controlled, gap)
     found = {"selected": select_largest(priority, kept)}
     return found if priority is margin else {"priority": priority, **found}
 

@@ -2,7 +2,7 @@
 
 Token ids in, token ids out: what was sampled is what is scored and trained. An engine samples from
 theta_{t-1}; rewards never come from an engine. A labeler gives candidates numbers; pairing the best
-with the worst is the same for all of them (`algorithm.pairing`).
+with the worst is the same for all of them (`algorithm.selection`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,14 @@ DATASET = "dataset"
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample, the same for every engine.
+    """How to sample, the same for every engine: with equal prompts and policy the same samples."""
 
-    Attributes:
-        candidates: R, samples per prompt.
-        temperature, top_p: as in `sera:`.
-        max_new_tokens: longest candidate in tokens, end token included.
-        max_length: longest prompt + candidate in tokens, or None.
-        end_ids: token ids that end a candidate.
-        seed: base seed; the same seed, prompts and policy give the same candidates.
-    """
-
-    candidates: int
+    candidates: int  # R, samples per prompt
     temperature: float
     top_p: float
-    max_new_tokens: int
-    max_length: int | None
-    end_ids: tuple[int, ...]
+    max_new_tokens: int  # longest candidate, end token included
+    max_length: int | None  # longest prompt + candidate in tokens
+    end_ids: tuple[int, ...]  # tokens that end a candidate
     seed: int
 
     def stream(self, row: int) -> int:
@@ -58,13 +49,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sample: its token ids (end token included if it stopped) and why it ended.
+    """One sample."""
 
-    `finish_reason` is "stop" (an end token) or "length" (cut off).
-    """
-
-    token_ids: list[int]
-    finish_reason: str
+    token_ids: list[int]  # end token included if it stopped
+    finish_reason: str  # "stop" (an end token) or "length" (cut off)
 
 
 #: Finished prompts: (row, its R candidates).
@@ -110,22 +98,14 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Ranked:
-    """Candidates to rank, n in all, those of a prompt next to each other.
+    """Samples of theta_{t-1} to rank, n in all, those of a prompt next to each other."""
 
-    Attributes:
-        iteration: t, 1-based; they are samples of theta_{t-1}.
-        per_prompt: how many of them belong to a prompt, the same for all.
-        prompts, answers: (n,) token ids; the end token included.
-        finish_reasons: (n,) why each ended.
-        logps: (n,) nats under each policy that the labeler asked for, newest first.
-    """
-
-    iteration: int
-    per_prompt: int
-    prompts: TokenColumn
-    answers: TokenColumn
-    finish_reasons: Sequence[str]
-    logps: Sequence[FloatArray]
+    iteration: int  # t, 1-based
+    per_prompt: int  # how many of them belong to a prompt, the same for all
+    prompts: TokenColumn  # (n,) token ids
+    answers: TokenColumn  # (n,) token ids, the end token included
+    finish_reasons: Sequence[str]  # (n,)
+    logps: Sequence[FloatArray]  # (n,) nats under each policy asked for, newest first
 
 
 class Labeler(Protocol):

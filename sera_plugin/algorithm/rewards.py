@@ -33,10 +33,7 @@ _HALVINGS = 20
 def reward_weights(iteration: int, gamma: float, reference_free: bool) -> tuple[float, ...]:
     """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward (Eq. 7, Eq. 17).
 
-    Args:
-        iteration: t, 1-based; selection starts at t = 2.
-        gamma: weight of the previous reward in the ensemble, 0 to 1.
-        reference_free: whether the loss has no reference (SimPO, ORPO).
+    `gamma` is the weight of the previous reward in the ensemble, 0 to 1.
 
     Raises:
         ValueError: for iteration 1, which has no earlier policy to compare with.
@@ -67,15 +64,10 @@ def implicit_reward(
 
 
 def require_finite(values: npt.NDArray[Any], what: str, rows: npt.NDArray[Any]) -> None:
-    """Refuse numbers that are not finite.
-
-    Args:
-        values: (n,) log-probabilities, rewards or margins.
-        what: whose they are, for the message.
-        rows: (n,) the row of each.
+    """Refuse (n,) numbers of (n,) rows that are not finite.
 
     Raises:
-        ValueError: naming the first such row.
+        ValueError: naming the first such row, and `what` the numbers are.
     """
     broken = np.flatnonzero(~np.isfinite(values))
     if broken.size:
@@ -89,9 +81,7 @@ def require_finite(values: npt.NDArray[Any], what: str, rows: npt.NDArray[Any]) 
 def regressed_alpha(rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> float:
     """Slope of reward on length within groups, in nats per token; 0 where no length differs.
 
-    Args:
-        rewards, lengths: (groups, members). Rewards that are not finite are left out with their
-            lengths.
+    Both are (groups, members). Rewards that are not finite are left out with their lengths.
     """
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
     known = np.isfinite(reward)

@@ -8,19 +8,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many optimizer steps each iteration takes; iterations are 1-based.
+    """How many optimizer steps each iteration takes; iterations are 1-based."""
 
-    Attributes:
-        pairs: |D_t| for t = 1..T.
-        batch_size: pairs per micro-batch, all processes together.
-        accumulation: micro-batches per optimizer step.
-        drop_last: whether the data loader drops an incomplete last micro-batch.
-    """
-
-    pairs: tuple[int, ...]
-    batch_size: int
-    accumulation: int
-    drop_last: bool = False
+    pairs: tuple[int, ...]  # |D_t| for t = 1..T
+    batch_size: int  # pairs per micro-batch, all processes together
+    accumulation: int  # micro-batches per optimizer step
+    drop_last: bool = False  # whether the data loader drops an incomplete last micro-batch
 
     def batches(self, iteration: int) -> int:
         """Micro-batches of iteration t."""

@@ -1,11 +1,12 @@
-"""Which offline pairs an iteration trains on: a ranking, and how many of its first are kept.
+"""Which pairs an iteration trains on: the first of a ranking, and candidates paired by reward.
 
-`ImplicitRewardMargin` is the paper's; each of the others is a system that it is compared with.
-`config.kinds.SELECTIONS` names them.
+`ImplicitRewardMargin` is the paper's selection of offline pairs; each of the others is a system
+that it is compared with. `config.kinds.SELECTIONS` names them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,11 +22,8 @@ def select_largest(margins: npt.ArrayLike, count: int) -> npt.NDArray[np.bool_]:
     """(n,) bool: the `count` pairs with the largest margin (paper Algorithm 1, lines 5 and 8).
 
     Margins may be negative: a pair on which the policy disagrees with its label least is still
-    kept when the ratio asks for it. Equal margins are kept in row order.
-
-    Args:
-        margins: (n,) margins in nats.
-        count: how many to keep; more than n keeps all.
+    kept when the ratio asks for it. Equal margins are kept in row order; a count of more than n
+    keeps all.
 
     Raises:
         ValueError: naming the first row whose margin is not finite.
@@ -50,7 +48,7 @@ class Selection:
     def count(self, iteration: int) -> int:
         """How many iteration t keeps: N before selection begins, k = round(ratio N) from then."""
         method = self.method
-        selects = iteration >= method.first
+        selects = iteration >= method.config.first_iteration
         return round(method.config.selection_ratio * method.total) if selects else method.total
 
     def priority(self, iteration: int, margin: FloatArray | None, gap: FloatArray) -> FloatArray:
@@ -133,3 +131,63 @@ class Curriculum(Selection):
 
     def priority(self, iteration: int, margin: FloatArray | None, gap: FloatArray) -> FloatArray:
         return (self._turn == iteration).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class CandidatePairs:
+    """Pairs found among all prompts' candidates. Arrays are (pairs,), in prompt order."""
+
+    prompt: npt.NDArray[np.int64]  # index of the prompt
+    chosen: npt.NDArray[np.int32]  # index of the candidate within the prompt
+    rejected: npt.NDArray[np.int32]
+    margin: FloatArray  # reward of chosen less that of rejected, > 0
+    duplicates: int  # candidates that repeat an earlier one of their prompt token for token
+    ties: int  # pairs not made because both rewards were equal
+    too_few: int  # prompts with fewer than two distinct candidates that have a reward
+    unranked: int  # candidates without a reward (NaN), which are in no pair
+
+
+def pair_candidates(
+    candidates: npt.ArrayLike, rewards: npt.ArrayLike, pairs_per_prompt: int = 1
+) -> CandidatePairs:
+    """Pair best with worst, second with second last, and so on (paper Algorithm 1, line 7).
+
+    Equal rewards give no pair; fewer than two distinct candidates give none.
+
+    Args:
+        candidates: (prompts, R) numbers, equal within a prompt where the token ids are
+            (`TokenColumn.numbered`). Identical candidates count once (the first stands for them).
+        rewards: (prompts, R); NaN where whoever ranks them could not.
+        pairs_per_prompt: at most this many nested pairs a prompt; one is the paper's default.
+
+    Raises:
+        ValueError: naming the prompt of a reward that is infinite.
+    """
+    answers, reward = np.asarray(candidates), np.asarray(rewards, dtype=np.float64)
+    unknown = np.isnan(reward)
+    prompts = np.repeat(np.arange(len(reward)), reward.shape[1])
+    require_finite(np.where(unknown, 0, reward).ravel(), "reward of a candidate", prompts)
+    repeats = np.zeros(reward.shape, dtype=bool)
+    for index in range(1, reward.shape[1]):
+        earlier, this = answers[:, :index], answers[:, index : index + 1]
+        repeats[:, index] = (earlier == this).any(axis=1)
+    left_out = repeats | unknown
+    distinct = reward.shape[1] - left_out.sum(axis=1, keepdims=True)
+    # Best first, equal ones in their order, those that are left out behind all others.
+    ranked = np.argsort(np.where(left_out, np.inf, -reward), axis=1, kind="stable")
+    rank = np.arange(min(pairs_per_prompt, reward.shape[1] // 2))
+    possible = rank < distinct // 2
+    best = ranked[:, : len(rank)]
+    worst = np.take_along_axis(ranked, np.maximum(distinct - 1 - rank, 0), axis=1)
+    highest, lowest = (np.take_along_axis(reward, side, axis=1) for side in (best, worst))
+    made = possible & (highest > lowest)
+    return CandidatePairs(
+        prompt=np.nonzero(made)[0],
+        chosen=best[made].astype(np.int32),
+        rejected=worst[made].astype(np.int32),
+        margin=highest[made] - lowest[made],
+        duplicates=int(repeats.sum()),
+        ties=int((possible & ~made).sum()),
+        too_few=int((distinct < 2).sum()),
+        unranked=int(unknown.sum()),
+    )
