@@ -71,34 +71,34 @@ def test_a_healthy_run_raises_nothing_and_every_alarm_is_judged():
     assert alarm_metrics(judged) == {f"sera/alarm/{name}": 0.0 for name in NAMES}
 
 
-# A figure at its threshold is fine; a little beyond it is not.
-EDGES = {
-    # 150 / 100 tokens
-    "sampled_length": ({"lengths__sampled": 150.0}, {"lengths__sampled": 150.1}, 1.5),
-    # (150 / 96) / (100 / 80) = 1.5625 / 1.25
-    "chosen_length": (
-        {"lengths__trained_chosen": 150.0, "lengths__trained_rejected": 96.0},
-        {"lengths__trained_chosen": 150.1, "lengths__trained_rejected": 96.0},
-        1.25,
-    ),
-    # 50 nats over 100 tokens, in either direction
-    "drift": ({"drift__chosen": -50.0}, {"drift__chosen": -50.1}, 0.5),
-    # 200 of 400, 25 of 100, 100 of 400
-    "duplicates": ({"samples__duplicates": 200}, {"samples__duplicates": 201}, 0.5),
-    "without_pair": ({"samples__too_few": 25}, {"samples__too_few": 26}, 0.25),
-    "unfinished": ({"samples__unfinished": 100}, {"samples__unfinished": 101}, 0.25),
-    "constant_rewards": ({"spread__sampled": 0.001}, {"spread__sampled": 0.00099}, 0.001),
-    "constant_margins": ({"spread__offline": 0.001}, {"spread__offline": 0.00099}, 0.001),
-}
+@pytest.mark.parametrize(
+    ("name", "figure", "fine", "bad", "threshold"),
+    [
+        ("sampled_length", "lengths__sampled", 150.0, 150.1, 1.5),  # of 100 tokens
+        # (120 / 76.8) / (100 / 80) = 1.5625 / 1.25
+        ("chosen_length", "lengths__trained_rejected", 76.8, 76.7, 1.25),
+        ("drift", "drift__chosen", -50.0, -50.1, 0.5),  # nats over 100 tokens
+        ("drift", "drift__chosen", 50.0, 51.0, 0.5),
+        ("duplicates", "samples__duplicates", 200, 201, 0.5),  # of 400
+        ("without_pair", "samples__too_few", 25, 26, 0.25),  # of 100
+        ("unfinished", "samples__unfinished", 100, 101, 0.25),  # of 400
+        ("constant_rewards", "spread__sampled", 0.001, 0.00099, 0.001),
+        ("constant_margins", "spread__offline", 0.001, 0.00099, 0.001),
+    ],
+)
+def test_a_figure_at_its_threshold_is_fine_and_a_little_beyond_it_is_not(
+    name, figure, fine, bad, threshold
+):
+    def run(value) -> list[dict]:
+        summary = later(lengths__trained_chosen=120.0, lengths__trained_rejected=96.0)
+        block, key = figure.split("__")
+        summary[block][key] = value
+        return [first(), summary]
 
-
-@pytest.mark.parametrize("name", EDGES)
-def test_both_sides_of_a_threshold(name):
-    fine, bad, threshold = EDGES[name]
-    assert raised(first(), later(**fine)) == []
-    assert only(name, first(), later(**fine)).figure == pytest.approx(threshold)
-    assert raised(first(), later(**bad)) == [name]
-    assert only(name, first(), later(**bad)).threshold == threshold
+    assert raised(*run(fine)) == []
+    assert only(name, *run(fine)).figure == pytest.approx(threshold)
+    assert raised(*run(bad)) == [name]
+    assert only(name, *run(bad)).threshold == threshold
 
 
 def test_growth_is_against_the_first_iteration_that_sampled():
@@ -112,8 +112,7 @@ def test_growth_is_against_the_first_iteration_that_sampled():
     assert "length_growth" not in alarm_metrics(judge(grown[:2]))
 
 
-def test_drift_counts_in_both_directions_and_only_for_chosen():
-    assert raised(first(), later(drift__chosen=51.0)) == ["drift"]
+def test_drift_counts_only_for_chosen():
     assert raised(first(), later(drift__rejected=-400.0)) == []
     text = only("drift", first(), later(drift__chosen=-51.0, drift__rejected=-80.0)).text
     assert "-0.510 nats per token" in text

@@ -86,25 +86,6 @@ def test_a_reward_that_is_infinite_is_named_and_one_that_is_missing_is_counted()
     assert (result.unranked, result.too_few) == (1, 0)
 
 
-REWARDS = st.lists(st.integers(-99, 99), min_size=2, max_size=10, unique=True)
-
-
-@given(REWARDS, st.integers(1, 4), st.data())
-def test_pairs_do_not_depend_on_the_order_and_more_per_prompt_only_add(rewards, count, data):
-    shuffled = data.draw(st.permutations(rewards))
-    one = {(rewards[c], rewards[r]) for c, r in pairs(rewards, rewards, count)[0]}
-    other = {(shuffled[c], shuffled[r]) for c, r in pairs(shuffled, shuffled, count + 1)[0]}
-    assert len(one) == min(count, len(rewards) // 2)
-    assert one <= other
-
-
-def test_prompts_are_paired_separately_and_in_order():
-    found = pair_candidates([[1, 2], [3, 3], [5, 6]], [[1, 0], [1, 1], [-2, -1]])
-    assert found.prompt.tolist() == [0, 2]
-    assert found.chosen.tolist() == [0, 1]
-    assert found.margin.tolist() == [1.0, 1.0]
-
-
 def test_no_prompts_give_empty_columns_of_the_right_types():
     found = pair_candidates(np.empty((0, 4)), np.empty((0, 4)))
     kinds = [c.dtype for c in (found.prompt, found.chosen, found.rejected, found.margin)]

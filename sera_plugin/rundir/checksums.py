@@ -91,7 +91,6 @@ def write_file(path: Path, write: Callable[[Path], object], advice: Advice = COM
 
 
 def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
-    """Like `write_file`."""
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), advice)
 
 
@@ -187,7 +186,7 @@ def _write(directory: Path, sums: Mapping[str, Sequence[str]]) -> None:
 
 
 def _header(sums: Mapping[str, object]) -> str:
-    """A comment that shows when a list has lost lines."""
+    """Shows when a list has lost lines."""
     return f"# {len(sums)} files\n"
 
 
@@ -224,6 +223,5 @@ def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
 
 
 def _is_full(directory: Path) -> bool:
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free < _NEXT_TO_NOTHING
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free < _NEXT_TO_NOTHING

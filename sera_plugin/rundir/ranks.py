@@ -22,11 +22,9 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of some work.
+    """One part of some work: which of how many; a count of 0 is an empty part.
 
-    Attributes:
-        index, count: which of how many parts; a count of 0 is an empty part.
-        in_step: whether a piece is a collective call, in which every part takes a turn together.
+    In step a piece is a collective call, in which every part takes a turn together.
     """
 
     index: int = 0
@@ -34,14 +32,10 @@ class Shard:
     in_step: bool = False
 
     def of(self, pieces: Sequence[T], sizes: Sequence[int]) -> list[T]:
-        """The pieces of this part, in the order they came in. All parts must ask alike.
+        """The pieces (largest first) of this part, in their order. All parts must ask alike.
 
         The largest piece left goes to the part that has the least. In step a turn takes as long as
         its largest piece, and every `count`-th piece, largest first, makes the fewest turns.
-
-        Args:
-            pieces: all of the work, largest first.
-            sizes: what each piece costs.
         """
         if self.in_step or not self.count:
             return list(pieces[self.index :: self.count]) if self.count else []
@@ -67,18 +61,13 @@ WHOLE, NO_PART = Shard(), Shard(0, 0)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, one unless torch.distributed has more.
+    """The processes of a run, one unless torch.distributed has more."""
 
-    Attributes:
-        rank, world: this process's number among all of the run, and how many there are.
-        local_world: how many of them are on this machine, numbered without a gap.
-        group: a gloo group of their own for waiting and adding up: collectives of an accelerator
-            give up after minutes, and would keep it busy meanwhile. None in one process.
-    """
-
-    rank: int = 0
+    rank: int = 0  # this process's number among all of the run
     world: int = 1
-    local_world: int = 1
+    local_world: int = 1  # how many of them are on this machine, numbered without a gap
+    #: A gloo group of their own for waiting and adding up: collectives of an accelerator give up
+    #: after minutes, and would keep it busy meanwhile. None in one process.
     group: Any = None
 
     @property

@@ -110,10 +110,8 @@ class TokenColumn(Sequence[IntArray]):
     def _views(self, rows: slice) -> list[IntArray]:
         start = self._start[rows]
         places = (self._array[rows], start, start + self.lengths[rows])
-        return [
-            self._arrays[array][first:last]
-            for array, first, last in zip(*(place.tolist() for place in places), strict=True)
-        ]
+        each = zip(*(place.tolist() for place in places), strict=True)
+        return [self._arrays[array][first:last] for array, first, last in each]
 
     def _flat(self, rows: slice) -> IntArray:
         return np.concatenate([np.empty(0, dtype=np.int32), *self._views(rows)])
