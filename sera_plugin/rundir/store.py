@@ -281,9 +281,11 @@ class RunStore:
             return None
         table = pa.concat_tables([_read_parquet(file) for file in whole])
         order = np.lexsort((table["candidate"].to_numpy(), table["row"].to_numpy()))
-        tokens = TokenColumn(table["token_ids"]).take(order).to_arrow()
-        place = table.column_names.index("token_ids")
-        return table.drop_columns("token_ids").take(order).add_column(place, "token_ids", tokens)
+        columns = zip(table.column_names, table.columns, strict=True)
+        lists = {name: TokenColumn(one) for name, one in columns if one.type == TOKENS}
+        return make_table(
+            {name: lists.get(name, table[name]).take(order) for name in table.column_names}
+        )
 
     @_on_main
     def remove_samples(self, iteration: int) -> None:
