@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,17 +60,20 @@ def select(it: Iteration, logps: dict[str, FloatArray]) -> pa.Table:
     with it.phases.timed("select"):
         if it.t > 1:
             earlier = [it.scores(policy) for policy in method.reward_policies(it.t)[1:]]
-            for side in SIDES:
-                columns[f"{side}_reward"] = method.reward(
-                    [logps[side], *(each[f"{side}_logp"].to_numpy() for each in earlier)],
-                    it.t,
-                    columns[f"{side}_length"],
-                )
-            columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
+            chosen, rejected = rewards(it, [columns, *earlier])
+            columns |= {"chosen_reward": chosen, "rejected_reward": rejected}
+            columns["margin"] = chosen - rejected
         columns |= _kept(it.t, method, columns)
     if method.annotations.swapped is not None:
         columns["swapped"] = method.annotations.swapped
     return make_table(columns)
+
+
+def rewards(it: Iteration, scores: Sequence[Any]) -> list[FloatArray]:
+    """Implicit rewards of chosen and rejected, (N,) each, from scores, newest policy first."""
+    logps = [[np.asarray(one[f"{side}_logp"]) for one in scores] for side in SIDES]
+    lengths = [np.asarray(scores[0][f"{side}_length"]) for side in SIDES]
+    return [it.method.reward(logps[side], it.t, lengths[side]) for side in (0, 1)]
 
 
 def _kept(t: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from sera_plugin.algorithm.algorithm import COUNTS, candidate_places
 from sera_plugin.algorithm.method import Iteration
-from sera_plugin.algorithm.offline import SIDES
+from sera_plugin.algorithm.offline import SIDES, rewards
 from sera_plugin.algorithm.protocols import DATASET
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
@@ -119,7 +119,12 @@ def summarize(it: Iteration) -> dict[str, Any]:
     for side, lengths in trained.items():
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
     if it.t > 1 and it.read("evaluation") is not None:
-        summary["evaluation"] = _held_out_accuracy(it)
+        chosen, rejected = rewards(
+            it, [it.at(policy + 1).table("evaluation") for policy in method.reward_policies(it.t)]
+        )
+        margin = chosen - rejected
+        summary["evaluation"] = {"pairs": len(margin), **accuracy("accuracy", margin)}
+        summary["evaluation"]["margin"] = quantiles(margin)
     return summary
 
 
@@ -161,21 +166,6 @@ def _add_samples(
     for side, values in kept.items():
         summary["lengths"][f"bootstrapped_{side}"] = float(values.mean()) if len(values) else None
     return kept
-
-
-def _held_out_accuracy(it: Iteration) -> dict[str, Any]:
-    """Accuracy of the implicit reward, the one of the margins, on the held-out pairs."""
-    scores = [it.at(p + 1).table("evaluation") for p in it.method.reward_policies(it.t)]
-    chosen, rejected = (
-        it.method.reward(
-            [each[f"{side}_logp"].to_numpy() for each in scores],
-            it.t,
-            scores[0][f"{side}_length"].to_numpy(),
-        )
-        for side in SIDES
-    )
-    margin = chosen - rejected
-    return {"pairs": len(margin), **accuracy("accuracy", margin), "margin": quantiles(margin)}
 
 
 def metrics(summary: Mapping[str, Any], prefix: str = "sera") -> dict[str, float]:

@@ -73,12 +73,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def _beside(path: Path, advice: Advice = RUN) -> Iterator[Path]:
-    """The name under which a file is written before it gets its own; nothing is left there."""
+    """The name of a file or directory until it is whole; nothing is left there."""
     partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # half of one that a killed process was writing
     try:
         with explained(path.parent, advice):
             yield partial
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # the one that matters is under way
             partial.unlink(missing_ok=True)
 
@@ -121,19 +123,14 @@ def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if it cannot be written, with what to do about it.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # half of one that a killed process was writing
-    try:
-        with explained(path.parent):
-            partial.mkdir(parents=True)
-            write(partial)
-            seal(partial)
-            if path.exists():
-                shutil.rmtree(path)
-            partial.rename(path)
-            _flush(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _beside(path) as partial:
+        partial.mkdir(parents=True)
+        write(partial)
+        seal(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        _flush(path.parent)
 
 
 def seal(directory: Path) -> None:
