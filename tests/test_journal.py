@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -107,9 +106,3 @@ def test_a_key_tells_apart_what_differs_and_nothing_else():
     assert key_of("a", {"x": 1, "y": 2}) == key_of("a", {"y": 2, "x": 1})
     keys = {key_of("ab", "c"), key_of("a", "bc"), key_of("abc"), key_of(["ab", "c"]), key_of(1)}
     assert len(keys | {key_of("1")}) == 6
-
-
-def test_a_journal_that_cannot_be_read_is_an_error(tmp_path):
-    (tmp_path / "directory").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        Journal(Path(tmp_path / "directory"))

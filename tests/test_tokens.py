@@ -122,14 +122,6 @@ def test_more_tokens_than_int32_counts(tmp_path: Path) -> None:
 PROMPTS, CHOSEN, REJECTED = [[1, 2], [3]], [[4], [5, 6]], [[7], [8]]
 
 
-def test_fingerprint_is_stable_and_blind_to_storage() -> None:
-    one = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
-    padded = pa.array([[9, 9], *CHOSEN, [9]], type=LISTS)[1:3]
-    two = fingerprint([column(PROMPTS), TokenColumn(padded), column(REJECTED)])
-    assert one == two
-    assert len(one) == 64
-
-
 @pytest.mark.parametrize(
     "changed",
     [
@@ -147,4 +139,5 @@ def test_fingerprint_is_stable_and_blind_to_storage() -> None:
 )
 def test_fingerprint_changes_with_any_token_and_any_boundary(changed: Any) -> None:
     original = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
+    assert len(original) == 64
     assert fingerprint(map(column, changed)) != original
