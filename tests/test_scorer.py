@@ -203,16 +203,6 @@ def test_logits_in_chunks_give_the_same_values_and_gradients(monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-def test_targets_of_a_mask():
-    input_ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
-    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]])
-    targets = Targets.of(input_ids, mask)
-    assert targets.line.tolist() == [0, 0, 1]
-    assert targets.position.tolist() == [1, 2, 1]
-    assert targets.label.tolist() == [7, 8, 9]
-    assert targets.lengths == [2, 1]
-
-
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 def test_an_adapter_on_any_layer_is_scored_and_trained_as_by_the_whole_logits(modules):
     torch.manual_seed(0)
