@@ -316,7 +316,7 @@ def test_text_that_is_json_stays_text_in_a_file_of_mixed_types(
 def test_other_columns_keep_no_datasets_apart(prepare: Any, tmp_path: Path) -> None:
     """The host merges whole rows, and cannot where a column is a number here, an object there."""
     sets = [
-        file_of(tmp_path, [GOOD | {"id": 1, "score": 0.5}, GOOD | {"id": 2, "score": 0.5}]),
+        file_of(tmp_path, [GOOD | {"id": 1, "score": 0.5, "bad": bad} for bad in ("a", "b", None)]),
         file_of(tmp_path, [GOOD | {"id": {"a": "x"}}], "more.jsonl"),
     ]
     result = prepare(datasets=sets, sera={"score_columns": ["score"]})

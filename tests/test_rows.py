@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import axolotl.utils.data.shared as host_shared
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -151,29 +148,6 @@ def test_parts_of_a_message_must_all_be_rendered(tokenizer: Any) -> None:
 # ------------------------------------------------------------------ the guard
 
 
-def test_the_guard_travels_to_worker_processes() -> None:
-    import dill
-
-    transform = guarded(strategy("chatml.intel", "chatml"))
-    again = dill.loads(dill.dumps(transform))
-    row = {"question": "q", "chosen": "a", "rejected": "b"}
-    assert again(row, 5) == transform(row, 5)
-    assert again(row, 5)["sera_row"] == 5
-    assert pickle.dumps(again(row, 5))
-
-
-def test_only_columns_that_are_asked_for_are_kept() -> None:
-    transform = GuardedTransform(lambda row: row, "s", kept=("score",))
-    row = {"prompt": "p", "chosen": "a", "rejected": None, "score": 1, "id": 2}
-    for changed in (row, row | {"rejected": "b"}):
-        result = transform(changed, 0)
-        assert result.keys() == {
-            *("score", "prompt", "chosen", "rejected"),
-            *("sera_problem", "sera_source", "sera_row"),
-        }
-        assert result["score"] == 1
-
-
 def test_a_strategy_may_return_anything_and_raise_anything() -> None:
     def of(transform: Any, **row: Any) -> Any:
         return GuardedTransform(transform, "s")(row, 0)["sera_problem"]
@@ -261,9 +235,6 @@ def test_the_file_is_blamed_only_where_its_content_could_not_be_read(tmp_path: P
 
 
 def test_a_dataset_is_missing_only_where_the_host_says_so() -> None:
-    final = "The dataset could not be loaded. This could be due to a misconfigured dataset path"
-    assert final in inspect.getsource(host_shared.load_dataset_with_config)
-    assert "no such dataset" in str(load_failure("datasets[0]", "org/set", ValueError(final)))
     said = str(load_failure("datasets[0]", "org/set", ValueError("BuilderConfig 'x' not found")))
     assert "cannot be loaded: ValueError: BuilderConfig 'x' not found." in said
     assert "x" * 5000 not in str(load_failure("datasets[0]", "x" * 5000, OSError("too long")))
@@ -299,8 +270,9 @@ def test_nothing_usable_names_the_set(tokenizer: Any) -> None:
 
 
 def rows_of(tokenizer: Any, *pairs: tuple[str, str], **options: Any) -> Any:
-    rows = [{"prompt": "hi", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-    return tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], None, **options)
+    rows = [{"prompt": "x", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    options = {"max_length": None, **options}
+    return tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], **options)
 
 
 def test_an_answer_may_spell_the_token_that_ends_a_turn(tokenizer: Any) -> None:
@@ -317,13 +289,8 @@ def test_equal_answers_prefer_nothing(tokenizer: Any) -> None:
     result = rows_of(tokenizer, ("ab", "hello"), ("ab", "ab"), ("ab</s>", "ab"), ("ab</s>\n", "ab"))
     assert result.rows == [0]
     assert result.dropped == {"chosen equals rejected, which prefers nothing": [1, 2, 3]}
-
-
-def test_answers_that_differ_behind_the_cut_prefer_nothing(tokenizer: Any) -> None:
-    rows = [{"prompt": "x", "chosen": "xzx", "rejected": "xzy"}] * 2
-    rows[0] = rows[0] | {"chosen": "yzx"}
-    result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], 3, truncate=True)
-    assert (result.rows, list(result.dropped.values())) == ([0], [[1]])
+    cut = rows_of(tokenizer, ("yzx", "xzy"), ("xzx", "xzy"), max_length=3, truncate=True)
+    assert (cut.rows, list(cut.dropped.values())) == ([0], [[1]])
 
 
 def test_duplicates_are_kept_and_named(tokenizer: Any) -> None:
@@ -333,8 +300,7 @@ def test_duplicates_are_kept_and_named(tokenizer: Any) -> None:
 
 
 def test_only_rows_that_are_trained_are_remarked_on(tokenizer: Any) -> None:
-    rows = [{"prompt": "x", "chosen": text, "rejected": "y"} for text in ("a\0b", "\0" * 30)]
-    result = tokenize_rows(rows, tokenizer, [tokenizer.eos_token_id], 12)
+    result = rows_of(tokenizer, ("a\0b", "y"), ("\0" * 30, "y"), max_length=12)
     assert result.rows == [0]
     assert list(result.kept.values()) == [[0]]
 

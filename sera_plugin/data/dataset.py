@@ -32,6 +32,7 @@ LOG = logging.getLogger("axolotl.sera")
 
 _NAMED_ROWS = 5
 _NAMED_REASONS = 20
+_TOO_LONG = "longer than sequence_len: {}"
 
 #: Remarks on rows that are kept.
 INEXACT = "have tokens that do not decode back to their text; they are trained as tokenised"
@@ -116,7 +117,7 @@ def prepare_rows(
     for remark, rows in result.kept.items():
         LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
     dropped = sum(map(len, result.dropped.values()))
-    long = len(result.dropped.get(_too_long(length), ()))
+    long = len(result.dropped.get(_TOO_LONG.format(length), ()))
     for wanted, count, key in (
         (long_rows == "raise", long, "excess_length_strategy"),
         (config.bad_rows == "raise", dropped - long, "sera.bad_rows"),
@@ -187,19 +188,17 @@ def tokenize_rows(
             if max_length is not None:
                 too_long = len(prompt) + max(map(len, pair)) > max_length
                 if too_long and not (truncate and len(prompt) < max_length):
-                    raise RowError(_too_long(max_length))
+                    raise RowError(_TOO_LONG.format(max_length))
                 pair = [ids[: max_length - len(prompt)] for ids in pair]
             if np.array_equal(pair[0], pair[1]):
                 raise RowError("chosen equals rejected, which prefers nothing")
         except RowError as error:
             result.drop(row, str(error))
             continue
-        digest = hashlib.sha256()
-        for ids in (prompt, *pair):
-            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        remarks += [DUPLICATE] if digest.digest() in seen else []
+        digest = b"".join(hashlib.sha256(ids).digest() for ids in (prompt, *pair))
+        remarks += [DUPLICATE] if digest in seen else []
         remarks += [SPELLED_OUT] if any(spelled_out for _, spelled_out in finished) else []
-        seen.add(digest.digest())
+        seen.add(digest)
         for remark in remarks:
             result.kept.setdefault(remark, []).append(row)
         result.rows.append(row)
@@ -214,10 +213,6 @@ def tokenize_rows(
             "`sequence_len`."
         )
     return result
-
-
-def _too_long(sequence_len: int | None) -> str:
-    return f"longer than sequence_len: {sequence_len}"
 
 
 def _encode(encoder: RowTokenizer, example: Mapping[str, Any]) -> tuple[list[str], list[IntArray]]:

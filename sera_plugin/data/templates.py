@@ -42,8 +42,7 @@ def _surroundings(tokenizer: Any, role: str, template: str | None) -> tuple[str,
 class AnswerRecorder:
     """Watches the chat templates that a host strategy renders for one row.
 
-    It keeps the answers that the strategy renders after the dummy message, so that `completions`
-    can cut them out of the very same renderings by position.
+    The answers that it renders after the dummy message `completions` cuts out by position.
     """
 
     def __init__(self, tokenizer: Any) -> None:

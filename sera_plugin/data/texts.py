@@ -25,14 +25,8 @@ Path = tuple[str | int, ...]
 _MARK = "sera-mark-91c2"
 #: Where a message has what is said; whatever else it has may be empty.
 _SAID = ("content", "value", "text", "answer")
-_KINDS = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
+_KINDS |= {list: "a list", dict: "an object"}
 #: Characters that text may contain but seldom means to: controls, zero-width space and byte order
 #: mark, direction overrides, the replacement character of a wrong decoding, piles of accents.
 _ODD = re.compile(

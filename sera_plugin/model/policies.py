@@ -148,7 +148,7 @@ class PolicyHistory:
             self.store.ranks.on_main(remove)
 
     def _load(self, policy: int) -> Snapshot:
-        """Read a saved policy back (a resumed run); the model keeps its own weights."""
+        """Read a policy of this run back; the model keeps its own weights."""
         if policy == 0 and not self.is_adapter:
             raise ValueError(
                 "theta_0 is needed, but this process no longer holds it. Start the command again "
