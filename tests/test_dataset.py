@@ -197,21 +197,16 @@ def test_sequence_len_counts_prompt_longer_completion_and_end_token(plain: Any) 
     assert result.dropped == {"longer than sequence_len: 5": [1]}
 
 
-def test_truncation_cuts_both_completions_to_the_room_the_prompt_leaves(plain: Any) -> None:
-    example = row(prompt="<|user|>x<|assistant|>", chosen="xzx", rejected="y")
-    result = tokenize(plain, example, max_length=5, truncate=True)
+def test_truncation_cuts_completions_to_the_room_the_prompt_leaves_if_any(plain: Any) -> None:
+    long = row(prompt="<|user|>x<|assistant|>", chosen="xzx", rejected="y")
+    result = tokenize(plain, long, max_length=5, truncate=True)
     assert spelled(plain, result.prompt_ids[0]) == "<|user|>x<|assistant|>"
     assert spelled(plain, result.chosen_ids[0]) == "xz"
     assert spelled(plain, result.rejected_ids[0]) == "y</s>"
     assert result.dropped == {}
-
-
-def test_a_prompt_that_leaves_no_room_is_dropped_even_when_truncating(plain: Any) -> None:
-    long = row(prompt="<|user|>x<|assistant|>")
     short = row(prompt="x", chosen="x", rejected="y")
     result = tokenize(plain, long, short, max_length=3, truncate=True)
-    assert result.rows == [1]
-    assert list(result.dropped.values()) == [[0]]
+    assert (result.rows, list(result.dropped.values())) == ([1], [[0]])
 
 
 def test_no_usable_row_is_an_error_with_the_counts(plain: Any) -> None:
@@ -227,8 +222,7 @@ def test_no_usable_row_is_an_error_with_the_counts(plain: Any) -> None:
 
 def test_tokens_that_do_not_spell_their_text_are_noted_and_trained() -> None:
     result = tokenize(build(lower=True), row(chosen="hello"), row(chosen="HELLO"))
-    assert result.rows == [0, 1]
-    assert result.kept[INEXACT] == [1]
+    assert (result.rows, result.kept[INEXACT]) == ([0, 1], [1])
 
 
 def test_ordinary_text_of_any_script_is_exact(plain: Any) -> None:
