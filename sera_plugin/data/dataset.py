@@ -195,7 +195,7 @@ def tokenize_rows(
         except RowError as error:
             result.drop(row, str(error))
             continue
-        digest = b"".join(hashlib.sha256(ids).digest() for ids in (prompt, *pair))
+        digest = b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in (prompt, *pair))
         remarks += [DUPLICATE] if digest in seen else []
         remarks += [SPELLED_OUT] if any(spelled_out for _, spelled_out in finished) else []
         seen.add(digest)
