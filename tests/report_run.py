@@ -110,18 +110,8 @@ def make_run(
     for iteration in range(1, iterations + 1):
         phases = Phases()
         settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
-        it = Iteration(
-            t=iteration,
-            method=method,
-            pairs=loaded,
-            store=store,
-            scorer=scorer,
-            sampler=Sampler(),
-            settings=settings,
-            labeler=labeler or ImplicitReward(method),
-            phases=phases,
-            held_out=other,
-        )
+        tools = (scorer, Sampler(), settings, labeler or ImplicitReward(method))
+        it = Iteration(iteration, method, loaded, store, *tools, phases, held_out=other)
         prepare(it)
         if other is not None:
             score_held_out(it)

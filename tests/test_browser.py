@@ -37,12 +37,7 @@ DESKTOP, PHONE = (1280, 900), (360, 740)
 
 
 class Browser:
-    """A Chromium that nobody sees.
-
-    Args:
-        driver: Selenium's.
-        pictures: where screenshots go.
-    """
+    """A Chromium that nobody sees, and where its screenshots go."""
 
     def __init__(self, driver: webdriver.Chrome, pictures: Path) -> None:
         self.driver = driver

@@ -34,16 +34,19 @@ def four(tmp_path):
     return of(tmp_path, pairs=4, logps=FOUR, sera={"bootstrap_ratio": 0}, held_out=0)
 
 
-def test_r_squared_of_three_points():
-    # Deviations (-4, -1, 5) / 3 and (-1, 1, 0): 1^2 / (42 / 9 x 2).
-    assert r_squared([1, 2, 4], [1, 3, 2]) == pytest.approx(9 / 84)
-    assert r_squared([1, 2, 3], [6, 4, 2]) == pytest.approx(1)
-
-
-def test_r_squared_needs_three_points_that_differ():
-    assert r_squared([1, 2], [1, 2]) is None
-    assert r_squared([1, 1, 1], [1, 2, 3]) is None
-    assert r_squared([1, 2, 3, math.nan], [2, 4, 6, 0]) == pytest.approx(1)
+@pytest.mark.parametrize(
+    ("x", "y", "share"),
+    [
+        # Deviations (-4, -1, 5) / 3 and (-1, 1, 0): 1^2 / (42 / 9 x 2).
+        ([1, 2, 4], [1, 3, 2], 9 / 84),
+        ([1, 2, 3], [6, 4, 2], 1),
+        ([1, 2, 3, math.nan], [2, 4, 6, 0], 1),
+        ([1, 2], [1, 2], None),
+        ([1, 1, 1], [1, 2, 3], None),
+    ],
+)
+def test_r_squared_needs_three_points_that_differ(x, y, share):
+    assert r_squared(x, y) == (share and pytest.approx(share))
 
 
 def test_margins_and_where_pairs_are_kept(four):
@@ -145,28 +148,25 @@ def test_length_and_scores_explain_rewards(tmp_path):
     assert [group["kept"] for group in second["groups"]["source"]] == [0.5, 0.5]
 
 
-def test_scores_come_in_pairs_or_alone(tmp_path):
-    values = [1.0, 2.0, 3.0, 4.0]
-    names = ("chosen_rating", "rejected_rating", "gap", "score_chosen", "note")
-    make_run(tmp_path, pairs=4, scores=dict.fromkeys(names[:-1], values) | {"note": ["x"] * 4})
-    assert score_columns(read(tmp_path)) == {
-        "rating": ("chosen_rating", "rejected_rating"),
-        "gap": ("gap",),
-        "score_chosen": ("score_chosen",),
-    }
-
-
-def test_scores_of_one_name_are_told_apart(tmp_path):
-    values = [1.0, 2.0, 3.0, 4.0]
-    names = ("score", "score_chosen", "score_rejected", "chosen_gpt", "rejected_gpt")
-    more = ("gpt_chosen", "gpt_rejected")
-    make_run(tmp_path, pairs=4, scores=dict.fromkeys((*names, *more), values))
-    assert score_columns(read(tmp_path)) == {
-        "score": ("score",),
-        "score_chosen": ("score_chosen", "score_rejected"),
-        "gpt": ("chosen_gpt", "rejected_gpt"),
-        "gpt_chosen": ("gpt_chosen", "gpt_rejected"),
-    }
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"rating": ("chosen_rating", "rejected_rating"), "gap": ("gap",), "score_chosen": None},
+        {
+            "score_chosen": ("score_chosen", "score_rejected"),
+            "gpt": ("chosen_gpt", "rejected_gpt"),
+            "gpt_chosen": ("gpt_chosen", "gpt_rejected"),
+            "score": None,
+        },
+    ],
+    ids=["in-pairs-or-alone", "of-one-name"],
+)
+def test_scores_are_found_and_told_apart(tmp_path, found):
+    found = {name: columns or (name,) for name, columns in found.items()}
+    columns = [column for both in found.values() for column in both]
+    scores = {name: [1.0, 2.0, 3.0, 4.0] for name in columns} | {"note": ["x"] * 4}
+    make_run(tmp_path, pairs=4, scores=scores)
+    assert score_columns(read(tmp_path)) == found
 
 
 def test_samples_and_lengths(tmp_path):

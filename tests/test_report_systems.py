@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import pytest
 
@@ -27,6 +26,11 @@ from tests.report_run import make_run
 
 def page_of(store: RunStore) -> str:
     return render(Run(store))
+
+
+def shown(run: Run, row: int) -> str:
+    texts = Texts(run)
+    return show_pair(describe_pair(run, row, texts), texts)
 
 
 @pytest.mark.parametrize(
@@ -69,31 +73,23 @@ def test_swapped_labels_are_counted_and_marked(tmp_path):
     asked = Annotations(np.arange(12.0), np.arange(12) // 4, swapped)
     by_turns = Run(make_run(tmp_path / "turns", sera=block, annotations=asked))
     assert all("label_noise" not in one for one in figures(by_turns)["iterations"])
-    texts = Texts(run)
-    assert "label: swapped on purpose" in show_pair(describe_pair(run, 4, texts), texts)
-    assert "swapped" not in show_pair(describe_pair(run, 5, texts), texts)
-    listed = show_suspects(run, suspects(run, 12, texts)).splitlines()
+    assert "label: swapped on purpose" in shown(run, 4)
+    assert "swapped" not in shown(run, 5)
+    listed = show_suspects(run, suspects(run, 12, Texts(run))).splitlines()
     for row in np.flatnonzero(run.iterations[-1].margin < 0).tolist():
         line = next(one for one in listed if one.split()[0] == str(row))
         assert line.endswith("swapped on purpose" if swapped[row] else "as given")
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_an_export_says_which_labels_were_swapped_on_purpose(tmp_path, suffix):
+def test_an_export_says_which_labels_were_swapped_on_purpose(tmp_path):
     swapped = np.arange(12) % 4 == 0
-    make_run(tmp_path, annotations=Annotations(swapped=swapped))
-    run = Run(RunStore(tmp_path))
-    path = tmp_path / f"kept.{suffix}"
-    export(run, Texts(run), path, "kept", 1)
-    rows = (
-        list(map(json.loads, path.read_text().splitlines()))
-        if suffix == "jsonl"
-        else pq.read_table(path).to_pylist()
-    )
-    assert [row["swapped"] for row in rows] == swapped.tolist()
-    made, _ = export(run, Texts(run), tmp_path / f"made.{suffix}", "bootstrapped", 2)
-    assert made > 0
-    assert "swapped" not in (tmp_path / f"made.{suffix}").read_bytes().decode("latin-1")
+    run = Run(make_run(tmp_path, annotations=Annotations(swapped=swapped)))
+    for suffix, read in (("jsonl", pa_json.read_json), ("parquet", pq.read_table)):
+        path, made = tmp_path / f"kept.{suffix}", tmp_path / f"made.{suffix}"
+        export(run, Texts(run), path, "kept", 1)
+        assert read(path)["swapped"].to_pylist() == swapped.tolist()
+        assert export(run, Texts(run), made, "bootstrapped", 2)[0] > 0
+        assert "swapped" not in read(made).column_names
 
 
 def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
@@ -114,8 +110,7 @@ def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
     assert "The dataset's chosen answers before samples of theta_2" in page
     assert "implicit reward tells apart" not in page
     assert "Jaccard index of" not in page
-    texts = Texts(run)
-    said = show_pair(describe_pair(run, 3, texts), texts)
+    said = shown(run, 3)
     assert "candidate 2: reward +1.000, 4 tokens, from the dataset, chosen in a pair" in said
     assert "candidates have rewards of labeler: spin" in said
 
@@ -141,8 +136,7 @@ def test_a_judges_rewards_are_not_taken_for_nats(tmp_path):
     page = page_of(store)
     assert "that its own verdict in words tells apart most" in page
     assert "12 (25%)" in page  # of the 48 samples got no verdict
-    texts = Texts(run)
-    said = show_pair(describe_pair(run, 3, texts), texts)
+    said = shown(run, 3)
     assert "candidate 2: reward -, 4 tokens" in said
     assert "in its own unit" in said
 

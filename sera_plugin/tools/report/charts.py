@@ -84,15 +84,6 @@ class Series(NamedTuple):
     error: Sequence[float] | None = None
 
 
-class Panel(NamedTuple):
-    """A histogram of (n,) margins: which of them are kept, and the colour of those."""
-
-    name: str
-    margins: FloatArray
-    kept: Bools
-    colour: str
-
-
 @contextmanager
 def _drawing(title: str, height: float = _HEIGHT) -> Iterator[Figure]:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
@@ -129,10 +120,12 @@ def _axes(
     return axes
 
 
-def margins(title: str, note: str, panels: Sequence[Panel], unit: str) -> Chart:
-    """Histograms of margins, kept and dropped, one panel above the other."""
+def margins(
+    title: str, note: str, panels: Sequence[tuple[str, FloatArray, Bools, str]], unit: str
+) -> Chart:
+    """Histograms one above the other: name, (n,) margins, which are kept, the colour of those."""
     # All but the outermost 0.2% of the values, and 0.
-    every = np.concatenate([one.margins for one in panels])
+    every = np.concatenate([margin for _, margin, _, _ in panels])
     low, high = np.quantile(every, [0.002, 0.998]).tolist()
     low, high = min(low, 0.0), max(high, 0.0)
     room = (high - low or 1.0) * 0.02
@@ -140,26 +133,22 @@ def margins(title: str, note: str, panels: Sequence[Panel], unit: str) -> Chart:
     edges = np.linspace(low, high, _BINS + 1)
     height = 0.5 + 1.5 * len(panels)
     with _drawing(title, height) as figure:
-        for below, panel in zip(reversed(range(len(panels))), panels, strict=True):
-            bottom = (0.5 + 1.5 * below) / height
+        for place, (name, margin, kept, colour) in enumerate(panels, 1):
+            bottom = (0.5 + 1.5 * (len(panels) - place)) / height
             axes = _axes(figure, bottom, bottom + 1.2 / height, left=0.09)
             names, base = [], np.zeros(_BINS)
-            for what, which, colour in (
-                ("dropped", ~panel.kept, DROPPED),
-                ("kept", panel.kept, panel.colour),
-            ):
+            for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, colour)):
                 if which.any():
-                    names.append((f"{int(which.sum()):,} {panel.name} {what}", colour))
-                    values = np.clip(panel.margins[which], low, high)
-                    top = base + np.histogram(values, edges)[0]
-                    axes.stairs(top, edges, baseline=base, fill=True, color=colour, alpha=0.8)
+                    names.append((f"{int(which.sum()):,} {name} {what}", ink))
+                    top = base + np.histogram(np.clip(margin[which], low, high), edges)[0]
+                    axes.stairs(top, edges, baseline=base, fill=True, color=ink, alpha=0.8)
                     base = top
             axes.axvline(0, color=INK, linewidth=0.8)
             if len(names) > 1:
-                axes.axvline(float(panel.margins[panel.kept].min()), **_DASHED)
+                axes.axvline(float(margin[kept].min()), **_DASHED)
             axes.set_xlim(low, high)
             axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-            axes.tick_params(labelbottom=not below)
+            axes.tick_params(labelbottom=place == len(panels))
             _name(axes, names)
         axes.set_xlabel(f"margin, {unit}")
         return _chart(figure, title, note)

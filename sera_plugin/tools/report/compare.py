@@ -92,20 +92,21 @@ def _metrics(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _selections(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per iteration, the Jaccard index of each two runs' kept pairs; None of other data."""
     found = []
+    prints = [run.description.get("dataset_fingerprint") for run in runs]
+    every = [
+        {one.number: one.selected for one in run.iterations if one.margin is not None}
+        for run in runs
+    ]
     for iteration in sorted({one.number for run in runs for one in run.iterations}):
-        chosen: list[tuple[Any, Any]] = []
-        for run in runs:
-            by_number = {one.number: one for one in run.iterations if one.margin is not None}
-            kept = by_number[iteration].selected if iteration in by_number else None
-            chosen.append(
-                (None if kept is None else run.description.get("dataset_fingerprint"), kept)
-            )
+        kept = [masks.get(iteration) for masks in every]
         matrix = [
             [
-                jaccard(one, other) if here is not None and here == there else None
-                for there, other in chosen
+                jaccard(one, other)
+                if one is not None and other is not None and here is not None and here == there
+                else None
+                for other, there in zip(kept, prints, strict=True)
             ]
-            for here, one in chosen
+            for one, here in zip(kept, prints, strict=True)
         ]
         if any(matrix[i][j] is not None for i in range(len(runs)) for j in range(i)):
             found.append({"iteration": iteration, "matrix": matrix})
@@ -122,17 +123,11 @@ def _tables(compared: dict[str, Any]) -> list[Table]:
         f"Margins in {units.pop()}." if len(units) == 1 else f"Margins are not comparable: {each}."
     )
     changed = [
-        [
-            shown_name(key),
-            *("unset" if value is None else shown_name(str(value), 32) for value in values),
-        ]
+        [shown_name(key), *("unset" if v is None else shown_name(str(v), 32) for v in values)]
         for key, values in settings.items()
     ]
     measured = [
-        [
-            f"{one['iteration']}: {one['name']}",
-            *(number(value, one["form"]) for value in one["values"]),
-        ]
+        [f"{one['iteration']}: {one['name']}", *(number(v, one["form"]) for v in one["values"])]
         for one in metrics
     ]
     tables = [

@@ -309,8 +309,6 @@ def _bootstrapped_ensemble(run: Run, one: Iteration, pairs: Columns) -> dict[str
     if not LABELERS[run.labeler].implicit or run.settings.get("length_control", "none") != "none":
         return None  # the pairs were ranked by something else
     count = int(run.settings["candidates"])
-    if len(samples.row) % count:
-        return None
     weights = reward_weights(one.number, 0.0, is_reference_free(run.description["loss"]))
     lengths = samples.lengths if run.description["per_token"] else None
     reward = implicit_reward(samples.logps.T[: len(weights)], weights, lengths)

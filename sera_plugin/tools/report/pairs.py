@@ -158,35 +158,29 @@ def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
                 thought[name] = float(one.offline[name][row])
         thought["margin"] = None if one.margin is None else float(one.margin[row])
         thought["selected"] = bool(one.selected[row])
-    if one.candidates is not None:
-        thought["candidates"] = _candidates(one, row, texts)
-    return thought
-
-
-def _candidates(one: Iteration, row: int, texts: Texts) -> list[dict[str, Any]]:
     samples, pairs = one.candidates, one.bootstrapped
-    assert samples is not None
-    found = []
-    for index in np.flatnonzero(samples.row == row).tolist():
-        entry: dict[str, Any] = {
-            "candidate": int(samples.candidate[index]),
-            "text": texts.exact(samples.tokens[index]),
-            "tokens": int(samples.lengths[index]),
-            "unfinished": bool(samples.unfinished[index]),
-            "from_dataset": bool(samples.from_dataset[index]),
-            "logps": samples.logps[index].tolist(),
-            "reward": float(samples.reward[index]),
-        }
-        if pairs is not None:
-            for side, at in one.sampled.items():
-                for place in np.flatnonzero(at == index)[:1]:
-                    entry |= {
-                        "paired_as": side,
-                        "pair_margin": float(pairs["margin"][place]),
-                        "pair_selected": bool(pairs["selected"][place]),
-                    }
-        found.append(entry)
-    return found
+    if samples is not None:
+        thought["candidates"] = [
+            {
+                "candidate": int(samples.candidate[index]),
+                "text": texts.exact(samples.tokens[index]),
+                "tokens": int(samples.lengths[index]),
+                "unfinished": bool(samples.unfinished[index]),
+                "from_dataset": bool(samples.from_dataset[index]),
+                "logps": samples.logps[index].tolist(),
+                "reward": float(samples.reward[index]),
+            }
+            for index in np.flatnonzero(samples.row == row).tolist()
+        ]
+    if samples is not None and pairs is not None:
+        for place in np.flatnonzero(pairs["row"] == row):
+            for side in SIDES:
+                thought["candidates"][int(pairs[f"{side}_candidate"][place])] |= {
+                    "paired_as": side,
+                    "pair_margin": float(pairs["margin"][place]),
+                    "pair_selected": bool(pairs["selected"][place]),
+                }
+    return thought
 
 
 def show_pair(found: dict[str, Any], texts: Texts) -> str:

@@ -85,15 +85,9 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What is on disk of iteration t. A table that is missing or damaged is None.
+    """What is on disk of iteration t = `number`: columns of its tables, None without.
 
-    Attributes:
-        number: t, 1-based.
-        offline: columns of offline.parquet, (N,) each; `margin` from t = 2, `selected` from then on
-            and wherever not all pairs are kept.
-        evaluation: columns of evaluation.parquet.
-        candidates, bootstrapped: samples, and columns of bootstrapped.parquet.
-        summary: summary.json, empty without.
+    `offline` has `margin` from t = 2, `selected` from then on and wherever not all pairs are kept.
     """
 
     number: int
@@ -133,13 +127,11 @@ class Run:
     """A run, as far as it can be read.
 
     Attributes:
-        root: the run directory, `{output_dir}/sera`.
-        description: run.json, empty if it is damaged.
-        settings: the `sera:` block.
+        description, settings: run.json and its `sera:` block, empty if it is damaged.
         tokens: `prompt`, `chosen`, `rejected` of the offline pairs; empty if they cannot be read.
         scores: the columns of `sera.score_columns`, as the dataset had them.
         iterations: those that have begun, in order.
-        history: the host's log (`log_history` of the newest checkpoint), empty without.
+        history: `log_history` of the newest checkpoint, empty without.
         state: `finished`, `going on`, or `stopped`.
         notes: one sentence for everything that is missing or damaged.
 

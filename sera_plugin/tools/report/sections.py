@@ -12,16 +12,7 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.tools.report import charts
-from sera_plugin.tools.report.charts import (
-    DROPPED,
-    KEPT,
-    MUTED,
-    OTHER,
-    SAMPLED,
-    Chart,
-    Panel,
-    Series,
-)
+from sera_plugin.tools.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Chart, Series
 from sera_plugin.tools.report.figures import (
     margin_without_ensemble,
     pooled,
@@ -73,10 +64,10 @@ def _series(
 def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     panels, pairs, said = [], one.bootstrapped, []
     if one.margin is not None and one.selected is not None:
-        panels.append(Panel("offline", one.margin, one.selected, KEPT))
+        panels.append(("offline", one.margin, one.selected, KEPT))
     # What others rank by is not in nats.
     if pairs is not None and LABELERS[run.labeler].implicit and len(pairs["row"]):
-        panels.append(Panel("sampled", pairs["margin"], pairs["selected"], SAMPLED))
+        panels.append(("sampled", pairs["margin"], pairs["selected"], SAMPLED))
     if figures.get("threshold") is not None:
         said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")
         said.append(f"{1 - figures['offline_accuracy']:.0%} of all lie at or below 0")

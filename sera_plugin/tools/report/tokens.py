@@ -21,12 +21,7 @@ _FILE = "tokenizer.json"
 class Texts:
     """Turns a run's token ids into text, with the tokenizer it was trained with if that is here.
 
-    Looked for in the run's policies, in its output_dir, where `base_model` is a directory, and in
-    the local hub cache.
-
-    Attributes:
-        tokenizer: a `tokenizers.Tokenizer`, or None.
-        source: where it is from, or why there is none.
+    `tokenizer` may be None; `source` says where it is from, or why there is none.
     """
 
     def __init__(self, run: Run) -> None:
@@ -57,11 +52,7 @@ class Texts:
         return text
 
     def prompt(self, ids: Sequence[int]) -> str:
-        """The prompt as text that gives the same ids when it is tokenised again.
-
-        Without the token that the tokenizer puts in front by itself: a trainer that tokenises the
-        text would have it twice.
-        """
+        """The prompt without the token that tokenising it again puts in front."""
         return self.exact(ids[1:] if len(ids) and int(ids[0]) in self._added else ids)
 
     def completion(self, ids: Sequence[int]) -> str:
