@@ -55,15 +55,11 @@ class Sampler:
     def sample(
         self, prompts: Sequence[Any], settings: SamplingSettings, skip: Collection[int] = ()
     ) -> Generator[Chunk, None, None]:
+        answers = [[1 + one] * (1 + one) + [END] for one in range(settings.candidates)]
+        ends = ["stop" if row % 7 else "length" for row in range(len(prompts))]
         yield [
-            (
-                row,
-                [
-                    Candidate([1 + one] * (1 + one) + [END], "length" if row % 7 == 0 else "stop")
-                    for one in range(settings.candidates)
-                ],
-            )
-            for row in range(len(prompts))
+            (row, [Candidate(answer, end) for answer in answers])
+            for row, end in enumerate(ends)
             if row not in skip
         ]
 
