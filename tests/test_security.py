@@ -292,41 +292,35 @@ class Echo(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer({})
-
-    def do_POST(self) -> None:
-        length = int(self.headers["Content-Length"])
-        self._answer(json.loads(self.rfile.read(length)))
-
-    def _answer(self, request: dict[str, Any]) -> None:
-        said = self.headers["Authorization"]
-        status, body = 200, {}
-        if self.fail == self.path:
-            status, body = 500, {"error": {"message": f"\x1b[2J\x07{said}\nsecond line"}}
-        elif self.path == "/v1/models":
-            root = self.server.base  # type: ignore[attr-defined]
-            body = {"data": [{"id": said, "root": root, "max_model_len": 48}]}
-        elif self.path == "/tokenize":
-            body = {"tokens": self.server.tokenize(request["prompt"])}  # type: ignore[attr-defined]
-        elif self.path == "/version":
-            body = {"version": f"1 {said}"}
-        elif self.path == "/v1/unload_lora_adapter":
-            status, body = 400, {"error": said}
-        elif self.path == "/v1/completions":
-            choices = [
-                {
-                    "index": index,
-                    "token_ids": [5 + (request["seed"] + index) % 7, 2],
-                    "finish_reason": "stop",
-                }
-                for index in range(request["n"])
-            ]
-            body = {"choices": choices}
+        length = int(self.headers["Content-Length"] or 0)
+        status, body = self._answer(json.loads(self.rfile.read(length) or "{}"))
         content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def _answer(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        said, server = self.headers["Authorization"], vars(self.server)
+        if self.fail == self.path:
+            return 500, {"error": {"message": f"\x1b[2J\x07{said}\nsecond line"}}
+        if self.path == "/v1/models":
+            return 200, {"data": [{"id": said, "root": server["base"], "max_model_len": 48}]}
+        if self.path == "/tokenize":
+            return 200, {"tokens": server["tokenize"](request["prompt"])}
+        if self.path == "/version":
+            return 200, {"version": f"1 {said}"}
+        if self.path == "/v1/unload_lora_adapter":
+            return 400, {"error": said}
+        seeds = range(request["seed"], request["seed"] + request["n"]) if "n" in request else ()
+        return 200, {
+            "choices": [
+                {"index": index, "token_ids": [5 + seed % 7, 2], "finish_reason": "stop"}
+                for index, seed in enumerate(seeds)
+            ]
+        }
 
 
 @contextmanager
@@ -336,11 +330,14 @@ def echo(base: Path, fail: str | None = None) -> Iterator[SimpleNamespace]:
     tokenizer = build_tokenizer()
     handler = type("Handler", (Echo,), {"fail": fail})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.base = str(base)  # type: ignore[attr-defined]
-    server.tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[attr-defined]
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    vars(server).update(base=str(base), tokenize=tokenize)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield SimpleNamespace(port=server.server_port, tokenize=server.tokenize)  # type: ignore[attr-defined]
+        yield SimpleNamespace(port=server.server_port, tokenize=tokenize)
     finally:
         server.shutdown()
         server.server_close()
@@ -466,14 +463,11 @@ def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").touch()
-    store.root.mkdir(parents=True)
-    (store.root / "iteration-03").symlink_to(outside)
-    store.discard_after(2)
-    assert not (store.root / "iteration-03").is_symlink()
-    assert (outside / "file").exists()
-    # Inside an iteration too.
-    store.iteration(3).mkdir()
-    (store.iteration(3) / "policy").symlink_to(outside)
-    store.discard_after(2)
-    assert (outside / "file").exists()
-    assert not store.iteration(3).exists()
+    # An iteration that is a link, and one that has a link in it.
+    for link in (store.iteration(3), store.iteration(3) / "policy"):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(outside)
+        store.discard_after(2)
+        assert not store.iteration(3).is_symlink()
+        assert not store.iteration(3).exists()
+        assert (outside / "file").exists()

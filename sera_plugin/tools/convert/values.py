@@ -22,9 +22,8 @@ _ATTENTION = {
     "fa2": "flash_attention_2",
     "fa3": "flash_attention_3",
 }
-_LOSSES = {"sigmoid": "dpo", "hinge": "slic"} | {
-    name: name for name in ("ipo", "simpo", "kto_pair", "orpo")
-}
+_SAME = ("ipo", "simpo", "kto_pair", "orpo")
+_LOSSES = {"sigmoid": "dpo", "hinge": "slic"} | dict(zip(_SAME, _SAME, strict=True))
 _TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 
 # ------------------------------------------------------------------ the model
@@ -81,12 +80,12 @@ def put_quantization(settings: Settings) -> None:
         settings.out["load_in_8bit"] = True
         return
     settings.out |= {"adapter": "qlora", "load_in_4bit": True}
-    kind, double = settings.text("quantization_type"), settings.switch("double_quantization")
-    if (kind, double) != ("nf4", True):
-        settings.out["bnb_config_kwargs"] = {
-            "bnb_4bit_quant_type": kind,
-            "bnb_4bit_use_double_quant": double,
-        }
+    asked = {
+        "bnb_4bit_quant_type": settings.text("quantization_type"),
+        "bnb_4bit_use_double_quant": settings.switch("double_quantization"),
+    }
+    if list(asked.values()) != ["nf4", True]:
+        settings.out["bnb_config_kwargs"] = asked
 
 
 def put_lora(settings: Settings) -> None:
@@ -275,8 +274,7 @@ def put_schedule(settings: Settings) -> None:
     out = settings.out
     out["learning_rate"] = settings.number("learning_rate")
     out["lr_scheduler"] = settings.text("lr_scheduler_type")
-    if settings.has("lr_scheduler_kwargs"):
-        kwargs = settings.value("lr_scheduler_kwargs")
+    if (kwargs := settings.value("lr_scheduler_kwargs")) is not None:
         if not isinstance(kwargs, Mapping):
             raise ValueError(f"lr_scheduler_kwargs: {quoted(kwargs)} is not a block of keys")
         out["lr_scheduler_kwargs"] = dict(kwargs)
@@ -297,8 +295,7 @@ def put_schedule(settings: Settings) -> None:
 def put_precision(settings: Settings) -> None:
     full = settings.switch("pure_bf16") or False
     bf16 = settings.switch("bf16") or full
-    settings.out["bf16"] = bf16
-    settings.out["fp16"] = settings.switch("fp16") or False
+    settings.out |= {"bf16": bf16, "fp16": settings.switch("fp16") or False}
     if settings.has("tf32"):
         settings.out["tf32"] = settings.switch("tf32")
     if bf16 and not full and settings.text("finetuning_type") != "lora":
@@ -328,10 +325,9 @@ def put_saving(settings: Settings) -> None:
     else:
         out["save_strategy"] = strategy
     out["auto_resume_from_checkpoints"] = True
-    if settings.has("resume_from_checkpoint"):
-        asked = settings.value("resume_from_checkpoint")
-        if isinstance(asked, str) and asked.lower() not in ("true", "false"):
-            out["resume_from_checkpoint"] = asked
+    asked = settings.value("resume_from_checkpoint")
+    if isinstance(asked, str) and asked.lower() not in ("true", "false"):
+        out["resume_from_checkpoint"] = asked
     if settings.switch("overwrite_output_dir"):
         settings.lose(
             "overwrite_output_dir",
