@@ -103,18 +103,9 @@ def dropped_places(result: Any) -> list[int]:
 
 def test_rows_are_named_by_their_place_in_the_users_file(prepare: Any, tmp_path: Path) -> None:
     first = [GOOD | {"question": f"hi {i}"} for i in range(3)]
-    second = [
-        GOOD,
-        GOOD | {"good": None},
-        {"question": "hi", "bad": "world"},
-        GOOD | {"good": ""},
-        GOOD | {"bad": "hello"},
-        GOOD | {"good": "hello world " * 30},
-        GOOD | {"good": 5},
-        GOOD | {"good": ["a"]},
-        GOOD | {"good": {"a": 1}},
-        GOOD,
-    ]
+    odd = [None, "", "hello world " * 30, 5, ["a"], {"a": 1}]
+    second = [*(GOOD | {"good": value} for value in odd), GOOD | {"bad": "hello"}]
+    second += [{"question": "hi", "bad": "world"}, GOOD, GOOD]
     sets = [file_of(tmp_path, first), file_of(tmp_path, second, "more.jsonl")]
     result = prepare(datasets=sets, dataset_num_proc=2).train
     assert (result.total, len(result.rows)) == (13, 5)
@@ -124,40 +115,32 @@ def test_rows_are_named_by_their_place_in_the_users_file(prepare: Any, tmp_path:
     }
     more = "datasets[1] (more.jsonl)"
     assert places == {
-        "field 'good' is null, not text": [(more, 1), (more, 2)],
-        "field 'good' is empty": [(more, 3)],
-        "chosen equals rejected, which prefers nothing": [(more, 4)],
-        "longer than sequence_len: 48": [(more, 5)],
-        "field 'good' is a number, not text": [(more, 6)],
-        "field 'good' is a list, not text": [(more, 7)],
-        "field 'good' is an object, not text": [(more, 8)],
+        "field 'good' is null, not text": [(more, 0), (more, 7)],
+        "field 'good' is empty": [(more, 1)],
+        "longer than sequence_len: 48": [(more, 2)],
+        "field 'good' is a number, not text": [(more, 3)],
+        "field 'good' is a list, not text": [(more, 4)],
+        "field 'good' is an object, not text": [(more, 5)],
+        "chosen equals rejected, which prefers nothing": [(more, 6)],
     }
     [(remark, [row])] = result.kept.items()
     assert remark.startswith("repeat an earlier row")
     assert result.sources[row] == more
 
 
-def test_a_second_run_takes_the_prepared_rows_and_names_them_still(
+def test_prepared_rows_are_taken_and_named_until_the_file_is_mended(
     prepare: Any, tmp_path: Path
 ) -> None:
-    sets = [file_of(tmp_path, [GOOD, GOOD | {"bad": None}])]
-    first = prepare(datasets=sets).train
-    (tmp_path / "pairs.jsonl").unlink()
-    second = prepare(datasets=sets).train
+    sets = [file_of(tmp_path, [GOOD, GOOD | {"question": "hello", "bad": None}])]
     said = "1 row(s): field 'bad' is null, not text (datasets[0] (pairs.jsonl) rows 1)"
-    assert first.reasons() == second.reasons() == [said]
+    assert prepare(datasets=sets).train.reasons() == [said]
+    (tmp_path / "pairs.jsonl").unlink()
+    assert prepare(datasets=sets).train.reasons() == [said]
     with pytest.raises(ValueError, match=r"sera.bad_rows: raise, and 1 of the 2 .*rows 1"):
         prepare(datasets=sets, sera={"bad_rows": "raise"})
-
-
-def test_a_mended_file_is_prepared_anew(prepare: Any, tmp_path: Path) -> None:
-    sets = [file_of(tmp_path, [GOOD, GOOD | {"question": "hello", "bad": None}])]
-    assert len(prepare(datasets=sets).train.rows) == 1
     file_of(tmp_path, [GOOD, GOOD | {"question": "hello"}])
     os.utime(tmp_path / "pairs.jsonl", (time.time() + 5, time.time() + 5))
     assert len(prepare(datasets=sets).train.rows) == 2
-    (tmp_path / "pairs.jsonl").unlink()
-    assert len(prepare(datasets=sets).train.rows) == 1
 
 
 def test_prepared_rows_of_another_guard_rl_or_columns_are_not_shared(
@@ -245,8 +228,6 @@ def test_long_rows_are_named_dropped_cut_or_refused(prepare: Any, tmp_path: Path
     assert dropped_places(cut) == [2]
     [long_row] = [i for i, row in enumerate(cut.rows) if cut.places[row] == 1]
     assert len(cut.prompt_ids[long_row]) + len(cut.chosen_ids[long_row]) == 48
-    with pytest.raises(ValueError, match=r"excess_length_strategy: raise, and 2 of the 3 "):
-        prepare(**sets, excess_length_strategy="raise")
 
 
 def test_messages_need_neither_a_type_nor_skip_prepare_dataset(
@@ -268,12 +249,6 @@ def test_messages_need_neither_a_type_nor_skip_prepare_dataset(
     assert spelled(found.tokenizer, found.train.chosen_ids[0]) == "hello<|im_end|>"
     [reason] = found.train.reasons()
     assert "the role 'narrator', not assistant (datasets[0] (pairs.jsonl) rows 1)" in reason
-
-
-def test_nothing_usable_says_why(prepare: Any, tmp_path: Path) -> None:
-    said = "no field or role 'question'; its fields are 'prompt', 'answer' "
-    with pytest.raises(ValueError, match=f"none of the 2 .*{said}.*pairs.jsonl.* rows"):
-        prepare(datasets=[file_of(tmp_path, [{"prompt": "a", "answer": "b"}] * 2)])
 
 
 LINE = json.dumps(GOOD)
@@ -341,7 +316,7 @@ def test_text_that_is_json_stays_text_in_a_file_of_mixed_types(
 def test_other_columns_keep_no_datasets_apart(prepare: Any, tmp_path: Path) -> None:
     """The host merges whole rows, and cannot where a column is a number here, an object there."""
     sets = [
-        file_of(tmp_path, [GOOD | {"id": 1, "score": 0.5}, GOOD | {"id": 2, "score": 0.5}]),
+        file_of(tmp_path, [GOOD | {"id": 1, "score": 0.5, "bad": bad} for bad in ("a", "b", None)]),
         file_of(tmp_path, [GOOD | {"id": {"a": "x"}}], "more.jsonl"),
     ]
     result = prepare(datasets=sets, sera={"score_columns": ["score"]})

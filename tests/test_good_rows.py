@@ -35,6 +35,7 @@ ASIDE = {
     "history": [{"content": "", "answer": None}],
 }
 
+BRIEF = {"role": "system", "content": "Be brief."}
 FUNCTION = {"name": "lookup", "arguments": {"place": "x"}}
 CALL = {"id": "abc123def", "type": "function", "function": FUNCTION}
 
@@ -45,6 +46,10 @@ def user(text: str, **keys: Any) -> dict[str, Any]:
 
 def answer(text: str | None, **keys: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **keys}
+
+
+def pair(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def template(name: str) -> Any:
@@ -84,7 +89,7 @@ def pairs(**more: Any) -> list[dict[str, Any]]:
     rows = []
     for text in TEXTS:
         for prompt, chosen, rejected in ((text, text, "no"), ("q", "yes", text)):
-            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+            row = pair(prompt, chosen, rejected) | more
             rows += [row, row | ASIDE, row | ASIDE | {"system": text}, row | {"system": ""}]
     return rows
 
@@ -113,11 +118,7 @@ def test_text_in_messages_that_are_formatted(kind: str) -> None:
     loaded = strategy(kind)
     blank = {"name": "", "tool_calls": [], "reasoning_content": "", "arguments": {}}
     rows = [
-        {
-            "prompt": "q",
-            "chosen": [user("q", **more), answer(text, **more)],
-            "rejected": [user("q", **more), answer("no", **more)],
-        }
+        pair("q", *([user("q", **more), answer(said, **more)] for said in (text, "no")))
         for text in TEXTS
         for more in ({}, blank, {"name": None, "tool_calls": None})
     ]
@@ -139,7 +140,7 @@ def test_text_in_ranked_answers() -> None:
 def test_messages_through_the_hosts_chat_template(name: str) -> None:
     tokenizer = template(name)
     loaded = strategy("chat_template.default")
-    system = [] if name == "gemma3" else [{"role": "system", "content": "Be brief."}]
+    system = [] if name == "gemma3" else [BRIEF]
     rows = [
         {
             "messages": [*system, user("q", name=""), answer(text, tool_calls=[]), user(text)],
@@ -172,16 +173,11 @@ def rendered(tokenizer: Any, row: Mapping[str, Any]) -> dict[str, str]:
 def test_messages_that_are_pairs_already(name: str, blank: dict[str, Any]) -> None:
     tokenizer = template(name)
     rows = [
-        {
-            "prompt": [
-                {"role": "system", "content": "Be brief."},
-                user(text, **blank),
-                answer(text, **blank),
-                user("More?", **blank),
-            ],
-            "chosen": [answer(text, **blank)],
-            "rejected": [answer("no", **blank)],
-        }
+        pair(
+            [BRIEF, user(text, **blank), answer(text, **blank), user("More?", **blank)],
+            [answer(text, **blank)],
+            [answer("no", **blank)],
+        )
         for text in TEXTS
     ]
     loaded = strategy("passthrough.default")
@@ -205,19 +201,14 @@ def test_tool_calls_say_something(name: str, arguments: Any, content: str | None
     done = [answer(content, tool_calls=[CALL])]
     done += [{"role": "tool", "content": "there", "tool_call_id": CALL["id"], "name": "lookup"}]
     rows = [
-        {
-            "prompt": prompt,
-            "chosen": [answer(content, tool_calls=[call])],
-            "rejected": [answer("I do not know.")],
-        }
+        pair(prompt, [answer(content, tool_calls=[call])], [answer("I do not know.")])
         for prompt in (asked, asked + done)
     ]
     check(strategy("passthrough.default"), rows, tokenizer, partial(rendered, tokenizer))
 
 
 def test_a_tool_call_that_the_template_leaves_out_is_no_answer() -> None:
-    row = {"prompt": [user("q")], "chosen": [answer("", tool_calls=[CALL])]}
-    row |= {"rejected": [answer("no")]}
+    row = pair([user("q")], [answer("", tool_calls=[CALL])], [answer("no")])
     transform = guarded(strategy("passthrough.default"))
     result = transform(row, 0, tokenizer=template("chatml"))
     assert result["sera_problem"] == "the chat template does not render the answer as it is"
