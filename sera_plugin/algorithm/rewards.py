@@ -49,12 +49,9 @@ def reward_weights(iteration: int, gamma: float, reference_free: bool) -> tuple[
 def implicit_reward(
     logps: npt.ArrayLike, weights: tuple[float, ...], lengths: npt.ArrayLike | None = None
 ) -> FloatArray:
-    """(n,) weighted sums of log-probabilities in nats; per token with lengths.
+    """(n,) sums of (policies, n) log-probabilities in nats, newest policy first, by `weights`.
 
-    Args:
-        logps: (policies, n) summed log-probabilities in nats, newest policy first.
-        weights: (policies,) as `reward_weights` gives them.
-        lengths: (n,) completion tokens, or None for a loss that sums over tokens.
+    Per token with (n,) completion lengths; a loss that sums over tokens has None.
     """
     values = np.asarray(logps, dtype=np.float64)
     if len(values) != len(weights):
@@ -102,13 +99,9 @@ def equalizing_alpha(
     The mean difference in length falls as alpha grows, so the interval in which it passes zero is
     halved, starting around the slope within prompts.
 
-    Args:
-        rewards, lengths: (prompts, R), nats and tokens.
-        pair: given (prompts, R) controlled rewards, the (pairs,) differences in length, chosen less
-            rejected.
-
-    Returns:
-        Of the alphas tried the one with the smallest mean difference, the smallest among equals.
+    Rewards and lengths are (prompts, R), nats and tokens; `pair` takes controlled rewards and gives
+    the (pairs,) differences in length, chosen less rejected. Of the alphas tried the one with the
+    smallest mean difference is taken, the smallest among equals.
     """
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
     tried: dict[float, float] = {}

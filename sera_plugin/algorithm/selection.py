@@ -54,12 +54,8 @@ class Selection:
     def priority(self, iteration: int, margin: FloatArray | None, gap: FloatArray) -> FloatArray:
         """(N,) numbers; the pairs with the largest are kept, equal ones in row order.
 
-        Args:
-            iteration: t, 1-based.
-            margin: (N,) implicit-reward margins less what length control takes; None in iteration
-                1, which has no earlier policy to compare with.
-            gap: (N,) log pi_{t-1} of chosen less that of rejected, reduced over tokens as the loss
-                reduces its reward.
+        `margin` are implicit-reward margins less what length control takes, None in iteration 1;
+        `gap` is log pi_{t-1} of chosen less that of rejected, per token where the loss is.
         """
         return np.zeros(self.method.total)
 
