@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -14,13 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def audit() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("audit", ROOT / ".ci/audit.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def audit(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    return importlib.import_module("audit")
 
 
 PACKAGES = [

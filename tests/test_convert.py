@@ -380,8 +380,7 @@ def test_whatever_a_yaml_holds_is_converted_told_or_refused(keys, place):
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text"])
 def test_what_is_no_yaml_of_keys_is_refused(text, place):
     Path("llama.yaml").write_text(text)
-    result = CliRunner().invoke(sera, ["convert", "llama.yaml"])
-    assert result.exit_code == 2
+    assert CliRunner().invoke(sera, ["convert", "llama.yaml"]).exit_code == 2
 
 
 # ------------------------------------------------------------------ data
@@ -409,12 +408,8 @@ def test_conversations_tell_the_host_their_names(place):
     found = entry("openai")
     assert (found["field_chosen"], found["field_rejected"]) == ("good", "bad")
     assert "message_property_mappings" not in found
-
-
-def test_instructions_alone_are_the_prompt(place):
     found = entry("plain")
-    assert found["field_messages"] == "instruction"
-    assert found["path"] == "data/plain.jsonl"
+    assert (found["field_messages"], found["path"]) == ("instruction", "data/plain.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -457,14 +452,13 @@ def test_instructions_with_more_are_written_as_messages(row, columns, messages, 
     assert "They are in sera.more.jsonl as messages" in " ".join(said.split())
 
 
-def test_a_text_may_hold_what_ends_a_line_for_python(place):
-    """U+2028 and U+0085 stand in JSON lines as they are."""
-    row = ALPACA | {"instruction": "Name a city.\u2028Now.", "input": "Any\x85one"}
-    line = json.dumps(row, ensure_ascii=False)
+@pytest.mark.parametrize("text", ["Name\u2028it.\x85", "\ud800 é"])
+def test_a_text_may_hold_ends_of_lines_for_python_and_half_a_surrogate_pair(text, place):
+    line = json.dumps(ALPACA | {"input": text}, ensure_ascii="\ud800" in text)
     describe("odd", [line], **INFO["plain"] | {"file_name": "odd.jsonl"})
     write(source(dataset="odd"))
     found = json.loads(Path("sera.odd.jsonl").read_text())
-    assert found["messages"][-1]["content"] == f"{row['instruction']}\n{row['input']}"
+    assert found["messages"][-1]["content"] == f"{ALPACA['instruction']}\n{text}"
 
 
 def test_a_system_column_beside_conversations_is_written_as_a_message(place):
@@ -674,14 +668,6 @@ def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
     assert not list(place.glob("sera*"))
     assert CliRunner().invoke(sera, command).exit_code == 0
     assert {path.name for path in place.glob("sera*")} == {"sera.yaml", "sera.odd.jsonl"}
-
-
-def test_half_of_a_surrogate_pair_is_written_as_it_was_read(place):
-    row = ALPACA | {"input": "\ud800 é"}
-    describe("odd", [row], **INFO["plain"] | {"file_name": "odd.jsonl"})
-    write(source(dataset="odd"))
-    found = json.loads(Path("sera.odd.jsonl").read_text())
-    assert found["messages"][-1]["content"].endswith("\ud800 é")
 
 
 def test_the_table_in_the_docs_is_the_codes(place):

@@ -46,63 +46,23 @@ def nested(depth: int) -> Any:
 
 # ------------------------------------------------------------------ configurations
 
-JUNK: list[Any] = [
-    math.nan,
-    math.inf,
-    -math.inf,
-    -1,
-    -0.5,
-    0,
-    10**400,
-    1e300,
-    True,
-    False,
-    "",
-    " ",
-    "three",
-    "nan",
-    "\ud800",
-    "a\0b",
-    "\u202eabc\ufeff",
-    "x" * 5000,
-    b"\xff\xfe",
-    datetime.date(2025, 1, 1),
-    datetime.datetime(2025, 1, 1, 12),
-    [],
-    {},
-    [None],
-    [[]],
-    ["x", 1],
-    {"a": {"b": []}},
-    {1: 2},
-    {None: None},
-    {b"k": 1},
-    {"x", "y"},
-    (1, 2),
-    nested(150),
-    object(),
-]
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError, OverflowError):
-        return False
+NUMBERS = [math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**400, 1e300, True, False]
+TEXTS = ["", " ", "three", "nan", "\ud800", "a\0b", "\u202eabc\ufeff", "x" * 5000, b"\xff\xfe"]
+DATES = [datetime.date(2025, 1, 1), datetime.datetime(2025, 1, 1, 12)]
+LISTS: list[Any] = [[], [None], [[]], ["x", 1], {"x", "y"}, (1, 2), nested(150), object()]
+BLOCKS: list[Any] = [{}, {"a": {"b": []}}, {1: 2}, {None: None}, {b"k": 1}]
+JUNK: list[Any] = [*NUMBERS, *TEXTS, *DATES, *LISTS, *BLOCKS]
 
 
 def _between(low: float, high: float, above: bool = False) -> Callable[[Any], bool]:
     def inside(value: Any) -> bool:
-        number = float(value) if _finite(value) else math.nan
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return False
         return (low < number if above else low <= number) and number <= high
 
     return inside
-
-
-def _never(value: Any) -> bool:
-    return False
 
 
 def _unset(value: Any) -> bool:
@@ -113,6 +73,10 @@ def _switch(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
 
 
+def _path(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
 #: Strings among the junk that can name a directory.
 DIRECTORIES = ("", " ", "three", "nan", "\u202eabc\ufeff")
 #: Where junk goes -> which of it is no junk there.
@@ -121,45 +85,34 @@ PLACES: dict[str, Callable[[Any], bool]] = {
     "sera.selection_ratio": _between(0, 1),
     "sera.bootstrap_ratio": _between(0, 32),
     "sera.gamma": _between(0, 1),
-    "sera.loss": _never,
-    "sera.ipo_reduction": _never,
-    "sera.candidates": _never,
     "sera.temperature": _between(0, 10, above=True),
     "sera.top_p": _between(0, 1, above=True),
-    "sera.max_new_tokens": _never,
-    "sera.sampler": _never,
-    "sera.vllm_python": _never,
     "sera.restart_optimizer": _switch,
     "sera.keep_policies": _switch,
-    "sera.bad_rows": _never,
     "sera.score_columns": lambda v: v == [] or isinstance(v, set),
-    "sera.unknown": _never,
-    "rl": _never,
     "output_dir": lambda v: v is None or (isinstance(v, str) and v in DIRECTORIES),
-    "num_epochs": _never,
     "rl_beta": lambda v: v == 1e300,
     "trl": lambda v: isinstance(v, dict),
     "trl.beta": lambda v: v == 1e300,
-    "dpo_loss_type": _never,
     "dpo_label_smoothing": lambda v: not v,
-    "simpo_gamma": _never,
-    "cpo_alpha": _never,
     "context_parallel_size": lambda v: not v,
     "max_steps": _unset,
     "streaming": _unset,
     "relora": _unset,
-    "trainer_cls": _never,
     "vllm": lambda v: v == {},
-    "vllm.unknown": _never,
-    "datasets": _never,
-    "test_datasets": _never,
-    "datasets.0": _never,
-    "datasets.0.path": lambda v: isinstance(v, str) and bool(v.strip()) and "\0" not in v,
+    "datasets.0.path": _path,
     "datasets.0.type": lambda v: (isinstance(v, str) and bool(v.strip())) or v == {},
     "datasets.0.type.field_prompt": lambda v: isinstance(v, str),
     "datasets.0.name": lambda v: not isinstance(v, (list, tuple)),
-    "test_datasets.0.path": lambda v: isinstance(v, str) and bool(v.strip()) and "\0" not in v,
+    "test_datasets.0.path": _path,
 }
+#: Where none of it is.
+NEVER = """
+    sera.loss sera.ipo_reduction sera.candidates sera.max_new_tokens sera.sampler
+    sera.vllm_python sera.bad_rows sera.unknown rl num_epochs dpo_loss_type simpo_gamma
+    cpo_alpha trainer_cls vllm.unknown datasets test_datasets datasets.0
+"""
+PLACES |= dict.fromkeys(NEVER.split(), lambda v: False)
 
 
 def misplaced(place: str, value: Any) -> dict[str, Any]:
@@ -213,18 +166,11 @@ def test_junk_anywhere_in_a_configuration_is_refused_in_words(place: str) -> Non
         readable(message, "datasets" if named == "0" else named)
 
 
+plain_values = st.none() | st.booleans() | st.integers() | st.floats() | st.dates()
+names = st.text(max_size=6) | st.integers() | st.none()
 yaml_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.binary(max_size=4)
-    | st.dates(),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(max_size=6) | st.integers() | st.none(), inner, max_size=3)
-    ),
+    plain_values | st.text(max_size=8) | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
     max_leaves=6,
 )
 sera_keys = st.sampled_from(sorted(SeraConfig.model_fields)) | st.text(max_size=12) | st.integers()
@@ -281,28 +227,9 @@ REASONS = {
 LENGTH = 200
 MISSING = object()
 BAD_TEXTS: list[Any] = [
-    MISSING,
-    None,
-    "",
-    " \n\t",
-    "\u200b\ufeff",
-    "\x00\x01",
-    "a\ud800b",
-    "\udfff",
-    "hello world " * LENGTH,
-    0,
-    5,
-    -1.5,
-    math.nan,
-    True,
-    b"hello",
-    datetime.date(2025, 1, 1),
-    [],
-    ["hello"],
-    [["hello"]],
-    {},
-    {"text": "hello"},
-    nested(20),
+    *(MISSING, None, "", " \n\t", "\u200b\ufeff", "\x00\x01", "a\ud800b", "\udfff"),
+    *("hello world " * LENGTH, 0, 5, -1.5, math.nan, True, b"hello", datetime.date(2025, 1, 1)),
+    *([], ["hello"], [["hello"]], {}, {"text": "hello"}, nested(20)),
 ]
 
 
@@ -319,34 +246,30 @@ TALK = {
     "rejected": turns("hi", "world"),
     "score": 0.5,
 }
+THREE = [("prompt",), ("chosen",), ("rejected",)]
+TURNS = [("chosen",), ("chosen", 0, "content"), ("chosen", 1, "content"), ("rejected",)]
 #: Strategy -> a good row, and the places in it that must hold text.
 STRATEGIES: dict[str, tuple[dict[str, Any], list[tuple[Any, ...]]]] = {
-    "user_defined.default": (TEXT_ROW, [("prompt",), ("chosen",), ("rejected",)]),
-    "passthrough.default": (TEXT_ROW, [("prompt",), ("chosen",), ("rejected",)]),
+    "user_defined.default": (TEXT_ROW, THREE),
+    "passthrough.default": (TEXT_ROW, THREE),
     "zephyr.nectar": (
         {"prompt": "hi", "answers": ANSWERS},
         [("prompt",), ("answers",), ("answers", 0, "answer"), ("answers", 1, "answer")],
     ),
     "chat_template.default": (
         {"messages": "hi", "chosen": "hello", "rejected": "world"},
-        [("messages",), ("chosen",), ("rejected",)],
+        [("messages",), *THREE[1:]],
     ),
-    "chat_template.argilla_chat": (
-        {key: TALK[key] for key in ("chosen", "rejected")},
-        [("chosen",), ("chosen", 0, "content"), ("chosen", 1, "content"), ("rejected",)],
-    ),
+    "chat_template.argilla_chat": ({key: TALK[key] for key in ("chosen", "rejected")}, TURNS),
 }
 for _family in ("chatml", "llama3"):
     STRATEGIES |= {
-        f"{_family}.default": (TEXT_ROW, [("prompt",), ("chosen",), ("rejected",)]),
-        f"{_family}.icr": (ASKED, [("input",), ("chosen",), ("rejected",)]),
-        f"{_family}.intel": (ASKED, [("question",), ("chosen",), ("rejected",)]),
-        f"{_family}.prompt_pairs": (ASKED, [("prompt",), ("chosen",), ("rejected",)]),
+        f"{_family}.default": (TEXT_ROW, THREE),
+        f"{_family}.icr": (ASKED, [("input",), *THREE[1:]]),
+        f"{_family}.intel": (ASKED, [("question",), *THREE[1:]]),
+        f"{_family}.prompt_pairs": (ASKED, THREE),
         f"{_family}.ultra": (TALK, [("prompt",), ("chosen", 1, "content"), ("rejected",)]),
-        f"{_family}.argilla_chat": (
-            TALK,
-            [("chosen",), ("chosen", 0, "content"), ("chosen", 1, "content"), ("rejected",)],
-        ),
+        f"{_family}.argilla_chat": (TALK, TURNS),
     }
 
 
@@ -439,16 +362,8 @@ def expected(value: Any, read_as_text: bool) -> str:
 
 
 BAD_TURNS: list[Any] = [
-    MISSING,
-    None,
-    5,
-    [],
-    [None],
-    ["hello"],
-    [[]],
-    [{}],
-    [{"role": "user"}],
-    [{"content": "hi"}],
+    *(MISSING, None, 5, [], [None], ["hello"], [[]], [{}]),
+    *([{"role": "user"}], [{"content": "hi"}]),
     *([{"role": role, "content": "hi"}] for role in (None, 5, "", "narrator", "User", [])),
     *([{"role": "user", "content": text}] for text in BAD_TEXTS[1:6]),
     *([{"role": "user", "content": text}] for text in BAD_TEXTS[8:]),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from sera_plugin import SeraPlugin
 from sera_plugin.config.kinds import LOSSES
@@ -151,9 +153,7 @@ def test_sharded_runs_keep_whole_checkpoints(keys: dict[str, Any]) -> None:
 )
 def test_what_works_is_left_alone(keys: dict[str, Any]) -> None:
     cfg = register(**keys)
-    assert {key: cfg[key] for key in keys if key != "sera"} == {
-        key: value for key, value in keys.items() if key != "sera"
-    }
+    assert [key for key in keys if key != "sera" and cfg[key] != keys[key]] == []
 
 
 def test_unset_keys_of_the_vllm_block_stay_unset() -> None:
@@ -175,227 +175,208 @@ def test_kernels_for_labels_are_named_as_without_effect(caplog: pytest.LogCaptur
 
 # ------------------------------------------------------------------ misuse
 
-#: (keys of the configuration, what the message must contain: key, value, remedy)
-MISUSE: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "another rl": ({"rl": "ipo"}, ["rl: ipo", "Set `rl: sera`", "remove the plugin"]),
-    "no rl": ({"rl": None}, ["rl: null", "Set `rl: sera`"]),
-    "block with rl dpo": (
-        {"rl": "dpo", "sera": {"gamma": 0.5}},
-        ["`sera:` block", "rl: dpo", "Set `rl: sera`"],
-    ),
-    "block is no block": ({"sera": 0.7}, ["sera: 0.7", "indent"]),
-    "typo inside": (
-        {"sera": {"selecton_ratio": 0.5}},
-        ["sera.selecton_ratio", "Did you mean `selection_ratio`"],
-    ),
-    "unknown inside": ({"sera": {"xyz": 1}}, ["sera.xyz", "Known keys: selection_ratio"]),
-    "out of range": ({"sera": {"gamma": 1.5}}, ["sera.gamma: 1.5", "less than or equal to 1"]),
-    "wrong type": ({"sera": {"candidates": "many"}}, ["sera.candidates: 'many'", "integer"]),
-    "field beside the block": (
-        {"selection_ratio": 0.5},
-        ["`selection_ratio`", "`sera: {selection_ratio: ...}`"],
-    ),
-    "prefixed beside": ({"sera_gamma": 0.5}, ["`sera_gamma`", "sera: {gamma"]),
-    "prefixed and misspelt": (
-        {"sera_selecton_ratio": 0.5},
-        ["`sera_selecton_ratio`", "sera: {selection_ratio"],
-    ),
-    "prefixed with a dash": ({"sera-gamma": 0.5}, ["`sera-gamma`", "sera: {gamma"]),
-    "prefixed and unknown": ({"sera_xyz": 0.5}, ["`sera_xyz`", "`sera:` block"]),
-    "block misspelt": ({"serra": {"gamma": 0.5}}, ["`serra`", "Did you mean `sera`"]),
-    "block in capitals": ({"SeRA": {"gamma": 0.5}}, ["`SeRA`", "Did you mean `sera`"]),
-    "field misspelt beside": (
-        {"bootstrp_ratio": 0.5},
-        ["`bootstrp_ratio`", "sera: {bootstrap_ratio"],
-    ),
-    "half an epoch": ({"num_epochs": 2.5}, ["num_epochs: 2.5", "set num_epochs to 1, 2, 3"]),
-    "no epoch": ({"num_epochs": 0}, ["num_epochs: 0", "set num_epochs"]),
-    "epochs in words": ({"num_epochs": "three"}, ["num_epochs: three", "set num_epochs to 1, 2"]),
-    "endless": ({"num_epochs": float("inf")}, ["num_epochs: inf", "set num_epochs to 1, 2"]),
-    "no preference at all": ({"rl_beta": 0}, ["rl_beta: 0"]),
-    "max_steps": ({"max_steps": 10}, ["max_steps: 10", "remove max_steps", "num_epochs"]),
-    "streaming": ({"streaming": True}, ["streaming: true", "remove streaming"]),
-    "pretraining": (
-        {"pretraining_dataset": "c4"},
-        ["pretraining_dataset: c4", "use datasets"],
-    ),
-    "packing": ({"sample_packing": True}, ["sample_packing: true", "remove sample_packing"]),
-    "liger": ({"dpo_use_liger_kernel": True}, ["dpo_use_liger_kernel", "remove"]),
-    "liger of transformers": (
-        {"use_liger_kernel": True},
-        ["use_liger_kernel: true", "LigerPlugin"],
-    ),
-    "layers offloaded": ({"layer_offloading": True}, ["layer_offloading: true", "qlora"]),
-    "offloaded as of old": (
+#: Keys of the configuration, and what the message must contain: key, value, remedy.
+MISUSE: list[tuple[Any, ...]] = [
+    ({"rl": "ipo"}, "rl: ipo", "Set `rl: sera`", "remove the plugin"),
+    ({"rl": None}, "rl: null", "Set `rl: sera`"),
+    ({"rl": "dpo", "sera": {"gamma": 0.5}}, "`sera:` block", "rl: dpo", "Set `rl: sera`"),
+    ({"sera": 0.7}, "sera: 0.7", "indent"),
+    ({"sera": {"selecton_ratio": 0.5}}, "sera.selecton_ratio", "Did you mean `selection_ratio`"),
+    ({"sera": {"xyz": 1}}, "sera.xyz", "Known keys: selection_ratio"),
+    ({"sera": {"gamma": 1.5}}, "sera.gamma: 1.5", "less than or equal to 1"),
+    ({"sera": {"candidates": "many"}}, "sera.candidates: 'many'", "integer"),
+    ({"selection_ratio": 0.5}, "`selection_ratio`", "`sera: {selection_ratio: ...}`"),
+    ({"sera_gamma": 0.5}, "`sera_gamma`", "sera: {gamma"),
+    ({"sera_selecton_ratio": 0.5}, "`sera_selecton_ratio`", "sera: {selection_ratio"),
+    ({"sera-gamma": 0.5}, "`sera-gamma`", "sera: {gamma"),
+    ({"sera_xyz": 0.5}, "`sera_xyz`", "`sera:` block"),
+    ({"serra": {"gamma": 0.5}}, "`serra`", "Did you mean `sera`"),
+    ({"SeRA": {"gamma": 0.5}}, "`SeRA`", "Did you mean `sera`"),
+    ({"bootstrp_ratio": 0.5}, "`bootstrp_ratio`", "sera: {bootstrap_ratio"),
+    ({"num_epochs": 2.5}, "num_epochs: 2.5", "set num_epochs to 1, 2, 3"),
+    ({"num_epochs": 0}, "num_epochs: 0", "set num_epochs"),
+    ({"num_epochs": "three"}, "num_epochs: three", "set num_epochs to 1, 2"),
+    ({"num_epochs": float("inf")}, "num_epochs: inf", "set num_epochs to 1, 2"),
+    ({"rl_beta": 0}, "rl_beta: 0"),
+    ({"max_steps": 10}, "max_steps: 10", "remove max_steps", "num_epochs"),
+    ({"streaming": True}, "streaming: true", "remove streaming"),
+    ({"pretraining_dataset": "c4"}, "pretraining_dataset: c4", "use datasets"),
+    ({"sample_packing": True}, "sample_packing: true", "remove sample_packing"),
+    ({"dpo_use_liger_kernel": True}, "dpo_use_liger_kernel", "remove"),
+    ({"use_liger_kernel": True}, "use_liger_kernel: true", "LigerPlugin"),
+    ({"layer_offloading": True}, "layer_offloading: true", "qlora"),
+    (
         {"activation_offloading": "legacy", "gradient_checkpointing": True},
-        ["activation_offloading: legacy", "activation_offloading: true"],
+        "activation_offloading: legacy",
+        "activation_offloading: true",
     ),
-    "offloaded to a disk": (
+    (
         {"gradient_checkpointing": "offload_disk"},
-        ["gradient_checkpointing: offload_disk", "activation_offloading: true"],
+        "gradient_checkpointing: offload_disk",
+        "activation_offloading: true",
     ),
-    "hidden states offloaded": (
+    (
         {"activation_offloading": "hidden_states", "gradient_checkpointing": True},
-        ["activation_offloading: hidden_states", "activation_offloading: true"],
+        "activation_offloading: hidden_states",
+        "activation_offloading: true",
     ),
-    "no precomputed reference": (
-        {"precompute_ref_log_probs": False},
-        ["precompute_ref_log_probs: false", "Remove"],
-    ),
-    "ref adapter": ({"rl_adapter_ref_model": True}, ["rl_adapter_ref_model", "remove"]),
-    "neftune": ({"neftune_noise_alpha": 5}, ["neftune_noise_alpha: 5", "remove"]),
-    "relora": ({"relora": True}, ["relora: true", "remove relora"]),
-    "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size: 2", "remove"]),
-    "tensor parallel": ({"tensor_parallel_size": 4}, ["tensor_parallel_size: 4", "remove"]),
-    "deepspeed": ({"deepspeed": "zero1.json"}, ["deepspeed: zero1.json", "fsdp_version: 2"]),
-    "ray": ({"use_ray": True}, ["use_ray: true", "--launcher torchrun"]),
-    "fsdp, old style": ({"fsdp": ["full_shard"]}, ["fsdp_config: null", "fsdp_version: 2"]),
-    "fsdp 1": ({"fsdp_config": {"offload_params": True}}, ["fsdp_version: null", "version: 2"]),
-    "fsdp 1 in its block": (
-        {"fsdp_config": {"fsdp_version": 1}},
-        ["fsdp_version: 1 ", "Set fsdp_version: 2"],
-    ),
-    "fsdp in pieces": (
+    ({"precompute_ref_log_probs": False}, "precompute_ref_log_probs: false", "Remove"),
+    ({"rl_adapter_ref_model": True}, "rl_adapter_ref_model", "remove"),
+    ({"neftune_noise_alpha": 5}, "neftune_noise_alpha: 5", "remove"),
+    ({"relora": True}, "relora: true", "remove relora"),
+    ({"context_parallel_size": 2}, "context_parallel_size: 2", "remove"),
+    ({"tensor_parallel_size": 4}, "tensor_parallel_size: 4", "remove"),
+    ({"deepspeed": "zero1.json"}, "deepspeed: zero1.json", "fsdp_version: 2"),
+    ({"use_ray": True}, "use_ray: true", "--launcher torchrun"),
+    ({"fsdp": ["full_shard"]}, "fsdp_config: null", "fsdp_version: 2"),
+    ({"fsdp_config": {"offload_params": True}}, "fsdp_version: null", "version: 2"),
+    ({"fsdp_config": {"fsdp_version": 1}}, "fsdp_version: 1 ", "Set fsdp_version: 2"),
+    (
         {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
-        ["fsdp_config.state_dict_type: SHARDED_STATE_DICT", "FULL_STATE_DICT"],
+        "fsdp_config.state_dict_type: SHARDED_STATE_DICT",
+        "FULL_STATE_DICT",
     ),
-    "fsdp quantised": (
+    (
         {"fsdp_version": 2, "fsdp_config": {"offload_params": True}, "load_in_4bit": True},
-        ["load_in_4bit: true", "Remove load_in_4bit"],
+        "load_in_4bit: true",
+        "Remove load_in_4bit",
     ),
-    "the best model": (
+    (
         {"load_best_model_at_end": True},
-        ["load_best_model_at_end: true", "Remove it", "axolotl sera eval"],
+        "load_best_model_at_end: true",
+        "Remove it",
+        "axolotl sera eval",
     ),
-    "its metric": ({"metric_for_best_model": "eval_loss"}, ["metric_for_best_model: eval_loss"]),
-    "its direction": ({"greater_is_better": False}, ["greater_is_better: false", "Remove it"]),
-    "saving it": ({"save_strategy": "best"}, ["save_strategy: best", "save_strategy: epoch"]),
-    "stopping early": (
+    ({"metric_for_best_model": "eval_loss"}, "metric_for_best_model: eval_loss"),
+    ({"greater_is_better": False}, "greater_is_better: false", "Remove it"),
+    ({"save_strategy": "best"}, "save_strategy: best", "save_strategy: epoch"),
+    (
         {"early_stopping_patience": 2},
-        ["early_stopping_patience: 2", "Remove it", "axolotl sera eval"],
+        "early_stopping_patience: 2",
+        "Remove it",
+        "axolotl sera eval",
     ),
-    "too few candidates": (
+    (
         {"sera": {"bootstrap_ratio": 3, "candidates": 4}},
-        ["bootstrap_ratio: 3", "candidates: 4", "Raise candidates to 6"],
+        "bootstrap_ratio: 3",
+        "candidates: 4",
+        "Raise candidates to 6",
     ),
-    "infinite ratio": ({"sera": {"bootstrap_ratio": float("inf")}}, ["sera.bootstrap_ratio: inf"]),
-    "nothing to train on": (
+    ({"sera": {"bootstrap_ratio": float("inf")}}, "sera.bootstrap_ratio: inf"),
+    (
         {"sera": {"selection_ratio": 0, "bootstrap_ratio": 0}},
-        ["selection_ratio: 0", "bootstrap_ratio: 0", "Raise one"],
+        "selection_ratio: 0",
+        "bootstrap_ratio: 0",
+        "Raise one",
     ),
-    "two losses": (
+    (
         {"dpo_loss_type": ["ipo"], "sera": {"loss": "slic"}},
-        ["dpo_loss_type: ['ipo']", "sera.loss: slic", "Keep"],
+        "dpo_loss_type: ['ipo']",
+        "sera.loss: slic",
+        "Keep",
     ),
-    "two losses, one of them dpo": (
+    (
         {"dpo_loss_type": ["hinge"], "sera": {"loss": "dpo"}},
-        ["dpo_loss_type: ['hinge']", "sera.loss: dpo", "Keep"],
+        "dpo_loss_type: ['hinge']",
+        "sera.loss: dpo",
+        "Keep",
     ),
-    "robust without smoothing": (
-        {"sera": {"loss": "robust"}},
-        ["sera.loss: robust", "dpo_label_smoothing", "0.1"],
-    ),
-    "smoothing out of range": (
-        {"dpo_label_smoothing": 0.7},
-        ["dpo_label_smoothing: 0.7", "from 0 to below 0.5"],
-    ),
-    "smoothing of one half": ({"dpo_label_smoothing": 0.5}, ["dpo_label_smoothing: 0.5"]),
-    "smoothing without meaning": (
+    ({"sera": {"loss": "robust"}}, "sera.loss: robust", "dpo_label_smoothing", "0.1"),
+    ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing: 0.7", "from 0 to below 0.5"),
+    ({"dpo_label_smoothing": 0.5}, "dpo_label_smoothing: 0.5"),
+    (
         {"dpo_label_smoothing": 0.1, "sera": {"loss": "ipo"}},
-        ["dpo_label_smoothing: 0.1", "sera.loss: ipo", "Remove"],
+        "dpo_label_smoothing: 0.1",
+        "sera.loss: ipo",
+        "Remove",
     ),
     # TRL 1.9 reads label smoothing in some of its losses only; not in `sigmoid`.
-    "smoothing that TRL ignores": (
+    (
         {"dpo_label_smoothing": 0.1, "dpo_loss_type": ["sigmoid"]},
-        ["dpo_label_smoothing: 0.1", "dpo_loss_type"],
+        "dpo_label_smoothing: 0.1",
+        "dpo_loss_type",
     ),
-    "simpo_gamma with dpo": ({"simpo_gamma": 0.5}, ["simpo_gamma: 0.5", "sera.loss: simpo"]),
-    "cpo_alpha with ipo": (
-        {"cpo_alpha": 0.5, "sera": {"loss": "ipo"}},
-        ["cpo_alpha: 0.5", "sera.loss: simpo"],
-    ),
-    "vllm key misspelt": (
+    ({"simpo_gamma": 0.5}, "simpo_gamma: 0.5", "sera.loss: simpo"),
+    ({"cpo_alpha": 0.5, "sera": {"loss": "ipo"}}, "cpo_alpha: 0.5", "sera.loss: simpo"),
+    (
         {"vllm": {"gpu_memory_utilisation": 0.5}},
-        ["vllm.gpu_memory_utilisation", "Did you mean `gpu_memory_utilization`"],
+        "vllm.gpu_memory_utilisation",
+        "Did you mean `gpu_memory_utilization`",
     ),
-    "beta in words": ({"trl": {"beta": "strong"}}, ["trl.beta: strong is not a number"]),
-    "another trainer": ({"trainer_cls": "a.b"}, ["trainer_cls: a.b", "remove trainer_cls"]),
-    "a server without an adapter": (
+    ({"trl": {"beta": "strong"}}, "trl.beta: strong is not a number"),
+    ({"trainer_cls": "a.b"}, "trainer_cls: a.b", "remove trainer_cls"),
+    (
         {"sera": {"sampler": "vllm-server"}},
-        ["sera.sampler: vllm-server", "needs an adapter", "adapter: lora"],
+        "sera.sampler: vllm-server",
+        "needs an adapter",
+        "adapter: lora",
     ),
-    "a switch for a number": ({"sera": {"gamma": True}}, ["sera.gamma: True is not a number"]),
-    "an unknown loss of the host": (
+    ({"sera": {"gamma": True}}, "sera.gamma: True is not a number"),
+    (
         {"dpo_loss_type": ["sigmoyd"]},
-        ["dpo_loss_type: ['sigmoyd']", "sigmoid, hinge", "dpo_loss_type: [sigmoid]"],
+        "dpo_loss_type: ['sigmoyd']",
+        "sigmoid, hinge",
+        "dpo_loss_type: [sigmoid]",
     ),
-    "a loss that is no list": ({"dpo_loss_type": "ipo"}, ["dpo_loss_type: ipo", "list"]),
-    "vllm is no block": ({"vllm": ["port"]}, ["vllm: ['port']", "indent"]),
-    "trl is no block": ({"trl": "beta"}, ["trl: 'beta'", "indent"]),
-    "too many epochs": ({"num_epochs": 10**30}, ["num_epochs: 1000", "set num_epochs"]),
-    "no datasets": ({"datasets": None}, ["datasets is not set", "path: pairs.jsonl"]),
-    "empty datasets": ({"datasets": []}, ["datasets: []", "path: pairs.jsonl"]),
-    "one dataset without a dash": (
-        {"datasets": {"path": "a"}},
-        ["datasets: {'path': 'a'} is not a list", "path: pairs.jsonl"],
-    ),
-    "a path for a dataset": ({"datasets": ["a.jsonl"]}, ["datasets[0]: 'a.jsonl'", "`path:`"]),
-    "a dataset without a path": (
-        {"datasets": [{"path": "a"}, {"type": "x"}]},
-        ["datasets[1].path: None", "Name a file"],
-    ),
-    "a dataset's key misspelt": (
-        {"datasets": [{"path": "a", "tpye": "x"}]},
-        ["datasets[0].'tpye'", "Did you mean `type`"],
-    ),
-    "a field's key misspelt": (
+    ({"dpo_loss_type": "ipo"}, "dpo_loss_type: ipo", "list"),
+    ({"vllm": ["port"]}, "vllm: ['port']", "indent"),
+    ({"trl": "beta"}, "trl: 'beta'", "indent"),
+    ({"num_epochs": 10**30}, "num_epochs: 1000", "set num_epochs"),
+    ({"datasets": None}, "datasets is not set", "path: pairs.jsonl"),
+    ({"datasets": []}, "datasets: []", "path: pairs.jsonl"),
+    ({"datasets": {"path": "a"}}, "datasets: {'path': 'a'} is not a list", "path: pairs.jsonl"),
+    ({"datasets": ["a.jsonl"]}, "datasets[0]: 'a.jsonl'", "`path:`"),
+    ({"datasets": [{"path": "a"}, {"type": "x"}]}, "datasets[1].path: None", "Name a file"),
+    ({"datasets": [{"path": "a", "tpye": "x"}]}, "datasets[0].'tpye'", "Did you mean `type`"),
+    (
         {"datasets": [{"path": "a", "type": {"field_choosen": "x"}}]},
-        ["datasets[0].type.'field_choosen'", "Did you mean `field_chosen`"],
+        "datasets[0].type.'field_choosen'",
+        "Did you mean `field_chosen`",
     ),
-    "a field that is no name": (
+    (
         {"datasets": [{"path": "a", "type": {"field_chosen": 5}}]},
-        ["datasets[0].type.field_chosen: 5", "Quote it"],
+        "datasets[0].type.field_chosen: 5",
+        "Quote it",
     ),
-    "a type that is none": (
+    (
         {"test_datasets": [{"path": "a", "type": 5}]},
-        ["test_datasets[0].type: 5", "chat_template.default"],
+        "test_datasets[0].type: 5",
+        "chat_template.default",
     ),
-    "several datasets in one": (
+    (
         {"datasets": [{"path": "a", "name": ["x", "y"]}]},
-        ["datasets[0].name: ['x', 'y']", "an entry of its own"],
+        "datasets[0].name: ['x', 'y']",
+        "an entry of its own",
     ),
-    "weighting": ({"dpo_use_weighting": True}, ["dpo_use_weighting: true", "dpo_loss_type"]),
-    "summed dpo": (
-        {"sera": {"ipo_reduction": "sum"}},
-        ["sera.ipo_reduction: sum", "loss: dpo", "Set loss: ipo"],
-    ),
-}
+    ({"dpo_use_weighting": True}, "dpo_use_weighting: true", "dpo_loss_type"),
+    ({"sera": {"ipo_reduction": "sum"}}, "sera.ipo_reduction: sum", "loss: dpo", "Set loss: ipo"),
+]
 
 
-@pytest.mark.parametrize("name", MISUSE)
-def test_misuse_names_key_value_and_remedy(name: str) -> None:
-    keys, parts = MISUSE[name]
+def refusal(**keys: Any) -> str:
     with pytest.raises(ValueError, match=r".") as error:
         register(**keys)
-    for part in parts:
-        assert part in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", MISUSE, ids=lambda case: str(case[0])[:50])
+def test_misuse_names_key_value_and_remedy(case: tuple[Any, ...]) -> None:
+    keys, *parts = case
+    message = refusal(**keys)
+    assert [part for part in parts if part not in message] == [], message
 
 
 def test_every_line_of_the_table_is_tried() -> None:
-    messages = []
-    for keys, _ in MISUSE.values():
-        with pytest.raises(ValueError, match=r".") as error:
-            register(**keys)
-        messages.append(str(error.value))
+    messages = [refusal(**keys) for keys, *_ in MISUSE]
     for line in REFUSALS:
         start = line.remedy.partition("{")[0]
         assert any(f" {line.problem} {start}" in message for message in messages), line
 
 
 def test_every_problem_of_the_block_is_named_at_once() -> None:
-    with pytest.raises(ValueError, match=r"sera\.gamma.*; sera\.top_p") as error:
-        register(sera={"gamma": -1, "top_p": 2})
-    assert "https://errors.pydantic" not in str(error.value)
+    message = refusal(sera={"gamma": -1, "top_p": 2})
+    assert re.search(r"sera\.gamma.*; sera\.top_p", message)
+    assert "https://errors.pydantic" not in message
 
 
 def test_a_resolved_configuration_with_a_broken_block_is_refused() -> None:
@@ -439,17 +420,9 @@ def as_json(cfg: Any) -> Any:
 def tiny(tmp_path: Path) -> dict[str, Any]:
     """A complete configuration; the base model is a config.json, nothing here loads weights."""
     base = tmp_path / "base"
-    base.mkdir()
-    shape: Mapping[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "vocab_size": 64,
-    }
-    (base / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    shape |= {"num_hidden_layers": 1, "vocab_size": 64}
+    LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(base)
     return config(
         base_model=str(base),
         output_dir=str(tmp_path / "out"),
@@ -498,15 +471,19 @@ def test_the_hosts_own_result_can_be_registered_again(
     assert as_json(cfg) == before
 
 
-@pytest.mark.parametrize("name", ["typo inside", "field beside the block", "max_steps"])
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"sera": {"selecton_ratio": 0.5}}, "Did you mean `selection_ratio`"),
+        ({"selection_ratio": 0.5}, "`sera: {selection_ratio: ...}`"),
+        ({"max_steps": 10}, "remove max_steps"),
+    ],
+)
 def test_misuse_surfaces_through_the_hosts_own_parser(
-    name: str, tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
+    keys: dict[str, Any], said: str, tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
 ) -> None:
-    keys, parts = MISUSE[name]
-    with pytest.raises(ValueError, match=r".") as error:
+    with pytest.raises(ValueError, match=re.escape(said)):
         load({**tiny, **keys})
-    for part in parts:
-        assert part in str(error.value)
 
 
 def test_evaluating_the_base_model_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
