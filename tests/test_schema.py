@@ -141,7 +141,7 @@ def test_every_key_of_sera_is_explained_and_what_it_does_with_the_hosts(schema):
     block, keys = schema["$defs"]["SeraConfig"], schema["properties"]
     assert block["additionalProperties"] is False
     for name, field in SeraConfig.model_fields.items():
-        assert block["properties"][name]["description"] == field.description
+        assert block["properties"][name]["description"] == " ".join(str(field.description).split())
     assert "`rl: sera`" in keys["sera"]["description"]
     for names, meaning in HOST_KEYS:
         for name in names.split(", "):
