@@ -57,10 +57,7 @@ Examples:
     help="Nucleus sampling of the answers.",
 )
 @click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=1024,
-    help="Longest answer in tokens.",
+    "--max-new-tokens", type=click.IntRange(min=1), default=1024, help="Longest answer in tokens."
 )
 @click.option(
     "--prompt-format", help="A text with {prompt} in place of the models' chat templates."

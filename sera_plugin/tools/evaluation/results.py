@@ -43,14 +43,12 @@ class Judged:
     @property
     def outcomes(self) -> FloatArray:
         """(n,) 0 to 1, nan where there is none."""
-        found = [None if one is None else one.outcome for one in self.verdicts]
-        return np.array([np.nan if one is None else one for one in found])
+        return np.array([one and one.outcome for one in self.verdicts], dtype=np.float64)
 
     @property
     def inconsistent(self) -> float | None:
         """The share of verdicts that turn with the order of the answers; None if none can."""
-        known = [one.consistent for one in self.verdicts if one is not None]
-        known = [one for one in known if one is not None]
+        known = [one.consistent for one in self.verdicts if one and one.consistent is not None]
         return known.count(False) / len(known) if known else None
 
 
@@ -110,9 +108,7 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
     if not found.judged:
         return models
     categories, seed = [prompt.category for prompt in found.prompts], found.decoding.seed
-    lengths = np.array(
-        [[np.nan if one is None else one.chars for one in each] for each in found.answers]
-    )
+    lengths = np.array([[one and one.chars for one in each] for each in found.answers], float)
     outcomes = np.array([one.outcomes for one in found.judged])
     controlled = [np.nan, *length_controlled(outcomes[1:], lengths[1:] - lengths[0])]
     for index, (facts, judged) in enumerate(zip(models, found.judged, strict=True)):
