@@ -1,9 +1,8 @@
 """SeRA for Axolotl: self-reviewing and alignment with implicit reward margins.
 
 `plugins: [sera_plugin.SeraPlugin]` and `rl: sera` in an Axolotl configuration train a policy for
-T iterations, one per epoch. Between epochs the run keeps the preference pairs on which the
-policy's own implicit reward is most decided and adds pairs sampled from the policy itself (Ko et
-al., "SeRA: Self-Reviewing and Alignment of Large Language Models using Implicit Reward Margins",
+T iterations, one per epoch. Between epochs the run keeps the preference pairs with the largest
+margin of the policy's own implicit reward and adds pairs sampled from the policy itself (Ko et al., "SeRA: Self-Reviewing and Alignment of Large Language Models using Implicit Reward Margins",
 ICLR 2025).
 
 The map; a room imports only rooms above it:

@@ -1,4 +1,4 @@
-"""Axolotl alone: everything that touches the host.
+"""Axolotl alone: all that training has to do with the host.
 
 - `plugin`   the host's public hooks; `datasets`  the pairs, for the hook `load_datasets`
 - `config`   what `rl: sera` becomes; `refused`  the table of what a YAML may not say

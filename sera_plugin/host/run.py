@@ -14,7 +14,7 @@ from typing import Any
 from sera_plugin import __version__
 from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.schedule import Schedule
-from sera_plugin.config.kinds import SELECTIONS
+from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.quoting import public
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore
 from sera_plugin.rundir.tokens import fingerprint
@@ -107,7 +107,7 @@ def announce(
     `sampler` is None where nothing is sampled.
     """
     config = method.config
-    by = "" if config.labeler == "implicit" else f" by {config.labeler}"
+    by = "" if LABELERS[config.labeler].implicit else f" by {config.labeler}"
     rewards = "averaged per token" if method.per_token else "summed over tokens"
     restarts = "restart every iteration" if config.restart_optimizer else "run on"
     changed = [

@@ -35,7 +35,7 @@ def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
 
 
 def sampling_progress(quiet: bool) -> Progress:
-    """Progress over prompts with samples and tokens per second, as `prepare_iteration` wants it."""
+    """Progress over prompts with samples and tokens per second, as the algorithm wants it."""
 
     @contextmanager
     def start(total: int, phase: str) -> Iterator[Callable[[Chunk], None]]:
