@@ -2,8 +2,9 @@
 
 `plugins: [sera_plugin.SeraPlugin]` and `rl: sera` in an Axolotl configuration train a policy for
 T iterations, one per epoch. Between epochs the run keeps the preference pairs with the largest
-margin of the policy's own implicit reward and adds pairs sampled from the policy itself (Ko et al., "SeRA: Self-Reviewing and Alignment of Large Language Models using Implicit Reward Margins",
-ICLR 2025).
+margin of the policy's own implicit reward and adds pairs sampled from the policy itself (Ko et al.,
+"SeRA: Self-Reviewing and Alignment of Large Language Models using Implicit Reward Margins", ICLR
+2025).
 
 The map; a room imports only rooms above it:
 

@@ -1,8 +1,8 @@
 """What Algorithm 1 asks of the rest: who samples, who scores, and who ranks samples.
 
 Token ids in, token ids out: what was sampled is what is scored and trained. An engine samples from
-theta_{t-1}; log-probabilities never come from it. A labeler gives candidates numbers; pairing the best
-with the worst is the same for all of them (`algorithm.selection`).
+theta_{t-1}; log-probabilities never come from it. A labeler gives candidates numbers; pairing the
+best with the worst is the same for all of them (`algorithm.selection`).
 """
 
 from __future__ import annotations
