@@ -149,3 +149,24 @@ def test_orpo_adds_the_likelihood_of_prompt_and_chosen(model):
         result.loss.detach(), loss(rewards[:2], rewards[2:]).mean() + likelihood
     )
     torch.testing.assert_close(result.chosen_logps.detach(), (logps * mask).sum(1)[:2])
+
+
+def test_figures_of_a_micro_batch_by_hand(model):
+    """Rewards of chosen 0 and 1, of rejected 0 and 0: two rewards that are equal rank nothing."""
+    ones = torch.ones(4, 4, dtype=torch.long)
+    batch = {
+        "input_ids": torch.arange(2, 18).view(4, 4),
+        "attention_mask": ones,
+        "completion_mask": torch.tensor([0, 0, 1, 1]) * ones,
+        "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2),
+    }  # fmt: skip
+    policy = Objective(PreferenceLoss("dpo", BETA))(model, batch)
+    batch["ref_chosen_logps"] = policy.chosen_logps.detach() - torch.tensor([0.0, 1.0])
+    batch["ref_rejected_logps"] = policy.rejected_logps.detach()
+    found = Objective(PreferenceLoss("dpo", BETA))(model, batch).metrics
+    assert found["rewards/accuracies"] == 1 / 2
+    assert found["rewards/chosen"] == pytest.approx(BETA / 2, abs=1e-5)
+    assert found["rewards/rejected"] == pytest.approx(0, abs=1e-5)
+    assert found["rewards/margins"] == pytest.approx(BETA / 2, abs=1e-5)
+    # log 2 without a margin, log(1 + e^-0.5) with one of 1.
+    assert found["loss"] == pytest.approx((math.log(2) + math.log1p(math.exp(-BETA))) / 2, abs=1e-5)

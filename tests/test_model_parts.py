@@ -274,6 +274,16 @@ def test_gate_allows_more_to_longer_answers_and_judges_each(tokens):
 
 
 @pytest.mark.parametrize(
+    ("limit", "passes", "stops"), [(FLOAT32_LIMIT, 0.03, 0.05), (LOW_PRECISION_LIMIT, 0.7, 0.9)]
+)
+def test_gate_has_a_limit_for_each_precision(limit, passes, stops):
+    """Sixteen tokens: four times 0.01 nats in float32, four times 0.2 in less."""
+    gate([-20.0, -22.0 + passes], [-30.0, -30.0], limit=limit, tokens=16)
+    with pytest.raises(ValueError, match="step-0 gate"):
+        gate([-20.0, -22.0 + stops], [-30.0, -30.0], limit=limit, tokens=16)
+
+
+@pytest.mark.parametrize(
     ("chosen", "rejected", "loss"),
     [
         ([-20.0, -22.1], [-30.0, -30.0], None),
