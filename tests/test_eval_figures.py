@@ -239,6 +239,15 @@ def test_figures_of_an_evaluation(evaluation):
     assert note.startswith("<i>: no answer to 1 of 20 prompts")
 
 
+def test_length_is_counted_from_the_baselines(evaluation):
+    """Always one character longer than the baseline: length explains no win, on long prompts."""
+    answers = [said(*["a" * (n + more) for n in range(20)]) for more in (1, 2)]
+    judged = [Judged([None] * 20), Judged([Verdict((float(n > 7),)) for n in range(20)])]
+    models = evaluation.models[:2]
+    found = figures(replace(evaluation, models=models, answers=answers, judged=judged))
+    assert found["models"][1]["length_controlled"] == pytest.approx(0.6, abs=1e-3)
+
+
 def test_page_and_terminal_show_figures_and_answers_and_obey_nothing(evaluation):
     found = figures(evaluation)
     html, text = page(evaluation, found), shown(found)

@@ -198,6 +198,7 @@ MISUSE: list[tuple[Any, ...]] = [
     ({"num_epochs": "three"}, "num_epochs: three", "set num_epochs to 1, 2"),
     ({"num_epochs": float("inf")}, "num_epochs: inf", "set num_epochs to 1, 2"),
     ({"rl_beta": 0}, "rl_beta: 0"),
+    ({"trl": {"beta": 0}}, "trl.beta: 0", "above 0"),
     ({"max_steps": 10}, "max_steps: 10", "remove max_steps", "num_epochs"),
     ({"streaming": True}, "streaming: true", "remove streaming"),
     ({"pretraining_dataset": "c4"}, "pretraining_dataset: c4", "use datasets"),

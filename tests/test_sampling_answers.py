@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
-from sera_plugin.sampling.client import read_candidates
+from sera_plugin.sampling.client import read_candidates, sampling_fields
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.test_security import echo
@@ -35,6 +35,12 @@ WRONG = {
     "went on": ([CUT, STOPPED | {"token_ids": [7, 9]}], r"end tokens at \[0, 1\]"),
     "cut at its end": ([CUT | {"token_ids": [3, 9]}, STOPPED], r"'length' has end tokens at \[1\]"),
 }
+
+
+def test_a_request_has_every_end_token_and_what_is_asked_for():
+    asked = {"n": 2, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
+    ends = {"ignore_eos": True, "stop_token_ids": [9, 7]}
+    assert sampling_fields(SETTINGS).items() >= (asked | ends).items()
 
 
 def test_choices_come_back_in_the_order_of_their_index():

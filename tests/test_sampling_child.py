@@ -190,10 +190,11 @@ def test_candidates_belong_to_their_rows_and_nobody_is_left(sampler, tmp_path):
     engine = sampler()
     found = {row: out for chunk in engine.sample(PROMPTS, SETTINGS, skip={2}) for row, out in chunk}
     assert found.keys() == {0, 1}
-    seed = SETTINGS.stream(0)
-    assert [(one.token_ids, one.finish_reason) for one in found[0]] == [
-        ([0, 10 + (seed + i) % 80, 9], "stop") for i in (0, 1)
-    ]
+    for row, candidates in found.items():
+        seed = SETTINGS.stream(row)
+        assert [(one.token_ids, one.finish_reason) for one in candidates] == [
+            ([0, 10 + (seed + i) % 80, 9], "stop") for i in (0, 1)
+        ]
     assert engine.report == {"name": "vllm", "version": "0", "weights": "float32"}
     assert engine.seconds.keys() == {"start_engine", "stop_engine"}
     assert gone(*pids(tmp_path))

@@ -465,6 +465,13 @@ def test_a_run_is_continued_with_the_scores_that_it_selects_by():
     require_same_run(described(), described(score_columns=["gap"]), Path("run"))
 
 
+def test_every_figure_of_what_a_run_is_makes_another_one_of_it():
+    one = described()
+    for key in one.keys() - {"format_version", "versions", "config", "evaluation_pairs"}:
+        with pytest.raises(ValueError, match="cannot be continued"):
+            require_same_run(one, one | {key: "other"}, Path("run"))
+
+
 def test_a_judge_that_did_not_answer_in_time_may_be_given_more():
     judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
     online = {"labeler": "judge", "bootstrap_ratio": 1}
