@@ -65,21 +65,14 @@ from sera_plugin.data.rows import (
 )
 from sera_plugin.data.texts import SYSTEM, TEXTS
 
-#: With one of these a strategy maps its rows in a way of its own.
-_OWN_MAPPING = frozenset({"batched", "with_indices", "with_rank", "input_columns"})
-
 
 def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
     """The pairs to train and to evaluate on, as text, in the order of training.
-
-    Args:
-        cfg: the host's resolved configuration.
 
     Raises:
         DataError: for a file, a strategy or a column that cannot be used, naming it.
     """
     tokenizer = load_tokenizer(cfg)
-    train: Dataset
     train, held_out = _load(cfg, tokenizer)
     if "--debug" in sys.argv:  # the hook is not given the command's arguments
         _show(train, tokenizer)
@@ -91,13 +84,12 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
 def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
     """Both sets; of several processes the first prepares them and the others read its files."""
 
-    def load() -> tuple[Dataset, Dataset | None]:
+    def load() -> Any:
         train = _prepared(cfg, "datasets", tokenizer)
         if cfg.test_datasets:
             return train, _prepared(cfg, "test_datasets", tokenizer)
         if cfg.val_set_size:
-            train, held_out = create_train_validation_split(train, cfg, cfg.val_set_size)
-            return train, held_out
+            return create_train_validation_split(train, cfg, cfg.val_set_size)
         return train, None
 
     loader = FileLockLoader(cfg)
@@ -119,7 +111,11 @@ def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
     if prepared is not None:
         return prepared
     with while_preparing(key):
-        raw = [_loaded(cfg, f"{key}[{index}]", entry) for index, entry in enumerate(entries)]
+        raw = []
+        for index, entry in enumerate(entries):
+            with while_loading(f"{key}[{index}]", entry.path):
+                dataset = load_dataset_with_config(entry, cfg.hf_use_auth_token, streaming=False)
+            raw.append(check_loaded(f"{key}[{index}]", entry.path, dataset))
         if key == "datasets":
             _require_columns(cfg.sera["score_columns"], raw)
         transformed = [
@@ -129,12 +125,6 @@ def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
         if not cfg.skip_prepare_dataset:
             save_preprocessed_dataset(cfg, merged, name, split)
     return merged
-
-
-def _loaded(cfg: DictDefault, key: str, entry: DictDefault) -> Dataset:
-    with while_loading(key, entry.path):
-        dataset = load_dataset_with_config(entry, cfg.hf_use_auth_token, streaming=False)
-    return check_loaded(key, entry.path, dataset)
 
 
 def _transformed(
@@ -153,7 +143,8 @@ def _transformed(
             "axolotl.prompt_strategies.dpo, or a block of field names."
         )
     transform, options = loaded if isinstance(loaded, tuple) else (loaded, {})
-    if _OWN_MAPPING & options.keys():
+    # With one of these a strategy maps its rows in a way of its own.
+    if options.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
         dataset = _mapped(cfg, dataset, transform, tokenizer, options)
         transform, options = as_it_is, {}
     columns = dataset.features
@@ -170,13 +161,7 @@ def _transformed(
     # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
     # one of mixed types is read as JSON. Columns that nobody asked for could keep two datasets
     # from being merged.
-    ours = {
-        "with_indices": True,
-        "remove_columns": "__all__",
-        "features": Features(
-            types | {ROW: Value("int64")} | {name: columns[name] for name in kept}
-        ),
-    }
+    ours = {"with_indices": True, "remove_columns": "__all__", "features": Features(types)}
     return _mapped(cfg, dataset, guarded, tokenizer, {**options, **ours})
 
 

@@ -69,11 +69,7 @@ class UnequalEpochs(AxolotlDPOTrainer):
     # ------------------------------------------------------------------ where it begins
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """The run continues from its own newest whole checkpoint, not from the host's find.
-
-        Raises:
-            ValueError: if the checkpoint that the YAML asks for cannot be used.
-        """
+        """The run continues from its own newest whole checkpoint, not from the host's find."""
         step = self.loop.continue_from()
         resume_from_checkpoint = None
         if step is not None:
@@ -219,12 +215,7 @@ class UnequalEpochs(AxolotlDPOTrainer):
     # ------------------------------------------------------------------ what it saves
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The host's checkpoint, sealed before an older one is removed; a step is saved once.
-
-        Raises:
-            ValueError: if the policy's weights are not finite.
-            OSError: if the disk is full, with what to do about it.
-        """
+        """The host's checkpoint, sealed before an older one is removed; a step is saved once."""
         step = self.state.global_step
         if step == self._saved_step:
             return  # asked for again at the same step: the whole one stays

@@ -23,13 +23,7 @@ from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import metrics, summarize
-from sera_plugin.host.run import (
-    announce,
-    describe_end,
-    describe_run,
-    describe_start,
-    require_same_run,
-)
+from sera_plugin.host import run
 from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.model.gate import deviation
 from sera_plugin.model.scoring import PolicyScorer
@@ -54,17 +48,12 @@ class Loop:
     """One run.
 
     Attributes:
-        cfg: the host's resolved configuration.
-        loss, beta: what is optimised.
-        method: the method's constants.
+        cfg, tokenizer: the host's; the configuration is resolved.
         schedule: how long each iteration is; updated as iterations turn out shorter.
         dataset, columns: the offline pairs, and the dataset's own columns to keep beside them.
-        held_out: pairs that no iteration trains on, None without any.
         end_ids: token ids that end a completion.
-        scorer: scores under any policy; owns the model's policies.
-        tokenizer: the host's.
         nats: how far a policy's log-probabilities may move when nothing has changed, see
-            `sera_plugin.model.gate.deviation`.
+            `model.gate.deviation`.
         log: takes figures for the trackers.
     """
 
@@ -106,18 +95,14 @@ class Loop:
     def open(self, sharded_later: bool = False) -> None:
         """Start the run's record, or continue it; nothing is recorded before all checks are passed.
 
-        Args:
-            sharded_later: whether the weights are not where they will be used yet; then it is for
-                the trainer to call `recall`, before it loads a checkpoint or begins.
+        With `sharded_later` the weights are not where they will be used yet: it is then for the
+        trainer to call `recall`, before it loads a checkpoint or begins.
 
         Raises:
-            ValueError: if an iteration would train on no pair, the checkpoint that is asked for
-                cannot be used, the directory holds another run or is in use by one, or if the
-                sampler or the labeler that the configuration names cannot run.
-            OSError: if the directory cannot be written.
+            ValueError: if the run cannot be what the configuration says, or not in this directory.
             SamplingFailed, JudgeFailed: if a server cannot serve this run, or a judge has no key.
         """
-        description = describe_run(
+        description = run.describe_run(
             self.cfg, self.loss, self.beta, self.method, self.schedule, self.pairs, self.held_out,
             self.end_ids,
         )  # fmt: skip
@@ -134,7 +119,7 @@ class Loop:
                 "move it away, or continue it with `auto_resume_from_checkpoints: true`."
             )
         else:
-            require_same_run(earlier, description, self.store.root)
+            run.require_same_run(earlier, description, self.store.root)
         self._earlier = earlier is not None
         if not sharded_later:
             self.recall()
@@ -146,14 +131,11 @@ class Loop:
             self.store.begin(description, dataset)
         else:
             self.store.repair_dataset(dataset)
-        LOG.info("%s", announce(description, self.method, self.schedule, self.store, self._sampler))
+        block = run.announce(description, self.method, self.schedule, self.store, self._sampler)
+        LOG.info("%s", block)
 
     def recall(self) -> None:
-        """Remember theta_0, once, when the model holds it and can be used.
-
-        Raises:
-            ValueError: if the run began with another model.
-        """
+        """Remember theta_0, once, when the model holds it; raises if the run has another."""
         if self._recalled:
             return
         self._recalled = True
@@ -184,8 +166,7 @@ class Loop:
     def _choose_sampler(self, kept: int) -> Choice | None:
         """What samples, and that it and what ranks can; None if no iteration lacks its candidates.
 
-        Args:
-            kept: the last iteration whose files stay; later ones are made anew.
+        Files of iterations after `kept` are made anew.
         """
         iterations = range(1, len(self.schedule.pairs) + 1)
         if not any(
@@ -223,7 +204,6 @@ class Loop:
         Raises:
             ValueError: if the one that is asked for cannot be used, or if iterations after it
                 sampled and the sampler or the labeler cannot run any more.
-            SamplingFailed: if a server is named and cannot serve this run.
         """
         directory, asked = self._output_dir, self._asked
         step = checkpoints.named(directory, asked) if asked else checkpoints.newest(directory)
@@ -237,10 +217,8 @@ class Loop:
             self._sampler = self._choose_sampler(kept=begins)
             if self._sampler is not None:
                 LOG.info(
-                    "SeRA: samples are made again from iteration %d on; sampler: %s (%s)",
-                    begins + 1,
-                    self._sampler.name,
-                    self._sampler.reason,
+                    f"SeRA: samples are made again from iteration {begins + 1} on; sampler: "
+                    f"{self._sampler.name} ({self._sampler.reason})"
                 )
         self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
         return step
@@ -254,9 +232,7 @@ class Loop:
     ) -> tuple[pa.Table, dict[str, FloatArray] | None]:
         """Everything before the first step of iteration t (1-based).
 
-        Args:
-            iteration, resumed: t, and whether training continues in the middle of it.
-            optimizer: may wait in host memory while an engine samples.
+        The optimizer may wait in host memory while an engine samples.
 
         Returns:
             D_t, see `algorithm.prepare`, and the held-out pairs' chosen and rejected
@@ -273,7 +249,7 @@ class Loop:
             policies.current = None
         else:
             policies.keep_current(iteration - 1)
-        method, config = self.method, self.method.config
+        config = self.method.config
         settings = SamplingSettings(
             candidates=config.candidates,
             temperature=config.temperature,
@@ -281,11 +257,11 @@ class Loop:
             max_new_tokens=config.max_new_tokens,
             max_length=self.cfg["sequence_len"],
             end_ids=self.end_ids,
-            seed=method.seed * 1_000 + iteration,
+            seed=self.method.seed * 1_000 + iteration,
         )
         it = Iteration(
             t=iteration,
-            method=method,
+            method=self.method,
             pairs=self.pairs,
             store=self.store,
             scorer=self.scorer,
@@ -315,7 +291,7 @@ class Loop:
         alarms = judge([*before, summary])
         if tell:
             with above_bars():
-                LOG.info("%s", describe_start(summary, self.method.unit))
+                LOG.info("%s", run.describe_start(summary, self.method.unit))
                 for alarm in alarms:
                     if alarm.raised:
                         LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
@@ -347,4 +323,4 @@ class Loop:
         self.store.write_summary(self._summary["iteration"], self._summary)
         self.log({"sera/seconds/train": self._summary["seconds"]["train"]})
         with above_bars():
-            LOG.info("%s", describe_end(self._summary))
+            LOG.info("%s", run.describe_end(self._summary))

@@ -47,20 +47,16 @@ _NO_EFFECT = "has no effect:"
 
 @dataclass(frozen=True)
 class Given:
-    """A configuration, as the conditions of the table ask it.
-
-    Attributes:
-        cfg: as the YAML has it.
-        sera: its `sera:` block.
-    """
+    """A configuration, as the conditions of the table ask it."""
 
     cfg: Mapping[str, Any]
     sera: SeraConfig
 
     def get(self, key: str) -> Any:
         """The value of a key; `block.key` is one inside a block, where that is one."""
-        if key == "fsdp_version":
-            return self._fsdp_version
+        if key == "fsdp_version":  # read as the host does, in three places
+            inside = self.get("fsdp_config.fsdp_version") or self.get("fsdp_config.version")
+            return self.cfg.get("fsdp_version") or inside
         block, _, inner = key.partition(".")
         if block == "sera":
             return getattr(self.sera, inner)
@@ -79,12 +75,6 @@ class Given:
     @property
     def sharded(self) -> bool:
         return self.cfg.get("fsdp_config") is not None or bool(self.cfg.get("fsdp"))
-
-    @property
-    def _fsdp_version(self) -> Any:
-        """Read as the host does, in three places."""
-        inside = self.get("fsdp_config.fsdp_version") or self.get("fsdp_config.version")
-        return self.cfg.get("fsdp_version") or inside
 
 
 @dataclass(frozen=True)
@@ -138,9 +128,37 @@ def _offloads_otherwise(value: Any, given: Given) -> bool:
     return isinstance(value, str) and not (value == "hidden_states" and reentrant)
 
 
+#: What is refused whatever its value and whatever else is set, unless it is off.
+_NEVER = {
+    "max_steps": "rl: sera needs whole epochs; remove max_steps and set num_epochs",
+    "streaming": "rl: sera scores the whole dataset each iteration; remove streaming",
+    "pretraining_dataset": "rl: sera needs preference pairs; use datasets",
+    "sample_packing": "preference pairs cannot be packed; remove sample_packing",
+    "dpo_use_liger_kernel": "the fused loss cannot take reference values as data, which rl: sera "
+    "relies on (TRL refuses precomputed ones too); remove dpo_use_liger_kernel",
+    "rl_adapter_ref_model": "rl: sera keeps no reference model; remove {key}",
+    "neftune_noise_alpha": "noise makes the policy differ from its own reference; remove {key}",
+    "relora": "rl: sera snapshots one adapter per iteration; remove relora",
+    "load_best_model_at_end, metric_for_best_model, early_stopping_patience": _BEST,
+    "use_liger_kernel": "it is not a key of the host, which would drop it. Remove it; for Liger's "
+    "layers use the plugin axolotl.integrations.liger.LigerPlugin with liger_rope, liger_rms_norm "
+    "and liger_glu_activation",
+    "layer_offloading": "the host offloads layers in its trainer for supervised fine-tuning only. "
+    "Remove it; to save memory load the base in 4 bits (adapter: qlora), or set "
+    "gradient_checkpointing: true",
+    "deepspeed": "it is not supported yet. Remove it; to share the weights out set fsdp_version: 2 "
+    "and an fsdp_config (docs/many-gpus.md)",
+    "use_ray": "the host asks Ray for a GPU per worker, and SeRA has never been run so. Remove "
+    "use_ray, and start `axolotl train` with `--launcher torchrun` (docs/many-gpus.md)",
+}
 _OFFLOADING = (
     "under DPO the host has one offloader, to host memory. Set gradient_checkpointing: true and "
     "activation_offloading: true"
+)
+_STATE_DICTS = ", ".join(
+    f"fsdp_config.{prefix}{key}"
+    for key in ("state_dict_type", "final_state_dict_type")
+    for prefix in ("", "fsdp_")
 )
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -150,21 +168,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda value, given: value is not None and not _is_count(value),
         "is not a whole number of iterations:",
     ),
-    Refusal("max_steps", "rl: sera needs whole epochs; remove max_steps and set num_epochs"),
-    Refusal("streaming", "rl: sera scores the whole dataset each iteration; remove streaming"),
-    Refusal("pretraining_dataset", "rl: sera needs preference pairs; use datasets"),
-    Refusal("sample_packing", "preference pairs cannot be packed; remove sample_packing"),
-    Refusal(
-        "dpo_use_liger_kernel",
-        "the fused loss cannot take reference values as data, which rl: sera relies on (TRL "
-        "refuses precomputed ones too); remove dpo_use_liger_kernel",
-    ),
-    Refusal("rl_adapter_ref_model", "rl: sera keeps no reference model; remove {key}"),
-    Refusal(
-        "neftune_noise_alpha", "noise makes the policy differ from its own reference; remove {key}"
-    ),
-    Refusal("relora", "rl: sera snapshots one adapter per iteration; remove relora"),
-    Refusal("load_best_model_at_end, metric_for_best_model, early_stopping_patience", _BEST),
+    *(Refusal(keys, remedy) for keys, remedy in _NEVER.items()),
     Refusal("greater_is_better", _BEST, lambda value, given: value is not None),
     Refusal(
         "save_strategy",
@@ -185,17 +189,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "needs an adapter:",
     ),
     # ------------------------------------------------------------------ would save no memory
-    Refusal(
-        "use_liger_kernel",
-        "it is not a key of the host, which would drop it. Remove it; for Liger's layers use the "
-        "plugin axolotl.integrations.liger.LigerPlugin with liger_rope, liger_rms_norm and "
-        "liger_glu_activation",
-    ),
-    Refusal(
-        "layer_offloading",
-        "the host offloads layers in its trainer for supervised fine-tuning only. Remove it; to "
-        "save memory load the base in 4 bits (adapter: qlora), or set gradient_checkpointing: true",
-    ),
     Refusal(
         "gradient_checkpointing",
         _OFFLOADING,
@@ -218,16 +211,6 @@ REFUSALS: tuple[Refusal, ...] = (
         values="above 1",
     ),
     Refusal(
-        "deepspeed",
-        "it is not supported yet. Remove it; to share the weights out set fsdp_version: 2 and an "
-        "fsdp_config (docs/many-gpus.md)",
-    ),
-    Refusal(
-        "use_ray",
-        "the host asks Ray for a GPU per worker, and SeRA has never been run so. Remove use_ray, "
-        "and start `axolotl train` with `--launcher torchrun` (docs/many-gpus.md)",
-    ),
-    Refusal(
         "fsdp_config",
         "write `fsdp_version: 2` and `fsdp_config:` with its keys indented (docs/many-gpus.md)",
         lambda value, given: given.sharded and not (isinstance(value, Mapping) and value),
@@ -240,11 +223,7 @@ REFUSALS: tuple[Refusal, ...] = (
         values="1",
     ),
     Refusal(
-        ", ".join(
-            f"fsdp_config.{prefix}{key}"
-            for key in ("state_dict_type", "final_state_dict_type")
-            for prefix in ("", "fsdp_")
-        ),
+        _STATE_DICTS,
         f"a run continues from, and ends with, whole weights. Set it to {WHOLE}, or leave it out",
         lambda value, given: given.sharded and value not in (None, "", WHOLE),
     ),

@@ -102,10 +102,7 @@ def announce(
     store: RunStore,
     sampler: Choice | None,
 ) -> str:
-    """The log block at the start: settings, what each iteration trains on, files.
-
-    `sampler` is None where nothing is sampled.
-    """
+    """The log block at the start; `sampler` is None where nothing is sampled."""
     config = method.config
     by = "" if LABELERS[config.labeler].implicit else f" by {config.labeler}"
     rewards = "averaged per token" if method.per_token else "summed over tokens"
