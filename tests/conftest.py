@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_DISABLED", "true")
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -159,6 +160,15 @@ def train(load, monkeypatch):
         )
 
     return run
+
+
+def table(run: Path, iteration: int, name: str) -> dict[str, list]:
+    """A table of an iteration, as columns."""
+    return pq.read_table(run / f"iteration-{iteration:02d}/{name}.parquet").to_pydict()
+
+
+def summary(run: Path, iteration: int) -> dict:
+    return json.loads((run / f"iteration-{iteration:02d}/summary.json").read_text())
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.conftest import adapter
+from tests.conftest import adapter, summary
 
 
 @pytest.fixture
@@ -108,5 +106,4 @@ def test_activation_offloading_wraps_the_step(run, monkeypatch):
     again, result = run("offloaded", **keys, **adapter())
     assert len(entered) == 6 + 5  # micro-batches
     assert_same(plain, again, tolerance=1e-6)
-    summary = json.loads((result.run / "iteration-02/summary.json").read_text())
-    assert summary["step_zero"]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert summary(result.run, 2)["step_zero"]["loss"] == pytest.approx(np.log(2), abs=1e-4)

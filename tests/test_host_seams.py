@@ -1,7 +1,7 @@
-"""The host's private seams that trainer.py overrides or calls, pinned.
+"""The host's private seams that `sera_plugin/host` overrides or calls, pinned.
 
-A host upgrade that changes one of these fails here. Look at the new source, adapt trainer.py, then
-change the pin.
+A host upgrade that changes one of these fails here. Look at the new source, adapt ours, then change
+the pin.
 """
 
 from __future__ import annotations
@@ -11,94 +11,58 @@ import re
 import subprocess
 import sys
 
+import axolotl.train as host_train
 import pytest
+from accelerate import Accelerator
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.loaders import model as host_model
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def seams():
-    from accelerate import Accelerator
-    from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
-    from transformers import Trainer
-    from transformers.trainer_utils import rotate_checkpoints
-    from trl import DPOTrainer
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    return {
-        "run_epoch": (
-            Trainer._run_epoch,
-            "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial "
-            "ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained "
-            "steps_trained_in_current_epoch",
-        ),
-        "set_initial_training_values": (
-            Trainer.set_initial_training_values,
-            "self args dataloader",
-        ),
-        "init_training_state": (
-            Trainer._init_training_state,
-            "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint "
-            "trial",
-        ),
-        "save_checkpoint": (Trainer._save_checkpoint, "self model trial"),
-        "rotate_checkpoints": (
-            rotate_checkpoints,
-            "output_dir save_total_limit best_model_checkpoint use_mtime checkpoint_prefix",
-        ),
-        "create_scheduler": (
-            AxolotlDPOTrainer.create_scheduler,
-            "self num_training_steps optimizer",
-        ),
-        "load_from_checkpoint": (
-            Trainer._load_from_checkpoint,
-            "self resume_from_checkpoint model",
-        ),
-        "create_optimizer": (Trainer.create_optimizer, "self model"),
-        "prepare_dataset": (
-            DPOTrainer._prepare_dataset,
-            "self dataset processing_class args dataset_name",
-        ),
-        "precompute_ref_logps": (DPOTrainer._precompute_ref_logps, "self dataset name batch_size"),
-        "loss_context": (Trainer.compute_loss_context_manager, "self"),
-        "compute_loss": (DPOTrainer._compute_loss, "self model inputs return_outputs"),
-        "trl_init": (
-            DPOTrainer.__init__,
-            "self model ref_model args data_collator train_dataset eval_dataset processing_class "
-            "compute_metrics callbacks optimizers quantization_config peft_config",
-        ),
-        "collator": (
-            DataCollatorForPreference,
-            "pad_token_id max_length truncation_mode pad_to_multiple_of return_tensors",
-        ),
-        "accelerator": (Accelerator.prepare, "self args device_placement"),
-    }
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "run_epoch",
-        "set_initial_training_values",
-        "init_training_state",
-        "save_checkpoint",
-        "rotate_checkpoints",
-        "create_scheduler",
-        "load_from_checkpoint",
-        "create_optimizer",
-        "prepare_dataset",
-        "precompute_ref_logps",
-        "loss_context",
-        "compute_loss",
-        "trl_init",
-        "collator",
-        "accelerator",
-    ],
+RUN_EPOCH = (
+    "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial "
+    "ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained "
+    "steps_trained_in_current_epoch"
 )
-def test_signature_is_as_pinned(name):
-    function, expected = seams()[name]
-    assert parameters(function) == expected.split()
+INIT = (
+    "self model ref_model args data_collator train_dataset eval_dataset processing_class "
+    "compute_metrics callbacks optimizers quantization_config peft_config"
+)
+SEAMS = {
+    Trainer._run_epoch: RUN_EPOCH,
+    Trainer.set_initial_training_values: "self args dataloader",
+    Trainer._init_training_state: "self max_steps num_update_steps_per_epoch num_train_epochs "
+    "resume_from_checkpoint trial",
+    Trainer._save_checkpoint: "self model trial",
+    rotate_checkpoints: "output_dir save_total_limit best_model_checkpoint use_mtime "
+    "checkpoint_prefix",
+    AxolotlDPOTrainer.create_scheduler: "self num_training_steps optimizer",
+    Trainer._load_from_checkpoint: "self resume_from_checkpoint model",
+    Trainer.create_optimizer: "self model",
+    DPOTrainer._prepare_dataset: "self dataset processing_class args dataset_name",
+    DPOTrainer._precompute_ref_logps: "self dataset name batch_size",
+    Trainer.compute_loss_context_manager: "self",
+    DPOTrainer._compute_loss: "self model inputs return_outputs",
+    DPOTrainer.__init__: INIT,
+    DataCollatorForPreference: "pad_token_id max_length truncation_mode pad_to_multiple_of "
+    "return_tensors",
+    Accelerator.prepare: "self args device_placement",
+    host_train.setup_model_and_trainer: "cfg dataset_meta",
+    host_train.setup_reference_model: "cfg tokenizer processor",
+    host_model.build_parallelism_config: "cfg",
+}
+
+
+@pytest.mark.parametrize("function", SEAMS, ids=lambda function: function.__qualname__)
+def test_signature_is_as_pinned(function):
+    assert parameters(function) == SEAMS[function].split()
 
 
 def test_the_host_prepares_data_in_the_order_that_ours_follows():
@@ -126,8 +90,6 @@ def test_the_host_prepares_data_in_the_order_that_ours_follows():
 
 
 def test_every_loss_that_a_configuration_may_name_is_the_hosts():
-    from trl import DPOTrainer
-
     from sera_plugin.host.refused import HOST_LOSSES
 
     source = inspect.getsource(DPOTrainer._compute_loss)
@@ -158,30 +120,23 @@ for cfg, model, reference in (({}, "base", "reference"), ({"sera": {"a": 0}}, "a
 
 
 def test_the_host_sets_up_what_it_saves_where_patches_reach_it():
-    import axolotl.train as host
-
-    assert parameters(host.setup_model_and_trainer) == ["cfg", "dataset_meta"]
-    assert parameters(host.setup_reference_model) == ["cfg", "tokenizer", "processor"]
-    source = inspect.getsource(inspect.unwrap(host.setup_model_and_trainer))
+    source = inspect.getsource(inspect.unwrap(host_train.setup_model_and_trainer))
     assert "= setup_reference_model(cfg, tokenizer, processor)" in source
     assert source.count("        trainer,\n        model,\n") == 1
-    train = inspect.getsource(inspect.unwrap(host.train))
+    train = inspect.getsource(inspect.unwrap(host_train.train))
     assert ") = setup_model_and_trainer(cfg, dataset_meta)" in train
     for call in ("setup_signal_handler(cfg, model)", "save_trained_model(cfg, trainer, model)"):
         assert call in train
 
 
 def test_the_host_shards_as_sharded_runs_rely_on():
-    from axolotl.loaders import model
-    from transformers import Trainer
-
     prepare = inspect.getsource(Trainer._prepare_for_training)
     # theta_0 is remembered once the weights are sharded, and before a checkpoint is loaded.
     assert prepare.index("accelerator.prepare(") < prepare.index("self._load_from_checkpoint(")
     # Sampling calls `generate` of the outermost model, which then gathers its own weights.
     assert 'register_fsdp_forward_method(self.model, "generate")' in prepare
-    assert parameters(model.build_parallelism_config) == ["cfg"]
-    assert 'build_device_mesh("cuda")' in inspect.getsource(model.build_parallelism_config)
+    mesh = inspect.getsource(host_model.build_parallelism_config)
+    assert 'build_device_mesh("cuda")' in mesh
 
 
 def test_accelerate_still_saves_a_part_of_a_sharded_adapter():
@@ -193,8 +148,6 @@ def test_accelerate_still_saves_a_part_of_a_sharded_adapter():
 
 
 def test_first_values_of_the_training_tuple_are_where_we_write_them():
-    from transformers import Trainer
-
     source = inspect.getsource(Trainer._inner_training_loop)
     names = source.split(") = self.set_initial_training_values")[0].split("(")[-1]
     assert [name.strip() for name in names.split(",") if name.strip()] == [
@@ -210,8 +163,6 @@ def test_first_values_of_the_training_tuple_are_where_we_write_them():
 
 def test_the_host_removes_old_checkpoints_where_we_hold_it_back():
     """`save_total_limit` is unset while the host saves, and rotation called once all is sealed."""
-    from transformers import Trainer
-
     source = inspect.getsource(Trainer._save_checkpoint)
     assert source.count("rotate_checkpoints(") == 1
     assert "save_total_limit=self.args.save_total_limit" in source
@@ -220,24 +171,19 @@ def test_the_host_removes_old_checkpoints_where_we_hold_it_back():
 def test_the_host_tells_training_from_evaluation_where_a_run_is_opened():
     """`post_trainer_create` comes before the host writes into output_dir, and never in evaluate."""
     import axolotl.evaluate
-    import axolotl.train
 
     assert "post_trainer_create" not in inspect.getsource(axolotl.evaluate)
-    assert "post_trainer_create" in inspect.getsource(axolotl.train.setup_model_and_trainer)
-    order = inspect.getsource(axolotl.train.train)
+    assert "post_trainer_create" in inspect.getsource(host_train.setup_model_and_trainer)
+    order = inspect.getsource(host_train.train)
     assert order.index("setup_model_and_trainer(") < order.index("save_initial_configs(")
 
 
 def test_trl_still_ignores_label_smoothing_in_its_sigmoid_loss():
     """The reason for our own cDPO; if this fails, TRL may have learnt it."""
-    from trl import DPOTrainer
-
     source = inspect.getsource(DPOTrainer._compute_loss)
     sigmoid = source.split('loss_type == "sigmoid"')[1].split("elif")[0]
     assert "label_smoothing" not in sigmoid
 
 
 def test_optimizers_are_kept_where_we_clear_them():
-    from accelerate import Accelerator
-
     assert "self._optimizers" in inspect.getsource(Accelerator.__init__)

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from safetensors.numpy import load_file
 
 from sera_plugin.model.budget import TokenBudget
 from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard
-from tests.conftest import adapter
+from tests.conftest import adapter, summary, table
 
 
 def free_port() -> int:
@@ -160,21 +159,40 @@ def test_a_rank_that_dies_ends_the_wait_of_the_others():
 
 
 def launch(
-    config: dict, directory: Path, processes: int = 2, module: str = "axolotl.cli.train"
+    config: dict, directory: Path, module: str = "axolotl.cli.train", **environment: str
 ) -> subprocess.CompletedProcess:
-    """`axolotl train` under torchrun on the CPU."""
+    """`axolotl train` in two processes under torchrun on the CPU."""
     # Without an accelerator the host asks for device 0 unless it is told how much memory there is.
     config = config | {"max_memory": {"cpu": "8GiB"}}
     path = directory / "ranks.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += [f"--master_port={free_port()}", "-m", module, str(path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def table(run: Path, iteration: int, name: str) -> dict:
-    return pq.read_table(run / f"iteration-{iteration:02d}/{name}.parquet").to_pydict()
+def assert_alike(one: Path, other: Path, iterations: int) -> None:
+    """Two runs: to the last bit before training, up to rounding after it."""
+    for name in ("offline", "evaluation"):
+        assert table(one, 1, name) == table(other, 1, name)
+    for iteration in range(2, iterations + 1):
+        for name, same, close in (
+            ("offline", ["selected"], ["chosen_logp"]),
+            ("candidates", ["row", "token_ids"], ["reward"]),
+            ("bootstrapped", ["row", "chosen_candidate", "rejected_candidate", "selected"], []),
+        ):
+            mine, theirs = (table(run, iteration, name) for run in (one, other))
+            assert [mine[column] for column in same] == [theirs[column] for column in same]
+            for column in close:
+                np.testing.assert_allclose(mine[column], theirs[column], atol=1e-3)
+
+
+def assert_weights_are_close(one: Path, other: Path, atol: float = 1e-4) -> None:
+    mine, theirs = load_file(one), load_file(other)
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        np.testing.assert_allclose(weight, theirs[name], atol=atol)
 
 
 @pytest.mark.slow
@@ -187,25 +205,11 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
     assert result.returncode == 0, result.stderr[-3000:]
     assert (result.stdout + result.stderr).count("SeRA iteration 2 is trained") == 1
     one, other = train(config).run, tmp_path / "two/sera"
-
-    # The same batches on either side: to the last bit before training, up to rounding after it.
-    assert table(one, 1, "offline") == table(other, 1, "offline")
-    assert table(one, 1, "evaluation") == table(other, 1, "evaluation")
-    mine, theirs = table(one, 2, "offline"), table(other, 2, "offline")
-    assert mine["selected"] == theirs["selected"]
-    np.testing.assert_allclose(mine["chosen_logp"], theirs["chosen_logp"], atol=1e-3)
-    mine, theirs = table(one, 2, "candidates"), table(other, 2, "candidates")
-    assert mine["row"] == theirs["row"]
-    assert mine["token_ids"] == theirs["token_ids"]
-    np.testing.assert_allclose(mine["reward"], theirs["reward"], atol=1e-3)
+    # The same batches on either side.
+    assert_alike(one, other, 2)
     weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-    mine, theirs = (load_file(run.parent / weights) for run in (one, other))
-    for name, weight in mine.items():
-        np.testing.assert_allclose(weight, theirs[name], atol=1e-4)
-
-    first, second = (
-        json.loads((run / "iteration-02/summary.json").read_text()) for run in (one, other)
-    )
+    assert_weights_are_close(one.parent / weights, other.parent / weights)
+    first, second = summary(one, 2), summary(other, 2)
     assert first["forwarded"] == second["forwarded"]
     assert first["pairs"] == second["pairs"]
     states = [
@@ -247,36 +251,17 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
     two |= {"saves_per_epoch": 3, "auto_resume_from_checkpoints": True}
     result = launch(two, tmp_path, module="tests.host_on_cpu")
     assert result.returncode == 0, result.stderr[-3000:]
-    first = train(config)
-    one, other = first.run, tmp_path / "two/sera"
-
-    # To the last bit before training, up to rounding after it.
-    for name in ("offline", "evaluation"):
-        assert table(one, 1, name) == table(other, 1, name)
-    for iteration in (2, 3):
-        mine, theirs = (table(run, iteration, "offline") for run in (one, other))
-        assert mine["selected"] == theirs["selected"]
-        np.testing.assert_allclose(mine["chosen_logp"], theirs["chosen_logp"], atol=1e-3)
-        mine, theirs = (table(run, iteration, "candidates") for run in (one, other))
-        assert mine["token_ids"] == theirs["token_ids"]
-        np.testing.assert_allclose(mine["reward"], theirs["reward"], atol=1e-3)
-        mine, theirs = (table(run, iteration, "bootstrapped") for run in (one, other))
-        for column in ("row", "chosen_candidate", "rejected_candidate", "selected"):
-            assert mine[column] == theirs[column]
+    one, other = train(config).run, tmp_path / "two/sera"
+    assert_alike(one, other, 3)
     # Whole weights, written once: the policies, the checkpoints, what is left at the end.
     weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-    for path in (f"sera/iteration-03/policy/{weights}", weights):
-        mine, theirs = load_file(one.parent / path), load_file(other.parent / path)
-        for name, weight in mine.items():
-            np.testing.assert_allclose(weight, theirs[name], atol=1e-4)
-    policy = load_file(other / f"iteration-03/policy/{weights}")
-    assert policy.keys() == load_file(one / f"iteration-03/policy/{weights}").keys()
-    saved = load_file(other.parent / f"checkpoint-6/{weights}")
-    for name, weight in policy.items():
-        np.testing.assert_array_equal(weight, saved[name])
+    policy, final = other / f"iteration-03/policy/{weights}", other.parent / weights
+    assert_weights_are_close(one / f"iteration-03/policy/{weights}", policy)
+    assert_weights_are_close(one.parent / weights, final)
+    assert_weights_are_close(policy, other.parent / f"checkpoint-6/{weights}", atol=0)
 
     # Cut off after one step of iteration 3, with theta_2 scored anew and theta_1 read back.
-    whole = load_file(other.parent / weights)
+    whole = shutil.copy(final, tmp_path / "whole.safetensors")
     tables = {name: table(other, 3, name) for name in ("offline", "candidates")}
     for step in (8, 9):
         shutil.rmtree(other.parent / f"checkpoint-{step}")
@@ -286,8 +271,7 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
     assert result.returncode == 0, result.stderr[-3000:]
     for name, before in tables.items():
         assert table(other, 3, name) == before
-    for name, weight in load_file(other.parent / weights).items():
-        np.testing.assert_array_equal(weight, whole[name])
+    assert_weights_are_close(Path(whole), final, atol=0)
 
 
 @pytest.mark.slow
@@ -358,10 +342,6 @@ def test_snapshots_of_sharded_weights_are_parts(tmp_path):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_processes_that_do_not_train_together_are_refused(base_config, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(base_config | {"max_memory": {"cpu": "8GiB"}, **adapter()}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", "-m", "axolotl.cli.train", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    result = launch(base_config | adapter(), tmp_path, ACCELERATE_USE_CPU="false")
     assert result.returncode != 0
     assert "2 processes were started, but the host trains in each of them alone" in result.stderr

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -17,14 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from sera_plugin.host.loop import LOG
 from sera_plugin.model.weights import take_snapshot
-from tests.conftest import adapter, write_rows
+from tests.conftest import adapter, summary, table, write_rows
 
 pytestmark = pytest.mark.slow
-
-
-def summary(result, iteration):
-    path = result.run / f"iteration-{iteration:02d}" / "summary.json"
-    return json.loads(path.read_text())
 
 
 def files(run: Path) -> dict[str, str]:
@@ -45,10 +38,10 @@ def test_rewards_of_a_run_are_those_of_its_loss(base_config, train, keys, block)
     base_config["sera"] |= block
     result = train(base_config | keys | {"num_epochs": 2})
     for iteration in (1, 2):
-        step_zero = summary(result, iteration)["step_zero"]
+        step_zero = summary(result.run, iteration)["step_zero"]
         assert step_zero["loss"] == pytest.approx(step_zero["expected_loss"], abs=1e-4)
-    offline = pq.read_table(result.run / "iteration-02/offline.parquet").to_pydict()
-    before = pq.read_table(result.run / "iteration-01/offline.parquet").to_pydict()
+    offline = table(result.run, 2, "offline")
+    before = table(result.run, 1, "offline")
     for side in ("chosen", "rejected"):
         free = block["loss"] == "simpo"
         ratio = offline[f"{side}_logp"][0] - (0 if free else before[f"{side}_logp"][0])
@@ -58,7 +51,7 @@ def test_rewards_of_a_run_are_those_of_its_loss(base_config, train, keys, block)
 def test_the_hosts_own_losses_train_through_dpo_loss_type(base_config, train):
     base_config |= {"dpo_loss_type": ["apo_zero"], "num_epochs": 2}
     result = train(base_config)
-    assert summary(result, 2)["step_zero"]["nats_per_token"] < 1e-4
+    assert summary(result.run, 2)["step_zero"]["nats_per_token"] < 1e-4
     # At zero margin: 1 - sigmoid(0) + sigmoid(0) = 1.
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
     assert losses[0] == pytest.approx(1.0, abs=1e-4)
@@ -72,7 +65,7 @@ def test_epochs_of_unequal_length_have_right_totals(
     base_config |= {"num_epochs": 2, "lr_scheduler": "linear", "warmup_steps": 0}
     result = train(base_config)
     trained = result.training_pairs[2].num_rows
-    assert summary(result, 2)["pairs"]["trained"] == trained
+    assert summary(result.run, 2)["pairs"]["trained"] == trained
     if bootstrap <= 1.0:
         assert trained == pairs
     # Micro-batches of 4, two a step; N = 24 gives 3 steps.
@@ -99,7 +92,7 @@ def test_fewer_sampled_pairs_than_asked_for_are_used_and_said(base_config, train
     # One token a candidate leaves so few distinct ones that not every prompt gives two pairs.
     base_config["sera"] |= {"bootstrap_ratio": 2.0, "max_new_tokens": 1, "temperature": 0.2}
     result = train(base_config | {"num_epochs": 2})
-    pairs = summary(result, 2)["pairs"]
+    pairs = summary(result.run, 2)["pairs"]
     assert pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"] == 48
     assert result.trainer.state.global_step == result.trainer.state.max_steps
     assert pairs["trained"] == result.training_pairs[2].num_rows
@@ -123,7 +116,7 @@ def test_a_continued_adapter_starts_where_it_ended(base_config, train, tmp_path,
     assert start.keys() == trained.keys()
     assert all(torch.equal(start[name], trained[name]) for name in trained)
     assert list(second.model.peft_config) == ["default"]
-    assert summary(second, 2)["step_zero"]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert summary(second.run, 2)["step_zero"]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
 def test_an_adapter_with_tied_embeddings_is_saved_and_nothing_else(base_config, train, world):
@@ -208,21 +201,9 @@ def test_a_finished_run_that_begins_again_chooses_a_sampler_and_counts_its_own_t
     again = train(base_config | {"auto_resume_from_checkpoints": True})
     assert len(chosen) == 1
     assert files(again.run) == files(first.run)
-    seconds = summary(again, 1)["seconds"]
+    seconds = summary(again.run, 1)["seconds"]
     assert seconds["score_offline"] == 7.0
     assert 0 < seconds["train"] < 1e3
-
-
-def test_another_run_is_never_overwritten_or_continued_as_this_one(base_config, train, world):
-    base_config |= {"num_epochs": 1}
-    result = train(base_config)
-    before = files(result.run)
-    with pytest.raises(ValueError, match="holds an earlier run"):
-        train(base_config)
-    base_config["sera"]["gamma"] = 0.5
-    with pytest.raises(ValueError, match=r"gamma.*Restore them"):
-        train(base_config | {"auto_resume_from_checkpoints": True})
-    assert files(result.run) == before
 
 
 @pytest.mark.parametrize("keys", [{}, adapter()], ids=["full", "lora"])
@@ -291,9 +272,9 @@ def test_a_raised_alarm_is_in_the_log_the_summary_and_the_trackers(base_config, 
     # One token a candidate: all are cut, and most of them equal.
     base_config["sera"] |= {"max_new_tokens": 1, "temperature": 0.2}
     result = train(base_config | {"num_epochs": 2})
-    alarms = {alarm["name"]: alarm for alarm in summary(result, 2)["alarms"]}
+    alarms = {alarm["name"]: alarm for alarm in summary(result.run, 2)["alarms"]}
     assert {"unfinished", "duplicates", "without_pair"} <= alarms.keys()
-    assert summary(result, 1)["alarms"] == []
+    assert summary(result.run, 1)["alarms"] == []
     said = [text for text in warnings if text.startswith("SeRA alarm")]
     assert said == [f"SeRA alarm {name}: {alarm['text']}" for name, alarm in alarms.items()]
     logged = {name: value for entry in result.history for name, value in entry.items()}
@@ -306,9 +287,9 @@ def test_a_raised_alarm_is_in_the_log_the_summary_and_the_trackers(base_config, 
 def test_evaluation_refers_to_the_iterations_own_reference(base_config, train):
     base_config |= {"num_epochs": 2, "eval_steps": 1, "evals_per_epoch": None}
     result = train(base_config)
-    evaluated = pq.read_table(result.run / "iteration-02/evaluation.parquet").to_pydict()
+    evaluated = table(result.run, 2, "evaluation")
     assert result.trainer.eval_dataset["ref_chosen_logps"][:] == evaluated["chosen_logp"]
-    before = pq.read_table(result.run / "iteration-01/evaluation.parquet").to_pydict()
+    before = table(result.run, 1, "evaluation")
     assert before["chosen_logp"] != evaluated["chosen_logp"]
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.conftest import adapter, write_rows
+from tests.conftest import adapter, summary, table, write_rows
 from tests.judge_server import KEY, judge_server
 
 pytestmark = pytest.mark.slow
@@ -28,24 +28,15 @@ def system(config, **block):
     return config | {"sera": {**config["sera"], **block}}
 
 
-def table(result, iteration, name):
-    return pq.read_table(result.run / f"iteration-{iteration:02d}/{name}.parquet").to_pydict()
-
-
-def summary(result, iteration):
-    path = result.run / f"iteration-{iteration:02d}/summary.json"
-    return json.loads(path.read_text())
-
-
 def passed_gates(result):
     for iteration in (1, 2, 3):
-        gate = summary(result, iteration)["step_zero"]
+        gate = summary(result.run, iteration)["step_zero"]
         assert abs(gate["loss"] - gate["expected_loss"]) < 1e-3
         assert gate["nats_per_token"] < 1e-3
 
 
 def kept(result, iteration):
-    return np.flatnonzero(table(result, iteration, "offline")["selected"])
+    return np.flatnonzero(table(result.run, iteration, "offline")["selected"])
 
 
 @pytest.mark.parametrize("name", ["reference_logp", "score", "random"])
@@ -54,7 +45,7 @@ def test_a_selection_trains_on_the_first_of_its_ranking(config, train, name):
     data = pq.read_table(result.run / "dataset.parquet").to_pydict()
     passed_gates(result)
     for iteration in (2, 3):
-        offline = table(result, iteration, "offline")
+        offline = table(result.run, iteration, "offline")
         expected = {
             "reference_logp": np.subtract(offline["chosen_logp"], offline["rejected_logp"]),
             "score": np.subtract(data["score_chosen"], data["score_rejected"]),
@@ -74,7 +65,7 @@ def test_iterative_dpo_keeps_all_pairs_against_the_last_policy(config, train):
     assert [result.training_pairs[t].num_rows for t in (1, 2, 3)] == [24, 24, 24]
     for iteration in (2, 3):
         trained = result.training_pairs[iteration].to_pydict()
-        assert trained["ref_chosen_logps"] == table(result, iteration, "offline")["chosen_logp"]
+        assert trained["ref_chosen_logps"] == table(result.run, iteration, "offline")["chosen_logp"]
         assert (
             trained["ref_chosen_logps"] != result.training_pairs[1].to_pydict()["ref_chosen_logps"]
         )
@@ -95,7 +86,7 @@ def test_dpo_over_epochs_keeps_its_first_reference(config, train):
         trained = result.training_pairs[iteration].to_pydict()
         for side in SIDES:
             assert trained[f"ref_{side}_logps"] == first[f"ref_{side}_logps"]
-        assert abs(summary(result, iteration)["step_zero"]["expected_loss"] - np.log(2)) > 0.003
+        assert abs(summary(result.run, iteration)["step_zero"]["expected_loss"] - np.log(2)) > 0.003
     # The held-out pairs are those of the training set, and their reference is theta_0 to the end.
     held_out = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     assert held_out[-1] < held_out[0] - 0.003
@@ -136,15 +127,15 @@ def test_spin_trains_on_the_datasets_answers_against_samples_alone(config, train
         trained = result.training_pairs[iteration].to_pydict()
         assert len(trained["chosen_ids"]) > 12
         assert set(map(tuple, trained["chosen_ids"])) <= answers
-        candidates = table(result, iteration, "candidates")
+        candidates = table(result.run, iteration, "candidates")
         sampled = {
             tuple(ids)
             for ids, why in zip(candidates["token_ids"], candidates["finish_reason"], strict=True)
             if why != "dataset"
         }
         assert set(map(tuple, trained["rejected_ids"])) <= sampled
-        assert not any(table(result, iteration, "offline")["selected"])
-        assert summary(result, iteration)["samples"]["sampled"] == 24
+        assert not any(table(result.run, iteration, "offline")["selected"])
+        assert summary(result.run, iteration)["samples"]["sampled"] == 24
     assert labelled_worse
 
 
@@ -178,7 +169,7 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     data = pq.read_table(result.run / "dataset.parquet").to_pydict()
     for iteration in (2, 3):
-        candidates = table(result, iteration, "candidates")
+        candidates = table(result.run, iteration, "candidates")
         assert {len(one) for one in candidates["logps"]} == {1}
         for place in range(0, len(candidates["row"]), 17):
             row = candidates["row"][place]
@@ -193,13 +184,13 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
                 expected = judge(input_ids=torch.tensor([ids])).logits.item()
             assert candidates["reward"][place] == pytest.approx(expected, abs=1e-4)
         rewards = np.reshape(candidates["reward"], (-1, 4))
-        pairs = table(result, iteration, "bootstrapped")
+        pairs = table(result.run, iteration, "bootstrapped")
         for row, best, worst in zip(
             pairs["row"], pairs["chosen_candidate"], pairs["rejected_candidate"], strict=True
         ):
             assert rewards[row][best] == rewards[row].max()
             assert rewards[row][worst] == rewards[row].min()
-        assert summary(result, iteration)["labeler"]["name"] == "reward_model"
+        assert summary(result.run, iteration)["labeler"]["name"] == "reward_model"
 
 
 def test_a_first_iteration_of_fewer_samples_has_a_schedule_of_its_own_length(
@@ -215,7 +206,7 @@ def test_a_first_iteration_of_fewer_samples_has_a_schedule_of_its_own_length(
     }  # fmt: skip
     result = train(settings)
     steps = result.trainer.state.global_step
-    assert 1 < steps == summary(result, 1)["pairs"]["trained"] < 24
+    assert 1 < steps == summary(result.run, 1)["pairs"]["trained"] < 24
 
     def rates(one):
         return [entry["learning_rate"] for entry in one.history if "learning_rate" in entry]
@@ -238,27 +229,27 @@ def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(config, train,
         result = train(settings)
         passed_gates(result)
         for iteration in (2, 3):
-            candidates = table(result, iteration, "candidates")
+            candidates = table(result.run, iteration, "candidates")
             words = np.reshape(list(map(len, candidates["token_ids"])), (-1, 4))
-            pairs = table(result, iteration, "bootstrapped")
+            pairs = table(result.run, iteration, "bootstrapped")
             assert len(pairs["row"]) > 12
             for row, best, worst in zip(
                 pairs["row"], pairs["chosen_candidate"], pairs["rejected_candidate"], strict=True
             ):
                 assert words[row][best] > words[row][worst]
-            took = summary(result, iteration)["labeler"]["usage"]
+            took = summary(result.run, iteration)["labeler"]["usage"]
             assert took["asked"]["count"] > 24
         assert KEY not in (result.run / "judgements.jsonl").read_text()
         assert KEY not in (result.run / "run.json").read_text()
         # The last iteration's samples are made and ranked again, as after a crash.
-        before = table(result, 3, "candidates")
+        before = table(result.run, 3, "candidates")
         shutil.rmtree(max(result.output.glob("checkpoint-*"), key=lambda one: one.stat().st_mtime))
         for name in ("candidates", "bootstrapped"):
             (result.run / f"iteration-03/{name}.parquet").unlink()
         server.plan()
         again = train(settings | {"auto_resume_from_checkpoints": True})
         assert server.calls == 0
-    assert table(again, 3, "candidates") == before
+    assert table(again.run, 3, "candidates") == before
 
 
 @pytest.mark.nightly
@@ -267,7 +258,7 @@ def test_a_policy_that_cannot_judge_itself_adds_no_pair(config, train):
     result = train(system(config | {"sequence_len": 600}, labeler="self_judge"))
     passed_gates(result)
     for iteration in (2, 3):
-        found = summary(result, iteration)
+        found = summary(result.run, iteration)
         assert found["labeler"]["replies"] == 3 * 96
         assert found["labeler"]["unparsed"] == 3 * 96
         assert found["samples"]["unranked"] == 96
@@ -278,7 +269,7 @@ def test_a_policy_that_cannot_judge_itself_adds_no_pair(config, train):
 def test_answers_that_are_too_long_to_judge_are_in_no_pair(config, train):
     """The judge's prompt alone is longer than this model's context."""
     result = train(system(config, labeler="self_judge") | {"num_epochs": 2})
-    found = summary(result, 2)
+    found = summary(result.run, 2)
     assert found["labeler"]["too_long"] == found["samples"]["unranked"] == 96
     assert found["labeler"]["replies"] == 0
     assert result.training_pairs[2].num_rows == 17
@@ -288,15 +279,17 @@ def test_length_control_makes_sampled_pairs_equally_long(config, train):
     result = train(system(config, length_control="auto", offline_length_control="auto"))
     passed_gates(result)
     for iteration in (2, 3):
-        alpha = summary(result, iteration)["samples"]["length_control"]
-        candidates, pairs = (table(result, iteration, n) for n in ("candidates", "bootstrapped"))
+        alpha = summary(result.run, iteration)["samples"]["length_control"]
+        candidates, pairs = (
+            table(result.run, iteration, n) for n in ("candidates", "bootstrapped")
+        )
         lengths = np.reshape(list(map(len, candidates["token_ids"])), (-1, 4))
         rewards = np.reshape(candidates["reward"], (-1, 4)) - alpha * lengths
         rows = np.array(pairs["row"])
         best, worst = (np.array(pairs[f"{side}_candidate"]) for side in SIDES)
         np.testing.assert_allclose(pairs["margin"], rewards[rows, best] - rewards[rows, worst])
         assert abs((lengths[rows, best] - lengths[rows, worst]).mean()) < 0.5
-        offline = table(result, iteration, "offline")
+        offline = table(result.run, iteration, "offline")
         longer = np.subtract(offline["chosen_length"], offline["rejected_length"])
         if np.ptp(longer):
             assert abs(np.corrcoef(offline["priority"], longer)[0, 1]) < 1e-6
@@ -308,10 +301,10 @@ def test_a_loss_trains_and_its_margin_follows_it(config, train, loss):
     passed_gates(result)
     run = json.loads((result.run / "run.json").read_text())
     assert run["per_token"] == (loss == "orpo")
-    assert len(table(result, 3, "candidates")["logps"][0]) == (2 if loss == "orpo" else 3)
+    assert len(table(result.run, 3, "candidates")["logps"][0]) == (2 if loss == "orpo" else 3)
     gaps = []
     for iteration in (1, 2, 3):
-        offline = table(result, iteration, "offline")
+        offline = table(result.run, iteration, "offline")
         chosen, rejected = (
             np.divide(offline[f"{side}_logp"], offline[f"{side}_length"]) for side in SIDES
         )
@@ -328,14 +321,14 @@ def test_swapped_labels_are_recorded_and_trained_as_they_are(config, train, tmp_
     before, after = (
         pq.read_table(one.run / "dataset.parquet").to_pydict() for one in (clean, noisy)
     )
-    swapped = np.array(table(noisy, 3, "offline")["swapped"])
+    swapped = np.array(table(noisy.run, 3, "offline")["swapped"])
     assert swapped.sum() == 6
     for row in range(24):
         sides = SIDES[::-1] if swapped[row] else SIDES
         for side, source in zip(SIDES, sides, strict=True):
             assert after[f"{side}_ids"][row] == before[f"{source}_ids"][row]
             assert after[f"score_{side}"][row] == before[f"score_{source}"][row]
-    dropped = ~np.array(table(noisy, 3, "offline")["selected"])
-    found = summary(noisy, 3)["label_noise"]
+    dropped = ~np.array(table(noisy.run, 3, "offline")["selected"])
+    found = summary(noisy.run, 3)["label_noise"]
     assert found["recall"] == (swapped & dropped).sum() / 6
     assert found["precision"] == (swapped & dropped).sum() / dropped.sum()

@@ -38,12 +38,7 @@ def train(directory: Path, kill: tuple[str, int] | None, set_up: Callable[[], No
 
 
 class Watch:
-    """Counts where the run is, and kills it at the chosen place.
-
-    Args:
-        directory: the run's; its output goes to `out` in there.
-        kill: (phase, n).
-    """
+    """Counts where the run is, and kills it at the chosen place, (phase, n)."""
 
     def __init__(self, directory: Path, kill: tuple[str, int] | None) -> None:
         self.output = directory / "out"
@@ -119,16 +114,15 @@ class Watch:
     def _renaming(self, target: Any) -> Iterator[None]:
         self.settle()
         place = self.place(target)
-        before, after = {
-            "run": ("rename-before", "rename-after"),
-            "policy": ("rename-before", "rename-after"),
-            "checkpoint": ("checkpoint-file", "checkpoint-file"),
-        }.get(str(place), ("", ""))
-        if before:
-            self.hit(before)
+        before, after = "rename-before", "rename-after"
+        if place == "checkpoint":
+            before = after = "checkpoint-file"
+        if place not in ("run", "policy", "checkpoint"):
+            yield
+            return
+        self.hit(before)
         yield
-        if after:
-            self.hit(after)
+        self.hit(after)
 
     # -------------------------------------------------------------- wrapping
 
@@ -149,17 +143,17 @@ class Watch:
         for name in ("rename", "replace"):
             wrap(os, name, around=lambda source, target, **_: self._renaming(target))
         # These write without Python's `open`.
-        for owner, name, argument in (
-            (transformers.modeling_utils, "safe_save_file", 1),
-            (peft.peft_model, "safe_save_file", 1),
-            (torch, "save", 1),
-            (pq, "write_table", 1),
+        for owner, name in (
+            (transformers.modeling_utils, "safe_save_file"),
+            (peft.peft_model, "safe_save_file"),
+            (torch, "save"),
+            (pq, "write_table"),
         ):
             wrap(
                 owner,
                 name,
-                before=lambda *args, **_: self.settle(),
-                after=lambda _, *args, _at=argument, **__: self.wrote(args[_at]),
+                before=lambda *_, **__: self.settle(),
+                after=lambda _, what, path, *__, **___: self.wrote(path),
             )
         # The last file of a checkpoint is complete here, not when the next one is opened.
         wrap(TrainerState, "save_to_json", after=lambda *_, **__: self.settle())
@@ -245,13 +239,8 @@ class Watch:
             yield loss.append
             step = trainer.state.global_step
             self._step = (step, self._step[1] + 1 if self._step[0] == step else 0)
-            self.tell(
-                "step",
-                iteration=self.iteration,
-                step=self._step,
-                batch=batch,
-                loss=float(loss[0]).hex(),
-            )
+            at = {"iteration": self.iteration, "step": self._step}
+            self.tell("step", **at, batch=batch, loss=float(loss[0]).hex())
 
         wrap(SeraTrainer, "training_step", around=stepping)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,16 @@ def digest(path: Path) -> str:
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of what differs, is missing or is too much."""
-    result = []
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            result.append(f"{name}: missing")
-        elif name not in expected:
-            result.append(f"{name}: not in the uninterrupted run")
-        elif expected[name] != found[name]:
-            result.append(f"{name}: differs")
-    return result
+    missing = [f"{name}: missing" for name in expected.keys() - found.keys()]
+    extra = [f"{name}: not in the uninterrupted run" for name in found.keys() - expected.keys()]
+    common = expected.keys() & found.keys()
+    return sorted(
+        [
+            *missing,
+            *extra,
+            *(f"{name}: differs" for name in common if expected[name] != found[name]),
+        ]
+    )
 
 
 @dataclass
@@ -114,13 +116,11 @@ class Ledger:
 
     A row's samples are on disk or not when a run dies. If they are, a later run may sample the row
     again only where it has trained the policy that samples it anew, in an earlier iteration.
-
-    Attributes:
-        sampled_twice: (iteration, row), once for each time too many.
-        repeated_steps: optimizer steps that were made in an earlier run already.
     """
 
+    #: (iteration, row), once for each time too many.
     sampled_twice: list[tuple[int, int]] = field(default_factory=list)
+    #: Optimizer steps that were made in an earlier run already.
     repeated_steps: int = 0
     _sampled: dict[int, set[int]] = field(default_factory=dict)
     _steps: set[int] = field(default_factory=set)
@@ -140,18 +140,9 @@ class Ledger:
                 self._sampled.setdefault(iteration, set()).update(event["rows"])
         self.repeated_steps += len(steps & self._steps)
         self._steps |= steps
-        for path in (
-            *output.glob("sera/*/samples/*.parquet"),
-            *output.glob("sera/*/cand*.parquet"),
-        ):
-            directory = path.relative_to(output / "sera").parts[0]
-            rows = _rows(path)
-            self._sampled.setdefault(int(directory.removeprefix("iteration-")), set()).update(rows)
-
-
-def _rows(path: Path) -> list[int]:
-    try:
-        rows: list[int] = pq.read_table(path, columns=["row"])["row"].to_pylist()
-    except pa.ArrowInvalid:
-        return []  # not whole, so not on disk
-    return rows
+        run = output / "sera"
+        for path in (*run.glob("*/samples/*.parquet"), *run.glob("*/cand*.parquet")):
+            iteration = int(path.relative_to(run).parts[0].removeprefix("iteration-"))
+            with suppress(pa.ArrowInvalid):  # not whole, so not on disk
+                rows = pq.read_table(path, columns=["row"])["row"].to_pylist()
+                self._sampled.setdefault(iteration, set()).update(rows)

@@ -13,10 +13,12 @@ import yaml
 
 from tests.conftest import adapter, make_config
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
-from tests.crash.process import Ended, ForkServer, Job
+from tests.crash.process import ForkServer, Job
 
 _EVERY_STEP = {"save_steps": 1, "saves_per_epoch": None}
 _LORA = adapter()
+_QUANTISED = {"adapter": "qlora", "load_in_4bit": True}
+_ONE_SCHEDULE = {"restart_optimizer": False}
 _FEW_PAIRS = {"bootstrap_ratio": 2.0, "max_new_tokens": 1, "temperature": 0.2}
 
 #: Kinds of training by name; what is said of each is what it adds to the tests' configuration.
@@ -25,31 +27,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "full-keep-1": {**_EVERY_STEP, "save_total_limit": 1},
     "full-keep-2": {**_EVERY_STEP, "save_total_limit": 2},
     "full-one-schedule": {
-        **_EVERY_STEP,
-        "save_steps": 2,
-        "save_total_limit": 2,
-        "sera": {"restart_optimizer": False},
+        **{**_EVERY_STEP, "save_steps": 2, "save_total_limit": 2},
+        "sera": _ONE_SCHEDULE,
     },
     # Fewer sampled pairs exist than are asked for: iterations are shorter than planned.
     "full-short": {**_EVERY_STEP, "save_total_limit": 3, "sera": _FEW_PAIRS},
     "full-short-one-schedule": {
-        **_EVERY_STEP,
-        "save_total_limit": 3,
-        "sera": {**_FEW_PAIRS, "restart_optimizer": False},
+        **{**_EVERY_STEP, "save_total_limit": 3},
+        "sera": _FEW_PAIRS | _ONE_SCHEDULE,
     },
     "lora-simpo": {**_LORA, **_EVERY_STEP, "save_total_limit": 1, "sera": {"loss": "simpo"}},
     "full-4-iterations": {"save_total_limit": 1, "num_epochs": 4},
     "lora": _LORA,
     "lora-keep-1": {**_LORA, **_EVERY_STEP, "save_total_limit": 1},
     "lora-continued": {**_LORA, **_EVERY_STEP, "save_total_limit": 2},
-    "qlora": {**_LORA, "adapter": "qlora", "load_in_4bit": True},
-    "qlora-keep-1": {
-        **_LORA,
-        **_EVERY_STEP,
-        "adapter": "qlora",
-        "load_in_4bit": True,
-        "save_total_limit": 1,
-    },
+    "qlora": {**_LORA, **_QUANTISED},
+    "qlora-keep-1": {**_LORA, **_EVERY_STEP, **_QUANTISED, "save_total_limit": 1},
 }
 
 #: Places where a run kills itself. "half": with the last file cut to half of its length.
@@ -93,9 +86,7 @@ LABELS = {
 class Point:
     """Where a run of one kind is killed: once, or again after it was continued.
 
-    Attributes:
-        kind: of `KINDS`.
-        kills: (phase, n) of `PHASES`, or (`RANDOM`, n): the n-th random instant of this kind.
+    A kill is (phase, n) of `PHASES`, or (`RANDOM`, n): the n-th random instant of this kind.
     """
 
     kind: str
@@ -114,11 +105,7 @@ class Point:
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """The opposite of `str`, for example `sample-chunk:3:lora`.
-
-        Raises:
-            ValueError: naming what is not known.
-        """
+        """The opposite of `str`, for example `sample-chunk:3:lora`."""
         kills, _, kind = text.rpartition(":")
         if kind not in KINDS:
             raise ValueError(f"{text}: {kind!r} is no kind of training ({', '.join(KINDS)})")
@@ -133,25 +120,17 @@ class Point:
 
 @dataclass
 class Verdict:
-    """What became of a point.
-
-    Attributes:
-        point: which.
-        survived: whether the run finished once it was continued for good.
-        differences: from the uninterrupted run.
-        sampled_twice: rows, see `Ledger`.
-        repeated_steps: optimizer steps made again.
-        seconds: of all runs together.
-        missed: kills that the run ended without.
-        notes: why it did not survive, or which kill was missed.
-    """
+    """What became of a point."""
 
     point: Point
+    #: Whether the run finished once it was continued for good.
     survived: bool = False
+    #: From the uninterrupted run.
     differences: list[str] = field(default_factory=list)
     sampled_twice: int = 0
     repeated_steps: int = 0
     seconds: float = 0.0
+    #: Kills that the run ended without.
     missed: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -162,13 +141,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Whole:
-    """The uninterrupted run of a kind.
-
-    Attributes:
-        left: what it left behind.
-        counts: how often it was at each place.
-        seconds: from the end of its set-up to its own end.
-    """
+    """The uninterrupted run of a kind: what it left, how often it was where, and how long."""
 
     left: dict[str, Any]
     counts: dict[str, int]
@@ -176,14 +149,7 @@ class Whole:
 
 
 class Bench:
-    """Tries points.
-
-    Args:
-        directory: everything goes here.
-        world: of `tests.conftest.make_world`.
-        server: runs the runs.
-        seed: of the random instants.
-    """
+    """Tries points; everything goes to one directory, and `seed` chooses random instants."""
 
     def __init__(self, directory: Path, world: Path, server: ForkServer, seed: int = 0) -> None:
         self.directory = directory
@@ -193,11 +159,7 @@ class Bench:
         self._whole: dict[str, Whole] = {}
 
     def whole(self, kind: str) -> Whole:
-        """The uninterrupted run, made when it is first asked for.
-
-        Raises:
-            RuntimeError: if it fails.
-        """
+        """The uninterrupted run, made when it is first asked for."""
         if kind not in self._whole:
             directory = self.prepare(kind, self.directory / "whole" / kind)
             ended = self.server.run(Job(str(directory)))
@@ -216,15 +178,21 @@ class Bench:
         directory = self.prepare(point.kind, self.place(point))
         verdict, ledger = Verdict(point), Ledger()
         for number, kill in enumerate([*point.kills, None]):
-            ended = self._run(directory, point, number, kill, whole)
+            after = None
+            if kill is not None and kill[0] == RANDOM:
+                share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
+                # A continued run has less to do.
+                after, kill = share * 0.95 * 0.5**number * whole.seconds, None
+            ended = self.server.run(Job(str(directory), kill=kill, after=after))
             verdict.seconds += ended.seconds
             ledger.add(read_trace(directory)[-1], directory / "out")
             if ended.how in ("failed", "hung"):
                 verdict.notes.append(f"run {number + 1} {ended.how}: {last_words(directory)}")
                 break
-            if kill is not None and ended.how == "finished":
+            if number < len(point.kills) and ended.how == "finished":
                 verdict.missed += 1
-                verdict.notes.append(f"{kill[0]}:{kill[1]} was not reached")
+                phase, place = point.kills[number]
+                verdict.notes.append(f"{phase}:{place} was not reached")
         else:
             verdict.survived = ended.how == "finished"
             verdict.differences = differences(whole.left, left_behind(directory))
@@ -235,7 +203,6 @@ class Bench:
         return verdict
 
     def place(self, point: Point) -> Path:
-        """The directory of a point."""
         return self.directory / "points" / str(point).replace(":", "_")
 
     def prepare(self, kind: str, directory: Path) -> Path:
@@ -258,20 +225,6 @@ class Bench:
         }
         (directory / "config.yaml").write_text(yaml.safe_dump(config))
         return directory
-
-    def _run(
-        self,
-        directory: Path,
-        point: Point,
-        number: int,
-        kill: tuple[str, int] | None,
-        whole: Whole,
-    ) -> Ended:
-        if kill is None or kill[0] != RANDOM:
-            return self.server.run(Job(str(directory), kill=kill))
-        share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
-        share *= 0.95 * 0.5**number  # a continued run has less to do
-        return self.server.run(Job(str(directory), after=share * whole.seconds))
 
 
 def last_words(directory: Path) -> str:

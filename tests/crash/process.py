@@ -27,51 +27,32 @@ TIME_LIMIT = 600.0
 
 @dataclass(frozen=True)
 class Job:
-    """One run.
-
-    Attributes:
-        directory: where it runs; holds config.yaml, and gets log.txt and trace.jsonl.
-        call: `train`, or `world` to make the data and the model instead.
-        kill: (phase, n): the run kills itself when it is there for the n-th time.
-        after: seconds after its set-up at which it is killed from outside.
-    """
+    """One run, in a directory that holds config.yaml and gets log.txt and trace.jsonl."""
 
     directory: str
+    #: `train`, or `world` to make the data and the model instead.
     call: str = "train"
+    #: (phase, n): the run kills itself when it is there for the n-th time.
     kill: tuple[str, int] | None = None
+    #: Seconds after its set-up at which it is killed from outside.
     after: float | None = None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
-
-    Attributes:
-        how: `finished`, `killed`, `failed` or `hung`.
-        seconds: wall-clock time.
-    """
+    """How a run ended (`finished`, `killed`, `failed` or `hung`), and its wall-clock seconds."""
 
     how: str
     seconds: float
 
 
 class ForkServer:
-    """The process that forks, seen from outside. A context manager.
-
-    Args:
-        log: where it and the libraries it imports print.
-    """
+    """The process that forks, seen from outside; it and its libraries print to `log`."""
 
     def __init__(self, log: Path) -> None:
-        environment = {
-            **os.environ,
-            "AXOLOTL_DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "WANDB_DISABLED": "true",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        # What keeps the host quiet and offline is set in tests.conftest.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.crash.process"],
@@ -102,8 +83,7 @@ class ForkServer:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line or "{}")
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline() or "{}")
         return answer
 
 
@@ -125,14 +105,6 @@ _HOST = (
     "tests.conftest",
     "tests.crash.child",
 )
-
-
-def _import_host() -> None:
-    for module in _HOST:
-        importlib.import_module(module)
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _fork(job: Job) -> Ended:
@@ -209,7 +181,11 @@ def _serve() -> None:
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    _import_host()
+    for module in _HOST:
+        importlib.import_module(module)
+    import torch
+
+    torch.set_num_threads(1)
     answers.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         fields = json.loads(line)
