@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +35,7 @@ LOGPS: dict[tuple[int, int], list[float]] = {
     (3, 33): [-7, -1, -9], (3, 34): [-7, -7, -7],
 }  # fmt: skip
 END = 99
+NAMES = ("prompt", "chosen", "rejected")
 CANDIDATES = {
     row: [[10 * prompt + 3, END], [10 * prompt + 4, END]] for row, prompt in enumerate((1, 2, 3))
 }
@@ -45,9 +46,7 @@ class FakeScorer:
         self.calls: list[tuple[int, str, int]] = []
         self.broken: tuple[int, int] | None = None
 
-    def __call__(
-        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
-    ) -> np.ndarray[Any, Any]:
+    def __call__(self, policy, prompts, completions, phase):
         self.calls.append((policy, phase, len(prompts)))
         keys = [(int(p[0]), int(c[0])) for p, c in zip(prompts, completions, strict=True)]
         return np.asarray([math.nan if k == self.broken else LOGPS[k][policy] for k in keys])
@@ -61,9 +60,7 @@ class FakeSampler:
         self.sampled: list[int] = []
         self.calls = 0
 
-    def sample(
-        self, prompts: Sequence[Any], settings: SamplingSettings, skip: Collection[int] = ()
-    ) -> Generator[Chunk, None, None]:
+    def sample(self, prompts, settings, skip=()):
         self.calls += 1
         # Last row first: the order of chunks is the sampler's own business.
         for row in reversed(range(len(prompts))):
@@ -115,15 +112,14 @@ class Run:
             self.phases,
         )
 
-    def prepare(self, t: int, labeler: Any = None) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = prepare(self.iteration(t, labeler)).to_pydict()
-        return columns
+    def prepare(self, t, labeler=None) -> dict[str, list[Any]]:
+        return prepare(self.iteration(t, labeler)).to_pydict()
 
-    def offline(self, iteration: int) -> dict[str, list[Any]]:
-        return self.store.read(iteration, "offline").to_pydict()  # type: ignore[union-attr]
+    def offline(self, iteration) -> dict[str, list[Any]]:
+        return self.table(iteration, "offline")
 
-    def table(self, iteration: int, name: str) -> dict[str, list[Any]]:
-        return self.store.read(iteration, name).to_pydict()  # type: ignore[union-attr]
+    def table(self, iteration, name) -> dict[str, list[Any]]:
+        return self.store.read(iteration, name).to_pydict()
 
 
 @pytest.fixture
@@ -135,9 +131,7 @@ def firsts(columns: dict[str, list[Any]]) -> list[tuple[int, int, int]]:
     """Pairs as the first tokens of prompt, chosen, rejected."""
     return [
         (p[0], c[0], r[0])
-        for p, c, r in zip(
-            columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True
-        )
+        for p, c, r in zip(*(columns[f"{name}_ids"] for name in NAMES), strict=True)
     ]
 
 
@@ -150,21 +144,21 @@ def assert_reference_is(policy: int, trained: dict[str, list[Any]]) -> None:
         assert trained[f"ref_{side}_logps"] == expected
 
 
-def test_counts_are_rounded_shares_of_n() -> None:
+def test_counts_are_rounded_shares_of_n():
     method = Method(SeraConfig(), reference_free=False, per_token=False, total=9)
     assert (method.kept(2), method.sampled(2)) == (6, 3)  # 6.3 and 2.7
     method = Method(SeraConfig(bootstrap_ratio=2.0), False, False, total=9)
     assert method.sampled(2) == 18
 
 
-def test_iteration_one_trains_on_all_pairs_against_the_initial_policy(run: Run) -> None:
+def test_iteration_one_trains_on_all_pairs_against_the_initial_policy(run):
     trained = run.prepare(1)
     assert firsts(trained) == [(1, 11, 12), (2, 21, 22), (3, 31, 32)]
     assert trained["chosen_ids"][1] == [21, 0, 0, END]
     assert_reference_is(0, trained)
     assert run.scorer.calls == [(0, "score_offline", 6)]
     assert run.sampler.calls == 0
-    offline = run.offline(1)
+    offline = run.table(1, "offline")
     assert "margin" not in offline
     assert offline["row"] == [0, 1, 2]
     assert offline["prompt_length"] == [1, 2, 1]
@@ -174,7 +168,7 @@ def test_iteration_one_trains_on_all_pairs_against_the_initial_policy(run: Run) 
     assert offline["rejected_logp"] == [-10, -20, -30]
 
 
-def test_iteration_two_by_hand(run: Run) -> None:
+def test_iteration_two_by_hand(run):
     """r = log pi_1 - log pi_0.
 
     Offline: (-9 + 10) - (-12 + 10) = 3, (-21 + 20) - 0 = -1, (-28 + 30) - (-29 + 30) = 1;
@@ -184,7 +178,7 @@ def test_iteration_two_by_hand(run: Run) -> None:
     """
     run.prepare(1)
     trained = run.prepare(2)
-    offline = run.offline(2)
+    offline = run.table(2, "offline")
     assert offline["chosen_reward"] == [1, -1, 2]
     assert offline["rejected_reward"] == [-2, 0, 1]
     assert offline["margin"] == [3, -1, 1]
@@ -217,7 +211,7 @@ def test_iteration_two_by_hand(run: Run) -> None:
     ]
 
 
-def test_iteration_three_has_the_ensemble(run: Run) -> None:
+def test_iteration_three_has_the_ensemble(run):
     """r = 0.7 (log pi_2 - log pi_1) + 0.3 (log pi_1 - log pi_0).
 
     Offline, chosen: 0.7 * 1 + 0.3 * 1 = 1, 0.7 * 1 - 0.3 = 0.4, -0.7 + 0.6 = -0.1;
@@ -229,8 +223,8 @@ def test_iteration_three_has_the_ensemble(run: Run) -> None:
         run.prepare(iteration)
     run.scorer.calls.clear()
     trained = run.prepare(3)
-    assert run.offline(3)["margin"] == pytest.approx([3.7, 1.1, 1.0])
-    assert run.offline(3)["selected"] == [True, True, False]
+    assert run.table(3, "offline")["margin"] == pytest.approx([3.7, 1.1, 1.0])
+    assert run.table(3, "offline")["selected"] == [True, True, False]
     assert run.table(3, "candidates")["reward"] == pytest.approx([1.3, -0.3, -0.7, 1.7, -3.8, 0])
     assert run.table(3, "candidates")["logps"][4] == [-9, -1, -7]
     assert run.table(3, "bootstrapped")["margin"] == pytest.approx([1.6, 2.4, 3.8])
@@ -244,28 +238,28 @@ def test_iteration_three_has_the_ensemble(run: Run) -> None:
     ]
 
 
-def test_per_token_margins_divide_each_side_by_its_own_length(tmp_path: Path) -> None:
+def test_per_token_margins_divide_each_side_by_its_own_length(tmp_path):
     """As at t = 2, over lengths 2 | 2, 4 | 2, 2 | 4: 1/2 + 2/2, -1/4 - 0, 2/2 - 1/4."""
     run = Run(tmp_path, per_token=True)
     run.prepare(1)
     run.prepare(2)
-    assert run.offline(2)["margin"] == pytest.approx([1.5, -0.25, 0.75])
+    assert run.table(2, "offline")["margin"] == pytest.approx([1.5, -0.25, 0.75])
     # All candidates have two tokens.
     assert run.table(2, "bootstrapped")["margin"] == pytest.approx([1.5, 0.5, 3.0])
 
 
-def test_simpo_compares_with_no_earlier_policy_at_iteration_two(tmp_path: Path) -> None:
+def test_simpo_compares_with_no_earlier_policy_at_iteration_two(tmp_path):
     """r = log pi_1 / |y|: -9/2 + 12/2 = 1.5, -21/4 + 20/2 = 4.75, -28/2 + 29/4 = -6.75."""
     run = Run(tmp_path, reference_free=True, per_token=True)
     trained = run.prepare(2)  # no files of iteration 1 exist
     assert {policy for policy, _, _ in run.scorer.calls} == {1}
-    assert run.offline(2)["margin"] == pytest.approx([1.5, 4.75, -6.75])
-    assert run.offline(2)["selected"] == [True, True, False]
+    assert run.table(2, "offline")["margin"] == pytest.approx([1.5, 4.75, -6.75])
+    assert run.table(2, "offline")["selected"] == [True, True, False]
     assert run.table(2, "candidates")["logps"][0] == [-3]
     assert_reference_is(1, trained)
 
 
-def test_without_bootstrapping_nothing_is_sampled(tmp_path: Path) -> None:
+def test_without_bootstrapping_nothing_is_sampled(tmp_path):
     run = Run(tmp_path, SeraConfig(selection_ratio=0.67, bootstrap_ratio=0))
     run.prepare(1)
     trained = run.prepare(2)
@@ -274,28 +268,26 @@ def test_without_bootstrapping_nothing_is_sampled(tmp_path: Path) -> None:
     assert run.store.read(2, "candidates") is None
 
 
-def test_without_selection_only_sampled_pairs_are_trained(tmp_path: Path) -> None:
+def test_without_selection_only_sampled_pairs_are_trained(tmp_path):
     config = SeraConfig(selection_ratio=0, bootstrap_ratio=1, candidates=2)
     run = Run(tmp_path, config)
     run.prepare(1)
     assert firsts(run.prepare(2)) == [(1, 13, 14), (2, 24, 23), (3, 33, 34)]
 
 
-def test_fewer_pairs_than_asked_for_are_all_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_pairs_than_asked_for_are_all_used(run, monkeypatch):
     monkeypatch.setitem(CANDIDATES, 0, [[13, END]] * 2)  # a duplicate
     monkeypatch.setitem(CANDIDATES, 2, [[33, END]] * 2)
     run.prepare(1)
     trained = run.prepare(2)
     assert firsts(trained) == [(1, 11, 12), (3, 31, 32), (2, 24, 23)]
-    metadata = run.store.read(2, "bootstrapped").schema.metadata  # type: ignore[union-attr]
+    metadata = run.store.read(2, "bootstrapped").schema.metadata
     assert metadata[b"duplicates"] == b"2"
     assert metadata[b"too_few"] == b"2"
     assert metadata[b"ties"] == b"0"
 
 
-def test_no_sampled_pair_at_all_leaves_the_offline_ones(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_sampled_pair_at_all_leaves_the_offline_ones(run, monkeypatch):
     for row in range(3):
         monkeypatch.setitem(CANDIDATES, row, [CANDIDATES[row][0]] * 2)
     run.prepare(1)
@@ -303,9 +295,7 @@ def test_no_sampled_pair_at_all_leaves_the_offline_ones(
     assert run.table(2, "bootstrapped")["row"] == []
 
 
-def test_nothing_left_to_train_on_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_left_to_train_on_is_an_error(tmp_path, monkeypatch):
     for row in range(3):
         monkeypatch.setitem(CANDIDATES, row, [CANDIDATES[row][0]] * 2)
     run = Run(tmp_path, SeraConfig(selection_ratio=0, bootstrap_ratio=1, candidates=2))
@@ -315,7 +305,7 @@ def test_nothing_left_to_train_on_is_an_error(
 
 
 @pytest.mark.parametrize("iteration", [1, 2, 3])
-def test_a_second_call_reads_everything_from_disk(run: Run, iteration: int) -> None:
+def test_a_second_call_reads_everything_from_disk(run, iteration):
     for earlier in range(1, iteration):
         run.prepare(earlier)
     first = run.prepare(iteration)
@@ -327,7 +317,7 @@ def test_a_second_call_reads_everything_from_disk(run: Run, iteration: int) -> N
     assert {p: p.read_bytes() for p in run.store.root.rglob("*") if p.is_file()} == files
 
 
-def test_interrupted_sampling_goes_on_where_it_stopped(run: Run) -> None:
+def test_interrupted_sampling_goes_on_where_it_stopped(run):
     run.prepare(1)
     run.sampler = FakeSampler(fail_after=1)
     with pytest.raises(RuntimeError, match="taken away"):
@@ -347,9 +337,7 @@ def test_interrupted_sampling_goes_on_where_it_stopped(run: Run) -> None:
     assert whole.prepare(2) == trained
 
 
-def test_a_crash_before_the_chunks_are_removed_does_no_harm(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_before_the_chunks_are_removed_does_no_harm(run, monkeypatch):
     run.prepare(1)
     with monkeypatch.context() as patch:
         patch.setattr(RunStore, "remove_samples", lambda *_: (_ for _ in ()).throw(SystemExit))
@@ -362,16 +350,14 @@ def test_a_crash_before_the_chunks_are_removed_does_no_harm(
 
 
 @pytest.mark.parametrize(("broken", "side"), [((2, 21), "chosen"), ((2, 22), "rejected")])
-def test_nan_of_an_offline_pair_names_row_and_side(
-    run: Run, broken: tuple[int, int], side: str
-) -> None:
+def test_nan_of_an_offline_pair_names_row_and_side(run, broken, side):
     run.scorer.broken = broken
     with pytest.raises(ValueError, match=rf"{side} in row 1 is nan \(1 such.*learning_rate"):
         run.prepare(1)
     assert run.store.read(1, "offline") is None
 
 
-def test_nan_of_a_candidate_names_its_row(run: Run) -> None:
+def test_nan_of_a_candidate_names_its_row(run):
     run.prepare(1)
     run.scorer.broken = (3, 34)
     with pytest.raises(ValueError, match="candidate in row 2 is nan"):
@@ -379,20 +365,18 @@ def test_nan_of_a_candidate_names_its_row(run: Run) -> None:
     assert run.store.read(2, "candidates") is None
 
 
-def test_a_full_disk_stops_the_sampler_and_keeps_what_is_written(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_stops_the_sampler_and_keeps_what_is_written(run, monkeypatch):
     append = RunStore.append_samples
     closed: list[int] = []
     sample = FakeSampler.sample
 
-    def watched(self: FakeSampler, *args: Any, **kwargs: Any) -> Generator[Chunk, None, None]:
+    def watched(self, *args, **kwargs):
         try:
             yield from sample(self, *args, **kwargs)
         finally:
             closed.append(len(self.sampled))
 
-    def full(self: RunStore, iteration: int, table: Any) -> None:
+    def full(self, iteration, table):
         if self.samples(iteration).exists():
             # The error as pytest keeps it holds every frame: only an explicit close ends one.
             raise OSError(28, "No space left on device")
@@ -409,7 +393,7 @@ def test_a_full_disk_stops_the_sampler_and_keeps_what_is_written(
     assert run.sampler.sampled == [2, 1, 1, 0]
 
 
-def test_sampled_sequences_and_tokens_are_counted(run: Run) -> None:
+def test_sampled_sequences_and_tokens_are_counted(run):
     run.prepare(1)
     run.prepare(2)
     assert run.phases.forwarded["sample"] == {"sequences": 6, "tokens": 12}
@@ -441,9 +425,7 @@ def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
         *((1, "offline"), (3, "offline")),
     ],
 )
-def test_a_damaged_file_is_never_read_and_its_phase_is_done_again(
-    run: Run, iteration: int, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_file_is_never_read_and_its_phase_is_done_again(run, iteration, name, caplog):
     last = max(2, iteration)
     trained = [run.prepare(each) for each in range(1, last + 1)][-1]
     path = run.store.table_file(iteration, name)
@@ -462,7 +444,7 @@ def test_a_damaged_file_is_never_read_and_its_phase_is_done_again(
         assert len(scored) == 1
 
 
-def test_rows_of_a_damaged_chunk_are_sampled_again_and_no_others(run: Run) -> None:
+def test_rows_of_a_damaged_chunk_are_sampled_again_and_no_others(run):
     run.prepare(1)
     run.sampler.fail_after = 2
     with pytest.raises(RuntimeError, match="taken away"):
