@@ -46,6 +46,12 @@ class EndOfIteration(TrainerCallback):
 class TrainingBar(ProgressCallback):
     """The host's bar, without SeRA's figures: they are for trackers, and the log has a summary."""
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Fewer pairs than asked for may exist, which an iteration knows when it begins."""
+        if self.training_bar is not None:
+            self.training_bar.total = state.max_steps
+            self.training_bar.refresh()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not any(name.startswith("sera/") for name in logs):
             super().on_log(args, state, control, logs=logs, **kwargs)
@@ -151,7 +157,7 @@ class UnequalEpochs(AxolotlDPOTrainer):
             self.eval_dataset = self._with_reference(loop.held_out, held_out)
             # Persistent workers would go on serving the last iteration's reference values.
             self._eval_dataloaders: dict[str, Any] = {}
-        self._announce_total(loop.schedule.total_steps)
+        self.state.max_steps = loop.schedule.total_steps
         # The host has made the first iteration's, for as many steps as were planned.
         if self.config.restart_optimizer and not resumed and (iteration > 1 or steps != planned):
             self._restart_optimizer(steps)
@@ -168,17 +174,6 @@ class UnequalEpochs(AxolotlDPOTrainer):
             num_update_steps_per_epoch=steps,
             **kwargs,
         )
-
-    def _announce_total(self, total_steps: int) -> None:
-        """Fewer pairs than asked for may exist: keep the host's total and its bar true."""
-        if total_steps == self.state.max_steps:
-            return
-        self.state.max_steps = total_steps
-        for callback in self.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
-            if isinstance(callback, ProgressCallback) and bar is not None:
-                bar.total = total_steps
-                bar.refresh()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""

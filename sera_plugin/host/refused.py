@@ -68,6 +68,11 @@ class Given:
         return number(self.cfg.get("dpo_label_smoothing")) or 0.0
 
     @property
+    def smooths(self) -> str:
+        """What the loss does with label smoothing, where the loss is SeRA's."""
+        return "" if self.host_loss else LOSSES[self.sera.loss].label_smoothing
+
+    @property
     def host_loss(self) -> bool:
         """Whether a loss of the host's is used in place of `sera.loss`."""
         return self.cfg.get("dpo_loss_type") is not None
@@ -79,20 +84,15 @@ class Given:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A line of the table.
-
-    Attributes:
-        keys: which it is about, separated by commas.
-        remedy: why, and what to do instead. `{key}` is the key, `{loss}` is `sera.loss`.
-        when: of the value and all that is given. Unless set: whatever is not off.
-        problem: what the value is or does.
-        values: for a reader, which ones are refused if not all.
-    """
+    """A line of the table, about one or more keys, separated by commas."""
 
     keys: str
+    #: Why, and what to do instead. `{key}` is the key, `{loss}` is `sera.loss`.
     remedy: str
+    #: Of the value and all that is given. Unless set: whatever is not off.
     when: Callable[[Any, Given], object] = lambda value, given: value
     problem: str = DOES_NOT_WORK
+    #: For a reader, which ones are refused if not all.
     values: str = ""
 
     def check(self, given: Given) -> None:
@@ -278,21 +278,13 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "sera.loss",
         "it corrects for a share of wrong labels. Set dpo_label_smoothing, for example to 0.1",
-        lambda value, given: (
-            not given.host_loss
-            and LOSSES[value].label_smoothing == "required"
-            and not given.smoothing
-        ),
+        lambda value, given: given.smooths == "required" and not given.smoothing,
         "needs dpo_label_smoothing:",
     ),
     Refusal(
         "dpo_label_smoothing",
         "sera.loss: {loss} does not read it. Remove it, or set sera.loss to dpo or robust",
-        lambda value, given: (
-            not given.host_loss
-            and LOSSES[given.sera.loss].label_smoothing == "never"
-            and given.smoothing
-        ),
+        lambda value, given: given.smooths == "never" and given.smoothing,
         _NO_EFFECT,
     ),
     Refusal(
@@ -313,11 +305,7 @@ REFUSALS: tuple[Refusal, ...] = (
 
 
 def refuse(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
-    """Refuse what the table has.
-
-    Raises:
-        ValueError: naming the key, the value, and what to do.
-    """
+    """Raises ValueError for what the table has, naming key, value, and what to do."""
     if cfg.get("trl") is not None:
         require_block("trl", cfg["trl"])
     given = Given(cfg, sera)

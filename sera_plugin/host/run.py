@@ -15,7 +15,7 @@ from sera_plugin import __version__
 from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
-from sera_plugin.config.quoting import public
+from sera_plugin.config.quoting import public, quoted
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore
 from sera_plugin.rundir.tokens import fingerprint
 from sera_plugin.sampling.choose import Choice
@@ -249,5 +249,4 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = "unset" if value is None else ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "unset" if value is None else quoted(value)
