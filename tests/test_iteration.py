@@ -18,7 +18,7 @@ import pytest
 
 from sera_plugin.algorithm.algorithm import prepare
 from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
-from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
+from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.ranker import ImplicitReward
 from sera_plugin.rundir.store import RunStore, make_table
