@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from sera_plugin.algorithm.method import Method, Pairs
@@ -16,17 +15,23 @@ from sera_plugin.model.memory import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.planning import show
 from sera_plugin.tools.planning.advice import Case, advise
-from sera_plugin.tools.planning.compute import Speed, phase_flops
-from sera_plugin.tools.planning.counts import Counting, Lengths, Work, evaluations, padding
-from sera_plugin.tools.planning.disk import Saving, disk_parts
-from sera_plugin.tools.planning.memory import device_phases
-from sera_plugin.tools.planning.optimizers import state_bytes
-from sera_plugin.tools.planning.plan import Device, Inputs, make_plan
-from sera_plugin.tools.planning.setting import Setting, copied_bytes, snapshots
-from sera_plugin.tools.planning.shape import Linear, Shape, Weight
+from sera_plugin.tools.planning.counts import (
+    Counting,
+    Iteration,
+    Lengths,
+    Work,
+    evaluations,
+    padding,
+)
+from sera_plugin.tools.planning.disk import disk_parts
+from sera_plugin.tools.planning.memory import device_phases, snapshots
+from sera_plugin.tools.planning.model import Model
+from sera_plugin.tools.planning.plan import Plan, Speed, phase_flops
+from sera_plugin.tools.planning.run import Run, state_bytes
 from sera_plugin.tools.report.output import json_text
 
 PROMPT, CHOSEN, REJECTED = [3, 5, 2, 4], [6, 2, 4, 8], [1, 7, 4, 4]
+LAYERS, WIDE, LORA = 6_979_321_856, 262_410_240, 41_943_040
 
 
 def lengths() -> Lengths:
@@ -40,67 +45,55 @@ def counting(iterations=3, sampled=None, held_out=None, sequence_len=16, **sera)
     return Counting(method, schedule, lengths(), held_out, sequence_len, 0.0, 1.0, sampled)
 
 
-def llama(hidden=4096, intermediate=14_336, layers=32, vocabulary=32_000) -> Shape:
-    """Mistral-7B's shape unless told otherwise: 32 heads, 8 of keys and values, of width 128."""
-    weights = [Weight("embed_tokens.weight", (vocabulary, hidden), "embedding", "table")]
-    linears = []
-    matrices = (
-        ("self_attn", "normed", hidden, hidden),
-        ("self_attn", "normed", hidden // 4, hidden),
-        ("self_attn", "normed", hidden // 4, hidden),
-        ("self_attn", "attention", hidden, hidden),
-        ("mlp", "normed", intermediate, hidden),
-        ("mlp", "normed", intermediate, hidden),
-        ("mlp", "activated", hidden, intermediate),
-    )
-    for layer in range(layers):
-        for number, (block, source, outputs, inputs) in enumerate(matrices):
-            name = f"{layer}.{block}"
-            weights.append(Weight(f"{name}.{number}.weight", (outputs, inputs), "plain", "linear"))
-            linears.append(Linear(name, source, inputs, outputs))
-        for norm in ("input_norm", "post_norm"):
-            weights.append(Weight(f"{layer}.{norm}.weight", (hidden,), "norm", "other"))
-    weights.append(Weight("norm.weight", (hidden,), "norm", "other"))
-    weights.append(Weight("lm_head.weight", (vocabulary, hidden), "embedding", "other"))
-    return Shape(
-        kind="llama",
-        weights=tuple(weights),
-        linears=tuple(linears),
-        adapter=(),
-        layers=layers,
-        hidden=hidden,
-        intermediate=intermediate,
-        vocabulary=vocabulary,
-        heads=32,
+def mistral(lora=False, bits=None) -> Model:
+    """Mistral-7B in 16 bits, with or without a LoRA of rank 16 on all its linear layers."""
+    linear = round(4.127 / 8 * LAYERS) if bits else 2 * LAYERS
+    return Model(
+        kind="mistral",
+        parameters=LAYERS + WIDE,
+        adapter=LORA * lora,
+        weights=linear + (2 if lora else 4) * WIDE,
+        trained=((LORA, 4, False),) if lora else ((LAYERS, 2, False), (WIDE, 4, True)),
+        copies=0,
+        matrices=LAYERS + LORA * lora,
+        kept=(7.4e6, 64.0) if lora else (8.2e6, 64.0),
+        width=2,
+        hidden_width=2 if lora else 4,
+        layers=32,
+        hidden=4096,
+        intermediate=14_336,
+        vocabulary=32_000,
+        queries=4096,
         kv_heads=8,
-        head=hidden // 32,
+        head=128,
         gated=True,
     )
 
 
-def setting(**changes) -> Setting:
-    """Mistral-7B in bfloat16, fully trained with AdamW."""
-    usual = Setting(
-        width=2,
-        bits=None,
-        double_quantised=True,
-        wide_norms=True,
-        optimizer="adamw_torch_fused",
-        micro_batch=2,
-        accumulation=8,
-        checkpointing=True,
-        offloading=False,
-        eager=False,
-        dropout=0,
-        longest=1024,
-        completion=600,
-        prompt=20,
-        sample=384,
-        candidates=4,
-        sequence_len=1024,
-        sampler="transformers",
-    )
-    return replace(usual, **changes)
+#: A micro-batch of 2 pairs with AdamW, fully trained, or as QLoRA.
+FULL = {
+    "optimizer": "adamw_torch_fused",
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "gradient_checkpointing": True,
+    "sequence_len": 1024,
+}
+QLORA = FULL | {"adapter": "qlora", "load_in_4bit": True, "optimizer": "paged_adamw_8bit"}
+LORA_16 = FULL | {"adapter": "lora"}
+
+
+def described(cfg) -> Model:
+    return mistral(bool(cfg.get("adapter")), cfg.get("load_in_4bit"))
+
+
+def run(gib, cfg, longest=640, sampler="transformers", **sera) -> Run:
+    """1,000 pairs of up to so many tokens."""
+    random = np.random.default_rng(0)
+    prompt, chosen, rejected = (random.integers(20, longest // 2, 1000) for _ in range(3))
+    plan = counting(sequence_len=cfg["sequence_len"], **sera)
+    plan = replace(plan, pairs=Lengths(prompt, chosen, rejected))
+    memory = None if gib is None else gib * GIB
+    return Run(cfg, described(cfg), plan, sampler, memory, described)
 
 
 # ------------------------------------------------------------------ counts
@@ -185,64 +178,49 @@ def test_policies_that_are_in_memory_at_once(iterations, gamma, loss, expected):
 
 
 def test_operations_by_hand():
-    shape = replace(llama(), vocabulary=10, hidden=3, layers=2, heads=4, head=5)
-    shape = replace(shape, linears=(Linear("b", "normed", 3, 7), Linear("b", "normed", 7, 3)))
+    model = replace(mistral(), vocabulary=10, hidden=3, layers=2, queries=20, matrices=42)
     work = Work(sequences=1, tokens=6, most=6, forwarded=6.0, scored=4.0, squares=36.0)
     layers, head = 2 * 42 * 6 + 2 * 2 * 20 * 36, 2 * 10 * 3 * 4
-    assert phase_flops(shape, "score_offline", work, True, 0) == layers + head
-    assert phase_flops(shape, "train", work, False, 0) == 3 * (layers + head)
-    assert phase_flops(shape, "train", work, True, 0) == 4 * layers + 3 * head
+
+    def flops(phase, model=model, **cfg):
+        case = replace(run(None, FULL | cfg), model=model)
+        return phase_flops(case, Iteration(1, 4, 0, 2, {phase: work}), phase)
+
+    assert flops("score_offline") == layers + head
+    assert flops("train", gradient_checkpointing=False) == 3 * (layers + head)
+    assert flops("train") == 4 * layers + 3 * head
     # More logits than are kept: they are made again.
-    assert phase_flops(shape, "train", work, False, 2**26) == 3 * layers + 4 * head
-    lora = shape.with_lora(2)
-    added = 2 * (3 + 7) * 2
-    layers += 2 * added * 6
-    assert phase_flops(lora, "score_offline", work, True, 0) == layers + head
-    assert phase_flops(lora, "train", work, False, 0) == 2 * (layers + head) + 2 * added * 6
+    many = flops("train", gradient_checkpointing=False, micro_batch_size=2**20)
+    assert many == 3 * layers + 4 * head
+    lora = replace(model, adapter=40, matrices=82)
+    layers += 2 * 40 * 6
+    assert flops("score_offline", lora) == layers + head
+    plain = flops("train", lora, gradient_checkpointing=False)
+    assert plain == 2 * (layers + head) + 2 * 40 * 6
 
 
 # ------------------------------------------------------------------ memory
 
 
-def test_a_known_model_at_known_settings():
-    shape = llama()
-    assert shape.parameters == 7_241_732_096
-    train = device_phases(shape, setting(), 80 * GIB)[-1]
-    wide = 2 * 32_000 * 4096 + 65 * 4096  # embeddings and norms stay in float32
-    assert train.parts["weights"] == 2 * (7_241_732_096 - wide) + 4 * wide
-    assert train.parts["gradients"] == train.parts["weights"]
+def test_what_stays_in_training_is_added_up():
+    train = device_phases(run(80, FULL))[-1]
+    assert train.parts["weights"] == train.parts["gradients"] == 2 * LAYERS + 4 * WIDE
     assert train.parts["optimizer"] == 2 * train.parts["weights"]
-    lora = shape.with_lora(16)
-    qlora = setting(bits=4, wide_norms=False, optimizer="paged_adamw_8bit")
-    train = device_phases(lora, qlora, 24 * GIB)[-1]
-    # 4 bits and 0.127 for scales (QLoRA, section 3), the rest in 16 bits, the adapter in 32.
-    expected = (7_241_732_096 - wide) * 4.127 / 8 + 2 * wide + 4 * lora.adapter_parameters
-    assert train.parts["weights"] == pytest.approx(expected, rel=1e-3)
-    assert lora.adapter_parameters == 41_943_040
+    train = device_phases(run(80, QLORA))[-1]
+    assert train.parts["weights"] == mistral(True, 4).weights + 4 * LORA
+    assert train.parts["gradients"] == 4 * LORA
 
 
 def test_an_optimizer_that_copies_has_a_phase_of_its_own_on_a_gpu():
-    shape, plain = llama(), setting(optimizer="adamw_torch")
-    update = device_phases(shape, plain, 80 * GIB)[-1]
+    plain = FULL | {"optimizer": "adamw_torch"}
+    update = device_phases(run(80, plain))[-1]
     assert update.name == "update"
     assert update.parts["other"] == GIB + update.parts["gradients"]
-    assert [phase.name for phase in device_phases(shape, plain, None)] == [
-        *("score", "sample", "train")
-    ]
-    (change,) = advise(case(shape, plain, 62))
+    names = [phase.name for phase in device_phases(run(None, plain))]
+    assert names == ["score", "sample", "train"]
+    (change,) = advise(Case(run(62, plain)))
     assert change.keys == "optimizer: adamw_torch_fused"
     assert change.case.fits
-
-
-def test_copies_that_passes_make():
-    shape = llama()
-    assert copied_bytes(shape, setting()) == 2 * 32_000 * 4096  # the output layer
-    assert copied_bytes(shape, setting(width=4)) == 0
-    lora = shape.with_lora(16)
-    assert copied_bytes(lora, setting(wide_norms=False)) == 2 * lora.adapter_parameters
-    largest = 2 * 4096 * 14_336
-    four = setting(wide_norms=False, bits=4)
-    assert copied_bytes(lora, four) == 2 * lora.adapter_parameters + largest
 
 
 def test_states_by_hand():
@@ -256,111 +234,130 @@ def test_states_by_hand():
 
 
 def test_checkpointing_and_smaller_batches_keep_less():
-    shape = llama()
-    kept = {
-        (checkpointing, size): device_phases(
-            shape, setting(checkpointing=checkpointing, micro_batch=size, completion=60), None
-        )[-1].parts["activations"]
-        for checkpointing in (True, False)
-        for size in (1, 2)
-    }
-    assert kept[True, 2] == 2 * kept[True, 1]
+    kept = {}
+    for checkpointing in (True, False):
+        for size in (1, 2):
+            changes = {"micro_batch_size": size, "gradient_checkpointing": checkpointing}
+            train = device_phases(run(None, FULL | changes, longest=80))[-1]
+            kept[checkpointing, size] = train.parts["activations"]
+    assert kept[True, 2] == pytest.approx(2 * kept[True, 1], rel=0.01)
     assert kept[False, 1] > 10 * kept[True, 1]
 
 
 @pytest.mark.parametrize(
-    ("memory", "resident_moves", "note"),
+    ("gib", "moves", "note"),
     [(80, False, "beside"), (24, True, "wait in host memory"), (15, True, "4 bits")],
 )
-def test_an_engine_gets_what_make_room_would_give_it(memory, resident_moves, note):
-    shape = llama().with_lora(16)
-    qlora = setting(bits=4, wide_norms=False, optimizer="paged_adamw_8bit", sampler="vllm")
-    _, sample, _ = device_phases(shape, qlora, memory * GIB)
+def test_an_engine_gets_what_make_room_would_give_it(gib, moves, note):
+    _, sample, _ = device_phases(run(gib, QLORA, sampler="vllm"))
     assert note in sample.note
-    assert ("weights" not in sample.parts) == resident_moves
-    assert (sample.waiting > 0) == resident_moves
-    assert sample.fits(memory * GIB)
+    assert ("weights" not in sample.parts) == moves
+    assert (sample.waiting > 0) == moves
+    assert sample.fits(gib * GIB)
 
 
-def test_a_share_that_an_engine_cannot_have_does_not_fit():
-    shape = llama().with_lora(16)
-    qlora = setting(bits=4, wide_norms=False, sampler="vllm", utilization=0.99)
-    _, sample, _ = device_phases(shape, qlora, 24 * GIB)
+# 0.1 does not even hold the weights in 4 bits.
+@pytest.mark.parametrize("share", [0.99, 0.1])
+def test_a_share_that_an_engine_cannot_have_does_not_fit(share):
+    cfg = QLORA | {"vllm": {"gpu_memory_utilization": share}}
+    _, sample, _ = device_phases(run(24, cfg, sampler="vllm"))
     assert not sample.fits(24 * GIB)
-    small = replace(qlora, utilization=0.1)  # not even the weights in 4 bits
-    assert not device_phases(shape, small, 24 * GIB)[1].fits(24 * GIB)
 
 
 # ------------------------------------------------------------------ what to change
 
 
-def case(shape, changed, gib):
-    random = np.random.default_rng(0)
-    pairs = Lengths(*(random.integers(20, 500, 1000) for _ in range(3)))
-    return Case(shape, changed, pairs, gib * GIB)
-
-
-def test_changes_are_those_that_are_needed_and_no_more():
-    lora = llama().with_lora(16)
-    wide = case(lora, setting(wide_norms=False, micro_batch=8, checkpointing=False), 48)
-    assert not wide.fits
-    changes = advise(wide)
-    assert [one.keys for one in changes] == ["micro_batch_size: 2, gradient_accumulation_steps: 32"]
+@pytest.mark.parametrize(
+    ("gib", "cfg", "keys"),
+    [
+        (
+            48,
+            LORA_16 | {"micro_batch_size": 8, "gradient_checkpointing": False},
+            ["micro_batch_size: 2, gradient_accumulation_steps: 32"],
+        ),
+        (
+            24,
+            FULL,
+            [
+                "adapter: qlora, load_in_4bit: true, lora_r: 16, lora_alpha: 32, "
+                "lora_target_linear: true"
+            ],
+        ),
+        (12, LORA_16, ["adapter: qlora, load_in_4bit: true"]),
+    ],
+)
+def test_changes_are_those_that_are_needed_and_no_more(gib, cfg, keys):
+    case = Case(run(gib, cfg))
+    assert not case.fits
+    changes = advise(case)
+    assert [one.keys for one in changes] == keys
     assert changes[-1].case.fits
-    # A 7B model in 24 GB is not fully trained, whatever the batch.
-    (change,) = advise(case(llama(), setting(), 24))
-    assert change.keys.startswith("adapter: qlora, load_in_4bit: true, lora_r: 16")
-    assert change.case.fits
-    assert advise(case(lora, setting(wide_norms=False), 2))[-1].case.fits is False
+
+
+def test_an_engine_that_has_no_room_gives_way():
+    changes = advise(Case(run(15, LORA_16, sampler="vllm", longest=100)))
+    assert "sera.sampler: transformers" in [one.keys for one in changes]
+    share = QLORA | {"vllm": {"gpu_memory_utilization": 0.99}}
+    (change,) = advise(Case(run(24, share, sampler="vllm")))
+    assert change.keys == "vllm.gpu_memory_utilization: (remove)"
+
+
+def test_what_nothing_helps_is_said_not_to_fit():
+    assert advise(Case(run(2, LORA_16)))[-1].case.fits is False
 
 
 def test_a_shorter_sequence_names_what_it_drops():
-    lora = llama().with_lora(16)
-    full = setting(
-        bits=4, wide_norms=False, micro_batch=1, longest=16_384, completion=16_000, sample=0,
-        optimizer="paged_adamw_8bit", sequence_len=16_384,
-    )  # fmt: skip
-    base = case(lora, full, 10)
-    assert not base.fits
-    (change,) = advise(base)
-    assert change.keys.startswith("sequence_len: ")
-    length = int(change.keys.split()[-1])
-    assert change.case.setting.longest == length
-    assert len(change.case.pairs) == (base.pairs.longer <= length).sum()
-    assert change.remark == f"drops {1000 - len(change.case.pairs)} longer pairs"
+    cfg = QLORA | {"micro_batch_size": 1, "sequence_len": 16_384}
+    before = run(10, cfg, longest=16_384, bootstrap_ratio=0)
+    (change,) = advise(Case(before))
+    length = int(change.keys.removeprefix("sequence_len: "))
+    kept = (before.counting.pairs.longer <= length).sum()
+    assert change.case.run.longest <= length
+    assert change.remark == f"drops {1000 - kept} longer pairs"
 
 
 # ------------------------------------------------------------------ disk, and all together
 
 
-def pairs() -> Pairs:
+def pairs(times=1) -> Pairs:
     random = np.random.default_rng(0)
     columns = {
-        f"{name}_ids": [random.integers(0, 500, size).astype(np.int32) for size in sizes]
+        f"{name}_ids": [random.integers(0, 500, size).astype(np.int32) for size in sizes] * times
         for name, sizes in (("prompt", PROMPT), ("chosen", CHOSEN), ("rejected", REJECTED))
     }
     return Pairs.from_table(make_table(columns))
 
 
 @pytest.mark.parametrize(
-    ("saving", "keep", "policies", "checkpoints"),
+    ("lora", "saving", "keep", "policies", "checkpoints"),
     [
         # Adapters are all kept; one more checkpoint is there while a new one is written.
-        (Saving(100, 5000, 200, 10, 3, 2, True), False, 3, 3),
-        (Saving(100, 0, 200, 10, 9, 2, True), False, 3, 3),
-        (Saving(100, 0, 200, 10, 3, 4, False), False, 2, 3),
-        (Saving(100, 0, 200, 10, 3, 4, False), True, 2, 3),
-        (Saving(100, 0, 0, 10, 0, 4, False), False, 2, 0),
+        (True, {"save_total_limit": 2}, False, 3, 3),
+        (True, {"save_total_limit": 2, "save_steps": 1}, False, 3, 3),
+        (False, {}, False, 2, 3),
+        (False, {}, True, 2, 3),
+        (False, {"save_only_model": True, "save_strategy": "no"}, False, 2, 0),
     ],
 )
-def test_what_is_saved(saving, keep, policies, checkpoints):
-    plan = counting(keep_policies=keep)
-    found = disk_parts(plan.method, pairs(), list(plan.iterations()), saving)
-    one = 110 + 2**13
+def test_what_is_saved(lora, saving, keep, policies, checkpoints):
+    cfg = (LORA_16 if lora else FULL) | saving
+    case = replace(run(None, cfg), counting=counting(keep_policies=keep))
+    found = disk_parts(case, pairs(), tokenizer=10)
+    one = case.model.trained_bytes + 10 + 2**13
     assert found["policies"] == policies * one
-    assert found["trained model"] == one + saving.base
-    assert found["checkpoints"] == checkpoints * (one + saving.optimizer + 2**17)
+    assert found["trained model"] == one + (case.model.weights if lora else 0)
+    assert found["checkpoints"] == checkpoints * (one + case.states + 2**17)
     assert found["tables"] > 0
+
+
+def test_a_checkpoint_without_its_optimizer():
+    case = replace(run(None, FULL | {"save_only_model": True}), counting=counting())
+    one = case.model.trained_bytes + 2**13
+    assert disk_parts(case, pairs(), 0)["checkpoints"] == 3 * (one + 2**17)
+
+
+def tables(plan: Counting, data: Pairs) -> int:
+    return disk_parts(replace(run(None, FULL), counting=plan), data, 0)["tables"]
 
 
 def test_samples_of_a_first_iteration_take_space_too():
@@ -370,50 +367,45 @@ def test_samples_of_a_first_iteration_take_space_too():
     )
     (first,) = from_start.iterations()
     assert first.phases["score_candidates"].sequences == 4  # not the dataset's own answers
-    saving = Saving(100, 0, 200, 10, 9, 2, True)
-    tables = [
-        disk_parts(from_start.method, pairs(), [one], saving)["tables"]
-        for one in (first, next(counting(iterations=1).iterations()))
-    ]
-    assert tables[0] - tables[1] >= 4 * (2 * 8 + 8)
+    added = tables(from_start, pairs()) - tables(counting(iterations=1), pairs())
+    assert added >= 4 * (2 * 8 + 8)
 
 
-def make(memory: int | None, speed: Speed | None = None):
-    saving = Saving(100, 0, 200, 10, 3, 2, True)
-    shape, found = llama(), setting()
-    return make_plan(
-        Inputs(
-            about={"plan": "config.yaml"},
-            shape=shape,
-            setting=found,
-            counting=counting(held_out=lengths()),
-            pairs=pairs(),
-            saving=saving,
-            device=Device("a GPU", memory),
-            room=(GIB, 2**20),
-            notes=["A note."],
-            speed=speed,
-            speed_from="A clock.",
-        )
+def test_the_tables_of_a_large_dataset_are_estimated_from_a_part():
+    few, many = tables(counting(1), pairs(1_250)), tables(counting(1), pairs(2_500))
+    assert many - few > 5_000 * 22  # as many figures and tokens again
+
+
+def make(gib: int | None, speed: Speed | None = None) -> Plan:
+    return Plan(
+        about={"plan": "config.yaml"},
+        run=replace(run(gib, FULL), counting=counting(held_out=lengths())),
+        pairs=pairs(),
+        tokenizer=10,
+        device="a GPU",
+        room=(GIB, 2**20),
+        notes=["A note."],
+        speed=speed,
+        speed_from="A clock.",
     )
 
 
 def test_a_plan_in_words():
-    text = show.text(make(24 * GIB))
+    text = show.text(make(24))
     assert "Does not fit: " in text
+    assert " GiB in `train`, of 24.00 GiB (a GPU). Phases that do not: " in text
     assert "adapter: qlora" in text
     assert "A note." in text
     assert "1.00 GiB are free here, which is too little" in text
     assert "floating-point operations. A clock." in text
-    text = show.text(make(200 * GIB, Speed(1e9, 1e9, 1e9, 0.5, 0.0, 30.0)))
-    assert "Fits: at most " in text
+    text = show.text(make(200, Speed(1e9, 1e9, 1e9, 0.5, 0.0, 30.0)))
+    assert " GiB of 200.00 GiB (a GPU), in `train`." in text
     assert "1 min 10 s" in text  # 80 tokens and the engine's start
     assert "There is no GPU here to compare with" in show.text(make(None))
 
 
 def test_a_plan_for_machines_has_the_same():
-    plan = make(24 * GIB, Speed(1e9, 1e9, 1e9, 0.5, 0.25, 30.0))
-    found = json.loads(json_text(show.data(plan)))
+    found = json.loads(json_text(show.data(make(24, Speed(1e9, 1e9, 1e9, 0.5, 0.25, 30.0)))))
     assert found["memory"]["fits"] is False
     assert found["memory"]["bytes"] == 24 * GIB
     assert [one["steps"] for one in found["iterations"]] == [2, 2, 2]
@@ -432,13 +424,3 @@ def test_a_plan_for_machines_has_the_same():
 )
 def test_durations(seconds, said):
     assert show.duration(seconds) == said
-
-
-def test_the_tables_of_a_large_dataset_are_estimated_from_a_part():
-    many = Pairs.from_table(
-        pa.table({name: make_table({name: [[7] * 50]})[name].combine_chunks().take([0] * 8_000)
-                  for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
-    )  # fmt: skip
-    plan = counting(iterations=1)
-    few = Saving(0, 0, 0, 0, 0, 1, True)
-    assert disk_parts(plan.method, many, list(plan.iterations()), few)["tables"] > 8_000

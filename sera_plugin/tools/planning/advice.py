@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sera_plugin.tools.planning.counts import Lengths
 from sera_plugin.tools.planning.memory import Phase, device_phases
-from sera_plugin.tools.planning.optimizers import FOREACH
-from sera_plugin.tools.planning.setting import Setting
-from sera_plugin.tools.planning.shape import Shape
+from sera_plugin.tools.planning.run import FOREACH, Run
 
-#: Of a LoRA that takes the place of full fine-tuning.
-_RANK = 16
 #: `sequence_len` is tried in steps of this.
 _STEP = 64
+_FOUR_BITS = {"adapter": "qlora", "load_in_4bit": True}
 
 
-@dataclass(frozen=True)
 class Case:
-    """A run with some changes, and its phases on a device of `memory` bytes."""
+    """A run with some changes, and its phases."""
 
-    shape: Shape
-    setting: Setting
-    pairs: Lengths
-    memory: int
-
-    @property
-    def phases(self) -> list[Phase]:
-        return device_phases(self.shape, self.setting, self.memory)
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.phases: list[Phase] = device_phases(run)
+        over = [phase for phase in self.phases if not phase.fits(run.memory)]
+        self.failing = {phase.name for phase in over}
+        #: How many phases do not fit, and by how many bytes together.
+        self.excess = len(over), sum(max(0, p.total - (run.memory or 0)) for p in over)
 
     @property
     def fits(self) -> bool:
-        return all(phase.fits(self.memory) for phase in self.phases)
-
-    @property
-    def excess(self) -> tuple[int, int]:
-        """How many phases do not fit, and by how many bytes together."""
-        over = [phase for phase in self.phases if not phase.fits(self.memory)]
-        return len(over), sum(max(0, phase.total - self.memory) for phase in over)
-
-    def fails(self, name: str) -> bool:
-        return any(phase.name == name and not phase.fits(self.memory) for phase in self.phases)
+        return not self.failing
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change, on top of those before it.
-
-    Attributes:
-        keys: what to write in the YAML.
-        remark: what else it means, or "".
-        case: the run with it.
-    """
+    """One change on top of those before it: what to write in the YAML, what else it means, and the
+    run with it."""
 
     keys: str
     remark: str
@@ -68,13 +48,8 @@ def advise(case: Case) -> list[Change]:
     """Changes that make a run fit, each on top of the one before.
 
     Tried in an order that leaves the result of training alone as long as possible. A change that
-    turns out to be needless once a later one is made is left out.
-
-    Args:
-        case: a run that does not fit.
-
-    Returns:
-        The changes. If not even the last one's case fits, nothing that is tried here helps.
+    turns out to be needless once a later one is made is left out. If not even the last one's case
+    fits, nothing that is tried here helps.
     """
     trials: list[Trial] = []
     best = case
@@ -101,104 +76,81 @@ def _apply(trials: Sequence[Trial], case: Case) -> list[Change]:
     return changes
 
 
-def _changed(keys: str, remark: str, when: Callable[[Case], bool], **changes: Any) -> Trial:
-    """A trial that changes nothing but settings."""
+def _change(case: Case, remark: str, keys: Mapping[str, Any]) -> Change:
+    written = [
+        f"{key}: {'(remove)' if value is None else str(value).lower()}"
+        for key, value in keys.items()
+    ]
+    return Change(", ".join(written), remark, Case(case.run.changed(keys)))
 
-    def trial(case: Case) -> Change | None:
-        if not when(case):
-            return None
-        return Change(keys, remark, replace(case, setting=replace(case.setting, **changes)))
 
-    return trial
+def _set(remark: str, when: Callable[[Case], bool], keys: Mapping[str, Any]) -> Trial:
+    return lambda case: _change(case, remark, keys) if when(case) else None
 
 
 def _micro_batch(case: Case) -> Change | None:
-    setting = case.setting
-    if setting.micro_batch == 1 or not case.fails("train"):
+    run = case.run
+    if "train" not in case.failing:
         return None
-    effective = setting.micro_batch * setting.accumulation
-    sizes = [size for size in range(setting.micro_batch - 1, 0, -1) if effective % size == 0]
-    for size in sizes:
-        accumulation = effective // size
-        smaller = replace(setting, micro_batch=size, accumulation=accumulation)
-        changed = replace(case, setting=smaller)
-        if size == 1 or not changed.fails("train"):
-            keys = f"micro_batch_size: {size}, gradient_accumulation_steps: {accumulation}"
-            return Change(keys, "the same effective batch", changed)
+    effective = run.micro_batch * run.accumulation
+    for size in range(run.micro_batch - 1, 0, -1):
+        if effective % size == 0:
+            keys = {"micro_batch_size": size, "gradient_accumulation_steps": effective // size}
+            change = _change(case, "the same effective batch", keys)
+            if size == 1 or "train" not in change.case.failing:
+                return change
     return None
 
 
-def _qlora(case: Case) -> Change | None:
-    if case.shape.adapter:
-        return None
-    setting = replace(case.setting, bits=4, double_quantised=True, wide_norms=False)
-    changed = replace(case, shape=case.shape.with_lora(_RANK), setting=setting)
-    keys = (
-        f"adapter: qlora, load_in_4bit: true, lora_r: {_RANK}, lora_alpha: {2 * _RANK}, "
-        "lora_target_linear: true"
-    )
-    return Change(keys, "trains an adapter instead of all weights", changed)
-
-
 def _shorter(case: Case) -> Change | None:
-    longest = case.setting.longest
-    for length in range((longest - 1) // _STEP * _STEP, 0, -_STEP):
-        kept = case.pairs.within(length)
-        if not len(kept):
+    pairs = case.run.counting.pairs
+    for length in range((case.run.longest - 1) // _STEP * _STEP, 0, -_STEP):
+        kept = len(pairs.within(length))
+        if not kept:
             return None
-        setting = replace(
-            case.setting,
-            longest=length,
-            completion=min(case.setting.completion, length),
-            sample=min(case.setting.sample, length),
-            sequence_len=length,
-        )
-        changed = replace(case, setting=setting, pairs=kept)
-        if changed.fits:
-            lost = len(case.pairs) - len(kept)
-            return Change(f"sequence_len: {length}", f"drops {lost} longer pairs", changed)
+        remark = f"drops {len(pairs) - kept} longer pairs"
+        change = _change(case, remark, {"sequence_len": length})
+        if change.case.fits:
+            return change
     return None
 
 
 _TRIALS: tuple[Trial, ...] = (
-    _changed(
-        "vllm.gpu_memory_utilization: (remove)",
+    _set(
         "derived from what is free",
-        lambda case: case.setting.utilization is not None and case.fails("sample"),
-        utilization=None,
+        lambda case: case.run.utilization is not None and "sample" in case.failing,
+        {"vllm.gpu_memory_utilization": None},
     ),
     _micro_batch,
-    _changed(
-        "gradient_checkpointing: true",
+    _set(
         "one more forward pass per step",
-        lambda case: not case.setting.checkpointing,
-        checkpointing=True,
+        lambda case: not case.run.checkpointing,
+        {"gradient_checkpointing": True},
     ),
-    _changed(
-        "optimizer: adamw_torch_fused",
+    _set(
         "the same without copies",
-        lambda case: case.setting.optimizer in FOREACH and case.fails("update"),
-        optimizer="adamw_torch_fused",
+        lambda case: case.run.optimizer in FOREACH and "update" in case.failing,
+        {"optimizer": "adamw_torch_fused"},
     ),
-    _changed(
-        "optimizer: paged_adamw_8bit",
+    _set(
         "states in 8 bits",
-        lambda case: "8bit" not in case.setting.optimizer,
-        optimizer="paged_adamw_8bit",
+        lambda case: "8bit" not in case.run.optimizer,
+        {"optimizer": "paged_adamw_8bit"},
     ),
-    _changed(
-        "sera.sampler: transformers",
+    _set(
         "slower sampling",
-        lambda case: case.setting.sampler == "vllm" and case.fails("sample"),
-        sampler="transformers",
+        lambda case: case.run.sampler == "vllm" and "sample" in case.failing,
+        {"sera.sampler": "transformers"},
     ),
-    _changed(
-        "adapter: qlora, load_in_4bit: true",
+    _set(
         "the base in 4 bits",
-        lambda case: bool(case.shape.adapter) and case.setting.bits != 4,
-        bits=4,
-        double_quantised=True,
+        lambda case: bool(case.run.model.adapter) and case.run.bits != 4,
+        _FOUR_BITS,
     ),
     _shorter,
-    _qlora,
+    _set(
+        "trains an adapter instead of all weights",
+        lambda case: not case.run.model.adapter,
+        _FOUR_BITS | {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
+    ),
 )

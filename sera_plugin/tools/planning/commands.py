@@ -64,10 +64,9 @@ def plan(config: Path, gpu: float | None, measure: bool, as_json: bool) -> None:
     """
     try:
         with _figures_alone():
-            from sera_plugin.tools.planning.inputs import read_inputs
-            from sera_plugin.tools.planning.plan import make_plan
+            from sera_plugin.tools.planning.prepare import read_plan
 
-            found = make_plan(read_inputs(config, gpu, measure))
+            found = read_plan(config, gpu, measure)
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
     except Exception as error:  # 1 would say that it does not fit

@@ -6,8 +6,8 @@ counted at an expected length, with the most that there can be beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,24 +36,25 @@ class Lengths:
         return len(self.prompt)
 
     @property
+    def completions(self) -> IntArray:
+        return self.chosen + self.rejected
+
+    @property
     def both(self) -> IntArray:
         """(N,) tokens of a pair, its prompt with either completion."""
-        return 2 * self.prompt + self.chosen + self.rejected
+        return 2 * self.prompt + self.completions
 
     @property
     def longer(self) -> IntArray:
         """(N,) tokens of the pair's longer sequence."""
         return self.prompt + np.maximum(self.chosen, self.rejected)
 
-    @property
-    def completions(self) -> IntArray:
-        """(N,) tokens of a pair's completions."""
-        return self.chosen + self.rejected
+    def take(self, places: Any) -> Lengths:
+        return Lengths(self.prompt[places], self.chosen[places], self.rejected[places])
 
     def within(self, longest: int) -> Lengths:
         """The pairs of which no sequence is longer."""
-        kept = self.longer <= longest
-        return Lengths(self.prompt[kept], self.chosen[kept], self.rejected[kept])
+        return self.take(self.longer <= longest)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,11 @@ class Work:
     def exact(self) -> bool:
         return self.tokens == self.most
 
+    @classmethod
+    def sum(cls, several: Iterable[Work]) -> Work:
+        return cls(*map(sum, zip(*map(astuple, several), strict=True)))
+
     def times(self, factor: float) -> Work:
-        """The same this many times."""
         return Work(
             *(round(factor * value) for value in (self.sequences, self.tokens, self.most)),
             *(factor * value for value in (self.forwarded, self.scored, self.squares)),
@@ -132,7 +136,17 @@ class Counting:
     sequence_len: int | None
     evaluations: float
     padding: float
-    sampled: float | None
+    sampled: float | None = None
+
+    @property
+    def last(self) -> int:
+        """T."""
+        return len(self.schedule.pairs)
+
+    @property
+    def data(self) -> list[Lengths]:
+        """All pairs that are scored."""
+        return [each for each in (self.pairs, self.held_out) if each is not None and len(each)]
 
     @property
     def limits(self) -> IntArray:
@@ -147,13 +161,8 @@ class Counting:
         mean = self.pairs.chosen.mean() if self.sampled is None else self.sampled
         return np.minimum(mean, self.limits)
 
-    def micro_batch_completions(self, pairs: int) -> float:
-        """Completion tokens of a micro-batch of that many pairs, on average."""
-        return pairs * float(self.pairs.completions.mean())
-
     def iterations(self) -> Iterator[Iteration]:
-        """All iterations of the run."""
-        for t in range(1, len(self.schedule.pairs) + 1):
+        for t in range(1, self.last + 1):
             kept, bootstrapped = self.method.kept(t), self.method.sampled(t)
             phases = {"score_offline": _scoring(self.pairs)}
             if self.held_out is not None:
@@ -174,53 +183,46 @@ class Counting:
             yield Iteration(t, kept, bootstrapped, self.schedule.steps(t), phases)
 
     def _sampling(self) -> Work:
-        candidates = self.method.config.candidates
-        tokens = candidates * self.expected.sum()
-        return Work(
-            sequences=candidates * len(self.pairs),
-            tokens=round(tokens),
+        candidates, prompt = self.method.config.candidates, self.pairs.prompt
+        work = _passes(prompt, self.expected).times(candidates)
+        return replace(
+            work,
+            tokens=round(work.scored),
             most=int(candidates * self.limits.sum()),
-            forwarded=float(self.pairs.prompt.sum() + tokens),
-            scored=float(tokens),
-            squares=float(candidates * ((self.pairs.prompt + self.expected) ** 2).sum()),
+            forwarded=float(prompt.sum()) + work.scored,
         )
 
     def _training(self, kept: int, bootstrapped: int) -> Work:
         """One epoch over D_t: kept pairs are as long as all are on average."""
-        share = kept / len(self.pairs)
-        offline = _scoring(self.pairs)
-        prompt = self.pairs.prompt
-        of_prompt = np.repeat(2 * (prompt + self.limits), self.method.config.pairs_per_prompt)
-        exact = kept == len(self.pairs) and not bootstrapped
-        tokens = share * offline.tokens + bootstrapped * 2 * float((prompt + self.expected).mean())
-        return Work(
+        offline, prompt, total = _scoring(self.pairs), self.pairs.prompt, len(self.pairs)
+        sampled = _passes(prompt, self.expected).times(2 * bootstrapped / total)
+        work = Work.sum([offline.times(kept / total), sampled])
+        most = offline.tokens
+        if kept != total or bootstrapped:
+            of_prompt = np.repeat(2 * (prompt + self.limits), self.method.config.pairs_per_prompt)
+            most = _largest(self.pairs.both, kept) + _largest(of_prompt, bootstrapped)
+        return replace(
+            work,
             sequences=2 * (kept + bootstrapped),
-            tokens=round(tokens),
-            most=offline.tokens
-            if exact
-            else _largest(self.pairs.both, kept) + _largest(of_prompt, bootstrapped),
-            forwarded=self.padding * tokens,
-            scored=share * offline.scored + bootstrapped * 2 * float(self.expected.mean()),
-            squares=self.padding
-            * (
-                share * offline.squares
-                + bootstrapped * 2 * float(((prompt + self.expected) ** 2).mean())
-            ),
+            most=most,
+            forwarded=self.padding * work.tokens,
+            squares=self.padding * work.squares,
         )
+
+
+def _passes(prompt: IntArray, completion: npt.NDArray[Any]) -> Work:
+    """A completion after each prompt."""
+    both = prompt + completion
+    tokens = float(both.sum())
+    squares = float((both**2).sum())
+    scored = float(completion.sum())
+    return Work(len(both), round(tokens), round(tokens), tokens, scored, squares)
 
 
 def _scoring(pairs: Lengths) -> Work:
     """Both completions of every pair."""
-    tokens = int(pairs.both.sum())
-    squares = (pairs.prompt + pairs.chosen) ** 2 + (pairs.prompt + pairs.rejected) ** 2
-    return Work(
-        sequences=2 * len(pairs),
-        tokens=tokens,
-        most=tokens,
-        forwarded=float(tokens - pairs.prompt.sum()),
-        scored=float(pairs.completions.sum()),
-        squares=float(squares.sum()),
-    )
+    work = Work.sum(_passes(pairs.prompt, each) for each in (pairs.chosen, pairs.rejected))
+    return replace(work, forwarded=work.forwarded - float(pairs.prompt.sum()))
 
 
 def _largest(values: IntArray, count: int) -> int:
@@ -233,23 +235,18 @@ def padding(pairs: Lengths, micro_batch: int, multiple: int | None, seed: int) -
     Both completions of a batch's pairs are padded to its longest sequence. One shuffle stands for
     all.
     """
-    longer = pairs.longer[np.random.default_rng(seed).permutation(len(pairs))]
-    padded = 0
+    longer = np.random.default_rng(seed).permutation(pairs.longer)
+    step, padded = multiple or 1, 0
     for start in range(0, len(longer), micro_batch):
         batch = longer[start : start + micro_batch]
-        step = multiple or 1
         padded += 2 * len(batch) * -(-int(batch.max()) // step) * step
     return padded / float(pairs.both.sum())
 
 
 def evaluations(strategy: Any, every: float | None, steps: int, iterations: int) -> float:
-    """How often the host evaluates in an iteration.
+    """How often the host evaluates in an iteration, by its `eval_strategy` and `eval_steps`.
 
-    Args:
-        strategy: `eval_strategy`: "no", "epoch" or "steps".
-        every: `eval_steps`: a share of all steps below 1, else a number of them.
-        steps: of all iterations.
-        iterations: T.
+    `eval_steps` below 1 are a share of `steps`, which are those of all `iterations`.
     """
     if strategy == "epoch":
         return 1.0
@@ -257,3 +254,24 @@ def evaluations(strategy: Any, every: float | None, steps: int, iterations: int)
         return 0.0
     between = every * steps if every < 1 else every
     return steps / max(1.0, between) / iterations
+
+
+def counting_of(
+    cfg: Mapping[str, Any], method: Method, pairs: Lengths, held_out: Lengths | None
+) -> Counting:
+    """What the host's resolved configuration makes of a method and its data, for one process."""
+    size, accumulation = cfg["micro_batch_size"], cfg.get("gradient_accumulation_steps") or 1
+    drop_last = bool(cfg.get("dataloader_drop_last"))
+    schedule = Schedule(method.sizes, int(size), int(accumulation), drop_last)
+    every = cfg.get("eval_steps")
+    strategy = "steps" if every else cfg.get("eval_strategy")
+    multiple = cfg.get("pad_to_multiple_of")
+    return Counting(
+        method=method,
+        schedule=schedule,
+        pairs=pairs,
+        held_out=held_out,
+        sequence_len=cfg.get("sequence_len"),
+        evaluations=evaluations(strategy, every, schedule.total_steps, len(schedule.pairs)),
+        padding=padding(pairs, int(size), multiple, int(cfg.get("seed") or 0)),
+    )

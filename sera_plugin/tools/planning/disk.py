@@ -2,110 +2,100 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Pairs
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.planning.counts import Iteration
+from sera_plugin.tools.planning.run import Run
 
 #: Pairs that are compressed to see how well this dataset does.
 _TRIED = 5_000
-#: Model card, configuration and checksums beside each model.
-_BESIDE = 2**13
-#: A checkpoint's scheduler, random states, arguments and trainer_state.json.
-_STATE = 2**17
-#: An iteration's summary; the report.
-_SUMMARY, _REPORT = 2**14, 2**18
+#: Model card, configuration and checksums beside each model; a checkpoint's scheduler, random
+#: states, arguments and trainer_state.json; an iteration's summary; the report.
+_BESIDE, _STATE, _SUMMARY, _REPORT = 2**13, 2**17, 2**14, 2**18
+#: Checkpoints that the host keeps unless configured otherwise.
+_LIMIT = 4
 
 
-@dataclass(frozen=True)
-class Saving:
-    """What is saved, and how often.
-
-    Attributes:
-        model: bytes of what is trained: an adapter, or all weights.
-        base: bytes of the base model, which axolotl 0.19 writes beside an adapter; else 0.
-        optimizer: bytes of its state, 0 with `save_only_model`.
-        tokenizer: bytes of the tokenizer's files, which go beside every model.
-        saves: checkpoints in the whole run.
-        limit: `save_total_limit`; one more is there while a new one is written.
-        adapter: whether policies are adapters, which are all kept.
-    """
-
-    model: int
-    base: int
-    optimizer: int
-    tokenizer: int
-    saves: int
-    limit: int
-    adapter: bool
+def existing(place: Path) -> Path:
+    """The nearest directory that is there."""
+    place = place.expanduser().absolute()
+    return next(each for each in (place, *place.parents) if each.exists())
 
 
-def disk_parts(
-    method: Method, pairs: Pairs, iterations: list[Iteration], saving: Saving
-) -> dict[str, int]:
+def disk_parts(run: Run, pairs: Pairs, tokenizer: int) -> dict[str, int]:
     """Bytes by what they are for, when the most is there.
 
     Args:
-        method, pairs: the run's.
-        iterations: as planned.
-        saving: what is saved.
+        pairs: the data as token ids.
+        tokenizer: bytes of the tokenizer's files, which go beside every model.
     """
-    one = saving.model + saving.tokenizer + _BESIDE
-    kept = min(saving.saves, saving.limit + 1)
+    cfg, model = run.cfg, run.model
+    one = model.trained_bytes + tokenizer + _BESIDE
+    saves, limit = _saves(run), int(cfg.get("save_total_limit") or _LIMIT)
+    optimizer = 0 if cfg.get("save_only_model") else run.states
     return {
-        "policies": _policies(method, len(iterations), saving) * one,
-        "checkpoints": kept * (one + saving.optimizer + _STATE),
-        "trained model": one + saving.base,
-        "tables": _tables(method, pairs, iterations),
+        "policies": _policies(run, saves, limit) * one,
+        # One more is there while a new one is written.
+        "checkpoints": min(saves, limit + 1) * (one + optimizer + _STATE),
+        # axolotl 0.19 writes the base model beside an adapter.
+        "trained model": one + (model.weights if model.adapter else 0),
+        "tables": _tables(run, pairs),
     }
 
 
-def _policies(method: Method, iterations: int, saving: Saving) -> int:
+def _saves(run: Run) -> int:
+    """Checkpoints in the whole run: one at every iteration's end, whatever else is asked for."""
+    if str(run.cfg.get("save_strategy") or "").removeprefix("SaveStrategy.").lower() == "no":
+        return 0
+    every = run.cfg.get("save_steps")
+    if not every:
+        return run.counting.last
+    within = round(1 / every) if every < 1 else run.counting.schedule.total_steps // int(every)
+    return max(run.counting.last, within)
+
+
+def _policies(run: Run, saves: int, limit: int) -> int:
     """How many `policy` directories with weights there are at once; see `Loop._oldest_needed`."""
-    if saving.adapter:
+    method, iterations = run.counting.method, run.counting.last
+    if run.model.adapter:
         return iterations
     oldest = 1  # a base model's theta_0 is a pointer
     if not method.config.keep_policies:
-        # Checkpoints at the ends of iterations: those that are kept begin the next ones.
-        begun = range(max(2, iterations - saving.limit + 1), iterations + 1)
         needed = [iterations - 1, method.oldest_policy(iterations + 1)]
-        if saving.saves:
+        if saves:  # checkpoints at the ends of iterations: those that are kept begin the next ones
+            begun = range(max(2, iterations - limit + 1), iterations + 1)
             needed += [method.oldest_policy(t) for t in begun]
         oldest = max(1, min(needed))
     return max(0, iterations - oldest)
 
 
-def _tables(method: Method, pairs: Pairs, iterations: list[Iteration]) -> int:
+def _tables(run: Run, pairs: Pairs) -> int:
     """Parquet files: tokens as well as this dataset's compress, and figures, which hardly do."""
     tried = np.arange(min(len(pairs), _TRIED))
-    columns = (pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    sample = {name: column.take(tried) for name, column in zip(names, columns, strict=True)}
-    tokens = sum(int(column.lengths.sum()) for column in sample.values())
-    per_token = _compressed(make_table(sample)) / tokens
-    total = sum(int(column.lengths.sum(dtype=np.int64)) for column in columns) * per_token
-    for iteration in iterations:
-        first = iteration.number == 1
-        # offline.parquet: two log-probabilities, three lengths; then rewards, margin, selected.
-        total += len(pairs) * (2 * 8 + 3 * 2 if first else 5 * 8 + 3 * 2)
-        held_out = iteration.phases.get("score_evaluation")
-        if held_out is not None:
-            total += held_out.sequences / 2 * (2 * 8 + 2 * 2)
-        sampled = iteration.phases.get("sample")
-        if sampled is not None:
-            logps = len(method.candidates_under(iteration.number))
-            total += sampled.tokens * per_token + sampled.sequences * 8 * (logps + 1)
-            total += len(pairs) * 8
-    return round(total) + len(iterations) * _SUMMARY + _REPORT
-
-
-def _compressed(table: pa.Table) -> int:
-    """Bytes of a table as the run directory would have it."""
+    columns = {name: getattr(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    sample = {name: column.take(tried) for name, column in columns.items()}
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    return int(buffer.getvalue().size)
+    pq.write_table(make_table(sample), buffer, compression="zstd")
+    tokens = sum(int(column.lengths.sum()) for column in sample.values())
+    per_token = buffer.getvalue().size / tokens
+    total = sum(int(each.lengths.sum(dtype=np.int64)) for each in columns.values()) * per_token
+    for iteration in run.counting.iterations():
+        total += _figures(run, iteration, len(pairs), per_token)
+    return round(total) + run.counting.last * _SUMMARY + _REPORT
+
+
+def _figures(run: Run, iteration: Iteration, pairs: int, per_token: float) -> float:
+    # offline.parquet: two log-probabilities, three lengths; then rewards, margin, selected.
+    total = pairs * (2 * 8 + 3 * 2 if iteration.number == 1 else 5 * 8 + 3 * 2)
+    if held_out := iteration.phases.get("score_evaluation"):
+        total += held_out.sequences // 2 * (2 * 8 + 2 * 2)
+    if sampled := iteration.phases.get("sample"):
+        logps = len(run.counting.method.candidates_under(iteration.number))
+        return total + sampled.tokens * per_token + sampled.sequences * 8 * (logps + 1) + pairs * 8
+    return total

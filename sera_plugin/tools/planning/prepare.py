@@ -1,16 +1,17 @@
-"""A YAML as a plan's inputs: parsed, checked and its data prepared by the host, as `train` does."""
+"""A plan from a YAML: parsed, checked and its data prepared by the host, as `train` does."""
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
+import torch
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
@@ -27,57 +28,32 @@ from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, kept_columns, prepare_rows
 from sera_plugin.data.encoding import model_end_ids
+from sera_plugin.model.memory import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.sampling.choose import Choice, choose_sampler
-from sera_plugin.tools.planning.empty_model import EmptyModel, read_model
+from sera_plugin.tools.planning.counts import Lengths, counting_of
+from sera_plugin.tools.planning.disk import existing
+from sera_plugin.tools.planning.measure import fastest, measure
+from sera_plugin.tools.planning.model import describe
+from sera_plugin.tools.planning.plan import Plan
+from sera_plugin.tools.planning.run import OPTIMIZERS, Run
+
+_AT_LEAST = (
+    "The times are what it takes at least: as if all of it were products of large matrices, which "
+    "were timed here. --measure times a short run instead."
+)
+_NO_TIME = (
+    "How long they take depends on the GPU: run `axolotl sera plan --measure` on the machine that "
+    "will train."
+)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a plan is made of.
-
-    Attributes:
-        cfg: the host's resolved configuration.
-        config: the `sera:` block in it.
-        dataset: the host's prepared rows.
-        rows: those of them that can be used, as token ids.
-        pairs, held_out: the same as the run has them.
-        model: the shape of the model, and why vLLM would not serve it.
-        choice: what samples.
-        tokenizer_bytes: of the tokenizer's files.
-    """
-
-    cfg: DictDefault
-    config: SeraConfig
-    dataset: Any
-    rows: TokenizedRows
-    pairs: Pairs
-    held_out: Pairs | None
-    model: EmptyModel
-    choice: Choice
-    tokenizer_bytes: int
-
-    @cached_property
-    def method(self) -> Method:
-        reference_free = is_reference_free(self.config.loss) and not self.cfg.dpo_loss_type
-        columns = kept_columns(self.dataset, self.rows.rows, self.config.score_columns)
-        return Method(
-            self.config,
-            reference_free,
-            per_token=False,
-            total=len(self.pairs),
-            iterations=int(self.cfg.num_epochs),
-            seed=int(self.cfg.seed or 0),
-            annotations=annotate(self.config, self.pairs.prompt_ids, columns, None),
-        )
-
-
-def prepare(path: Path, elsewhere: bool) -> Prepared:
-    """Parse, check, load the data: everything that `axolotl train` does before it loads weights.
+def read_plan(path: Path, gpu: float | None, measuring: bool) -> Plan:
+    """The plan of a YAML.
 
     Args:
-        path: the YAML.
-        elsewhere: whether the run will be on another machine, where another vLLM may be.
+        gpu: GiB of the GPU to compare with, None for the one here.
+        measuring: whether to make a short run.
 
     Raises:
         ValueError, OSError: for a configuration or data that cannot be trained, with what to do.
@@ -85,26 +61,57 @@ def prepare(path: Path, elsewhere: bool) -> Prepared:
     cfg = parse(path)
     config = SeraConfig(**cfg.sera)
     tokenizer = load_tokenizer(cfg)
-    model = read_model(cfg, tokenizer)
+    device, memory = _device(gpu)
+    model = describe(cfg, tokenizer, memory is not None)
     data = PluginManager.get_instance().load_datasets(cfg, preprocess=True)
     end_ids = model_end_ids(SimpleNamespace(generation_config=_generation(cfg)), tokenizer)
     rows = prepare_rows(data.train_dataset, tokenizer, end_ids, cfg, config, "train")
-    held_out = None
+    pairs, held_out = _pairs(rows), None
     if data.eval_dataset:
-        held_out = prepare_rows(data.eval_dataset, tokenizer, end_ids, cfg, config, "eval")
+        held_out = _pairs(prepare_rows(data.eval_dataset, tokenizer, end_ids, cfg, config, "eval"))
+    columns = kept_columns(data.train_dataset, rows.rows, config.score_columns)
+    method = Method(
+        config,
+        is_reference_free(config.loss) and not cfg.dpo_loss_type,
+        per_token=False,
+        total=len(pairs),
+        iterations=int(cfg.num_epochs),
+        seed=int(cfg.seed or 0),
+        annotations=annotate(config, pairs.prompt_ids, columns, None),
+    )
+    choice = _choose(config, model.unserved, elsewhere=gpu is not None)
+    run = Run(
+        cfg,
+        model,
+        counting_of(cfg, method, Lengths.of(pairs), Lengths.of(held_out) if held_out else None),
+        choice.name,
+        memory,
+        lambda changed: describe(DictDefault(changed), tokenizer, memory is not None),
+    )
+    speed, speed_from = None, _NO_TIME
+    if measuring:
+        here = replace(run, memory=_device(None)[1])
+        speed, sampled, speed_from = measure(here, data.train_dataset, rows.rows)
+        run = replace(run, counting=replace(run.counting, sampled=sampled))
+    elif gpu is None:
+        speed, speed_from = fastest(run), _AT_LEAST
+    room = None
+    if gpu is None:
+        disk = shutil.disk_usage(existing(Path(cfg.output_dir)))
+        room = psutil.virtual_memory().available, disk.free
     with TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         files = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
-    return Prepared(
-        cfg=cfg,
-        config=config,
-        dataset=data.train_dataset,
-        rows=rows,
-        pairs=_pairs(rows),
-        held_out=_pairs(held_out) if held_out else None,
-        model=model,
-        choice=_choose(config, model, elsewhere),
-        tokenizer_bytes=files,
+    return Plan(
+        about=_about(path, run, sum(map(len, rows.dropped.values())), choice),
+        run=run,
+        pairs=pairs,
+        tokenizer=files,
+        device=device,
+        room=room,
+        notes=notes_of(run),
+        speed=speed,
+        speed_from=speed_from,
     )
 
 
@@ -114,8 +121,16 @@ def parse(path: Path) -> DictDefault:
     Raises:
         ValueError, OSError: naming the key and what to do.
     """
-    written = _read(path)
-    _require_model(written)
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(written, dict):
+        raise ValueError(f"{path} is not a configuration: it holds {quoted(written)}, not keys.")
+    _require_model(
+        written.get("base_model_config") or written.get("base_model"),
+        written.get("revision_of_model"),
+    )
     # The host begins output_dir's debug.log anew, and there may be a run there.
     with TemporaryDirectory() as scratch:
         cfg = load_cfg(str(path), output_dir=scratch)
@@ -128,25 +143,13 @@ def parse(path: Path) -> DictDefault:
     return cfg
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(written, dict):
-        raise ValueError(f"{path} is not a configuration: it holds {quoted(written)}, not keys.")
-    return written
-
-
-def _require_model(written: Mapping[str, Any]) -> None:
+def _require_model(name: Any, revision: str | None) -> None:
     """Say what to do where config.json is not here and cannot be fetched."""
-    name = written.get("base_model_config") or written.get("base_model")
     if not isinstance(name, str) or (Path(name) / "config.json").is_file():
         return
     if Path(name).is_dir():
         raise ValueError(f"base_model: {quoted(name, 200)} is a directory without config.json.")
     here = name.startswith((".", "/", "~")) or name.count("/") != 1
-    revision = written.get("revision_of_model")
     cached = None if here else try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(cached, str) or not (here or constants.HF_HUB_OFFLINE):
         return
@@ -171,7 +174,57 @@ def _pairs(rows: TokenizedRows) -> Pairs:
     return Pairs.from_table(make_table(columns))
 
 
-def _choose(config: SeraConfig, model: EmptyModel, elsewhere: bool) -> Choice:
-    if elsewhere and not model.unserved and config.sampler in ("vllm", "vllm-server"):
+def _choose(config: SeraConfig, unserved: str | None, elsewhere: bool) -> Choice:
+    if elsewhere and not unserved and config.sampler in ("vllm", "vllm-server"):
         return Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
-    return choose_sampler(config.sampler, config.vllm_python or sys.executable, model.unserved)
+    return choose_sampler(config.sampler, config.vllm_python or sys.executable, unserved)
+
+
+def _device(gpu: float | None) -> tuple[str, int | None]:
+    """Name and memory of what a plan is compared with."""
+    if gpu is not None:
+        return "--gpu", round(gpu * GIB)
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        return found.name, found.total_memory
+    return "no GPU", None
+
+
+def _about(path: Path, run: Run, dropped: int, choice: Choice) -> dict[str, str]:
+    model, counting = run.model, run.counting
+    bits = f" in {run.bits} bits" if run.bits else ""
+    what = f"an adapter of {model.adapter:,} trained" if model.adapter else "all trained"
+    held_out = 0 if counting.held_out is None else len(counting.held_out)
+    width = "float32" if model.width == 4 else "16 bits"
+    prompt, answer = counting.pairs.prompt.mean(), counting.pairs.completions.mean() / 2
+    found = {
+        "plan": str(path),
+        "model": f"{model.kind}, {model.parameters:,} parameters{bits}, {what}; computed in "
+        f"{width}",
+        "data": f"{len(counting.pairs):,} pairs ({dropped:,} rows dropped), {held_out:,} held out; "
+        f"prompts of {prompt:.0f} and completions of {answer:.0f} tokens on average",
+        "training": f"{counting.last} iterations, {run.micro_batch} pairs x {run.accumulation}, "
+        f"{run.optimizer}, gradient checkpointing {'on' if run.checkpointing else 'off'}",
+    }
+    if run.sample:
+        found["sampler"] = f"{choice.name} ({choice.reason})"
+    return found
+
+
+def notes_of(run: Run) -> list[str]:
+    """What the figures leave out or take for granted, in sentences."""
+    quantised = run.model.quantised_already
+    notes = {
+        "Samples are expected to be as long as chosen answers are "
+        f"({run.counting.expected.mean():.0f} tokens on average).": run.counting.sampled is None
+        and run.sample,
+        f"optimizer: {run.optimizer} is counted like AdamW in float32.": run.optimizer
+        not in OPTIMIZERS,
+        "State of paged optimizers is counted on the device; where that is short it moves to "
+        "host memory by itself.": run.optimizer.startswith("paged"),
+        f"The checkpoint is quantised with {quantised}; its weights are counted as the "
+        "YAML would load them.": quantised,
+        "fsdp_config shares weights, gradients and optimizer state among processes; all figures "
+        "here are for one process that holds them all.": run.cfg.get("fsdp_config"),
+    }
+    return [note for note, applies in notes.items() if applies]

@@ -2,88 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
-from itertools import repeat
 from typing import Any
 
 from sera_plugin.config.quoting import printable
 from sera_plugin.model.memory import GIB
-from sera_plugin.tools.planning.counts import Work
+from sera_plugin.tools.planning.advice import Case
+from sera_plugin.tools.planning.counts import Iteration, Work
 from sera_plugin.tools.planning.memory import Phase
 from sera_plugin.tools.planning.plan import Plan
 from sera_plugin.tools.report.output import plain_table
 
-#: Columns of the memory table, in order.
+#: Columns of the tables of memory and of tokens, in order.
 _PARTS = (
-    "weights",
-    "optimizer",
-    "gradients",
-    "activations",
-    "logits",
-    "cache",
-    "engine",
-    "other",
+    *("weights", "optimizer", "gradients", "activations"),
+    *("logits", "cache", "engine", "other"),
 )
 _SAMPLED = ("sample", "score_candidates")
-_COUNTED = ("score_offline", "score_evaluation", "sample", "score_candidates", "train")
+_COUNTED = ("score_offline", "score_evaluation", *_SAMPLED, "train")
 
 
 def text(plan: Plan) -> str:
     """The plan in tables."""
     blocks = [
-        "\n".join(f"{name:<10} {printable(value)}" for name, value in plan.inputs.about.items()),
+        "\n".join(f"{name:<10} {printable(value)}" for name, value in plan.about.items()),
         _iterations(plan),
-        _memory(plan),
-        _verdict(plan),
+        _memory(plan.phases),
+        "\n".join(_verdict(plan)),
         _elsewhere(plan),
         _time(plan),
-        "\n".join(plan.inputs.notes),
+        "\n".join(plan.notes),
     ]
     return "\n\n".join(filter(None, blocks))
 
 
-def _number(phase: str, work: Work | None) -> str:
-    if work is None:
-        return "-"
-    known = work.exact and phase not in _SAMPLED
-    return f"{work.tokens:,}" if known else f"~{work.tokens:,}"
-
-
 def _iterations(plan: Plan) -> str:
     phases = [name for name in _COUNTED if any(name in one.phases for one in plan.iterations)]
+    every = {
+        name: Work.sum(one.phases[name] for one in plan.iterations if name in one.phases)
+        for name in phases
+    }
+
+    def counts(work: dict[str, Work]) -> Iterable[str]:
+        for name in phases:
+            if name not in work:
+                yield "-"
+            else:
+                known = work[name].exact and name not in _SAMPLED
+                yield f"{'' if known else '~'}{work[name].tokens:,}"
+
     rows = []
     for one in plan.iterations:
         what = f"{one.kept:,} + {one.bootstrapped:,}" if one.number > 1 else f"{one.kept:,}"
-        counts = [_number(name, one.phases.get(name)) for name in phases]
-        rows.append([str(one.number), what, f"{one.steps:,}", *counts])
+        rows.append([str(one.number), what, f"{one.steps:,}", *counts(one.phases)])
     steps = sum(one.steps for one in plan.iterations)
-    rows.append(["all", "", f"{steps:,}", *(_number(name, _sum(plan, name)) for name in phases)])
-    if any(not work.exact for one in plan.iterations for work in one.phases.values()):
-        most = [f"{_sum(plan, name).most:,}" for name in phases]
-        rows.append(["at most", "", "", *most])
-    head = ["tokens", "pairs", "steps", *(name.replace("_", " ") for name in phases)]
-    return plain_table(head, rows)
+    rows.append(["all", "", f"{steps:,}", *counts(every)])
+    if not all(work.exact for work in every.values()):
+        rows.append(["at most", "", "", *(f"{every[name].most:,}" for name in phases)])
+    return plain_table(_head("tokens", "pairs", "steps", *phases), rows)
 
 
-def _sum(plan: Plan, phase: str) -> Work:
-    found = [one.phases[phase] for one in plan.iterations if phase in one.phases]
-    return Work(
-        *(sum(values) for values in zip(*(vars(work).values() for work in found), strict=True))
-    )
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+def _head(*names: str) -> list[str]:
+    return [name.replace("_", " ") for name in names]
 
 
 def size(amount: float) -> str:
     """Bytes in GiB, or in MiB where there are few."""
-    return f"{_gib(amount)} GiB" if amount >= GIB else f"{amount / 2**20:.1f} MiB"
+    return f"{amount / GIB:.2f} GiB" if amount >= GIB else f"{amount / 2**20:.1f} MiB"
 
 
-def _memory(plan: Plan) -> str:
-    parts = [name for name in _PARTS if any(phase.parts.get(name) for phase in plan.phases)]
-    small = max(phase.total for phase in plan.phases) < GIB
+def _memory(phases: list[Phase]) -> str:
+    parts = [name for name in _PARTS if any(phase.parts.get(name) for phase in phases)]
+    small = max(phase.total for phase in phases) < GIB
     unit, name = (2**20, "MiB") if small else (GIB, "GiB")
     rows = [
         [
@@ -91,53 +82,48 @@ def _memory(plan: Plan) -> str:
             *(f"{phase.parts[p] / unit:.2f}" if p in phase.parts else "-" for p in parts),
             f"{phase.total / unit:.2f}",
         ]
-        for phase in plan.phases
+        for phase in phases
     ]
-    notes = [f"{phase.name}: {phase.note}" for phase in plan.phases if phase.note]
+    notes = [f"{phase.name}: {phase.note}" for phase in phases if phase.note]
     return "\n".join([plain_table([name, *parts, "all"], rows), *notes])
 
 
-def _largest(phases: list[Phase]) -> Phase:
-    return max(phases, key=lambda phase: phase.total)
+def _most(case: Case) -> str:
+    largest = max(case.phases, key=lambda phase: phase.total)
+    return f"{size(largest.total)} in `{largest.name}`"
 
 
-def _verdict(plan: Plan) -> str:
-    device, most = plan.inputs.device, _largest(plan.phases)
-    if device.memory is None:
-        return (
-            f"At most {size(most.total)}, in `{most.name}`. There is no GPU here to compare with; "
-            "--gpu GIB compares with one of that size."
+def _verdict(plan: Plan) -> Iterable[str]:
+    most = _most(plan.case).replace(" in `", ", in `")
+    if plan.run.memory is None:
+        yield (
+            f"At most {most}. There is no GPU here to compare with; --gpu GIB compares with one of "
+            "that size."
         )
+        return
+    memory = f"of {plan.run.memory / GIB:.2f} GiB ({plan.device})"
     if plan.fits:
-        return (
-            f"Fits: at most {size(most.total)} of {_gib(device.memory)} GiB ({device.name}), in "
-            f"`{most.name}`."
-        )
-    failing = [phase.name for phase in plan.phases if not phase.fits(device.memory)]
-    lines = [
-        f"Does not fit: {size(most.total)} in `{most.name}`, of {_gib(device.memory)} GiB "
-        f"({device.name}). Phases that do not: {', '.join(failing)}."
-    ]
+        yield f"Fits: at most {most.replace(',', f' {memory},')}."
+        return
+    failing = ", ".join(phase.name for phase in plan.phases if phase.name in plan.case.failing)
+    yield f"Does not fit: {_most(plan.case)}, {memory}. Phases that do not: {failing}."
     if plan.changes:
-        lines.append("What to change, each on top of those above it:")
+        yield "What to change, each on top of those above it:"
     for change in plan.changes:
-        most = _largest(change.case.phases)
         fits = "fits" if change.case.fits else "not yet"
-        lines.append(f"  {change.keys}")
-        lines.append(f"    {change.remark}; then {size(most.total)} in `{most.name}`: {fits}")
+        yield f"  {change.keys}\n    {change.remark}; then {_most(change.case)}: {fits}"
     if not plan.changes or not plan.changes[-1].case.fits:
-        lines.append(
+        yield (
             "No change that is known here makes it fit. Take a smaller base_model or a larger GPU."
         )
-    return "\n".join(lines)
 
 
 def _elsewhere(plan: Plan) -> str:
     lines = []
-    room = plan.inputs.room or (None, None)
-    for name, parts, free in zip(
-        ("host memory", "disk"), (plan.host, plan.disk), room, strict=True
-    ):
+    every = zip(
+        ("host memory", "disk"), (plan.host, plan.disk), plan.room or (None, None), strict=True
+    )
+    for name, parts, free in every:
         each = ", ".join(f"{part} {size(amount)}" for part, amount in parts.items() if amount)
         needed = sum(parts.values())
         line = f"{name:<12}{size(needed)}: {each}"
@@ -159,69 +145,64 @@ def duration(seconds: float) -> str:
 
 def _time(plan: Plan) -> str:
     flops = sum(sum(one.values()) for one in plan.flops)
-    counted = f"{flops:.2e} floating-point operations."
+    counted = f"{flops:.2e} floating-point operations. {plan.speed_from}"
     if plan.seconds is None:
-        return f"Time: {counted} {plan.inputs.speed_from}"
+        return f"Time: {counted}"
     names = list(dict.fromkeys(name for one in plan.seconds for name in one))
+    totals = {name: sum(one.get(name, 0.0) for one in plan.seconds) for name in names}
     rows = [
         [
-            str(one.number),
-            *(duration(s[name]) if name in s else "-" for name in names),
-            duration(sum(s.values())),
+            label,
+            *(duration(each[name]) if name in each else "-" for name in names),
+            duration(sum(each.values())),
         ]
-        for one, s in zip(plan.iterations, plan.seconds, strict=True)
+        for label, each in [
+            *((str(t), one) for t, one in enumerate(plan.seconds, 1)),
+            ("all", totals),
+        ]
     ]
-    totals = [sum(one.get(name, 0.0) for one in plan.seconds) for name in names]
-    rows.append(["all", *map(duration, totals), duration(sum(totals))])
-    head = ["time", *(name.replace("_", " ") for name in names), "all"]
-    return f"{plain_table(head, rows)}\n{counted} {plan.inputs.speed_from}"
+    return f"{plain_table(_head('time', *names, 'all'), rows)}\n{counted}"
 
 
 def data(plan: Plan) -> dict[str, Any]:
     """The plan as JSON has it."""
-    device, inputs = plan.inputs.device, plan.inputs
-    memory_free, disk_free = inputs.room or (None, None)
+    memory = plan.run.memory
+    memory_free, disk_free = plan.room or (None, None)
 
-    def phases(found: list[Phase]) -> list[dict[str, Any]]:
+    def phases(case: Case) -> list[dict[str, Any]]:
         return [
             {
                 "phase": phase.name,
                 "bytes": phase.parts,
                 "all": phase.total,
-                "fits": None if device.memory is None else phase.fits(device.memory),
+                "fits": None if memory is None else phase.fits(memory),
             }
-            for phase in found
+            for phase in case.phases
         ]
 
-    return {
-        "about": dict(inputs.about),
-        "iterations": [
-            {
-                "iteration": one.number,
-                "pairs": one.pairs,
-                "kept": one.kept,
-                "bootstrapped": one.bootstrapped,
-                "steps": one.steps,
-                "phases": {
-                    name: {
-                        "sequences": work.sequences,
-                        "tokens": work.tokens,
-                        "most_tokens": work.most,
-                        "flops": flops[name],
-                    }
-                    for name, work in one.phases.items()
-                },
-                "seconds": seconds,
+    def iteration(one: Iteration, flops: dict[str, float], seconds: Any) -> dict[str, Any]:
+        counts = ("pairs", "kept", "bootstrapped", "steps")
+        phases = {
+            name: {
+                "sequences": work.sequences,
+                "tokens": work.tokens,
+                "most_tokens": work.most,
+                "flops": flops[name],
             }
-            for one, flops, seconds in zip(
-                plan.iterations, plan.flops, plan.seconds or repeat(None), strict=False
-            )
-        ],
+            for name, work in one.phases.items()
+        }
+        found = {"iteration": one.number, **{name: getattr(one, name) for name in counts}}
+        return found | {"phases": phases, "seconds": seconds}
+
+    seconds = plan.seconds or [None] * len(plan.iterations)
+    return {
+        "about": dict(plan.about),
+        "iterations": list(map(iteration, plan.iterations, plan.flops, seconds)),
         "memory": {
-            "device": device.name,
-            "bytes": device.memory,
+            "device": plan.device,
+            "bytes": memory,
             "fits": plan.fits,
-            "phases": phases(plan.phases),
+            "phases": phases(plan.case),
             "host": plan.host,
             "host_free": memory_free,
         },
@@ -232,11 +213,11 @@ def data(plan: Plan) -> dict[str, Any]:
                 "keys": change.keys,
                 "remark": change.remark,
                 "fits": change.case.fits,
-                "phases": phases(change.case.phases),
+                "phases": phases(change.case),
             }
             for change in plan.changes
         ],
-        "speed": None if inputs.speed is None else asdict(inputs.speed),
-        "speed_from": inputs.speed_from,
-        "notes": inputs.notes,
+        "speed": None if plan.speed is None else asdict(plan.speed),
+        "speed_from": plan.speed_from,
+        "notes": plan.notes,
     }

@@ -1,0 +1,263 @@
+"""A model's sizes from its config.json: the model is built of fake tensors, and measured.
+
+It is the class that the run trains, with the host's own types and PEFT's adapter. Fake tensors have
+shapes and types but neither storage nor values, so that a 7B model takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from axolotl.loaders import ModelLoader
+from axolotl.loaders.adapter import load_adapter
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.dict import DictDefault
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from sera_plugin.config.quoting import quoted
+from sera_plugin.sampling.choose import adapter_problem
+
+#: What configurations call the number of their experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+#: Sequences that are passed, and their lengths.
+_LINES, _LENGTHS = 4, (64, 128, 192)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What memory and time of a causal language model depend on.
+
+    Attributes:
+        kind: `model_type` of its config.json.
+        parameters, adapter: weights of the base model, shared ones once, and of the adapter.
+        weights: bytes of the base model as it lies on the device.
+        trained: (elements, bytes per element, whether a table of embeddings) of each weight.
+        copies: bytes of weights' copies in the type that passes compute in: autocast keeps one of
+            each float32 matrix in training, bitsandbytes makes one of a quantised layer at a time.
+        matrices: weights of the layers that each token is multiplied with, but the output layer.
+        kept: bytes per token that all layers keep for the backward pass, and what the length of its
+            sequence adds to them per token.
+        width, hidden_width: bytes per element in passes, and between layers.
+        queries: width of all query heads together; head: of one.
+        gated: whether the feed-forward part multiplies two projections (SwiGLU).
+        unserved: why vLLM would not serve it as it is trained, or None.
+        quantised_already: how its checkpoint is quantised ("gptq"), or None.
+    """
+
+    kind: str
+    parameters: int
+    adapter: int
+    weights: int
+    trained: tuple[tuple[int, int, bool], ...]
+    copies: int
+    matrices: int
+    kept: tuple[float, float]
+    width: int
+    hidden_width: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    queries: int
+    kv_heads: int
+    head: int
+    gated: bool
+    unserved: str | None = None
+    quantised_already: str | None = None
+
+    @property
+    def trained_bytes(self) -> int:
+        """In the weights' own types: gradients and a snapshot are as large."""
+        return sum(elements * width for elements, width, _ in self.trained)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the base model and its adapter."""
+        return self.weights + (self.trained_bytes if self.adapter else 0)
+
+
+def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
+    """Build the model that a configuration names, and its adapter, without weights.
+
+    Args:
+        cfg: the host's resolved configuration.
+        tokenizer: the host's; it may enlarge the vocabulary.
+        on_gpu: whether the run will be on a GPU.
+
+    Raises:
+        ValueError: if the model cannot be passed like a causal language model of transformers.
+        OSError: if its config.json is not there.
+    """
+    config = load_model_config(cfg)
+    name = f"base_model: {quoted(cfg.base_model, 200)} (model_type {config.model_type})"
+    text = config.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        raise ValueError(
+            f"{name} has no attention. A plan knows what layers of attention take, and nothing of "
+            "others."
+        )
+    config._attn_implementation = "eager" if cfg.attn_implementation == "eager" else "sdpa"
+    unchecked = {"gradient_checkpointing": None, "mean_resizing_embeddings": False}
+    loader = ModelLoader(DictDefault({**cfg, **unchecked}), tokenizer)
+    with FakeTensorMode():
+        try:
+            loader.model = AutoModelForCausalLM.from_config(
+                config, dtype=cfg.torch_dtype, trust_remote_code=False
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{name} is not a causal language model that transformers has code for, and a plan "
+                "runs no code that comes with a model. Train a few steps of it instead to see what "
+                "it needs."
+            ) from error
+        return _measured(loader, text, on_gpu)
+
+
+def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
+    cfg, rows = loader.cfg, loader.model.get_input_embeddings().num_embeddings
+    loader._resize_token_embeddings()
+    head = loader.model.get_output_embeddings()
+    linears = [
+        module
+        for module in loader.model.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+    names = [name for name, _ in loader.model.named_modules()]
+    loader._configure_embedding_dtypes()
+    width = torch.empty(0, dtype=cfg.torch_dtype).element_size()
+    bits = 4 if cfg.load_in_4bit else 8 if cfg.load_in_8bit else None
+    if bits:
+        for layer in linears:  # the host leaves alone what bitsandbytes has quantised
+            layer.weight.data = layer.weight.data.to(cfg.torch_dtype)
+    model, unserved = loader.model, None
+    table = model.get_input_embeddings()
+    base = list(model.parameters())
+    number = next((int(getattr(text, name)) for name in _EXPERTS if getattr(text, name, 0)), 0)
+    experts = sum(w.numel() for w in base if w.dim() == 3 and len(w) == number)
+    if cfg.adapter:
+        model, unserved = _adapted(model, cfg)
+        if table.num_embeddings != rows:
+            unserved = "the adapter stands on a model whose vocabulary was resized after loading"
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    frozen = {id(layer.weight): layer.weight for layer in linears} if bits else {}
+    double = (cfg.bnb_config_kwargs or {}).get("bnb_4bit_use_double_quant", True)
+    heads = int(text.num_attention_heads)
+    head_width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    added = sum(weight.numel() for weight in trained) if cfg.adapter else 0
+    copies = sum(
+        m.weight.numel() * width
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m.weight.requires_grad and m.weight.element_size() > width
+    )
+    quantised = getattr(loader.model_config, "quantization_config", None) or {}
+    return Model(
+        kind=str(loader.model_config.model_type),
+        parameters=sum(weight.numel() for weight in base),
+        adapter=added,
+        weights=sum(
+            quantised_bytes(weight.numel(), len(weight), bits, double)
+            if id(weight) in frozen and bits
+            else weight.numel() * weight.element_size()
+            for weight in base
+        ),
+        trained=tuple((w.numel(), w.element_size(), id(w) in tables) for w in trained),
+        copies=copies + max((width * w.numel() for w in frozen.values()), default=0),
+        matrices=sum(layer.weight.numel() for layer in linears)
+        + experts * int(getattr(text, "num_experts_per_tok", None) or 1) // max(1, number)
+        + added,
+        kept=_kept(model, cfg, width, bool(experts), on_gpu),
+        width=width,
+        hidden_width=table.weight.element_size(),
+        layers=int(text.num_hidden_layers),
+        hidden=int(text.hidden_size),
+        intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        vocabulary=int(table.num_embeddings),
+        queries=heads * head_width,
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head=head_width,
+        gated=bool(experts) or any("gate" in name for name in names),
+        unserved=unserved,
+        quantised_already=dict(quantised).get("quant_method"),
+    )
+
+
+def _adapted(model: Any, cfg: DictDefault) -> tuple[Any, str | None]:
+    """The model with its adapter as PEFT makes it, and why vLLM would not serve that."""
+    if cfg.lora_model_dir:
+        config = PeftConfig.from_pretrained(cfg.lora_model_dir)
+    else:
+        _, config = load_adapter(model, cfg, cfg.adapter, config_only=True)
+    config.init_lora_weights = False
+    return get_peft_model(model, config), adapter_problem(config.to_dict())
+
+
+def quantised_bytes(elements: int, rows: int, bits: int, double: bool) -> int:
+    """A linear layer's weight in 8 or 4 bits, with its scales.
+
+    Source: bitsandbytes 0.50. 8 bits: a float32 scale per row (Dettmers et al. 2022, "LLM.int8()").
+    4 bits: a float32 scale per 64 weights and a table of 16; with double quantisation 8 bits per
+    scale, a float32 per 256 of those, a table of 256 and their mean (Dettmers et al. 2023, "QLoRA",
+    section 3).
+    """
+    if bits == 8:
+        return elements + 4 * rows
+    blocks = math.ceil(elements / 64)
+    scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 if double else 4 * blocks
+    return math.ceil(elements / 2) + 4 * 16 + scales
+
+
+class _Mask(nn.Module):
+    """Dropout as a GPU makes it: a byte per element is kept, where a CPU keeps the type's."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states * torch.ones_like(states, dtype=torch.bool)
+
+
+def _kept(
+    model: Any, cfg: DictDefault, width: int, experts: bool, on_gpu: bool
+) -> tuple[float, float]:
+    """`Model.kept`, from passes at three lengths.
+
+    Sources: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+    Models", section 4: activations grow with the length, attention's with its square.
+    """
+    if on_gpu:
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout) and child.p:
+                    setattr(module, name, _Mask())
+    kind, factor = cfg.torch_dtype, 1
+    if experts and width == 4:  # torch's products for experts take 16 bits alone
+        model, kind, factor = model.to(torch.bfloat16), torch.bfloat16, 2
+    layers = (model.get_base_model() if cfg.adapter else model).train().base_model
+    own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    measured = []
+    for length in _LENGTHS:
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                found[storage._cdata] = storage.nbytes()
+            return tensor
+
+        ids = torch.ones(_LINES, length, dtype=torch.long)
+        with (
+            saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", kind, enabled=kind != torch.float32),
+        ):
+            alive = layers(input_ids=ids, attention_mask=ids, use_cache=False)
+        del alive
+        measured.append(factor * sum(found.values()) / _LINES)
+    square, each, _ = np.polyfit(_LENGTHS, measured, 2)
+    return float(each), float(square)
