@@ -82,7 +82,7 @@ def described(base_config, model_directory, load):
 
         cfg = load(base_config | {"base_model": str(model_directory(kind, **model))} | changes)
         tokenizer = load_tokenizer(cfg)
-        method = Method(SeraConfig(**cfg.sera, bootstrap_ratio=0), False, False, 4)
+        method = Method(SeraConfig(**{**cfg.sera, "bootstrap_ratio": 0}), False, False, 4)
         prompt, completion = np.array([16] * 4), np.array([80] * 4)
         counting = counting_of(cfg, method, Lengths(prompt, completion, completion), None)
         run = Run(
@@ -299,8 +299,9 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
         [random.integers(6, 30, size).astype(np.int32) for _ in range(48)] for size in (16, 80)
     )
     run = found.run.changed({"sequence_len": 96})
-    method = Method(SeraConfig(candidates=4, max_new_tokens=80), False, False, 4)
-    run = replace(run, counting=replace(run.counting, method=method))
+    method = Method(SeraConfig(candidates=4, max_new_tokens=80), False, False, 4, iterations=2)
+    schedule = replace(run.counting.schedule, pairs=method.sizes)
+    run = replace(run, counting=replace(run.counting, method=method, schedule=schedule))
     budget = scoring_budget(found.model, torch.device("cpu"), 96)
 
     def score():
@@ -321,6 +322,7 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
 )
 def test_operations_are_those_that_torch_counts(kind, changes, on, described):
     found = described(kind, changes)
+    found.ids = found.ids[:, :48]
     run, (inputs, targets) = checkpointed(found, on), batch(found)
     forward_logps(found.model, inputs, targets)  # finds out what the model takes
     # torch counts no kernel of a CPU's attention, so its products are taken apart.
@@ -330,8 +332,8 @@ def test_operations_are_those_that_torch_counts(kind, changes, on, described):
         with FlopCounterMode(display=False) as both:
             forward_logps(found.model, inputs, targets)[0].sum().backward()
     # Apart as they are, they compute the upper half too, which a causal kernel leaves out.
-    squares = 2 * 4 * 96**2
-    work = Work(4, 4 * 96, 4 * 96, 4.0 * 96, 4.0 * 80 - 10, float(squares))
+    squares = 2 * 4 * 48**2
+    work = Work(4, 4 * 48, 4 * 48, 4.0 * 48, 4.0 * 32 - 10, float(squares))
     phases = Iteration(1, 4, 0, 1, {"score_offline": work, "train": work})
     estimate = phase_flops(run, phases, "score_offline")
     assert estimate == pytest.approx(forward.get_total_flops(), rel=0.01)

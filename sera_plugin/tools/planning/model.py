@@ -1,7 +1,7 @@
-"""A model's sizes from its config.json: the model is built of fake tensors, and measured.
+"""A model's sizes from its config.json: the model is built without storage, and measured.
 
-It is the class that the run trains, with the host's own types and PEFT's adapter. Fake tensors have
-shapes and types but neither storage nor values, so that a 7B model takes seconds and no memory.
+It is the class that the run trains, with the host's own types and PEFT's adapter. Tensors on the
+meta device and fake ones have shapes and types alone: a 7B model takes seconds and no memory.
 """
 
 from __future__ import annotations
@@ -108,18 +108,18 @@ def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
     config._attn_implementation = "eager" if cfg.attn_implementation == "eager" else "sdpa"
     unchecked = {"gradient_checkpointing": None, "mean_resizing_embeddings": False}
     loader = ModelLoader(DictDefault({**cfg, **unchecked}), tokenizer)
-    with FakeTensorMode():
-        try:
+    try:
+        with torch.device("meta"):
             loader.model = AutoModelForCausalLM.from_config(
                 config, dtype=cfg.torch_dtype, trust_remote_code=False
             )
-        except ValueError as error:
-            raise ValueError(
-                f"{name} is not a causal language model that transformers has code for, and a plan "
-                "runs no code that comes with a model. Train a few steps of it instead to see what "
-                "it needs."
-            ) from error
-        return _measured(loader, text, on_gpu)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is not a causal language model that transformers has code for, and a plan "
+            "runs no code that comes with a model. Train a few steps of it instead to see what it "
+            "needs."
+        ) from error
+    return _measured(loader, text, on_gpu)
 
 
 def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
@@ -132,8 +132,9 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
     names = [name for name, _ in loader.model.named_modules()]
+    loader.patch_manager._apply_adapter_patches()
     loader._configure_embedding_dtypes()
-    width = torch.empty(0, dtype=cfg.torch_dtype).element_size()
+    width = cfg.torch_dtype.itemsize
     bits = 4 if cfg.load_in_4bit else 8 if cfg.load_in_8bit else None
     if bits:
         for layer in linears:  # the host leaves alone what bitsandbytes has quantised
@@ -170,7 +171,10 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
             else weight.numel() * weight.element_size()
             for weight in base
         ),
-        trained=tuple((w.numel(), w.element_size(), id(w) in tables) for w in trained),
+        # `adapters.tidy_adapters` keeps all of an adapter in float32.
+        trained=tuple(
+            (w.numel(), 4 if cfg.adapter else w.element_size(), id(w) in tables) for w in trained
+        ),
         copies=copies + max((width * w.numel() for w in frozen.values()), default=0),
         matrices=sum(layer.weight.numel() for layer in linears)
         + experts * int(getattr(text, "num_experts_per_tok", None) or 1) // max(1, number)
@@ -198,7 +202,7 @@ def _adapted(model: Any, cfg: DictDefault) -> tuple[Any, str | None]:
     else:
         _, config = load_adapter(model, cfg, cfg.adapter, config_only=True)
     config.init_lora_weights = False
-    return get_peft_model(model, config), adapter_problem(config.to_dict())
+    return get_peft_model(model, config, low_cpu_mem_usage=True), adapter_problem(config.to_dict())
 
 
 def quantised_bytes(elements: int, rows: int, bits: int, double: bool) -> int:
@@ -239,6 +243,21 @@ def _kept(
     kind, factor = cfg.torch_dtype, 1
     if experts and width == 4:  # torch's products for experts take 16 bits alone
         model, kind, factor = model.to(torch.bfloat16), torch.bfloat16, 2
+    with FakeTensorMode():
+        return _passed(model, cfg, kind, factor)
+
+
+def _passed(model: Any, cfg: DictDefault, kind: torch.dtype, factor: int) -> tuple[float, float]:
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, tensor.requires_grad)
+                    made[id(tensor)] = fake
+                held[name] = None if tensor is None else made[id(tensor)]
     layers = (model.get_base_model() if cfg.adapter else model).train().base_model
     own = {weight.untyped_storage()._cdata for weight in model.parameters()}
     measured = []
