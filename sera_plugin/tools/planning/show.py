@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import repeat
 from typing import Any
 
 from sera_plugin.config.quoting import printable
@@ -194,7 +195,7 @@ def data(plan: Plan) -> dict[str, Any]:
         found = {"iteration": one.number, **{name: getattr(one, name) for name in counts}}
         return found | {"phases": phases, "seconds": seconds}
 
-    seconds = plan.seconds or [None] * len(plan.iterations)
+    seconds = plan.seconds or repeat(None)
     return {
         "about": dict(plan.about),
         "iterations": list(map(iteration, plan.iterations, plan.flops, seconds)),
