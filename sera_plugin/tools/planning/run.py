@@ -153,7 +153,7 @@ class Run:
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens of a scoring pass, as `logprobs.scoring_budget` plans it."""
+        """Tokens of a scoring pass, as `scoring.scoring_budget` plans it."""
         return self._pass(scoring_bytes_per_token(self.model.hidden), SCORED_ON_CPU)
 
     @property
