@@ -99,7 +99,9 @@ def test_the_papers_configurations_are_parsed_by_the_host(parse, monkeypatch):
     everything = product(paper.DATASETS, paper.MODELS, paper.SYSTEMS)
     assert sum(names[2] in paper.systems(names[0]) for names in everything) == 90
     for names in PARSED:
-        cfg = check(paper.yaml_text(*names), parse)
+        text = paper.yaml_text(*names)
+        assert yaml.safe_load(text).items() >= paper.SYSTEMS[names[2]][1].items()
+        cfg = check(text, parse)
         assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16, names
 
 

@@ -119,13 +119,13 @@ def test_plugins_decide_which_keys_are_known(good, problems):
     good["plugins"].append("axolotl.integrations.liger.LigerPlugin")
     assert problems(good | {"liger_rope": True}) == []
     assert problems(good | {"liger_rope": "always"}) != []
+    # A key may have its alias or its name.
+    names = ("type_of_model", "model_type", "revision_of_model")
+    assert problems(good | dict.fromkeys(names, "x") | {"overrides_of_model_config": {}}) == []
     good["plugins"].append("their_package.TheirPlugin")
     assert problems(good | {"their_key": 1}) == []
     # What is known still is.
     assert problems(good | {"their_key": 1, "sera": {"gama": 0.3}}) != []
-    # A key may have its alias or its name.
-    names = ("type_of_model", "model_type", "revision_of_model")
-    assert problems(good | dict.fromkeys(names, "x") | {"overrides_of_model_config": {}}) == []
 
 
 def test_without_rl_sera_the_schema_is_the_hosts(problems):
