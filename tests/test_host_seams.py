@@ -53,7 +53,8 @@ SEAMS = {
     DPOTrainer.__init__: INIT,
     DataCollatorForPreference: "pad_token_id max_length truncation_mode pad_to_multiple_of "
     "return_tensors",
-    Accelerator.prepare: "self args device_placement",
+    Accelerator.prepare_optimizer: "self optimizer device_placement",
+    Trainer.training_step: "self model inputs num_items_in_batch",
     host_train.setup_model_and_trainer: "cfg dataset_meta",
     host_train.setup_reference_model: "cfg tokenizer processor",
     host_model.build_parallelism_config: "cfg",

@@ -37,6 +37,14 @@ DEFAULTS: dict[str, Any] = {
 _NO_SYSTEM = "It takes no system message; LLaMA-Factory puts one before the first turn."
 _LATE_SYSTEM = "A system message goes before the last turn, not the first."
 
+#: `flash_attn` here and there.
+ATTENTION = {
+    "auto": None,
+    "disabled": "eager",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+}
 #: template -> (chat_template, what differs). Those that say nothing render the same conversation
 #: as the same text, white space around a message aside (the host's Llama 3 and Gemma trim it).
 TEMPLATES: dict[str, tuple[str, str]] = {

@@ -12,16 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sera_plugin.config.quoting import plain, quoted
-from sera_plugin.tools.convert.names import OWN_TEMPLATE, TEMPLATES
+from sera_plugin.tools.convert.names import ATTENTION, OWN_TEMPLATE, TEMPLATES
 from sera_plugin.tools.convert.settings import Settings
 
-_ATTENTION = {
-    "auto": None,
-    "disabled": "eager",
-    "sdpa": "sdpa",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_3",
-}
 _SAME = ("ipo", "simpo", "kto_pair", "orpo")
 _LOSSES = {"sigmoid": "dpo", "hinge": "slic"} | dict(zip(_SAME, _SAME, strict=True))
 _TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
@@ -47,10 +40,10 @@ def put_tokens(settings: Settings) -> None:
 
 def put_attention(settings: Settings) -> None:
     asked = settings.text("flash_attn") or "auto"
-    if asked not in _ATTENTION:
-        raise ValueError(f"flash_attn: {quoted(asked)} is none of {', '.join(_ATTENTION)}")
-    if _ATTENTION[asked]:
-        settings.out["attn_implementation"] = _ATTENTION[asked]
+    if asked not in ATTENTION:
+        raise ValueError(f"flash_attn: {quoted(asked)} is none of {', '.join(ATTENTION)}")
+    if ATTENTION[asked]:
+        settings.out["attn_implementation"] = ATTENTION[asked]
 
 
 def put_kind(settings: Settings) -> None:
