@@ -122,6 +122,7 @@ def test_reading_the_lock_does_not_give_it_up(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_second_run_changes_nothing_of_the_first(base_config, train):
     output = Path(base_config["output_dir"])
     command = [sys.executable, "-c", HOLD, str(output)]
