@@ -146,6 +146,8 @@ def train(load, monkeypatch):
 
         monkeypatch.setattr(Loop, "begin", spy)
         cfg = load(config)
+        # axolotl.train keeps the manager that there was when it was imported.
+        monkeypatch.setattr("axolotl.train.PLUGIN_MANAGER", PluginManager.get_instance())
         data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
         model, _, trainer = host_train(cfg=cfg, dataset_meta=data)
         monkeypatch.setattr(Loop, "begin", begin)

@@ -122,7 +122,6 @@ def test_reading_the_lock_does_not_give_it_up(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_a_second_run_changes_nothing_of_the_first(base_config, train):
     output = Path(base_config["output_dir"])
     command = [sys.executable, "-c", HOLD, str(output)]
@@ -131,7 +130,9 @@ def test_a_second_run_changes_nothing_of_the_first(base_config, train):
         with pytest.raises(ValueError, match="in use by another run"):
             train(base_config)
         other.kill()
-    assert [path.name for path in output.rglob("*") if path.is_file()] == ["lock"]
+    # The host writes debug.log before it asks a plugin, once a process: here or in an earlier test.
+    files = {path.name for path in output.rglob("*") if path.is_file()}
+    assert files - {"debug.log"} == {"lock"}
 
 
 # ------------------------------------------------------------------ memory

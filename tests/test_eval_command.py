@@ -239,7 +239,6 @@ def test_the_docs_name_every_option():
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_a_trained_run_and_its_iterations(base_config, train, prompts, tmp_path):
     output = train(base_config | adapter() | {"num_epochs": 2}).output
     found = json.loads(call(output, "--iterations", *options(prompts, tmp_path / "eval"), "--json"))

@@ -253,7 +253,6 @@ def test_shipped_configurations_fit_where_they_say(name, planned, base_config, w
     assert not planned(written, "--gpu", "2")["memory"]["fits"]
 
 
-@pytest.mark.nightly
 def test_tables_on_disk_are_close(base_config, planned, train):
     found = planned(base_config | adapter())
     result = train(base_config | adapter())
