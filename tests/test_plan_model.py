@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel
 
 from sera_plugin.algorithm.method import Method
 from sera_plugin.algorithm.protocols import SamplingSettings
@@ -95,6 +95,15 @@ def described(base_config, model_directory, load):
         return SimpleNamespace(cfg=cfg, run=run, model=host.train(), ids=ids)
 
     return planned
+
+
+def test_a_model_that_needs_values_to_be_passed_is_refused_by_name(described, monkeypatch):
+    def look(self, *args, **kwargs):
+        return self.embed_tokens.weight.sum().item()
+
+    monkeypatch.setattr(LlamaModel, "forward", look)
+    with pytest.raises(ValueError, match=r"model_type llama\) cannot be measured .* Train a few"):
+        described("llama", {})
 
 
 def stored(weights) -> int:

@@ -98,13 +98,17 @@ def _kept(t: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
 def restore(it: Iteration, policies: Collection[int]) -> None:
     """Make the offline scores under earlier policies again where a file is missing or damaged.
 
-    Oldest first: a table's rewards need the scores of the policies before.
+    A table's rewards need the scores of the policies before: what is needed is found newest first
+    and made oldest first.
     """
-    for policy in sorted(policies):
+    needed, missing = set(policies), []
+    for policy in range(it.t - 2, -1, -1):
+        if policy in needed and it.at(policy + 1).read("offline") is None:
+            missing.append(policy)
+            needed |= {*it.method.reward_policies(policy + 1)[1:]}
+    for policy in reversed(missing):
         earlier = it.at(policy + 1)
-        if earlier.read("offline") is None:
-            restore(earlier, it.method.reward_policies(earlier.t)[1:])
-            earlier.keep("offline", select(earlier, score(earlier)))
+        earlier.keep("offline", select(earlier, score(earlier)))
 
 
 def score_held_out(it: Iteration) -> dict[str, FloatArray]:

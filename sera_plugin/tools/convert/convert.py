@@ -17,6 +17,7 @@ from sera_plugin.config.quoting import MASK, is_secret, plain
 from sera_plugin.config.spelling import closest
 from sera_plugin.data.texts import encodable
 from sera_plugin.rundir.checksums import write_text
+from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.convert.keys import KNOWN, RULES, why_left_out
 from sera_plugin.tools.convert.names import DEFAULTS
 from sera_plugin.tools.convert.settings import Settings
@@ -64,13 +65,7 @@ def convert(path: Path, output: Path | None = None) -> Converted:
         ValueError: if there is nothing like what it trains here, naming the key and its value.
         OSError: if something cannot be read.
     """
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {plain(str(error), 300)}") from error
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{path} is not a block of keys")
-    settings = Settings(given, output)
+    settings = Settings(read_yaml(path), output)
     ends = [0]
     for rule in RULES:
         if rule is None:

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sera_plugin.config.quoting import quoted
+from sera_plugin.config.quoting import plain, quoted
 from sera_plugin.sampling.choose import adapter_problem
 
 #: What configurations call the number of their experts.
@@ -119,7 +119,13 @@ def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
             "runs no code that comes with a model. Train a few steps of it instead to see what it "
             "needs."
         ) from error
-    return _measured(loader, text, on_gpu)
+    try:
+        return _measured(loader, text, on_gpu)
+    except Exception as error:  # whatever the model's own code does not do without values
+        raise ValueError(
+            f"{name} cannot be measured without its weights ({type(error).__name__}: "
+            f"{plain(str(error), 300)}). Train a few steps of it instead to see what it needs."
+        ) from error
 
 
 def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
@@ -171,7 +177,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
             else weight.numel() * weight.element_size()
             for weight in base
         ),
-        # `adapters.tidy_adapters` keeps all of an adapter in float32.
+        # `weights.tidy_adapters` keeps all of an adapter in float32.
         trained=tuple(
             (w.numel(), 4 if cfg.adapter else w.element_size(), id(w) in tables) for w in trained
         ),

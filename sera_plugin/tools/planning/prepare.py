@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
@@ -31,6 +30,7 @@ from sera_plugin.data.encoding import model_end_ids
 from sera_plugin.model.memory import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.sampling.choose import Choice, choose_sampler
+from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.planning.counts import Lengths, counting_of
 from sera_plugin.tools.planning.disk import existing
 from sera_plugin.tools.planning.measure import fastest, measure
@@ -121,12 +121,7 @@ def parse(path: Path) -> DictDefault:
     Raises:
         ValueError, OSError: naming the key and what to do.
     """
-    try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(written, dict):
-        raise ValueError(f"{path} is not a configuration: it holds {quoted(written)}, not keys.")
+    written = read_yaml(path)
     _require_model(
         written.get("base_model_config") or written.get("base_model"),
         written.get("revision_of_model"),

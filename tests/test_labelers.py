@@ -1,0 +1,246 @@
+"""Judges and a policy that judges itself, on answers made by hand."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sera_plugin.algorithm.protocols import Candidate, Ranked, SamplingSettings
+from sera_plugin.algorithm.selection import pair_candidates
+from sera_plugin.labeling.conversation import Conversation
+from sera_plugin.labeling.judged import Judged
+from sera_plugin.labeling.judging import Answered, JudgeFailed, ScoringJudge, Usage, Verdict
+from sera_plugin.labeling.labelers import Labelers
+from sera_plugin.labeling.self_judge import SelfJudge
+from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.rundir.store import RunStore, make_table
+from sera_plugin.rundir.tokens import TokenColumn
+from sera_plugin.sampling.prompts import room
+from tests.test_iteration import END
+from tests.test_systems import system
+
+
+class Words:
+    """A tokenizer of single words without a chat template."""
+
+    chat_template = None
+    bos_token = None
+    all_special_tokens = ("<end>",)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        words = [f"w{token}" for token in ids if token != END]
+        return " ".join(words if skip_special_tokens else [*words, *["<end>"] * (END in ids)])
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(text.split())}
+
+
+def ranked(*answers: list[int], per_prompt: int) -> Ranked:
+    table = make_table({"token_ids": answers, "prompt_ids": [[1]] * len(answers)})
+    return Ranked(
+        2, per_prompt, TokenColumn(table["prompt_ids"]), TokenColumn(table["token_ids"]),
+        ["stop"] * len(answers), [np.zeros(len(answers))],
+    )  # fmt: skip
+
+
+class PrefersHigher:
+    """Compares answers by their number; has nothing to say about w9."""
+
+    name = "by number"
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self.description: dict[str, Any] = {}
+        self.met: list[tuple[str, str]] = []
+
+    def compare(self, comparisons):
+        for index, one in enumerate(comparisons):
+            self.met.append((one.first, one.second))
+            if "w9" in (one.first, one.second):
+                yield index, Verdict((None, None))
+            else:
+                share = 0.5 * (1 + (one.first > one.second) - (one.first < one.second))
+                yield index, Verdict((share, share))
+
+
+def judged(judge):
+
+    words = Conversation(Words())
+    return Judged("judge", lambda journal: judge, nullcontext, words, Ranks(), quiet=True)
+
+
+def test_a_judge_that_compares_gives_shares_of_wins():
+    """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat as the first; w9 gets no verdict."""
+    judge = PrefersHigher()
+    labeler = judged(judge)
+    found = labeler.rewards(
+        ranked([1, END], [3, END], [2, END], [3], [1], [2], [9], [9], per_prompt=4)
+    )
+    np.testing.assert_array_equal(found, [0, 1, 0.5, 1, 0, 1, np.nan, np.nan])
+    assert judge.met[:3] == [("w1", "w3"), ("w1", "w2"), ("w3", "w2")]
+    assert len(judge.met) == 3 + 3
+    assert labeler.report["judge"] == "by number"
+
+
+def test_answers_that_read_the_same_are_no_failure_of_the_judge():
+    """Nobody is asked about the first prompt; in the second w1 loses, however often it is there."""
+    judge = PrefersHigher()
+    found = judged(judge).rewards(
+        ranked([9, END], [9, END], [9], [1, END], [1, END], [2, END], per_prompt=3)
+    )
+    np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 0, 0, 1])
+    assert judge.met == [("w1", "w2")]
+    pairs = pair_candidates([[0, 0, 1], [0, 0, 1]], found.reshape(2, 3))
+    assert (pairs.unranked, pairs.ties, pairs.duplicates) == (0, 1, 2)
+    assert (pairs.prompt, pairs.chosen, pairs.rejected) == ([1], [2], [0])
+
+
+def test_a_judge_that_scores_is_asked_once_for_equal_answers():
+    class Scores(ScoringJudge):
+        """By number; has nothing to say about w9."""
+
+        asked: tuple[Answered, ...] = ()
+
+        def score(self, answers):
+            self.asked += tuple(answers)
+            for index, one in reversed(list(enumerate(answers))):
+                yield index, None if one.answer == "w9" else float(one.answer[1:])
+
+    judge = Scores("by number", {})
+    found = judged(judge).rewards(ranked([3, END], [1], [3], [9], [3], [9, END], per_prompt=3))
+    np.testing.assert_array_equal(found, [3, 1, 3, np.nan, 3, np.nan])
+    assert [one.answer for one in judge.asked] == ["w3", "w1", "w9"]
+
+
+class Replies:
+    """Samples what it is told to, and like any sampler refuses a prompt that leaves no room."""
+
+    seconds = {"start_engine": 50.0, "stop_engine": 2.0}  # noqa: RUF012
+
+    def __init__(self, replies: list[str], longest: int | None = None) -> None:
+        self.replies, self.longest = replies, longest
+
+    def sample(self, prompts, settings, skip=()):
+        self.settings = settings
+        self.rooms = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
+        for row, letters in enumerate(self.replies):
+            yield [(row, [Candidate([ord(one)], "stop") for one in letters])]
+
+
+def self_judged(sampler: Replies, max_length: int | None = 64):
+    said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
+
+    class Letters(Words):
+        def decode(self, ids, skip_special_tokens=False):
+            return said.get(chr(ids[0]), f"answer {ids[0]}")
+
+        def __call__(self, text):
+            return {"input_ids": [1] * (90 if "answer 2" in text else 5)}
+
+    settings = SamplingSettings(4, 1.0, 1.0, 12, max_length, (END,), seed=5)
+    return SelfJudge(sampler, settings, Conversation(Letters()), Ranks(), quiet=True)
+
+
+NAN = np.nan
+#: Answers to prompts of three, what is sampled for those that are asked about, the ends of
+#: `sequence_len` and of the engine's own context, rewards, and how many leave no room to judge.
+SELF_JUDGED = {
+    "the mean of what it says": ([1, 3, 4], ["abb", "ccc", "dab"], (64, None), [2, NAN, 2.5], 0),
+    "no room": ([1, 2, 3], ["aaa", "bbb"], (90, None), [4, NAN, 1], 1),
+    "no room in the engine": ([1, 2, 3], ["aaa", "bbb"], (None, 90), [4, NAN, 1], 1),
+    "the engine ends first": ([1, 2, 3], ["aaa", "bbb"], (4096, 64), [4, NAN, 1], 1),
+    "the engine ends last": ([1, 2, 3], ["aaa", "bbb"], (64, 4096), [4, NAN, 1], 1),
+    "any room": ([1, 2, 3], ["aaa", "bbb", "aaa"], (None, 91), [4, 1, 4], 0),
+    "equal answers to a prompt are judged once": (
+        [1, 3, 1, 3, 1, 1], ["aaa", "bbb", "aab", "ccc"], (64, None), [4, 1, 4, 3, NAN, NAN], 0,
+    ),
+    "and have no room together": ([2, 1, 2], ["aaa"], (64, None), [NAN, 4, NAN], 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SELF_JUDGED)
+def test_a_policy_judges_itself(case):
+    answers, replies, (max_length, longest), rewards, too_long = SELF_JUDGED[case]
+    sampler = Replies(replies, longest)
+    labeler = self_judged(sampler, max_length)
+    found = labeler.rewards(ranked(*([one] for one in answers), per_prompt=3))
+    np.testing.assert_array_equal(found, rewards)
+    assert labeler.report == {
+        "name": "self_judge", "replies": 3 * len(replies), "too_long": too_long,
+        "unparsed": sum(letter in "cd" for reply in replies for letter in reply),
+        "start_engine": 50.0, "stop_engine": 2.0,
+    }  # fmt: skip
+    assert sampler.settings.candidates == 3
+    if case == "any room":
+        assert sampler.rooms == [86, 1, 86]
+
+
+class ChatWords(Words):
+    """A tokenizer whose text is in its ids, with a chat template."""
+
+    chat_template = "some"
+    bos_token = "<s>"
+    all_special_tokens = ("<s>", "<|user|>", "<|assistant|>", "<end>")
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        self.texts = texts
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return f"<s><|user|>\n{messages[0]['content']}<end>\n<|assistant|>\n"
+
+    def decode(self, ids, skip_special_tokens=False):
+        text = self.texts[int(ids[0])]
+        if skip_special_tokens:
+            for token in self.all_special_tokens:
+                text = text.replace(token, "")
+        return text
+
+
+def test_a_judge_reads_the_question_and_not_the_template_around_it():
+    one = "<|user|>\nWhat is\n it?<end>\n<|assistant|>\n"
+    several = "<|user|>\nHi<end>\n<|assistant|>\nYes?<end>\n<|user|>\nWhy?<end>\n<|assistant|>\n"
+    conversation = Conversation(ChatWords({1: "<s>" + one, 2: one, 3: several, 4: "plain text"}))
+    assert [conversation.question(np.array([text])) for text in (1, 2, 3, 4)] == [
+        "What is\n it?", "What is\n it?", "Hi\n\nYes?\n\nWhy?", "plain text",
+    ]  # fmt: skip
+
+
+def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monkeypatch):
+    def check(**block: Any) -> None:
+        run = system(tmp_path, bootstrap_ratio=1, **block)
+        samplers = SimpleNamespace(store=RunStore(tmp_path))
+        Labelers(run.method, samplers, tokenizer=None).check()
+
+    model = {"labeler": "reward_model", "reward_model": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"sera.reward_model: .* has no config\.json"):
+        check(**model)
+    (tmp_path / "config.json").write_text("{}")
+    check(**model)
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "SERA_TEST_KEY"}
+    monkeypatch.delenv("SERA_TEST_KEY", raising=False)
+    with pytest.raises(JudgeFailed, match="environment variable that is not set"):
+        check(labeler="judge", judge=judge)
+    monkeypatch.setenv("SERA_TEST_KEY", "k")
+    check(labeler="judge", judge=judge)
+    check()
+    assert not list(tmp_path.rglob("judgements.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["implicit", "spin"])
+def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(tmp_path, name):
+    """Some templates refuse a lone question; that is a matter of labelers that read."""
+
+    class Refusing(Words):
+        chat_template = "some"
+
+        def apply_chat_template(self, *args, **kwargs):
+            raise ValueError("a system message is needed")
+
+    run = system(tmp_path, labeler=name, bootstrap_ratio=1.0)
+    samplers = SimpleNamespace(scorer=None)
+    made = Labelers(run.method, samplers, Refusing()).make(2, SimpleNamespace(), None)
+    assert made.report["name"] == name
