@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from sera_plugin.algorithm.alarms import judge
 from sera_plugin.algorithm.annotations import by_side
+from sera_plugin.algorithm.offline import SIDES
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.algorithm.selection import pair_candidates, select_largest
 from sera_plugin.algorithm.summary import accuracy, jaccard, noise_found, quantiles
 from sera_plugin.config.kinds import LABELERS, is_reference_free
-from sera_plugin.tools.report.reading import SIDES, Columns, Iteration, Run
+from sera_plugin.tools.report.reading import Columns, Iteration, Run
 
 #: A column with more different values than this is not broken down by value.
 _MOST_GROUPS = 12

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sera_plugin.algorithm.offline import SIDES
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.rundir.checksums import write_file, write_text
 from sera_plugin.tools.report.output import (
@@ -22,7 +23,7 @@ from sera_plugin.tools.report.output import (
     shown_name,
     shown_text,
 )
-from sera_plugin.tools.report.reading import SIDES, TEXTS, Iteration, Run
+from sera_plugin.tools.report.reading import TEXTS, Iteration, Run
 from sera_plugin.tools.report.tokens import Texts
 
 SUFFIXES = (".jsonl", ".parquet")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sera_plugin.algorithm.offline import SIDES
 from sera_plugin.algorithm.protocols import DATASET
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.config.kinds import LABELERS, is_reference_free
@@ -25,7 +26,6 @@ from sera_plugin.rundir.store import FORMAT_VERSION, RunStore, read_json
 from sera_plugin.rundir.tokens import TokenColumn
 
 Columns = dict[str, npt.NDArray[Any]]
-SIDES = ("chosen", "rejected")
 TEXTS = ("prompt", *SIDES)
 _TOKENS = [f"{name}_ids" for name in TEXTS]
 _CANDIDATES = ("row", "candidate", "token_ids", "finish_reason", "logps", "reward")
