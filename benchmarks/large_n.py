@@ -29,7 +29,7 @@ from sera_plugin.algorithm import algorithm, summary
 from sera_plugin.algorithm.method import Iteration, Method, Pairs
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.labeling.ranker import ImplicitReward
+from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir import store
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tokens import fingerprint

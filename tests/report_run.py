@@ -19,9 +19,9 @@ from sera_plugin.algorithm.offline import score_held_out
 from sera_plugin.algorithm.protocols import Candidate, Chunk, Labeler, SamplingSettings
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import summarize
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run
-from sera_plugin.labeling.ranker import ImplicitReward
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
 
@@ -78,7 +78,7 @@ def make_run(
     logps: Mapping[int, Sequence[Sequence[float]]] | None = None,
     config: Mapping[str, Any] | None = None,
     annotations: Annotations | None = None,
-    labeler: Labeler | None = None,
+    labeler: type[Labeler] | None = None,
 ) -> RunStore:
     """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
@@ -106,7 +106,8 @@ def make_run(
     for iteration in range(1, iterations + 1):
         phases = Phases()
         settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
-        tools = (scorer, Sampler(), settings, labeler or ImplicitReward(method))
+        kind = labeler or LABELERS[method.config.labeler].load()
+        tools = (scorer, Sampler(), settings, kind(method))
         it = Iteration(iteration, method, loaded, store, *tools, phases, held_out=other)
         prepare(it)
         if other is not None:

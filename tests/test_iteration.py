@@ -19,8 +19,8 @@ import pytest
 from sera_plugin.algorithm.algorithm import prepare
 from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
 from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.labeling.ranker import ImplicitReward
 from sera_plugin.rundir.store import RunStore, make_table
 
 # log pi of (prompt token, completion's first token) under theta_0, theta_1, theta_2, in nats.
@@ -108,7 +108,7 @@ class Run:
             self.scorer,
             self.sampler,
             SamplingSettings(self.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0),
-            labeler or ImplicitReward(self.method),
+            labeler or LABELERS[self.config.labeler].load()(self.method),
             self.phases,
         )
 

@@ -207,15 +207,15 @@ def test_trouble_is_waited_for_until_it_stays_and_what_was_judged_is_kept(make, 
     assert server.calls == CALLS - 2
 
 
-def test_waits_double_unless_the_endpoint_says_how_long(server, monkeypatch):
+def test_waits_double_unless_the_endpoint_says_how_long(make, server, monkeypatch):
     monkeypatch.setattr(api, "BACKOFF", 1.0)
-    client = api.ChatClient(JudgeConfig(base_url=server.url, model="m"))
+    judge = make()
     again, told = ["status", 500], ["status", 503, {"Retry-After": "17"}]
     server.plan(again, again, told, again)
     waited: list[float] = []
-    stop = SimpleNamespace(wait=waited.append)  # never set
-    _, retries = client.ask([{"role": "user", "content": "?"}], stop)
-    assert retries == 4
+    judge._stop = SimpleNamespace(wait=waited.append)  # never set
+    judge._ask([{"role": "user", "content": "?"}])
+    assert judge.usage.retries == 4
     first, second, third, fourth = waited
     assert third == 17
     for waited, doubled in ((first, 1), (second, 2), (fourth, 8)):

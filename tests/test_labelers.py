@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,9 @@ import pytest
 
 from sera_plugin.algorithm.protocols import Candidate, Ranked, SamplingSettings
 from sera_plugin.algorithm.selection import pair_candidates
-from sera_plugin.labeling.conversation import Conversation
-from sera_plugin.labeling.judged import Judged
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.labeling.judging import Answered, JudgeFailed, ScoringJudge, Usage, Verdict
-from sera_plugin.labeling.labelers import Labelers
-from sera_plugin.labeling.self_judge import SelfJudge
-from sera_plugin.rundir.ranks import Ranks
+from sera_plugin.labeling.labelers import Conversation, Judged
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.sampling.prompts import room
@@ -39,11 +35,11 @@ class Words:
         return {"input_ids": [1] * len(text.split())}
 
 
-def ranked(*answers: list[int], per_prompt: int) -> Ranked:
+def ranked(*answers: list[int], per_prompt: int, sampler: Any = None, how: Any = None) -> Ranked:
     table = make_table({"token_ids": answers, "prompt_ids": [[1]] * len(answers)})
     return Ranked(
         2, per_prompt, TokenColumn(table["prompt_ids"]), TokenColumn(table["token_ids"]),
-        ["stop"] * len(answers), [np.zeros(len(answers))],
+        ["stop"] * len(answers), [np.zeros(len(answers))], sampler, how,
     )  # fmt: skip
 
 
@@ -67,13 +63,28 @@ class PrefersHigher:
                 yield index, Verdict((share, share))
 
 
-def judged(judge):
+@pytest.fixture
+def make(tmp_path):
+    """The labeler of a run with some `sera:` block, as a run makes it."""
 
-    words = Conversation(Words())
-    return Judged("judge", lambda journal: judge, nullcontext, words, Ranks(), quiet=True)
+    def make_labeler(tokenizer: Any, **block: Any) -> Any:
+        run = system(tmp_path, bootstrap_ratio=1, **block)
+        kind = LABELERS[run.config.labeler].load()
+        return kind(run.method, RunStore(tmp_path), tokenizer)
+
+    return make_labeler
 
 
-def test_a_judge_that_compares_gives_shares_of_wins():
+@pytest.fixture
+def judged(make, monkeypatch):
+    def judged_by(judge):
+        monkeypatch.setattr(Judged, "judge", lambda self, journal: judge)
+        return make(Words(), labeler="reward_model", reward_model="m")
+
+    return judged_by
+
+
+def test_a_judge_that_compares_gives_shares_of_wins(judged):
     """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat as the first; w9 gets no verdict."""
     judge = PrefersHigher()
     labeler = judged(judge)
@@ -86,7 +97,7 @@ def test_a_judge_that_compares_gives_shares_of_wins():
     assert labeler.report["judge"] == "by number"
 
 
-def test_answers_that_read_the_same_are_no_failure_of_the_judge():
+def test_answers_that_read_the_same_are_no_failure_of_the_judge(judged):
     """Nobody is asked about the first prompt; in the second w1 loses, however often it is there."""
     judge = PrefersHigher()
     found = judged(judge).rewards(
@@ -99,7 +110,7 @@ def test_answers_that_read_the_same_are_no_failure_of_the_judge():
     assert (pairs.prompt, pairs.chosen, pairs.rejected) == ([1], [2], [0])
 
 
-def test_a_judge_that_scores_is_asked_once_for_equal_answers():
+def test_a_judge_that_scores_is_asked_once_for_equal_answers(judged):
     class Scores(ScoringJudge):
         """By number; has nothing to say about w9."""
 
@@ -131,18 +142,15 @@ class Replies:
             yield [(row, [Candidate([ord(one)], "stop") for one in letters])]
 
 
-def self_judged(sampler: Replies, max_length: int | None = 64):
-    said = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
+SAID = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Score: 9"}
 
-    class Letters(Words):
-        def decode(self, ids, skip_special_tokens=False):
-            return said.get(chr(ids[0]), f"answer {ids[0]}")
 
-        def __call__(self, text):
-            return {"input_ids": [1] * (90 if "answer 2" in text else 5)}
+class Letters(Words):
+    def decode(self, ids, skip_special_tokens=False):
+        return SAID.get(chr(ids[0]), f"answer {ids[0]}")
 
-    settings = SamplingSettings(4, 1.0, 1.0, 12, max_length, (END,), seed=5)
-    return SelfJudge(sampler, settings, Conversation(Letters()), Ranks(), quiet=True)
+    def __call__(self, text):
+        return {"input_ids": [1] * (90 if "answer 2" in text else 5)}
 
 
 NAN = np.nan
@@ -163,12 +171,13 @@ SELF_JUDGED = {
 
 
 @pytest.mark.parametrize("case", SELF_JUDGED)
-def test_a_policy_judges_itself(case):
+def test_a_policy_judges_itself(make, case):
     answers, replies, (max_length, longest), rewards, too_long = SELF_JUDGED[case]
     sampler = Replies(replies, longest)
-    labeler = self_judged(sampler, max_length)
-    found = labeler.rewards(ranked(*([one] for one in answers), per_prompt=3))
-    np.testing.assert_array_equal(found, rewards)
+    how = SamplingSettings(4, 1.0, 1.0, 12, max_length, (END,), seed=5)
+    labeler = make(Letters(), labeler="self_judge")
+    given = ranked(*([one] for one in answers), per_prompt=3, sampler=sampler, how=how)
+    np.testing.assert_array_equal(labeler.rewards(given), rewards)
     assert labeler.report == {
         "name": "self_judge", "replies": 3 * len(replies), "too_long": too_long,
         "unparsed": sum(letter in "cd" for reply in replies for letter in reply),
@@ -209,29 +218,24 @@ def test_a_judge_reads_the_question_and_not_the_template_around_it():
     ]  # fmt: skip
 
 
-def test_what_will_rank_is_looked_for_before_anything_is_sampled(tmp_path, monkeypatch):
-    def check(**block: Any) -> None:
-        run = system(tmp_path, bootstrap_ratio=1, **block)
-        samplers = SimpleNamespace(store=RunStore(tmp_path))
-        Labelers(run.method, samplers, tokenizer=None).check()
-
+def test_what_will_rank_is_looked_for_before_anything_is_sampled(make, tmp_path, monkeypatch):
     model = {"labeler": "reward_model", "reward_model": str(tmp_path)}
     with pytest.raises(ValueError, match=r"sera.reward_model: .* has no config\.json"):
-        check(**model)
+        make(None, **model).check()
     (tmp_path / "config.json").write_text("{}")
-    check(**model)
+    make(None, **model).check()
     judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "SERA_TEST_KEY"}
     monkeypatch.delenv("SERA_TEST_KEY", raising=False)
     with pytest.raises(JudgeFailed, match="environment variable that is not set"):
-        check(labeler="judge", judge=judge)
+        make(None, labeler="judge", judge=judge).check()
     monkeypatch.setenv("SERA_TEST_KEY", "k")
-    check(labeler="judge", judge=judge)
-    check()
+    make(None, labeler="judge", judge=judge).check()
+    make(None).check()
     assert not list(tmp_path.rglob("judgements.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["implicit", "spin"])
-def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(tmp_path, name):
+def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(make, name):
     """Some templates refuse a lone question; that is a matter of labelers that read."""
 
     class Refusing(Words):
@@ -240,7 +244,7 @@ def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(tmp_path, name):
         def apply_chat_template(self, *args, **kwargs):
             raise ValueError("a system message is needed")
 
-    run = system(tmp_path, labeler=name, bootstrap_ratio=1.0)
-    samplers = SimpleNamespace(scorer=None)
-    made = Labelers(run.method, samplers, Refusing()).make(2, SimpleNamespace(), None)
-    assert made.report["name"] == name
+    labeler = make(Refusing(), labeler=name)
+    given = replace(ranked([3], [4], per_prompt=2), logps=[np.zeros(2)] * 2)
+    assert labeler.rewards(given).shape == (2,)
+    assert labeler.report == {"name": name}

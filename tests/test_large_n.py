@@ -12,7 +12,7 @@ from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
 from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.labeling.ranker import ImplicitReward
+from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir import tokens
 from sera_plugin.rundir.store import RunStore, make_table
 

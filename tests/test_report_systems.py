@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sera_plugin.algorithm.annotations import Annotations
-from sera_plugin.labeling.ranker import Ranker, Spin
+from sera_plugin.algorithm.protocols import Labeler
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.report.figures import figures
 from sera_plugin.tools.report.page import render
@@ -95,7 +95,7 @@ def test_an_export_says_which_labels_were_swapped_on_purpose(tmp_path):
 def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
     """Candidates 0 and 1 are samples of 2 and 3 tokens, 2 is the chosen answer of 4."""
     block = {"labeler": "spin", "selection_ratio": 0, "bootstrap_ratio": 1, "candidates": 2}
-    store = make_run(tmp_path, sera=block, labeler=Spin())
+    store = make_run(tmp_path, sera=block)
     run = Run(store)
     assert not run.notes
     first = figures(run)["iterations"][0]
@@ -117,12 +117,12 @@ def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
 
 def test_what_an_online_run_lacks_of_its_first_iteration_is_named(tmp_path):
     block = {"labeler": "spin", "selection_ratio": 0, "bootstrap_ratio": 1, "candidates": 2}
-    store = make_run(tmp_path, sera=block, labeler=Spin())
+    store = make_run(tmp_path, sera=block)
     store.table_file(1, "candidates").unlink()
     assert Run(store).notes == ["sera/iteration-01/candidates.parquet is missing"]
 
 
-class _Judge(Ranker):
+class _Judge(Labeler):
     """Likes longer answers; has no verdict on the third of a prompt."""
 
     def rewards(self, ranked):
@@ -131,7 +131,7 @@ class _Judge(Ranker):
 
 
 def test_a_judges_rewards_are_not_taken_for_nats(tmp_path):
-    store = make_run(tmp_path, sera={"labeler": "self_judge"}, labeler=_Judge("self_judge"))
+    store = make_run(tmp_path, sera={"labeler": "self_judge"}, labeler=_Judge)
     run = Run(store)
     page = page_of(store)
     assert "that its own verdict in words tells apart most" in page

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed
-from sera_plugin.labeling.judging.choose import make_judge
+from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed, make_judge
 from sera_plugin.rundir.journal import Journal
 
 PROMPT = "f b d a e c"

@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 
 from sera_plugin.algorithm.annotations import Annotations, annotate, score_gap, swap, swapped_rows
 from sera_plugin.algorithm.method import Method, Pairs
-from sera_plugin.algorithm.protocols import FloatArray, Ranked
+from sera_plugin.algorithm.protocols import FloatArray, Labeler, Ranked
 from sera_plugin.algorithm.rewards import equalizing_alpha, regressed_alpha
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.selection import pair_candidates, select_largest
 from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run, require_same_run
-from sera_plugin.labeling.ranker import Ranker, Spin
 from sera_plugin.rundir.store import make_table
 from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
 
@@ -153,41 +152,40 @@ def test_the_initial_policy_as_reference(tmp_path):
 def test_an_initial_reference_is_scored_once_more_where_no_reward_needs_it(tmp_path):
     run = system(tmp_path, reference="initial", labeler="spin", bootstrap_ratio=1.0)
     for iteration in (1, 2, 3):
-        trained = run.prepare(iteration, Spin())
+        trained = run.prepare(iteration)
         assert_reference_is(0, trained)
     table = run.table(3, "candidates")
     assert table["logps"][:2] == [[-2], [-6]]  # theta_2 of 13 and 14
     assert table["reference_logp"][:2] == [-5, -5]  # theta_0
 
 
-class ByToken(Ranker):
+class ByToken(Labeler):
     """Prefers what a table says, by an answer's first token."""
 
-    def __init__(self, rewards: dict[int, float]) -> None:
-        super().__init__("by token")
-        self.by_token = rewards
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
         self.seen: list[Ranked] = []
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         self.seen.append(ranked)
-        return np.array([self.by_token[int(answer[0])] for answer in ranked.answers])
+        return np.array([REWARDS[int(answer[0])] for answer in ranked.answers])
 
 
 REWARDS = {13: 0.0, 14: 1.0, 23: 5.0, 24: np.nan, 33: 4.0, 34: 2.0}
 
 
-def test_a_ranker_of_its_own_decides_and_needs_the_current_policy_alone(tmp_path):
+def test_a_labeler_of_its_own_decides_and_needs_the_current_policy_alone(tmp_path):
     """Row 0: 14 over 13 by 1; row 1: one sample has no reward; row 2: 33 over 34 by 2."""
     run = system(tmp_path, labeler="reward_model", reward_model="m", bootstrap_ratio=1.0)
-    ranker = ByToken(REWARDS)
+    labeler = ByToken(run.method)
     run.prepare(1)
-    trained = run.prepare(2, ranker)
+    trained = run.prepare(2, labeler)
     assert firsts(trained)[-2:] == [(1, 14, 13), (3, 33, 34)]
     table = run.table(2, "candidates")
     assert table["logps"] == [[-3], [-6], [-6], [-5], [-1], [-7]]  # theta_1 alone
     assert [call[0] for call in run.scorer.calls if call[1] == "score_candidates"] == [1]
     assert run.table(2, "bootstrapped")["margin"] == [1, 2]
-    assert ranker.seen[0].per_prompt == 2
+    assert labeler.seen[0].per_prompt == 2
 
 
 def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_on(tmp_path):
@@ -195,7 +193,7 @@ def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_
     assert run.config.first_iteration == 1
     assert run.method.sizes == (3, 3, 3)
     for iteration in (1, 2):
-        trained = run.prepare(iteration, Spin())
+        trained = run.prepare(iteration)
         assert firsts(trained) == [(1, 11, 14), (2, 21, 24), (3, 31, 34)]
         assert_reference_is(iteration - 1, trained)
         assert not any(run.offline(iteration)["selected"])
@@ -210,7 +208,7 @@ def test_no_policy_scores_the_datasets_answers_again_for_spin(tmp_path):
         tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0, reference="initial"
     )
     for iteration in (1, 2):
-        run.prepare(iteration, Spin())
+        run.prepare(iteration)
         candidates, chosen = run.table(iteration, "candidates"), run.offline(iteration)
         assert [logp for (logp,) in candidates["logps"][2::3]] == chosen["chosen_logp"]
     assert candidates["reference_logp"][2::3] == run.offline(1)["chosen_logp"]
@@ -223,7 +221,7 @@ def test_no_policy_scores_the_datasets_answers_again_for_spin(tmp_path):
 def test_spin_beside_offline_pairs_begins_with_selection(tmp_path):
     run = system(tmp_path, labeler="spin", selection_ratio=0.67, bootstrap_ratio=1.0)
     assert run.method.sizes == (3, 5, 5)
-    assert len(firsts(run.prepare(1, Spin()))) == 3
+    assert len(firsts(run.prepare(1))) == 3
 
 
 @pytest.mark.parametrize("repeated", [0, 1])
@@ -235,7 +233,7 @@ def test_a_sample_that_is_the_datasets_answer_stands_for_it(tmp_path, monkeypatc
     monkeypatch.setitem(CANDIDATES, 0, samples)
     monkeypatch.setitem(CANDIDATES, 1, [[21, 0, 0, END]] * 2)
     run = system(tmp_path, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0)
-    trained = run.prepare(1, Spin())
+    trained = run.prepare(1)
     assert firsts(trained) == [(1, 11, other[0]), (3, 31, 34)]
     assert run.store.read(1, "bootstrapped").schema.metadata[b"ties"] == b"0"
 

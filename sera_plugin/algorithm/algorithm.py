@@ -123,7 +123,8 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
     ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
     per_prompt, why = len(samples) // len(it.pairs), samples["finish_reason"].to_pylist()
     with it.phases.timed("label"):
-        reward = it.labeler.rewards(Ranked(it.t, per_prompt, prompts, token_ids, why, ranking))
+        ranked = Ranked(it.t, per_prompt, prompts, token_ids, why, ranking, it.sampler, it.settings)
+        reward = it.labeler.rewards(ranked)
     by_candidate = np.stack(ranking, axis=1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1]
     lists = pa.ListArray.from_arrays(offsets, by_candidate.ravel())

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from sera_plugin.rundir.tokens import TokenColumn
+
+if TYPE_CHECKING:
+    from sera_plugin.algorithm.method import Method
 
 FloatArray = npt.NDArray[np.float64]
 TokenIds = npt.NDArray[np.int32]
@@ -106,13 +109,32 @@ class Ranked:
     answers: TokenColumn  # (n,) token ids, the end token included
     finish_reasons: Sequence[str]  # (n,)
     logps: Sequence[FloatArray]  # (n,) nats under each policy asked for, newest first
+    sampler: CandidateSampler  # of theta_{t-1}
+    settings: SamplingSettings  # how it has sampled them
 
 
-class Labeler(Protocol):
-    """Ranks candidates."""
+class Labeler:
+    """Ranks candidates; a subclass gives them rewards.
 
-    #: What it has to tell, for summary.json: `name` as in `sera.labeler`, calls, failures.
-    report: dict[str, Any]
+    `method` and `store` are the run's, the tokenizer the host's; `quiet` shows no progress.
+
+    Attributes:
+        report: for summary.json: `name` as in `sera.labeler`, calls, failures.
+    """
+
+    def __init__(
+        self, method: Method, store: Any = None, tokenizer: Any = None, quiet: bool = True
+    ) -> None:
+        self.method, self.store, self.tokenizer, self.quiet = method, store, tokenizer, quiet
+        self.report: dict[str, Any] = {"name": method.config.labeler}
+
+    def check(self) -> None:
+        """Find out now what a phase would find out after hours of sampling.
+
+        Raises:
+            ValueError, OSError: if what it ranks with is missing or cannot be used.
+            JudgeFailed: if the environment variable with a judge's key is missing.
+        """
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
         """Add candidates that are not sampled: the dataset's chosen answers, marked `DATASET`.
@@ -120,8 +142,8 @@ class Labeler(Protocol):
         Takes rows of candidates.parquet before they are scored, as many per prompt, and (N,) chosen
         answers; gives the same columns in the order of (row, candidate), as many per prompt.
         """
-        ...
+        return samples
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         """(n,) larger is better; NaN for a candidate that could not be ranked."""
-        ...
+        raise NotImplementedError

@@ -26,7 +26,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Loss(Kind):
+class LossKind(Kind):
     """A loss: a function (loss, chosen_rewards, rejected_rewards) -> (n,) losses.
 
     Attributes:
@@ -46,16 +46,16 @@ class Loss(Kind):
     likelihood: bool = False
 
 
-LOSSES: Mapping[str, Loss] = {
-    "dpo": Loss("model.losses:dpo", beta=0.2, label_smoothing="read"),
-    "ipo": Loss("model.losses:ipo", beta=1.0, per_token="by_reduction"),
-    "slic": Loss("model.losses:slic", beta=0.2),
-    "robust": Loss("model.losses:robust", beta=0.2, label_smoothing="required"),
-    "simpo": Loss(
+LOSSES: Mapping[str, LossKind] = {
+    "dpo": LossKind("model.losses:dpo", beta=0.2, label_smoothing="read"),
+    "ipo": LossKind("model.losses:ipo", beta=1.0, per_token="by_reduction"),
+    "slic": LossKind("model.losses:slic", beta=0.2),
+    "robust": LossKind("model.losses:robust", beta=0.2, label_smoothing="required"),
+    "simpo": LossKind(
         "model.losses:simpo", beta=2.0, reference_free=True, per_token="always", target_margin=True
     ),
-    "kto_pair": Loss("model.losses:kto_pair", beta=0.1),
-    "orpo": Loss(
+    "kto_pair": LossKind("model.losses:kto_pair", beta=0.1),
+    "orpo": LossKind(
         "model.losses:orpo", beta=0.1, reference_free=True, per_token="always", likelihood=True
     ),
 }
@@ -67,7 +67,7 @@ def is_reference_free(loss: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Selection(Kind):
+class SelectionKind(Kind):
     """How offline pairs are chosen: a subclass of `algorithm.selection.Selection`.
 
     Attributes:
@@ -85,19 +85,19 @@ class Selection(Kind):
     rejects: bool = True
 
 
-SELECTIONS: Mapping[str, Selection] = {
-    "irm": Selection(
+SELECTIONS: Mapping[str, SelectionKind] = {
+    "irm": SelectionKind(
         "algorithm.selection:ImplicitRewardMargin", keeps="{ratio:g} N", by_margin=True
     ),
-    "reference_logp": Selection(
+    "reference_logp": SelectionKind(
         "algorithm.selection:ReferenceLogp", keeps="{ratio:g} N by reference_logp"
     ),
-    "score": Selection(
+    "score": SelectionKind(
         "algorithm.selection:Score", keeps="{ratio:g} N by score", reads_scores=True
     ),
-    "random": Selection("algorithm.selection:Random", keeps="{ratio:g} N by random"),
-    "all": Selection("algorithm.selection:All", keeps="all pairs", reads_ratio=False),
-    "curriculum": Selection(
+    "random": SelectionKind("algorithm.selection:Random", keeps="{ratio:g} N by random"),
+    "all": SelectionKind("algorithm.selection:All", keeps="all pairs", reads_ratio=False),
+    "curriculum": SelectionKind(
         "algorithm.selection:Curriculum",
         keeps="each prompt's t-th easiest pair",
         reads_ratio=False,
@@ -108,8 +108,8 @@ SELECTIONS: Mapping[str, Selection] = {
 
 
 @dataclass(frozen=True)
-class Labeler(Kind):
-    """Who ranks candidates: a subclass of `labeling.ranker.Ranker`.
+class LabelerKind(Kind):
+    """Who ranks candidates: a subclass of `algorithm.protocols.Labeler`.
 
     Attributes:
         ranks_by: for readers of a report.
@@ -136,21 +136,21 @@ class Labeler(Kind):
         return 2 if selection_ratio or self.implicit else 1
 
 
-LABELERS: Mapping[str, Labeler] = {
-    "implicit": Labeler(
-        "labeling.ranker:ImplicitReward", ranks_by="its implicit reward", implicit=True
+LABELERS: Mapping[str, LabelerKind] = {
+    "implicit": LabelerKind(
+        "labeling.labelers:ImplicitReward", ranks_by="its implicit reward", implicit=True
     ),
-    "reward_model": Labeler(
-        "labeling.judged:RewardModelLabeler",
+    "reward_model": LabelerKind(
+        "labeling.labelers:Judged",
         ranks_by="the reward model",
         setting=("reward_model", "./my-model"),
     ),
-    "judge": Labeler(
-        "labeling.judged:JudgeLabeler", ranks_by="the judge", setting=("judge", "{base_url: ...}")
+    "judge": LabelerKind(
+        "labeling.labelers:Judged", ranks_by="the judge", setting=("judge", "{base_url: ...}")
     ),
-    "self_judge": Labeler("labeling.self_judge:SelfJudge", ranks_by="its own verdict in words"),
-    "spin": Labeler(
-        "labeling.ranker:Spin",
+    "self_judge": LabelerKind("labeling.labelers:SelfJudge", ranks_by="its own verdict in words"),
+    "spin": LabelerKind(
+        "labeling.labelers:Spin",
         ranks_by="the dataset",
         gives_rewards=False,
         adds_dataset_answer=True,

@@ -19,12 +19,12 @@ from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
 from sera_plugin.algorithm.algorithm import prepare
 from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
 from sera_plugin.algorithm.offline import restore, score_held_out, score_pairs
-from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.protocols import Labeler, SamplingSettings
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import metrics, summarize
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run
-from sera_plugin.labeling.labelers import Labelers
 from sera_plugin.model.gate import deviation
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checkpoints
@@ -82,7 +82,6 @@ class Loop:
         self.samplers = Samplers(
             self.cfg, self.method.config, self.store, self.scorer, self.tokenizer
         )
-        self.labelers = Labelers(self.method, self.samplers, self.tokenizer)
         #: Steps as planned, which one learning-rate schedule over all iterations spans.
         self.planned_steps = self.schedule.total_steps
         # As the YAML has it: the host puts its own find there later.
@@ -175,8 +174,13 @@ class Loop:
         ):
             return None
         sampler = self.samplers.choose(int(self.pairs.prompt_ids.lengths.max()))
-        self.store.ranks.on_main(self.labelers.check)
+        self.store.ranks.on_main(self._labeler().check)
         return sampler
+
+    def _labeler(self) -> Labeler:
+        kind = LABELERS[self.method.config.labeler].load()
+        labeler: Labeler = kind(self.method, self.store, self.tokenizer, self.scorer.quiet)
+        return labeler
 
     def _require_same_model(self) -> None:
         """The loaded model gives the first pairs the log-probabilities the run began with."""
@@ -267,7 +271,7 @@ class Loop:
             scorer=self.scorer,
             sampler=self.samplers.make(iteration, optimizer),
             settings=settings,
-            labeler=self.labelers.make(iteration, settings, optimizer),
+            labeler=self._labeler(),
             phases=phases,
             progress=sampling_progress(self.scorer.quiet),
             held_out=self.held_out,

@@ -1,65 +1,297 @@
-"""The labelers of one run, made from the `sera:` block."""
+"""Who can rank: the implicit reward, the dataset (SPIN), a judge, the policy in words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from sera_plugin.algorithm.method import Method
-from sera_plugin.algorithm.protocols import SamplingSettings
-from sera_plugin.config.kinds import LABELERS
-from sera_plugin.labeling.conversation import Conversation
-from sera_plugin.labeling.ranker import Ranker
+import numpy as np
+import pyarrow as pa
+
+from sera_plugin.algorithm.protocols import DATASET, FloatArray, Labeler, Ranked, TokenIds
+from sera_plugin.config.quoting import quoted
+from sera_plugin.labeling.judging import (
+    Answered,
+    Comparison,
+    Judge,
+    ScoringJudge,
+    fill,
+    parse,
+    read_template,
+)
+from sera_plugin.labeling.judging.api import api_judge
 from sera_plugin.rundir.checksums import RUN
 from sera_plugin.rundir.journal import Journal
-from sera_plugin.rundir.ranks import Ranks
-from sera_plugin.sampling.samplers import Samplers
+from sera_plugin.rundir.progress import progress
+from sera_plugin.rundir.store import make_table
+from sera_plugin.rundir.tokens import IntArray, TokenColumn
+from sera_plugin.sampling.prompts import sampling_progress
+
+#: How a policy judges itself (section 2.3): replies to each question, whose points are averaged,
+#: how they are sampled, and the longest in tokens: some reasoning and a score.
+SELF_JUDGED: dict[str, Any] = {
+    "candidates": 3,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "max_new_tokens": 256,
+}
+_PLACE = "SERA-PLUGIN-USER-TEXT"
 
 
-@dataclass
-class Labelers:
-    """Makes the labeler of each iteration, and has what any of them may need.
+class ImplicitReward(Labeler):
+    """SeRA's own ranking (paper Eq. 7, Algorithm 1, line 7).
 
-    `method.config` is the `sera:` block. `samplers` make what a policy samples with, for the one
-    that judges itself. The tokenizer is the host's.
+    r_t, from the log-probabilities of theta_{t-1} and the policies before it.
     """
 
-    method: Method
-    samplers: Samplers
-    tokenizer: Any
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`: (n,) nats, per token where the loss is."""
+        return self.method.reward(ranked.logps, ranked.iteration, ranked.answers.lengths)
 
-    @property
-    def _kind(self) -> type[Ranker]:
-        kind: type[Ranker] = LABELERS[self.method.config.labeler].load()
-        return kind
 
-    @property
-    def ranks(self) -> Ranks:
-        """The run's processes."""
-        return self.samplers.scorer.ranks
+class Spin(Labeler):
+    """The dataset's chosen answer is a candidate too, and better than every sample.
 
-    @property
-    def quiet(self) -> bool:
-        """Whether another process shows progress."""
-        return self.samplers.scorer.quiet
+    It is the last one of its prompt. Samples that repeat it token for token are as good as it is,
+    all others equal to each other: the last of those is the rejected one, and a prompt without any
+    gives no pair (SPIN, Chen et al. 2024).
+    """
 
-    @property
-    def conversation(self) -> Conversation:
-        """Token ids to texts and back."""
-        return Conversation(self.tokenizer)
+    def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
+        """See `Labeler.complete`: one more per prompt, with `finish_reason` `dataset`."""
+        added = np.arange(len(chosen)), np.full(len(chosen), len(samples) // len(chosen))
+        row, candidate = (
+            np.concatenate([samples[name].to_numpy(), more])
+            for name, more in zip(("row", "candidate"), added, strict=True)
+        )
+        order = np.lexsort((candidate, row))
+        reasons = [*samples["finish_reason"].to_pylist(), *[DATASET] * len(chosen)]
+        return make_table(
+            {
+                "row": row[order],
+                "candidate": candidate[order],
+                "token_ids": TokenColumn(samples["token_ids"]).joined(chosen).take(order),
+                "finish_reason": pa.array(reasons).take(order),
+            }
+        ).replace_schema_metadata(samples.schema.metadata)
 
-    def journal(self) -> Journal:
-        """One for all iterations: what is judged again, in a run that is continued, is here."""
-        return Journal(self.samplers.store.root / "judgements.jsonl", RUN)
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`: 1 for the chosen answer, 0 for any other."""
+        answers = ranked.answers.numbered(ranked.per_prompt)
+        return (answers == answers[:, -1:]).ravel().astype(np.float64)
+
+
+class Judged(Labeler):
+    """A judge ranks: a reward model (the paper's OAIF row, Guo et al. 2024) or an endpoint.
+
+    A judge that gives numbers gives rewards. One that compares meets every two different candidates
+    of a prompt, and a candidate's reward is its share of wins, a tie counting half. Candidates that
+    read the same have one reward; where all of a prompt's do, that is a half. Rank 0 asks, and what
+    the judge says is kept in a journal: one for all iterations of a run.
+    """
+
+    def judge(self, journal: Journal) -> Judge:
+        """The judge that the configuration names."""
+        config = self.method.config
+        if config.judge is not None:
+            return api_judge(config.judge, journal)
+        from sera_plugin.labeling.judging.reward_model import RewardModelJudge
+
+        return RewardModelJudge(Path(str(config.reward_model)), journal)
 
     def check(self) -> None:
-        """Find out now what a phase would find out after hours of sampling; see `Ranker.check`."""
-        self._kind.check(self)
+        """See `Labeler.check`."""
+        directory = self.method.config.reward_model
+        if directory is None:
+            self.judge(self._journal())
+        elif not Path(directory, "config.json").exists():
+            raise ValueError(
+                f"sera.reward_model: {quoted(directory, 200)} has no config.json. Name the "
+                "directory of a sequence classification model; relative paths start in the "
+                "working directory, and nothing is downloaded."
+            )
 
-    def make(self, iteration: int, settings: SamplingSettings, optimizer: Any) -> Ranker:
-        """The labeler that the configuration names, for iteration t (1-based).
+    def _journal(self) -> Journal:
+        return Journal(self.store.root / "judgements.jsonl", RUN)
 
-        `settings` are how the iteration samples. The optimizer may wait in host memory while an
-        engine samples.
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`.
+
+        Raises:
+            ValueError: if the judge cannot be used.
+            JudgeFailed: if it stops answering. What it has said is kept and not asked again.
         """
-        return self._kind.make(self, iteration, settings, optimizer)
+        found = np.zeros(len(ranked.answers))
+        if self.store.ranks.main:
+            conversation = Conversation(self.tokenizer)
+            questions = list(map(conversation.question, ranked.prompts))
+            answers = list(map(conversation.answer, ranked.answers))
+            with self._journal() as journal:
+                judge = self.judge(journal)
+                if isinstance(judge, ScoringJudge):
+                    found = self._scores(judge, questions, answers)
+                else:
+                    found = self._wins(judge, questions, answers, ranked.per_prompt)
+                self.report |= {"judge": judge.name, "usage": asdict(judge.usage)}
+        # NaN would spread to every rank's sum all the same.
+        total: FloatArray = self.store.ranks.sum(found)
+        return total
+
+    def _scores(self, judge: ScoringJudge, questions: list[str], answers: list[str]) -> FloatArray:
+        found = np.full(len(answers), np.nan)
+        given = list(map(Answered, questions, answers))
+        with progress("judging", len(given), "verdict", self.quiet) as advance:
+            for index, score in judge.score_all(given):
+                found[index] = np.nan if score is None else score
+                advance(1)
+        return found
+
+    def _wins(
+        self, judge: Judge, questions: list[str], answers: list[str], per_prompt: int
+    ) -> FloatArray:
+        first = _first_places(answers, per_prompt)
+        pairs = [
+            pair
+            for begin in range(0, len(answers), per_prompt)
+            for pair in combinations(dict.fromkeys(first[begin : begin + per_prompt]), 2)
+        ]
+        met = [Comparison(questions[one], answers[one], answers[other]) for one, other in pairs]
+        won, known = np.zeros((2, len(answers)))
+        with progress("judging", len(met), "verdict", self.quiet) as advance:
+            for index, verdict in judge.compare(met):
+                if verdict.outcome is not None:
+                    one, other = pairs[index]
+                    won[one] += verdict.outcome
+                    won[other] += 1 - verdict.outcome
+                    known[[one, other]] += 1
+                advance(1)
+        unmet = set(first).difference(place for pair in pairs for place in pair)
+        found = np.full(len(answers), np.nan)
+        found[list(unmet)] = 0.5
+        return np.divide(won, known, out=found, where=known > 0)[first]
+
+
+class SelfJudge(Labeler):
+    """The policy judges its own answers in words (self-rewarding models, Yuan et al. 2024).
+
+    Rewards are the mean points, 0 to 5, of what it says of an answer. It replies as it sampled, but
+    for `SELF_JUDGED`.
+    """
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`.
+
+        Samples of a prompt that are equal token for token are judged once. NaN where no reply has
+        a score that can be read, and where question and answer leave no room for a reply
+        (`too_long`).
+
+        Raises:
+            SamplingFailed: if an engine outside this process does not do its work.
+        """
+        sampler, ranks = ranked.sampler, self.store.ranks
+        settings = replace(
+            ranked.settings,
+            seed=ranked.settings.seed + 1_000_000_000,  # not the seeds of what is judged
+            **SELF_JUDGED,
+        ).within(sampler.longest)
+        template, conversation = read_template("additive"), Conversation(self.tokenizer)
+
+        def asking(index: int) -> TokenIds:
+            texts = {
+                "question": conversation.question(ranked.prompts[index]),
+                "answer": conversation.answer(ranked.answers[index]),
+            }
+            return np.array(conversation.prompt(fill(template, texts)), dtype=np.int32)
+
+        total, longest = len(ranked.answers), settings.max_length
+        numbers = ranked.answers.numbered(ranked.per_prompt).ravel()
+        first = _first_places(numbers.tolist(), ranked.per_prompt)
+        prompts = {index: asking(index) for index in dict.fromkeys(first)}
+        # Not `skip`: a sampler refuses a prompt that leaves no room, skipped or not.
+        asked = [
+            index for index, prompt in prompts.items() if longest is None or len(prompt) < longest
+        ]
+        chunks = sampler.sample([prompts[index] for index in asked], settings)
+        start = sampling_progress(self.quiet)
+        points, counted, said = np.zeros((3, total))
+        with start(len(asked) // ranks.world, "self-judge") as advance, closing(chunks):
+            for chunk in chunks:
+                for row, replies in chunk:
+                    texts = (conversation.answer(np.array(one.token_ids)) for one in replies)
+                    scores = [parse("additive", text) for text in texts]
+                    known = [score for score in scores if score is not None]
+                    points[asked[row]] = sum(known)
+                    counted[asked[row]], said[asked[row]] = len(known), len(scores)
+                advance(chunk)
+        points, counted, said = ranks.sum(np.stack([points, counted, said]).ravel()).reshape(3, -1)
+        self.report |= {
+            "replies": int(said.sum()),
+            "unparsed": int(said.sum() - counted.sum()),
+            "too_long": total - int(np.isin(first, asked).sum()),
+            **sampler.seconds,  # parts of the phase's, of an engine that started again
+        }
+        found = np.divide(points, counted, out=np.full(total, np.nan), where=counted > 0)
+        return found[first]
+
+
+def _first_places(answers: Sequence[Hashable], per_prompt: int) -> list[int]:
+    """(n,) where each answer occurs first among those to its prompt: all are asked about once.
+
+    `answers` are (n,) things that are equal where two answers are, `per_prompt` of them in a row.
+    """
+    places: dict[Hashable, int] = {}
+    return [
+        places.setdefault((index // per_prompt, one), index) for index, one in enumerate(answers)
+    ]
+
+
+class Conversation:
+    """Token ids back to text, without the chat template (if there is one) around it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._special = [token for token in tokenizer.all_special_tokens if token]
+        #: What the chat template puts before and after a single question.
+        self._around: tuple[str, str] | None = None
+        if getattr(tokenizer, "chat_template", None):
+            before, found, behind = self._templated(_PLACE).partition(_PLACE)
+            self._around = (self._without_bos(before), behind) if found else None
+
+    def _templated(self, question: str) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    def _without_bos(self, text: str) -> str:
+        return text.removeprefix(self.tokenizer.bos_token or "")
+
+    def question(self, prompt_ids: IntArray) -> str:
+        """What the user said: one question as it was, or a longer conversation as the policy sees
+        it, special tokens left out."""
+        text = self._without_bos(self.tokenizer.decode(prompt_ids, skip_special_tokens=False))
+        if self._around is not None:
+            before, behind = self._around
+            if text.startswith(before) and text.endswith(behind):
+                inner = text[len(before) : len(text) - len(behind)]
+                if not any(token in inner for token in self._special):
+                    return inner
+        return self.answer(prompt_ids)
+
+    def answer(self, token_ids: IntArray) -> str:
+        """An answer's text."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.strip()
+
+    def prompt(self, question: str) -> list[int]:
+        """A question as the policy is asked it: token ids, ready for its answer."""
+        if self._around is None:
+            ids: list[int] = self.tokenizer(question)["input_ids"]
+        else:
+            text = self._templated(question)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

@@ -1,18 +1,45 @@
 """Judges: who says which of two answers is better, or how good one is.
 
-- `prompts`   what a judge is asked, and how its replies are read
 - `api`       judges behind an OpenAI-compatible endpoint
 - `reward_model`   a sequence-classification model on this machine
-- `choose`    a judge by what the command line calls it; a Python function that knows the truth
+
+What a judge is asked is our wording; the formats of verdicts are published ones: `[[A]]`, `[[B]]`,
+`[[C]]` and `Rating: [[7]]` of MT-Bench (Zheng et al. 2023), `Score: 4` of the additive prompt of
+self-rewarding language models (Yuan et al. 2024).
 
 Nothing here but `reward_model` knows torch, and nothing the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib
+import math
+import re
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
+
+from sera_plugin.config.judge import read_judge
+from sera_plugin.config.quoting import quoted
+from sera_plugin.rundir.journal import Journal
+
+#: The places of each kind of template.
+PLACES = {
+    "pairwise": ("question", "answer_a", "answer_b"),
+    "single": ("question", "answer"),
+    "additive": ("question", "answer"),
+}
+#: What a reply to each kind holds: a verdict and the values that it may have.
+_VERDICTS = {
+    "pairwise": (re.compile(r"\[\[\s*([ABC])\s*\]\]"), 0, 1),
+    "single": (re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]"), 1, 10),
+    "additive": (re.compile(r"score\W{0,8}(\d+(?:\.\d+)?)", re.IGNORECASE), 0, 5),
+}
+_OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}
+#: A reasoning model's thoughts; what it says of verdicts in there is none.
+_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 
 
 class JudgeFailed(RuntimeError):
@@ -81,22 +108,16 @@ class Usage:
     unparsed: int = 0  # verdicts that were given up, so are missing, after several such replies
     refused: int = 0  # verdicts that are missing because the endpoint refused the request
 
-    def add(self, other: Usage) -> None:
-        """Count another's in."""
-        for total, more in ((self, other), (self.asked, other.asked), (self.cached, other.cached)):
-            for name, count in vars(more).items():
-                if isinstance(count, int):
-                    setattr(total, name, getattr(total, name) + count)
 
+class Judge:
+    """Compares answers.
 
-class Judge(Protocol):
-    """Compares answers."""
+    `name` is for people, `description` what determines its verdicts, without secrets.
+    """
 
-    #: For people.
-    name: str
-    #: What determines its verdicts, without secrets, for records.
-    description: dict[str, Any]
-    usage: Usage
+    def __init__(self, name: str, description: dict[str, Any]) -> None:
+        self.name, self.description = name, description
+        self.usage = Usage()
 
     def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         """Yield (index, verdict) of every comparison as they are done, in any order.
@@ -104,15 +125,11 @@ class Judge(Protocol):
         Raises:
             JudgeFailed: if it cannot go on.
         """
-        ...
+        raise NotImplementedError
 
 
-class ScoringJudge:
+class ScoringJudge(Judge):
     """A judge that gives each answer a number; the larger one wins, equal ones tie."""
-
-    def __init__(self, name: str, description: dict[str, Any]) -> None:
-        self.name, self.description = name, description
-        self.usage = Usage()
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """Yield (index, score) of every answer as they are done, in any order, None without one.
@@ -149,3 +166,122 @@ def by_scores(first: float | None, second: float | None) -> Verdict:
     if first is None or second is None:
         return Verdict((None,))
     return Verdict((0.5 * (1 + (first > second) - (first < second)),))
+
+
+def make_judge(spec: str, journal: Journal) -> Judge:
+    """The judge that a name stands for, which keeps what it says in the journal.
+
+    The name is a YAML file with an API judge, a directory with a reward model, or a function as
+    `module:function` or `file.py:function`.
+
+    Raises:
+        ValueError: if it is none of these, or cannot be used.
+        JudgeFailed: if the key of an API judge is not there.
+    """
+    from sera_plugin.labeling.judging.api import api_judge
+
+    if spec.endswith((".yaml", ".yml")):
+        return api_judge(read_judge(Path(spec)), journal)
+    if Path(spec).is_dir():
+        from sera_plugin.labeling.judging.reward_model import RewardModelJudge
+
+        return RewardModelJudge(Path(spec), journal)
+    if ":" in spec:
+        return FunctionJudge(spec)
+    raise ValueError(
+        f"judge: {quoted(spec)} is neither a YAML file, a directory nor a function. Give "
+        "judge.yaml (an API judge), the directory of a reward model, or "
+        "module:function or file.py:function."
+    )
+
+
+class FunctionJudge(ScoringJudge):
+    """Scores an answer with `function(question, answer)`. The code is run.
+
+    Raises:
+        ValueError: naming the module, file or function of `spec` that is missing.
+    """
+
+    def __init__(self, spec: str) -> None:
+        super().__init__(spec, {"function": spec})
+        self._function = _load_function(spec)
+
+    def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
+        """See `ScoringJudge.score`. None from the function is a missing verdict."""
+        for index, one in enumerate(answers):
+            try:
+                value = self._function(one.question, one.answer)
+                score = None if value is None else float(value)
+            except Exception as error:
+                raise self._failed(f"raised {type(error).__name__}: {error}", one) from error
+            if score is not None and not math.isfinite(score):
+                raise self._failed(f"returned {score}", one)
+            self.usage.unparsed += score is None
+            yield index, score
+
+    def _failed(self, problem: str, one: Answered) -> JudgeFailed:
+        return JudgeFailed(
+            f"{self.name} {problem} on the question {quoted(one.question)} and the answer "
+            f"{quoted(one.answer)}. It must return a finite number, or None where it cannot tell."
+        )
+
+
+def _load_function(spec: str) -> Any:
+    place, _, name = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            function = runpy.run_path(place).get(name)
+        else:
+            function = getattr(importlib.import_module(place), name, None)
+    except Exception as error:  # whatever the code does while it is imported
+        raise ValueError(
+            f"{place} cannot be imported: {type(error).__name__}: {error}. A module has to be "
+            "installed; a file is named with its path, which starts in the working directory if "
+            "it is relative, and its ending: file.py:function."
+        ) from error
+    if not callable(function):
+        raise ValueError(f"{place} has no function {quoted(name)}.")
+    return function
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """A template with texts in its places. Braces inside these stay as they are."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
+
+
+def read_template(kind: str, path: Path | None = None) -> str:
+    """A judge's prompt of a kind in `PLACES`, the user's or the shipped one.
+
+    Braces that hold anything but its places are text.
+
+    Raises:
+        ValueError: if it is not text or lacks a place, naming the file and the place.
+        OSError: if it cannot be read.
+    """
+    path = path or Path(__file__).parent / "templates" / f"{kind}.txt"
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"template: {path} is not UTF-8 text ({error.reason})") from None
+    places = [f"{{{place}}}" for place in PLACES[kind]]
+    missing = [place for place in places if place not in text]
+    if missing:
+        raise ValueError(
+            f"template: {path} has no {', '.join(missing)}. A {kind} template holds "
+            f"{', '.join(places)} where these texts go."
+        )
+    return text
+
+
+def parse(kind: str, reply: str) -> float | None:
+    """The verdict of a reply to that kind of template, None without one.
+
+    `pairwise`: 1 where A is better, 0 where B is, 0.5 a tie; `single`: 1 to 10; `additive`: 0 to 5.
+    The last verdict counts: a judge may quote others on its way.
+    """
+    pattern, low, high = _VERDICTS[kind]
+    found = pattern.findall(_THOUGHTS.sub("", reply))
+    if not found:
+        return None
+    value = _OUTCOMES[found[-1]] if kind == "pairwise" else float(found[-1])
+    return value if low <= value <= high else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from threading import Event
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 import requests
@@ -29,10 +29,11 @@ from sera_plugin.labeling.judging import (
     Judge,
     JudgeFailed,
     ScoringJudge,
-    Usage,
     Verdict,
+    fill,
+    parse,
+    read_template,
 )
-from sera_plugin.labeling.judging.prompts import REMINDERS, fill, parse, read_template
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.sampling.client import in_threads, one_line, server_words
 
@@ -46,12 +47,16 @@ REPLIES = 3
 #: An endpoint that refuses that many requests, and has answered none, refuses all of them.
 REFUSALS = 10
 
-Message = dict[str, str]
+#: What a judge is told after a reply without a verdict.
+_REMINDERS = {
+    "pairwise": "Your reply has no verdict that can be read. Reply with [[A]], [[B]] or [[C]].",
+    "single": "Your reply has no rating that can be read. Reply like this: Rating: [[7]]",
+}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Refused(Exception):
+class _Refused(Exception):
     """The endpoint does not take this request; the message has its words."""
 
 
@@ -63,50 +68,123 @@ class _Again(Exception):
         self.wait = wait
 
 
-class ChatClient:
-    """Talks to one endpoint. Threads may share it.
+class _ApiJudge(Judge):
+    """Asks for one kind of verdict until a reply has one, through the journal.
 
     Raises:
         JudgeFailed: if the environment variable with the key is not there or holds none.
     """
 
-    def __init__(self, config: JudgeConfig) -> None:
-        self.config = config
+    def __init__(self, config: JudgeConfig, journal: Journal) -> None:
+        super().__init__(config.model, config.model_dump(mode="json"))
+        self.config, self._journal = config, journal
+        self._template = read_template(config.mode, config.template)
         self._key = _key(config)
         self._session = requests.Session()
         self._session.trust_env = not config.is_local
         adapter = HTTPAdapter(pool_maxsize=config.concurrency, max_retries=0)
         self._session.mount(config.base_url, adapter)
+        self._refusal = ""
+        self._counting = Lock()
+        self._stop = Event()  # set once there is no use in trying again
 
-    def ask(self, messages: Sequence[Message], stop: Event) -> tuple[dict[str, Any], int]:
-        """The model's reply (`text`, `prompt_tokens`, `completion_tokens`), and tries before it.
-
-        Args:
-            messages: the conversation so far.
-            stop: set once there is no use in trying again, because something else has failed.
+    def _each(
+        self, items: Sequence[Item], work: Callable[[Item], Result]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield (index, result) of every item, worked on in threads.
 
         Raises:
-            Refused: if the endpoint does not take this one.
+            JudgeFailed: if one cannot be worked on, once what was under way has ended.
+        """
+        concurrency = self.config.concurrency
+        self._stop.clear()
+        with ThreadPoolExecutor(concurrency) as pool:
+            try:
+                jobs = in_threads(pool, enumerate(items), lambda job: work(job[1]), concurrency)
+                for finished in jobs:
+                    for (index, _), result in finished:
+                        self._check_refusals(REFUSALS)
+                        yield index, result
+                self._check_refusals(1)
+            finally:
+                self._stop.set()
+
+    def _check_refusals(self, most: int) -> None:
+        usage = self.usage
+        if usage.refused >= most and not usage.asked.count + usage.cached.count:
+            raise JudgeFailed(
+                f"the judge at {self.config.base_url} has refused all of the first "
+                f"{usage.refused} requests; the last time {self._refusal}. Check model, and what "
+                "request sends."
+            )
+
+    def _count(self, what: str, more: int = 1) -> None:
+        with self._counting:
+            setattr(self.usage, what, getattr(self.usage, what) + more)
+
+    def _verdict(self, **texts: str) -> float | None:
+        """What the judge says of these texts, None if it says nothing that can be read."""
+        mode = self.config.mode
+        messages = [{"role": "user", "content": fill(self._template, texts)}]
+        for _ in range(REPLIES):
+            try:
+                text = self._reply(messages)
+            except _Refused as refusal:
+                self._refusal = str(refusal)
+                self._count("refused")
+                return None
+            value = parse(mode, text)
+            if value is not None:
+                return value
+            self._count("malformed")
+            # Some endpoints take no empty message.
+            messages.append({"role": "assistant", "content": text or "(nothing)"})
+            messages.append({"role": "user", "content": _REMINDERS[mode]})
+        self._count("unparsed")
+        return None
+
+    def _reply(self, messages: list[dict[str, str]]) -> str:
+        """The reply's text, from the journal or the endpoint."""
+        config = self.config
+        key = key_of(config.base_url, config.model, config.request, messages)
+        found, counted = self._journal.get(key), self.usage.cached
+        if found is None:
+            found, counted = {"model": config.model, **self._ask(messages)}, self.usage.asked
+            self._journal.add(key, found)
+        with self._counting:
+            counted.count += 1
+            counted.prompt_tokens += found["prompt_tokens"]
+            counted.completion_tokens += found["completion_tokens"]
+        text: str = found["text"]
+        return text
+
+    def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """The model's reply: `text`, `prompt_tokens`, `completion_tokens`.
+
+        Raises:
+            _Refused: if the endpoint does not take this one.
             JudgeFailed: if it takes none, or does not answer after the last try.
         """
-        for attempt in range(RETRIES):
+        for attempt in range(RETRIES + 1):
             try:
-                return self._once(messages), attempt
+                reply = self._ask_once(messages)
             except _Again as problem:
+                if attempt == RETRIES:
+                    raise self._failed(
+                        f"did not answer in {RETRIES + 1} tries; the last time {problem}. Look "
+                        "after the endpoint"
+                    ) from None
                 # Many threads that were turned away together should not come back together.
                 delay = BACKOFF * 2**attempt * random.uniform(0.75, 1.25)
-                if stop.wait(problem.wait or delay):
+                if self._stop.wait(problem.wait or delay):
                     raise self._failed("was not asked again") from None
-        try:
-            return self._once(messages), RETRIES
-        except _Again as problem:
-            raise self._failed(
-                f"did not answer in {RETRIES + 1} tries; the last time {problem}. Look after the "
-                "endpoint"
-            ) from None
+            else:
+                self._count("retries", attempt)
+                return reply
+        raise AssertionError
 
-    def _once(self, messages: Sequence[Message]) -> dict[str, Any]:
-        body = {**self.config.request, "model": self.config.model, "messages": list(messages)}
+    def _ask_once(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        body = {**self.config.request, "model": self.config.model, "messages": messages}
         try:
             answer = self._session.post(
                 f"{self.config.base_url}/chat/completions",
@@ -124,16 +202,15 @@ class ChatClient:
         try:
             reply = answer.json()
             text = reply["choices"][0]["message"]["content"] or ""
+            if not isinstance(text, str):
+                raise TypeError
             usage = reply.get("usage") or {}
+            counts = {
+                key: int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")
+            }
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            text = usage = None
-        if not isinstance(text, str):
-            raise _Again("its answer was no chat completion")
-        counts = usage if isinstance(usage, dict) else {}
-        found = {name: counts.get(name) for name in ("prompt_tokens", "completion_tokens")}
-        return {"text": text} | {
-            name: count if isinstance(count, int) else 0 for name, count in found.items()
-        }
+            raise _Again("its answer was no chat completion") from None
+        return {"text": text, **counts}
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         # Given even without a key: the session would look for one in ~/.netrc.
@@ -159,7 +236,7 @@ class ChatClient:
             raise _Again(said, wait)
         # The request is at fault, but the next one may be fine: too long, or not to its taste.
         if status in (400, 413, 422):
-            raise Refused(said)
+            raise _Refused(said)
         remedy = "Check base_url and model"
         if status in (401, 403):
             remedy = "Set the environment variable that api_key_env names to a key that it takes"
@@ -173,10 +250,7 @@ class ChatClient:
 
 
 def _key(config: JudgeConfig) -> str:
-    """The key from the environment, empty where none is asked for.
-
-    An error does not repeat the variable's name, which could be a key by mistake.
-    """
+    """From the environment; errors do not repeat the variable's name, which could be a key."""
     if config.api_key_env is None:
         return ""
     key = os.environ.get(config.api_key_env, "").strip()
@@ -193,90 +267,6 @@ def _key(config: JudgeConfig) -> str:
     return key
 
 
-class _ApiJudge:
-    """Asks for one kind of verdict until a reply has one, through the journal."""
-
-    def __init__(self, config: JudgeConfig, journal: Journal) -> None:
-        self.name = config.model
-        self.description = config.model_dump(mode="json")
-        self.usage = Usage()
-        self.config = config
-        self._template = read_template(config.mode, config.template)
-        self._client = ChatClient(config)
-        self._journal = journal
-        self._refusal = ""
-
-    def _verdict(self, stop: Event, usage: Usage, **texts: str) -> float | None:
-        """What the judge says of these texts, None if it says nothing that can be read."""
-        mode = self.config.mode
-        messages = [{"role": "user", "content": fill(self._template, texts)}]
-        for _ in range(REPLIES):
-            try:
-                text = self._reply(messages, usage, stop)
-            except Refused as refusal:
-                self._refusal = str(refusal)
-                usage.refused += 1
-                return None
-            value = parse(mode, text)
-            if value is not None:
-                return value
-            usage.malformed += 1
-            # Some endpoints take no empty message.
-            messages.append({"role": "assistant", "content": text or "(nothing)"})
-            messages.append({"role": "user", "content": REMINDERS[mode]})
-        usage.unparsed += 1
-        return None
-
-    def _reply(self, messages: list[Message], usage: Usage, stop: Event) -> str:
-        config = self.config
-        key = key_of(config.base_url, config.model, config.request, messages)
-        found, counted = self._journal.get(key), usage.cached
-        if found is None:
-            reply, retries = self._client.ask(messages, stop)
-            found, counted = {"model": config.model, **reply}, usage.asked
-            usage.retries += retries
-            self._journal.add(key, found)
-        counted.count += 1
-        counted.prompt_tokens += found["prompt_tokens"]
-        counted.completion_tokens += found["completion_tokens"]
-        text: str = found["text"]
-        return text
-
-    def _each(
-        self, items: Sequence[Item], work: Callable[[Item, Event, Usage], Result]
-    ) -> Iterator[tuple[int, Result]]:
-        """Yield (index, result) of every item, worked on in threads; count what that takes.
-
-        Raises:
-            JudgeFailed: if one cannot be worked on, once what was under way has ended.
-        """
-        stop, concurrency = Event(), self.config.concurrency
-
-        def counted(job: tuple[int, Item]) -> tuple[Result, Usage]:
-            usage = Usage()
-            return work(job[1], stop, usage), usage
-
-        with ThreadPoolExecutor(concurrency) as pool:
-            try:
-                for finished in in_threads(pool, enumerate(items), counted, concurrency):
-                    for (index, _), (result, usage) in finished:
-                        self.usage.add(usage)
-                        self._check_refusals(REFUSALS)
-                        yield index, result
-                self._check_refusals(1)
-            finally:
-                stop.set()
-
-    def _check_refusals(self, most: int) -> None:
-        usage = self.usage
-        if usage.refused >= most and not usage.asked.count + usage.cached.count:
-            raise JudgeFailed(
-                f"the judge at {self.config.base_url} has refused all of the first "
-                f"{usage.refused} requests; the last time {self._refusal}. Check model, and what "
-                "request sends."
-            )
-
-
 class PairwiseJudge(_ApiJudge):
     """Shows both answers, in both orders. Two equal answers tie without being shown."""
 
@@ -284,10 +274,10 @@ class PairwiseJudge(_ApiJudge):
         """See `Judge.compare`."""
         return self._each(comparisons, self._compare)
 
-    def _compare(self, one: Comparison, stop: Event, usage: Usage) -> Verdict:
+    def _compare(self, one: Comparison) -> Verdict:
         if one.first == one.second:
             return Verdict((0.5, 0.5))
-        show = partial(self._verdict, stop, usage, question=one.question)
+        show = partial(self._verdict, question=one.question)
         first = show(answer_a=one.first, answer_b=one.second)
         second = show(answer_a=one.second, answer_b=one.first)
         return Verdict((first, None if second is None else 1.0 - second))
@@ -298,7 +288,7 @@ class RatingJudge(_ApiJudge, ScoringJudge):
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`."""
-        return self._each(answers, lambda one, stop, usage: self._verdict(stop, usage, **vars(one)))
+        return self._each(answers, lambda one: self._verdict(**vars(one)))
 
 
 def api_judge(config: JudgeConfig, journal: Journal) -> Judge:

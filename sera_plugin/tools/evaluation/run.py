@@ -11,8 +11,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sera_plugin.labeling.judging import Answered, Comparison, Judge, ScoringJudge, by_scores
-from sera_plugin.labeling.judging.choose import make_judge
+from sera_plugin.labeling.judging import (
+    Answered,
+    Comparison,
+    Judge,
+    ScoringJudge,
+    by_scores,
+    make_judge,
+)
 from sera_plugin.rundir.checksums import COMMAND, explained, write_text
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
