@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import Method, Pairs
-from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.memory import GIB
 from sera_plugin.rundir.store import make_table

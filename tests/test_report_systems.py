@@ -7,8 +7,8 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import pytest
 
-from sera_plugin.algorithm.annotations import Annotations
 from sera_plugin.algorithm.protocols import Labeler
+from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.report.figures import figures
 from sera_plugin.tools.report.page import render

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.method import Schedule
 
 
 def walk(pairs, batch_size, accumulation, drop_last):

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.algorithm.protocols import SamplingSettings
-from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.config.quoting import (
     is_secret,
     plain,

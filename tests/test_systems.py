@@ -15,12 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.algorithm.annotations import Annotations, annotate, score_gap, swap, swapped_rows
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.algorithm.protocols import FloatArray, Labeler, Ranked
 from sera_plugin.algorithm.rewards import equalizing_alpha, regressed_alpha
-from sera_plugin.algorithm.schedule import Schedule
-from sera_plugin.algorithm.selection import pair_candidates, select_largest
+from sera_plugin.algorithm.selection import (
+    Annotations,
+    annotate,
+    pair_candidates,
+    score_gap,
+    select_largest,
+    swap,
+    swapped_rows,
+)
 from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run, require_same_run

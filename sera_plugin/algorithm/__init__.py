@@ -4,8 +4,7 @@ Arrays and tables in, arrays and tables out: no torch, no host, no engine.
 
 - `algorithm`   Algorithm 1 on one screen; `offline`  its half on the dataset's own pairs
 - `rewards`     Eq. 7 and length control; `selection`  which pairs are kept, which are made
-- `method`      the method's constants, and what an iteration works with; `schedule`  its steps
+- `method`      the method's constants and steps, and what an iteration works with
 - `protocols`   what is asked of samplers, scorers and labelers
-- `annotations`  what a dataset says of its pairs
 - `summary`     what an iteration did; `alarms`  what to worry about
 """

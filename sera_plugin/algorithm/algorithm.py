@@ -43,7 +43,7 @@ def prepare(it: Iteration) -> pa.Table:
         ValueError: naming the row or candidate whose log-probability is not finite, or if D_t is
             empty.
     """
-    restore(it, it.method.scores_read(it.t))
+    restore(it, {*it.method.reward_policies(it.t), it.method.reference(it.t)})
     offline = it.once("offline", lambda: select(it, score(it)))  # lines 4 and 5
     reference = it.scores(it.method.reference(it.t))
     if not it.method.sampled(it.t):

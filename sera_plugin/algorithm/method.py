@@ -1,18 +1,17 @@
-"""What an iteration works with: preference pairs, the method's constants, costs, and its tables."""
+"""What an iteration works with: preference pairs, constants and steps, costs, and its tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sera_plugin.algorithm.annotations import Annotations
 from sera_plugin.algorithm.protocols import (
     CandidateSampler,
     Labeler,
@@ -21,7 +20,7 @@ from sera_plugin.algorithm.protocols import (
     Scorer,
 )
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.algorithm.selection import Selection
+from sera_plugin.algorithm.selection import Annotations, Selection
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.store import RunStore
@@ -80,24 +79,17 @@ class Method:
     @property
     def sizes(self) -> tuple[int, ...]:
         """|D_1|, ..., |D_T| as asked for; fewer sampled pairs may exist."""
-        return tuple(self.kept(t) + self.sampled(t) for t in range(1, self.iterations + 1))
+        iterations = range(1, self.iterations + 1)
+        return tuple(self.kept(t) + self.sampled(t) for t in iterations)
 
     def reference(self, iteration: int) -> int:
         """The policy that iteration t's loss refers to."""
         return 0 if self.config.reference == "initial" else iteration - 1
 
-    def weights(self, iteration: int) -> tuple[float, ...]:
-        """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward, t >= 2 (Eq. 7)."""
-        return reward_weights(iteration, self.config.gamma, self.reference_free)
-
     def reward_policies(self, iteration: int) -> tuple[int, ...]:
         """The policies that iteration t's reward weighs, theta_{t-1} first; in iteration 1 it."""
-        count = len(self.weights(iteration)) if iteration > 1 else 1
+        count = len(self._weights(iteration)) if iteration > 1 else 1
         return tuple(range(iteration - 1, iteration - 1 - count, -1))
-
-    def scores_read(self, iteration: int) -> set[int]:
-        """The earlier policies whose offline scores iteration t reads: its reward's, its loss's."""
-        return {*self.reward_policies(iteration), self.reference(iteration)} - {iteration - 1}
 
     def ranking_policies(self, iteration: int) -> tuple[int, ...]:
         """The policies whose log-probabilities iteration t's candidates keep, theta_{t-1} first."""
@@ -117,8 +109,50 @@ class Method:
         self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
     ) -> FloatArray:
         """(n,) rewards in `unit` of completions of (n,) tokens; (n,) nats per reward policy."""
-        weights = self.weights(iteration)
-        return implicit_reward(np.stack(logps), weights, lengths if self.per_token else None)
+        per = lengths if self.per_token else None
+        return implicit_reward(logps, self._weights(iteration), per)
+
+    def _weights(self, iteration: int) -> tuple[float, ...]:
+        return reward_weights(iteration, self.config.gamma, self.reference_free)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many optimizer steps each iteration takes; epochs have unequal lengths."""
+
+    pairs: tuple[int, ...]  # |D_t| for t = 1..T
+    batch_size: int  # pairs per micro-batch, all processes together
+    accumulation: int  # micro-batches per optimizer step
+    drop_last: bool = False  # whether the data loader drops an incomplete last micro-batch
+
+    def batches(self, iteration: int) -> int:
+        """Micro-batches of iteration t."""
+        rounding = math.floor if self.drop_last else math.ceil
+        return rounding(self.pairs[iteration - 1] / self.batch_size)
+
+    def steps(self, iteration: int) -> int:
+        """Optimizer steps of iteration t; an incomplete accumulation still makes a step."""
+        return math.ceil(self.batches(iteration) / self.accumulation)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.steps(t) for t in range(1, len(self.pairs) + 1))
+
+    def locate(self, global_step: int) -> tuple[int, int]:
+        """(iteration, steps made in it) where a run that has made `global_step` steps continues.
+
+        At a boundary this is the next iteration with 0 steps, at the end of the run (T + 1, 0).
+        """
+        iteration, made = 1, global_step
+        while iteration <= len(self.pairs) and made >= self.steps(iteration):
+            made -= self.steps(iteration)
+            iteration += 1
+        return iteration, made
+
+    def with_pairs(self, iteration: int, pairs: int) -> Schedule:
+        """The same schedule once |D_t| is known (fewer pairs than asked for may exist)."""
+        sizes = [*self.pairs[: iteration - 1], pairs, *self.pairs[iteration:]]
+        return replace(self, pairs=tuple(sizes))
 
 
 @dataclass

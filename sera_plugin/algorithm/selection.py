@@ -1,32 +1,39 @@
 """Which pairs an iteration trains on: the first of a ranking, and candidates paired by reward.
 
 `ImplicitRewardMargin` is the paper's selection of offline pairs; each of the others is a system
-that it is compared with. `config.kinds.SELECTIONS` names them.
+that it is compared with (`config.kinds.SELECTIONS` names them), and may read what a dataset says of
+its pairs beside their texts. Labels are swapped on purpose for the paper's robustness experiment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sera_plugin.algorithm.rewards import FloatArray, require_finite
+from sera_plugin.config.kinds import SELECTIONS
+from sera_plugin.config.quoting import quoted
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.tokens import TokenColumn
 
 if TYPE_CHECKING:
     from sera_plugin.algorithm.method import Method
 
+BoolArray = npt.NDArray[np.bool_]
+#: (N,) values each, by name.
+Columns = Mapping[str, Sequence[Any]]
 
-def select_largest(margins: npt.ArrayLike, count: int) -> npt.NDArray[np.bool_]:
+
+def select_largest(margins: npt.ArrayLike, count: int) -> BoolArray:
     """(n,) bool: the `count` pairs with the largest margin (paper Algorithm 1, lines 5 and 8).
 
     Margins may be negative: a pair on which the policy disagrees with its label least is still
-    kept when the ratio asks for it. Equal margins are kept in row order; a count of more than n
-    keeps all.
-
-    Raises:
-        ValueError: naming the first row whose margin is not finite.
+    kept when the ratio asks for it. Equal margins are kept in row order. A margin that is not
+    finite is a ValueError that names its row.
     """
     values = np.asarray(margins, dtype=np.float64)
     require_finite(values, "margin", np.arange(len(values)))
@@ -36,11 +43,7 @@ def select_largest(margins: npt.ArrayLike, count: int) -> npt.NDArray[np.bool_]:
 
 
 class Selection:
-    """How the offline pairs of an iteration are chosen.
-
-    Raises:
-        ValueError: if the dataset cannot be ranked in this way.
-    """
+    """How the offline pairs of an iteration are chosen; ValueError where a dataset lacks it."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -150,19 +153,15 @@ def pair_candidates(
 
     Equal rewards give no pair; fewer than two distinct candidates give none.
 
-    Args:
-        candidates: (prompts, R) numbers, equal within a prompt where the token ids are
-            (`TokenColumn.numbered`). Identical candidates count once (the first stands for them).
-        rewards: (prompts, R); NaN where whoever ranks them could not.
-        pairs_per_prompt: at most this many nested pairs a prompt; one is the paper's default.
-
-    Raises:
-        ValueError: naming the prompt of a reward that is infinite.
+    Candidates are (prompts, R) numbers, equal within a prompt where the token ids are
+    (`TokenColumn.numbered`); identical ones count once, the first for all. Rewards are (prompts,
+    R), NaN where there is none; an infinite one is a ValueError that names its prompt. A prompt
+    gives at most `pairs_per_prompt` nested pairs; one is the paper's default.
     """
     answers, reward = np.asarray(candidates), np.asarray(rewards, dtype=np.float64)
     unknown = np.isnan(reward)
-    prompts = np.repeat(np.arange(len(reward)), reward.shape[1])
-    require_finite(np.where(unknown, 0, reward).ravel(), "reward of a candidate", prompts)
+    prompts = np.broadcast_to(np.arange(len(reward))[:, None], reward.shape)
+    require_finite(reward[~unknown], "reward of a candidate", prompts[~unknown])
     repeats = np.zeros(reward.shape, dtype=bool)
     for index in range(1, reward.shape[1]):
         earlier, this = answers[:, :index], answers[:, index : index + 1]
@@ -187,3 +186,88 @@ def pair_candidates(
         too_few=int((distinct < 2).sum()),
         unranked=int(unknown.sum()),
     )
+
+
+# ------------------------------------------------------------------ what a dataset says of pairs
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a dataset says of its pairs beside their texts, where selection reads it; (N,) each."""
+
+    score_gap: FloatArray | None = None  # the dataset's score of chosen less that of rejected
+    prompts: npt.NDArray[np.int32] | None = None  # numbers, equal where the prompts are
+    swapped: BoolArray | None = None  # which had their answers swapped on purpose
+
+
+def annotate(
+    config: SeraConfig, prompt_ids: TokenColumn, columns: Columns, swapped: BoolArray | None
+) -> Annotations:
+    """What the configuration's selection needs to know of the N offline pairs.
+
+    `columns` are those of `score_columns`, as `swap` leaves them; `swapped` is None without noise.
+    A selection by a score that there is none of is a ValueError, naming the row that lacks it.
+    """
+    if not SELECTIONS[config.selection].reads_scores:
+        return Annotations(swapped=swapped)
+    prompts = prompt_ids.numbered(len(prompt_ids)).ravel()
+    return Annotations(score_gap(columns, swapped), prompts, swapped)
+
+
+def by_side(names: Sequence[str]) -> dict[str, str]:
+    """Columns that say something of one answer: the chosen one's name to the rejected one's.
+
+    `score_chosen` and `score_rejected` are one score of two answers.
+    """
+    other = {name: name.replace("chosen", "rejected") for name in names}
+    return {name: side for name, side in other.items() if side != name and side in names}
+
+
+def score_gap(columns: Columns, swapped: BoolArray | None = None) -> FloatArray:
+    """(N,) score of chosen less that of rejected, by the first column that has numbers.
+
+    Two columns of a score have followed a swapped label to the other side; a column that is a gap
+    turns its sign there. No such column, or a row of it without a number, is a ValueError.
+    """
+    rejected = by_side(list(columns))
+    for name, values in columns.items():
+        if name in rejected.values() or not any(map(_is_number, values)):
+            continue
+        gap = _numbers(name, values)
+        if name in rejected:
+            return gap - _numbers(rejected[name], columns[rejected[name]])
+        return gap if swapped is None else np.where(swapped, -gap, gap)
+    raise ValueError(
+        f"sera.score_columns: {', '.join(map(quoted, columns))} has no numbers to select by. Name "
+        "a score of each answer, such as [score_chosen, score_rejected]."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(name: str, values: Sequence[Any]) -> FloatArray:
+    for row, value in enumerate(values):
+        if not _is_number(value) or not np.isfinite(value):
+            raise ValueError(
+                f"column {quoted(name)} is {quoted(value)} in row {row}, and sera.selection ranks "
+                "by it. Give every row a number, or leave such rows out of the dataset."
+            )
+    return np.asarray(values, dtype=np.float64)
+
+
+def swapped_rows(total: int, share: float, seed: int) -> BoolArray:
+    """(N,) bool: round(share N) rows at random, the same for the same seed."""
+    order = np.random.default_rng((seed, total)).permutation(total)
+    return np.isin(np.arange(total), order[: round(share * total)])
+
+
+def swap(columns: Columns, swapped: BoolArray) -> dict[str, Sequence[Any]]:
+    """The columns with what belongs to an answer on the other side where `swapped`, (N,)."""
+    found = dict(columns)
+    for chosen, rejected in by_side(list(columns)).items():
+        pairs = zip(columns[chosen], columns[rejected], swapped, strict=True)
+        both = [(other, one) if turned else (one, other) for one, other, turned in pairs]
+        found[chosen], found[rejected] = ([pair[side] for pair in both] for side in (0, 1))
+    return found

@@ -17,11 +17,10 @@ import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
 from sera_plugin.algorithm.algorithm import prepare
-from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
+from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases, Schedule
 from sera_plugin.algorithm.offline import restore, score_held_out, score_pairs
 from sera_plugin.algorithm.protocols import Labeler, SamplingSettings
 from sera_plugin.algorithm.rewards import FloatArray
-from sera_plugin.algorithm.schedule import Schedule
 from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run

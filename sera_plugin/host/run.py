@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_plugin import __version__
-from sera_plugin.algorithm.method import Method, Pairs
-from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.quoting import public, quoted
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore

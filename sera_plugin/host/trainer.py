@@ -23,11 +23,10 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, set_seed
 
-from sera_plugin.algorithm.annotations import annotate, swap, swapped_rows
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.algorithm.offline import score_pairs
 from sera_plugin.algorithm.rewards import FloatArray
-from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import kept_columns, prepare_rows

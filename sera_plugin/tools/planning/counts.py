@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sera_plugin.algorithm.method import Method, Pairs
-from sera_plugin.algorithm.schedule import Schedule
+from sera_plugin.algorithm.method import Method, Pairs, Schedule
 
 IntArray = npt.NDArray[np.int64]
 

@@ -20,8 +20,8 @@ from axolotl.utils.dict import DictDefault
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import GenerationConfig
 
-from sera_plugin.algorithm.annotations import annotate
 from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.selection import annotate
 from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sera_plugin.algorithm.alarms import judge
-from sera_plugin.algorithm.annotations import by_side
 from sera_plugin.algorithm.offline import SIDES
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.algorithm.selection import pair_candidates, select_largest
+from sera_plugin.algorithm.selection import by_side, pair_candidates, select_largest
 from sera_plugin.algorithm.summary import accuracy, jaccard, noise_found, quantiles
 from sera_plugin.config.kinds import LABELERS, is_reference_free
 from sera_plugin.tools.report.reading import Columns, Iteration, Run
