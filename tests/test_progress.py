@@ -10,7 +10,6 @@ from contextlib import suppress
 import pytest
 
 from sera_plugin.algorithm.protocols import Candidate
-from sera_plugin.rundir import progress as progress_module
 from sera_plugin.rundir.progress import LOG, log_on_stderr, progress, told
 from sera_plugin.sampling import prompts
 from sera_plugin.sampling.prompts import sampling_progress
@@ -25,8 +24,8 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """Seconds that pass when the test says so."""
     now = [100.0]
-    for module in (progress_module, prompts):
-        monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(prompts, "monotonic", lambda: now[0])
     return now
 
 

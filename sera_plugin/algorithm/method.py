@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
@@ -110,7 +111,7 @@ class Method:
     ) -> FloatArray:
         """(n,) rewards in `unit` of completions of (n,) tokens; (n,) nats per reward policy."""
         per = lengths if self.per_token else None
-        return implicit_reward(logps, self._weights(iteration), per)
+        return implicit_reward(np.stack(logps), self._weights(iteration), per)
 
     def _weights(self, iteration: int) -> tuple[float, ...]:
         return reward_weights(iteration, self.config.gamma, self.reference_free)
@@ -205,19 +206,13 @@ class Iteration:
 
     def read(self, name: str) -> pa.Table | None:
         """A finished phase's table; None if its file is missing or damaged."""
-        if (self.t, name) not in self.tables:
-            table = self.store.read(self.t, name)
-            if table is None:
-                return None
-            self.tables[self.t, name] = table
-        return self.tables[self.t, name]
+        key = self.t, name
+        if key not in self.tables and (table := self.store.read(*key)) is not None:
+            self.tables[key] = table
+        return self.tables.get(key)
 
     def table(self, name: str) -> pa.Table:
-        """The table of a phase that is finished.
-
-        Raises:
-            ValueError: if its file is missing or damaged.
-        """
+        """The table of a phase that is finished; ValueError if its file is missing or damaged."""
         table = self.read(name)
         if table is None:
             raise ValueError(

@@ -19,17 +19,9 @@ SIDES = ("chosen", "rejected")
 
 
 def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[str, FloatArray]:
-    """log pi_policy of the chosen and rejected completions, (N,) each, in nats.
-
-    Raises:
-        ValueError: naming the first row whose log-probability is not finite.
-    """
-    both = scorer(
-        policy,
-        pairs.prompt_ids.joined(pairs.prompt_ids),
-        pairs.chosen_ids.joined(pairs.rejected_ids),
-        phase,
-    )
+    """log pi_policy of the chosen and rejected completions, (N,) each, in finite nats."""
+    prompts = pairs.prompt_ids.joined(pairs.prompt_ids)
+    both = scorer(policy, prompts, pairs.chosen_ids.joined(pairs.rejected_ids), phase)
     logps = {"chosen": both[: len(pairs)], "rejected": both[len(pairs) :]}
     for side, values in logps.items():
         require_finite(values, f"log-probability of {side}", np.arange(len(pairs)))
@@ -38,9 +30,8 @@ def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[s
 
 def _columns(pairs: Pairs, logps: dict[str, FloatArray]) -> dict[str, Any]:
     lengths = {"chosen": pairs.chosen_ids.lengths, "rejected": pairs.rejected_ids.lengths}
-    return {f"{side}_length": lengths[side] for side in SIDES} | {
-        f"{side}_logp": logps[side] for side in SIDES
-    }
+    named = {f"{side}_length": values for side, values in lengths.items()}
+    return named | {f"{side}_logp": values for side, values in logps.items()}
 
 
 def score(it: Iteration) -> dict[str, FloatArray]:

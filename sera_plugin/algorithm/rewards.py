@@ -31,12 +31,9 @@ _HALVINGS = 20
 
 
 def reward_weights(iteration: int, gamma: float, reference_free: bool) -> tuple[float, ...]:
-    """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward (Eq. 7, Eq. 17).
+    """Weights of log pi_{t-1}, log pi_{t-2}, ... in iteration t's reward, t >= 2 (Eq. 7, Eq. 17).
 
     `gamma` is the weight of the previous reward in the ensemble, 0 to 1.
-
-    Raises:
-        ValueError: for iteration 1, which has no earlier policy to compare with.
     """
     if iteration < 2:
         raise ValueError(f"iteration {iteration} has no implicit reward; selection starts at 2")
@@ -61,11 +58,7 @@ def implicit_reward(
 
 
 def require_finite(values: npt.NDArray[Any], what: str, rows: npt.NDArray[Any]) -> None:
-    """Refuse (n,) numbers of (n,) rows that are not finite.
-
-    Raises:
-        ValueError: naming the first such row, and `what` the numbers are.
-    """
+    """Refuse (n,) numbers that are not finite: a ValueError that names the first one's row."""
     broken = np.flatnonzero(~np.isfinite(values))
     if broken.size:
         raise ValueError(
@@ -81,12 +74,9 @@ def regressed_alpha(rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> float:
     Both are (groups, members). Rewards that are not finite are left out with their lengths.
     """
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
-    known = np.isfinite(reward)
-    count = np.maximum(known.sum(axis=1, keepdims=True), 1)
-    centred = [
-        np.where(known, values - np.where(known, values, 0).sum(1, keepdims=True) / count, 0)
-        for values in (np.where(known, reward, 0), length)
-    ]
+    unknown = ~np.isfinite(reward)
+    both = np.ma.masked_array([reward, length], [unknown, unknown])
+    centred = (both - both.mean(axis=2, keepdims=True)).filled(0)
     variance = float((centred[1] ** 2).sum())
     return float((centred[0] * centred[1]).sum()) / variance if variance else 0.0
 
@@ -97,38 +87,30 @@ def equalizing_alpha(
     """The alpha with which chosen and rejected are equally long on average (DICE).
 
     The mean difference in length falls as alpha grows, so the interval in which it passes zero is
-    halved, starting around the slope within prompts.
+    halved, starting around the slope within prompts. Of the alphas tried the one with the smallest
+    mean difference is taken, the smallest among equals.
 
     Rewards and lengths are (prompts, R), nats and tokens; `pair` takes controlled rewards and gives
-    the (pairs,) differences in length, chosen less rejected. Of the alphas tried the one with the
-    smallest mean difference is taken, the smallest among equals.
+    the (pairs,) differences in length, chosen less rejected.
     """
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
     tried: dict[float, float] = {}
 
     def difference(alpha: float) -> float:
-        found = pair(reward - alpha * length)
-        tried[alpha] = float(found.mean()) if len(found) else 0.0
+        if alpha not in tried:
+            found = pair(reward - alpha * length)
+            tried[alpha] = float(found.mean()) if len(found) else 0.0
         return tried[alpha]
 
     difference(0.0)
     high = 2 * abs(regressed_alpha(reward, length)) or 1.0
     low = -high
-    difference(low)
-    difference(high)
     for _ in range(_HALVINGS):
-        if tried[low] < 0:
+        if difference(low) < 0:
             low *= 2
-            difference(low)
-        elif tried[high] > 0:
+        elif difference(high) > 0:
             high *= 2
-            difference(high)
-        else:
-            break
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if difference(middle) > 0:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if difference(middle) > 0 else (low, middle)
     return min(tried, key=lambda alpha: (abs(tried[alpha]), abs(alpha)))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from sera_plugin.algorithm.algorithm import COUNTS, candidate_places
@@ -16,20 +15,18 @@ from sera_plugin.algorithm.method import Iteration
 from sera_plugin.algorithm.offline import SIDES, rewards
 from sera_plugin.algorithm.protocols import DATASET
 from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.algorithm.selection import BoolArray
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.rundir.tokens import TokenColumn
-
-BoolArray = npt.NDArray[np.bool_]
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
-def quantiles(values: npt.ArrayLike) -> dict[str, float] | None:
+def quantiles(values: npt.NDArray[Any] | Sequence[float]) -> dict[str, float] | None:
     """Quantiles by name ("0.5" is the median), or None of nothing."""
-    array = np.asarray(values, dtype=np.float64)
-    if not array.size:
+    if not np.size(values):
         return None
-    return dict(zip(map(str, _QUANTILES), np.quantile(array, _QUANTILES).tolist(), strict=True))
+    return dict(zip(map(str, _QUANTILES), np.quantile(values, _QUANTILES).tolist(), strict=True))
 
 
 def jaccard(one: BoolArray, other: BoolArray) -> float:
@@ -55,12 +52,10 @@ def noise_found(
 ) -> dict[str, float | None] | None:
     """How well `sera.selection` found the labels that were swapped on purpose; (N,) each.
 
-    Returns:
-        How many of the dropped pairs were swapped (`precision`), how many of the swapped ones were
-        dropped (`recall`, None where none were), and both counts. By chance precision is the share
-        that was swapped, and recall the share that is dropped. None without label noise, and where
-        pairs are not told apart: where all are kept or none, and under a curriculum, where a pair
-        that is not kept has had its turn or is to have it.
+    How many of the dropped pairs were swapped (`precision`), how many of the swapped ones were
+    dropped (`recall`, None where none were), and both counts. By chance precision is the share that
+    was swapped, and recall the share that is dropped. None without label noise, where all pairs are
+    kept or none, and under a curriculum, where what is not kept has had its turn or is to have it.
     """
     if swapped is None or not SELECTIONS[selection].rejects or kept.all() or not kept.any():
         return None
@@ -78,20 +73,16 @@ def summarize(it: Iteration) -> dict[str, Any]:
     method, table = it.method, it.table("offline")
     offline = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     kept = offline.get("selected", np.ones(len(table), dtype=bool))
+    pairs = {"offline": len(table), "kept": int(kept.sum()), "dropped": int((~kept).sum())}
+    pairs |= {"bootstrapped_wanted": method.sampled(it.t)}
+    pairs |= {"bootstrapped_found": 0, "bootstrapped_kept": 0, "trained": pairs["kept"]}
+    initial = it.scores(0)
     summary: dict[str, Any] = {
         "iteration": it.t,
-        "pairs": {
-            "offline": len(table),
-            "kept": int(kept.sum()),
-            "dropped": int((~kept).sum()),
-            "bootstrapped_wanted": method.sampled(it.t),
-            "bootstrapped_found": 0,
-            "bootstrapped_kept": 0,
-            "trained": int(kept.sum()),
-        },
+        "pairs": pairs,
         "lengths": {name: float(offline[f"{name}_length"].mean()) for name in ("prompt", *SIDES)},
         "drift": {
-            side: float((offline[f"{side}_logp"] - it.scores(0)[f"{side}_logp"].to_numpy()).mean())
+            side: float((offline[f"{side}_logp"] - initial[f"{side}_logp"].to_numpy()).mean())
             for side in SIDES
         },
         "seconds": dict(it.phases.seconds),
@@ -105,33 +96,29 @@ def summarize(it: Iteration) -> dict[str, Any]:
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
         summary["margins"] = {name: quantiles(values) for name, values in parts.items()}
         summary |= accuracy("offline_accuracy", margin)
-        both = [offline[f"{side}_length"] for side in SIDES]
-        tokens = 1.0 if method.per_token else float(np.mean(both))
-        middle = summary["margins"]["offline"]
-        summary["spread"] = {"offline": (middle["0.75"] - middle["0.25"]) / tokens}
+        tokens = np.mean([offline[f"{side}_length"] for side in SIDES])
+        spread = np.subtract(*np.quantile(margin, (0.75, 0.25)))
+        summary["spread"] = {"offline": float(spread / (1 if method.per_token else tokens))}
     if it.t > 2:
         previous = it.scores(it.t - 2)["selected"].to_numpy(zero_copy_only=False)
         summary["jaccard_with_previous"] = jaccard(kept, previous)
     trained = {side: offline[f"{side}_length"][kept] for side in SIDES}
     if method.sampled(it.t):
-        sampled = _add_samples(summary, it, it.table("candidates"), it.table("bootstrapped"))
-        trained = {side: np.concatenate([trained[side], sampled[side]]) for side in SIDES}
+        for side, lengths in _add_samples(summary, it).items():
+            trained[side] = np.concatenate([trained[side], lengths])
     for side, lengths in trained.items():
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
     if it.t > 1 and it.read("evaluation") is not None:
-        chosen, rejected = rewards(
-            it, [it.at(policy + 1).table("evaluation") for policy in method.reward_policies(it.t)]
-        )
-        margin = chosen - rejected
+        scores = [it.at(policy + 1).table("evaluation") for policy in method.reward_policies(it.t)]
+        margin = np.subtract(*rewards(it, scores))
         summary["evaluation"] = {"pairs": len(margin), **accuracy("accuracy", margin)}
         summary["evaluation"]["margin"] = quantiles(margin)
     return summary
 
 
-def _add_samples(
-    summary: dict[str, Any], it: Iteration, candidates: pa.Table, bootstrapped: pa.Table
-) -> dict[str, npt.NDArray[np.int32]]:
+def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArray[np.int32]]:
     """Count samples and sampled pairs; returns the lengths of the pairs kept, by side."""
+    candidates, bootstrapped = it.table("candidates"), it.table("bootstrapped")
     selected = bootstrapped.filter(bootstrapped["selected"])
     count = len(candidates) // len(it.pairs)
     tokens = TokenColumn(candidates["token_ids"])
@@ -140,11 +127,12 @@ def _add_samples(
     for who in ("sampler", "labeler"):
         summary[who] = json.loads((candidates.schema.metadata or {}).get(who.encode(), b"{}"))
     metadata = bootstrapped.schema.metadata or {}
-    sampled = pc.not_equal(candidates["finish_reason"], DATASET).to_numpy()
+    reasons = candidates["finish_reason"]
+    sampled = pc.not_equal(reasons, DATASET).to_numpy()
     summary["samples"] = {
         "prompts": len(differ),
         "sampled": int(sampled.sum()),
-        "unfinished": int(pc.equal(candidates["finish_reason"], "length").to_numpy().sum()),
+        "unfinished": int(pc.equal(reasons, "length").to_numpy().sum()),
         **{name: int(metadata.get(name.encode(), 0)) for name in COUNTS},
     }
     if it.method.config.length_control != "none":

@@ -29,12 +29,8 @@ def _step(path: Path) -> int | None:
 
 def steps(output_dir: Path) -> list[int]:
     """The optimizer steps of all finished checkpoints, ascending; damaged ones included."""
-    found = map(_step, output_dir.glob("checkpoint-*"))
-    return sorted(
-        step
-        for step in found
-        if step is not None and (checkpoint(output_dir, step) / SUMS).exists()
-    )
+    finished = [path.parent for path in output_dir.glob(f"checkpoint-*/{SUMS}")]
+    return sorted(step for step in map(_step, finished) if step is not None)
 
 
 def newest(output_dir: Path) -> int | None:
@@ -51,8 +47,7 @@ def newest(output_dir: Path) -> int | None:
 def named(output_dir: Path, asked: str) -> int:
     """The step of a checkpoint that the YAML asks for (`resume_from_checkpoint`).
 
-    Raises:
-        ValueError: if it is none of this run's checkpoints, or not whole.
+    A ValueError if it is none of this run's checkpoints, or not whole.
     """
     path = Path(asked)
     step = _step(path)
@@ -62,14 +57,12 @@ def named(output_dir: Path, asked: str) -> int:
             "run continues in its own directory: set output_dir to the one that holds the "
             "checkpoint, or use `auto_resume_from_checkpoints: true`."
         )
-    problem = damage(path)
-    if problem is not None:
+    if problem := damage(path):
         usable = [n for n in steps(output_dir) if damage(checkpoint(output_dir, n)) is None]
-        whole = ", ".join(map(str, usable)) or "none"
         raise ValueError(
             f"resume_from_checkpoint: {asked} cannot be used: {problem}. Whole checkpoints: "
-            f"{whole}. Name another one, or use `auto_resume_from_checkpoints: true`, which takes "
-            "the newest whole one."
+            f"{', '.join(map(str, usable)) or 'none'}. Name another one, or use "
+            "`auto_resume_from_checkpoints: true`, which takes the newest whole one."
         )
     return step
 
@@ -87,8 +80,7 @@ def set_aside(output_dir: Path, last: int) -> None:
         if not (path / SUMS).exists():
             shutil.rmtree(path)
             continue
-        target = output_dir / f"set-aside-{path.name}"
-        numbers = count(1)
+        target, numbers = output_dir / f"set-aside-{path.name}", count(1)
         while target.exists():
             target = output_dir / f"set-aside-{path.name}.{next(numbers)}"
         path.rename(target)

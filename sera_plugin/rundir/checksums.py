@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,12 +22,11 @@ SUMS = "SHA256SUMS"
 _SHORT = 16
 #: Bytes of free space at which a disk counts as full: less than a file system keeps for itself.
 _NEXT_TO_NOTHING = 2**16
-_REMEDIES: dict[int | None, str] = {
+_REMEDIES = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space, or have the quota raised",
     errno.EROFS: "Make it writable, or {elsewhere}",
-    errno.EACCES: "Change the permissions, or {elsewhere}",
-    errno.EPERM: "Change the permissions, or {elsewhere}",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Change the permissions, or {elsewhere}"),
 }
 
 
@@ -51,11 +51,8 @@ def digest(path: Path) -> str:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, list its checksum, and rename it into place.
 
-    Whenever the process ends, the place holds the whole old file or the whole new one, and the
-    list knows it. `write` is called with the path to write to.
-
-    Raises:
-        OSError: if it cannot be written, with what to do about it. The old file is still there.
+    Whenever the process ends, and where it cannot be written, the place holds the whole old file or
+    the whole new one, and the list knows it. `write` is called with the path to write to.
     """
     with _beside(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,12 +100,12 @@ def is_whole(path: Path) -> bool:
 
 def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> None:
     """Like `replace_file`, with the checksum in the name: many may add to one directory."""
-    named = Path(name)
-    with _beside(directory / name) as partial:
+    path = directory / name
+    with _beside(path) as partial:
         directory.mkdir(parents=True, exist_ok=True)
         write(partial)
         _flush(partial)
-        partial.replace(directory / f"{named.stem}-{digest(partial)[:_SHORT]}{named.suffix}")
+        partial.replace(path.with_stem(f"{path.stem}-{digest(partial)[:_SHORT]}"))
         _flush(directory)
 
 
@@ -118,11 +115,7 @@ def is_named_right(path: Path) -> bool:
 
 
 def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a directory beside its place, seal it, and rename it into place of what is there.
-
-    Raises:
-        OSError: if it cannot be written, with what to do about it.
-    """
+    """Write a directory beside its place, seal it, and rename it into place of what is there."""
     with _beside(path) as partial:
         partial.mkdir(parents=True)
         write(partial)
@@ -166,11 +159,11 @@ def _read(directory: Path) -> dict[str, tuple[str, ...]]:
         text = (directory / SUMS).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return {}
-    sums: dict[str, tuple[str, ...]] = {}
+    sums: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for line in text.splitlines():
         checksum, _, name = line.partition("  ")
         if len(checksum) == 64 and name:
-            sums[name] = (*sums.get(name, ()), checksum)
+            sums[name] += (checksum,)
     return sums
 
 
@@ -197,28 +190,22 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
-    """Say what to do about a disk that does not take a file in `directory`.
-
-    Raises:
-        OSError: instead of any error that comes from a full or closed disk.
-    """
+    """Say in an OSError what to do about a full or closed disk that takes no file in `directory`."""
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        # Libraries written in other languages report a full disk in words of their own.
-        if number not in _REMEDIES and _is_full(directory):
+        number = getattr(error, "errno", None)
+        if number not in _REMEDIES:
+            # Libraries written in other languages report a full disk in words of their own.
+            there = next(
+                path for path in (directory, *directory.absolute().parents) if path.exists()
+            )
+            if shutil.disk_usage(there).free >= _NEXT_TO_NOTHING:
+                raise
             number = errno.ENOSPC
-        if number is None or number not in _REMEDIES:
-            raise
         remedy = _REMEDIES[number].format(elsewhere=advice.elsewhere)
         raise OSError(
             number,
             f"{directory} takes no more files: {os.strerror(number)}. {remedy}, then "
             f"{advice.then}. Nothing that was finished is lost",
         ) from error
-
-
-def _is_full(directory: Path) -> bool:
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free < _NEXT_TO_NOTHING

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -42,11 +43,10 @@ class Journal:
             content = path.read_bytes()
             self._torn = bool(content) and not content.endswith(b"\n")
             for line in content.splitlines():
-                try:
+                # A line that a process died in has none.
+                with suppress(ValueError, KeyError, TypeError, AttributeError):
                     record = json.loads(line)
                     self._records[record.pop("key")] = record
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    continue  # a process died within it
 
     def __contains__(self, key: str) -> bool:
         return key in self._records
@@ -55,12 +55,7 @@ class Journal:
         return self._records.get(key)
 
     def add(self, key: str, record: Mapping[str, Any]) -> None:
-        """Write a record.
-
-        Raises:
-            ValueError: if another process writes to the file.
-            OSError: if the disk does not take it, with what to do.
-        """
+        """Write a record. A ValueError if another process writes to the file."""
         line = json.dumps({"key": key, **record}, ensure_ascii=True).encode() + b"\n"
         with self._lock, explained(self.path.parent, self._advice):
             if self._file is None:
@@ -77,16 +72,16 @@ class Journal:
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                return file
             os.close(file)
+            if not isinstance(error, BlockingIOError):
+                raise
             raise ValueError(
                 f"{self.path} is being written by another process. Wait for it or end it, then "
                 "start the same command again."
             ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-                os.close(file)
-                raise
         return file
 
     def close(self) -> None:

@@ -10,8 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -57,6 +56,17 @@ def log_on_stderr() -> Iterator[None]:
         LOG.propagate = propagate
 
 
+class _Log:
+    """The log as a file that tqdm writes to."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            LOG.info("%s", line)
+
+    def flush(self) -> None:
+        pass
+
+
 @contextmanager
 def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[Advance]:
     """A phase under way; yields what to call with the units (in the singular) that are done.
@@ -65,55 +75,25 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
     when the phase begins, one a minute while it lasts, and one at its end if it lasted that long.
     An estimate of the total will do. Quiet where another rank shows all this.
     """
-    description = f"SeRA: {what}"
-    if quiet:
-        yield lambda done, note="": None
-    elif sys.stderr.isatty():
-        scale = total > _COUNTED
-        with tqdm(total=total, unit=f" {unit}", unit_scale=scale, desc=description) as bar:
+    how: dict[str, Any] = {"desc": f"SeRA: {what}", "unit": f" {unit}", "disable": quiet}
+    if not sys.stderr.isatty():
+        # The average rate, and nothing at the end of a phase that fails.
+        how |= {"file": _Log(), "bar_format": _LINE, "smoothing": 0, "leave": False}
+        how |= {"mininterval": EVERY, "delay": EVERY, "miniters": 1}
+        if not quiet:
+            LOG.info("%s: %s %ss", how["desc"], f"{total:,}", unit)
+    with tqdm(total=total, unit_scale=total > _COUNTED, **how) as bar:
 
-            def advance(done: int, note: str = "") -> None:
-                if note:
-                    bar.set_postfix_str(note, refresh=False)
-                bar.update(done)
+        def advance(done: int, note: str = "") -> None:
+            if note:
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(done)
 
-            yield advance
-            bar.total = bar.n
+        yield advance
+        bar.total, bar.leave = bar.n, True
+    if not quiet:
         with above_bars():  # clears what is left of the bar
             pass
-    else:
-        LOG.info("%s: %s %ss", description, f"{total:,}", unit)
-        yield from _lines(description, total, unit)
-
-
-def _lines(description: str, total: int, unit: str) -> Iterator[Advance]:
-    finished, last_note = 0, ""
-    began = told = monotonic()
-
-    def tell(of: int) -> None:
-        nonlocal told
-        told = monotonic()
-        line = tqdm.format_meter(
-            finished,
-            of,
-            told - began,
-            prefix=description,
-            unit=f" {unit}",
-            unit_scale=of > _COUNTED,
-            bar_format=_LINE,
-            postfix=last_note,
-        )
-        LOG.info("%s", line)
-
-    def advance(done: int, note: str = "") -> None:
-        nonlocal finished, last_note
-        finished, last_note = finished + done, note
-        if monotonic() - told >= EVERY:
-            tell(total)
-
-    yield advance
-    if told > began:
-        tell(finished)
 
 
 def told(rows: Sequence[Row], what: str, unit: str, quiet: bool = False) -> Iterator[Row]:

@@ -50,10 +50,8 @@ class Shard:
 
     def idle(self, pieces: Sequence[T]) -> int:
         """How many turns this part has nothing to do in while another has (in step)."""
-        if not self.in_step:
-            return 0
-        turns = -(-len(pieces) // self.count)
-        return turns - len(pieces[self.index :: self.count])
+        turns = -(-len(pieces) // self.count) if self.in_step else 0
+        return turns and turns - len(pieces[self.index :: self.count])
 
 
 WHOLE, NO_PART = Shard(), Shard(0, 0)
@@ -83,10 +81,7 @@ class Ranks:
     def engine_shard(self, size: int) -> Shard:
         """This rank's part if every `size` ranks of a machine lend their devices to one engine.
 
-        The first of them has the engine, the others have no part.
-
-        Raises:
-            ValueError: if the ranks of a machine cannot be grouped so.
+        The first of them has the engine, the others have no part. ValueError if they do not divide.
         """
         if self.world == 1 or size == 1:
             return self.shard

@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,18 @@ _TYPES: dict[str, pa.DataType] = {
 
 def make_table(columns: Mapping[str, Any]) -> pa.Table:
     """A table with the run directory's column types (unknown columns keep their own)."""
-    return pa.table({name: _column(values, _TYPES.get(name)) for name, values in columns.items()})
-
-
-def _column(values: Any, kind: pa.DataType | None) -> pa.Array | pa.ChunkedArray:
-    if isinstance(values, TokenColumn):
-        return values.to_arrow()
-    return values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)
+    found = dict(columns)
+    for name, values in columns.items():
+        if isinstance(values, TokenColumn):
+            found[name] = values.to_arrow()
+        elif not isinstance(values, pa.Array | pa.ChunkedArray):
+            found[name] = pa.array(values, _TYPES.get(name))
+    return pa.table(found)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file in one piece."""
-    replace_file(path, lambda partial: _write_parquet(table, partial))
-
-
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    pq.write_table(table, path, compression="zstd")
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
 def _read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -112,17 +109,13 @@ class RunStore:
         self.ranks = ranks or Ranks()
         self._reported: set[Path] = set()
         #: Chunks of samples by iteration: counting files again for each would take N^2 steps.
-        self._chunks: dict[int, int] = {}
+        self._chunks: dict[int, Iterator[int]] = {}
 
     def lock(self) -> None:
-        """Keep other runs out of this directory until this process ends.
+        """Keep other runs out of this directory until this process ends; ValueError if one has it.
 
         The lock is the operating system's and goes with the process, however that ends: a lock
         file that a killed run has left holds nobody up.
-
-        Raises:
-            ValueError: if another process has the directory, naming it.
-            OSError: if nothing can be written there.
         """
         path = self.root.absolute() / "lock"
         if not self.ranks.main or path in _LOCKS:
@@ -154,11 +147,7 @@ class RunStore:
         write_json(self.run_file, description)
 
     def description(self) -> dict[str, Any] | None:
-        """run.json, or None where no run has begun.
-
-        Raises:
-            ValueError: if it is damaged. Then it is unknown what the run was.
-        """
+        """run.json, or None where no run has begun. A ValueError if it is damaged."""
         if not self.run_file.exists():
             return None
         if not is_whole(self.run_file):
@@ -192,12 +181,11 @@ class RunStore:
         for path in self.root.glob("iteration-*"):
             # Only what is named as ours; of a link the link, never what it leads to.
             match = re.fullmatch(r"iteration-([0-9]{2,})", path.name)
-            if match is None or int(match[1]) <= iteration:
-                continue
-            if path.is_symlink():
-                path.unlink()
-            elif path.is_dir():
-                shutil.rmtree(path)
+            if match and int(match[1]) > iteration:
+                if path.is_symlink():
+                    path.unlink()
+                elif path.is_dir():
+                    shutil.rmtree(path)
 
     def policy(self, iteration: int) -> Path:
         """Where theta_{t-1}, the policy iteration t starts from, is kept."""
@@ -211,12 +199,11 @@ class RunStore:
         """Whether a finished file is there; one that is damaged is said once, and not there."""
         if not path.exists():
             return False
-        if check(path):
-            return True
-        if path not in self._reported:
+        whole = check(path)
+        if not whole and path not in self._reported:
             self._reported.add(path)
             LOG.warning("SeRA: %s is damaged (its checksum differs) and is not used", path)
-        return False
+        return whole
 
     @_on_main
     def write(self, iteration: int, name: str, table: pa.Table) -> None:
@@ -256,36 +243,32 @@ class RunStore:
         """
         directory, rank = self.samples(iteration), f"{self.ranks.rank:03d}"
         if iteration not in self._chunks:
-            self._chunks[iteration] = len(list(directory.glob(f"{rank}-*.parquet")))
-        add_file(
-            directory,
-            f"{rank}-{self._chunks[iteration]:06d}.parquet",
-            lambda path: _write_parquet(table, path),
-        )
-        self._chunks[iteration] += 1
+            self._chunks[iteration] = count(len(list(directory.glob(f"{rank}-*.parquet"))))
+        name = f"{rank}-{next(self._chunks[iteration]):06d}.parquet"
+        add_file(directory, name, lambda path: pq.write_table(table, path, compression="zstd"))
 
-    def _whole_chunks(self, iteration: int) -> list[Path]:
+    def _chunks_read(self, iteration: int, columns: Sequence[str] | None = None) -> list[pa.Table]:
         """Rows of a damaged chunk are sampled again."""
         files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
-        return [file for file in files if self._whole(file, is_named_right)]
+        whole = [file for file in files if self._whole(file, is_named_right)]
+        return [_read_parquet(file, columns) for file in whole]
 
     def sampled_rows(self, iteration: int) -> npt.NDArray[np.int64]:
         """The rows whose candidates are in whole chunks, ascending."""
-        rows = [_read_parquet(file, ["row"])["row"] for file in self._whole_chunks(iteration)]
+        rows = [table["row"] for table in self._chunks_read(iteration, ["row"])]
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
 
     def read_samples(self, iteration: int) -> pa.Table | None:
         """All whole chunks in the order of (row, candidate), or None."""
-        whole = self._whole_chunks(iteration)
-        if not whole:
+        chunks = self._chunks_read(iteration)
+        if not chunks:
             return None
-        table = pa.concat_tables([_read_parquet(file) for file in whole])
+        table = pa.concat_tables(chunks)
         order = np.lexsort((table["candidate"].to_numpy(), table["row"].to_numpy()))
-        columns = zip(table.column_names, table.columns, strict=True)
-        lists = {name: TokenColumn(one) for name, one in columns if one.type == TOKENS}
-        return make_table(
-            {name: lists.get(name, table[name]).take(order) for name in table.column_names}
-        )
+        columns = {name: table[name] for name in table.column_names}
+        if "token_ids" in columns:
+            columns["token_ids"] = TokenColumn(columns["token_ids"])
+        return make_table({name: values.take(order) for name, values in columns.items()})
 
     @_on_main
     def remove_samples(self, iteration: int) -> None:
