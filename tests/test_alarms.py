@@ -236,4 +236,6 @@ def test_rounding_is_what_the_gate_calls_rounding():
     from sera_plugin.model.gate import FLOAT32_LIMIT
 
     # Of an answer of 100 tokens: rounding grows with their square root.
-    assert FLOAT32_LIMIT * math.sqrt(100) / 100 == pytest.approx(alarms.SPREAD)
+    assert FLOAT32_LIMIT * math.sqrt(100) / 100 == pytest.approx(
+        alarms.ALARMS["constant_rewards"][0]
+    )

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
-from sera_plugin.algorithm.protocols import FloatArray, Labeler, Ranked
-from sera_plugin.algorithm.rewards import equalizing_alpha, regressed_alpha
+from sera_plugin.algorithm.protocols import Labeler, Ranked
+from sera_plugin.algorithm.rewards import FloatArray, equalizing_alpha, regressed_alpha
 from sera_plugin.algorithm.selection import (
     Annotations,
     annotate,
@@ -261,6 +261,7 @@ def test_regressed_alpha_by_hand():
     assert regressed_alpha([[1, 2]], [[3, 3]]) == 0.0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.floats(-0.5, 0.5))
 def test_auto_makes_chosen_and_rejected_equally_long(seed, slope):
     rng = np.random.default_rng(seed)

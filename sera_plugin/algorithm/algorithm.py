@@ -32,16 +32,12 @@ COUNTS = ("duplicates", "ties", "too_few", "unranked")
 
 
 def prepare(it: Iteration) -> pa.Table:
-    """Everything between two epochs (Algorithm 1, lines 3 to 9).
+    """Everything between two epochs (Algorithm 1, lines 3 to 9): D_t.
 
-    Returns:
-        D_t with columns prompt_ids, chosen_ids, rejected_ids (token ids), ref_chosen_logps,
-        ref_rejected_logps (under the reference) and policy_chosen_logps, policy_rejected_logps
-        (log pi_{t-1}): kept offline pairs in row order, then sampled pairs.
-
-    Raises:
-        ValueError: naming the row or candidate whose log-probability is not finite, or if D_t is
-            empty.
+    Its columns are prompt_ids, chosen_ids, rejected_ids (token ids), ref_chosen_logps,
+    ref_rejected_logps (under the reference) and policy_chosen_logps, policy_rejected_logps
+    (log pi_{t-1}): kept offline pairs in row order, then sampled pairs. A log-probability that is
+    not finite is a ValueError that names its row, and so is an empty D_t.
     """
     restore(it, {*it.method.reward_policies(it.t), it.method.reference(it.t)})
     offline = it.once("offline", lambda: select(it, score(it)))  # lines 4 and 5
@@ -182,13 +178,10 @@ def union(
     candidates: pa.Table | None = None,
     bootstrapped: pa.Table | None = None,
 ) -> pa.Table:
-    """D_t from the run directory's tables: token ids and log-probabilities.
+    """D_t from the run directory's tables: token ids and log-probabilities; ValueError if empty.
 
     `reference` is offline.parquet of the iteration that began from the reference; the others are
     the iteration's own, the last two if it samples.
-
-    Raises:
-        ValueError: if D_t is empty.
     """
     rows = np.arange(len(pairs))
     if "selected" in offline.column_names:
@@ -204,13 +197,14 @@ def union(
         rows = np.concatenate([rows, selected["row"].to_numpy()])
         sampled = TokenColumn(candidates["token_ids"])
         policy = pc.list_element(candidates["logps"], 0).to_numpy()
-        other = "reference_logp" in candidates.column_names
-        kinds = {"policy": policy, "ref": candidates["reference_logp"] if other else policy}
+        kinds = {"policy": policy, "ref": policy}
+        if "reference_logp" in candidates.column_names:
+            kinds["ref"] = candidates["reference_logp"].to_numpy()
         for side, places in candidate_places(candidates, selected).items():
             token_ids[side] = token_ids[side].joined(sampled.take(places))
             for kind, values in kinds.items():
                 name = f"{kind}_{side}_logps"
-                logps[name] = np.concatenate([logps[name], np.asarray(values)[places]])
+                logps[name] = np.concatenate([logps[name], values[places]])
     if not len(rows):
         raise ValueError(
             "nothing is left to train on: no offline pair is kept and no two candidates of a "

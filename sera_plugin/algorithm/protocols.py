@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.rundir.tokens import TokenColumn
 
 if TYPE_CHECKING:
     from sera_plugin.algorithm.method import Method
 
-FloatArray = npt.NDArray[np.float64]
 TokenIds = npt.NDArray[np.int32]
 
 #: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
@@ -64,6 +64,10 @@ Chunk = list[tuple[int, list[Candidate]]]
 Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
 
 
+#: Given (policy, prompts, completions, phase): (n,) log pi_policy(completion | prompt) in nats.
+Scorer = Callable[[int, Sequence[Any], Sequence[Any], str], FloatArray]
+
+
 class CandidateSampler(Protocol):
     """Samples R candidates for each prompt from the current policy."""
 
@@ -80,23 +84,8 @@ class CandidateSampler(Protocol):
         """Yield finished chunks of (row, its R candidates), in any order.
 
         Rows in `skip` were sampled by an earlier, interrupted call; what the others give does not
-        depend on it.
-
-        Raises:
-            ValueError: for a prompt that leaves no room to sample.
-            SamplingFailed: if an engine outside this process does not do its work.
+        depend on it. ValueError for a prompt that leaves no room, SamplingFailed from an engine.
         """
-        ...
-
-
-class Scorer(Protocol):
-    """log pi(completion | prompt) under any of the policies that are still at hand."""
-
-    def __call__(
-        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
-    ) -> FloatArray:
-        """(n,) summed log-probabilities in nats under theta_policy."""
-        ...
 
 
 @dataclass(frozen=True)

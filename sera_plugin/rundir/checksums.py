@@ -190,16 +190,14 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
-    """Say in an OSError what to do about a full or closed disk that takes no file in `directory`."""
+    """Say in an OSError what to do about a full or closed disk that `directory` is on."""
     try:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
         if number not in _REMEDIES:
             # Libraries written in other languages report a full disk in words of their own.
-            there = next(
-                path for path in (directory, *directory.absolute().parents) if path.exists()
-            )
+            there = next(path for path in (directory / "x").absolute().parents if path.exists())
             if shutil.disk_usage(there).free >= _NEXT_TO_NOTHING:
                 raise
             number = errno.ENOSPC
