@@ -216,11 +216,8 @@ def fill(disk: Path) -> None:
 def bench(world, tmp_path_factory):
     """Runs that are killed and continued; each kind's uninterrupted run is made once."""
     from tests.crash.points import Bench
-    from tests.crash.process import ForkServer
 
-    directory = tmp_path_factory.mktemp("crash")
-    with ForkServer(directory / "server.log") as server:
-        yield Bench(directory, world.directory, server)
+    return Bench(tmp_path_factory.mktemp("crash"), world.directory)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from sera_plugin.rundir.store import RunStore, make_table
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
 from tests.crash.points import KINDS, LABELS, PHASES, Point, Verdict, choose_points
-from tests.crash.process import Job
+from tests.crash.process import run
 from tests.crash.report import BEGIN, END, write_table
 from tests.crash.report import make_table as make_markdown
 
@@ -156,13 +156,13 @@ def test_two_uninterrupted_runs_are_equal_and_whatever_differs_is_found(bench, t
 @pytest.mark.slow
 def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
     directory = bench.prepare("full", bench.directory / "killed")
-    assert bench.server.run(Job(str(directory), kill=("sample-chunk", 3))).how == "killed"
+    assert run(directory, kill=("sample-chunk", 3)).how == "killed"
     assert len(list((directory / "out/sera/iteration-02/samples").iterdir())) == 3
     (events,) = read_trace(directory)
     assert events[-1]["event"] == "kept"
     # Killed from outside, at once after set-up: nothing is scored yet.
     directory = bench.prepare("full", bench.directory / "killed")
-    assert bench.server.run(Job(str(directory), after=0.0)).how == "killed"
+    assert run(directory, after=0.0).how == "killed"
     assert not (directory / "out/sera/iteration-01/summary.json").exists()
 
 

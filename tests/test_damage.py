@@ -10,9 +10,9 @@ from random import Random
 import pytest
 import yaml
 
+from tests.crash import process
 from tests.crash.compare import differences, left_behind
 from tests.crash.points import last_words
-from tests.crash.process import Job
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def kill(bench, kind: str, place: tuple[str, int]) -> Path:
     if not directory.exists():
         bench.whole(kind)
         bench.prepare(kind, directory)
-        assert bench.server.run(Job(str(directory), kill=place)).how == "killed"
+        assert process.run(directory, kill=place).how == "killed"
     return directory
 
 
@@ -50,7 +50,7 @@ def carry_on(bench, killed):
         sera = config["sera"] | keys.pop("sera", {})
         (directory / "config.yaml").write_text(yaml.safe_dump(config | keys | {"sera": sera}))
         change(directory / "out")
-        return directory, bench.server.run(Job(str(directory))).how
+        return directory, process.run(directory).how
 
     return run
 

@@ -6,12 +6,12 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
+from tests.conftest import make_world
 from tests.crash.points import CHAIN, KINDS, PHASES, RANDOM, Bench, Point, Verdict, choose_points
-from tests.crash.process import ForkServer, Job
 from tests.crash.report import make_table, write_table
 
 
@@ -39,16 +39,12 @@ def main() -> int:
     directory.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     verdicts: list[Verdict] = []
-    with ForkServer(directory / "server.log") as server:
-        world = directory / "world"
-        world.mkdir()
-        if server.run(Job(str(world), call="world")).how != "finished":
-            raise RuntimeError(f"the world could not be made; see {world / 'log.txt'}")
-        bench = Bench(directory, world, server, arguments.seed)
-        for point in arguments.only or _points(bench, arguments):
-            verdict = bench.try_point(point)
-            verdicts.append(verdict)
-            _tell(verdict, bench, len(verdicts))
+    bench = Bench(directory, make_world(directory / "world").directory, arguments.seed)
+    # First a second uninterrupted run of each kind, which must not differ either.
+    chosen = choose_points(bench, arguments.kinds, arguments.points, arguments.seed)
+    for point in arguments.only or chain(map(Point, arguments.kinds), chosen):
+        verdicts.append(bench.try_point(point))
+        _tell(verdicts[-1], bench, len(verdicts))
     table = make_table(verdicts)
     seconds = perf_counter() - start
     bad = [verdict for verdict in verdicts if not verdict.good]
@@ -60,12 +56,6 @@ def main() -> int:
     if not bad and not arguments.directory:
         shutil.rmtree(directory)
     return 1 if bad else 0
-
-
-def _points(bench: Bench, arguments: argparse.Namespace) -> Iterator[Point]:
-    """First a second uninterrupted run of each kind, which must not differ either."""
-    yield from map(Point, arguments.kinds)
-    yield from choose_points(bench, arguments.kinds, arguments.points, arguments.seed)
 
 
 def _tell(verdict: Verdict, bench: Bench, number: int) -> None:

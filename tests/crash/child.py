@@ -16,8 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +109,12 @@ class Watch:
             # Only a tree that is being removed has its entries named below an open directory.
             self.hit("rotation" if self._removing == "checkpoint" else "clean")
 
-    @contextmanager
-    def _renaming(self, target: Any) -> Iterator[None]:
-        self.settle()
+    def _renaming(self, target: Any, when: str) -> None:
         place = self.place(target)
-        before, after = "rename-before", "rename-after"
         if place == "checkpoint":
-            before = after = "checkpoint-file"
-        if place not in ("run", "policy", "checkpoint"):
-            yield
-            return
-        self.hit(before)
-        yield
-        self.hit(after)
+            self.hit("checkpoint-file")
+        elif place in ("run", "policy"):
+            self.hit(f"rename-{when}")
 
     # -------------------------------------------------------------- wrapping
 
@@ -141,7 +133,12 @@ class Watch:
 
         sys.addaudithook(self.audit)
         for name in ("rename", "replace"):
-            wrap(os, name, around=lambda source, target, **_: self._renaming(target))
+            wrap(
+                os,
+                name,
+                before=lambda _, target: (self.settle(), self._renaming(target, "before")),
+                after=lambda _, source, target: self._renaming(target, "after"),
+            )
         # These write without Python's `open`.
         for owner, name in (
             (transformers.modeling_utils, "safe_save_file"),
@@ -152,11 +149,11 @@ class Watch:
             wrap(
                 owner,
                 name,
-                before=lambda *_, **__: self.settle(),
-                after=lambda _, what, path, *__, **___: self.wrote(path),
+                before=lambda *_: self.settle(),
+                after=lambda _, what, path, *rest: self.wrote(path),
             )
         # The last file of a checkpoint is complete here, not when the next one is opened.
-        wrap(TrainerState, "save_to_json", after=lambda *_, **__: self.settle())
+        wrap(TrainerState, "save_to_json", after=lambda *_: self.settle())
 
     def _watch_phases(self, set_up: Callable[[], None]) -> None:
         import sera_plugin.model.scoring
@@ -170,46 +167,20 @@ class Watch:
         for module in (sera_plugin.model.scoring, sera_plugin.sampling.samplers):
             module.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[attr-defined]
 
-        def opened(*_: Any, **__: Any) -> None:
-            self.tell("open")
-            set_up()
-
-        wrap(Loop, "open", before=opened)
-
-        def begins(loop: Any, iteration: int, *_: Any, **__: Any) -> None:
+        def begins(loop: Any, iteration: int, *_: Any) -> None:
             self.iteration = iteration
             self.hit("boundary")
 
-        def began(prepared: Any, loop: Any, iteration: int, *_: Any, **__: Any) -> None:
+        def began(prepared: Any, loop: Any, iteration: int, *_: Any) -> None:
             digest = sha(json.dumps(prepared[0].to_pydict()))
             self.tell("begin", iteration=iteration, pairs=digest)
-
-        wrap(Loop, "begin", before=begins, after=began)
-        wrap(
-            Loop,
-            "end",
-            before=lambda *_, **__: self.hit("boundary"),
-            after=lambda *_, **__: self.hit("boundary"),
-        )
 
         def scores(scorer: Any, policy: int, prompts: Any, completions: Any, phase: str) -> None:
             self._scoring = phase.replace("_", "-")
 
-        wrap(PolicyScorer, "__call__", before=scores)
-        wrap(
-            sera_plugin.model.scoring,
-            "forward_logps",
-            before=lambda *_, **__: self.hit(self._scoring),
-        )
-
-        @contextmanager
-        def sampling(sampler: Any, *_: Any, **__: Any) -> Iterator[None]:
+        def sampling(sampler: Any, *_: Any) -> None:
             model = innermost(sampler.model)
-            handle = model.register_forward_pre_hook(lambda *_: self.hit("sample-token"))
-            yield
-            handle.remove()
-
-        wrap(TransformersSampler, "_generate", around=sampling)
+            self._hook = model.register_forward_pre_hook(lambda *_: self.hit("sample-token"))
 
         def sampled(event: str, iteration: int, table: Any) -> None:
             self.tell(event, iteration=iteration, rows=sorted(set(table["row"].to_pylist())))
@@ -218,6 +189,14 @@ class Watch:
             sampled("kept", iteration, table)
             self.hit("sample-chunk")
 
+        boundary = [lambda *_: self.hit("boundary")] * 2
+        wrap(Loop, "open", before=lambda *_: (self.tell("open"), set_up()))
+        wrap(Loop, "begin", before=begins, after=began)
+        wrap(Loop, "end", *boundary)
+        wrap(PolicyScorer, "__call__", before=scores)
+        module = sera_plugin.model.scoring
+        wrap(module, "forward_logps", before=lambda *_: self.hit(self._scoring))
+        wrap(TransformersSampler, "_generate", sampling, lambda *_: self._hook.remove())
         wrap(
             RunStore,
             "append_samples",
@@ -231,40 +210,37 @@ class Watch:
 
         from sera_plugin.host.trainer import SeraTrainer
 
-        @contextmanager
-        def stepping(trainer: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        def steps(trainer: Any, model: Any, inputs: Any, *_: Any) -> None:
             self.hit("micro-batch")
-            batch = sha(*(inputs[key].cpu().numpy().tobytes() for key in sorted(inputs)))
-            loss: list[Any] = []
-            yield loss.append
+            self._batch = sha(*(inputs[key].cpu().numpy().tobytes() for key in sorted(inputs)))
+
+        def stepped(loss: Any, trainer: Any, *_: Any) -> None:
             step = trainer.state.global_step
             self._step = (step, self._step[1] + 1 if self._step[0] == step else 0)
             at = {"iteration": self.iteration, "step": self._step}
-            self.tell("step", **at, batch=batch, loss=float(loss[0]).hex())
+            self.tell("step", **at, batch=self._batch, loss=float(loss).hex())
 
-        wrap(SeraTrainer, "training_step", around=stepping)
-
-        def evaluated(metrics: Any, trainer: Any, *_: Any, **__: Any) -> None:
+        def evaluated(metrics: Any, trainer: Any, *_: Any) -> None:
             # Before its first epoch the host evaluates what it has loaded, wherever that is.
             if self.iteration:
                 loss = float(metrics["eval_loss"]).hex()
                 self.tell("evaluation", step=trainer.state.global_step, loss=loss)
 
+        def trained(*_: Any) -> None:
+            self.settle()
+            self.hit("before-final")
+            self.trained = True
+
+        wrap(SeraTrainer, "training_step", before=steps, after=stepped)
         wrap(SeraTrainer, "evaluate", after=evaluated)
         for name, phase in (
             ("on_pre_optimizer_step", "optimizer"),
             ("on_optimizer_step", "optimizer"),
             ("on_epoch_end", "boundary"),
         ):
-            wrap(CallbackHandler, name, before=lambda *_, _p=phase, **__: self.hit(_p))
-        wrap(CallbackHandler, "on_save", after=lambda *_, **__: self.hit("checkpoint-after"))
-
-        def trained(*_: Any, **__: Any) -> None:
-            self.settle()
-            self.hit("before-final")
-            self.trained = True
-
-        wrap(CallbackHandler, "on_train_end", after=lambda *_, **__: self.hit("before-final"))
+            wrap(CallbackHandler, name, before=lambda *_, phase=phase: self.hit(phase))
+        wrap(CallbackHandler, "on_save", after=lambda *_: self.hit("checkpoint-after"))
+        wrap(CallbackHandler, "on_train_end", after=lambda *_: self.hit("before-final"))
         wrap(axolotl.train, "save_trained_model", before=trained)
 
 
@@ -276,32 +252,27 @@ def sha(*parts: bytes | str) -> str:
     return digest.hexdigest()[:16]
 
 
+def nothing(*_: Any) -> None:
+    pass
+
+
 def wrap(
     owner: Any,
     name: str,
-    before: Callable[..., None] | None = None,
-    after: Callable[..., None] | None = None,
-    around: Callable[..., Any] | None = None,
+    before: Callable[..., object] = nothing,
+    after: Callable[..., object] = nothing,
 ) -> None:
-    """Call something before a function, after it (with its result first), or around it.
+    """Call something before a function, and after it with its result first.
 
-    A context manager that yields a callable is given the function's result through it.
+    Both get the positional arguments.
     """
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if around is not None:
-            with around(*args, **kwargs) as take:
-                result = original(*args, **kwargs)
-                if take is not None:
-                    take(result)
-            return result
-        if before is not None:
-            before(*args, **kwargs)
+        before(*args)
         result = original(*args, **kwargs)
-        if after is not None:
-            after(result, *args, **kwargs)
+        after(result, *args)
         return result
 
     setattr(owner, name, wrapped)

@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import adapter, make_config
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
-from tests.crash.process import ForkServer, Job
+from tests.crash.process import run
 
 _EVERY_STEP = {"save_steps": 1, "saves_per_epoch": None}
 _LORA = adapter()
@@ -151,25 +151,21 @@ class Whole:
 class Bench:
     """Tries points; everything goes to one directory, and `seed` chooses random instants."""
 
-    def __init__(self, directory: Path, world: Path, server: ForkServer, seed: int = 0) -> None:
-        self.directory = directory
-        self.world = world
-        self.server = server
-        self.seed = seed
+    def __init__(self, directory: Path, world: Path, seed: int = 0) -> None:
+        self.directory, self.world, self.seed = directory, world, seed
         self._whole: dict[str, Whole] = {}
 
     def whole(self, kind: str) -> Whole:
         """The uninterrupted run, made when it is first asked for."""
         if kind not in self._whole:
             directory = self.prepare(kind, self.directory / "whole" / kind)
-            ended = self.server.run(Job(str(directory)))
+            ended = run(directory)
             if ended.how != "finished":
                 raise RuntimeError(f"an uninterrupted run {ended.how}: {last_words(directory)}")
             (events,) = read_trace(directory)
             at = {event["event"]: event["at"] for event in events}
-            self._whole[kind] = Whole(
-                left_behind(directory), events[-1]["counts"], at["end"] - at["open"]
-            )
+            seconds = at["end"] - at["open"]
+            self._whole[kind] = Whole(left_behind(directory), events[-1]["counts"], seconds)
         return self._whole[kind]
 
     def try_point(self, point: Point) -> Verdict:
@@ -183,7 +179,7 @@ class Bench:
                 share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
                 # A continued run has less to do.
                 after, kill = share * 0.95 * 0.5**number * whole.seconds, None
-            ended = self.server.run(Job(str(directory), kill=kill, after=after))
+            ended = run(directory, kill, after)
             verdict.seconds += ended.seconds
             ledger.add(read_trace(directory)[-1], directory / "out")
             if ended.how in ("failed", "hung"):
@@ -207,8 +203,7 @@ class Bench:
 
     def prepare(self, kind: str, directory: Path) -> Path:
         """A fresh directory with the configuration; every path in it is the same for all runs."""
-        if directory.exists():
-            shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         config = make_config(self.world, directory)
         keys = dict(KINDS[kind])
