@@ -1,13 +1,25 @@
-"""Which offline pairs are kept, and how a prompt's candidates are paired."""
+"""Which offline pairs are kept, how candidates are paired, and what a dataset says of its pairs."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_plugin.algorithm.selection import pair_candidates, select_largest
+from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.selection import (
+    annotate,
+    pair_candidates,
+    score_gap,
+    select_largest,
+    swap,
+    swapped_rows,
+)
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.store import make_table
 
 
 def kept(margins, count):
@@ -129,3 +141,44 @@ def test_all_prompts_at_once_are_paired_as_one_by_one(drawn):
     found = list(zip(*(column.tolist() for column in columns), strict=True))
     counts = (result.duplicates, result.ties, result.too_few)
     assert (found, counts) == plainly(candidates, rewards, pairs_per_prompt)
+
+
+def test_noise_swaps_the_share_that_is_asked_for_and_what_belongs_to_an_answer():
+    swapped = swapped_rows(10, 0.25, seed=3)
+    assert swapped.sum() == 2  # round(2.5)
+    assert (swapped == swapped_rows(10, 0.25, seed=3)).all()
+    assert (swapped != swapped_rows(10, 0.25, seed=4)).any()
+    columns = {"chosen_ids": [1, 2], "rejected_ids": [3, 4], "source": ["a", "b"],
+               "score_chosen": [9, 8], "score_rejected": [1, 2]}  # fmt: skip
+    assert swap(columns, np.array([False, True])) == {
+        "chosen_ids": [1, 4], "rejected_ids": [3, 2], "source": ["a", "b"],
+        "score_chosen": [9, 2], "score_rejected": [1, 8],
+    }  # fmt: skip
+
+
+def test_a_score_is_a_gap_of_two_columns_or_a_column_that_is_one():
+    assert score_gap({"source": ["a"], "s_rejected": [1], "s_chosen": [4]}).tolist() == [3]
+    assert score_gap({"source": ["a", "b"], "gap": [1, 2.5]}).tolist() == [1, 2.5]
+    # A swapped label turns a gap's sign; two columns have changed places by themselves.
+    swapped = np.array([False, True])
+    assert score_gap({"gap": [1, 2.5]}, swapped).tolist() == [1, -2.5]
+    sides = swap({"s_chosen": [4, 4], "s_rejected": [1, 1]}, swapped)
+    assert score_gap(sides, swapped).tolist() == [3, -3]
+    for columns, said in (
+        ({"source": ["a"]}, "has no numbers to select by"),
+        ({"gap": [1, None]}, "column 'gap' is None in row 1"),
+        ({"s_chosen": [1.0], "s_rejected": [math.nan]}, "column 's_rejected' is nan in row 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            score_gap(columns)
+
+
+def test_prompts_are_numbered_for_a_curriculum():
+    ids = {"prompt_ids": [[1], [2], [1]], "chosen_ids": [[3]] * 3, "rejected_ids": [[4]] * 3}
+    pairs = Pairs.from_table(make_table(ids))
+    config = SeraConfig(selection="curriculum", score_columns=["gap"], bootstrap_ratio=0)
+    annotations = annotate(config, pairs.prompt_ids, {"gap": [1, 2, 3]}, None)
+    assert annotations.prompts is not None
+    first, second, third = annotations.prompts
+    assert first == third != second
+    assert annotations.score_gap.tolist() == [1, 2, 3]
