@@ -13,23 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from sera_plugin.rundir.store import RunStore, make_table
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
-from tests.crash.points import KINDS, LABELS, PHASES, Point, Verdict, choose_points
+from tests.crash.points import KINDS, PHASES, Point, choose_points
 from tests.crash.process import run
-from tests.crash.report import BEGIN, END, write_table
-from tests.crash.report import make_table as make_markdown
 
 # ------------------------------------------------------------------ the harness itself
-
-
-def test_a_point_is_parsed_as_it_is_written():
-    chain = "rotation:2+boundary:1:full"
-    for text in ("sample-chunk:3:lora", "random:7:qlora", chain, "never:1:full"):
-        assert str(Point.parse(text)) == text
-    assert Point.parse("never:1:full") == Point("full")
-    assert Point.parse(chain).phase == "twice"
-    for text in ("sample-chunk:3:nothing", "nothing:3:lora", "sample-chunk:lora", "lora"):
-        with pytest.raises(ValueError, match="is no"):
-            Point.parse(text)
 
 
 def sampled(iteration, *rows):
@@ -59,35 +46,13 @@ def test_rows_sampled_again_are_counted_unless_their_policy_was_trained_anew(tmp
 
 
 def test_rows_on_disk_count_as_sampled(tmp_path):
-    store = RunStore(tmp_path)
+    store, ledger = RunStore(tmp_path), Ledger()
     columns = {"candidate": [0], "token_ids": [[1]], "finish_reason": ["stop"]}
     store.append_samples(2, make_table({"row": [4], **columns}))
     store.write(3, "candidates", make_table({"row": [5], **columns}))
-    ledger = Ledger()
     ledger.add([], tmp_path)
     ledger.add([*sampled(2, 4, 6), *sampled(3, 5)], tmp_path)
     assert ledger.sampled_twice == [(2, 4), (3, 5)]
-
-
-def test_the_table_has_a_row_per_phase_and_its_place_in_a_page(tmp_path):
-    once, again = Point("full", (("rotation", 1),)), Point("full", (("rotation", 2),))
-    verdicts = [
-        Verdict(once, survived=True, repeated_steps=2, missed=1),
-        Verdict(again, differences=["x: differs"], sampled_twice=3),
-        Verdict(Point("lora"), survived=True),
-    ]
-    table = make_markdown(verdicts)
-    assert f"| {LABELS['rotation']} | `full` | 2 | 1 | 3 | 1 | 2 |" in table
-    assert "| **all** |  | 3 | 2 | 3 | 1 | 2 |" in table
-    assert table.endswith("the run: 1.")
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nearlier\n{END}\nafter\n")
-    write_table(page, table, "the command", seed=5, seconds=60)
-    text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n`the command` on ")
-    assert text.endswith(f"{table}\n{END}\nafter\n")
-    assert "earlier" not in text
-    assert "seed 5" in text
 
 
 # ------------------------------------------------------------------ real runs

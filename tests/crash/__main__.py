@@ -1,4 +1,4 @@
-"""`python -m tests.crash`: the long form of the crash test."""
+"""`python -m tests.crash`: the long form of the crash test, and its table in the documentation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
+from sera_plugin import __version__
 from tests.conftest import make_world
-from tests.crash.points import CHAIN, KINDS, PHASES, RANDOM, Bench, Point, Verdict, choose_points
-from tests.crash.report import make_table, write_table
+from tests.crash.points import (
+    CHAIN,
+    KINDS,
+    LABELS,
+    PHASES,
+    RANDOM,
+    Bench,
+    Point,
+    Verdict,
+    choose_points,
+)
+
+BEGIN, END = "<!-- crash table: begin -->", "<!-- crash table: end -->"
+_PACKAGES = ("axolotl", "trl", "transformers", "peft", "torch")
+_HEAD = (
+    "| killed | training | points | survived | rows sampled twice | differences | steps made again "
+    "(most) |\n| --- | --- | --: | --: | --: | --: | --: |"
+)
 
 
 def main() -> int:
@@ -36,7 +56,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="sera-crash-"))
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "world").mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     verdicts: list[Verdict] = []
     bench = Bench(directory, make_world(directory / "world").directory, arguments.seed)
@@ -45,14 +65,12 @@ def main() -> int:
     for point in arguments.only or chain(map(Point, arguments.kinds), chosen):
         verdicts.append(bench.try_point(point))
         _tell(verdicts[-1], bench, len(verdicts))
-    table = make_table(verdicts)
     seconds = perf_counter() - start
     bad = [verdict for verdict in verdicts if not verdict.good]
+    table = make_table(verdicts)
     print(f"\n{table}\n\n{len(verdicts) - len(bad)} of {len(verdicts)} good, {seconds:.0f} s")
     if arguments.table:
-        options = [f"--points {arguments.points}", f"--seed {arguments.seed}"]
-        command = f"python -m tests.crash {' '.join(options)}"
-        write_table(arguments.table, table, command, arguments.seed, seconds)
+        write_table(arguments.table, table, arguments.points, arguments.seed, seconds)
     if not bad and not arguments.directory:
         shutil.rmtree(directory)
     return 1 if bad else 0
@@ -63,16 +81,50 @@ def _tell(verdict: Verdict, bench: Bench, number: int) -> None:
     state = "good" if verdict.good else "BAD"
     notes = f"  ({'; '.join(verdict.notes)})" if verdict.notes else ""
     print(f"{number:3d}  {state:4s} {point}  {verdict.seconds:.1f} s{notes}", flush=True)
-    if verdict.good:
-        return
-    for line in verdict.differences[:8]:
-        print(f"       {line}")
-    if len(verdict.differences) > 8:
-        print(f"       and {len(verdict.differences) - 8} more")
-    if verdict.sampled_twice:
+    if not verdict.good:
+        for line in verdict.differences[:8]:
+            print(f"       {line}")
+        print(f"       {len(verdict.differences)} differences")
         print(f"       {verdict.sampled_twice} rows sampled twice")
-    print(f"       again: python -m tests.crash --seed {bench.seed} --only '{point}'")
-    print(f"       files: {bench.place(point)}", flush=True)
+        print(f"       again: python -m tests.crash --seed {bench.seed} --only '{point}'")
+        print(f"       files: {bench.place(point)}", flush=True)
+
+
+def make_table(verdicts: Sequence[Verdict]) -> str:
+    """One row per phase, the totals, and what was not killed as planned."""
+    rows = [_HEAD]
+    for phase, label in LABELS.items():
+        if group := [verdict for verdict in verdicts if verdict.point.phase == phase]:
+            kinds = sorted({f"`{verdict.point.kind}`" for verdict in group})
+            rows.append(_row(label, ", ".join(kinds), group))
+    rows.append(_row("**all**", "", verdicts))
+    missed = sum(verdict.missed for verdict in verdicts)
+    rows.append(f"\nKills that came too late, after the end of the run: {missed}.")
+    return "\n".join(rows)
+
+
+def _row(label: str, kinds: str, verdicts: Sequence[Verdict]) -> str:
+    figures = (
+        len(verdicts),
+        sum(verdict.survived for verdict in verdicts),
+        sum(verdict.sampled_twice for verdict in verdicts),
+        sum(len(verdict.differences) for verdict in verdicts),
+        max(verdict.repeated_steps for verdict in verdicts),
+    )
+    return f"| {' | '.join([label, kinds, *map(str, figures)])} |"
+
+
+def write_table(page: Path, table: str, points: int, seed: int, seconds: float) -> None:
+    """Put a table between its markers in a page."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    about = (
+        f"`python -m tests.crash --points {points} --seed {seed}` on {date.today().isoformat()} in "
+        f"{seconds / 60:.0f} minutes: sera_plugin {__version__}, {versions}, CPU, float32, seed "
+        f"{seed}."
+    )
+    page.write_text(f"{before}{BEGIN}\n{about}\n\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

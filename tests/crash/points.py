@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,6 +16,7 @@ from tests.crash.compare import Ledger, differences, left_behind, read_trace
 from tests.crash.process import run
 
 _EVERY_STEP = {"save_steps": 1, "saves_per_epoch": None}
+_EVERY_2 = {**_EVERY_STEP, "save_steps": 2}
 _LORA = adapter()
 _QUANTISED = {"adapter": "qlora", "load_in_4bit": True}
 _ONE_SCHEDULE = {"restart_optimizer": False}
@@ -26,10 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "full-keep-1": {**_EVERY_STEP, "save_total_limit": 1},
     "full-keep-2": {**_EVERY_STEP, "save_total_limit": 2},
-    "full-one-schedule": {
-        **{**_EVERY_STEP, "save_steps": 2, "save_total_limit": 2},
-        "sera": _ONE_SCHEDULE,
-    },
+    "full-one-schedule": {**_EVERY_2, "save_total_limit": 2, "sera": _ONE_SCHEDULE},
     # Fewer sampled pairs exist than are asked for: iterations are shorter than planned.
     "full-short": {**_EVERY_STEP, "save_total_limit": 3, "sera": _FEW_PAIRS},
     "full-short-one-schedule": {
@@ -107,15 +105,10 @@ class Point:
     def parse(cls, text: str) -> Point:
         """The opposite of `str`, for example `sample-chunk:3:lora`."""
         kills, _, kind = text.rpartition(":")
-        if kind not in KINDS:
-            raise ValueError(f"{text}: {kind!r} is no kind of training ({', '.join(KINDS)})")
-        found = []
-        for kill in kills.split("+"):
-            phase, _, number = kill.partition(":")
-            if phase not in LABELS or not number.isdigit():
-                raise ValueError(f"{text}: {kill!r} is not one of {', '.join(LABELS)} with :n")
-            found.append((phase, int(number)))
-        return cls(kind, tuple(kill for kill in found if kill[0] != UNKILLED))
+        found = [kill.partition(":") for kill in kills.split("+")]
+        if kind not in KINDS or not {phase for phase, *_ in found} <= LABELS.keys():
+            raise ValueError(f"{text} is not PHASE:N:KIND")
+        return cls(kind, tuple((phase, int(n)) for phase, _, n in found if phase != UNKILLED))
 
 
 @dataclass
@@ -123,15 +116,12 @@ class Verdict:
     """What became of a point."""
 
     point: Point
-    #: Whether the run finished once it was continued for good.
-    survived: bool = False
-    #: From the uninterrupted run.
-    differences: list[str] = field(default_factory=list)
+    survived: bool = False  # whether the run finished once it was continued for good
+    differences: list[str] = field(default_factory=list)  # from the uninterrupted run
     sampled_twice: int = 0
     repeated_steps: int = 0
     seconds: float = 0.0
-    #: Kills that the run ended without.
-    missed: int = 0
+    missed: int = 0  # kills that the run ended without
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -139,8 +129,7 @@ class Verdict:
         return self.survived and not self.differences and not self.sampled_twice
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(NamedTuple):
     """The uninterrupted run of a kind: what it left, how often it was where, and how long."""
 
     left: dict[str, Any]
@@ -241,16 +230,15 @@ def choose_points(bench: Bench, kinds: list[str], count: int, seed: int) -> Iter
         order.append(phase)
         order += [RANDOM] if index % 2 == 0 else []
         order += [CHAIN] if index % 5 == 0 else []
-    made: dict[str, int] = {}
+    made = 0
     for turn in range(1_000 * count):
-        if sum(made.values()) == count:
+        if made == count:
             return
         phase = order[turn % len(order)]
         # Each phase goes through the kinds on its own, beginning with another one.
         kind = kinds[(turn % len(order) + turn // len(order)) % len(kinds)]
-        point = _choose(bench, phase, kind, random)
-        if point is not None:
-            made[phase] = made.get(phase, 0) + 1
+        if point := _choose(bench, phase, kind, random):
+            made += 1
             yield point
 
 
