@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.algorithm import COUNTS, candidate_places
+from sera_plugin.algorithm.algorithm import COUNTS, SIDES, candidate_places, rewards
 from sera_plugin.algorithm.method import Iteration
-from sera_plugin.algorithm.offline import SIDES, rewards
 from sera_plugin.algorithm.protocols import DATASET
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray

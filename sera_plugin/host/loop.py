@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
-from sera_plugin.algorithm.algorithm import prepare
+from sera_plugin.algorithm.algorithm import prepare, restore, score_held_out, score_pairs
 from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases, Schedule
-from sera_plugin.algorithm.offline import restore, score_held_out, score_pairs
 from sera_plugin.algorithm.protocols import Labeler, SamplingSettings
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize

@@ -23,8 +23,8 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, set_seed
 
+from sera_plugin.algorithm.algorithm import score_pairs
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
-from sera_plugin.algorithm.offline import score_pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
 from sera_plugin.config.kinds import LOSSES

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sera_plugin.algorithm.alarms import judge
-from sera_plugin.algorithm.offline import SIDES
+from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.algorithm.selection import by_side, pair_candidates, select_largest
 from sera_plugin.algorithm.summary import accuracy, jaccard, noise_found, quantiles

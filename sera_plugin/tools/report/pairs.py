@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.offline import SIDES
+from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.rundir.checksums import write_file, write_text
 from sera_plugin.tools.report.output import (

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.offline import SIDES
+from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.protocols import DATASET
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.config.kinds import LABELERS, is_reference_free
