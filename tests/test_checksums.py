@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
@@ -72,10 +73,7 @@ def test_a_file_cut_off_anywhere_is_the_old_or_the_new_one(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
-        if call < 3:
-            with pytest.raises(SystemExit):
-                replace_file(path, write("new"))
-        else:
+        with pytest.raises(SystemExit) if call < 3 else nullcontext():
             replace_file(path, write("new"))
     assert len(calls) == min(call + 1, 3)
     assert path.read_text() == ("old" if call < 2 else "new")
@@ -112,14 +110,15 @@ def test_a_directory_is_damaged_if_any_of_its_files_is(tmp_path: Path) -> None:
     assert damage(directory) is None
 
 
-def test_a_directory_cut_off_is_not_there_and_its_remains_do_no_harm(tmp_path: Path) -> None:
+def test_what_is_cut_off_is_not_there_and_its_remains_do_no_harm(tmp_path: Path) -> None:
     def half(path: Path) -> None:
-        (path / "stale").write_text("x")
+        (path / "stale" if path.is_dir() else path).write_text("x")
         raise SystemExit
 
-    with pytest.raises(SystemExit):
-        replace_directory(tmp_path / "policy", half)
-    assert list(tmp_path.iterdir()) == []
+    for write_half in (replace_file, replace_directory):
+        with pytest.raises(SystemExit):
+            write_half(tmp_path / "policy", half)
+        assert list(tmp_path.iterdir()) == []
     (tmp_path / ".policy.partial").mkdir()  # a killed process cannot tidy up
     (tmp_path / ".policy.partial/stale").write_text("x")
     replace_directory(tmp_path / "policy", lambda path: (path / "fresh").write_text("y"))
@@ -138,22 +137,22 @@ def test_a_file_whose_name_has_its_checksum(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_says_so_and_keeps_what_is_there(small_disk: Path) -> None:
-    path = small_disk / "run/offline.parquet"
+    run = small_disk / "run"
+    path = run / "offline.parquet"
     replace_file(path, write("old"))
     fill(small_disk)
 
-    for write_more in (
-        lambda: replace_file(path, lambda file: file.write_bytes(bytes(100_000))),
-        lambda: replace_directory(
-            small_disk / "run/policy", lambda into: (into / "w").write_bytes(bytes(100_000))
-        ),
-        lambda: add_file(small_disk / "run", "0.parquet", lambda f: f.write_bytes(bytes(100_000))),
-    ):
+    def more(into: Path) -> None:
+        (into / "w" if into.is_dir() else into).write_bytes(bytes(100_000))
+
+    for place, name in ((replace_file, "offline.parquet"), (replace_directory, "policy")):
         with pytest.raises(OSError, match=r"run takes no more files: No space.*Free some space"):
-            write_more()
+            place(run / name, more)
+    with pytest.raises(OSError, match="run takes no more files"):
+        add_file(run, "0.parquet", more)
     assert path.read_text() == "old"
     assert is_whole(path)
-    assert sorted(found.name for found in path.parent.iterdir()) == [SUMS, path.name]
+    assert sorted(found.name for found in run.iterdir()) == [SUMS, path.name]
     (small_disk / "filler").unlink()
     replace_file(path, write("new"))
     assert path.read_text() == "new"

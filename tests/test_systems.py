@@ -40,7 +40,7 @@ class System(Run):
             super().method, iterations=self.iterations, seed=7, annotations=self.annotations
         )
 
-    def upto(self, t: int) -> list[dict[str, Any]]:
+    def each(self, t: int) -> list[dict[str, Any]]:
         return [self.prepare(iteration) for iteration in range(1, t + 1)]
 
 
@@ -72,7 +72,7 @@ def test_reference_logp_keeps_what_the_reference_prefers(system):
     -28/2 + 29/4 = -6.75.
     """
     run = system(selection="reference_logp")
-    trained = run.upto(3)
+    trained = run.each(3)
     assert firsts(trained[0]) == [(1, 11, 12), (2, 21, 22), (3, 31, 32)]
     assert run.offline(2)["priority"] == [3, -1, 1]
     assert run.offline(3)["priority"] == [7, 1, 2]
@@ -80,7 +80,7 @@ def test_reference_logp_keeps_what_the_reference_prefers(system):
     assert_reference_is(2, trained[2])
     run = system("mean", selection="reference_logp")
     run.per_token = True
-    run.upto(2)
+    run.each(2)
     assert run.offline(2)["priority"] == [1.5, 4.75, -6.75]
     assert kept_rows(run, 2) == [0, 1]
 
@@ -88,7 +88,7 @@ def test_reference_logp_keeps_what_the_reference_prefers(system):
 def test_score_keeps_the_widest_gaps(system):
     gaps = Annotations(score_gap=np.array([0.5, 4.0, 1.0]))
     run = system(annotations=gaps, selection="score", score_columns=["gap"])
-    run.upto(2)
+    run.each(2)
     assert kept_rows(run, 2) == [1, 2]
     assert run.offline(2)["margin"] == [3, -1, 1]  # recorded all the same
 
@@ -111,7 +111,7 @@ def test_random_is_another_draw_each_iteration_and_the_same_for_a_seed():
 
 def test_all_is_iterative_dpo(system):
     run = system(selection="all", selection_ratio=1.0)
-    for policy, table in enumerate(run.upto(3)):
+    for policy, table in enumerate(run.each(3)):
         assert len(firsts(table)) == 3
         assert_reference_is(policy, table)
     assert run.method.sizes == (3, 3, 3)
@@ -130,7 +130,7 @@ def test_curriculum_trains_on_each_prompts_next_easiest_pair(system):
         _ = run.method.sizes
     run.iterations = 2
     assert run.method.sizes == (2, 1)
-    trained = run.upto(2)
+    trained = run.each(2)
     assert firsts(trained[0]) == [(2, 21, 22), (3, 31, 32)]
     assert firsts(trained[1]) == [(1, 11, 12)]
     assert_reference_is(1, trained[1])
@@ -141,7 +141,7 @@ def test_curriculum_trains_on_each_prompts_next_easiest_pair(system):
 
 def test_the_initial_policy_as_reference(system):
     run = system(reference="initial", bootstrap_ratio=0.67)
-    for trained, logp in zip(run.upto(3), [-10, -9, -8], strict=True):
+    for trained, logp in zip(run.each(3), [-10, -9, -8], strict=True):
         assert_reference_is(0, trained)
         # What the gate compares with is the policy itself.
         policy = dict(zip(firsts(trained), trained["policy_chosen_logps"], strict=True))
@@ -153,7 +153,7 @@ def test_the_initial_policy_as_reference(system):
 
 def test_an_initial_reference_is_scored_once_more_where_no_reward_needs_it(system):
     run = system(reference="initial", labeler="spin", bootstrap_ratio=1.0)
-    for trained in run.upto(3):
+    for trained in run.each(3):
         assert_reference_is(0, trained)
     table = run.table(3, "candidates")
     assert table["logps"][:2] == [[-2], [-6]]  # theta_2 of 13 and 14
@@ -179,7 +179,7 @@ def test_a_labeler_of_its_own_decides_and_needs_the_current_policy_alone(system)
     """Row 0: 14 over 13 by 1; row 1: one sample has no reward; row 2: 33 over 34 by 2."""
     run = system(labeler="reward_model", reward_model="m", bootstrap_ratio=1.0)
     labeler = ByToken(run.method)
-    run.upto(1)
+    run.each(1)
     trained = run.prepare(2, labeler)
     assert firsts(trained)[-2:] == [(1, 14, 13), (3, 33, 34)]
     table = run.table(2, "candidates")
@@ -200,7 +200,7 @@ def test_spin_puts_the_datasets_answer_before_a_sample_from_the_first_iteration_
     run = system(**SPIN, reference=reference)
     assert run.config.first_iteration == 1
     assert run.method.sizes == (3, 3, 3)
-    for policy, trained in enumerate(run.upto(2)):
+    for policy, trained in enumerate(run.each(2)):
         assert firsts(trained) == [(1, 11, 14), (2, 21, 24), (3, 31, 34)]
         assert_reference_is(0 if reference == "initial" else policy, trained)
         table, offline = run.table(policy + 1, "candidates"), run.offline(policy + 1)
@@ -238,7 +238,7 @@ def test_a_fixed_alpha_is_taken_off_every_token(system):
     All samples have two tokens, so nothing changes for them.
     """
     run = system(offline_length_control=1.5, bootstrap_ratio=1.0, length_control=2.0)
-    run.upto(2)
+    run.each(2)
     assert run.offline(2)["margin"] == [3, -1, 1]
     assert run.offline(2)["priority"] == [3, -4, 4]
     assert kept_rows(run, 2) == [0, 2]
@@ -249,7 +249,7 @@ def test_a_fixed_alpha_is_taken_off_every_token(system):
 
 def test_noise_is_recorded_per_row_and_counted(system):
     run = system(annotations=Annotations(swapped=np.array([False, True, False])), label_noise=0.33)
-    run.upto(2)
+    run.each(2)
     assert run.offline(1)["swapped"] == run.offline(2)["swapped"] == [False, True, False]
     found = {"swapped": 1, "swapped_dropped": 1, "precision": 1.0, "recall": 1.0}
     assert summarize(run.iteration(2))["label_noise"] == found
