@@ -38,8 +38,7 @@ def test_a_line_that_a_process_died_in_is_passed_over(tmp_path, cut):
         # Without its last byte, the end of the line, a record is still whole.
         assert ("two" in journal) == (cut == 1)
         journal.add("three", {"n": 3})
-    whole = Journal(path)
-    assert [whole.get(key) for key in ("one", "three")] == [{"n": 1}, {"n": 3}]
+    assert [Journal(path).get(key) for key in ("one", "three")] == [{"n": 1}, {"n": 3}]
 
 
 @pytest.mark.parametrize("line", ["", "no json", "[]", '"key"', "{}", '{"key": []}', "\x00\xff"])

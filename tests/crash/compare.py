@@ -6,6 +6,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +43,24 @@ def left_behind(directory: Path) -> dict[str, Any]:
     """Everything that must be equal, by name."""
     output = directory / "out"
     run = output / "sera"
-    found: dict[str, Any] = {}
-    for path in sorted(run.rglob("*.parquet")):
-        found[f"sera/{path.relative_to(run)}"] = digest(path)
-    for path in sorted(run.glob("*.json")) + sorted(run.glob("iteration-*/*.json")):
+    found = {f"sera/{path.relative_to(run)}": digest(path) for path in run.rglob("*.parquet")}
+    for path in (*run.glob("*.json"), *run.glob("iteration-*/*.json")):
         content = json.loads(path.read_text())
         kept = {key: value for key, value in content.items() if key not in _MAY_DIFFER}
         found[f"sera/{path.relative_to(run)}"] = kept
-    for policy in sorted(run.glob("iteration-*/policy")):
+    for policy in run.glob("iteration-*/policy"):
         weights = [*policy.glob("*.safetensors"), *policy.glob("base_model.json")]
-        name = f"sera/{policy.relative_to(run)}"
-        found[name] = {path.name: digest(path) for path in sorted(weights)}
-    for path in sorted(output.glob("*.safetensors")):
-        found[path.name] = digest(path)
+        found[f"sera/{policy.relative_to(run)}"] = {path.name: digest(path) for path in weights}
+    found |= {path.name: digest(path) for path in output.glob("*.safetensors")}
     found |= _last_state(output)
-    for events in read_trace(directory):
-        for event in events:
-            if event["event"] == "begin":
-                _agree(found, f"D_{event['iteration']}", event["pairs"])
-            elif event["event"] == "step":
-                step, batch = event["step"]
-                _agree(found, f"step {step} batch {batch}", (event["batch"], event["loss"]))
-            elif event["event"] == "evaluation":
-                _agree(found, f"evaluation after step {event['step']}", event["loss"])
+    for event in chain.from_iterable(read_trace(directory)):
+        if event["event"] == "begin":
+            _agree(found, f"D_{event['iteration']}", event["pairs"])
+        elif event["event"] == "step":
+            step, batch = event["step"]
+            _agree(found, f"step {step} batch {batch}", (event["batch"], event["loss"]))
+        elif event["event"] == "evaluation":
+            _agree(found, f"evaluation after step {event['step']}", event["loss"])
     return found
 
 
@@ -98,16 +94,11 @@ def digest(path: Path) -> str:
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of what differs, is missing or is too much."""
-    missing = [f"{name}: missing" for name in expected.keys() - found.keys()]
-    extra = [f"{name}: not in the uninterrupted run" for name in found.keys() - expected.keys()]
+    names = sorted(expected.keys() | found.keys())
+    said = [f"{name}: missing" for name in names if name not in found]
+    said += [f"{name}: not in the uninterrupted run" for name in names if name not in expected]
     common = expected.keys() & found.keys()
-    return sorted(
-        [
-            *missing,
-            *extra,
-            *(f"{name}: differs" for name in common if expected[name] != found[name]),
-        ]
-    )
+    return said + [f"{name}: differs" for name in sorted(common) if expected[name] != found[name]]
 
 
 @dataclass
@@ -118,10 +109,8 @@ class Ledger:
     again only where it has trained the policy that samples it anew, in an earlier iteration.
     """
 
-    #: (iteration, row), once for each time too many.
-    sampled_twice: list[tuple[int, int]] = field(default_factory=list)
-    #: Optimizer steps that were made in an earlier run already.
-    repeated_steps: int = 0
+    sampled_twice: list[tuple[int, int]] = field(default_factory=list)  # (iteration, row)
+    repeated_steps: int = 0  # optimizer steps that were made in an earlier run already
     _sampled: dict[int, set[int]] = field(default_factory=dict)
     _steps: set[int] = field(default_factory=set)
 
