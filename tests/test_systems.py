@@ -94,19 +94,15 @@ def test_score_keeps_the_widest_gaps(system):
 
 
 def test_random_is_another_draw_each_iteration_and_the_same_for_a_seed():
-    asked = {"selection": "random", "selection_ratio": 0.5, "bootstrap_ratio": 0}
+    config = SeraConfig(selection="random", selection_ratio=0.5, bootstrap_ratio=0)
 
-    def draws(seed: int) -> list[tuple[int, ...]]:
-        method = Method(SeraConfig(**asked), False, False, total=40, seed=seed)
-        none = np.zeros(40)
-        priorities = [method.selection.priority(t, none, none) for t in (2, 3)]
-        return [tuple(np.flatnonzero(select_largest(one, 20))) for one in priorities]
+    def draw(seed: int, iteration: int) -> tuple[int, ...]:
+        method = Method(config, False, False, total=40, seed=seed)
+        priority = method.selection.priority(iteration, None, np.zeros(40))
+        return tuple(np.flatnonzero(select_largest(priority, 20)))
 
-    masks = list(map(draws, (1, 1, 2)))
-    assert masks[0] == masks[1]
-    assert masks[0] != masks[2]
-    assert masks[0][0] != masks[0][1]
-    assert all(len(one) == 20 for pair in masks for one in pair)
+    assert draw(1, 2) == draw(1, 2)
+    assert len({draw(1, 2), draw(1, 3), draw(2, 2), draw(2, 3)}) == 4
 
 
 def test_all_is_iterative_dpo(system):
