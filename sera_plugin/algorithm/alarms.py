@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 Summary = Mapping[str, Any]
@@ -105,13 +105,8 @@ class Alarm:
     name: str
     figure: float
     threshold: float
+    raised: bool
     text: str
-
-    @property
-    def raised(self) -> bool:
-        if self.name.startswith("constant_"):
-            return self.figure < self.threshold
-        return self.figure > self.threshold
 
 
 def judge(summaries: Sequence[Summary]) -> list[Alarm]:
@@ -125,7 +120,9 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
     def add(name: str, figure: float, chance: float = 0, text: str = "", **values: Any) -> None:
         threshold, said = ALARMS[name]
         said = (text or said).format(figure=figure, chance=chance, **values)
-        found.append(Alarm(name, figure, max(threshold, chance), said))
+        threshold = max(threshold, chance)
+        raised = figure < threshold if name.startswith("constant_") else figure > threshold
+        found.append(Alarm(name, figure, threshold, raised, said))
 
     lengths, drift = now["lengths"], now["drift"]
     if "sampled" in lengths:
@@ -180,7 +177,8 @@ def _fall(summaries: Sequence[Summary], key: str) -> tuple[float, float, dict[st
 
 def records(alarms: Iterable[Alarm]) -> list[dict[str, Any]]:
     """The raised alarms as summary.json keeps them."""
-    return [asdict(alarm) for alarm in alarms if alarm.raised]
+    kept = ("name", "figure", "threshold", "text")
+    return [{key: getattr(one, key) for key in kept} for one in alarms if one.raised]
 
 
 def alarm_metrics(alarms: Iterable[Alarm]) -> dict[str, float]:
