@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import Ranks
-from sera_plugin.sampling.child import Child
-from sera_plugin.sampling.choose import child_environment, find_vllm
+from sera_plugin.sampling.child import Child, child_environment, find_vllm
 from sera_plugin.sampling.client import Client
 from sera_plugin.sampling.offload import engine_needs, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
@@ -188,8 +187,8 @@ def running_server(python: str, name: str, longest: int, directory: Path) -> Ite
         command += ["--max-num-batched-tokens", str(max(4096, longest))]
     environment = child_environment(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    client = Client(f"http://127.0.0.1:{port}", "", retries=0, remedy="", timeout=None)
-    with Child(command, environment, directory / "server.log") as server:
+    client = Client(f"http://127.0.0.1:{port}", "", retries=0, timeout=None)
+    with closing(Child(command, environment, directory / "server.log")) as server:
         while client.answers("/health") is None:
             server.check(server.log_size)
             time.sleep(1)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import pytest
 
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.rundir.ranks import NO_PART
-from sera_plugin.sampling import child, choose, vllm
+from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.child import Child, ChildFailed
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
@@ -32,11 +32,11 @@ PIDS = "open('new', 'w').write(f'{os.getpid()} {helper.pid}'); os.rename('new', 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(child, "GRACE", 5.0)
+    monkeypatch.setattr(child, "GRACE", 3.0)
 
 
-def start(body: str, directory: Path) -> Child:
-    return Child([sys.executable, "-c", body], dict(os.environ), directory / "child.log")
+def start(body: str, directory: Path) -> closing[Child]:
+    return closing(Child([sys.executable, "-c", body], os.environ, directory / "child.log"))
 
 
 def pids(directory: Path) -> list[int]:
@@ -72,12 +72,30 @@ def failed(running: Child, sign=lambda: None) -> str:
         return str(failure)
 
 
+#: Ignores a polite request, and has shared memory as an engine has.
+STUBBORN = (
+    "import signal; from multiprocessing.shared_memory import SharedMemory\n"
+    "kept = SharedMemory(create=True, size=1024); open('segment', 'w').write(kept.name)\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+)
+
+
+@pytest.mark.parametrize("body", ["", STUBBORN])
 @pytest.mark.parametrize("how", ["{}", "{'start_new_session': True}"])
-def test_descendants_are_ended_with_the_child(tmp_path, how):
-    body = HELPER.format(how) + PIDS + "time.sleep(600)"
-    with start(body, tmp_path) as running:
+def test_descendants_and_what_they_shared_are_gone_with_the_child(tmp_path, how, body):
+    with start(body + HELPER.format(how) + PIDS + "time.sleep(600)", tmp_path) as running:
         family = pids(tmp_path)
         running.check(lambda: None)
+    assert not any(map(alive, family))
+    if body:
+        assert not Path("/dev/shm", (tmp_path / "segment").read_text()).exists()
+
+
+def test_a_child_whose_lifeline_was_killed_is_ended_all_the_same(tmp_path):
+    with start(HELPER.format("{}") + PIDS + "time.sleep(600)", tmp_path) as running:
+        family = pids(tmp_path)
+        running._process.kill()
+        assert "it was killed by SIGKILL" in failed(running)
     assert gone(*family)
 
 
@@ -350,13 +368,13 @@ def test_the_child_is_no_rank_of_ours_and_reports_to_nobody(monkeypatch):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", "kept")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    environment = choose.child_environment("elsewhere/python", ("2", "3"))
+    environment = child.child_environment("elsewhere/python", ("2", "3"))
     assert not ours & environment.keys()
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment["HF_HOME"] == "kept"
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # whoever has set the threads then meant it
-    environment = choose.child_environment(sys.executable)
+    environment = child.child_environment(sys.executable)
     assert environment["PYTHONPATH"] == environment["OMP_NUM_THREADS"] == "1"
 
 

@@ -16,10 +16,10 @@ from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling import choose, client, vllm
-from sera_plugin.sampling.choose import Choice, adapter_problem, choose_sampler, find_vllm
+from sera_plugin.sampling import client, samplers, vllm
+from sera_plugin.sampling.child import find_vllm
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first
-from sera_plugin.sampling.samplers import Samplers
+from sera_plugin.sampling.samplers import Choice, Samplers, adapter_problem, choose_sampler
 
 MODEL = SimpleNamespace(
     get_input_embeddings=lambda: SimpleNamespace(weight=np.zeros((16, 2), dtype=np.float32))
@@ -29,7 +29,7 @@ PLAIN = {"peft_type": "PeftType.LORA", "r": 16, "bias": "none"}
 
 @pytest.fixture
 def with_vllm(monkeypatch):
-    monkeypatch.setattr(choose, "find_vllm", lambda python: "0.30.0")
+    monkeypatch.setattr(samplers, "find_vllm", lambda python: "0.30.0")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from sera_plugin.data.rows import source_name
 from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
-from sera_plugin.sampling import child, choose, vllm
+from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.conftest import adapter
@@ -426,7 +426,7 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
     path.write_text("#!/bin/sh\nprintf '\\033[2Jbroken\\007' >&2\nexit 1\n")
     path.chmod(0o755)
     with pytest.raises(RuntimeError) as failure:
-        choose.find_vllm(str(path))
+        child.find_vllm(str(path))
     assert str(failure.value).endswith("\\x1b[2Jbroken\\x07")
 
 
@@ -438,7 +438,7 @@ def test_an_engine_stays_on_this_machine_whatever_the_training_run_uses(monkeypa
         monkeypatch.setenv(name, "10.0.0.1")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "eth0")
-    environment = choose.child_environment(sys.executable)
+    environment = child.child_environment(sys.executable)
     assert environment["VLLM_HOST_IP"] == environment["VLLM_LOOPBACK_IP"] == "127.0.0.1"
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
 

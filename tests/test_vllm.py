@@ -24,7 +24,7 @@ import requests
 import yaml
 
 from sera_plugin.algorithm.protocols import SamplingSettings
-from sera_plugin.sampling import child, choose, vllm
+from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling import client as http
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, VllmServerSampler
@@ -329,7 +329,7 @@ def serve(model: Path, directory: Path, *arguments: str, **environment: str) -> 
     command += ["--enforce-eager", "--max-model-len", "40", *arguments]
     # vLLM 0.30 on a CPU cannot take a seed for a prompt that it prefills in parts.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
-    environment = choose.child_environment(PYTHON) | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment
+    environment = child.child_environment(PYTHON) | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment
     with (directory / f"server-{port}.log").open("wb") as log:
         process = subprocess.Popen(
             command,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sera_plugin import __version__
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
@@ -17,7 +17,9 @@ from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.quoting import public, quoted
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore
 from sera_plugin.rundir.tokens import fingerprint
-from sera_plugin.sampling.choose import Choice
+
+if TYPE_CHECKING:
+    from sera_plugin.sampling.samplers import Choice
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
 #: Keys that may change between the parts of one run, as patterns: they decide what is logged,

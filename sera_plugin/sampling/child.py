@@ -1,6 +1,7 @@
-"""A child process that cannot outlive the training process, and that says what went wrong.
+"""Child processes of another Python: what its vLLM can do, and a server that cannot outlive us.
 
-Everything it prints goes to a log file. `lifeline` holds the other end of its standard input.
+Everything that a child prints goes to a log file, which tells what went wrong. `lifeline` holds the
+other end of its standard input.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 
 import psutil
 
@@ -24,7 +26,79 @@ from sera_plugin.sampling.prompts import SamplingFailed
 #: A child that shows no sign of life for this many seconds is hung.
 PATIENCE = 900.0
 #: Seconds that processes get to end by themselves before they are killed.
-GRACE = 15.0
+GRACE = 10.0
+#: Variables that tell a process which rank it is, or how training shares its device. An engine is
+#: not one of our ranks and has its own way with memory.
+_OURS = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"
+    r"|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF)$"
+    r"|GROUP_|ROLE_|TORCHELASTIC_|ACCELERATE_|FSDP_|DEEPSPEED_"
+)
+_VERSION = "import vllm; print(); print('vllm', vllm.__version__)"
+_FOUR_BIT = """
+import importlib.util
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+load_general_plugins()  # from 0.28 on bitsandbytes comes in a package of its own
+print()
+print('vllm', 'bitsandbytes' in QUANTIZATION_METHODS and current_platform.is_cuda_alike()
+    and importlib.util.find_spec('bitsandbytes') is not None)
+"""
+
+
+def find_vllm(python: str) -> str:
+    """The version of vLLM that an interpreter imports; a RuntimeError says why it has none."""
+    return _answer(python, _VERSION)
+
+
+@lru_cache
+def serves_four_bit(python: str) -> bool:
+    """Whether an interpreter's vLLM quantises a model with bitsandbytes while it loads."""
+    return _answer(python, _FOUR_BIT) == "True"
+
+
+def _answer(python: str, code: str) -> str:
+    try:
+        # No shell; the interpreter that the YAML names.
+        result = subprocess.run(
+            [python, "-c", code],
+            env=child_environment(python),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{python} does not run: {error}") from None
+    lines = (result.stdout.splitlines() or [""])[-1].split()
+    if result.returncode == 0 and lines[:1] == ["vllm"]:
+        return lines[1]
+    said = [printable(line) for line in result.stderr.splitlines() if line.strip()]
+    if said and "No module named 'vllm'" in said[-1]:
+        raise RuntimeError(f"vLLM is not installed in {python}")
+    raise RuntimeError(f"vLLM cannot be imported by {python}: {said[-1] if said else 'no output'}")
+
+
+def child_environment(python: str, devices: Sequence[str] = ()) -> dict[str, str]:
+    """This process's environment without what would mislead an engine in another process.
+
+    `python` will run there, with CUDA `devices` by number or name, none for all that are visible.
+    """
+    environment = {name: value for name, value in os.environ.items() if not _OURS.match(name)}
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has set it to 1 for each of its ranks
+        environment.pop("OMP_NUM_THREADS", None)
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)
+        environment.pop("PYTHONHOME", None)
+    environment |= dict.fromkeys(("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "PYTHONUNBUFFERED"), "1")
+    environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    # An engine serves this process alone: nothing of it listens on the network, whichever
+    # interfaces the training processes use among each other.
+    environment |= dict.fromkeys(("VLLM_HOST_IP", "VLLM_LOOPBACK_IP"), "127.0.0.1")
+    environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    return environment
 
 
 class ChildFailed(SamplingFailed):
@@ -32,10 +106,7 @@ class ChildFailed(SamplingFailed):
 
 
 class Child:
-    """A running child; a context manager that leaves no process behind.
-
-    `environment` is all of its environment. What it prints is appended to the log.
-    """
+    """A running child. `environment` is all of its environment; what it prints goes to the log."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
@@ -44,24 +115,17 @@ class Child:
             self._log_start = file.tell()
             # No shell; our own file, and the interpreter that the YAML names.
             self._process = subprocess.Popen(
-                [sys.executable, "-I", lifeline.__file__, *command],
+                [sys.executable, "-I", lifeline.__file__, str(GRACE), *command],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
                 env=dict(environment),
                 cwd=log.parent,
-                start_new_session=True,  # a group of its own; Ctrl-C is for us to pass on
+                start_new_session=True,  # Ctrl-C is for us to pass on
             )
-        self._family: set[psutil.Process] = set()
         self._next_look = 0.0
         self._seen: object = None
         self._since = monotonic()
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def check(self, sign: Callable[[], object]) -> None:
         """Return at once where the child runs; to be called every second or so.
@@ -75,7 +139,6 @@ class Child:
             raise self.failed(end)
         if monotonic() < self._next_look:
             return
-        self._remember_family()
         seen = sign()
         self._next_look = monotonic() + PATIENCE / 60
         if seen != self._seen:
@@ -108,40 +171,13 @@ class Child:
 
     def close(self) -> None:
         """End the child and every process it has started; returns when they are gone."""
-        self._remember_family()
         assert self._process.stdin is not None
         self._process.stdin.close()
-        if not self._finished():
-            for process in self._left():
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self._finished()
         self._process.wait()
-
-    def _remember_family(self) -> None:
-        """Descendants are only known while their parents live."""
-        with suppress(psutil.NoSuchProcess):
-            self._family.update(psutil.Process(self._process.pid).children(recursive=True))
-
-    def _finished(self) -> bool:
-        """Wait for all of the family to end by itself, for a while."""
-        until = monotonic() + GRACE
-        while monotonic() < until:
-            self._process.poll()  # collects it
-            if not self._left():
-                return True
-            sleep(0.1)
-        return False
-
-    def _left(self) -> list[psutil.Process]:
-        """Of its descendants and its process group those that are alive."""
-        left = []
-        for each in self._family.union(psutil.process_iter()):
-            with suppress(psutil.Error, OSError):  # it has ended
-                ours = each in self._family or os.getpgid(each.pid) == self._process.pid
-                if ours and each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
-                    left.append(each)
-        return left
+        for process in psutil.process_iter():  # where somebody has killed the lifeline itself
+            with suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) == self._process.pid:
+                    process.kill()
 
 
 #: An error in a log. A warning quotes the one it warns of; pydantic says the cause a line later.

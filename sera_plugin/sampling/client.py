@@ -9,9 +9,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from time import monotonic
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Literal, TypeVar
 
 import requests
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
@@ -86,15 +87,15 @@ def server_words(answer: requests.Response, key: str) -> str:
 class Client:
     """Sends requests to one server, whose `key` may be an empty text.
 
-    `retries` are tries after the first one, `remedy` says what to do where nothing answers, and
-    `timeout` is in seconds for a reply, None where `watch` sees to it.
+    `retries` are tries after the first one, `timeout` is in seconds for a reply, None where `watch`
+    sees to it, and `remedy` says what to do where nothing answers.
     """
 
     def __init__(
-        self, url: str, key: str, retries: int, remedy: str, timeout: float | None
+        self, url: str, key: str, retries: int, timeout: float | None, remedy: str = ""
     ) -> None:
-        self.url, self.key = url, key
-        self._retries, self._remedy, self._timeout = retries, remedy, timeout
+        self.url, self.key, self.remedy = url, key, remedy
+        self._retries, self._timeout = retries, timeout
         retry = Retry(
             total=retries,
             backoff_factor=BACKOFF,
@@ -103,9 +104,10 @@ class Client:
             raise_on_status=False,
         )
         self._session = requests.Session()
-        self._once = requests.Session()  # without tries, each of which urllib3 warns of
-        self._session.trust_env = self._once.trust_env = False  # no proxy knows this machine
+        self._session.trust_env = False  # no proxy knows this machine
         self._session.mount("http://", HTTPAdapter(pool_maxsize=IN_FLIGHT, max_retries=retry))
+        for path in ("/health", "/metrics"):  # without tries, each of which urllib3 warns of
+            self._session.mount(url + path, HTTPAdapter())
         if key:
             self._session.headers["Authorization"] = f"Bearer {key}"
 
@@ -120,11 +122,9 @@ class Client:
     ) -> Generator[Chunk, None, None]:
         """Yield chunks of finished prompts, some seconds' worth each.
 
-        Args:
-            model: the name under which the policy is served.
-            limits: most tokens to sample by row of `prompts`, in the order to take the rows in.
-            vocabulary: number of token ids that the model knows.
-            watch: called at least every second; may raise.
+        `model` is the name under which the policy is served, `limits` the most tokens to sample by
+        row of `prompts`, in the order to take the rows in, `vocabulary` the number of token ids
+        that the model knows. `watch` is called at least every second and may raise.
 
         Raises:
             SamplingFailed: if the server does not answer, or wrongly.
@@ -137,7 +137,7 @@ class Client:
                 "max_tokens": limits[row],
                 "seed": settings.stream(row),
             }
-            choices = self.ask("choices", "POST", "/v1/completions", fields | request)
+            choices = self.ask("choices", "/v1/completions", fields | request)
             try:
                 return read_candidates(choices, settings, limits[row], vocabulary)
             except ValueError as error:
@@ -163,30 +163,29 @@ class Client:
 
     def version(self) -> str:
         """Of vLLM, as the server gives it."""
-        return one_line(self.ask("version", "GET", "/version"), self.key)
+        return one_line(self.ask("version", "/version"), self.key)
 
     def answers(self, path: str) -> str | None:
         """What a path gives, None where nothing answers within some seconds; tried once."""
         try:
-            answer = self._once.get(self.url + path, timeout=5)
+            answer = self._session.get(self.url + path, timeout=5)
         except requests.RequestException:
             return None
         return answer.text if answer.ok else None
 
-    def send(self, method: str, path: str, body: Any = None) -> requests.Response:
-        """The reply, whatever its status; SamplingFailed if there is none."""
+    def send(self, path: str, body: Any = None) -> requests.Response:
+        """The reply to a GET, or a POST with a body, whatever its status."""
+        method, timeout = "GET" if body is None else "POST", (10, self._timeout)
         try:
-            return self._session.request(
-                method, self.url + path, json=body, timeout=(10, self._timeout)
-            )
+            return self._session.request(method, self.url + path, json=body, timeout=timeout)
         except requests.RequestException as error:
             raise self.wrong(
-                f"does not answer {path} after {self._retries + 1} tries: {error}. {self._remedy}"
+                f"does not answer {path} after {self._retries + 1} tries: {error}. {self.remedy}"
             ) from None
 
-    def ask(self, key: str, method: str, path: str, body: Any = None) -> Any:
+    def ask(self, key: str, path: str, body: Any = None) -> Any:
         """What stands under a key of the reply; SamplingFailed if there is no such reply."""
-        answer = self.send(method, path, body)
+        answer = self.send(path, body)
         if answer.status_code in (401, 403):
             raise self.wrong("refuses this run's key. Set VLLM_API_KEY to the server's own")
         if not answer.ok:
@@ -208,55 +207,53 @@ class Client:
         return SamplingFailed(one_line(f"the vLLM server at {self.url} {problem}.", self.key))
 
 
+class _Choice(BaseModel, strict=True):
+    index: int
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+_CHOICES = TypeAdapter(list[_Choice])
+
+
 def read_candidates(
     choices: object, settings: SamplingSettings, limit: int, vocabulary: int
 ) -> list[Candidate]:
-    """The R candidates of one prompt, in the order of their index.
+    """The R candidates of one prompt, in the order of their index, from an engine's answer.
 
-    Args:
-        choices: an engine's answer: objects with `index`, `token_ids` and `finish_reason`.
-        limit: most tokens of a candidate of this prompt.
-        vocabulary: number of token ids that the model knows.
+    `limit` is the most tokens of a candidate of this prompt, `vocabulary` the number of token ids
+    that the model knows.
 
     Raises:
         ValueError: saying what is wrong, where they are not R different choices within the
             vocabulary and the limit, each with an end token if and only if it stopped.
     """
-    if not isinstance(choices, list) or not all(isinstance(each, Mapping) for each in choices):
-        raise ValueError(f"its choices are {quoted(choices, 100)}")
-    indices = [each.get("index") for each in choices]
-    if not _are_ids(indices) or sorted(indices) != list(range(settings.candidates)):
+    try:
+        found = sorted(_CHOICES.validate_python(choices), key=lambda choice: choice.index)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, ("choices", *wrong["loc"])))
+        given = quoted(wrong["input"], 100)
+        raise ValueError(f"{place} is {given}: {wrong['msg'].lower()}") from None
+    indices = [choice.index for choice in found]
+    if indices != list(range(settings.candidates)):
         raise ValueError(
             f"{settings.candidates} choices were asked for, and those with index "
             f"{quoted(indices, 100)} came back"
         )
-    choices.sort(key=lambda each: each["index"])
-    return [_candidate(each, settings.end_ids, limit, vocabulary) for each in choices]
-
-
-def _candidate(
-    choice: Mapping[str, Any], end_ids: tuple[int, ...], limit: int, vocabulary: int
-) -> Candidate:
-    ids, reason = choice.get("token_ids"), choice.get("finish_reason")
-    if not _are_ids(ids):
-        raise ValueError(f"its token ids are {quoted(ids, 100)}")
-    if not 1 <= len(ids) <= limit:
-        raise ValueError(f"1 to {limit} tokens were asked for, and {len(ids)} came back")
-    if not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise ValueError(
-            f"token ids go from {min(ids)} to {max(ids)}, but the model's vocabulary has "
-            f"{vocabulary} tokens"
-        )
-    if reason not in ("stop", "length"):
-        raise ValueError(f"its finish reason is {quoted(reason, 100)}, not 'stop' or 'length'")
-    ends = [place for place, token in enumerate(ids) if token in end_ids]
-    if ends != ([len(ids) - 1] if reason == "stop" else []):
-        raise ValueError(
-            f"a candidate of {len(ids)} tokens with the finish reason {reason!r} has end tokens at "
-            f"{quoted(ends, 100)}"
-        )
-    return Candidate(ids, reason)
-
-
-def _are_ids(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int for value in values)
+    for choice in found:
+        ids, reason = choice.token_ids, choice.finish_reason
+        if not 1 <= len(ids) <= limit:
+            raise ValueError(f"1 to {limit} tokens were asked for, and {len(ids)} came back")
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise ValueError(
+                f"token ids go from {min(ids)} to {max(ids)}, but the model's vocabulary has "
+                f"{vocabulary} tokens"
+            )
+        ends = [place for place, token in enumerate(ids) if token in settings.end_ids]
+        if ends != ([len(ids) - 1] if reason == "stop" else []):
+            raise ValueError(
+                f"a candidate of {len(ids)} tokens with the finish reason {reason!r} has end "
+                f"tokens at {quoted(ends, 100)}"
+            )
+    return [Candidate(choice.token_ids, choice.finish_reason) for choice in found]

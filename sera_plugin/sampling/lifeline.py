@@ -1,45 +1,52 @@
-"""Runs a command that cannot outlive whoever started it: `python lifeline.py COMMAND...`.
+"""Runs a command that cannot outlive whoever started it: `python lifeline.py SECONDS COMMAND...`.
 
 Standard input is the lifeline: when it closes, because its owner is done or because it was killed,
-the command's whole process group ends. Imports the standard library only.
+the command ends, and so does everything that it has started. Each step of that gets some seconds.
 """
 
-from __future__ import annotations
-
+import ctypes
 import os
+import select
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 
-#: Seconds between asking a process group to end and killing it.
-GRACE = 10.0
+import psutil
+
+#: prctl's PR_SET_CHILD_SUBREAPER: whoever loses its parent is then a child of this process.
+_ADOPT = 36
+#: Unlinks shared memory when all who have used it are gone: it is the last to be killed.
+_TRACKER = "multiprocessing.resource_tracker"
 
 
-def guard() -> None:
-    """End this process group when standard input closes, however that happens.
-
-    A process of its own, which outlives a command that is hung or was killed.
-    """
-    group = os.getpgid(0)
-    if os.fork():
-        return
-    os.setpgid(0, 0)
-    while os.read(0, 1):
-        pass
-    try:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            os.killpg(group, number)
-            until = time.monotonic() + GRACE
-            while time.monotonic() < until:
-                os.killpg(group, 0)  # raises once nobody is left
-                time.sleep(0.1)
-    except ProcessLookupError:
-        pass
-    os._exit(0)
+def end_all(seconds: float) -> None:
+    """Ask all descendants to end, then kill them."""
+    for number, spared in ((signal.SIGTERM, ""), (signal.SIGKILL, _TRACKER), (signal.SIGKILL, "")):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if not (spared and spared in " ".join(process.cmdline())):
+                    process.send_signal(number)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:  # nobody is left
+                return
+            time.sleep(0.05)
 
 
 if __name__ == "__main__":
-    guard()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # No shell; the command of the process that started this one.
-    os.execvp(sys.argv[1], sys.argv[1:])
+    ctypes.CDLL(None).prctl(_ADOPT, 1, 0, 0, 0)
+    # No shell; the command of the process that started this one. A group of its own, so that a
+    # signal to it does not end this process.
+    command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, process_group=0)
+    while command.poll() is None and not select.select([0], [], [], 0.1)[0]:
+        pass
+    code = command.returncode
+    end_all(float(sys.argv[1]))
+    if code is not None and code < 0:  # ends as the command did
+        os.kill(os.getpid(), -code)
+    sys.exit(code)

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sera_plugin.model.memory import (
-    ENGINE_OVERHEAD,
-    ENGINE_SEQUENCES,
-    ENGINE_SLACK,
-    GIB,
-    cache_bytes,
-)
+from sera_plugin.model import memory
+from sera_plugin.model.memory import ENGINE_OVERHEAD, ENGINE_SLACK, GIB
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 
@@ -38,7 +33,7 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
     `length` is the longest prompt + candidate in tokens, `element_size` in bytes as served.
     """
     per_token = cache_bytes_per_token(model, element_size)
-    return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
+    return model.num_parameters() * element_size, memory.ENGINE_SEQUENCES * length * per_token
 
 
 def cache_bytes_per_token(model: Any, element_size: int) -> int:
@@ -46,7 +41,7 @@ def cache_bytes_per_token(model: Any, element_size: int) -> int:
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return cache_bytes(int(text.num_hidden_layers), int(heads), int(size), element_size)
+    return memory.cache_bytes(int(text.num_hidden_layers), int(heads), int(size), element_size)
 
 
 @contextmanager
@@ -90,11 +85,10 @@ def make_room(
         for tensor, _ in homes:
             tensor.data = tensor.data.to("cpu")
         before, (free, _) = free, _free(device)
-        said = "weights and optimizer state wait in host memory: the engine wants %.1f GiB, "
-        said += f"{before / GIB:.1f} GiB were free, %.1f GiB are now"
+        said = f"weights and optimizer state wait in host memory ({before / GIB:.1f} GiB were free)"
     else:
-        said = "the engine fits beside the training run: it wants %.1f GiB of %.1f GiB free"
-    LOG.info(f"SeRA: {said}", wanted / GIB, free / GIB)
+        said = "the engine fits beside the training run"
+    LOG.info("SeRA: %s: it wants %.1f GiB of %.1f GiB free", said, wanted / GIB, free / GIB)
     try:
         free = _least_free(free, size, ranks)
         if asked is not None and asked * total > free:
@@ -140,21 +134,19 @@ def _free(device: torch.device) -> tuple[int, int]:
 
 def _least_free(free: int, size: int, ranks: Ranks) -> int:
     """What the ranks whose devices one engine takes all have free."""
-    everybody = np.zeros(ranks.world)
-    everybody[ranks.rank] = free
+    everybody = ranks.sum(np.where(np.arange(ranks.world) == ranks.rank, float(free), 0.0))
     first = ranks.rank // size * size
-    return int(ranks.sum(everybody)[first : first + size].min())
+    return int(everybody[first : first + size].min())
 
 
 def _wait_until_back(device: torch.device, free: int) -> None:
     until = monotonic() + _BACK_WITHIN
     while (now := _free(device)[0]) < free - ENGINE_SLACK // 2:
         if monotonic() > until:
-            LOG.warning(
+            said = (
                 "SeRA: %.1f GiB of GPU memory have not come back since sampling; another program "
-                "may have taken them",
-                (free - now) / GIB,
             )
+            LOG.warning(said + "may have taken them", (free - now) / GIB)
             return
         sleep(0.5)
 

@@ -1,4 +1,4 @@
-"""The samplers of one run, made from the host's configuration."""
+"""Which sampler a run takes and why; the samplers of one run, from the host's configuration."""
 
 from __future__ import annotations
 
@@ -20,12 +20,70 @@ from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.rundir.ranks import NO_PART, WHOLE
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling.choose import SAMPLERS, Choice, adapter_problem, choose_sampler
+from sera_plugin.sampling.child import find_vllm
 from sera_plugin.sampling.offload import cache_bytes_per_token, engine_needs, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import ServedPolicy, VllmSampler, VllmServerSampler
+from sera_plugin.sampling.vllm import LORA_RANKS, ServedPolicy, VllmSampler, VllmServerSampler
 
 LOG = logging.getLogger("axolotl.sera")
+
+_SAMPLERS = ("transformers", "vllm", "vllm-server")
+#: What the host's `vllm:` block has for an engine.
+_OPTIONS = (
+    "gpu_memory_utilization", "tensor_parallel_size", "dtype", "max_model_len", "enforce_eager",
+    "enable_prefix_caching",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampler as in `sera.sampler`, and why; `fell_back` where the YAML names another one."""
+
+    name: str
+    reason: str
+    fell_back: bool = False
+
+
+def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
+    """Decide between `sera.sampler` as `asked`, an interpreter's vLLM, and what vLLM cannot serve.
+
+    Raises:
+        ValueError: if vLLM is asked for by name and its interpreter does not import it.
+    """
+    if asked == "transformers":
+        return Choice(asked, "in the training process, as sera.sampler says")
+    if problem:
+        return Choice("transformers", f"in the training process: {problem}", asked != "auto")
+    if asked == "vllm-server":
+        return Choice(asked, "a running server, as sera.sampler says")
+    try:
+        version = find_vllm(python)
+    except RuntimeError as error:
+        if asked == "vllm":
+            raise ValueError(
+                f"sera.sampler: vllm, but {error}. Set sera.vllm_python to the Python of an "
+                "environment that has vLLM (docs/sampling.md says how to make one), or set "
+                "sera.sampler to auto or transformers."
+            ) from None
+        return Choice("transformers", f"in the training process: {error}")
+    return Choice("vllm", f"{version}, found in {python}; starts for each sampling phase")
+
+
+def adapter_problem(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM would not serve an adapter with this PEFT configuration as it was trained."""
+    if str(config.get("peft_type", "LORA")).split(".")[-1] != "LORA":
+        return f"vLLM serves LoRA adapters, not {config['peft_type']}"
+    if config.get("use_dora"):
+        return "vLLM does not serve DoRA adapters (peft_use_dora)"
+    if config.get("modules_to_save"):
+        return "vLLM does not serve adapters with lora_modules_to_save"
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        return "vLLM knows one rank and one alpha per adapter, not a pattern of them"
+    if config.get("bias", "none") != "none":
+        return f"vLLM does not serve adapters that train biases ({config['bias']})"
+    if config["r"] > LORA_RANKS[-1]:
+        return f"vLLM serves ranks up to {LORA_RANKS[-1]}, not {config['r']}"
+    return None
 
 
 @dataclass
@@ -57,11 +115,8 @@ class Samplers:
         if ranks.main:
             choice = choose_sampler(self.config.sampler, self._python, self._unserved())
             if choice.fell_back:
-                LOG.warning(
-                    "sera.sampler: %s is not used. Samples come from transformers, %s",
-                    self.config.sampler,
-                    choice.reason,
-                )
+                said = "sera.sampler: %s is not used. Samples come from transformers, %s"
+                LOG.warning(said, self.config.sampler, choice.reason)
             if choice.name == "vllm-server":
                 whole = longest + self.config.max_new_tokens
                 most = self.cfg["sequence_len"] or whole
@@ -73,8 +128,8 @@ class Samplers:
                     f"prompt, which has {longest} tokens. Raise it, or leave it out."
                 )
         # All ranks sample alike, whatever their own environments could do.
-        mine = SAMPLERS.index(choice.name) if ranks.main else 0
-        name = SAMPLERS[int(ranks.sum(np.array([mine], float))[0])]
+        mine = _SAMPLERS.index(choice.name) if ranks.main else 0
+        name = _SAMPLERS[int(ranks.sum(np.array([mine], float))[0])]
         if name == "vllm":
             ranks.engine_shard(self._vllm_options.get("tensor_parallel_size") or 1)
         self.choice = replace(choice, name=name)
@@ -122,9 +177,7 @@ class Samplers:
     def _vllm_options(self) -> dict[str, Any]:
         """The host's `vllm:` block as vLLM's engine takes it, unset keys left out."""
         block = self.cfg.get("vllm") or {}
-        names = ["gpu_memory_utilization", "tensor_parallel_size", "dtype", "max_model_len"]
-        names += ["enforce_eager", "enable_prefix_caching"]
-        return {name: block[name] for name in names if block.get(name) not in (None, "auto")}
+        return {name: block[name] for name in _OPTIONS if block.get(name) not in (None, "auto")}
 
     @property
     def _vocabulary(self) -> int:
@@ -153,28 +206,21 @@ class Samplers:
                 "copy, or continue from an earlier checkpoint (resume_from_checkpoint)."
             )
         cfg, policies, directory = self.cfg, self.scorer.policies, str(path.resolve())
-        loading: dict[str, Any] = {}
-        if cfg.get("trust_remote_code"):
-            loading["trust_remote_code"] = True
         dtype = self._vllm_options.get("dtype") or str(cfg["torch_dtype"]).split(".")[-1]
+        keys = {"trust_remote_code": "trust_remote_code"}
         if not policies.is_adapter and iteration > 1:
-            return ServedPolicy(directory, None, 0, dtype, None, loading, self._vocabulary)
-        # Of a base model that is fully fine-tuned theta_0 is the base model itself.
-        if cfg.get("revision_of_model"):
-            loading["revision"] = cfg["revision_of_model"]
-        if cfg.get("overrides_of_model_config"):
-            loading["hf_overrides"] = dict(cfg["overrides_of_model_config"])
-        quantized = None
-        if cfg.get("load_in_4bit"):
-            kwargs = cfg.get("bnb_config_kwargs") or {}
-            quantized = kwargs.get("bnb_4bit_quant_type", "nf4")
-        elif cfg.get("load_in_8bit"):
-            quantized = "8-bit"
+            model, quantized = directory, None
+        else:  # of a base model that is fully fine-tuned theta_0 is the base model itself
+            model, quantized = str(cfg["base_model"]), "8-bit" if cfg.get("load_in_8bit") else None
+            if cfg.get("load_in_4bit"):
+                kwargs = cfg.get("bnb_config_kwargs") or {}
+                quantized = kwargs.get("bnb_4bit_quant_type", "nf4")
+            keys |= {"revision": "revision_of_model", "hf_overrides": "overrides_of_model_config"}
+        loading = {name: cfg[key] for name, key in keys.items() if cfg.get(key)}
         adapter, rank = None, 0
         if policies.is_adapter:
             adapter, rank = directory, policies.model.peft_config[policies.model.active_adapter].r
-        base = str(cfg["base_model"])
-        return ServedPolicy(base, adapter, rank, dtype, quantized, loading, self._vocabulary)
+        return ServedPolicy(model, adapter, rank, dtype, quantized, loading, self._vocabulary)
 
     def _server(self, adapter: Path) -> VllmServerSampler:
         block = self.cfg.get("vllm") or {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
@@ -20,11 +22,9 @@ from sera_plugin.sampling.prompts import room
 class TransformersSampler:
     """Samples from the loaded model, which is left in the mode (train or eval) it came in.
 
-    Args:
-        token_budget: most tokens of one batch's prompts and candidates together.
-        autocast: the context training computes its loss in.
-        shard: this process's part of the batches; in step where the model is sharded.
-        policy: the context in which the model is the policy to sample from.
+    `token_budget` is the most tokens of one batch's prompts and candidates together, `autocast` the
+    context training computes its loss in, `shard` this process's part of the batches, in step where
+    the model is sharded, and `policy` the context in which the model is the policy to sample from.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class TransformersSampler:
         self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
     ) -> Generator[Chunk, None, None]:
         """See `CandidateSampler.sample`. A chunk is one batch of prompts of similar length."""
+        skip = frozenset(skip)
         limits = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
         # A prompt counts with all of its candidates at full length: memory is bounded beforehand.
         sizes = [
@@ -55,14 +56,11 @@ class TransformersSampler:
         ]
         # Batches are planned over all rows, finished ones included: a row's random stream is its
         # batch's, and must be the same when an interrupted call is made again.
-        batches = [
-            batch
-            for batch in batches_by_length(sizes, self.budget.planned)
-            if not all(row in skip for row in batch)
-        ]
+        planned = batches_by_length(sizes, self.budget.planned)
+        batches = [batch for batch in planned if not skip.issuperset(batch)]
 
         def generate(batch: list[int]) -> list[list[Candidate]]:
-            if all(row in skip for row in batch):  # a finished part of an unfinished batch
+            if skip.issuperset(batch):  # a finished part of an unfinished batch
                 return [[] for _ in batch]
             # A random stream of its own for every batch, told by the first row in it.
             seed = (settings.seed * 1_000_003 + batch[0] * 9_176 + 1) % 2**63
@@ -92,12 +90,11 @@ class TransformersSampler:
     ) -> list[list[Candidate]]:
         """Candidates of each (prompt, most tokens to sample)."""
         device = next(self.model.parameters()).device
-        width = max(len(prompt) for prompt, _ in prompts)
-        input_ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
-        attention = torch.zeros_like(input_ids)
-        for line, (prompt, _) in enumerate(prompts):
-            input_ids[line, width - len(prompt) :] = torch.from_numpy(np.array(prompt))
-            attention[line, width - len(prompt) :] = 1
+        lines = [torch.tensor(np.asarray(prompt), dtype=torch.long) for prompt, _ in prompts]
+        pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+        input_ids = pad_left(lines, padding_value=self.pad_id)
+        attention = pad_left([torch.ones_like(line) for line in lines])
+        width = input_ids.shape[1]
         config = GenerationConfig(
             do_sample=True,
             temperature=settings.temperature,

@@ -20,13 +20,20 @@ from uuid import uuid4
 
 from sera_plugin.algorithm.protocols import Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import WHOLE, Shard
-from sera_plugin.sampling.child import PATIENCE, Child, ChildFailed
-from sera_plugin.sampling.choose import LORA_RANKS, child_environment, serves_four_bit
+from sera_plugin.sampling.child import (
+    PATIENCE,
+    Child,
+    ChildFailed,
+    child_environment,
+    serves_four_bit,
+)
 from sera_plugin.sampling.client import RETRIES, Client
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
 
 LOG = logging.getLogger("axolotl.sera")
 
+#: What vLLM takes as `max_lora_rank`.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: vLLM's own `vllm` program does not start in its CPU build.
 SERVER = "vllm.entrypoints.openai.api_server"
 _POLICY = "policy"  # the name under which a child serves the policy
@@ -42,24 +49,15 @@ Serving = tuple[Client, str, Callable[[], None]]
 
 @dataclass(frozen=True)
 class ServedPolicy:
-    """theta_{t-1} as an engine loads it.
+    """theta_{t-1} as an engine loads it."""
 
-    Attributes:
-        model: the base model, or the directory of a policy with weights of its own.
-        adapter, rank: the policy's adapter directory and its largest rank, or None and 0.
-        dtype: of the weights and the computation, as vLLM names it.
-        quantized: how training quantised the base ("nf4", "fp4", "8-bit"), or None.
-        options: what else the model needs to load (revision, overrides of its configuration).
-        vocabulary: number of token ids that the model knows.
-    """
-
-    model: str
-    adapter: str | None
-    rank: int
-    dtype: str
-    quantized: str | None
-    options: Mapping[str, Any]
-    vocabulary: int
+    model: str  # the base model, or the directory of a policy with weights of its own
+    adapter: str | None  # the policy's adapter directory
+    rank: int  # its largest
+    dtype: str  # of the weights and the computation, as vLLM names it
+    quantized: str | None  # how training quantised the base ("nf4", "fp4", "8-bit")
+    options: Mapping[str, Any]  # what else loading takes: revision, overrides of the configuration
+    vocabulary: int  # number of token ids that the model knows
 
 
 @dataclass(frozen=True)
@@ -84,24 +82,18 @@ class _Sampler:
     def sample(
         self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
     ) -> Generator[Chunk, None, None]:
-        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts.
-
-        Raises:
-            ValueError: for a prompt that leaves no room to sample.
-            SamplingFailed: with what is wrong and what to change.
-        """
+        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
         settings = settings.within(self.longest)
         rows = longest_first(prompts, skip)
-        if not rows:
-            return
         limits = {row: room(row, prompts[row], settings) for row in rows}
         lengths = [len(prompts[row]) + limits[row] for row in rows]
-        mine = self.shard.of(rows, lengths)
+        mine = {row: limits[row] for row in self.shard.of(rows, lengths)}
+        if not rows:
+            return
         with self.make_room(max(lengths)) as memory:
             if mine:
                 with self._serving(max(lengths), memory) as (client, name, watch):
-                    left = {row: limits[row] for row in mine}
-                    yield from client.sample(name, prompts, left, settings, self.vocabulary, watch)
+                    yield from client.sample(name, prompts, mine, settings, self.vocabulary, watch)
 
     def _serving(self, length: int, memory: Any) -> AbstractContextManager[Serving]:
         raise NotImplementedError
@@ -110,13 +102,10 @@ class _Sampler:
 class VllmSampler(_Sampler):
     """Samples from a vLLM server of its own, which is started for the phase and gone after it.
 
-    Args:
-        python: interpreter of the environment that has vLLM.
-        options: the host's `vllm:` block, keys that are unset left out.
-        log: what the server prints goes here.
-        make_room: frees accelerator memory for as long as its block lasts.
-        shard: this process's part of the prompts. Without any it makes room and waits: another
-            process has the engine on its device.
+    `python` is of the environment that has vLLM, `options` the host's `vllm:` block without unset
+    keys. What the server prints goes into `log`. `make_room` frees accelerator memory while its
+    block lasts. A process without any of the prompts makes room and waits: another one has the
+    engine on its device.
     """
 
     def __init__(
@@ -142,27 +131,21 @@ class VllmSampler(_Sampler):
         environment = child_environment(self.python, memory.devices) | {API_KEY: key}
         if memory.utilization is None:
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(memory.cache_gib))
-        options = self._engine(length, memory, weights)
-        flags = [_flag(name, value) for name, value in options.items()]
-        command = [self.python, "-m", SERVER, f"--port={port}", *flags]
+        flags = [_flag(*option) for option in self._engine(length, memory, weights).items()]
         # A connection that the server has closed while it was idle is opened again.
-        client = Client(f"http://127.0.0.1:{port}", key, retries=1, remedy="", timeout=None)
+        client = Client(f"http://127.0.0.1:{port}", key, retries=1, timeout=None)
         LOG.info("SeRA: starting vLLM; what it prints goes to %s", self.log)
         starting = perf_counter()
-        child = Child(command, environment, self.log)
+        child = Child([self.python, "-m", SERVER, f"--port={port}", *flags], environment, self.log)
         try:
             while client.answers("/health") is None:
                 child.check(child.log_size)
                 sleep(0.5)
             self.report |= {"version": client.version(), "weights": weights}
             self.seconds["start_engine"] = round(perf_counter() - starting, 3)
-            LOG.info(
-                "SeRA: vLLM %s serves %s in %s, started in %.0f s",
-                self.report["version"],
-                self.policy.adapter or self.policy.model,
-                weights,
-                self.seconds["start_engine"],
-            )
+            serves = f"{self.policy.adapter or self.policy.model} in {weights}"
+            took = f"started in {self.seconds['start_engine']:.0f} s"
+            LOG.info("SeRA: vLLM %s serves %s, %s", self.report["version"], serves, took)
             yield client, _POLICY, lambda: child.check(lambda: _tokens(client))
         except ChildFailed:
             raise
@@ -243,14 +226,10 @@ def _tokens(client: Client) -> list[str]:
 
 
 class VllmServerSampler(_Sampler):
-    """Samples from a running `vllm serve`.
+    """Samples from a running `vllm serve`, to which the run's adapter directories look the same.
 
-    Args:
-        host, port: where it listens; 0.0.0.0 is taken as this machine.
-        base_model: the host's `base_model`.
-        adapter: theta_{t-1}'s directory, which the server must see under the same path.
-        tokenize: text to token ids without special tokens added, as training tokenizes.
-        longest: its context in tokens, as `check` has found it, None where that is not known.
+    `adapter` is theta_{t-1}'s directory, `tokenize` is text to token ids without special tokens
+    added, as training does it, and `longest` the server's context as `check` has found it.
     """
 
     def __init__(
@@ -272,9 +251,9 @@ class VllmServerSampler(_Sampler):
             f"http://{host}:{port}",
             os.environ.get(API_KEY, "").strip(),
             RETRIES,
+            PATIENCE,
             "Start it (docs/sampling.md has the command), or set vllm.host and vllm.port to where "
             "it is",
-            PATIENCE,
         )
         self.base_model, self.adapter = base_model, adapter
         self.tokenize, self.special_tokens = tokenize, special_tokens
@@ -288,7 +267,7 @@ class VllmServerSampler(_Sampler):
             SamplingFailed: naming what is wrong with it and how to start it right.
         """
         client = self.client
-        models = client.ask("data", "GET", "/v1/models")
+        models = client.ask("data", "/v1/models")
         served = next((model for model in models if self._is_base(model)), None)
         if served is None:
             names = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
@@ -299,13 +278,13 @@ class VllmServerSampler(_Sampler):
             )
         text = _PROBE + "".join(self.special_tokens)
         request = {"model": served["id"], "prompt": text, "add_special_tokens": False}
-        if client.ask("tokens", "POST", "/tokenize", request) != self.tokenize(text):
+        if client.ask("tokens", "/tokenize", request) != self.tokenize(text):
             raise client.wrong(
                 "has another tokenizer than this run: a test text gives other token ids. Start it "
                 "with `--tokenizer` set to the tokenizer that the YAML names"
             )
         # An empty request is refused where adapters can be loaded, and unknown where not.
-        if client.send("POST", "/v1/load_lora_adapter", {}).status_code == 404:
+        if client.send("/v1/load_lora_adapter", {}).status_code == 404:
             raise client.wrong(
                 "does not load adapters at run time. Start it with "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and with `--enable-lora "
@@ -328,19 +307,19 @@ class VllmServerSampler(_Sampler):
         self.report["version"] = client.version()
         path = str(self.adapter.resolve())
         wanted = {"lora_name": name, "lora_path": path}
-        answer = client.send("POST", "/v1/load_lora_adapter", wanted)
+        answer = client.send("/v1/load_lora_adapter", wanted)
         if not answer.ok:
             raise client.wrong(
-                f"did not load {path}: {client.words(answer)}. It must see this directory under "
-                "the same path, and its `--max-lora-rank` must be at least lora_r"
+                f"did not load {path}: {client.words(answer)}. It must see this "
+                "directory under the same path, and its `--max-lora-rank` must be at least lora_r"
             )
         try:
             yield client, name, lambda: None
         finally:
             try:
-                answer = client.send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+                answer = client.send("/v1/unload_lora_adapter", {"lora_name": name})
                 if not answer.ok:
-                    LOG.warning("%s", client.wrong(f"kept {name}: {client.words(answer)}"))
+                    raise client.wrong(f"kept {name}: {client.words(answer)}")
             except SamplingFailed as failure:
                 LOG.warning("the adapter %s was not unloaded: %s", name, failure)
 

@@ -21,8 +21,8 @@ from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.encoding import RowTokenizer, model_end_ids
 from sera_plugin.model.budget import plan_tokens
-from sera_plugin.sampling.choose import adapter_problem
 from sera_plugin.sampling.offload import cache_bytes_per_token
+from sera_plugin.sampling.samplers import adapter_problem
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 from sera_plugin.tools.evaluation.answers import NO_ROOM, Conversation, Decoding, Turn

@@ -29,7 +29,7 @@ from sera_plugin.data.dataset import TokenizedRows, kept_columns, prepare_rows
 from sera_plugin.data.encoding import model_end_ids
 from sera_plugin.model.memory import GIB
 from sera_plugin.rundir.store import make_table
-from sera_plugin.sampling.choose import Choice, choose_sampler
+from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.planning.counts import Lengths, counting_of
 from sera_plugin.tools.planning.disk import existing
