@@ -158,7 +158,7 @@ top_keys = (
 )
 
 
-@settings(deadline=None, max_examples=400, derandomize=True, database=None)
+@settings(deadline=None, max_examples=150, derandomize=True, database=None)
 @given(keys=blocks | st.dictionaries(top_keys, yaml_values, min_size=1, max_size=3))
 def test_any_block_and_any_keys_are_understood_or_refused_in_words(keys: Any) -> None:
     message = refused({**config(), **keys})

@@ -41,7 +41,14 @@ def test_a_short_phase_is_one_line_in_a_log(log, clock, capsys):
         for _ in range(12):
             clock[0] += 4
             advance(1_000)
-    assert log() == ["SeRA: score offline under theta_1: 12,000 tokens"]
+    with progress("score", 0, "token"):
+        clock[0] += 120
+    assert list(told([1, 2, 3], "tokenize", "pair")) == [1, 2, 3]
+    assert log() == [
+        "SeRA: score offline under theta_1: 12,000 tokens",
+        "SeRA: score: 0 tokens",
+        "SeRA: tokenize: 3 pairs",
+    ]
     assert capsys.readouterr().err == ""
 
 
@@ -52,9 +59,8 @@ def test_a_long_phase_is_a_line_a_minute_and_one_at_its_end(log, clock):
             advance(100, "a note")
     started, *lines, ended = log()
     assert started == "SeRA: score offline: 1,000 tokens"
-    assert [line.partition(" of ")[0] for line in lines] == [
-        f"SeRA: score offline: {share}%" for share in (30, 60, 90)
-    ]
+    shares = [f"SeRA: score offline: {share}%" for share in (30, 60, 90)]
+    assert [line.partition(" of ")[0] for line in lines] == shares
     assert lines[0].endswith("of 1000 [01:00<02:20,  5.00 token/s, a note]")
     assert ended.startswith("SeRA: score offline: 100% of 1000 [03:20<00:00")
 
@@ -73,39 +79,28 @@ def test_a_total_that_was_estimated_is_corrected_at_the_end_unless_the_phase_fai
     assert len(failed) == 2
 
 
-def test_a_phase_of_nothing_can_be_told_too(log, clock):
-    with progress("score", 0, "token"):
-        clock[0] += 120
-    assert log() == ["SeRA: score: 0 tokens"]
-
-
-def test_a_terminal_has_a_bar_with_the_rate_and_no_lines(caplog, monkeypatch):
-    caplog.set_level(logging.INFO, "axolotl.sera")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_has_a_bar_with_the_rate_and_no_lines(log, monkeypatch, quiet):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with progress("score offline", 2_000, "token") as advance:
+    with progress("score offline", 2_000, "token", quiet) as advance:
         advance(1_000, "a note")
         advance(1_000, "another")
     shown = sys.stderr.getvalue()
-    assert "SeRA: score offline: 100%|" in shown
-    assert "2000/2000" in shown
-    assert " token/s, another]" in shown
-    assert shown.endswith("\n")  # it stays
-    assert caplog.records == []
+    if quiet:
+        assert shown == ""
+    else:
+        assert "SeRA: score offline: 100%|" in shown
+        assert "2000/2000" in shown
+        assert " token/s, another]" in shown
+        assert shown.endswith("\n")  # it stays
+    assert log() == []
 
 
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
-def test_another_rank_tells_nothing(stream, caplog, monkeypatch):
-    caplog.set_level(logging.INFO, "axolotl.sera")
-    monkeypatch.setattr(sys, "stderr", stream())
+def test_another_rank_has_no_lines_either(log, clock):
     with progress("score", 10, "token", quiet=True) as advance:
+        clock[0] += 120
         advance(10, "a note")
-    assert sys.stderr.getvalue() == ""
-    assert caplog.records == []
-
-
-def test_rows_come_through_as_they_are(log, clock):
-    assert list(told([1, 2, 3], "tokenize", "pair")) == [1, 2, 3]
-    assert log() == ["SeRA: tokenize: 3 pairs"]
+    assert log() == []
 
 
 def test_sampling_tells_samples_and_tokens_per_second(log, clock):

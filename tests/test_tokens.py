@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,13 @@ token_lists = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size
 similar_lists = st.lists(st.lists(st.integers(0, 1), max_size=3), max_size=24)
 
 
-def column(lists: list[list[int]]) -> TokenColumn:
-    return TokenColumn(pa.array(lists, type=LISTS))
-
-
-def in_chunks(lists: list[list[int]], cut: int) -> TokenColumn:
+def column(lists: list[list[int]], cut: int = 0) -> TokenColumn:
+    """The lists in two chunks."""
     parts = [pa.array(part, type=LISTS) for part in (lists[:cut], lists[cut:])]
     return TokenColumn(pa.chunked_array(parts, type=LISTS))
 
 
-@pytest.fixture(params=[1, 4, 2**24], autouse=True, scope="module")
+@pytest.fixture(params=[4, 2**24], autouse=True, scope="module")
 def _small_pieces(request: pytest.FixtureRequest) -> Any:
     """Everything holds however many tokens are copied at a time."""
     with pytest.MonkeyPatch.context() as patch:
@@ -56,8 +54,7 @@ def test_token_column_of_sliced_chunks(chunks: list[list[list[int]]], data: Any)
 
 def test_token_column_counts_from_the_end_as_a_sequence_does() -> None:
     tokens = column([[1], [2, 3], [4]])
-    assert tokens[-1].tolist() == [4]
-    assert tokens[-2].tolist() == [2, 3]
+    assert (tokens[-1].tolist(), tokens[-2].tolist()) == ([4], [2, 3])
     with pytest.raises(IndexError):
         tokens[3]
 
@@ -67,7 +64,7 @@ def test_picked_and_joined_rows_are_what_lists_would_give(
     lists: list[list[int]], cut: int, data: st.DataObject
 ) -> None:
     rows = data.draw(st.lists(st.integers(0, len(lists) - 1))) if lists else []
-    picked = in_chunks(lists, cut).take(np.asarray(rows, dtype=np.int64))
+    picked = column(lists, cut).take(np.asarray(rows, dtype=np.int64))
     expected = [lists[row] for row in rows]
     assert [ids.tolist() for ids in picked] == expected
     joined = picked.joined(column(lists)).joined(picked)
@@ -87,13 +84,12 @@ def test_numbers_are_equal_where_lists_of_a_group_are(
     lists: list[list[int]], group: int, cut: int
 ) -> None:
     lists = lists[: len(lists) // group * group]
-    numbers = in_chunks(lists, cut).numbered(group)
+    numbers = column(lists, cut).numbered(group)
     assert numbers.shape == (len(lists) // group, group)
     for row, found in enumerate(numbers.tolist()):
         some = lists[row * group : (row + 1) * group]
-        for one in range(group):
-            for other in range(group):
-                assert (found[one] == found[other]) == (some[one] == some[other])
+        for one, other in product(range(group), repeat=2):
+            assert (found[one] == found[other]) == (some[one] == some[other])
 
 
 def test_groups_must_be_whole() -> None:
