@@ -219,6 +219,5 @@ def test_rounding_is_what_the_gate_calls_rounding():
     from sera_plugin.model.gate import FLOAT32_LIMIT
 
     # Of an answer of 100 tokens: rounding grows with their square root.
-    assert FLOAT32_LIMIT * math.sqrt(100) / 100 == pytest.approx(
-        alarms.ALARMS["constant_rewards"][0]
-    )
+    rounding = FLOAT32_LIMIT * math.sqrt(100) / 100
+    assert alarms.THRESHOLDS["constant_rewards"] == pytest.approx(rounding)

@@ -119,5 +119,4 @@ def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: P
     store.write(1, "offline", table)
     store.write_summary(1, {"kept": 2})
     assert store.read(1, "offline").equals(table)
-    assert store.read(1, "offline", ["row"]).equals(table.select(["row"]))
     assert store.summary(1) == {"kept": 2}

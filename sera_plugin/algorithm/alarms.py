@@ -16,85 +16,67 @@ Summary = Mapping[str, Any]
 #: The fall in accuracy, in standard errors, that chance would give in one of 40 comparisons. The
 #: earlier accuracy is the best of several and so a little lucky: one error would cry wolf.
 STANDARD_ERRORS = 2.0
-_ACCURACY = (
-    "the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} {best:.1%}, and "
-    "chance would explain a fall of {chance:.1%}: stop at an earlier iteration with num_epochs, "
-    "lower learning_rate or sera.bootstrap_ratio, or raise rl_beta."
-)
-_UNRANKED = (
-    "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates with a reward and "
-    "give no pair, and {unranked} candidates have none: `labeler` in summary.json says what became "
-    "of them. Where they are few, raise sera.temperature, sera.top_p or sera.candidates."
-)
-_CONSTANT = (
-    " {figure:.2g} nats per token, no more than rounding: the last iteration has hardly changed "
-    "the policy. Raise learning_rate, or lower rl_beta."
-)
-#: Threshold and text of each alarm. A figure is bad above it, that of `constant_*` below.
-ALARMS: dict[str, tuple[float, str]] = {
+#: A figure is bad above its threshold, that of `constant_*` below.
+THRESHOLDS = {
     # Ratio of mean lengths. Preference tuning that exploits length is known to end near twice the
     # length of its data (Park et al. 2024, "Disentangling Length from Quality in DPO"); half of
     # that way is time to look.
-    "sampled_length": (
-        1.5,
-        "sampled answers have {sampled:.1f} tokens on average, {figure:.2f} times the {chosen:.1f} "
-        "of the offline chosen ones: lower sera.bootstrap_ratio or learning_rate, set "
-        "sera.length_control: auto, or rank per token with sera.loss: ipo or simpo.",
-    ),
+    "sampled_length": 1.5,
     # Against the first iteration that sampled. Lengths of answers scatter by about their own mean's
     # 0.7; over 100 candidates the ratio of two means is then known to 0.1, and a growth of a
     # quarter is not chance.
-    "length_growth": (
-        1.25,
-        "sampled answers have grown from {before:.1f} tokens in iteration {first} to "
-        "{sampled:.1f}, {figure:.2f} times as many: raise rl_beta, lower learning_rate, or stop at "
-        "an earlier iteration with num_epochs.",
-    ),
+    "length_growth": 1.25,
     # How much longer chosen than rejected answers are in D_t, relative to the same in the offline
     # pairs. The data's own taste for length is the user's; selection and ranking add little.
-    "chosen_length": (
-        1.25,
-        "in the pairs to train on chosen answers are {trained:.2f} times as long as rejected ones, "
-        "in the offline pairs {offline:.2f} times: selection and ranking prefer length. Set "
-        "sera.length_control: auto, rank per token with sera.loss: ipo or simpo, or lower "
-        "sera.bootstrap_ratio.",
-    ),
+    "chosen_length": 1.25,
     # Nats per token. At 0.5 the policy's perplexity on the offline chosen answers has changed by a
     # factor of e^0.5 = 1.65: down, it unlearns what the data calls good; up, it learns it by heart.
-    "drift": (
-        0.5,
-        "the policy is {of_chosen:+.3f} nats per token from the initial one on the offline chosen "
-        "answers ({of_rejected:+.3f} on the rejected): raise rl_beta or lower learning_rate.",
-    ),
+    "drift": 0.5,
     # Smallest fall worth a word, however many pairs there are.
-    "held_out_accuracy": (0.03, _ACCURACY),
-    "offline_accuracy": (0.03, _ACCURACY),
+    "held_out_accuracy": 0.03,
+    "offline_accuracy": 0.03,
     # At one half R candidates are worth R / 2: half of what sampling and scoring cost is wasted.
-    "duplicates": (
-        0.5,
-        "{figure:.0%} of {sampled} candidates repeat another one of their prompt: raise "
-        "sera.temperature or sera.top_p, or lower sera.candidates.",
-    ),
+    "duplicates": 0.5,
     # Those left are the prompts on which the policy is least sure, and D_t leans towards them.
-    "without_pair": (
-        0.25,
-        "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates and give no "
-        "pair: raise sera.temperature, sera.top_p or sera.candidates.",
-    ),
+    "without_pair": 0.25,
     # With one cut candidate in four, half of all pairs of two have one (1 - C(3,2) / C(4,2)):
     # trained as chosen they teach the policy not to stop.
-    "unfinished": (
-        0.25,
-        "{figure:.0%} of {sampled} candidates were cut before their end: raise sera.max_new_tokens "
-        "(and sequence_len, if prompt and candidate fill it).",
-    ),
+    "unfinished": 0.25,
     # Nats per token. What the step-0 gate allows as rounding between two computations of the same
     # value in float32: rewards that differ by less are ranked by rounding.
-    "constant_rewards": (
-        1e-3,
-        "best and worst candidate of the middle prompt differ by" + _CONSTANT,
-    ),
-    "constant_margins": (1e-3, "the middle half of the offline margins lies within" + _CONSTANT),
+    "constant_rewards": 1e-3,
+    "constant_margins": 1e-3,
+}
+_TEXTS = {
+    "sampled_length": "sampled answers have {sampled:.1f} tokens on average, {figure:.2f} times "
+    "the {chosen:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
+    "learning_rate, set sera.length_control: auto, or rank per token with sera.loss: ipo or "
+    "simpo.",
+    "length_growth": "sampled answers have grown from {before:.1f} tokens in iteration {first} to "
+    "{sampled:.1f}, {figure:.2f} times as many: raise rl_beta, lower learning_rate, or stop "
+    "at an earlier iteration with num_epochs.",
+    "chosen_length": "in the pairs to train on chosen answers are {trained:.2f} times as long as "
+    "rejected ones, in the offline pairs {offline:.2f} times: selection and ranking prefer "
+    "length. Set sera.length_control: auto, rank per token with sera.loss: ipo or simpo, or "
+    "lower sera.bootstrap_ratio.",
+    "drift": "the policy is {of_chosen:+.3f} nats per token from the initial one on the offline "
+    "chosen answers ({of_rejected:+.3f} on the rejected): raise rl_beta or lower "
+    "learning_rate.",
+    "accuracy": "the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
+    "{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier iteration "
+    "with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise rl_beta.",
+    "duplicates": "{figure:.0%} of {sampled} candidates repeat another one of their prompt: raise "
+    "sera.temperature or sera.top_p, or lower sera.candidates.",
+    "without_pair": "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates "
+    "and give no pair: raise sera.temperature, sera.top_p or sera.candidates.",
+    "unfinished": "{figure:.0%} of {sampled} candidates were cut before their end: raise "
+    "sera.max_new_tokens (and sequence_len, if prompt and candidate fill it).",
+    "constant": "{what} {figure:.2g} nats per token, no more than rounding: the last iteration has "
+    "hardly changed the policy. Raise learning_rate, or lower rl_beta.",
+    "unranked": "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates with a "
+    "reward and give no pair, and {unranked} candidates have none: `labeler` in summary.json "
+    "says what became of them. Where they are few, raise sera.temperature, sera.top_p or "
+    "sera.candidates.",
 }
 
 
@@ -118,10 +100,9 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
     now, found = summaries[-1], []
 
     def add(name: str, figure: float, chance: float = 0, text: str = "", **values: Any) -> None:
-        threshold, said = ALARMS[name]
-        said = (text or said).format(figure=figure, chance=chance, **values)
-        threshold = max(threshold, chance)
+        threshold = max(THRESHOLDS[name], chance)
         raised = figure < threshold if name.startswith("constant_") else figure > threshold
+        said = _TEXTS[text or name].format(figure=figure, chance=chance, **values)
         found.append(Alarm(name, figure, threshold, raised, said))
 
     lengths, drift = now["lengths"], now["drift"]
@@ -144,18 +125,21 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
             pairs = now["evaluation" if key == "accuracy" else "pairs"]
             fall, chance, values = _fall(known, key)
             values |= {"kind": kind, "pairs": pairs["pairs" if key == "accuracy" else "offline"]}
-            add(kind.replace("-", "_") + "_accuracy", fall, chance, **values)
+            add(kind.replace("-", "_") + "_accuracy", fall, chance, "accuracy", **values)
     if samples := now.get("samples"):
         for name, part, whole in (
             ("duplicates", "duplicates", "sampled"),
             ("without_pair", "too_few", "prompts"),
             ("unfinished", "unfinished", "sampled"),
         ):
-            text = _UNRANKED if name == "without_pair" and samples.get("unranked") else ""
+            text = "unranked" if name == "without_pair" and samples.get("unranked") else name
             add(name, samples[part] / samples[whole], text=text, **samples)
-    for name, of in (("constant_rewards", "sampled"), ("constant_margins", "offline")):
+    for name, of, what in (
+        ("rewards", "sampled", "best and worst candidate of the middle prompt differ by"),
+        ("margins", "offline", "the middle half of the offline margins lies within"),
+    ):
         if now.get("spread", {}).get(of) is not None:
-            add(name, now["spread"][of])
+            add(f"constant_{name}", now["spread"][of], text="constant", what=what)
     return found
 
 

@@ -181,8 +181,7 @@ class Loop:
 
     def _require_same_model(self) -> None:
         """The loaded model gives the first pairs the log-probabilities the run began with."""
-        names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("logp", "length")]
-        recorded = self.store.read(1, "offline", names)
+        recorded = self.store.read(1, "offline")
         if recorded is None:
             return
         few = Pairs.from_table(self.dataset.slice(0, _FEW))

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from io import TextIOBase
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -56,15 +57,13 @@ def log_on_stderr() -> Iterator[None]:
         LOG.propagate = propagate
 
 
-class _Log:
+class _Log(TextIOBase):
     """The log as a file that tqdm writes to."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         if line := text.strip():
             LOG.info("%s", line)
-
-    def flush(self) -> None:
-        pass
+        return len(text)
 
 
 @contextmanager
@@ -91,9 +90,8 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
 
         yield advance
         bar.total, bar.leave = bar.n, True
-    if not quiet:
-        with above_bars():  # clears what is left of the bar
-            pass
+    with above_bars():  # clears what is left of the bar
+        pass
 
 
 def told(rows: Sequence[Row], what: str, unit: str, quiet: bool = False) -> Iterator[Row]:

@@ -108,10 +108,9 @@ class Ranks:
             return values
         import torch
 
-        total = torch.from_numpy(values.copy())
-        torch.distributed.all_reduce(total, group=self.group)
-        added: npt.NDArray[np.float64] = total.numpy()
-        return added
+        total = values.copy()
+        torch.distributed.all_reduce(torch.from_numpy(total), group=self.group)
+        return total
 
     def on_main(self, action: Callable[[], object]) -> None:
         """Let rank 0 do something that all ranks see done, and none sees half done or too early."""

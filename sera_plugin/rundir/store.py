@@ -214,13 +214,10 @@ class RunStore:
         """Whether a phase is complete and its file whole."""
         return self._whole(self.table_file(iteration, name))
 
-    def read(
-        self, iteration: int, name: str, columns: Sequence[str] | None = None
-    ) -> pa.Table | None:
-        """A finished phase's table, or some of its columns; None if it is not there or damaged."""
-        if not self.finished(iteration, name):
-            return None
-        return _read_parquet(self.table_file(iteration, name), columns)
+    def read(self, iteration: int, name: str) -> pa.Table | None:
+        """A finished phase's table; None if it is not there or damaged."""
+        path = self.table_file(iteration, name)
+        return _read_parquet(path) if self._whole(path) else None
 
     def summary(self, iteration: int) -> dict[str, Any]:
         """The iteration's summary so far, empty before its first phase is complete."""
