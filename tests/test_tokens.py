@@ -92,11 +92,6 @@ def test_numbers_are_equal_where_lists_of_a_group_are(
             assert (found[one] == found[other]) == (some[one] == some[other])
 
 
-def test_groups_must_be_whole() -> None:
-    with pytest.raises(ValueError, match="3 lists are no whole groups of 2"):
-        column([[1], [2], [3]]).numbered(2)
-
-
 def test_more_tokens_than_int32_counts(tmp_path: Path) -> None:
     """Three chunks of 2^30 tokens each, in a file without blocks that nobody reads."""
     zeros = np.memmap(tmp_path / "zeros", dtype=np.int32, mode="w+", shape=2**30)

@@ -32,7 +32,6 @@ from sera_plugin.algorithm.selection import pair_candidates, select_largest
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import TokenColumn
 
-IntArray = npt.NDArray[np.int64]
 #: The two answers of a pair.
 SIDES = ("chosen", "rejected")
 #: What `pair` has counted: metadata of bootstrapped.parquet.
@@ -274,7 +273,9 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
     return table.replace_schema_metadata(report)
 
 
-def candidate_places(candidates: pa.Table, bootstrapped: pa.Table) -> dict[str, IntArray]:
+def candidate_places(
+    candidates: pa.Table, bootstrapped: pa.Table
+) -> dict[str, npt.NDArray[np.int64]]:
     """Where in candidates.parquet each sampled pair has its chosen and its rejected one."""
     first = np.searchsorted(candidates["row"].to_numpy(), bootstrapped["row"].to_numpy())
     return {side: first + bootstrapped[f"{side}_candidate"].to_numpy() for side in SIDES}

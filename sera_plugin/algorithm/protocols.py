@@ -105,10 +105,8 @@ class Ranked:
 class Labeler:
     """Ranks candidates; a subclass gives them rewards.
 
-    `method` and `store` are the run's, the tokenizer the host's; `quiet` shows no progress.
-
-    Attributes:
-        report: for summary.json: `name` as in `sera.labeler`, calls, failures.
+    `method` and `store` are the run's, the tokenizer the host's; `quiet` shows no progress. The
+    `report` is for summary.json: `name` as in `sera.labeler`, calls, failures.
     """
 
     def __init__(
@@ -120,9 +118,7 @@ class Labeler:
     def check(self) -> None:
         """Find out now what a phase would find out after hours of sampling.
 
-        Raises:
-            ValueError, OSError: if what it ranks with is missing or cannot be used.
-            JudgeFailed: if the environment variable with a judge's key is missing.
+        ValueError or OSError if what it ranks with cannot be used, JudgeFailed without a key.
         """
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:

@@ -138,10 +138,9 @@ def seal(directory: Path) -> None:
 
 def damage(directory: Path) -> str | None:
     """What is wrong with a sealed directory in half a sentence, or None if nothing is."""
-    sums = _read(directory)
     if not directory.is_dir():
         return "it does not exist"
-    if not sums:
+    if not (sums := _read(directory)):
         return "it was not written to its end"
     if _header(sums) not in (directory / SUMS).read_text(encoding="utf-8", errors="replace"):
         return f"{SUMS} is not whole"

@@ -78,13 +78,7 @@ class TokenColumn(Sequence[IntArray]):
         return pa.chunked_array(chunks, type=TOKENS)
 
     def numbered(self, group: int) -> IntArray:
-        """(n / group, group) numbers: within a group of lists equal where they are, and only there.
-
-        Raises:
-            ValueError: if the last group is not whole.
-        """
-        if len(self) % group:
-            raise ValueError(f"{len(self)} lists are no whole groups of {group}")
+        """(n / group, group) numbers: within a group equal where the lists are, and only there."""
         numbers = [np.empty(0, dtype=np.int32)]
         for rows in self._pieces(group):
             # Arrow finds equal strings, and a list of tokens is a string of bytes.
