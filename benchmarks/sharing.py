@@ -11,9 +11,8 @@ import numpy as np
 
 from benchmarks.harness import Setup, figure, interleave, markdown, times
 from benchmarks.workload import load_model, make_model, vocabulary_of
-from sera_plugin.model.forward import _KNOWN, abilities
-from sera_plugin.model.packing import plan_lines
-from sera_plugin.model.scoring import cost_of_sharing, score_sequences, scoring_budget
+from sera_plugin.model.forward import _KNOWN, Sharing, abilities, plan_lines
+from sera_plugin.model.scoring import score_sequences, scoring_budget
 
 TITLE = "Shared prompts"
 PROMPTS, CANDIDATES, COMPLETION = (32, 128, 512, 768), 4, 96
@@ -44,7 +43,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     for length in PROMPTS:
         prompts = [prompt for _ in range(count) for prompt in [ids(length)] * CANDIDATES]
         completions = [ids(COMPLETION + 8 * (n % CANDIDATES)) for n in range(len(prompts))]
-        lines = plan_lines(prompts, completions, cost_of_sharing(model, budget.planned))
+        lines = plan_lines(prompts, completions, Sharing.of(model, budget.planned))
         most[str(length)] = max(map(len, lines))
         score = partial(timed, prompts, completions)
         sides = {"planned": partial(score, True), "apart": partial(score, False)}

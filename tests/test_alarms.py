@@ -216,7 +216,7 @@ def test_a_judge_that_says_nothing_is_not_taken_for_samples_that_are_alike():
 
 
 def test_rounding_is_what_the_gate_calls_rounding():
-    from sera_plugin.model.gate import FLOAT32_LIMIT
+    from sera_plugin.model.losses import FLOAT32_LIMIT
 
     # Of an answer of 100 tokens: rounding grows with their square root.
     rounding = FLOAT32_LIMIT * math.sqrt(100) / 100

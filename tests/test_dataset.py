@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -11,7 +12,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.trainers import BpeTrainer
 
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.dataset import INEXACT, LOG, prepare_rows, tokenize_rows
+from sera_plugin.data.dataset import (
+    DUPLICATE,
+    INEXACT,
+    LOG,
+    ODD,
+    SPELLED_OUT,
+    prepare_rows,
+    tokenize_rows,
+)
 
 _NAMES = "user assistant im_start im_end start_header_id end_header_id eot_id tool_end"
 SPECIAL = ["<pad>", "<s>", "</s>", *(f"<|{name}|>" for name in _NAMES.split())]
@@ -21,6 +30,27 @@ PLAIN_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+WORDS = """
+The answer is probably forty two because user interfaces need an assistant to header
+größer naïve 東京 تم العثور שלום мир 🙂 👩‍👩‍👧 🇯🇵 é
+def f(x): return x>y && a|b <b>bold</b> {'role': 'user'} \\n `code` * - 1. <|x|> > >> | [[ ]]
+end eot im message
+"""
+
+
+def ordinary_texts(count: int) -> list[str]:
+    """Answers of several words: prose, scripts, emoji, code, markup."""
+    random = Random(7)
+    words = WORDS.split()
+    texts = ["> quoted answer", ">>> print(1)", "| a | b |\n|---|---|", "user: who am I?"]
+    while len(texts) < count:
+        joined = random.choice([" ", " ", "\n"]).join(
+            random.choices(words, k=random.randint(4, 30))
+        )
+        texts.append(f"No. {len(texts)} {joined} done.")
+    return texts[:count]
 
 
 def build(add_bos: bool = False, metaspace: bool = False, lower: bool = False) -> Any:
@@ -61,13 +91,13 @@ def plain() -> Any:
     return build()
 
 
-def row(prompt: Any = "<|user|>hi<|assistant|>", chosen: Any = "hello", rejected: Any = "world"):
+def row(prompt: str, chosen: str = "hello", rejected: str = "world") -> dict[str, str]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def tokenize(tokenizer: Any, *rows: dict[str, Any], **options: Any) -> Any:
-    options = {"end_ids": [tokenizer.eos_token_id], "max_length": None, **options}
-    return tokenize_rows(list(rows), tokenizer, **options)
+def tokenize(tokenizer: Any, *rows: dict[str, Any], ends: str = "</s>", **options: Any) -> Any:
+    end_ids = tokenizer.convert_tokens_to_ids(ends.split())
+    return tokenize_rows(list(rows), tokenizer, end_ids, **{"max_length": None, **options})
 
 
 def spelled(tokenizer: Any, ids: Any) -> str:
@@ -84,32 +114,132 @@ def spelled(tokenizer: Any, ids: Any) -> str:
 @pytest.mark.parametrize("adds", [True, False])
 def test_one_bos_where_the_tokenizer_adds_one_and_never_two(adds: bool, text: str) -> None:
     tokenizer = build(add_bos=adds)
-    result = tokenize(tokenizer, row(prompt=text))
+    result = tokenize(tokenizer, row(text))
     assert spelled(tokenizer, result.prompt_ids[0]) == ("<s>hi" if adds or text != "hi" else "hi")
     for ids in (result.chosen_ids[0], result.rejected_ids[0]):
         assert tokenizer.bos_token_id not in ids
 
 
 def test_tokens_do_not_merge_across_the_boundary(plain: Any) -> None:
-    result = tokenize(plain, row(prompt="xa", chosen="bx", rejected="x"))
-    assert spelled(plain, result.prompt_ids[0]) == "xa"
-    assert spelled(plain, result.chosen_ids[0]) == "bx</s>"
+    result = tokenize(plain, row("xa", "bx", "x"))
     assert result.prompt_ids[0].tolist() == plain("xa")["input_ids"]
+    assert spelled(plain, result.chosen_ids[0]) == "bx</s>"
     assert INEXACT not in result.kept
 
 
 @pytest.mark.parametrize("chosen", ["hello", " hello", "hello  world", "hello user"])
 @pytest.mark.parametrize("metaspace", [False, True])
 def test_prompt_and_completion_spell_the_text(metaspace: bool, chosen: str) -> None:
-    tokenizer = build(metaspace=metaspace)
-    prompt = "<|user|>hi<|assistant|>"
-    result = tokenize(tokenizer, row(prompt=prompt, chosen=chosen))
+    tokenizer, prompt = build(metaspace=metaspace), "<|user|>hi<|assistant|>"
+    result = tokenize(tokenizer, row(prompt, chosen))
     both = np.concatenate([result.prompt_ids[0], result.chosen_ids[0]])
     expected = tokenizer(prompt + chosen + "</s>", add_special_tokens=False)["input_ids"]
     assert both.tolist() == expected
+    assert both.dtype == np.int32
 
 
-# ------------------------------------------------------------------ ends
+# ------------------------------------------------------------------ rows and their ends
+
+EQUAL = "chosen equals rejected, which prefers nothing"
+NO_TOKENS = "prompt, chosen or rejected without tokens"
+TOO_LONG = "longer than sequence_len: "
+
+
+@dataclass
+class Case:
+    """Answers to "x" as (chosen, rejected), or with another prompt before them; what remains."""
+
+    rows: list[tuple[str, ...]]
+    #: Of the rows that are kept, as their tokens spell them; None is the same text and one end.
+    answers: list[tuple[str, str]] | None = None
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    end_ids: str = "</s>"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+XY = ("x", "y")
+TALK = ("<|user|>x<|assistant|>", "xz", "y")  # 3 tokens, then 3 of the longer answer with its end
+CALLED, ENDS = "ab<|tool_end|>", "</s> <|im_end|> <|im_end|>"
+CASES = {
+    "no end in the data": Case([XY], end_ids="</s> <|im_end|>", options={"ends": ENDS}),
+    # The sampler stops at what ends completions in the data, and at the model's own end.
+    "a missing end becomes the most frequent one": Case(
+        [("hello", "world<|im_end|>"), ("ab<|im_end|>", "hi</s>")],
+        [("hello<|im_end|>", "world<|im_end|>"), ("ab<|im_end|>", "hi</s>")],
+        end_ids="<|im_end|> </s>",
+    ),
+    # A tool call closes with a special token of its own, and the turn ends behind it.
+    "a special token that ends no turn is part of the answer": Case(
+        [(f"{CALLED}<|im_end|>", f"{CALLED}</s>"), (CALLED, "hi<|im_end|>")],
+        [(f"{CALLED}<|im_end|>", f"{CALLED}</s>"), (f"{CALLED}<|im_end|>", "hi<|im_end|>")],
+        end_ids="<|im_end|> </s>",
+        options={"ends": ENDS},
+    ),
+    # Every other answer says how turns end; the odd one out must not cut theirs short.
+    "one unfinished tool call does not make its close an end": Case(
+        [(f"{CALLED}</s>", f"{i}</s>") for i in range(5)] + [(CALLED, "hi</s>")],
+        [(f"{CALLED}</s>", f"{i}</s>") for i in (*range(5), "hi")],
+    ),
+    "an answer spells the end of a turn": Case(
+        [("ab</s>hello</s>", "world</s>"), ("ab<s>", "hello")],
+        [("ab</s>hello</s>", "world</s>"), ("ab<s></s>", "hello</s>")],
+        kept={SPELLED_OUT: [0, 1]},
+    ),
+    "equal answers": Case(
+        [XY, ("ab", "ab"), ("ab</s>", "ab"), ("ab</s>\n", "ab")], dropped={EQUAL: [1, 2, 3]}
+    ),
+    "equal once they are cut": Case(
+        [("yzx", "xzy"), ("xzx", "xzy")],
+        [("yz", "xz")],
+        dropped={EQUAL: [1]},
+        options={"max_length": 3, "truncate": True},
+    ),
+    "duplicates": Case(
+        [XY, XY, ("x", "z"), ("x</s>", "y")],
+        [*[("x</s>", "y</s>")] * 2, ("x</s>", "z</s>"), ("x</s>", "y</s>")],
+        kept={DUPLICATE: [1, 3]},
+    ),
+    "only rows that are trained are remarked on": Case(
+        [("a\0b", "y"), ("\0" * 30, "y")],
+        dropped={TOO_LONG + "12": [1]},
+        kept={ODD: [0]},
+        options={"max_length": 12},
+    ),
+    "rows are named by their place": Case([("", "y"), XY, ("x", "")], dropped={NO_TOKENS: [0, 2]}),
+    "just as long as may be": Case([TALK], options={"max_length": 6}),
+    "one token too long": Case(
+        [XY, TALK], dropped={TOO_LONG + "5": [1]}, options={"max_length": 5}
+    ),
+    "cut to the room that the prompt leaves": Case(
+        [TALK], [("xz", "y</s>")], options={"max_length": 5, "truncate": True}
+    ),
+    "no room behind the prompt": Case(
+        [XY, TALK], dropped={TOO_LONG + "3": [1]}, options={"max_length": 3, "truncate": True}
+    ),
+    "any script": Case([(text, text[::-1]) for text in ordinary_texts(60)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_becomes_of_rows(plain: Any, name: str) -> None:
+    case = CASES[name]
+    rows = [row(*(texts if len(texts) == 3 else ("x", *texts))) for texts in case.rows]
+    result = tokenize(plain, *rows, **case.options)
+    assert (result.dropped, result.kept) == (case.dropped, case.kept)
+    gone = {index for dropped in case.dropped.values() for index in dropped}
+    left = [index for index in range(len(rows)) if index not in gone]
+    assert result.rows == left
+    prompts, *answers = (
+        [spelled(plain, ids) for ids in column]
+        for column in (result.prompt_ids, result.chosen_ids, result.rejected_ids)
+    )
+    assert prompts == [rows[index]["prompt"] for index in left]
+    same = [tuple(f"{text}</s>" for text in case.rows[index][-2:]) for index in left]
+    assert list(zip(*answers, strict=True)) == (case.answers or same)
+    assert plain.convert_ids_to_tokens(result.end_ids) == case.end_ids.split()
+    for ids in (*result.chosen_ids, *result.rejected_ids):
+        assert not {plain.bos_token_id, *result.end_ids} & set(ids[:-1].tolist())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +249,6 @@ def test_prompt_and_completion_spell_the_text(metaspace: bool, chosen: str) -> N
         ("hello</s>", "hello</s>"),
         ("hello<|im_end|></s>", "hello<|im_end|>"),
         ("hello<|im_end|><|im_end|>", "hello<|im_end|>"),
-        ("hello<|im_end|>\n", "hello<|im_end|>"),
         ("hello<|im_end|> \n\n", "hello<|im_end|>"),
         ("hello<|im_end|></s>\n", "hello<|im_end|>"),
         ("hello<|im_end|>\n</s>", "hello<|im_end|>"),
@@ -129,107 +258,57 @@ def test_prompt_and_completion_spell_the_text(metaspace: bool, chosen: str) -> N
     ],
 )
 def test_exactly_one_end_token_and_nothing_behind_it(plain: Any, text: str, kept: str) -> None:
-    result = tokenize(plain, row(chosen=text, rejected="world<|im_end|>"))
+    result = tokenize(plain, row("hi", text, "world<|im_end|>"))
     assert spelled(plain, result.chosen_ids[0]) == kept
 
 
-def test_a_special_token_that_ends_no_turn_is_part_of_the_answer(plain: Any) -> None:
-    """A tool call closes with a special token of its own, and the turn ends behind it."""
-    ends = [plain.eos_token_id, plain.convert_tokens_to_ids("<|im_end|>")]
-    called = row(chosen="ab<|tool_end|><|im_end|>", rejected="ab<|tool_end|></s>")
-    result = tokenize(plain, called, row(chosen="ab<|tool_end|>"), end_ids=ends)
-    assert spelled(plain, result.chosen_ids[0]) == "ab<|tool_end|><|im_end|>"
-    assert spelled(plain, result.rejected_ids[0]) == "ab<|tool_end|></s>"
-    assert spelled(plain, result.chosen_ids[1]).startswith("ab<|tool_end|><")
-
-
-def test_one_unfinished_tool_call_does_not_make_its_close_an_end(plain: Any) -> None:
-    """Every other answer says how turns end; the odd one out must not cut theirs short."""
-    usual = row(chosen="ab<|tool_end|></s>", rejected="hi</s>")
-    odd = row(chosen="ab<|tool_end|>", rejected="hi</s>")
-    result = tokenize(plain, *[usual] * 5, odd)
-    assert result.end_ids == [plain.eos_token_id]
-    assert {spelled(plain, ids) for ids in result.chosen_ids} == {"ab<|tool_end|></s>"}
-
-
-def test_a_missing_end_becomes_the_datas_most_frequent_one(plain: Any) -> None:
-    rows = [
-        row(chosen="hello", rejected="world<|im_end|>"),
-        row(chosen="ab<|im_end|>", rejected="hi</s>"),
-    ]
-    result = tokenize(plain, *rows)
-    im_end = plain.convert_tokens_to_ids("<|im_end|>")
-    assert spelled(plain, result.chosen_ids[0]) == "hello<|im_end|>"
-    assert spelled(plain, result.rejected_ids[1]) == "hi</s>"
-    # The sampler stops at what ends completions in the data, and at the model's own end.
-    assert result.end_ids == [im_end, plain.eos_token_id]
-
-
-def test_without_any_end_in_the_data_it_is_the_eos(plain: Any) -> None:
-    im_end = plain.convert_tokens_to_ids("<|im_end|>")
-    result = tokenize(plain, row(), end_ids=[plain.eos_token_id, im_end, im_end])
-    assert spelled(plain, result.chosen_ids[0]) == "hello</s>"
-    assert spelled(plain, result.rejected_ids[0]) == "world</s>"
-    assert result.end_ids == [plain.eos_token_id, im_end]
-
-
-def test_a_tokenizer_without_eos_says_what_to_set(plain: Any) -> None:
-    with pytest.raises(ValueError, match=r"special_tokens: \{eos_token"):
-        tokenize(plain, row(), end_ids=[])
-
-
-# ------------------------------------------------------------------ rows
-
-
-def test_ids_are_int32_arrays_and_rows_are_named_by_their_place(plain: Any) -> None:
-    result = tokenize(plain, row(), row(chosen=""), row())
-    assert result.rows == [0, 2]
-    for column in (result.prompt_ids, result.chosen_ids, result.rejected_ids):
-        assert [ids.dtype for ids in column] == [np.int32, np.int32]
-
-
-def test_sequence_len_counts_prompt_longer_completion_and_end_token(plain: Any) -> None:
-    """prompt: <|user|> x <|assistant|> is 3; chosen x x </s> is 3; rejected y </s> is 2."""
-    example = row(prompt="<|user|>x<|assistant|>", chosen="xz", rejected="y")
-    assert tokenize(plain, example, max_length=6).rows == [0]
-    result = tokenize(plain, row(prompt="x", chosen="x", rejected="y"), example, max_length=5)
-    assert result.rows == [0]
-    assert result.dropped == {"longer than sequence_len: 5": [1]}
-
-
-def test_truncation_cuts_completions_to_the_room_the_prompt_leaves_if_any(plain: Any) -> None:
-    long = row(prompt="<|user|>x<|assistant|>", chosen="xzx", rejected="y")
-    result = tokenize(plain, long, max_length=5, truncate=True)
-    assert spelled(plain, result.prompt_ids[0]) == "<|user|>x<|assistant|>"
-    assert spelled(plain, result.chosen_ids[0]) == "xz"
-    assert spelled(plain, result.rejected_ids[0]) == "y</s>"
-    assert result.dropped == {}
-    short = row(prompt="x", chosen="x", rejected="y")
-    result = tokenize(plain, long, short, max_length=3, truncate=True)
-    assert (result.rows, list(result.dropped.values())) == ([1], [[0]])
-
-
-def test_no_usable_row_is_an_error_with_the_counts(plain: Any) -> None:
-    rows = [row(chosen=""), row(rejected=""), row(chosen="hello world " * 9)]
-    with pytest.raises(
-        ValueError,
-        match=r"none of the 3 .*2 row\(s\): .* without tokens.*1 row\(s\): longer.*sequence_len",
-    ):
-        tokenize(plain, *rows, max_length=12)
-    with pytest.raises(ValueError, match="the dataset is empty"):
-        tokenize(plain)
-
-
 def test_tokens_that_do_not_spell_their_text_are_noted_and_trained() -> None:
-    result = tokenize(build(lower=True), row(chosen="hello"), row(chosen="HELLO"))
+    result = tokenize(build(lower=True), row("hi", "hello"), row("hi", "HELLO"))
     assert (result.rows, result.kept[INEXACT]) == ([0, 1], [1])
 
 
-def test_ordinary_text_of_any_script_is_exact(plain: Any) -> None:
-    rows = [row(chosen=text, rejected=text[::-1]) for text in ordinary_texts(60)]
-    result = tokenize(plain, *rows)
-    assert INEXACT not in result.kept
-    assert result.dropped == {}
+def test_nothing_usable_is_an_error_with_the_counts(plain: Any) -> None:
+    rows = [row("hi", ""), row("hi", "hi", ""), row("hi", "hello world " * 9)]
+    counts = r"\(2 row\(s\): .* without tokens \(rows 0, 1\); 1 row\(s\): longer.*\)"
+    for name, keys in (("train", "`datasets:`"), ("eval", "`test_datasets:` or `val_set_size`")):
+        said = f"none of the 3 {name} rows can be used {counts}. Check {keys}, and `sequence_len`"
+        with pytest.raises(ValueError, match=said):
+            tokenize(plain, *rows, max_length=12, name=name)
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        tokenize(plain)
+    with pytest.raises(ValueError, match=r"special_tokens: \{eos_token"):
+        tokenize(plain, row("hi"), ends="")
+
+
+# ------------------------------------------------------------------ what is said about them
+
+
+@pytest.mark.parametrize(
+    ("config", "cfg", "said"),
+    [
+        ({}, {}, None),
+        ({"bad_rows": "raise"}, {}, r"^sera.bad_rows: raise, and 2 of the 3 train rows .*bad_rows"),
+        (
+            {},
+            {"excess_length_strategy": "raise"},
+            r"^excess_length_strategy: raise, and 2 of the 3 .*1 row\(s\): longer .*\(rows 2\)",
+        ),
+    ],
+)
+def test_bad_and_long_rows_stop_the_run_when_asked_to(
+    plain: Any, config: Any, cfg: Any, said: str | None
+) -> None:
+    rows = [row("hi", text, "ab") for text in ("x", "", "hello " * 9)]
+    options = ([plain.eos_token_id], {"sequence_len": 9, **cfg}, SeraConfig(**config), "train")
+    if said is None:
+        assert prepare_rows(rows, plain, *options).rows == [0]
+        return
+    with pytest.raises(ValueError, match=said) as error:
+        prepare_rows(rows, plain, *options)
+    assert f"1 row(s): {NO_TOKENS} (rows 1)" in str(error.value)
+    assert str(error.value).split(". ")[-1].startswith("Mend or remove them, or set ")
+    if config:  # rows that are only too long are no bad rows
+        assert prepare_rows(rows[::2], plain, *options).rows == [0]
 
 
 def test_the_log_names_the_first_rows_of_each_reason(
@@ -237,32 +316,18 @@ def test_the_log_names_the_first_rows_of_each_reason(
 ) -> None:
     monkeypatch.setattr(LOG, "handlers", [caplog.handler])
     monkeypatch.setattr(LOG, "propagate", False)  # as where the host has set up its loggers
-    rows = [row(), *[row(chosen="")] * 7]
+    rows = [row("hi"), *[row("hi", "")] * 7]
     prepare_rows(rows, plain, [plain.eos_token_id], {}, SeraConfig(), "train")
     [line] = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
-    assert line.startswith("WARNING train: dropped 7 row(s): prompt, chosen or rejected without")
-    assert "(rows 1, 2, 3, 4, 5, ...)" in line
+    assert line == f"WARNING train: dropped 7 row(s): {NO_TOKENS} (rows 1, 2, 3, 4, 5, ...)"
 
 
-# ------------------------------------------------------------------ the host's chat_template
-
-
-WORDS = """
-The answer is probably forty two because user interfaces need an assistant to header
-größer naïve 東京 تم العثور שלום мир 🙂 👩‍👩‍👧 🇯🇵 é
-def f(x): return x>y && a|b <b>bold</b> {'role': 'user'} \\n `code` * - 1. <|x|> > >> | [[ ]]
-end eot im message
-"""
-
-
-def ordinary_texts(count: int) -> list[str]:
-    """Answers of several words: prose, scripts, emoji, code, markup."""
-    random = Random(7)
-    words = WORDS.split()
-    texts = ["> quoted answer", ">>> print(1)", "| a | b |\n|---|---|", "user: who am I?"]
-    while len(texts) < count:
-        joined = random.choice([" ", " ", "\n"]).join(
-            random.choices(words, k=random.randint(4, 30))
-        )
-        texts.append(f"No. {len(texts)} {joined} done.")
-    return texts[:count]
+def test_only_the_commonest_reasons_are_named(plain: Any) -> None:
+    bad = [
+        {"sera_problem": f"problem {i}", "sera_source": "datasets[0] (f)", "sera_row": i}
+        for i in range(30)
+    ]
+    lines = tokenize(plain, row("hi"), *bad, bad[7]).reasons()
+    assert lines[0] == "2 row(s): problem 7 (datasets[0] (f) rows 7, 7)"
+    assert lines[-1] == "10 more reasons"
+    assert len(lines) == 21

@@ -1,8 +1,11 @@
-"""Every way the host prepares preference data ends in the right tokens."""
+"""Every way the host prepares preference data ends in the right tokens, or in a named reason."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,149 +14,267 @@ from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
 from tests.conftest import write_rows
 
-ROWS = [("b a", "a b", "b a"), ("d c e", "c d e", "e d c"), ("f a", "a f", "f f a")]
+GOOD = {"question": "b a", "good": "a b", "bad": "b b"}
+TYPE = {"field_prompt": "question", "field_chosen": "good", "field_rejected": "bad"}
 
 
-def conversation(prompt, answer):
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+@pytest.fixture
+def prepare(base_config, load):
+    """What `axolotl train` does with the data before it loads a model, and the trainer then."""
+
+    def run(*datasets, sera=(), **keys):
+        from axolotl.integrations.base import PluginManager
+        from axolotl.loaders import load_tokenizer
+
+        keys = dict.fromkeys(("test_datasets", "evals_per_epoch")) | keys
+        sera = base_config["sera"] | dict(sera)
+        cfg = load(base_config | {"datasets": list(datasets), "sera": sera} | keys)
+        cfg.dataset_num_proc = keys.get("dataset_num_proc")  # no process for a few rows
+        data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+        tokenizer = load_tokenizer(cfg)
+        rows, ends = {}, [tokenizer.eos_token_id]
+        for name, dataset in (("train", data.train_dataset), ("eval", data.eval_dataset)):
+            if dataset is not None:
+                config = SeraConfig(**cfg.sera)
+                rows[name] = prepare_rows(dataset, tokenizer, ends, cfg, config, name)
+
+        def spelled(name):
+            ids = getattr(rows["train"], name)
+            return {tokenizer.decode(one).replace(" ", "") for one in ids}
+
+        return SimpleNamespace(cfg=cfg, data=data, spelled=spelled, **rows)
+
+    return run
 
 
-def prepared(base_config, load, tmp_path, rows, kind, **dataset):
-    """The rows as `axolotl train` tokenises them: (columns of token ids, tokenizer)."""
-    from axolotl.integrations.base import PluginManager
-    from axolotl.loaders import load_tokenizer
+@pytest.fixture
+def file_of(tmp_path):
+    """An entry of `datasets:` for some rows."""
 
-    write_rows(tmp_path / "rows.jsonl", rows)
-    data = {"path": str(tmp_path / "rows.jsonl"), "ds_type": "json", "split": "train", **dataset}
-    if kind:
-        data["type"] = kind
-    cfg = load(base_config | {"datasets": [data], "test_datasets": None, "evals_per_epoch": None})
-    cfg.dataset_num_proc = None  # no process of its own for a few rows
-    dataset = PluginManager.get_instance().load_datasets(cfg, preprocess=True).train_dataset
-    tokenizer = load_tokenizer(cfg)
-    config = SeraConfig(**cfg.sera)
-    made = prepare_rows(dataset, tokenizer, [tokenizer.eos_token_id], cfg, config, "train")
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return {name: [ids.tolist() for ids in getattr(made, name)] for name in names}, tokenizer
+    def write(rows, name="pairs.jsonl", kind=TYPE):
+        write_rows(tmp_path / name, rows)
+        entry = {"path": str(tmp_path / name), "ds_type": "json", "split": "train"}
+        return entry | ({"type": kind} if kind else {})
+
+    return write
 
 
-def test_chat_template_default(base_config, load, tmp_path):
-    rows = [{"messages": p, "chosen": c, "rejected": r} for p, c, r in ROWS]
+def places(result):
+    """Reason -> (the user's dataset, the place in it) of the rows that were dropped for it."""
+    return {
+        why: sorted((result.sources[row], result.places[row]) for row in rows)
+        for why, rows in result.dropped.items()
+    }
+
+
+def turns(*texts):
+    roles = ("user", "assistant") * 2
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+TALK = {"prompt": turns("b a"), "chosen": turns("", "a b")[1:], "rejected": turns("", "b a")[1:]}
+ASKED = "<s><|user|>ba<|assistant|>"
+KINDS = {
     # The host searches the answer's text in the whole rendering and finds "a" in the header.
-    rows.append({"messages": "b", "chosen": "a", "rejected": "b c"})
-    data, tokenizer = prepared(base_config, load, tmp_path, rows, "chat_template.default")
-    assert len(data["chosen_ids"]) == 4
-    answers = {tokenizer.decode(ids).replace(" ", "") for ids in data["chosen_ids"]}
-    assert answers == {"ab</s>", "cde</s>", "af</s>", "a</s>"}
-    for index in range(4):
-        assert tokenizer.decode(data["prompt_ids"][index]).startswith("<s> <|user|> ")
-        assert data["prompt_ids"][index].count(1) == 1
-        assert data["chosen_ids"][index].count(2) == data["rejected_ids"][index].count(2) == 1
-        assert data["chosen_ids"][index][-1] == 2
-
-
-@pytest.mark.slow
-def test_multi_turn_prompts_bootstrap_the_last_turn(base_config, train, tmp_path):
-    turns = [*conversation("b a", "a b"), {"role": "user", "content": "d c"}]
-    rows = [{"messages": turns, "chosen": "c d", "rejected": "d c"}] * 3
-    base_config["sera"]["bootstrap_ratio"] = 1.0
-    write_rows(tmp_path / "rows.jsonl", rows)
-    data = {"path": str(tmp_path / "rows.jsonl"), "ds_type": "json", "split": "train"}
-    base_config |= {"datasets": [{**data, "type": "chat_template.default"}]}
-    base_config |= {"test_datasets": None, "evals_per_epoch": None, "num_epochs": 2}
-    result = train(base_config)
-    prompt = result.training_pairs[2]["prompt_ids"][0].as_py()
-    assert result.trainer.processing_class.decode(prompt).replace(" ", "") == (
-        "<s><|user|>ba<|assistant|>ab</s><|user|>dc<|assistant|>"
-    )
-
-
-@pytest.mark.parametrize("kind", ["chatml.intel", "llama3.intel"])
-def test_fixed_templates_get_one_end_token(base_config, load, tmp_path, kind):
-    rows = [{"question": p, "chosen": c, "rejected": r} for p, c, r in ROWS]
-    data, _ = prepared(base_config, load, tmp_path, rows, kind)
-    assert len(data["chosen_ids"]) == 3
+    "chat_template.default": ({"messages": "b a", "chosen": "a", "rejected": "b"}, ASKED, "a</s>"),
+    "chat_template.default, several turns": (
+        {"messages": turns("b a", "a b", "d c"), "chosen": "c d", "rejected": "d c"},
+        f"{ASKED}ab</s><|user|>dc<|assistant|>",
+        "cd</s>",
+    ),
     # This tokenizer knows neither template's end token, so its own eos follows the text.
-    assert all(ids[-1] == 2 and ids.count(2) == 1 for ids in data["chosen_ids"])
+    "chatml.intel": ({"question": "b", "chosen": "a b", "rejected": "b a"}, None, None),
+    "llama3.intel": ({"question": "b", "chosen": "a b", "rejected": "b a"}, None, None),
+    "zephyr.nectar": (
+        {"prompt": "b", "answers": [{"answer": "b", "rank": 1.0}, {"answer": "a", "rank": 2.0}]},
+        None,
+        None,
+    ),
+    "passthrough.default": (
+        {"prompt": "<s> <|user|> b a <|assistant|>", "chosen": " a b</s>", "rejected": " b"},
+        ASKED,
+        "ab</s>",
+    ),
+    "": (TALK, ASKED, "ab</s>"),
+}
 
 
-def test_zephyr(base_config, load, tmp_path):
-    answers = [{"answer": text, "rank": rank} for text, rank in (("b a", 1.0), ("a b", 2.0))]
-    rows = [{"prompt": "b a", "answers": answers}] * 2
-    data, _ = prepared(base_config, load, tmp_path, rows, "zephyr.nectar")
-    assert len(data["chosen_ids"]) == 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_strategies_of_the_host(prepare, file_of, kind):
+    row, prompt, chosen = KINDS[kind]
+    found = prepare(file_of([row], kind=kind.split(",")[0]))
+    assert len(found.train.rows) == 1
+    if prompt is not None:
+        assert (found.spelled("prompt_ids"), found.spelled("chosen_ids")) == ({prompt}, {chosen})
+    for ids in (found.train.chosen_ids[0], found.train.rejected_ids[0]):
+        assert ids[-1] == 2
+        assert 2 not in ids[:-1]
 
 
-def test_passthrough_text(base_config, load, tmp_path):
-    rows = [
-        {"prompt": f"<s> <|user|> {p} <|assistant|>", "chosen": f" {c}</s>", "rejected": f" {r}"}
-        for p, c, r in ROWS
+def test_rows_are_named_by_their_place_in_the_users_file(prepare, file_of):
+    first = [GOOD | {"question": f"c {one}"} for one in "abc"]
+    odd = [None, "", "a b " * 30, 5, ["a"], {"a": 1}]
+    second = [*(GOOD | {"good": value} for value in odd), GOOD | {"bad": GOOD["good"]}]
+    second += [{"question": "b", "bad": "a"}, GOOD, GOOD]
+    found = prepare(file_of(first), file_of(second, "more.jsonl"), dataset_num_proc=2).train
+    assert (found.total, len(found.rows)) == (13, 5)
+    more = "datasets[1] (more.jsonl)"
+    assert places(found) == {
+        "field 'good' is null, not text": [(more, 0), (more, 7)],
+        "field 'good' is empty": [(more, 1)],
+        "longer than sequence_len: 48": [(more, 2)],
+        "field 'good' is a number, not text": [(more, 3)],
+        "field 'good' is a list, not text": [(more, 4)],
+        "field 'good' is an object, not text": [(more, 5)],
+        "chosen equals rejected, which prefers nothing": [(more, 6)],
+    }
+    [(remark, [row])] = found.kept.items()
+    assert remark.startswith("repeat an earlier row")
+    assert found.sources[row] == more
+
+
+def test_prepared_rows_are_taken_and_named_until_the_file_is_mended(prepare, file_of):
+    entry = file_of([GOOD, GOOD | {"question": "c", "bad": None}])
+    said = "1 row(s): field 'bad' is null, not text (datasets[0] (pairs.jsonl) rows 1)"
+    assert prepare(entry).train.reasons() == [said]
+    os.unlink(entry["path"])
+    assert prepare(entry).train.reasons() == [said]
+    with pytest.raises(ValueError, match=r"sera.bad_rows: raise, and 1 of the 2 .*rows 1"):
+        prepare(entry, sera={"bad_rows": "raise"})
+    file_of([GOOD, GOOD | {"question": "c"}])
+    os.utime(entry["path"], (time.time() + 5, time.time() + 5))
+    assert len(prepare(entry).train.rows) == 2
+
+
+def test_prepared_rows_of_another_guard_rl_or_columns_are_not_shared(prepare, file_of, monkeypatch):
+    """The host names prepared data without regard to `rl`; plain DPO would train placeholders."""
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config
+    from axolotl.utils.dict import DictDefault
+
+    from sera_plugin.host.datasets import prepared_name
+
+    cfg = prepare(file_of([GOOD])).cfg
+    scored = DictDefault({**cfg, "sera": {"score_columns": ["score"]}})
+    names = [
+        generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer"),
+        prepared_name(cfg, cfg.datasets, "tokenizer"),
+        prepared_name(scored, cfg.datasets, "tokenizer"),
     ]
-    data, _ = prepared(base_config, load, tmp_path, rows, "passthrough.default")
-    assert data["chosen_ids"][0][-1] == data["rejected_ids"][0][-1] == 2
-    assert data["prompt_ids"][0].count(1) == 1
+    monkeypatch.setattr("sera_plugin.host.datasets.GUARD_VERSION", 0)
+    names.append(prepared_name(cfg, cfg.datasets, "tokenizer"))
+    assert len(set(names)) == 4
 
 
-def test_conversations_without_a_type(base_config, load, tmp_path):
-    rows = [
-        {
-            "prompt": conversation(p, c)[:1],
-            "chosen": conversation(p, c)[1:],
-            "rejected": conversation(p, r)[1:],
-        }
-        for p, c, r in ROWS
+def test_deduplication_ignores_where_rows_stand_and_keeps_bad_ones_apart(prepare, file_of):
+    other = GOOD | {"question": "c"}
+    rows = file_of([GOOD, other, GOOD, GOOD | {"bad": None}, GOOD | {"bad": None}, GOOD])
+    held_out = file_of([other, GOOD | {"question": "d"}], "held-out.jsonl")
+    found = prepare(rows, test_datasets=[held_out], dataset_exact_deduplication=True)
+    assert len(found.train.rows) == 2
+    assert found.train.kept == {}
+    assert [[place for _, place in dropped] for dropped in places(found.train).values()] == [[3, 4]]
+    assert found.data.eval_dataset["sera_row"][:] == [1]
+
+
+def test_rows_are_merged_shuffled_split_and_counted_as_the_host_does(prepare, file_of):
+    from axolotl.utils.data.shared import create_train_validation_split, merge_datasets
+    from datasets import load_dataset
+
+    letters = "abcdefghi"
+    sets = [
+        file_of([GOOD | {"question": f"{name} {one}"} for one in letters], f"{name}.jsonl")
+        for name in "xy"
     ]
-    base_config["skip_prepare_dataset"] = True
-    data, tokenizer = prepared(base_config, load, tmp_path, rows, None)
-    # The host shuffles rows.
-    prompts = {tokenizer.decode(ids).replace(" ", "") for ids in data["prompt_ids"]}
-    assert prompts == {f"<s><|user|>{p.replace(' ', '')}<|assistant|>" for p, _, _ in ROWS}
-    answers = {tokenizer.decode(ids).replace(" ", "") for ids in data["chosen_ids"]}
-    assert answers == {f"{c.replace(' ', '')}</s>" for _, c, _ in ROWS}
+    for keys in (
+        {"seed": 5, "shuffle_before_merging_datasets": True},
+        {"seed": 6, "shuffle_merged_datasets": False},
+        {"seed": 7, "val_set_size": 0.25},
+    ):
+        # The host names prepared data without regard to the order of rows.
+        made = prepare(*sets, skip_prepare_dataset=True, **keys)
+        raw = [load_dataset("json", data_files=one["path"], split="train") for one in sets]
+        expected, held_out = merge_datasets(raw, made.cfg), None
+        if keys.get("val_set_size"):
+            expected, held_out = create_train_validation_split(expected, made.cfg, 0.25)
+            assert made.data.eval_dataset["prompt"][:] == held_out["question"][:]
+        assert made.data.train_dataset["prompt"][:] == expected["question"][:]
+        steps = len(expected) * made.cfg.num_epochs / made.cfg.batch_size
+        assert made.data.total_num_steps == -(-steps // 1)
+
+
+def test_held_out_rows_are_read_as_test_datasets_says(prepare, file_of):
+    """The host reads the fields of `datasets` for them (axolotl 0.19)."""
+    rows = [{"prompt": "b", "chosen": "a b", "rejected": "b a"}, {"prompt": "b"}]
+    held_out = file_of(rows, "test.jsonl", {"field_prompt": "prompt"})
+    found = prepare(file_of([GOOD]), test_datasets=[held_out])
+    assert found.data.eval_dataset["chosen"][0] in ("a b", "-")
+    assert len(found.eval.rows) == 1
+    [reason] = found.eval.reasons()
+    assert reason.endswith("(test_datasets[0] (test.jsonl) rows 1)")
+
+
+def test_text_that_is_json_stays_text_in_a_file_of_mixed_types(prepare, file_of):
+    """`Dataset.map` would keep the column's type and read "-" back as 0 (datasets 4)."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    kind = {"chosen_format": "-{chosen}", "rejected_format": "[7] {rejected}"}
+    rows = [row, row | {"chosen": 5}, row | {"rejected": ["x"]}, row | {"chosen": "d"}]
+    found = prepare(file_of(rows, kind=kind))
+    assert sorted(found.data.train_dataset["chosen"][:]) == ["-", "-", "-b", "-d"]
+    assert [place for [(_, place)] in places(found.train).values()] == [1, 2]
+
+
+def test_other_columns_keep_no_datasets_apart(prepare, file_of):
+    """The host merges whole rows, and cannot where a column is a number here, an object there."""
+    first = file_of([GOOD | {"id": 1, "score": 0.5, "bad": bad} for bad in ("a", "b", None)])
+    sets = [first, file_of([GOOD | {"id": {"a": "x"}}], "more.jsonl")]
+    found = prepare(*sets, sera={"score_columns": ["score"]})
+    assert "score" in found.data.train_dataset.column_names
+    assert "id" not in found.data.train_dataset.column_names
+    assert len(found.train.rows) == 3
+    with pytest.raises(ValueError, match=r"sera.score_columns: 'quality' not .* 'id', 'question'"):
+        prepare(*sets, sera={"score_columns": ["quality"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "said"),
+    [
+        ("pairs.csv", b"question,good,bad\n", TYPE, r"path: .*pairs.csv' cannot be .* no rows"),
+        ("pairs.parquet", b"PAR1", TYPE, "path: .* cannot be loaded: Arrow"),
+        ("pairs.jsonl", b"", "chat_templat.default", "type: 'chat_templat.default' is no"),
+        ("pairs.jsonl", b'{"question": "b a"}\n[1]\n', TYPE, "path: .*line 2 is not an object"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(prepare, tmp_path, name, content, kind, said):
+    write_rows(tmp_path / name, [GOOD])
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"datasets\[0\]\.{said}"):
+        prepare({"path": str(tmp_path / name), "type": kind})
 
 
 @pytest.mark.slow
-def test_merged_datasets_validation_split_and_score_columns(base_config, train, world, tmp_path):
-    base_config["datasets"] = [base_config["datasets"][0], dict(base_config["datasets"][0])]
-    write_rows(tmp_path / "more.jsonl", world.rows[24:34])
-    base_config["datasets"][1]["path"] = str(tmp_path / "more.jsonl")
-    base_config["sera"]["score_columns"] = ["score_chosen", "swapped"]
-    base_config |= {"test_datasets": None, "val_set_size": 0.1, "num_epochs": 1}
-    result = train(base_config)
-    data = pq.read_table(result.run / "dataset.parquet")
-    assert data.column_names[-2:] == ["score_chosen", "swapped"]
-    total = 24 + len(world.rows[24:34])
-    assert data.num_rows == total - 4
-    assert pq.read_table(result.run / "iteration-01/evaluation.parquet").num_rows == 4
-    run = json.loads((result.run / "run.json").read_text())
-    assert (run["pairs"], run["evaluation_pairs"]) == (data.num_rows, 4)
-
-
-@pytest.mark.slow
-def test_damaged_rows_are_left_out_and_the_one_that_is_left_is_trained(
-    base_config, train, world, tmp_path
+def test_a_run_on_merged_and_damaged_data_with_scores_and_a_validation_split(
+    base_config, train, world, file_of, tmp_path
 ):
-    rows = [dict(row) for row in world.rows[:6]]
+    rows = [dict(row) for row in world.rows[24:30]]
     rows[1]["chosen"] = None
     del rows[2]["rejected"]
     rows[3]["prompt"] = ""
     rows[4]["chosen"] = 5
     rows[5]["rejected"] = rows[5]["chosen"]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    base_config["datasets"][0]["path"] = str(tmp_path / "rows.jsonl")
-    base_config |= {"test_datasets": None, "evals_per_epoch": None, "num_epochs": 1}
-    base_config["sera"]["bootstrap_ratio"] = 0
-    data = pq.read_table(train(base_config).run / "dataset.parquet").to_pydict()
-    assert data["row"] == [0]
+    first = base_config["datasets"][0]
+    base_config["datasets"] = [first, file_of(rows, kind=first["type"])]
+    base_config["sera"] |= {"score_columns": ["score_chosen", "swapped"]}
+    base_config |= {"test_datasets": None, "val_set_size": 0.1, "num_epochs": 1}
+    result = train(base_config)
+    data = pq.read_table(result.run / "dataset.parquet")
+    assert data.column_names[-2:] == ["score_chosen", "swapped"]
+    held_out = pq.read_table(result.run / "iteration-01/evaluation.parquet").num_rows
+    assert held_out > 0
+    assert data.num_rows + held_out == 24 + 1
+    run = json.loads((result.run / "run.json").read_text())
+    assert (run["pairs"], run["evaluation_pairs"]) == (data.num_rows, held_out)
     base_config["sera"]["bad_rows"] = "raise"
     base_config["output_dir"] = str(tmp_path / "again")
-    with pytest.raises(ValueError, match=r"sera.bad_rows: raise, and 5 of the 6 .*rows\.jsonl"):
-        train(base_config)
-
-
-def test_a_damaged_file_ends_before_a_model_is_loaded(base_config, train, tmp_path):
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "b a", "chosen": "a"}\n[1]\n')
-    base_config["datasets"][0]["path"] = str(tmp_path / "broken.jsonl")
-    said = r"^datasets\[0\]\.path: .*broken.jsonl' .*line 2 is not an object"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=r"sera.bad_rows: raise, and . of the .*pairs\.jsonl"):
         train(base_config)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.trainer import preference_loss
@@ -65,42 +66,37 @@ def test_a_configuration_gives_its_loss(base_config, load, keys, block, at_zero,
     assert found.item() == reward
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ipo", "slic", "robust", "simpo"])
-def test_gradients_are_finite_where_a_naive_log_sigmoid_is_not(kind):
-    chosen = torch.tensor([-2000.0, -1.0, 1.0, 2000.0], requires_grad=True)
-    rejected = torch.zeros(4, requires_grad=True)
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "slic", "robust", "simpo", "orpo"])
+def test_gradients_are_finite_wherever_a_policy_can_be(kind):
+    orpo = kind == "orpo"  # its rewards are log-probabilities
+    at = [0.0, -1e-20, -1e-6, -40.0] if orpo else [-2000.0, -1.0, 1.0, 2000.0]
+    chosen = torch.tensor(at, requires_grad=True)
+    rejected = torch.full((4,), -1.0 if orpo else 0.0, requires_grad=True)
     losses = PreferenceLoss(kind, BETA, label_smoothing=0.1)(chosen, rejected)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(chosen.grad).all()
-    torch.testing.assert_close(chosen.grad, -rejected.grad)
+    if not orpo:
+        torch.testing.assert_close(chosen.grad, -rejected.grad)
 
 
-def test_kto_pair_at_zero_and_by_hand():
+def test_kto_pair_by_hand_without_a_gradient_through_its_averages():
     """Rewards all zero: 1 - s(0) on either side, 0.5.
 
     Chosen 2 and 0, rejected 1 and -3, beta 0.5: the averages are 1 and max(0, -1) = 0. First pair:
-    1 - s(0.5 (2 - 0)) and 1 - s(0.5 (1 - 1)); second: 1 - s(0) and 1 - s(0.5 (1 + 3)).
+    1 - s(0.5 (2 - 0)) and 1 - s(0.5 (1 - 1)); second: 1 - s(0) and 1 - s(0.5 (1 + 3)). The
+    gradient of (1 - s(beta (r - z))) / 2 is -beta s (1 - s) / 2, with z a constant.
     """
-    zero = torch.zeros(3)
-    assert PreferenceLoss("kto_pair", BETA)(zero, zero).tolist() == [0.5] * 3
-
-    def logistic(x):
-        return 1 / (1 + math.exp(-x))
-
-    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, -3.0])
-    found = PreferenceLoss("kto_pair", BETA)(chosen, rejected)
-    expected = [(1 - logistic(1) + 0.5) / 2, (0.5 + 1 - logistic(2)) / 2]
+    loss, zero = PreferenceLoss("kto_pair", BETA), torch.zeros(3)
+    assert loss(zero, zero).tolist() == [0.5] * 3
+    s1, s2 = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
+    chosen = torch.tensor([2.0, 0.0], requires_grad=True)
+    found = loss(chosen, torch.tensor([1.0, -3.0]))
+    expected = [(1 - s1 + 0.5) / 2, (0.5 + 1 - s2) / 2]
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_kto_pair_takes_no_gradient_through_its_averages():
-    """d/dr of (1 - s(beta (r - z))) / 2 is -beta s (1 - s) / 2, with z a constant."""
-    chosen = torch.tensor([2.0], requires_grad=True)
-    rejected = torch.tensor([1.0], requires_grad=True)
-    PreferenceLoss("kto_pair", BETA)(chosen, rejected).sum().backward()
-    s = 1 / (1 + math.exp(-BETA * (2 - 1)))
-    assert chosen.grad.item() == pytest.approx(-BETA * s * (1 - s) / 2, abs=1e-6)
+    found.sum().backward()
+    gradient = [-BETA * s1 * (1 - s1) / 2, -BETA * 0.5 * 0.5 / 2]
+    assert chosen.grad.tolist() == pytest.approx(gradient, abs=1e-6)
 
 
 def test_orpo_agrees_with_the_hosts():
@@ -115,58 +111,45 @@ def test_orpo_agrees_with_the_hosts():
     assert found.item() == pytest.approx(math.log1p(1 / 3), abs=1e-6)
 
 
-@pytest.mark.parametrize("certain", [0.0, -1e-20, -1e-6, -40.0])
-def test_orpo_has_a_gradient_wherever_a_policy_can_be(certain):
-    chosen = torch.tensor([certain], requires_grad=True)
-    PreferenceLoss("orpo", BETA)(chosen, torch.tensor([-1.0])).sum().backward()
-    assert torch.isfinite(chosen.grad).all()
-
-
 def test_orpo_adds_the_likelihood_of_prompt_and_chosen(model):
     """As the host has it: the mean over all tokens of prompt and chosen but the first."""
-    batch = {
-        "input_ids": torch.tensor([[6, 7, 8, 9, 10, 0], [6, 7, 11, 12, 0, 0],
-                                   [6, 7, 8, 13, 0, 0], [6, 7, 14, 15, 16, 17]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0],
-                                        [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]),
-        "completion_mask": torch.tensor([[0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 0, 0],
-                                         [0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1]]),
-        "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2),
-    }  # fmt: skip
+    ids = [[6, 7, 8, 9, 10], [6, 7, 11, 12], [6, 7, 8, 13], [6, 7, 14, 15, 16, 17]]
+    input_ids = pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
+    place = torch.arange(6)[None]
+    attended = (place < torch.tensor([[5], [4], [4], [6]])).long()
+    answer = attended * (place >= torch.tensor([[3], [2], [3], [2]]))
+    batch = {"input_ids": input_ids, "attention_mask": attended, "completion_mask": answer}
+    batch |= dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros(2))
     loss = PreferenceLoss("orpo", BETA, per_token=True)
     result = Objective(loss, nll_weight=1.0, nll_of_prompts=True)(model, batch)
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:2]
-        likelihood = torch.nn.functional.cross_entropy(
-            logits[:2, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        )
-        logps = logits[:, :-1].float().log_softmax(-1)
-        logps = logps.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
-        mask = batch["completion_mask"][:, 1:]
-        rewards = (logps * mask).sum(1) / mask.sum(1)
-    torch.testing.assert_close(
-        result.loss.detach(), loss(rewards[:2], rewards[2:]).mean() + likelihood
-    )
-    torch.testing.assert_close(result.chosen_logps.detach(), (logps * mask).sum(1)[:2])
+        logits = model(input_ids=input_ids, attention_mask=attended).logits[:, :-1].float()
+        logps = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None])[..., 0]
+    likelihood = -logps[:2][attended[:2, 1:] == 1].mean()
+    sums = (logps * answer[:, 1:]).sum(1)
+    rewards = sums / answer.sum(1)
+    expected = loss(rewards[:2], rewards[2:]).mean() + likelihood
+    torch.testing.assert_close(result.loss.detach(), expected)
+    torch.testing.assert_close(result.chosen_logps.detach(), sums[:2])
 
 
 def test_figures_of_a_micro_batch_by_hand(model):
     """Rewards of chosen 0 and 1, of rejected 0 and 0: two rewards that are equal rank nothing."""
     ones = torch.ones(4, 4, dtype=torch.long)
-    batch = {
-        "input_ids": torch.arange(2, 18).view(4, 4),
-        "attention_mask": ones,
-        "completion_mask": torch.tensor([0, 0, 1, 1]) * ones,
-        "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2),
-    }  # fmt: skip
-    policy = Objective(PreferenceLoss("dpo", BETA))(model, batch)
+    batch = {"input_ids": torch.arange(2, 18).view(4, 4), "attention_mask": ones}
+    batch |= {"completion_mask": torch.tensor([0, 0, 1, 1]) * ones}
+    batch |= dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros(2))
+    objective = Objective(PreferenceLoss("dpo", BETA))
+    policy = objective(model, batch)
     batch["ref_chosen_logps"] = policy.chosen_logps.detach() - torch.tensor([0.0, 1.0])
     batch["ref_rejected_logps"] = policy.rejected_logps.detach()
-    found = Objective(PreferenceLoss("dpo", BETA))(model, batch).metrics
-    assert found["rewards/accuracies"] == 1 / 2
-    assert found["rewards/chosen"] == pytest.approx(BETA / 2, abs=1e-5)
-    assert found["rewards/rejected"] == pytest.approx(0, abs=1e-5)
-    assert found["rewards/margins"] == pytest.approx(BETA / 2, abs=1e-5)
-    # log 2 without a margin, log(1 + e^-0.5) with one of 1.
-    assert found["loss"] == pytest.approx((math.log(2) + math.log1p(math.exp(-BETA))) / 2, abs=1e-5)
+    found = objective(model, batch).metrics
+    expected = {
+        "rewards/accuracies": 1 / 2,
+        "rewards/chosen": BETA / 2,
+        "rewards/rejected": 0,
+        "rewards/margins": BETA / 2,
+        # log 2 without a margin, log(1 + e^-0.5) with one of 1.
+        "loss": (math.log(2) + math.log1p(math.exp(-BETA))) / 2,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Scoring, sampling, snapshots and the gate on a small real model."""
+"""Sampling, snapshots and the gate on a small real model."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import math
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from sera_plugin.algorithm.protocols import SamplingSettings
-from sera_plugin.model.budget import TokenBudget, batches_by_length
-from sera_plugin.model.gate import FLOAT32_LIMIT, LOW_PRECISION_LIMIT, check_step_zero
-from sera_plugin.model.losses import PreferenceLoss
-from sera_plugin.model.policies import PolicyHistory
-from sera_plugin.model.scoring import score_sequences
-from sera_plugin.model.weights import restore_snapshot, take_snapshot
-from sera_plugin.rundir.ranks import Shard
+from sera_plugin.model.losses import (
+    FLOAT32_LIMIT,
+    LOW_PRECISION_LIMIT,
+    PreferenceLoss,
+    check_step_zero,
+)
+from sera_plugin.model.policies import PolicyHistory, restore_snapshot, take_snapshot
+from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.tools.demo.base_model import load_model
@@ -32,32 +31,13 @@ def tokenizer(world):
     return load_model(world.base)[1]
 
 
-# ------------------------------------------------------------------ log-probabilities
-
-
-def test_batches_hold_every_index_once_within_the_budget():
-    lengths = [5, 30, 7, 7, 2, 11]
-    batches = list(batches_by_length(lengths, 16))
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert batches[0] == [1]
-    for batch in batches[1:]:
-        assert max(lengths[i] for i in batch) * len(batch) <= 16
-
-
-def test_scoring_leaves_the_model_in_its_mode(model):
-    for mode in (True, False):
-        model.train(mode)
-        score_sequences(model, ids(3), ids(3), pad_id=0, budget=TokenBudget(99))
-        assert model.training == mode
-
-
 # ------------------------------------------------------------------ sampling
 
 SETTINGS = SamplingSettings(4, 1.0, 0.95, 10, 48, (2,), seed=3)
 
 
-def sampled(model, prompts, settings=SETTINGS, budget=150, skip=()):
-    chunks = TransformersSampler(model, 0, budget).sample(prompts, settings, skip=skip)
+def sampled(model, prompts, settings=SETTINGS, skip=(), shard=WHOLE):
+    chunks = TransformersSampler(model, 0, 150, shard=shard).sample(prompts, settings, skip=skip)
     return {row: found for chunk in chunks for row, found in chunk}
 
 
@@ -74,7 +54,7 @@ def test_the_same_seed_gives_the_same_and_leaves_the_training_random_stream_alon
     assert sampled(model, prompts, replace(SETTINGS, seed=4)) != first
 
 
-def test_skipped_rows_do_not_change_the_others(model):
+def test_a_part_of_the_rows_gets_what_it_gets_in_the_whole(model):
     prompts = ids(7, 9, 8, 9, 7)
     whole = sampled(model, prompts)
     first = next(iter(TransformersSampler(model, 0, 150).sample(prompts, SETTINGS)))
@@ -82,29 +62,11 @@ def test_skipped_rows_do_not_change_the_others(model):
         rest = sampled(model, prompts, skip=done)
         assert rest
         assert rest == {row: found for row, found in whole.items() if row not in done}
-
-
-def test_shards_together_give_the_same_candidates(model):
-    prompts, parts = ids(7, 9, 8, 9, 7), {}
-    for index in range(2):
-        sampler = TransformersSampler(model, 0, 150, shard=Shard(index, 2))
-        part = {row: found for chunk in sampler.sample(prompts, SETTINGS) for row, found in chunk}
-        assert part
-        assert not part.keys() & parts.keys()
-        parts |= part
-    assert parts == sampled(model, prompts)
-
-
-def test_shards_together_give_the_same_scores(model):
-    prompts, completions = ids(3, 9, 5, 5), ids(8, 2, 1, 12, seed=1)
-    keys = {"pad_id": 0, "budget": TokenBudget(24)}
-    parts = [
-        score_sequences(model, prompts, completions, shard=Shard(index, 2), **keys)
-        for index in range(2)
-    ]
-    assert all(part.any() for part in parts)
-    whole = score_sequences(model, prompts, completions, **keys)
-    np.testing.assert_array_equal(parts[0] + parts[1], whole)
+    one, other = (sampled(model, prompts, shard=Shard(index, 2)) for index in range(2))
+    assert one
+    assert other
+    assert not one.keys() & other.keys()
+    assert one | other == whole
 
 
 def test_candidates_end_once_or_are_cut_off(model):
@@ -157,8 +119,12 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, history):
-    history.keep_current(1)
+@pytest.mark.parametrize("kept", [True, False])
+def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, history, kept):
+    if kept:
+        history.keep_current(1)
+    else:
+        history.current = None  # from an iteration's first step on
     trained = take_snapshot(model)
     name = next(iter(trained))
     storage = model.get_parameter(name).data_ptr()
@@ -166,14 +132,6 @@ def test_another_policy_is_there_inside_the_block_and_gone_after_it(model, histo
         assert torch.equal(take_snapshot(model)[name] + 1, trained[name])
         assert model.get_parameter(name).data_ptr() == storage
         raise KeyboardInterrupt
-    assert same(take_snapshot(model), trained)
-
-
-def test_training_between_two_visits_of_another_policy_is_not_undone(model, history):
-    history.current = None  # from an iteration's first step on
-    trained = take_snapshot(model)
-    with history.at(0):
-        pass
     assert same(take_snapshot(model), trained)
 
 
@@ -222,77 +180,60 @@ def test_a_snapshot_of_other_weights_is_refused(model):
 
 # ------------------------------------------------------------------ the gate
 
-DPO = PreferenceLoss("dpo", 0.2)
+DPO, NONE = PreferenceLoss("dpo", 0.2), (0.0, 0.0, 0.0, 0.0)
+SIMPO, IPO = PreferenceLoss("simpo", 1.0, per_token=True), PreferenceLoss("ipo", 1.0)
 
 
-def gate(chosen, rejected, loss=None, function=DPO, limit=FLOAT32_LIMIT, tokens=10):
+def gate(off, loss=None, function=DPO, limit=FLOAT32_LIMIT, tokens=10):
+    """The gate for two pairs whose log pi are off by so many nats, or for means of these."""
+    reference = torch.tensor([[-20.0, -22.0], [-30.0, -30.0]])
     inputs = {
         "completion_mask": torch.ones(4, tokens),
-        "ref_chosen_logps": torch.tensor([-20.0, -22.0]),
-        "ref_rejected_logps": torch.tensor([-30.0, -30.0]),
+        "ref_chosen_logps": reference[0],
+        "ref_rejected_logps": reference[1],
     }
-    chosen, rejected = torch.tensor(chosen), torch.tensor(rejected)
+    found = reference + torch.tensor(off).view(2, -1)
+    if len(off) == 2:
+        found = found.mean(dim=1)
     loss = None if loss is None else torch.tensor(loss)
-    return check_step_zero(inputs, chosen, rejected, limit, loss, function)
+    return check_step_zero(inputs, *found, limit, loss, function)
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"),
+    ("off", "loss", "keys"),
     [
-        (DPO, math.log(2)),
-        # Rewards -2.1 and -3.0 per token, beta 1.
-        (
-            PreferenceLoss("simpo", 1.0, per_token=True),
-            (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.8))) / 2,
-        ),
+        (NONE, math.log(2), {}),
+        # Rewards -2.0 and -2.2 against -3.0 per token, beta 1.
+        (NONE, math.log((1 + math.e**-1) * (1 + math.e**-0.8)) / 2, {"function": SIMPO}),
+        # A margin of 0.6 nats: summed IPO with beta 1 has (0.6 - 0.5)^2; the reference has 0.25.
+        ((0.3, 0, -0.3, 0), 0.26 / 2, {"function": IPO, "limit": LOW_PRECISION_LIMIT}),
     ],
 )
-def test_gate_passes_the_reference_itself_and_knows_its_loss(loss, expected):
-    figures = gate([-20.0, -22.0], [-30.0, -30.0], expected, loss)
-    assert figures["nats_per_token"] == figures["nats_per_root_token"] == 0
-    assert figures["expected_loss"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_gate_passes_a_loss_that_multiplies_rounding():
-    """A margin of 0.6 nats: summed IPO with beta 1 has (0.6 - 0.5)^2; the reference has 0.25."""
-    chosen, rejected = [-19.7, -22.0], [-30.3, -30.0]
-    loss = ((0.6 - 0.5) ** 2 + 0.25) / 2
-    figures = gate(chosen, rejected, loss, PreferenceLoss("ipo", 1.0), LOW_PRECISION_LIMIT, 259)
+def test_gate_passes_the_reference_and_a_loss_that_multiplies_rounding(off, loss, keys):
+    figures = gate(off, loss, tokens=259 if any(off) else 10, **keys)
+    assert figures["nats_per_root_token"] == pytest.approx(max(off) / math.sqrt(259), abs=1e-4)
     assert figures["expected_loss"] == pytest.approx(loss, abs=1e-4)
-    assert figures["nats_per_root_token"] == pytest.approx(0.3 / math.sqrt(259), abs=1e-4)
 
 
+@pytest.mark.parametrize(("limit", "nats"), [(FLOAT32_LIMIT, 0.01), (LOW_PRECISION_LIMIT, 0.2)])
 @pytest.mark.parametrize("tokens", [1, 16, 400])
-def test_gate_allows_more_to_longer_answers_and_judges_each(tokens):
-    allowed = LOW_PRECISION_LIMIT * math.sqrt(tokens)
-    # Of opposite sign: their mean would be right.
+def test_gate_allows_more_to_longer_answers_and_judges_each(limit, nats, tokens):
     for share in (0.9, 1.1):
-        chosen = [-20.0 + share * allowed, -22.0 - share * allowed]
-        call = partial(gate, chosen, [-30.0, -30.0], limit=LOW_PRECISION_LIMIT, tokens=tokens)
+        off = share * nats * math.sqrt(tokens)  # of opposite sign: their mean would be right
         with nullcontext() if share < 1 else pytest.raises(ValueError, match="step-0 gate"):
-            call()
+            gate((off, -off, 0.0, 0.0), limit=limit, tokens=tokens)
 
 
 @pytest.mark.parametrize(
-    ("limit", "passes", "stops"), [(FLOAT32_LIMIT, 0.03, 0.05), (LOW_PRECISION_LIMIT, 0.7, 0.9)]
-)
-def test_gate_has_a_limit_for_each_precision(limit, passes, stops):
-    """Sixteen tokens: four times 0.01 nats in float32, four times 0.2 in less."""
-    gate([-20.0, -22.0 + passes], [-30.0, -30.0], limit=limit, tokens=16)
-    with pytest.raises(ValueError, match="step-0 gate"):
-        gate([-20.0, -22.0 + stops], [-30.0, -30.0], limit=limit, tokens=16)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "loss"),
+    ("off", "loss"),
     [
-        ([-20.0, -22.1], [-30.0, -30.0], None),
-        ([-20.0, -22.0], [-30.0, math.nan], None),
-        (-21.1, -30.0, None),  # means, which is all that the host's own losses leave
-        ([-20.0, -22.0], [-30.0, -30.0], 1.018),
-        ([-20.0, -22.0], [-30.0, -30.0], math.nan),
+        ((0.0, -0.1, 0.0, 0.0), None),
+        ((0.0, 0.0, 0.0, math.nan), None),
+        ((-0.1, 0.0), None),  # means, which is all that the host's own losses leave
+        (NONE, 1.018),
+        (NONE, math.nan),
     ],
 )
-def test_gate_stops_anything_else(chosen, rejected, loss):
+def test_gate_stops_anything_else(off, loss):
     with pytest.raises(ValueError, match="step-0 gate"):
-        gate(chosen, rejected, loss)
+        gate(off, loss)

@@ -10,7 +10,7 @@ import pytest
 
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.memory import GIB
+from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.planning import show
 from sera_plugin.tools.planning.advice import Case, advise

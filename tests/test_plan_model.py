@@ -22,12 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 from sera_plugin.algorithm.method import Method
 from sera_plugin.algorithm.protocols import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.forward import forward_logps
-from sera_plugin.model.memory import SAMPLED_ON_CPU
-from sera_plugin.model.packing import Targets
-from sera_plugin.model.policies import PolicyHistory
+from sera_plugin.model.budget import SAMPLED_ON_CPU
+from sera_plugin.model.forward import Targets, forward_logps
+from sera_plugin.model.policies import PolicyHistory, take_snapshot
 from sera_plugin.model.scoring import score_sequences, scoring_budget
-from sera_plugin.model.weights import take_snapshot
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.tools.planning.counts import Iteration, Lengths, Work, counting_of

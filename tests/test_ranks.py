@@ -21,7 +21,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from sera_plugin.model.budget import TokenBudget
-from sera_plugin.model.weights import (
+from sera_plugin.model.policies import (
     is_finite,
     is_sharded,
     restore_snapshot,

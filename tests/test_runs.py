@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sera_plugin.host.loop import LOG
-from sera_plugin.model.weights import take_snapshot
+from sera_plugin.model.policies import take_snapshot
 from tests.conftest import adapter, summary, table, write_rows
 
 pytestmark = pytest.mark.slow

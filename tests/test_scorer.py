@@ -22,10 +22,19 @@ from transformers import (
 )
 
 from sera_plugin.model import forward
-from sera_plugin.model.budget import TokenBudget
-from sera_plugin.model.forward import Abilities, abilities, completion_logps, forward_logps
-from sera_plugin.model.packing import Sharing, Targets, collate, plan_lines
-from sera_plugin.model.scoring import cost_of_sharing, score_sequences
+from sera_plugin.model.budget import TokenBudget, batches_by_length
+from sera_plugin.model.forward import (
+    Abilities,
+    Sharing,
+    Targets,
+    abilities,
+    collate,
+    completion_logps,
+    forward_logps,
+    plan_lines,
+)
+from sera_plugin.model.scoring import score_sequences
+from sera_plugin.rundir.ranks import Shard
 from tests.conftest import ids
 
 SMALL = {
@@ -86,9 +95,26 @@ def test_every_kind_of_model_is_scored_right_in_the_ways_it_takes(name):
     prompts[2] = prompts[4] = prompts[0]
     defined = one_by_one(model, prompts, completions)
     for budget in (1, 40, 200):
+        model.train(budget == 40)
         keys = {"pad_id": 0, "budget": TokenBudget(budget)}
         scores = score_sequences(model, prompts, completions, **keys)
         assert scores.tolist() == pytest.approx(defined, abs=2e-3)
+        parts = [
+            score_sequences(model, prompts, completions, shard=Shard(index, 2), **keys)
+            for index in range(2)
+        ]
+        assert budget == 200 or all(part.any() for part in parts)
+        np.testing.assert_array_equal(sum(parts), scores)
+        assert model.training == (budget == 40)
+
+
+def test_batches_hold_every_index_once_within_the_budget():
+    lengths = [5, 30, 7, 7, 2, 11]
+    batches = list(batches_by_length(lengths, 16))
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert batches[0] == [1]
+    for batch in batches[1:]:
+        assert max(lengths[i] for i in batch) * len(batch) <= 16
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
@@ -121,8 +147,8 @@ def test_a_shared_prompt_is_forwarded_once():
 
 def test_a_window_keeps_prompts_apart():
     model = build(MistralConfig(**SMALL, sliding_window=6))
-    assert cost_of_sharing(model, 500).longest == 6
-    assert cost_of_sharing(build(LlamaConfig(**SMALL)), 500).longest == 500
+    assert Sharing.of(model, 500).longest == 6
+    assert Sharing.of(build(LlamaConfig(**SMALL)), 500).longest == 500
 
 
 # ------------------------------------------------------------------ lines

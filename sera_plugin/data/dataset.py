@@ -11,7 +11,7 @@ import hashlib
 import logging
 import sys
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.encoding import RowTokenizer
 from sera_plugin.data.rows import PROBLEM, ROW, SOURCE
 from sera_plugin.data.texts import EMPTY, TEXTS, RowError, odd
 
@@ -50,34 +49,152 @@ DUPLICATE = (
 )
 
 
+def model_end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end a turn: the tokenizer's eos, then the generation config's."""
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    found = [token for token in (tokenizer.eos_token_id, *listed) if token is not None]
+    return list(dict.fromkeys(found))
+
+
+class RowTokenizer:
+    """Turns a row's texts into token ids; a turn of the model ends with one of `end_ids`."""
+
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.end_ids = list(dict.fromkeys(end_ids))
+        if not self.end_ids:
+            raise ValueError(
+                "the tokenizer has no eos_token, so nothing can end a completion. Set "
+                "`special_tokens: {eos_token: ...}` in the YAML."
+            )
+        self._bos = tokenizer.bos_token_id
+        self._adds_bos = self._bos is not None and tokenizer("a")["input_ids"][:1] == [self._bos]
+        self._special = {
+            index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special and index not in (self._bos, tokenizer.unk_token_id)
+        } | set(self.end_ids)
+
+    def _encode(self, text: str, spelled_out: bool = False) -> list[int]:
+        options = {"split_special_tokens": True} if spelled_out else {}
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """The prompt's ids with one BOS where the tokenizer adds one, never two."""
+        ids = self._encode(text)
+        while self._bos is not None and ids[:2] == [self._bos, self._bos]:
+            ids = ids[1:]
+        return [self._bos, *ids] if self._adds_bos and ids[:1] != [self._bos] else ids
+
+    def completion(self, prompt: str, text: str, spelled_out: bool = False) -> list[int]:
+        """The completion's ids as they follow the prompt, without an end token added yet.
+
+        Tokenised after the prompt where that leaves the prompt's own tokens alone (a
+        SentencePiece tokenizer would otherwise put a space in front); on its own where the two
+        would merge across the boundary, because sampling continues from the prompt's tokens.
+        Special tokens that are `spelled_out` become the tokens of their spelling.
+        """
+        alone = self._encode(prompt, spelled_out)
+        joint = self._encode(prompt + text, spelled_out)
+        if joint[: len(alone)] == alone:
+            return joint[len(alone) :]
+        return self._encode(text, spelled_out)
+
+    def pair(self, example: Mapping[str, Any]) -> tuple[list[str], list[IntArray]]:
+        """Remarks on a row, and the ids of its texts, without an end added yet."""
+        if example.get(PROBLEM):
+            raise RowError(example[PROBLEM])
+        prompt, *answers = texts = [example[key] for key in TEXTS]
+        ids = [self.prompt(prompt), *(self.completion(prompt, text) for text in answers)]
+        if not all(ids):
+            raise RowError("prompt, chosen or rejected without tokens")
+        remarks = [] if all(map(self._decodes_to, ids[1:], answers)) else [INEXACT]
+        remarks += [ODD] if any(map(odd, texts)) else []
+        # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
+        return remarks, [np.asarray(one, dtype=np.int32) for one in ids]
+
+    def _decodes_to(self, ids: Sequence[int], text: str) -> bool:
+        """Whether the ids spell the text, white space aside."""
+        decoded: str = self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return "".join(decoded.split()) == "".join(text.split())
+
+    def _tail(self, ids: Sequence[int]) -> list[int]:
+        """Positions of the special tokens a completion ends with, white space between ignored."""
+        positions: list[int] = []
+        for position in range(len(ids) - 1, -1, -1):
+            if ids[position] in self._special:
+                positions.insert(0, position)
+            elif self.tokenizer.decode([ids[position]]).strip():
+                break
+        return positions
+
+    def turn_ends(self, answers: Sequence[IntArray]) -> list[int]:
+        """The tokens that end a turn, the one to append to a completion without any first.
+
+        The model's own, and the special token that at least half of all completions end with
+        instead (`<|im_end|>` in data made for another model). A special token that closes something
+        else, such as a tool call, is part of the answer.
+        """
+        ends: Counter[int] = Counter()
+        foreign: Counter[int] = Counter()
+        for tokens in answers:
+            ids = tokens.tolist()
+            tail = [ids[position] for position in self._tail(ids)]
+            own = [token for token in tail if token in self.end_ids]
+            ends.update(own[:1])
+            foreign.update([] if own else tail[-1:])
+        ends.update({token: n for token, n in foreign.items() if 2 * n >= len(answers)})
+        return list(dict.fromkeys([*(token for token, _ in ends.most_common()), *self.end_ids]))
+
+    def finish(self, ids: list[int], turn_ends: Sequence[int]) -> tuple[IntArray, bool]:
+        """A completion whose last token, and no other, ends it; whether another had stood within.
+
+        An answer may talk about `<|im_end|>`. As the token itself it would end the turn for
+        everything that reads these ids later; as the tokens of its spelling it is text. Special
+        tokens that do neither, such as those around a tool call, stay.
+        """
+        # What is behind the first end goes: the `</s>` of `<|im_end|></s>`, a newline.
+        ends = [position for position in self._tail(ids) if ids[position] in turn_ends]
+        answer, last = (ids[: ends[0]], ids[ends[0]]) if ends else (ids, turn_ends[0])
+        if not answer:
+            raise RowError(EMPTY)
+        spelled: list[int] = []
+        for token in answer:
+            if token in turn_ends or token == self._bos:
+                # Behind a full stop: a SentencePiece tokenizer puts a space before a first word.
+                text = self.tokenizer.convert_ids_to_tokens(token)
+                spelled += self.completion(".", text, spelled_out=True)
+            else:
+                spelled.append(token)
+        if not set(turn_ends).isdisjoint(spelled):
+            raise RowError("an answer spells an end-of-turn token that has no other spelling")
+        return np.asarray([*spelled, last], dtype=np.int32), spelled != answer
+
+
 @dataclass
 class TokenizedRows:
-    """Rows that can be trained on, and what happened to the others.
+    """Rows that can be trained on, and what happened to the others."""
 
-    Attributes:
-        rows: indices into the host's dataset, in its order.
-        prompt_ids, chosen_ids, rejected_ids: token ids per kept row.
-        end_ids: token ids that end a completion (for the sampler).
-        total: how many rows there were.
-        dropped: reason -> rows dropped for it.
-        kept: remark -> kept rows that deserve a look.
-        sources, places: for every row, the user's dataset it comes from and its place there.
-    """
-
-    rows: list[int] = field(default_factory=list)
-    prompt_ids: list[IntArray] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of the host's dataset, in its order
+    prompt_ids: list[IntArray] = field(default_factory=list)  # of the kept rows
     chosen_ids: list[IntArray] = field(default_factory=list)
     rejected_ids: list[IntArray] = field(default_factory=list)
-    end_ids: list[int] = field(default_factory=list)
-    total: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    kept: dict[str, list[int]] = field(default_factory=dict)
+    end_ids: list[int] = field(default_factory=list)  # what ends a completion, for the sampler
+    dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by reason
+    kept: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by remark
+    #: Of every row: the user's dataset it comes from, and its place there.
     sources: list[str] = field(default_factory=list)
     places: array[int] = field(default_factory=lambda: array("q"))
 
-    def drop(self, row: int, reason: str) -> None:
-        """Note why a row is not used."""
-        self.dropped.setdefault(reason, []).append(row)
+    @property
+    def total(self) -> int:
+        """How many rows there were."""
+        return len(self.sources)
 
     def named(self, rows: Sequence[int]) -> str:
         """The first rows by their place in the user's own files."""
@@ -132,12 +249,6 @@ def prepare_rows(
     return result
 
 
-def kept_columns(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of the host's rows that can be used, (N,) each."""
-    kept = dataset.select(rows)
-    return {name: kept[name][:] for name in names}
-
-
 def tokenize_rows(
     examples: Iterable[Mapping[str, Any]],
     tokenizer: Any,
@@ -146,20 +257,12 @@ def tokenize_rows(
     truncate: bool = False,
     name: str = "train",
 ) -> TokenizedRows:
-    """Tokenise preference rows exactly.
+    """Tokenise preference rows, as `GuardedTransform` made them, exactly.
 
-    Args:
-        examples: rows as `GuardedTransform` made them: `prompt`, `chosen` and `rejected` as text,
-            what is wrong with them and where they come from.
-        end_ids: token ids that end a turn for the model.
-        max_length: longest prompt + completion in tokens (`sequence_len`), or None.
-        truncate: cut longer completions instead of dropping the row.
-        name: what the rows are for, "train" or "eval".
-
-    Returns:
-        The rows that can be used. A completion that does not end in a special token gets the
-        data's most frequent one, the tokenizer's eos where there is none: sampled and offline
-        completions then end the same way and their rewards are comparable.
+    A completion that does not end in a special token gets the data's most frequent one, the
+    tokenizer's eos where there is none: sampled and offline completions then end the same way and
+    their rewards are comparable. Prompt and completion longer than `max_length` tokens are dropped,
+    or the completion is cut.
 
     Raises:
         ValueError: if no usable row is left, with the counts of what was wrong.
@@ -168,22 +271,21 @@ def tokenize_rows(
     result = TokenizedRows()
     encoded: list[tuple[int, list[str], list[IntArray]]] = []
     for row, example in enumerate(examples):
-        result.total += 1
         result.sources.append(sys.intern(example.get(SOURCE, "")))
         result.places.append(example.get(ROW, row))
         try:
-            encoded.append((row, *_encode(encoder, example)))
+            encoded.append((row, *encoder.pair(example)))
         except RowError as error:
-            result.drop(row, str(error))
+            result.dropped[str(error)].append(row)
         except Exception as error:  # a tokenizer may raise anything
-            result.drop(row, f"{type(error).__name__}: {plain(str(error), 120)}")
+            result.dropped[f"{type(error).__name__}: {plain(str(error), 120)}"].append(row)
 
     # Which token ends a completion without any is known once all have been seen.
-    result.end_ids = _turn_ends(encoder, [answer for *_, ids in encoded for answer in ids[1:]])
+    result.end_ids = encoder.turn_ends([answer for *_, ids in encoded for answer in ids[1:]])
     seen: set[bytes] = set()
     for row, remarks, (prompt, *answers) in encoded:
         try:
-            finished = [_end_once(encoder, answer.tolist(), result.end_ids) for answer in answers]
+            finished = [encoder.finish(answer.tolist(), result.end_ids) for answer in answers]
             pair = [ids for ids, _ in finished]
             if max_length is not None:
                 too_long = len(prompt) + max(map(len, pair)) > max_length
@@ -193,14 +295,14 @@ def tokenize_rows(
             if np.array_equal(pair[0], pair[1]):
                 raise RowError("chosen equals rejected, which prefers nothing")
         except RowError as error:
-            result.drop(row, str(error))
+            result.dropped[str(error)].append(row)
             continue
         digest = b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in (prompt, *pair))
         remarks += [DUPLICATE] if digest in seen else []
         remarks += [SPELLED_OUT] if any(spelled_out for _, spelled_out in finished) else []
         seen.add(digest)
         for remark in remarks:
-            result.kept.setdefault(remark, []).append(row)
+            result.kept[remark].append(row)
         result.rows.append(row)
         result.prompt_ids.append(prompt)
         result.chosen_ids.append(pair[0])
@@ -213,51 +315,3 @@ def tokenize_rows(
             "`sequence_len`."
         )
     return result
-
-
-def _encode(encoder: RowTokenizer, example: Mapping[str, Any]) -> tuple[list[str], list[IntArray]]:
-    """Remarks on a row, and the ids of its texts, without an end added yet."""
-    if example.get(PROBLEM):
-        raise RowError(example[PROBLEM])
-    prompt, *answers = texts = [example[key] for key in TEXTS]
-    ids = [encoder.prompt(prompt), *(encoder.completion(prompt, text) for text in answers)]
-    if not all(ids):
-        raise RowError("prompt, chosen or rejected without tokens")
-    remarks = [] if all(map(encoder.decodes_to, ids[1:], answers)) else [INEXACT]
-    remarks += [ODD] if any(map(odd, texts)) else []
-    # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
-    return remarks, [np.asarray(one, dtype=np.int32) for one in ids]
-
-
-def _end_once(
-    encoder: RowTokenizer, ids: list[int], end_ids: Sequence[int]
-) -> tuple[IntArray, bool]:
-    """A completion whose last token, and no other, ends it; whether another had stood within."""
-    answer, end = encoder.before_end(ids, end_ids)
-    if not answer:
-        raise RowError(EMPTY)
-    spelled = encoder.spell_out(answer, end_ids)
-    if not set(end_ids).isdisjoint(spelled):
-        raise RowError("an answer spells an end-of-turn token that has no other spelling")
-    last = end_ids[0] if end is None else end
-    return np.asarray([*spelled, last], dtype=np.int32), spelled != answer
-
-
-def _turn_ends(encoder: RowTokenizer, answers: Sequence[IntArray]) -> list[int]:
-    """The tokens that end a turn, the one to append to a completion without any first.
-
-    The model's own, and the special token that at least half of all completions end with instead
-    (`<|im_end|>` in data made for another model). A special token that closes something else,
-    such as a tool call, is part of the answer.
-    """
-    ends: Counter[int] = Counter()
-    foreign: Counter[int] = Counter()
-    for tokens in answers:
-        ids = tokens.tolist()
-        tail = [ids[position] for position in encoder.tail(ids)]
-        own = [token for token in tail if token in encoder.end_ids]
-        ends.update(own[:1])
-        foreign.update([] if own else tail[-1:])
-    ends.update({token: count for token, count in foreign.items() if 2 * count >= len(answers)})
-    most_common = [token for token, _ in ends.most_common()]
-    return list(dict.fromkeys([*most_common, *encoder.end_ids]))

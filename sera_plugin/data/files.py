@@ -82,24 +82,18 @@ def load_failure(key: str, path: str, error: BaseException) -> DataError:
 
 
 @contextlib.contextmanager
-def while_loading(key: str, path: str) -> Iterator[None]:
-    """Name the dataset that cannot be loaded, unless the hub may answer the next time."""
-    try:
-        yield
-    except _UNREACHABLE:
-        raise
-    except Exception as error:
-        raise load_failure(key, path, error) from error
+def while_loading(key: str, path: str | None = None) -> Iterator[None]:
+    """Name the dataset that cannot be loaded, or without a path those that cannot be prepared.
 
-
-@contextlib.contextmanager
-def while_preparing(key: str) -> Iterator[None]:
-    """Name the datasets that cannot be prepared, unless the hub may answer the next time."""
+    Not where the hub may answer the next time.
+    """
     try:
         yield
     except (DataError, *_UNREACHABLE):
         raise
     except Exception as error:
+        if path is not None:
+            raise load_failure(key, path, error) from error
         raise DataError(
             f"{key} cannot be prepared: {one_line(error)}. Look for the dataset and the column it "
             "names, and mend or remove them."
@@ -129,14 +123,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(first).__name__}: {plain(text, 300)}" if text else type(first).__name__
 
 
-def _chain(error: BaseException) -> list[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """The exception and those that led to it, the last first."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return chain
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _damage(path: str, unreadable: bool) -> str | None:
@@ -151,18 +142,17 @@ def _damage(path: str, unreadable: bool) -> str | None:
             return None
         with open(path, encoding="utf-8-sig", errors="replace") as lines:
             small = os.path.getsize(path) <= _DOCUMENT_BYTES
-            if small and _problem(lines.read(), whole=True) is None:
+            if small and not _problem(lines.read(), whole=True):
                 return None
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
-                problem = _problem(line) if line.strip() else None
-                if problem:
+                if line.strip() and (problem := _problem(line)):
                     shown = quoted(line.strip())
                     return f"line {number} {problem}: {shown}. Mend or remove that line"
     return None
 
 
-def _problem(text: str, whole: bool = False) -> str | None:
+def _problem(text: str, whole: bool = False) -> str:
     """Why a text is not a row in JSON, or a whole file not a list of rows."""
     try:
         found = json.loads(text)
@@ -171,9 +161,8 @@ def _problem(text: str, whole: bool = False) -> str | None:
     rows = found if whole and isinstance(found, list) else [found]
     if not all(isinstance(row, dict) for row in rows):
         return "is not an object with fields"
-    if not all(encodable(json.dumps(row, ensure_ascii=False)) for row in rows):
-        return "is not valid Unicode (half of a surrogate pair)"
-    return None
+    valid = all(encodable(json.dumps(row, ensure_ascii=False)) for row in rows)
+    return "" if valid else "is not valid Unicode (half of a surrogate pair)"
 
 
 def edited_since(entries: Sequence[Any], prepared: Path, *aside: Path) -> str:
@@ -190,13 +179,11 @@ def edited_since(entries: Sequence[Any], prepared: Path, *aside: Path) -> str:
     named: list[str] = []
     for entry in entries:
         files = entry.get("data_files") or [entry["path"]]
-        named += [files] if isinstance(files, str) else list(files)
+        named += [files] if isinstance(files, str) else files
     for path in list(named):
         for folder, below, names in os.walk(path):
-            below[:] = [
-                x for x in below if os.path.realpath(os.path.join(folder, x)) not in skipped
-            ]
+            below[:] = [x for x in below if os.path.realpath(f"{folder}/{x}") not in skipped]
             # What libraries keep beside the data begins like this.
-            named += [os.path.join(folder, x) for x in names if not x.startswith((".", "cache-"))]
+            named += [f"{folder}/{x}" for x in names if not x.startswith((".", "cache-"))]
     found = {path: os.stat(path).st_mtime_ns for path in named if os.path.isfile(path)}
     return " ".join(f"{path} {time}" for path, time in sorted(found.items()) if time > since)

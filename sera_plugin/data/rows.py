@@ -4,6 +4,11 @@ What is wrong with a row shows in a transform as an exception without a row numb
 The guard turns such a row into a harmless placeholder that says what was wrong and where the row
 came from. It stays in its place through shuffling, merging and the host's files, up to
 `dataset.tokenize_rows`, which drops and names it.
+
+The host's `chat_template.*` strategies render an answer after a dummy user message and then search
+the answer's text in the whole rendering (axolotl 0.19, prompt_strategies/dpo/chat_template.py). An
+answer such as "user" is found in the turn's header first, and one that the template trims is not
+found at all, which leaves only the end of the end-of-turn text. They are cut out by place here.
 """
 
 from __future__ import annotations
@@ -11,20 +16,37 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import PurePath
 from typing import Any
 
 from sera_plugin.config.quoting import plain, quoted, without_credentials
-from sera_plugin.data.templates import AnswerRecorder, row_texts
-from sera_plugin.data.texts import SYSTEM, TEXTS, RowError, check_fields, check_texts
+from sera_plugin.data.texts import (
+    EMPTY,
+    SYSTEM,
+    TEXTS,
+    RowError,
+    check_fields,
+    encodable,
+    visible,
+)
+
+Message = Mapping[str, Any]
 
 #: What is wrong with a row ("" if nothing), the dataset it comes from, its place there from 0.
 PROBLEM, SOURCE, ROW = "sera_problem", "sera_source", "sera_row"
 
 #: Raise it with what the guard makes of a row: prepared data of another version is prepared anew.
 GUARD_VERSION = 3
+
+#: The user message that the host puts before an answer.
+_DUMMY = {"role": "user", "content": "[[dummy_message]]"}
+_PROBE = "sera-probe-7f3a"
+_CHANGED = "the chat template does not render the answer as it is"
+_ANSWER_ROLES = ("assistant", "model")
+_ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "function", "ipython"})
 
 
 def source_name(key: str, index: int, path: str) -> str:
@@ -41,21 +63,13 @@ def as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass
 class GuardedTransform:
-    """A strategy's transform that never raises; sent to worker processes by the host.
+    """A strategy's transform that never raises; sent to worker processes by the host."""
 
-    Attributes:
-        transform: the host's function from a raw row to prompt, chosen and rejected.
-        source: the dataset's name in messages.
-        kept: columns of the raw rows to keep; all others have done their work.
-        optional: fields that may be empty.
-        version: of the guard; the host names cached results by the attributes.
-    """
-
-    transform: Callable[..., Any]
-    source: str
-    kept: tuple[str, ...] = ()
-    optional: tuple[str, ...] = SYSTEM
-    version: int = GUARD_VERSION
+    transform: Callable[..., Any]  # from a raw row to prompt, chosen and rejected
+    source: str  # the dataset's name in messages
+    kept: tuple[str, ...] = ()  # columns of the raw rows to keep; all others have done their work
+    optional: tuple[str, ...] = SYSTEM  # fields that may be empty
+    version: int = GUARD_VERSION  # the host names cached results by the attributes
 
     def __post_init__(self) -> None:
         self._renders = "tokenizer" in inspect.signature(self.transform).parameters
@@ -75,22 +89,33 @@ class GuardedTransform:
         return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
 
     def _texts(self, row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
-        recorder = AnswerRecorder(tokenizer)
-        options = {"tokenizer": recorder.recording()} if self._renders else {}
+        options: dict[str, Any] = {}
+        seen: list[Any] = []
+        if self._renders:
+            options["tokenizer"] = recording = copy.copy(tokenizer)
+            recording.apply_chat_template = partial(_recorded, tokenizer, seen)
 
         def transform(row: dict[str, Any]) -> tuple[Any, dict[str, str]]:
             result = self.transform(row, **options)
             if not isinstance(result, Mapping):
                 raise RowError(f"the strategy returned {type(result).__name__} for it")
-            return result, dict(zip(TEXTS, row_texts(result, tokenizer), strict=True))
+            return result, dict(zip(TEXTS, _row_texts(result, tokenizer), strict=True))
 
         result, texts = transform(copy.deepcopy(row))
-        answers = recorder.completions()
+        answers = [
+            _answer_text(tokenizer, conversation[1], *rendered)
+            for conversation, *rendered in seen
+            if len(conversation) == 2 and conversation[0].get("content") == _DUMMY["content"]
+        ]
         if len(answers) == 2:
             texts["chosen"], texts["rejected"] = answers
-        templated = recorder.used or not isinstance(result["prompt"], str)
+        templated = bool(seen) or not isinstance(result["prompt"], str)
         check_fields(row, texts, lambda row: transform(row)[1], templated, self.optional)
-        check_texts(**texts)
+        # What no tokenizer turns into a pair.
+        if not texts["prompt"] or not all(map(visible, texts.values())):
+            raise RowError(EMPTY)
+        if not all(map(encodable, texts.values())):
+            raise RowError("not valid Unicode: half of a surrogate pair")
         return texts
 
 
@@ -104,3 +129,126 @@ def _cause(error: Exception, row: Mapping[str, Any]) -> str:
     aside = f" (null: {', '.join(null[:5])})" if null else ""
     said = f"{type(error).__name__}: {plain(str(error), 120)}"
     return f"the host's strategy cannot read it: {said}{aside}"
+
+
+# ------------------------------------------------------------------ chat templates
+
+
+def _recorded(original: Any, seen: list[Any], conversation: Any, *args: Any, **options: Any) -> Any:
+    """Render as the original tokenizer does; note (conversation, text, template)."""
+    if args or options.get("tokenize", True) or not _is_conversation(conversation):
+        return original.apply_chat_template(conversation, *args, **options)
+    text = _render(original, conversation, **options)
+    seen.append((conversation, text, options.get("chat_template") or original.chat_template))
+    return text
+
+
+def _answer_text(tokenizer: Any, answer: Message, rendered: str, template: Any) -> str:
+    """Answer and end of turn, out of what was rendered of it behind the dummy message."""
+    _check_answer(answer)
+    before, end = _surroundings(tokenizer, answer["role"], template)
+    if not rendered.startswith(before):
+        # A template that writes reasoning and answer in two places, for example.
+        before = tokenizer.apply_chat_template(
+            [_DUMMY], add_generation_prompt=True, chat_template=template, tokenize=False
+        )
+    completion = rendered[len(before) :].rstrip()
+    if not rendered.startswith(before) or not completion.endswith(end):
+        raise RowError(_CHANGED)
+    _check_whole(answer, completion)
+    return completion
+
+
+@lru_cache(maxsize=64)
+def _surroundings(tokenizer: Any, role: str, template: str | None) -> tuple[str, str]:
+    """What a chat template writes before and after an answer, the end trimmed."""
+    messages = [_DUMMY, {"role": role, "content": _PROBE}]
+    options = {"add_generation_prompt": False, "tokenize": False, "chat_template": template}
+    before, _, behind = tokenizer.apply_chat_template(messages, **options).partition(_PROBE)
+    return before, behind.rstrip()
+
+
+def _row_texts(row: Mapping[str, Any], tokenizer: Any) -> list[str]:
+    """A row's prompt, chosen and rejected as text; messages go through the chat template."""
+    values: list[Any] = [row.get(key) for key in TEXTS]
+    if all(isinstance(value, str) for value in values):
+        return values
+    if not all(map(_is_conversation, values)):
+        kinds = ", ".join(type(value).__name__ for value in values)
+        raise RowError(f"prompt, chosen, rejected must all be text or all messages, not {kinds}")
+    prompt, *answers = ([_without_blanks(message) for message in value] for value in values)
+    for message in prompt:
+        if message.get("role") not in _ROLES:
+            raise RowError(f"unknown role {quoted(message.get('role'))} in the prompt")
+    texts = [_render(tokenizer, prompt, add_generation_prompt=True, tokenize=False)]
+    for answer in answers:
+        if len(answer) != 1:
+            raise RowError("chosen or rejected has several messages; a completion is one turn")
+        _check_answer(answer[0])
+        whole = _render(tokenizer, prompt + answer, tokenize=False)
+        if not whole.startswith(texts[0]):
+            raise RowError(
+                "the chat template renders the prompt differently once the answer follows; "
+                "`type: chat_template.default` renders each alone"
+            )
+        texts.append(whole[len(texts[0]) :].rstrip())
+        _check_whole(answer[0], texts[-1])
+    return texts
+
+
+def _without_blanks(message: Message) -> dict[str, Any]:
+    """A table has all keys in all rows (`tool_calls: []`); templates look whether one is there."""
+    blank: tuple[Any, ...] = (None, [])
+    return {key: said for key, said in message.items() if key == "content" or said not in blank}
+
+
+def _is_conversation(value: Any) -> bool:
+    messages = isinstance(value, Sequence) and bool(value)
+    return messages and all(isinstance(message, Mapping) for message in value)
+
+
+def _content(message: Message) -> list[str]:
+    """The texts in a message; templates render anything else as if it were text, or as nothing."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return []
+    parts = [content]
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        parts = [part.get("text") for part in content]
+    found = [part for part in parts if isinstance(part, str)]
+    if len(found) < len(parts):
+        raise RowError("a message's content is null or not text")
+    return found
+
+
+def _has(rendered: str, parts: Iterable[str]) -> bool:
+    """Whether all parts are there, white space aside."""
+    squeezed = "".join(rendered.split())
+    return all("".join(part.split()) in squeezed for part in parts)
+
+
+def _render(tokenizer: Any, conversation: Sequence[Message], **options: Any) -> str:
+    """A conversation as text; RowError for a message of which nothing is rendered."""
+    contents = [_content(message) for message in conversation]
+    text: str = tokenizer.apply_chat_template(conversation, **options)
+    for message, parts in zip(conversation, contents, strict=True):
+        if message.get("role") == "user" and not any(map(visible, parts)):
+            raise RowError("a user message is empty")
+        if isinstance(message.get("content"), list) and not _has(text, parts):
+            raise RowError("the chat template does not render a message that has parts")
+    return text
+
+
+def _check_answer(answer: Message) -> None:
+    if answer.get("role") not in _ANSWER_ROLES:
+        role = quoted(answer.get("role"))
+        raise RowError(f"chosen or rejected has the role {role}, not assistant")
+    if not answer.get("tool_calls") and not any(map(visible, _content(answer))):
+        raise RowError(EMPTY)
+
+
+def _check_whole(answer: Message, completion: str) -> None:
+    """Templates may trim an answer, or have a place for tool calls or none."""
+    calls = [call.get("function") or call for call in answer.get("tool_calls") or ()]
+    if not _has(completion, [*_content(answer), *(str(call.get("name")) for call in calls)]):
+        raise RowError(_CHANGED)

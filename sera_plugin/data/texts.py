@@ -1,10 +1,9 @@
 """What counts as text in a preference row, and whether its texts were made of nothing else.
 
 Most of the host's strategies format fields into strings, and formatting never fails: a missing
-answer becomes "None", a number "5", a list its Python notation, and an empty answer leaves a turn
-that only ends. All of them look like text afterwards. What became of a field is found by putting
-something else in its place and transforming the row again; that happens only where a field looks
-suspicious, so that ordinary rows are transformed once.
+answer becomes "None", a number "5", and an empty answer leaves a turn that only ends. What became
+of a field is found by putting something else in its place and transforming the row again; that
+happens only where a field looks suspicious, so that ordinary rows are transformed once.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ class RowError(ValueError):
 
 def visible(text: str) -> bool:
     """Whether there is anything to read: not only white space and zero-width characters."""
-    return any(
-        not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
-        for character in text
-    )
+    return any(not one.isspace() and unicodedata.category(one) not in ("Cc", "Cf") for one in text)
 
 
 def encodable(text: str) -> bool:
@@ -57,15 +53,6 @@ def odd(text: str) -> bool:
     return _ODD.search(text) is not None
 
 
-def check_texts(prompt: str, chosen: str, rejected: str) -> None:
-    """Raise RowError for what no tokenizer turns into a pair."""
-    texts = (prompt, chosen, rejected)
-    if not prompt or not all(map(visible, texts)):
-        raise RowError(EMPTY)
-    if not all(map(encodable, texts)):
-        raise RowError("not valid Unicode: half of a surrogate pair")
-
-
 def check_fields(
     row: Mapping[str, Any],
     texts: Mapping[str, str],
@@ -73,17 +60,11 @@ def check_fields(
     templated: bool,
     optional: Collection[str] = SYSTEM,
 ) -> None:
-    """Refuse a row whose texts were made from something that is not text.
+    """Refuse a row whose `texts` the transform made from something that is not text.
 
-    Args:
-        row: as it was before the transform.
-        texts: prompt, chosen and rejected as the transform made them.
-        transform: the transform; called again on changed copies of suspicious rows.
-        templated: the prompt went through a chat template; what is empty in it was judged there.
-        optional: fields that may be empty as far as they are part of the prompt.
-
-    Raises:
-        RowError: naming the field and what it holds.
+    The transform is called again on changed copies of suspicious rows. `templated`: the prompt
+    went through a chat template, and what is empty in it was judged there. `optional` fields may be
+    empty as far as they are part of the prompt. RowError names the field and what it holds.
     """
 
     def texts_with(path: Path, value: Any) -> Mapping[str, str]:
@@ -107,9 +88,13 @@ def check_fields(
         message = _message(row, path)
         return "system" in (message.get("role"), message.get("from"))
 
-    fields = list(_fields(row))
-    for path, value in fields:
-        if isinstance(value, str) or not any(str(value) in text for text in texts.values()):
+    said: list[Path] = []
+    blank: list[Path] = []
+    for path, value in _fields(row):
+        if isinstance(value, str):
+            (said if visible(value) else blank).append(path)
+            continue
+        if not any(str(value) in text for text in texts.values()):
             continue
         if value is None:
             # "" takes the same branches as None: an optional field is then left out twice.
@@ -121,10 +106,7 @@ def check_fields(
             kind = _KINDS.get(type(value), f"a {type(value).__name__}")
             raise RowError(f"field {_named(path)} is {kind}, not text")
 
-    said = [path for path, value in fields if isinstance(value, str) and visible(value)]
-    for path, value in fields:
-        if not isinstance(value, str) or visible(value):
-            continue
+    for path in blank:
         where = reached(path)
         empty = not where.isdisjoint(("chosen", "rejected"))
         if "prompt" in where and not templated and not is_optional(path):

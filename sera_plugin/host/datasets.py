@@ -52,7 +52,6 @@ from sera_plugin.data.files import (
     check_loaded,
     edited_since,
     while_loading,
-    while_preparing,
 )
 from sera_plugin.data.rows import (
     GUARD_VERSION,
@@ -110,7 +109,7 @@ def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
         prepared = load_preprocessed_dataset(cfg, name)
     if prepared is not None:
         return prepared
-    with while_preparing(key):
+    with while_loading(key):
         raw = []
         for index, entry in enumerate(entries):
             with while_loading(f"{key}[{index}]", entry.path):

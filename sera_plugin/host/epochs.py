@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
 from sera_plugin.model.losses import PreferenceLoss
-from sera_plugin.model.weights import is_finite
+from sera_plugin.model.policies import is_finite
 from sera_plugin.rundir.checkpoints import checkpoint
 from sera_plugin.rundir.checksums import explained, seal
 from sera_plugin.rundir.store import RunStore, write_json

@@ -23,7 +23,7 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run
-from sera_plugin.model.gate import deviation
+from sera_plugin.model.losses import deviation
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checkpoints
 from sera_plugin.rundir.progress import above_bars
@@ -50,7 +50,7 @@ class Loop:
         dataset, columns: the offline pairs, and the dataset's own columns to keep beside them.
         end_ids: token ids that end a completion.
         nats: how far a policy's log-probabilities may move when nothing has changed, see
-            `model.gate.deviation`.
+            `model.losses.deviation`.
         log: takes figures for the trackers.
     """
 

@@ -29,21 +29,20 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
-from sera_plugin.data.dataset import kept_columns, prepare_rows
-from sera_plugin.data.encoding import model_end_ids
+from sera_plugin.data.dataset import model_end_ids, prepare_rows
 from sera_plugin.host.epochs import DIVERGED, EndOfIteration, TrainingBar, UnequalEpochs
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
-from sera_plugin.model.gate import (
+from sera_plugin.model.losses import (
     FLOAT32_LIMIT,
     LOW_PRECISION_LIMIT,
+    Objective,
+    PreferenceLoss,
     check_step_zero,
     low_precision,
 )
-from sera_plugin.model.losses import Objective, PreferenceLoss
-from sera_plugin.model.policies import PolicyHistory
+from sera_plugin.model.policies import PolicyHistory, continue_adapter, tidy_adapters
 from sera_plugin.model.scoring import PolicyScorer, scoring_budget
-from sera_plugin.model.weights import continue_adapter, tidy_adapters
 from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.ranks import current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
@@ -214,7 +213,8 @@ class SeraTrainer(UnequalEpochs):
             "rejected_ids": result.rejected_ids,
         }
         if dataset_name == "train":
-            self._columns = kept_columns(dataset, result.rows, self.config.score_columns)
+            kept = dataset.select(result.rows)
+            self._columns = {name: kept[name][:] for name in self.config.score_columns}
             self._end_ids = result.end_ids
             if self.config.label_noise:
                 self._swapped = swapped_rows(len(result.rows), self.config.label_noise, args.seed)

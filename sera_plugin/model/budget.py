@@ -1,4 +1,4 @@
-"""How many tokens a forward pass takes: planned by the device, fewer once memory has run out."""
+"""How much of anything is done at a time: planned by the device, less once memory has run out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,50 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from sera_plugin.model.memory import tokens_per_pass
-
 LOG = logging.getLogger("axolotl.sera")
 
 T = TypeVar("T")
+
+GIB = 2**30
+
+#: Float32 logits at a time, 64 MiB: more is slower on a CPU and saves nothing on a GPU. Of a batch
+#: with no more than 256 MiB training keeps them all for its backward pass.
+LOGITS, KEPT_LOGITS = 2**24, 2**26
+
+#: Of a GPU's memory one pass may take this part; more tokens than these are no faster.
+_SHARE, _MOST = 8, 32_768
+#: Tokens per pass where there is no GPU: more leave a CPU's cache when scoring.
+SCORED_ON_CPU, SAMPLED_ON_CPU = 2_048, 16_384
+
+#: Context, activations and CUDA graphs of an engine; what two measurements may differ by.
+ENGINE_OVERHEAD, ENGINE_SLACK = 3 * GIB, 1 * GIB
+#: Prompts at full length that an engine's cache should hold for sampling to be fast.
+ENGINE_SEQUENCES = 32
+
+_OUT_OF_MEMORY = (
+    "out of memory while {purpose}, with {size} tokens at a time. Lower sequence_len (for sampling "
+    "sera.max_new_tokens or sera.candidates), load the model in 4 or 8 bits, or take a device with "
+    "more memory."
+)
+_OUT_OF_MEMORY_IN_STEP = (
+    "out of memory while {purpose} {sequences} sequences of {size} tokens at a time. Every forward "
+    "pass over sharded weights is made by all processes together, so this one cannot go on with "
+    "smaller batches alone, and the run stops. Set fsdp_config.offload_params: true, take more "
+    "processes, or lower sequence_len (for sampling sera.max_new_tokens or sera.candidates, or set "
+    "sera.sampler: vllm)."
+)
+
+
+def tokens_per_pass(memory: int | None, bytes_per_token: int, longest: int, on_cpu: int) -> int:
+    """Tokens per forward pass, a power of two unless the longest sequence there can be is longer.
+
+    `on_cpu` without a GPU, where `memory`, the GPU's in bytes, is None.
+    """
+    tokens = on_cpu
+    if memory is not None:
+        room = memory // _SHARE
+        tokens = min(_MOST, 1 << (max(1, room // bytes_per_token).bit_length() - 1))
+    return max(longest, tokens)
 
 
 def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu: int) -> int:
@@ -27,6 +66,16 @@ def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else None
     return tokens_per_pass(memory, bytes_per_token, longest, on_cpu)
+
+
+def scoring_bytes_per_token(hidden: int) -> int:
+    """A token's activations without gradients: up to 32 hidden states of 16 bits."""
+    return 64 * hidden
+
+
+def cache_bytes(layers: int, kv_heads: int, head: int, width: int) -> int:
+    """Keys and values of one token in all layers, of `width` bytes each (Kwon et al. 2023, 3)."""
+    return 2 * layers * kv_heads * head * width
 
 
 def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -46,17 +95,11 @@ def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[lis
 
 @dataclass
 class TokenBudget:
-    """How many tokens one forward pass may take, and what is left of that.
+    """How many tokens one forward pass may take, and what is left of that."""
 
-    Attributes:
-        planned: most tokens per forward pass, padding included. All ranks plan by it.
-        purpose: what the passes are for, in a message.
-        tokens: the same as `planned`, after what has run out of memory.
-    """
-
-    planned: int
-    purpose: str = "scoring"
-    tokens: int = field(init=False)
+    planned: int  # padding included; all ranks plan by it
+    purpose: str = "scoring"  # in a message
+    tokens: int = field(init=False)  # `planned`, after what has run out of memory
 
     def __post_init__(self) -> None:
         self.tokens = self.planned
@@ -68,16 +111,10 @@ class TokenBudget:
         work: Callable[[list[int]], T],
         in_step: bool = False,
     ) -> Iterator[tuple[list[int], T]]:
-        """Work through batches, in smaller parts once memory has run out.
+        """Work through batches of indices, in smaller parts once memory has run out.
 
-        Args:
-            batches: indices, from `batches_by_length`.
-            sizes: tokens by index.
-            work: what to do with a batch or a part of one.
-            in_step: whether `work` is a collective call, which no rank makes in parts alone.
-
-        Yields:
-            (batch or part of one, what came out).
+        `sizes` are tokens by index. In step, `work` is a collective call, which no rank makes in
+        parts alone. Yields (batch or part of one, what came out).
 
         Raises:
             ValueError: if not even one sequence fits into memory, or a batch that cannot be split.
@@ -96,7 +133,9 @@ class TokenBudget:
                 if not should_reduce_batch_size(error):
                     raise
                 if in_step or len(batch) == 1:
-                    raise ValueError(self._out_of_memory(len(batch), size, in_step)) from error
+                    said = _OUT_OF_MEMORY_IN_STEP if in_step else _OUT_OF_MEMORY
+                    said = said.format(purpose=self.purpose, sequences=len(batch), size=size)
+                    raise ValueError(said) from error
                 error.__traceback__ = None  # its frames hold what did not fit
             else:
                 yield batch, result
@@ -104,26 +143,7 @@ class TokenBudget:
             clear_device_cache(garbage_collection=True)
             self.tokens = min(self.tokens, len(batch) * size) // 2
             LOG.warning(
-                "SeRA: out of memory while %s %d sequences of %d tokens at a time; going on with "
-                "%d tokens at a time",
-                self.purpose,
-                len(batch),
-                size,
-                self.tokens,
+                f"SeRA: out of memory while {self.purpose} {len(batch)} sequences of {size} tokens "
+                f"at a time; going on with {self.tokens} tokens at a time"
             )
             left.appendleft(batch)
-
-    def _out_of_memory(self, sequences: int, size: int, in_step: bool) -> str:
-        sampling = "for sampling sera.max_new_tokens or sera.candidates"
-        if in_step:
-            return (
-                f"out of memory while {self.purpose} {sequences} sequences of {size} tokens at a "
-                "time. Every forward pass over sharded weights is made by all processes together, "
-                "so this one cannot go on with smaller batches alone, and the run stops. Set "
-                "fsdp_config.offload_params: true, take more processes, or lower sequence_len "
-                f"({sampling}, or set sera.sampler: vllm)."
-            )
-        return (
-            f"out of memory while {self.purpose}, with {size} tokens at a time. Lower sequence_len "
-            f"({sampling}), load the model in 4 or 8 bits, or take a device with more memory."
-        )

@@ -3,26 +3,87 @@
 Scoring and training take the same function of the logits, in float32 whatever the model computes
 in, so that a policy compared with itself gives zero. Logits exist only where a completion's token
 is predicted, and only some at a time.
+
+A line of a batch has a prompt with one completion, or with several that attend to the prompt and
+not to each other, so that the prompt is computed once.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sera_plugin.model.memory import KEPT_LOGITS, LOGITS
-from sera_plugin.model.packing import Layout, Targets, collate
+from sera_plugin.model.budget import KEPT_LOGITS, LOGITS
+
+Ids = npt.NDArray[np.int32]
+
+#: Completions, by index, that follow one prompt.
+Line = tuple[int, ...]
+
+#: `padded`: a line per sequence. `packed`: one line of all sequences, for kernels that tell them
+#: apart by their positions. `shared`: a line per prompt and a mask.
+Layout = Literal["padded", "packed", "shared"]
+
+#: More completions than this never share a prompt: attention between them grows with the square.
+_MOST_SHARED = 8
+#: What a model may raise at inputs that it does not take.
+_REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def innermost(model: Any) -> Any:
+    """The transformers model inside compiled, distributed and PEFT wrappers."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in eval mode inside the block, and afterwards in the mode it came in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which tokens of a batch are scored: c tokens of n completions, one after the other."""
+
+    line: Tensor  # (c,)
+    position: Tensor  # (c,) where in (lines, length) each is predicted
+    label: Tensor  # (c,) its token id
+    lengths: list[int]  # (n,) tokens of each completion
+
+    @classmethod
+    def of(cls, input_ids: Tensor, completion_mask: Tensor) -> Targets:
+        """Of (n, length) token ids, one completion a line, and a mask of where it is."""
+        line, position = completion_mask.nonzero(as_tuple=True)
+        label = input_ids[line, position]
+        return cls(line, position - 1, label, completion_mask.sum(dim=1).tolist())
+
+    def with_prompts(self, input_ids: Tensor, completion_mask: Tensor) -> Targets:
+        """The same and the prompts of the first half of the lines, all but their first token."""
+        begins = completion_mask.argmax(dim=1, keepdim=True)
+        before = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < begins
+        before[:, 0] = False  # nothing predicts it
+        half = len(input_ids) // 2
+        mask = torch.cat([completion_mask, before[:half]])
+        both = Targets.of(torch.cat([input_ids, input_ids[:half]]), mask)
+        return replace(both, line=both.line % len(input_ids))
 
 
 def completion_logps(
@@ -30,15 +91,9 @@ def completion_logps(
 ) -> Tensor:
     """Sum the log-probabilities of each completion's tokens.
 
-    Args:
-        logits: maps (m, size) states to (m, vocabulary) logits.
-        states: (c, size), one for each target.
-        targets: what to score, n completions with c tokens.
-        vocabulary: logits per token.
-
-    Returns:
-        (n,) float32 sums in nats. Differentiable; where logits are many, the backward pass computes
-        them again instead of keeping them.
+    `logits` maps (m, size) states to (m, vocabulary) logits; `states` is (c, size), one for each
+    target. Returns (n,) float32 sums in nats. Differentiable; where logits are many, the backward
+    pass computes them again instead of keeping them.
     """
 
     def losses(states: Tensor, labels: Tensor) -> Tensor:
@@ -58,9 +113,8 @@ def forward_logps(
 ) -> tuple[Tensor, Any]:
     """One forward pass of a causal language model, wrapped or not.
 
-    Returns:
-        (n,) float32 log pi(completion | prompt) in nats, and the model's output. Its logits are
-        not those of all tokens.
+    Returns (n,) float32 log pi(completion | prompt) in nats, and the model's output, whose logits
+    are not those of all tokens.
     """
     if in_head is None:  # as `abilities` finds it
         in_head = abilities(model).in_head and not is_compiled_module(model)
@@ -91,7 +145,7 @@ def _scoring_head(
     Inside the model's own forward, so that whatever wraps the model or the layer stays in force.
     """
     logits = head.forward
-    own = vars(head).get("forward")
+    own = {name: hook for name, hook in vars(head).items() if name == "forward"}
     found: list[Tensor] = []
 
     def score(hidden: Tensor) -> Tensor:
@@ -105,31 +159,22 @@ def _scoring_head(
     try:
         yield found
     finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own  # type: ignore[method-assign]
+        del head.forward
+        vars(head).update(own)
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a model takes, beside a plain batch.
+    """What a model takes, beside a plain batch."""
 
-    Attributes:
-        in_head: its output layer may give log-probabilities instead of logits; not where the
-            model changes logits afterwards (Gemma 2 caps them, Cohere and Granite scale them).
-        packed: several sequences in one line, distinguished by their positions.
-        shared: a mask of our own, so that completions share a prompt.
-    """
-
+    #: Its output layer may give log-probabilities instead of logits; not where the model changes
+    #: logits afterwards (Gemma 2 caps them, Cohere and Granite scale them).
     in_head: bool
-    packed: bool
-    shared: bool
+    packed: bool  # several sequences in one line, distinguished by their positions
+    shared: bool  # a mask of our own, so that completions share a prompt
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
-#: What a model may raise at inputs that it does not take.
-_REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @torch.no_grad()
@@ -161,9 +206,7 @@ def abilities(model: nn.Module) -> Abilities:
             return False  # something comes after the output layer
         return torch.allclose(logps, plain, rtol=0.01)
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         plain, _ = score("padded", in_head=False)
         in_head = gives_the_same("padded", in_head=True)
         attention = text._attn_implementation
@@ -176,12 +219,114 @@ def abilities(model: nn.Module) -> Abilities:
             and kinds <= {"full_attention", "sliding_attention"}
             and gives_the_same("shared", in_head),
         )
-    finally:
-        model.train(was_training)
     return _KNOWN[base]
 
 
-def innermost(model: Any) -> Any:
-    """The transformers model inside compiled, distributed and PEFT wrappers."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+@dataclass(frozen=True)
+class Sharing:
+    """When completions share a prompt: where a line costs less."""
+
+    attention: float  # of a pair of tokens, in units of what a token costs in the weights
+    longest: int  # most tokens of a line that is shared
+
+    @classmethod
+    def of(cls, model: Any, longest: int) -> Sharing:
+        """By the model's configuration, in lines of up to `longest` tokens."""
+        base = innermost(model)
+        text = base.config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        # Multiplications: queries with keys and weights with values for a pair of tokens, and a
+        # token's with every weight in the layers.
+        pair = 2 * text.num_hidden_layers * text.num_attention_heads * head_dim
+        weights = base.num_parameters(exclude_embeddings=True)
+        if not text.tie_word_embeddings:
+            weights -= text.vocab_size * text.hidden_size
+        window = getattr(text, "sliding_window", None) or longest
+        return cls(attention=pair / weights, longest=min(longest, window))
+
+    def cost(self, tokens: int, completions: int) -> float:
+        """A line's cost. Kernels skip half of a causal mask; one that they read they compute."""
+        if completions == 1:
+            return tokens + self.attention * tokens**2 / 2
+        return tokens + self.attention * tokens**2 if tokens <= self.longest else np.inf
+
+
+def plan_lines(
+    prompts: Sequence[Ids], completions: Sequence[Ids], sharing: Sharing | None
+) -> list[Line]:
+    """Put completions of equal prompts into one line where that costs less; each is in one line."""
+    if sharing is None:
+        return [(index,) for index in range(len(prompts))]
+    by_prompt: dict[bytes, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt.tobytes(), []).append(index)
+    lines: list[Line] = []
+    for indices in by_prompt.values():
+        indices.sort(key=lambda index: len(completions[index]))
+        plans = [
+            [tuple(indices[at : at + size]) for at in range(0, len(indices), size)]
+            for size in range(1, min(len(indices), _MOST_SHARED) + 1)
+        ]
+        costs = [
+            sum(sharing.cost(line_length(prompts, completions, line), len(line)) for line in plan)
+            for plan in plans
+        ]
+        lines += plans[int(np.argmin(costs))]
+    return lines
+
+
+def line_length(prompts: Sequence[Ids], completions: Sequence[Ids], line: Line) -> int:
+    """Tokens of a line."""
+    return len(prompts[line[0]]) + sum(len(completions[index]) for index in line)
+
+
+def collate(
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    lines: Sequence[Line],
+    layout: Layout,
+    pad_id: int,
+    device: torch.device,
+) -> tuple[dict[str, Any], Targets]:
+    """A batch of some lines of (n,) prompts and completions, padded on the right.
+
+    No mask says what is padding: attention is causal, so nothing that is scored sees it.
+
+    Returns the model's inputs, and what to score, in the order of the lines.
+    """
+    sizes = [line_length(prompts, completions, line) for line in lines]
+    packed = layout == "packed"
+    shape = (1, sum(sizes)) if packed else (len(lines), max(sizes))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    part = np.full(shape, -1, dtype=np.int64)  # 0 in a prompt, 1 in its first completion, ...
+    targets: list[npt.NDArray[np.int64]] = []  # (line, position, label) of each completion
+    end = 0
+    for number, line in enumerate(lines):
+        row, start = (0, end) if packed else (number, 0)
+        prompt_end = end = start + len(prompts[line[0]])
+        input_ids[row, start:end] = prompts[line[0]]
+        position_ids[row, start:end] = np.arange(end - start)
+        part[row, start:end] = 0
+        for place, index in enumerate(line, start=1):
+            begin, end = end, end + len(completions[index])
+            input_ids[row, begin:end] = completions[index]
+            position_ids[row, begin:end] = np.arange(end - begin) + prompt_end - start
+            part[row, begin:end] = place
+            # The prompt's last token predicts the first, and every other one the next.
+            predicted_at = np.arange(begin, end) - 1
+            predicted_at[0] = prompt_end - 1
+            rows = np.full(end - begin, row)
+            targets.append(np.stack([rows, predicted_at, input_ids[row, begin:end]]))
+
+    inputs = {"input_ids": torch.from_numpy(input_ids).to(device)}
+    if layout != "padded":
+        inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
+    if layout == "shared":
+        # A token attends back to its own part and to the prompt: (lines, 1, length, length).
+        parts = torch.from_numpy(part).to(device)
+        from_part, to_part = parts[:, :, None], parts[:, None, :]
+        inputs["attention_mask"] = ((from_part == to_part) | (to_part == 0)).tril()[:, None]
+    lengths = [one.shape[1] for one in targets]
+    row_of, position, label = torch.from_numpy(np.hstack(targets)).to(device)
+    return inputs, Targets(row_of, position, label, lengths)

@@ -1,8 +1,11 @@
-"""Snapshots of the trainable weights, swapped in place into the one loaded model.
+"""Policies by number: snapshots of the trainable weights, swapped in place into one loaded model.
 
 The base model is loaded once. A policy is a copy of what training changes: an adapter, or all
 weights for full fine-tuning. `PolicyHistory` keeps those that the next iterations still need, in
 host memory and as `policy/` directories that PEFT, transformers and vLLM load.
+
+FSDP2 shards a model in place. Between two forward passes a module's parameters are either the
+parts (DTensors) or, where they were not given back, whole tensors that the next pass throws away.
 """
 
 from __future__ import annotations
@@ -17,20 +20,133 @@ from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
-from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from torch import Tensor
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sera_plugin.model.weights import (
-    Snapshot,
-    is_sharded,
-    part_of,
-    restore_snapshot,
-    take_snapshot,
-    trainable,
-    whole_weights,
-)
 from sera_plugin.rundir.checksums import damage, replace_directory
+from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore, write_json
+
+#: Trainable weights by name in host memory; of sharded ones this process's part.
+Snapshot = dict[str, Tensor]
+
+#: What activation checkpointing puts between the names of modules, once the model is sharded.
+_WRAPPED = "_checkpoint_wrapped_module."
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass is a collective call of all processes."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights by the names they had before the model was sharded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {
+        name.replace(_WRAPPED, ""): weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This process's part of a weight, which shares the weight's storage."""
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _part_of(whole: Tensor, weight: Tensor, source: int | None = None) -> Tensor:
+    """This process's part of a tensor, cut as a weight is.
+
+    In a collective call `source` is the rank whose `whole` counts; None takes each rank's own.
+    """
+    if not isinstance(weight, DTensor):
+        return whole
+    cut = distribute_tensor(
+        whole.to(weight.dtype), weight.device_mesh, weight.placements, src_data_rank=source
+    )
+    return cut.to_local()
+
+
+def take_snapshot(model: nn.Module) -> Snapshot:
+    """Copy the trainable weights to host memory, bit for bit, in their own type."""
+    return {name: _local(weight).to("cpu", copy=True) for name, weight in trainable(model).items()}
+
+
+@torch.no_grad()
+def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
+    """Write a snapshot of the same weights into the model's own storage.
+
+    One that was taken before the model was sharded holds whole weights, and is cut.
+    """
+    weights = trainable(model)
+    if weights.keys() != snapshot.keys():
+        differing = sorted(weights.keys() ^ snapshot.keys())[:3]
+        raise ValueError(f"the snapshot's weights are not the model's: {', '.join(differing)}")
+    for name, weight in weights.items():
+        here, saved = _local(weight), snapshot[name]
+        here.copy_(saved if saved.shape == here.shape else _part_of(saved, weight))
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module, trainable_only: bool) -> dict[str, Any]:
+    """Gather a state dict into rank 0's host memory; the other ranks take part and get {}."""
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable_only
+    )
+    state = get_model_state_dict(model, options=options)
+    # Tied weights are gathered one by one; told apart they would be written twice.
+    first: dict[int, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        name = name.replace(_WRAPPED, "")
+        if name in state:
+            state[name] = state[first.setdefault(id(weight), name)]
+    return state
+
+
+def is_finite(model: nn.Module, ranks: Ranks) -> bool:
+    """Whether no trainable weight is NaN or infinite, on any rank; a collective call."""
+    found = [_local(weight).isfinite().all().cpu() for weight in trainable(model).values()]
+    bad = np.array([0.0 if torch.stack(found).all() else 1.0])
+    return not ranks.sum(bad).any()
+
+
+def continue_adapter(model: Any, directory: str | None) -> tuple[Any, Snapshot | None]:
+    """Load the adapter in `lora_model_dir`, which axolotl 0.19 ignores for DPO.
+
+    Returns the model, and the weights of its adapter where it has one.
+    """
+    if directory and not isinstance(model, PeftModel):
+        model = PeftModel.from_pretrained(model, directory, is_trainable=True)
+    return model, take_snapshot(model) if isinstance(model, PeftModel) else None
+
+
+def tidy_adapters(model: PeftModel, continued: Snapshot | None) -> None:
+    """Undo what TRL 1.9 does to adapters for a reference that we keep as data.
+
+    TRL copies a continued adapter to a second one named `ref`, which a resumed run then restores
+    instead of the policy; and it rounds adapters on a quantised base to bfloat16, where updates of
+    5e-6 vanish. `continued` is what `continue_adapter` returned before TRL saw the model.
+    """
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        for weight in trainable(model).values():
+            weight.data = weight.data.float()
+        # On a CPU bitsandbytes 0.50 repacks a layer's weights for good on its first forward pass
+        # in eval mode, and cannot train it afterwards. Scoring comes before training.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if continued is not None:
+        restore_snapshot(model, continued)
 
 
 @contextmanager
@@ -54,21 +170,13 @@ def _before_interrupt(action: Callable[[], object]) -> Iterator[None]:
 
 @dataclass
 class PolicyHistory:
-    """theta_0, theta_1, ... of a run, by number.
+    """theta_0, theta_1, ... of a run, by number."""
 
-    Attributes:
-        model: the one loaded model; a PEFT model for adapters.
-        store: the run directory.
-        base_model: the host's `base_model`, what a fully fine-tuned theta_0 is.
-        tokenizer: saved beside the weights, so that a policy loads on its own.
-        current: which policy the model is now; None in the middle of an iteration.
-    """
-
-    model: Any
+    model: Any  # the one loaded model; a PEFT model for adapters
     store: RunStore
-    base_model: str
-    tokenizer: Any
-    current: int | None = 0
+    base_model: str  # the host's, what a fully fine-tuned theta_0 is
+    tokenizer: Any  # saved beside the weights, so that a policy loads on its own
+    current: int | None = 0  # which policy the model is now; None in the middle of an iteration
     _snapshots: dict[int, Snapshot] = field(default_factory=dict)
 
     @property
@@ -81,9 +189,8 @@ class PolicyHistory:
         A run that has begun before, `recorded`, has its own on disk: another version of a library
         may initialise an adapter differently, and rewards count from the one the run began with.
         """
-        directory = self.store.policy(1)
-        recorded = recorded and self.is_adapter and damage(directory) is None
-        self._snapshots[0] = self._load(0) if recorded else take_snapshot(self.model)
+        recorded = recorded and self.is_adapter and damage(self.store.policy(1)) is None
+        self._snapshots[0] = self._kept(0) if recorded else take_snapshot(self.model)
         restore_snapshot(self.model, self._snapshots[0])
 
     def keep_current(self, policy: int) -> None:
@@ -122,7 +229,7 @@ class PolicyHistory:
             yield
             return
         if policy not in self._snapshots:
-            self._snapshots[policy] = self._load(policy)
+            self._snapshots[policy] = self._kept(policy)
         here = take_snapshot(self.model) if self.current is None else self._snapshots[self.current]
         restore_snapshot(self.model, self._snapshots[policy])
         try:
@@ -136,8 +243,7 @@ class PolicyHistory:
 
         Adapters are small and stay on disk.
         """
-        for old in [number for number in self._snapshots if number < policy]:
-            del self._snapshots[old]
+        self._snapshots = {n: kept for n, kept in self._snapshots.items() if n >= policy}
 
         def remove() -> None:
             for old in range(1, on_disk):
@@ -147,16 +253,19 @@ class PolicyHistory:
         if not self.is_adapter:
             self.store.ranks.on_main(remove)
 
-    def _load(self, policy: int) -> Snapshot:
-        """Read a policy of this run back; the model keeps its own weights."""
+    def load(self, directory: Path) -> None:
+        """Write the policy in a directory into the model; FileNotFoundError if it is not there."""
+        restore_snapshot(self.model, self._read(directory))
+
+    def _kept(self, policy: int) -> Snapshot:
+        """A policy of this run from its directory."""
         if policy == 0 and not self.is_adapter:
             raise ValueError(
                 "theta_0 is needed, but this process no longer holds it. Start the command again "
                 "with `auto_resume_from_checkpoints: true`."
             )
         directory = self.store.policy(policy + 1)
-        problem = damage(directory)
-        if problem is not None:
+        if (problem := damage(directory)) is not None:
             raise ValueError(
                 f"theta_{policy} is needed from {directory}, but {problem}. Restore it from a "
                 f"copy, or continue from the checkpoint at the end of iteration {policy} or from "
@@ -164,40 +273,29 @@ class PolicyHistory:
             )
         return self._read(directory)
 
-    def load(self, directory: Path) -> None:
-        """Write the policy in a directory into the model; FileNotFoundError if it is not there."""
-        restore_snapshot(self.model, self._read(directory))
-
     def _read(self, directory: Path) -> Snapshot:
-        if not self.is_adapter:
-            saved = type(self.model).from_pretrained(
+        """The weights in a directory, by this process's part; the model keeps its own."""
+        mine = trainable(self.model)
+        if self.is_adapter:
+            if not (directory / "adapter_model.safetensors").is_file():
+                # PEFT would go on to a pickled adapter_model.bin, then to a hub.
+                raise FileNotFoundError(
+                    f"{directory} has no adapter_model.safetensors. Restore it, or train anew in "
+                    "another output_dir."
+                )
+            weights = load_peft_weights(str(directory), device="cpu")
+            # PEFT cannot load into parts, but it knows what it calls each weight in a file.
+            called = get_peft_model_state_dict(
+                self.model, state_dict=dict(mine), save_embedding_layers=False
+            )
+            names = {id(weight): name for name, weight in mine.items()}
+            saved = {names[id(weight)]: weights[key] for key, weight in called.items()}
+        else:
+            loaded = type(self.model).from_pretrained(
                 str(directory), dtype="auto", use_safetensors=True, trust_remote_code=False
             )
-            return self._parts(saved.state_dict())
-        if not (directory / "adapter_model.safetensors").is_file():
-            # PEFT would go on to a pickled adapter_model.bin, then to a hub.
-            raise FileNotFoundError(
-                f"{directory} has no adapter_model.safetensors. Restore it, or train anew in "
-                "another output_dir."
-            )
-        weights = load_peft_weights(str(directory), device="cpu")
-        if is_sharded(self.model):
-            # PEFT cannot load into parts, but it knows what it calls each weight in a file.
-            names = {id(weight): name for name, weight in trainable(self.model).items()}
-            called = get_peft_model_state_dict(
-                self.model, state_dict=trainable(self.model), save_embedding_layers=False
-            )
-            return self._parts({names[id(w)]: weights[key] for key, w in called.items()})
-        current = take_snapshot(self.model)
-        try:
-            set_peft_model_state_dict(self.model, weights)
-            return take_snapshot(self.model)
-        finally:
-            restore_snapshot(self.model, current)
-
-    def _parts(self, saved: dict[str, Tensor]) -> Snapshot:
-        """This process's part of whole weights, as rank 0 has read them."""
+            saved = loaded.state_dict()
         return {
-            name: part_of(saved[name], weight, source=0).to("cpu", copy=True)
-            for name, weight in trainable(self.model).items()
+            name: _part_of(saved[name], weight, source=0).to("cpu", copy=True)
+            for name, weight in mine.items()
         }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sera_plugin.model import memory
-from sera_plugin.model.memory import ENGINE_OVERHEAD, ENGINE_SLACK, GIB
+from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SLACK, GIB
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from sera_plugin.algorithm.protocols import CandidateSampler
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.budget import plan_tokens
-from sera_plugin.model.memory import SAMPLED_ON_CPU
+from sera_plugin.model.budget import SAMPLED_ON_CPU, plan_tokens
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.rundir.ranks import NO_PART, WHOLE

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.model.budget import TokenBudget, batches_by_length
-from sera_plugin.model.forward import innermost
+from sera_plugin.model.forward import evaluating, innermost
 from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.prompts import room
 
@@ -67,22 +67,17 @@ class TransformersSampler:
             mine = [(prompts[row], limits[row]) for row in batch]
             return self._generate(mine, settings, seed)
 
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.policy():
-                tokens = [sum(sizes[row] for row in batch) for batch in batches]
-                mine = self.shard.of(batches, tokens)
-                for batch, generated in self.budget.run(mine, sizes, generate, self.shard.in_step):
-                    found = zip(batch, generated, strict=True)
-                    # Another sampler may have finished a part of the batch.
-                    chunk = [(row, candidates) for row, candidates in found if row not in skip]
-                    if chunk:
-                        yield chunk
-                for _ in range(self.shard.idle(batches)):
-                    generate(batches[-1])  # the smallest: only to take part
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), self.policy():
+            tokens = [sum(sizes[row] for row in batch) for batch in batches]
+            mine = self.shard.of(batches, tokens)
+            for batch, generated in self.budget.run(mine, sizes, generate, self.shard.in_step):
+                found = zip(batch, generated, strict=True)
+                # Another sampler may have finished a part of the batch.
+                chunk = [(row, candidates) for row, candidates in found if row not in skip]
+                if chunk:
+                    yield chunk
+            for _ in range(self.shard.idle(batches)):
+                generate(batches[-1])  # the smallest: only to take part
 
     @torch.no_grad()
     def _generate(

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.encoding import RowTokenizer, model_end_ids
+from sera_plugin.data.dataset import RowTokenizer, model_end_ids
 from sera_plugin.model.budget import plan_tokens
 from sera_plugin.sampling.offload import cache_bytes_per_token
 from sera_plugin.sampling.samplers import adapter_problem

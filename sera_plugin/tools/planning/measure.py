@@ -27,7 +27,7 @@ from axolotl.utils.dict import DictDefault
 from transformers import TrainerCallback
 
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.memory import GIB
+from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.planning.counts import Lengths
 from sera_plugin.tools.planning.disk import existing

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sera_plugin.model.memory import (
+from sera_plugin.model.budget import (
     ENGINE_OVERHEAD,
     ENGINE_SEQUENCES,
     ENGINE_SLACK,

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from sera_plugin.algorithm.method import Pairs
-from sera_plugin.model.memory import KEPT_LOGITS
+from sera_plugin.model.budget import KEPT_LOGITS
 from sera_plugin.tools.planning.advice import Case, Change, advise
 from sera_plugin.tools.planning.counts import Iteration
 from sera_plugin.tools.planning.disk import disk_parts

@@ -25,9 +25,8 @@ from sera_plugin.algorithm.selection import annotate
 from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.dataset import TokenizedRows, kept_columns, prepare_rows
-from sera_plugin.data.encoding import model_end_ids
-from sera_plugin.model.memory import GIB
+from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
+from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
@@ -69,7 +68,8 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> Plan:
     pairs, held_out = _pairs(rows), None
     if data.eval_dataset:
         held_out = _pairs(prepare_rows(data.eval_dataset, tokenizer, end_ids, cfg, config, "eval"))
-    columns = kept_columns(data.train_dataset, rows.rows, config.score_columns)
+    kept = data.train_dataset.select(rows.rows)
+    columns = {name: kept[name][:] for name in config.score_columns}
     method = Method(
         config,
         is_reference_free(config.loss) and not cfg.dpo_loss_type,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sera_plugin.model.memory import (
+from sera_plugin.model.budget import (
     SAMPLED_ON_CPU,
     SCORED_ON_CPU,
     cache_bytes,

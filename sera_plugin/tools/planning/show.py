@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any
 
 from sera_plugin.config.quoting import printable
-from sera_plugin.model.memory import GIB
+from sera_plugin.model.budget import GIB
 from sera_plugin.tools.planning.advice import Case
 from sera_plugin.tools.planning.counts import Iteration, Work
 from sera_plugin.tools.planning.memory import Phase
