@@ -28,7 +28,7 @@ from tests.conftest import adapter, fill, ids
 MOMENTS = {
     "a phase's file": (RunStore, "write", lambda self, iteration, name, table: iteration == 2),
     "a chunk of samples": (RunStore, "append_samples", lambda *_: True),
-    "a policy": (PolicyHistory, "_save", lambda self, policy, *_: policy == 1),
+    "a policy": (PolicyHistory, "keep_current", lambda self, policy, *_: policy == 1),
     "a checkpoint": (
         Trainer,
         "save_model",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -32,25 +31,17 @@ PLAIN_TEMPLATE = (
 )
 
 
-WORDS = """
-The answer is probably forty two because user interfaces need an assistant to header
-größer naïve 東京 تم العثور שלום мир 🙂 👩‍👩‍👧 🇯🇵 é
-def f(x): return x>y && a|b <b>bold</b> {'role': 'user'} \\n `code` * - 1. <|x|> > >> | [[ ]]
-end eot im message
-"""
-
-
-def ordinary_texts(count: int) -> list[str]:
-    """Answers of several words: prose, scripts, emoji, code, markup."""
-    random = Random(7)
-    words = WORDS.split()
-    texts = ["> quoted answer", ">>> print(1)", "| a | b |\n|---|---|", "user: who am I?"]
-    while len(texts) < count:
-        joined = random.choice([" ", " ", "\n"]).join(
-            random.choices(words, k=random.randint(4, 30))
-        )
-        texts.append(f"No. {len(texts)} {joined} done.")
-    return texts[:count]
+TEXTS = [
+    *("None", "5", "[]", "{}", "null", "true", "user: who am I?", "end eot im message"),
+    "x = [] or {}\nprint(x[0], {'role': 'user'})",
+    "def f(x): return x>y && a|b <b>bold</b> `code` <|x|> [[ ]] \\n",
+    "> quoted\n>>> print(1)\n| a | b |\n|---|---|",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1ef\U0001f1f5",
+    "مرحبا بالعالم",
+    "שלום עולם",
+    "e\u0301 naïve größer 東京 мир",
+    "One.\n\nTwo.\n\t- three",
+]
 
 
 def build(add_bos: bool = False, metaspace: bool = False, lower: bool = False) -> Any:
@@ -217,7 +208,7 @@ CASES = {
     "no room behind the prompt": Case(
         [XY, TALK], dropped={TOO_LONG + "3": [1]}, options={"max_length": 3, "truncate": True}
     ),
-    "any script": Case([(text, text[::-1]) for text in ordinary_texts(60)]),
+    "any text": Case([(text, f"{text}.") for text in TEXTS]),
 }
 
 
@@ -260,6 +251,13 @@ def test_what_becomes_of_rows(plain: Any, name: str) -> None:
 def test_exactly_one_end_token_and_nothing_behind_it(plain: Any, text: str, kept: str) -> None:
     result = tokenize(plain, row("hi", text, "world<|im_end|>"))
     assert spelled(plain, result.chosen_ids[0]) == kept
+
+
+def test_a_sentencepiece_tokenizer_spells_out_an_end_too() -> None:
+    tokenizer = build(metaspace=True)
+    result = tokenize(tokenizer, row("hi", "ab</s>hello", "ab"))
+    assert result.kept == {SPELLED_OUT: [0]}
+    assert result.chosen_ids[0].tolist().count(tokenizer.eos_token_id) == 1
 
 
 def test_tokens_that_do_not_spell_their_text_are_noted_and_trained() -> None:

@@ -9,18 +9,9 @@ import pytest
 
 from sera_plugin.data.dataset import tokenize_rows
 from sera_plugin.data.texts import SYSTEM
-from tests.test_dataset import build, ordinary_texts
+from tests.test_dataset import TEXTS, build
 from tests.test_rows import guarded, strategy
 
-TEXTS = [
-    *("None", "5", "[]", "{}", "null", "true"),
-    "x = [] or {}\nprint(x[0], {'a': None})",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1ef\U0001f1f5",
-    "مرحبا بالعالم",
-    "שלום עולם",
-    "e\u0301 naïve 東京",
-    "One.\n\nTwo.\n\t- three",
-]
 #: What else may stand in a row: nothing, and every kind of it.
 ASIDE = {
     "tool_calls": [],
@@ -137,7 +128,7 @@ def test_messages_through_the_hosts_chat_template(name):
             "rejected": answer("No, not at all.", tool_calls=None),
             **ASIDE,
         }
-        for text in TEXTS + ordinary_texts(30)
+        for text in TEXTS
     ]
     check(loaded, rows, tokenizer, partial(host_texts, loaded, tokenizer))
     loaded = strategy("chat_template.argilla_chat")

@@ -123,8 +123,8 @@ class TokenBudget:
         while left:
             batch = left.popleft()
             size = sizes[batch[0]]
-            if len(batch) > 1 and len(batch) * size > self.tokens and not in_step:
-                fits = max(1, self.tokens // size)
+            fits = max(1, self.tokens // size)
+            if len(batch) > fits and not in_step:
                 left.extendleft((batch[fits:], batch[:fits]))
                 continue
             try:
