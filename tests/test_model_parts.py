@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -180,18 +179,17 @@ def test_a_snapshot_of_other_weights_is_refused(model):
 
 # ------------------------------------------------------------------ the gate
 
-DPO, NONE = PreferenceLoss("dpo", 0.2), (0.0, 0.0, 0.0, 0.0)
-SIMPO, IPO = PreferenceLoss("simpo", 1.0, per_token=True), PreferenceLoss("ipo", 1.0)
+NONE = (0.0, 0.0, 0.0, 0.0)
+DPO, IPO = PreferenceLoss("dpo", 0.2), PreferenceLoss("ipo", 1.0)
+SIMPO = PreferenceLoss("simpo", 1.0, per_token=True)
+LONG = {"tokens": 259, "limit": LOW_PRECISION_LIMIT}
 
 
 def gate(off, loss=None, function=DPO, limit=FLOAT32_LIMIT, tokens=10):
     """The gate for two pairs whose log pi are off by so many nats, or for means of these."""
     reference = torch.tensor([[-20.0, -22.0], [-30.0, -30.0]])
-    inputs = {
-        "completion_mask": torch.ones(4, tokens),
-        "ref_chosen_logps": reference[0],
-        "ref_rejected_logps": reference[1],
-    }
+    inputs = {"completion_mask": torch.ones(4, tokens)}
+    inputs |= {"ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
     found = reference + torch.tensor(off).view(2, -1)
     if len(off) == 2:
         found = found.mean(dim=1)
@@ -200,17 +198,17 @@ def gate(off, loss=None, function=DPO, limit=FLOAT32_LIMIT, tokens=10):
 
 
 @pytest.mark.parametrize(
-    ("off", "loss", "keys"),
+    ("off", "loss", "function", "keys"),
     [
-        (NONE, math.log(2), {}),
+        (NONE, math.log(2), DPO, LONG),
         # Rewards -2.0 and -2.2 against -3.0 per token, beta 1.
-        (NONE, math.log((1 + math.e**-1) * (1 + math.e**-0.8)) / 2, {"function": SIMPO}),
+        (NONE, math.log((1 + math.e**-1) * (1 + math.e**-0.8)) / 2, SIMPO, {}),
         # A margin of 0.6 nats: summed IPO with beta 1 has (0.6 - 0.5)^2; the reference has 0.25.
-        ((0.3, 0, -0.3, 0), 0.26 / 2, {"function": IPO, "limit": LOW_PRECISION_LIMIT}),
+        ((0.3, 0, -0.3, 0), 0.26 / 2, IPO, LONG),
     ],
 )
-def test_gate_passes_the_reference_and_a_loss_that_multiplies_rounding(off, loss, keys):
-    figures = gate(off, loss, tokens=259 if any(off) else 10, **keys)
+def test_gate_passes_the_reference_and_a_loss_that_multiplies_rounding(off, loss, function, keys):
+    figures = gate(off, loss, function, **keys)
     assert figures["nats_per_root_token"] == pytest.approx(max(off) / math.sqrt(259), abs=1e-4)
     assert figures["expected_loss"] == pytest.approx(loss, abs=1e-4)
 
@@ -218,10 +216,10 @@ def test_gate_passes_the_reference_and_a_loss_that_multiplies_rounding(off, loss
 @pytest.mark.parametrize(("limit", "nats"), [(FLOAT32_LIMIT, 0.01), (LOW_PRECISION_LIMIT, 0.2)])
 @pytest.mark.parametrize("tokens", [1, 16, 400])
 def test_gate_allows_more_to_longer_answers_and_judges_each(limit, nats, tokens):
-    for share in (0.9, 1.1):
-        off = share * nats * math.sqrt(tokens)  # of opposite sign: their mean would be right
-        with nullcontext() if share < 1 else pytest.raises(ValueError, match="step-0 gate"):
-            gate((off, -off, 0.0, 0.0), limit=limit, tokens=tokens)
+    allowed = nats * math.sqrt(tokens)  # of opposite sign: their mean would be right
+    gate((0.9 * allowed, -0.9 * allowed, 0.0, 0.0), limit=limit, tokens=tokens)
+    with pytest.raises(ValueError, match="step-0 gate"):
+        gate((1.1 * allowed, -1.1 * allowed, 0.0, 0.0), limit=limit, tokens=tokens)
 
 
 @pytest.mark.parametrize(

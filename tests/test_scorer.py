@@ -117,15 +117,21 @@ def test_batches_hold_every_index_once_within_the_budget():
         assert max(lengths[i] for i in batch) * len(batch) <= 16
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
-def test_every_layout_gives_the_same(layout):
+@pytest.mark.parametrize(
+    ("lines", "packed", "rows"),
+    [
+        ([(0,), (1,), (2,), (3,)], False, 4),
+        ([(0,), (1,), (2,), (3,)], True, 1),
+        ([(0, 1, 2), (3,)], False, 2),
+    ],
+    ids=["padded", "packed", "shared"],
+)
+def test_every_layout_gives_the_same(lines, packed, rows):
     model = build(LlamaConfig(**SMALL))
     prompts, completions = ids(9, 9, 9, 4), ids(8, 5, 1, 3, seed=1)
     prompts[1] = prompts[2] = prompts[0]
-    lines = [(0, 1, 2), (3,)] if layout == "shared" else [(0,), (1,), (2,), (3,)]
-    inputs, targets = collate(prompts, completions, lines, layout, 0, torch.device("cpu"))
-    rows = {"padded": 4, "packed": 1, "shared": 2}
-    assert len(inputs["input_ids"]) == rows[layout]
+    inputs, targets = collate(prompts, completions, lines, 0, torch.device("cpu"), packed)
+    assert len(inputs["input_ids"]) == rows
     with torch.no_grad():
         logps, _ = forward_logps(model, inputs, targets)
     assert logps.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=1e-3)
@@ -254,7 +260,7 @@ def test_an_adapter_on_any_layer_is_scored_and_trained_as_by_the_whole_logits(mo
 def test_the_output_layer_is_itself_again_even_after_an_error():
     model = build(LlamaConfig(**SMALL))
     abilities(model)
-    inputs, targets = collate(ids(3), ids(4), [(0,)], "padded", 0, torch.device("cpu"))
+    inputs, targets = collate(ids(3), ids(4), [(0,)], 0, torch.device("cpu"))
     inputs["input_ids"] = inputs["input_ids"] + 10**6
     with pytest.raises(IndexError):
         forward_logps(model, inputs, targets)

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,10 +31,6 @@ Ids = npt.NDArray[np.int32]
 
 #: Completions, by index, that follow one prompt.
 Line = tuple[int, ...]
-
-#: `padded`: a line per sequence. `packed`: one line of all sequences, for kernels that tell them
-#: apart by their positions. `shared`: a line per prompt and a mask.
-Layout = Literal["padded", "packed", "shared"]
 
 #: More completions than this never share a prompt: attention between them grows with the square.
 _MOST_SHARED = 8
@@ -188,17 +184,17 @@ def abilities(model: nn.Module) -> Abilities:
         return _KNOWN[base]
     text = base.config.get_text_config()
     device = next(model.parameters()).device
+    apart: list[Line] = [(0,), (1,)]
     prompt = np.arange(4, dtype=np.int32)
     answers = [np.arange(4, 7, dtype=np.int32), np.arange(2, 9, dtype=np.int32)]
 
-    def score(layout: Layout, in_head: bool) -> tuple[Tensor, Any]:
-        lines = [(0, 1)] if layout == "shared" else [(0,), (1,)]
-        inputs, targets = collate([prompt, prompt], answers, lines, layout, 0, device)
+    def score(in_head: bool, lines: list[Line], packed: bool = False) -> tuple[Tensor, Any]:
+        inputs, targets = collate([prompt, prompt], answers, lines, 0, device, packed)
         return forward_logps(model, inputs, targets, in_head)
 
-    def gives_the_same(layout: Layout, in_head: bool) -> bool:
+    def gives_the_same(in_head: bool, lines: list[Line], packed: bool = False) -> bool:
         try:
-            logps, output = score(layout, in_head)
+            logps, output = score(in_head, lines, packed)
         except _REFUSALS:
             return False
         returned = output.logits.flatten()
@@ -207,17 +203,17 @@ def abilities(model: nn.Module) -> Abilities:
         return torch.allclose(logps, plain, rtol=0.01)
 
     with evaluating(model):
-        plain, _ = score("padded", in_head=False)
-        in_head = gives_the_same("padded", in_head=True)
+        plain, _ = score(False, apart)
+        in_head = gives_the_same(True, apart)
         attention = text._attn_implementation
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         _KNOWN[base] = Abilities(
             in_head,
-            packed="flash" in attention and gives_the_same("packed", in_head),
+            packed="flash" in attention and gives_the_same(in_head, apart, packed=True),
             # Other kinds of layers carry a state along the line, which no mask cuts.
             shared=attention == "sdpa"
             and kinds <= {"full_attention", "sliding_attention"}
-            and gives_the_same("shared", in_head),
+            and gives_the_same(in_head, [(0, 1)]),
         )
     return _KNOWN[base]
 
@@ -284,18 +280,19 @@ def collate(
     prompts: Sequence[Ids],
     completions: Sequence[Ids],
     lines: Sequence[Line],
-    layout: Layout,
     pad_id: int,
     device: torch.device,
+    packed: bool = False,
 ) -> tuple[dict[str, Any], Targets]:
-    """A batch of some lines of (n,) prompts and completions, padded on the right.
+    """A batch of some lines of (n,) prompts and completions, padded on the right, or `packed`.
 
-    No mask says what is padding: attention is causal, so nothing that is scored sees it.
+    No mask says what is padding: attention is causal, so nothing that is scored sees it. Packed
+    lines are one, for kernels that tell them apart by their positions; shared prompts need a mask.
 
     Returns the model's inputs, and what to score, in the order of the lines.
     """
     sizes = [line_length(prompts, completions, line) for line in lines]
-    packed = layout == "packed"
+    shared = any(len(line) > 1 for line in lines)
     shape = (1, sum(sizes)) if packed else (len(lines), max(sizes))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
@@ -320,9 +317,9 @@ def collate(
             targets.append(np.stack([rows, predicted_at, input_ids[row, begin:end]]))
 
     inputs = {"input_ids": torch.from_numpy(input_ids).to(device)}
-    if layout != "padded":
+    if packed or shared:
         inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
-    if layout == "shared":
+    if shared:
         # A token attends back to its own part and to the prompt: (lines, 1, length, length).
         parts = torch.from_numpy(part).to(device)
         from_part, to_part = parts[:, :, None], parts[:, None, :]

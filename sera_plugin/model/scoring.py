@@ -21,7 +21,6 @@ from sera_plugin.model.budget import (
 )
 from sera_plugin.model.forward import (
     Ids,
-    Layout,
     Sharing,
     abilities,
     collate,
@@ -107,10 +106,8 @@ def score_sequences(
 
     def score(batch: list[int]) -> tuple[list[int], FloatArray]:
         chosen = [lines[number] for number in batch]
-        layout: Layout = "packed" if can.packed else "padded"
-        if len(chosen[0]) > 1:
-            layout = "shared"
-        inputs, targets = collate(prompts, completions, chosen, layout, pad_id, device)
+        packed = can.packed and len(chosen[0]) == 1
+        inputs, targets = collate(prompts, completions, chosen, pad_id, device, packed)
         with autocast():
             logps, _ = forward_logps(model, inputs, targets)
         return [index for line in chosen for index in line], logps.double().cpu().numpy()
