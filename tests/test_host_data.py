@@ -9,29 +9,49 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
-from tests.conftest import write_rows
+from sera_plugin.host.config import name_types
+from tests.conftest import make_config, write_rows
 
 GOOD = {"question": "b a", "good": "a b", "bad": "b b"}
 TYPE = {"field_prompt": "question", "field_chosen": "good", "field_rejected": "bad"}
 
 
+@pytest.fixture(scope="module")
+def parsed(world, tmp_path_factory):
+    """A configuration as the host resolves it; the tests here change what is about data."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+
+    path = tmp_path_factory.mktemp("parsed") / "config.yaml"
+    config = make_config(world.directory, path.parent) | {"chat_template": "tokenizer_default"}
+    config |= dict.fromkeys(("test_datasets", "evals_per_epoch"))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_instance", "_cfg"):  # a process parses one configuration; tests, many
+            patch.setattr(PluginManager, name, None)
+        return load_cfg(str(path))
+
+
 @pytest.fixture
-def prepare(base_config, load):
+def prepare(parsed, tmp_path):
     """What `axolotl train` does with the data before it loads a model, and the trainer then."""
 
     def run(*datasets, sera=(), **keys):
-        from axolotl.integrations.base import PluginManager
         from axolotl.loaders import load_tokenizer
+        from axolotl.utils.dict import DictDefault
 
-        keys = dict.fromkeys(("test_datasets", "evals_per_epoch")) | keys
-        sera = base_config["sera"] | dict(sera)
-        cfg = load(base_config | {"datasets": list(datasets), "sera": sera} | keys)
-        cfg.dataset_num_proc = keys.get("dataset_num_proc")  # no process for a few rows
-        data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
-        tokenizer = load_tokenizer(cfg)
+        from sera_plugin.host.datasets import load_pairs
+
+        keys |= {"datasets": list(datasets), "dataset_prepared_path": str(tmp_path / "prepared")}
+        keys |= {"sera": {**parsed.sera, **dict(sera)}}
+        # No process of its own for a few rows.
+        cfg = DictDefault(parsed.to_dict() | {"dataset_num_proc": None} | keys)
+        name_types(cfg)
+        data, tokenizer = load_pairs(cfg), load_tokenizer(cfg)
         rows, ends = {}, [tokenizer.eos_token_id]
         for name, dataset in (("train", data.train_dataset), ("eval", data.eval_dataset)):
             if dataset is not None:
