@@ -117,14 +117,11 @@ def test_batches_hold_every_index_once_within_the_budget():
         assert max(lengths[i] for i in batch) * len(batch) <= 16
 
 
+APART, SHARED = [(0,), (1,), (2,), (3,)], [(0, 1, 2), (3,)]
+
+
 @pytest.mark.parametrize(
-    ("lines", "packed", "rows"),
-    [
-        ([(0,), (1,), (2,), (3,)], False, 4),
-        ([(0,), (1,), (2,), (3,)], True, 1),
-        ([(0, 1, 2), (3,)], False, 2),
-    ],
-    ids=["padded", "packed", "shared"],
+    ("lines", "packed", "rows"), [(APART, False, 4), (APART, True, 1), (SHARED, False, 2)]
 )
 def test_every_layout_gives_the_same(lines, packed, rows):
     model = build(LlamaConfig(**SMALL))

@@ -65,20 +65,15 @@ def _parsed(text: str, what: str) -> Any:
 
 def load_failure(key: str, path: str, error: BaseException) -> DataError:
     """Why the dataset at this path, which the YAML names under this key, cannot be loaded."""
-    unreadable = any(
-        isinstance(one, _UNREADABLE) or type(one).__name__ == _GENERATION for one in _chain(error)
-    )
-    cause = _damage(path, unreadable)
     if not os.path.exists(path) and str(error).startswith(_NOT_FOUND):
         cause = (
             "there is no such file or directory here, and no such dataset could be found on the "
             "Hugging Face hub. Correct the path; relative ones start where the command is run"
         )
-    elif cause is None and "corresponds to no data" in str(error):
-        cause = "it has no rows"
-    return DataError(
-        f"{key}.path: {quoted(path, 200)} cannot be loaded: {cause or one_line(error)}."
-    )
+    else:
+        empty = "it has no rows" if "corresponds to no data" in str(error) else None
+        cause = _damage(path, error) or empty or one_line(error)
+    return DataError(f"{key}.path: {quoted(path, 200)} cannot be loaded: {cause}.")
 
 
 @contextlib.contextmanager
@@ -123,14 +118,16 @@ def one_line(error: BaseException) -> str:
     return f"{type(first).__name__}: {plain(text, 300)}" if text else type(first).__name__
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> list[BaseException]:
     """The exception and those that led to it, the last first."""
-    while error is not None:
-        yield error
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
         error = error.__cause__ or error.__context__
+    return chain
 
 
-def _damage(path: str, unreadable: bool) -> str | None:
+def _damage(path: str, error: BaseException) -> str | None:
     """What is wrong with a local file: it is empty, or the first line of JSON that is damaged."""
     if not os.path.isfile(path):
         return None
@@ -138,7 +135,10 @@ def _damage(path: str, unreadable: bool) -> str | None:
         with open(path, "rb") as content:
             if not any(map(bytes.strip, content)):
                 return "the file is empty"
-        if not unreadable or not path.endswith((".json", ".jsonl", ".ndjson")):
+        if not path.endswith((".json", ".jsonl", ".ndjson")) or not any(
+            isinstance(one, _UNREADABLE) or type(one).__name__ == _GENERATION
+            for one in _chain(error)
+        ):
             return None
         with open(path, encoding="utf-8-sig", errors="replace") as lines:
             small = os.path.getsize(path) <= _DOCUMENT_BYTES

@@ -190,7 +190,7 @@ class PolicyHistory:
         may initialise an adapter differently, and rewards count from the one the run began with.
         """
         recorded = recorded and self.is_adapter and damage(self.store.policy(1)) is None
-        self._snapshots[0] = self._kept(0) if recorded else take_snapshot(self.model)
+        self._snapshots[0] = self._load(0) if recorded else take_snapshot(self.model)
         restore_snapshot(self.model, self._snapshots[0])
 
     def keep_current(self, policy: int) -> None:
@@ -229,7 +229,7 @@ class PolicyHistory:
             yield
             return
         if policy not in self._snapshots:
-            self._snapshots[policy] = self._kept(policy)
+            self._snapshots[policy] = self._load(policy)
         here = take_snapshot(self.model) if self.current is None else self._snapshots[self.current]
         restore_snapshot(self.model, self._snapshots[policy])
         try:
@@ -257,7 +257,7 @@ class PolicyHistory:
         """Write the policy in a directory into the model; FileNotFoundError if it is not there."""
         restore_snapshot(self.model, self._read(directory))
 
-    def _kept(self, policy: int) -> Snapshot:
+    def _load(self, policy: int) -> Snapshot:
         """A policy of this run from its directory."""
         if policy == 0 and not self.is_adapter:
             raise ValueError(
