@@ -87,7 +87,7 @@ def render() -> str:
         "| key | what SeRA does with it |",
         "|---|---|",
     ]
-    for keys, meaning in HOST_KEYS:
+    for keys, meaning in HOST_KEYS.items():
         lines.append(f"| {', '.join(f'`{key}`' for key in keys.split(', '))} | {meaning} |")
     lines += [
         "",

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
+from sera_plugin.config.block import Block
 from sera_plugin.config.quoting import is_secret, quoted
 
 _OURS = frozenset({"model", "messages", "stream", "n"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
-def _on_one_line(schema: dict[str, Any]) -> None:
-    for key in schema["properties"].values():
-        key["description"] = " ".join(key["description"].split())
-
-
-class Block(BaseModel):
-    """A block of a YAML: unknown keys are errors, and the docstring of a key is its description."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-        json_schema_extra=_on_one_line,
-    )
 
 
 class JudgeConfig(Block, hide_input_in_errors=True):
@@ -48,7 +31,7 @@ class JudgeConfig(Block, hide_input_in_errors=True):
     """`pairwise` shows two answers, in both orders; `single` rates each answer from 1 to 10."""
     template: Path | None = None
     """A text file with the judge's prompt in place of the shipped one."""
-    request: dict[str, Any] = {"temperature": 0, "max_tokens": 2048}
+    request: dict[str, Any] = Field({"temperature": 0, "max_tokens": 2048})
     """Fields of the request besides `model` and `messages`, sent as they are."""
     concurrency: int = Field(8, ge=1, le=256)
     """Requests at a time."""
@@ -121,34 +104,7 @@ def read_judge(path: Path) -> JudgeConfig:
         raise ValueError(f"{path} is not YAML{where}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping. It needs base_url and model.")
-    config = parse_judge(content, str(path))
+    config = JudgeConfig.parse(content, f"{path}: ")
     if config.template is not None:
         config = config.model_copy(update={"template": path.parent / config.template})
     return config
-
-
-def parse_judge(content: Mapping[str, Any], where: str) -> JudgeConfig:
-    """A judge from a mapping that stands in `where`, a file or key.
-
-    Raises:
-        ValueError: naming the key and what is wrong, without the value.
-    """
-    try:
-        return JudgeConfig.model_validate(content)
-    except ValidationError as error:
-        problems = [_problem(one) for one in error.errors(include_input=False, include_url=False)]
-        raise ValueError(f"{where}: {'; '.join(problems)}") from None
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    if error["type"] != "extra_forbidden":
-        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
-    if is_secret(key):
-        return (
-            f"{quoted(key)}: no key belongs in a file. Export it in an environment variable and "
-            "give that variable's name as api_key_env"
-        )
-    return f"{quoted(key)} is not a key of a judge. There are {', '.join(JudgeConfig.model_fields)}"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from sera_plugin.config.judge import Block, JudgeConfig
+from sera_plugin.config.block import Block
+from sera_plugin.config.judge import JudgeConfig
 from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
 from sera_plugin.config.quoting import quoted
 
@@ -26,16 +26,9 @@ _OUR_COLUMNS = frozenset(
     {"row", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"}
 )
 
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-    LossName: TypeAlias = str
-    SelectionName: TypeAlias = str
-    LabelerName: TypeAlias = str
-else:
-    LossName = Literal[tuple(LOSSES)]
-    SelectionName = Literal[tuple(SELECTIONS)]
-    LabelerName = Literal[tuple(LABELERS)]
+LossName: TypeAlias = Literal[tuple(LOSSES)]  # type: ignore[valid-type]
+SelectionName: TypeAlias = Literal[tuple(SELECTIONS)]  # type: ignore[valid-type]
+LabelerName: TypeAlias = Literal[tuple(LABELERS)]  # type: ignore[valid-type]
 
 
 class SeraConfig(Block):
@@ -150,12 +143,10 @@ class SeraConfig(Block):
             raise ValueError(f"{value} is not a number. Set one, or remove the key.")
         return value
 
-    @field_validator("length_control", "offline_length_control")
+    @field_validator("judge", mode="before")
     @classmethod
-    def _is_finite(cls, value: str | float) -> str | float:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{value} is not finite. Set nats per token, such as 0.1, or auto.")
-        return value
+    def _hides_secrets(cls, block: object) -> object:
+        return JudgeConfig.parse(block, "") if isinstance(block, dict) else block
 
     @field_validator("vllm_python")
     @classmethod
@@ -180,82 +171,78 @@ class SeraConfig(Block):
         return block
 
     @model_validator(mode="after")
-    def _keys_go_together(self) -> SeraConfig:
-        for problem in self._contradictions():
-            raise ValueError(problem)
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
+    def _contradicts_nothing(self) -> SeraConfig:
         """What of the block contradicts something else in it, and what to do."""
         labeler, selection = LABELERS[self.labeler], SELECTIONS[self.selection]
         ratio, most = self.bootstrap_ratio, self.candidates // 2
         if ratio and not labeler.adds_dataset_answer and self.pairs_per_prompt > most:
-            yield (
+            raise ValueError(
                 f"bootstrap_ratio: {ratio} needs {self.pairs_per_prompt} pairs per prompt, but "
                 f"candidates: {self.candidates} gives at most {most}. Raise candidates to "
                 f"{2 * self.pairs_per_prompt}"
                 + (f" or lower bootstrap_ratio to {most}." if most else ".")
             )
         if labeler.adds_dataset_answer and ratio > 1:
-            yield (
+            raise ValueError(
                 f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
                 f"{self.labeler} has one chosen answer for each. Set bootstrap_ratio to 1."
             )
         if not selection.reads_ratio and self.selection_ratio != 1:
-            yield (
+            raise ValueError(
                 f"selection_ratio: {self.selection_ratio} has no effect with selection: "
                 f"{self.selection}. Remove selection_ratio, or set selection to irm."
             )
         if selection.reads_scores and not self.score_columns:
-            yield (
+            raise ValueError(
                 f"selection: {self.selection} ranks by a score of the dataset's, and none is "
                 "named. Add for example score_columns: [score_chosen, score_rejected]."
             )
         if not labeler.implicit and ratio == 0:
-            yield (
+            raise ValueError(
                 f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
                 "bootstrap_ratio, for example to 0.3, or remove labeler."
             )
         for name, example in sorted(kind.setting for kind in LABELERS.values() if kind.setting):
             needed = (name, example) == labeler.setting
             if needed != (getattr(self, name) is not None):
-                yield (
+                raise ValueError(
                     f"labeler: {self.labeler} with {name} {'unset' if needed else 'set'} do not go "
                     f"together. Set both (labeler: {name}, {name}: {example}), or neither."
                 )
         if self.length_control != "none" and not labeler.gives_rewards:
-            yield (
+            raise ValueError(
                 f"length_control: {self.length_control} with labeler: {self.labeler} would put "
                 "samples before the dataset's answers, because there are no rewards to take it "
                 "off. Remove length_control, or set another labeler."
             )
         if self.offline_length_control != "none" and not selection.by_margin:
-            yield (
+            raise ValueError(
                 f"offline_length_control: {self.offline_length_control} has no effect with "
                 f"selection: {self.selection}, which ranks by no reward. Remove it, or set "
                 "selection to irm."
             )
         if self.reference == "initial" and is_reference_free(self.loss):
-            yield (
+            raise ValueError(
                 f"reference: initial has no effect with loss: {self.loss}, which has no reference. "
                 "Remove reference."
             )
         if self.selection_ratio == 0 and ratio == 0:
-            yield (
+            raise ValueError(
                 "selection_ratio: 0 with bootstrap_ratio: 0 leaves nothing to train on from "
                 "iteration 2 on. Raise one of them."
             )
         taken = [c for c in self.score_columns if c in _OUR_COLUMNS or c.startswith("sera_")]
         if taken:
-            yield (
+            raise ValueError(
                 f"score_columns: {', '.join(map(quoted, taken))} is what the pairs themselves are "
                 "kept as. Rename it in the dataset or leave it out."
             )
         if self.ipo_reduction == "sum" and LOSSES[self.loss].per_token != "by_reduction":
-            yield (
+            raise ValueError(
                 f"ipo_reduction: {self.ipo_reduction} has no effect with loss: {self.loss}. Set "
                 "loss: ipo or remove ipo_reduction."
             )
+        return self
 
 
 class SeraArgs(BaseModel):
@@ -266,54 +253,33 @@ class SeraArgs(BaseModel):
     )
 
 
-#: (keys of the host's, separated by commas; what SeRA does with them, in Markdown).
-HOST_KEYS: tuple[tuple[str, str], ...] = (
-    ("num_epochs", "T, the number of iterations; a whole number. 3 unless set."),
-    (
-        "rl_beta, trl.beta",
-        "beta of the loss. Unless set, the paper's: "
-        + ", ".join(f"{kind.beta:g} for {name}" for name, kind in LOSSES.items())
-        + " (SimPO, KTO-Pair and ORPO: those of their own papers).",
-    ),
-    (
-        "dpo_label_smoothing",
-        "Share of labels taken to be wrong: cDPO with `loss: dpo`, rDPO with `loss: robust`.",
-    ),
-    (
-        "dpo_loss_type, dpo_loss_weights, dpo_use_weighting",
-        "Any loss type of the host's DPO trainer instead of `sera.loss`.",
-    ),
-    ("simpo_gamma, cpo_alpha", "SimPO's target margin and NLL weight; 0 unless set."),
-    ("sequence_len", "Longest prompt + completion in tokens, for data and for samples."),
-    (
-        "excess_length_strategy",
-        "`drop` (default), `truncate` or `raise` for longer rows; see data.md.",
-    ),
-    ("seed", "Seeds new adapters, held-out pairs, data order and samples. 42 unless set."),
-    (
-        "warmup_ratio, warmup_steps",
-        "Warm-up of each iteration with `restart_optimizer: true`, else of the run.",
-    ),
-    ("val_set_size, test_datasets", "Held-out pairs, scored and referenced anew each iteration."),
-    (
-        "vllm",
-        "How vLLM samples: `gpu_memory_utilization` (unset: what is free), `tensor_parallel_size`, "
-        "`dtype` (unset: as trained), `max_model_len` (unset: prompts + `max_new_tokens`), "
-        "`enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and `port`. See "
-        "sampling.md.",
-    ),
-    (
-        "gradient_accumulation_steps, gradient_checkpointing, optimizer",
-        "As for any other `rl`: reentrant or not, 8-bit and paged optimizers too.",
-    ),
-    (
-        "activation_offloading",
-        "`true` keeps activations in host memory (TRL's offloader, for accelerators only); "
-        "`hidden_states` with reentrant checkpointing is the host's own.",
-    ),
-    ("lora_model_dir", "An adapter to continue; theta_0 is the base model with it."),
-    (
-        "auto_resume_from_checkpoints, resume_from_checkpoint",
-        "Continue the run in `output_dir` where it stopped.",
-    ),
-)
+#: Keys of the host's, separated by commas, and what SeRA does with them, in Markdown.
+HOST_KEYS = {
+    "num_epochs": "T, the number of iterations; a whole number. 3 unless set.",
+    "rl_beta, trl.beta": "beta of the loss. Unless set, the paper's: "
+    + ", ".join(f"{kind.beta:g} for {name}" for name, kind in LOSSES.items())
+    + " (SimPO, KTO-Pair and ORPO: those of their own papers).",
+    "dpo_label_smoothing": "Share of labels taken to be wrong: cDPO with `loss: dpo`, rDPO with "
+    "`loss: robust`.",
+    "dpo_loss_type, dpo_loss_weights, dpo_use_weighting": "Any loss type of the host's DPO trainer "
+    "instead of `sera.loss`.",
+    "simpo_gamma, cpo_alpha": "SimPO's target margin and NLL weight; 0 unless set.",
+    "sequence_len": "Longest prompt + completion in tokens, for data and for samples.",
+    "excess_length_strategy": "`drop` (default), `truncate` or `raise` for longer rows; see "
+    "data.md.",
+    "seed": "Seeds new adapters, held-out pairs, data order and samples. 42 unless set.",
+    "warmup_ratio, warmup_steps": "Warm-up of each iteration with `restart_optimizer: true`, else "
+    "of the run.",
+    "val_set_size, test_datasets": "Held-out pairs, scored and referenced anew each iteration.",
+    "vllm": "How vLLM samples: `gpu_memory_utilization` (unset: what is free), "
+    "`tensor_parallel_size`, `dtype` (unset: as trained), `max_model_len` (unset: prompts + "
+    "`max_new_tokens`), `enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and "
+    "`port`. See sampling.md.",
+    "gradient_accumulation_steps, gradient_checkpointing, optimizer": "As for any other `rl`: "
+    "reentrant or not, 8-bit and paged optimizers too.",
+    "activation_offloading": "`true` keeps activations in host memory (TRL's offloader, for "
+    "accelerators only); `hidden_states` with reentrant checkpointing is the host's own.",
+    "lora_model_dir": "An adapter to continue; theta_0 is the base model with it.",
+    "auto_resume_from_checkpoints, resume_from_checkpoint": "Continue the run in `output_dir` "
+    "where it stopped.",
+}

@@ -36,11 +36,7 @@ from axolotl.utils.data.shared import (
     save_preprocessed_dataset,
     try_load_from_hub,
 )
-from axolotl.utils.data.utils import (
-    deduplicate_and_log_datasets,
-    md5,
-    retry_on_request_exceptions,
-)
+from axolotl.utils.data.utils import deduplicate_and_log_datasets, md5, retry_on_request_exceptions
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.tokenization import check_dataset_labels
 from datasets import Dataset, Features, Value
@@ -74,7 +70,15 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
     tokenizer = load_tokenizer(cfg)
     train, held_out = _load(cfg, tokenizer)
     if "--debug" in sys.argv:  # the hook is not given the command's arguments
-        _show(train, tokenizer)
+        parser = HfArgumentParser(PreprocessCliArgs)
+        args, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        check_dataset_labels(
+            dataset=sample_dataset(train, args.debug_num_examples),
+            tokenizer=tokenizer,
+            num_examples=args.debug_num_examples,
+            text_only=args.debug_text_only,
+            rl_mode=True,
+        )
     steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
     return TrainDatasetMeta(train_dataset=train, eval_dataset=held_out, total_num_steps=steps)
 
@@ -101,9 +105,8 @@ def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
 
 def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
     """The merged rows of `datasets` or `test_datasets`, from disk where they are there already."""
-    entries = cfg[key]
     split = "train" if key == "datasets" else "test"
-    name = prepared_name(cfg, entries, tokenizer.name_or_path)
+    name = prepared_name(cfg, cfg[key], tokenizer.name_or_path)
     prepared = try_load_from_hub(cfg, name, split) if cfg.push_dataset_to_hub else None
     if prepared is None:
         prepared = load_preprocessed_dataset(cfg, name)
@@ -111,19 +114,31 @@ def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
         return prepared
     with while_loading(key):
         raw = []
-        for index, entry in enumerate(entries):
+        for index, entry in enumerate(cfg[key]):
             with while_loading(f"{key}[{index}]", entry.path):
                 dataset = load_dataset_with_config(entry, cfg.hf_use_auth_token, streaming=False)
             raw.append(check_loaded(f"{key}[{index}]", entry.path, dataset))
-        if key == "datasets":
-            _require_columns(cfg.sera["score_columns"], raw)
-        transformed = [
-            _transformed(cfg, key, index, dataset, tokenizer) for index, dataset in enumerate(raw)
-        ]
-        merged, _ = without_repeats(cfg, merge_datasets(transformed, cfg))
+        columns = {name for dataset in raw for name in dataset.column_names}
+        missing = [name for name in cfg.sera["score_columns"] if name not in columns]
+        if missing and key == "datasets":
+            raise DataError(
+                f"sera.score_columns: {', '.join(map(quoted, missing))} not in the data. It has "
+                f"{', '.join(map(quoted, sorted(columns)))}."
+            )
+        rows = [_transformed(cfg, key, index, one, tokenizer) for index, one in enumerate(raw)]
+        merged, _ = without_repeats(cfg, merge_datasets(rows, cfg))
         if not cfg.skip_prepare_dataset:
             save_preprocessed_dataset(cfg, merged, name, split)
     return merged
+
+
+def prepared_name(cfg: DictDefault, entries: Sequence[Any], tokenizer: str) -> str:
+    """The directory of prepared rows below `dataset_prepared_path`."""
+    name = generate_dataset_hash_from_config(cfg, entries, tokenizer)
+    name = md5(f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']}")
+    place = Path(get_prepared_dataset_path(cfg, name))
+    edited = edited_since(entries, place, Path(cfg.output_dir or ""))
+    return md5(f"{name} {edited}") if edited else name
 
 
 def _transformed(
@@ -131,8 +146,8 @@ def _transformed(
 ) -> Dataset:
     """A dataset's rows as text, each with its place and what is wrong with it."""
     entry = cfg[key][index]
-    block = entry.type if isinstance(entry.type, dict) else None
-    kind = entry.type if block is None else "user_defined.default"
+    block = entry.type if isinstance(entry.type, dict) else {}
+    kind = "user_defined.default" if isinstance(entry.type, dict) else entry.type
     # The strategy reads its fields from `datasets`.
     loaded = load_strategy(kind, DictDefault({**cfg, "datasets": cfg[key]}), dataset_idx=index)
     if loaded is None:
@@ -148,13 +163,10 @@ def _transformed(
         transform, options = as_it_is, {}
     columns = dataset.features
     kept = tuple(name for name in cfg.sera["score_columns"] if name in columns)
-    named = block.get("field_system") if block else None
-    guarded = GuardedTransform(
-        transform,
-        source=source_name(key, index, str(entry.path)),
-        kept=kept,
-        optional=(*SYSTEM, named) if named else SYSTEM,
-    )
+    named = block.get("field_system")
+    source = source_name(key, index, str(entry.path))
+    optional = (*SYSTEM, named) if named else SYSTEM
+    guarded = GuardedTransform(transform, source=source, kept=kept, optional=optional)
     types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE)}
     types |= {ROW: Value("int64")} | {name: columns[name] for name in kept}
     # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
@@ -179,25 +191,6 @@ def _mapped(
         desc="Mapping RL Dataset",
         **{**options, "remove_columns": columns},
     )
-
-
-def prepared_name(cfg: DictDefault, entries: Sequence[Any], tokenizer: str) -> str:
-    """The directory of prepared rows below `dataset_prepared_path`."""
-    name = generate_dataset_hash_from_config(cfg, entries, tokenizer)
-    name = md5(f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']}")
-    place = Path(get_prepared_dataset_path(cfg, name))
-    edited = edited_since(entries, place, Path(cfg.output_dir or ""))
-    return md5(f"{name} {edited}") if edited else name
-
-
-def _require_columns(wanted: Sequence[str], datasets: Sequence[Dataset]) -> None:
-    columns = {name for dataset in datasets for name in dataset.column_names}
-    missing = [name for name in wanted if name not in columns]
-    if missing:
-        raise DataError(
-            f"sera.score_columns: {', '.join(map(quoted, missing))} not in the data. It has "
-            f"{', '.join(map(quoted, sorted(columns)))}."
-        )
 
 
 def without_repeats(
@@ -230,16 +223,3 @@ class _Pairs:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for row in self._dataset:
             yield row if row[PROBLEM] else {key: row[key] for key in TEXTS}
-
-
-def _show(dataset: Dataset, tokenizer: Any) -> None:
-    """Print examples, as the host does for `axolotl preprocess config.yaml --debug`."""
-    parser = HfArgumentParser(PreprocessCliArgs)
-    args, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    check_dataset_labels(
-        dataset=sample_dataset(dataset, args.debug_num_examples),
-        tokenizer=tokenizer,
-        num_examples=args.debug_num_examples,
-        text_only=args.debug_text_only,
-        rl_mode=True,
-    )

@@ -7,6 +7,7 @@ where a continued run goes on are counted anew here, and so is what it saves to 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from datasets.table import InMemoryTable
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
+from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.algorithm import SIDES
+from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
-from sera_plugin.model.losses import PreferenceLoss
 from sera_plugin.model.policies import is_finite
 from sera_plugin.rundir.checkpoints import checkpoint
 from sera_plugin.rundir.checksums import explained, seal
-from sera_plugin.rundir.store import RunStore, write_json
+from sera_plugin.rundir.store import RunStore, make_table, write_json
 
 DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
@@ -33,14 +36,25 @@ DIVERGED = (
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
 
 
+def with_reference(pairs: Pairs, logps: Mapping[str, FloatArray]) -> Dataset:
+    """Pairs as rows to evaluate on, with (N,) log-probabilities of both sides as the reference."""
+    columns = {f"{one}_ids": getattr(pairs, f"{one}_ids") for one in ("prompt", *SIDES)}
+    columns |= {f"ref_{side}_logps": logps[side] for side in SIDES}
+    return Dataset(InMemoryTable(make_table(columns)))
+
+
 class EndOfIteration(TrainerCallback):
-    """Completes an iteration before the host saves the epoch's end."""
+    """Completes an iteration's record before the host saves the epoch's end."""
 
     def __init__(self, trainer: UnequalEpochs) -> None:
         self.trainer = trainer
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.end_iteration(state, control)
+        """Save too, unless saving is off: hours of scoring and sampling follow, not to repeat."""
+        self.trainer.require_finite_weights()
+        self.trainer.loop.end()
+        if args.save_strategy != SaveStrategy.NO and self.trainer.saved_step != state.global_step:
+            control.should_save = True
 
 
 class TrainingBar(ProgressCallback):
@@ -63,40 +77,31 @@ class UnequalEpochs(AxolotlDPOTrainer):
     config: SeraConfig
     loop: Loop
     store: RunStore
-    #: None where the loss is one of the host's.
-    loss: PreferenceLoss | None
     train_dataset: Any
     eval_dataset: Any
     #: Whether the next forward pass is an iteration's first.
     _gate_pending = False
     _iteration = 0
-    _saved_step: int | None = None
-
-    # ------------------------------------------------------------------ where it begins
+    saved_step: int | None = None
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """The run continues from its own newest whole checkpoint, not from the host's find."""
-        step = self.loop.continue_from()
-        resume_from_checkpoint = None
-        if step is not None:
-            self._require_optimizer(step)
-            resume_from_checkpoint = str(checkpoint(Path(self.args.output_dir), step))
-            # It would compare the policy with itself, in the middle of the curve.
-            self.args.eval_on_start = False
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _require_optimizer(self, step: int) -> None:
+        step = self.loop.step
+        if step is None:
+            return super().train(resume_from_checkpoint=None, **kwargs)
         path = checkpoint(Path(self.args.output_dir), step)
         restarts, schedule = self.config.restart_optimizer, self.loop.schedule
-        if step == schedule.total_steps or (restarts and schedule.locate(step)[1] == 0):
-            return
-        if not any((path / name).exists() for name in _OPTIMIZER_FILES):
+        ended = step == schedule.total_steps or (restarts and schedule.locate(step)[1] == 0)
+        if not ended and not any((path / name).exists() for name in _OPTIMIZER_FILES):
             other = ", or name the checkpoint of an iteration's end with resume_from_checkpoint"
             raise ValueError(
                 f"{path} was saved without the optimizer (save_only_model), so the run cannot "
                 "continue from it as if it had not been interrupted. Start fresh in another "
                 f"output_dir without save_only_model{other if restarts else ''}."
             )
+        # It would compare the policy with itself, in the middle of the curve.
+        self.args.eval_on_start = False
+        return super().train(resume_from_checkpoint=str(path), **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
@@ -125,55 +130,38 @@ class UnequalEpochs(AxolotlDPOTrainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Where a resumed run continues, counted in steps of unequal iterations."""
-        epochs, batches = super()._init_training_state(*args, **kwargs)
+        begins: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         schedule = self.loop.schedule
         if self.state.global_step:
             iteration, steps = schedule.locate(self.state.global_step)
-            return iteration - 1, steps * schedule.accumulation
-        return epochs, batches
+            begins = iteration - 1, steps * schedule.accumulation
+        return begins
 
-    # ------------------------------------------------------------------ an epoch
-
-    def _run_epoch(
-        self,
-        model: Any,
-        epoch: int,
-        train_dataloader: Any,
-        steps_in_epoch: int,
-        num_update_steps_per_epoch: int,
-        **kwargs: Any,
-    ) -> None:
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         """One iteration: prepare D_t, then the host's own epoch over it."""
         loop, iteration = self.loop, epoch + 1
-        resumed = kwargs.get("epochs_trained") == epoch and bool(
-            kwargs.get("steps_trained_in_current_epoch")
-        )
+        begun = kwargs.get("steps_trained_in_current_epoch")
+        resumed = bool(begun) and kwargs.get("epochs_trained") == epoch
         loop.recall()
         planned = loop.schedule.steps(iteration)
         pairs, held_out = loop.begin(iteration, resumed, self.optimizer)
         steps = loop.schedule.steps(iteration)
         if held_out is not None:
             assert loop.held_out is not None
-            self.eval_dataset = self._with_reference(loop.held_out, held_out)
+            self.eval_dataset = with_reference(loop.held_out, held_out)
             # Persistent workers would go on serving the last iteration's reference values.
             self._eval_dataloaders: dict[str, Any] = {}
         self.state.max_steps = loop.schedule.total_steps
         # The host has made the first iteration's, for as many steps as were planned.
         if self.config.restart_optimizer and not resumed and (iteration > 1 or steps != planned):
-            self._restart_optimizer(steps)
+            self._restart_optimizer()
         self.train_dataset = Dataset(InMemoryTable(pairs))
         loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = loader
         self._gate_pending = not resumed
         self._iteration = iteration
-        super()._run_epoch(
-            model=model,
-            epoch=epoch,
-            train_dataloader=loader,
-            steps_in_epoch=len(loader),
-            num_update_steps_per_epoch=steps,
-            **kwargs,
-        )
+        kwargs |= {"steps_in_epoch": len(loader), "num_update_steps_per_epoch": steps}
+        super()._run_epoch(epoch=epoch, train_dataloader=loader, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""
@@ -185,44 +173,31 @@ class UnequalEpochs(AxolotlDPOTrainer):
             num_training_steps = schedule.steps(min(iteration, len(schedule.pairs)))
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _restart_optimizer(self, steps: int) -> None:
+    def _restart_optimizer(self) -> None:
         """Fresh optimizer state and learning-rate schedule for a new arg-min."""
         # Accelerate keeps every optimizer it has prepared and would unscale the old ones too.
         self.accelerator._optimizers.clear()
         self.optimizer = self.lr_scheduler = None
         # Not `prepare`: under FSDP2 that wants the model too, which is sharded already.
         self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
-        self.create_scheduler(num_training_steps=steps)
+        self.create_scheduler(self.state.max_steps)
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
-
-    def end_iteration(self, state: Any, control: Any) -> None:
-        """Complete the iteration's record, and save unless saving is off.
-
-        Between two iterations lie hours of scoring and sampling, which a run that is cut off
-        there must not repeat.
-        """
-        self._require_finite_weights()
-        self.loop.end()
-        if self.args.save_strategy != SaveStrategy.NO and self._saved_step != state.global_step:
-            control.should_save = True
-
-    # ------------------------------------------------------------------ what it saves
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The host's checkpoint, sealed before an older one is removed; a step is saved once."""
         step = self.state.global_step
-        if step == self._saved_step:
+        if step == self.saved_step:
             return  # asked for again at the same step: the whole one stays
-        self._require_finite_weights()
+        self.require_finite_weights()
         directory = Path(self._get_output_dir(trial=trial))
         path = checkpoint(directory, step)
 
         def complete() -> None:
-            write_json(path / RECORD, self.loop.record())
+            write_json(path / RECORD, {"pairs": list(self.loop.schedule.pairs)})
             seal(path)
 
-        # What is there was cut off, or `continue_from` would have set it aside.
+        # What is there was cut off, or the loop would have set it aside.
         self.store.ranks.on_main(lambda: shutil.rmtree(path, ignore_errors=True))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -231,15 +206,15 @@ class UnequalEpochs(AxolotlDPOTrainer):
                 self.store.ranks.on_main(complete)
         finally:
             self.args.save_total_limit = limit
-        self._saved_step = step
+        self.saved_step = step
         if self.args.should_save:
+            best = self.state.best_model_checkpoint
             rotate_checkpoints(
-                output_dir=str(directory),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
+                output_dir=str(directory), save_total_limit=limit, best_model_checkpoint=best
             )
 
-    def _require_finite_weights(self) -> None:
+    def require_finite_weights(self) -> None:
+        """Raises ValueError where the policy's weights are not finite."""
         if not is_finite(self.model, self.store.ranks):
             raise ValueError(
                 f"the policy's weights are not finite after step {self.state.global_step} "

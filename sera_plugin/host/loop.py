@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -34,7 +33,7 @@ from sera_plugin.sampling.samplers import Choice, Samplers
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
 LOG = logging.getLogger("axolotl.sera")
 
-#: What a checkpoint says of the run, in a file of its own.
+#: What a checkpoint says of the run, in a file of its own: |D_t| so far as known, else as planned.
 RECORD = "sera.json"
 #: Pairs that tell whether a continued run has the model it began with.
 _FEW = 8
@@ -42,55 +41,39 @@ _FEW = 8
 
 @dataclass
 class Loop:
-    """One run.
+    """One run."""
 
-    Attributes:
-        cfg, tokenizer: the host's; the configuration is resolved.
-        schedule: how long each iteration is; updated as iterations turn out shorter.
-        dataset, columns: the offline pairs, and the dataset's own columns to keep beside them.
-        end_ids: token ids that end a completion.
-        nats: how far a policy's log-probabilities may move when nothing has changed, see
-            `model.losses.deviation`.
-        log: takes figures for the trackers.
-    """
-
-    cfg: Mapping[str, Any]
-    loss: str
-    beta: float
+    cfg: Mapping[str, Any]  # the host's, resolved
+    described: Mapping[str, Any]  # see `run.describe_run`
     method: Method
-    schedule: Schedule
-    dataset: pa.Table
-    columns: Mapping[str, Any]
+    schedule: Schedule  # how long each iteration is; updated as iterations turn out shorter
+    dataset: pa.Table  # the offline pairs, and columns to keep beside them
+    pairs: Pairs
     held_out: Pairs | None
-    end_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]  # tokens that end a completion
     store: RunStore
     scorer: PolicyScorer
     tokenizer: Any
-    nats: float
-    log: Callable[[dict[str, float]], None]
+    nats: float  # how far log-probabilities may move when nothing has changed, see `losses.deviation`
+    log: Callable[[dict[str, float]], None]  # takes figures for the trackers
+    step: int | None = field(default=None, init=False)
     _earlier: bool = field(default=False, init=False)
-    _sampler: Choice | None = field(default=None, init=False)
     _recalled: bool = field(default=False, init=False)
     _summary: dict[str, Any] = field(default_factory=dict, init=False)
     _began: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.pairs = Pairs.from_table(self.dataset)
         self.samplers = Samplers(
             self.cfg, self.method.config, self.store, self.scorer, self.tokenizer
         )
         #: Steps as planned, which one learning-rate schedule over all iterations spans.
         self.planned_steps = self.schedule.total_steps
-        # As the YAML has it: the host puts its own find there later.
-        self._asked: str | None = self.cfg["resume_from_checkpoint"]
-
-    @property
-    def _output_dir(self) -> Path:
-        return self.store.root.parent
+        self._output_dir = self.store.root.parent
 
     def open(self, sharded_later: bool = False) -> None:
         """Start the run's record, or continue it; nothing is recorded before all checks are passed.
 
+        Afterwards `step` is the checkpoint to continue from, None to train from the beginning.
         With `sharded_later` the weights are not where they will be used yet: it is then for the
         trainer to call `recall`, before it loads a checkpoint or begins.
 
@@ -98,50 +81,12 @@ class Loop:
             ValueError: if the run cannot be what the configuration says, or not in this directory.
             SamplingFailed, JudgeFailed: if a server cannot serve this run, or a judge has no key.
         """
-        description = run.describe_run(
-            self.cfg, self.loss, self.beta, self.method, self.schedule, self.pairs, self.held_out,
-            self.end_ids,
-        )  # fmt: skip
-        self._require_pairs()
-        if self._asked:
-            checkpoints.named(self._output_dir, self._asked)
-        self.store.lock()
-        earlier = self.store.description()
-        if earlier is None:
-            self._require_empty()
-        elif not (self._asked or self.cfg["auto_resume_from_checkpoints"]):
-            raise ValueError(
-                f"output_dir: {self._output_dir} holds an earlier run. Set another output_dir, "
-                "move it away, or continue it with `auto_resume_from_checkpoints: true`."
-            )
-        else:
-            run.require_same_run(earlier, description, self.store.root)
-        self._earlier = earlier is not None
-        if not sharded_later:
-            self.recall()
-        self._sampler = self._choose_sampler(kept=len(self.schedule.pairs))
-        dataset = self.dataset
-        for name, values in self.columns.items():
-            dataset = dataset.append_column(name, pa.array(values))
-        if earlier is None:
-            self.store.begin(description, dataset)
-        else:
-            self.store.repair_dataset(dataset)
-        block = run.announce(description, self.method, self.schedule, self.store, self._sampler)
-        LOG.info("%s", block)
-
-    def recall(self) -> None:
-        """Remember theta_0, once, when the model holds it; raises if the run has another."""
-        if self._recalled:
-            return
-        self._recalled = True
-        self.scorer.policies.keep_initial(recorded=self._earlier)
-        if self._earlier:
-            self._require_same_model()
-
-    def _require_pairs(self) -> None:
-        """Few pairs times a small ratio may come to none, which a later iteration would find."""
-        if 0 in self.method.sizes:
+        directory, asked, planned = (
+            self._output_dir,
+            self.cfg["resume_from_checkpoint"],
+            self.schedule,
+        )
+        if 0 in self.method.sizes:  # which a later iteration would find
             config = self.method.config
             raise ValueError(
                 f"iteration {self.method.sizes.index(0) + 1} would train on nothing: of the "
@@ -149,6 +94,34 @@ class Loop:
                 f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
                 "Raise one of them, or give more pairs."
             )
+        self.step = checkpoints.named(directory, asked) if asked else None
+        self.store.lock()
+        earlier = self.store.description()
+        if earlier is None:
+            self._require_empty()
+        elif not (asked or self.cfg["auto_resume_from_checkpoints"]):
+            raise ValueError(
+                f"output_dir: {directory} holds an earlier run. Set another output_dir, "
+                "move it away, or continue it with `auto_resume_from_checkpoints: true`."
+            )
+        else:
+            run.require_same_run(earlier, self.described, self.store.root)
+        self._earlier = earlier is not None
+        if not sharded_later:
+            self.recall()
+        if not asked:
+            self.step = checkpoints.newest(directory)
+        if self.step is not None:
+            sizes = read_json(checkpoints.checkpoint(directory, self.step) / RECORD)["pairs"]
+            self.schedule = replace(planned, pairs=tuple(sizes))
+        sampler = self._choose_sampler(self.schedule.locate(self.step or 0)[0])
+        if earlier is None:
+            self.store.begin(self.described, self.dataset)
+        else:
+            self.store.repair_dataset(self.dataset)
+        LOG.info("%s", run.announce(self.described, self.method, planned, self.store.root, sampler))
+        last = -1 if self.step is None else self.step
+        self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
 
     def _require_empty(self) -> None:
         remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]
@@ -159,15 +132,35 @@ class Loop:
                 "no record of a SeRA run. Set another output_dir, or move them away."
             )
 
-    def _choose_sampler(self, kept: int) -> Choice | None:
+    def recall(self) -> None:
+        """Remember theta_0, once, when the model holds it; raises if the run has another."""
+        if self._recalled:
+            return
+        self._recalled = True
+        self.scorer.policies.keep_initial(recorded=self._earlier)
+        recorded = self.store.read(1, "offline") if self._earlier else None
+        if recorded is None:
+            return
+        few = Pairs.from_table(self.dataset.slice(0, _FEW))
+        for side, logps in score_pairs(few, 0, self.scorer, "check").items():
+            before = recorded[f"{side}_logp"].to_numpy()[: len(few)]
+            lengths = recorded[f"{side}_length"].to_numpy()[: len(few)]
+            if deviation(logps, before, lengths) > self.nats:
+                raise ValueError(
+                    f"base_model: {self.cfg['base_model']} is not the model that the run in "
+                    f"{self.store.root} began with: it gives the first {side} completions a "
+                    f"log-probability of {logps.mean():.2f}, and gave them {before.mean():.2f}. "
+                    "Restore the model, or set another output_dir to start fresh."
+                )
+
+    def _choose_sampler(self, begins: int) -> Choice | None:
         """What samples, and that it and what ranks can; None if no iteration lacks its candidates.
 
-        Files of iterations after `kept` are made anew.
+        Those of iterations after the one that the run begins in are made anew.
         """
-        iterations = range(1, len(self.schedule.pairs) + 1)
         if not any(
-            self.method.sampled(t) and (t > kept or not self.store.finished(t, "candidates"))
-            for t in iterations
+            self.method.sampled(t) and (t > begins or not self.store.finished(t, "candidates"))
+            for t in range(1, len(self.schedule.pairs) + 1)
         ):
             return None
         sampler = self.samplers.choose(int(self.pairs.prompt_ids.lengths.max()))
@@ -178,54 +171,6 @@ class Loop:
         kind = LABELERS[self.method.config.labeler].load()
         labeler: Labeler = kind(self.method, self.store, self.tokenizer, self.scorer.quiet)
         return labeler
-
-    def _require_same_model(self) -> None:
-        """The loaded model gives the first pairs the log-probabilities the run began with."""
-        recorded = self.store.read(1, "offline")
-        if recorded is None:
-            return
-        few = Pairs.from_table(self.dataset.slice(0, _FEW))
-        logps = score_pairs(few, 0, self.scorer, "check")
-        for side in ("chosen", "rejected"):
-            before = recorded[f"{side}_logp"].to_numpy()[: len(few)]
-            lengths = recorded[f"{side}_length"].to_numpy()[: len(few)]
-            if deviation(logps[side], before, lengths) > self.nats:
-                raise ValueError(
-                    f"base_model: {self.cfg['base_model']} is not the model that the run in "
-                    f"{self.store.root} began with: it gives the first {side} completions a "
-                    f"log-probability of {logps[side].mean():.2f}, and gave them "
-                    f"{before.mean():.2f}. Restore the model, or set another output_dir to start "
-                    "fresh."
-                )
-
-    def continue_from(self) -> int | None:
-        """The checkpoint to continue from, as its step, or None to train from the beginning.
-
-        Raises:
-            ValueError: if the one that is asked for cannot be used, or if iterations after it
-                sampled and the sampler or the labeler cannot run any more.
-        """
-        directory, asked = self._output_dir, self._asked
-        step = checkpoints.named(directory, asked) if asked else checkpoints.newest(directory)
-        last = -1 if step is None else step
-        if step is not None:
-            sizes = read_json(checkpoints.checkpoint(directory, step) / RECORD)["pairs"]
-            self.schedule = replace(self.schedule, pairs=tuple(sizes))
-        if self._sampler is None:
-            # All had sampled when the run was opened; `begin` discards those after this step.
-            begins = 1 if step is None else self.schedule.locate(step)[0]
-            self._sampler = self._choose_sampler(kept=begins)
-            if self._sampler is not None:
-                LOG.info(
-                    f"SeRA: samples are made again from iteration {begins + 1} on; sampler: "
-                    f"{self._sampler.name} ({self._sampler.reason})"
-                )
-        self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
-        return step
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint says of the run: |D_t| so far as it is known, else as planned."""
-        return {"pairs": list(self.schedule.pairs)}
 
     def begin(
         self, iteration: int, resumed: bool, optimizer: Any
@@ -239,16 +184,16 @@ class Loop:
             log-probabilities under the reference, None without any.
         """
         self.store.discard_after(iteration)
-        earlier = self.store.summary(iteration)
+        summary = self.store.summary(iteration)
         # Of another continuation, which went on from here and got to the iteration's end.
-        earlier.get("seconds", {}).pop("train", None)
-        phases = Phases(earlier.get("seconds", {}), earlier.get("forwarded", {}))
+        summary.get("seconds", {}).pop("train", None)
+        phases = Phases(summary.get("seconds", {}), summary.get("forwarded", {}))
         self.scorer.phases = phases
         policies = self.scorer.policies
-        if resumed:
-            policies.current = None
-        else:
+        if not resumed:
             policies.keep_current(iteration - 1)
+        else:
+            policies.current = None
         config = self.method.config
         settings = SamplingSettings(
             candidates=config.candidates,
@@ -274,29 +219,24 @@ class Loop:
         )
         pairs = prepare(it)
         held_out = None if self.held_out is None else score_held_out(it)
-        if not earlier:
+        if not summary:
             restore(it, {0, max(0, iteration - 2)})  # what drift and Jaccard compare with
-            earlier = summarize(it)
-        self._summary = self._judged(iteration, earlier, tell=not resumed)
-        self.store.write_summary(iteration, self._summary)
-        policies.forget_before(*self._oldest_needed(iteration))
-        self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
-        policies.current = None  # from the first step on
-        self._began = perf_counter()
-        return pairs, held_out
-
-    def _judged(self, iteration: int, summary: dict[str, Any], tell: bool) -> dict[str, Any]:
-        """The summary with its alarms; told to the log and the trackers unless they know it."""
-        before = filter(None, map(self.store.summary, range(1, iteration)))
-        alarms = judge([*before, summary])
-        if tell:
+            summary = summarize(it)
+        alarms = judge([*filter(None, map(self.store.summary, range(1, iteration))), summary])
+        if not resumed:  # the log and the trackers know it
             with above_bars():
                 LOG.info("%s", run.describe_start(summary, self.method.unit))
                 for alarm in alarms:
                     if alarm.raised:
                         LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
             self.log(metrics(summary) | alarm_metrics(alarms))
-        return summary | {"alarms": records(alarms)}
+        self._summary = summary
+        self.record(alarms=records(alarms))
+        policies.forget_before(*self._oldest_needed(iteration))
+        self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
+        policies.current = None  # from the first step on
+        self._began = perf_counter()
+        return pairs, held_out
 
     def _oldest_needed(self, iteration: int) -> tuple[int, int]:
         """The oldest policies needed from iteration t on: by this process, and on disk.
@@ -310,17 +250,16 @@ class Loop:
         begun = [self.schedule.locate(step)[0] for step in checkpoints.steps(self._output_dir)]
         return oldest, min([oldest, *map(method.oldest_policy, begun)])
 
-    def passed_gate(self, figures: Mapping[str, float]) -> None:
-        """Record what the step-0 gate compared."""
-        self._summary = self._summary | {"step_zero": dict(figures)}
+    def record(self, **found: Any) -> None:
+        """Add to the iteration's summary."""
+        self._summary = self._summary | found
         self.store.write_summary(self._summary["iteration"], self._summary)
 
     def end(self) -> None:
         """Complete the iteration's summary after its last step."""
         phases = self.scorer.phases
         phases.spend("train", perf_counter() - self._began)
-        self._summary = self._summary | {"seconds": dict(phases.seconds)}
-        self.store.write_summary(self._summary["iteration"], self._summary)
-        self.log({"sera/seconds/train": self._summary["seconds"]["train"]})
+        self.record(seconds=dict(phases.seconds))
+        self.log({"sera/seconds/train": phases.seconds["train"]})
         with above_bars():
             LOG.info("%s", run.describe_end(self._summary))

@@ -6,7 +6,6 @@ it goes, and the closest request upstream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -35,41 +34,31 @@ def prepare_host(cfg: DictDefault) -> None:
             host_model.build_parallelism_config(cfg)
         except (AttributeError, AssertionError, RuntimeError) as error:
             raise ValueError(NO_FSDP) from error
-    _replace("setup_reference_model", _no_reference)
-    _replace("setup_model_and_trainer", _trained_model)
+    reference, setup = host.setup_reference_model, host.setup_model_and_trainer
+    if hasattr(setup, "_sera"):
+        return
 
+    @wraps(reference)
+    def no_reference(cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
+        """Load no reference model beside the policy: our reference is data.
 
-def _no_reference(original: Callable[..., Any], cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
-    """Load no reference model beside the policy: our reference is data.
+        The host loads the model a second time for full fine-tuning before any trainer exists. Goes
+        when it honours `precompute_ref_log_probs` there, as TRL does since huggingface/trl#5542.
+        """
+        return None if cfg.get("sera") else reference(cfg, *args, **kwargs)
 
-    The host loads the model a second time for full fine-tuning before any trainer exists. Goes when
-    it honours `precompute_ref_log_probs` there, as TRL does since huggingface/trl#5542.
-    """
-    return None if cfg.get("sera") else original(cfg, *args, **kwargs)
+    @wraps(setup)
+    def trained_model(cfg: DictDefault, *args: Any, **kwargs: Any) -> Any:
+        """Let the host go on, save at the end and on Ctrl-C with the model that was trained.
 
+        The host keeps the base model that it loaded, although TRL has put an adapter around it:
+        what it saves is the base model under the adapter's names, beside the adapter. With tied
+        weights in `lora_modules_to_save` that fails, and under FSDP nothing else is saved. Goes
+        when `setup_model_and_trainer` returns `trainer.model`; axolotl-ai-cloud/axolotl#1304 and
+        #1592 were of the same save.
+        """
+        trainer, model, *others = setup(cfg, *args, **kwargs)
+        return (trainer, trainer.model if cfg.get("sera") else model, *others)
 
-def _trained_model(
-    original: Callable[..., Any], cfg: DictDefault, *args: Any, **kwargs: Any
-) -> Any:
-    """Let the host go on, save at the end and on Ctrl-C with the model that was trained.
-
-    The host keeps the base model that it loaded, although TRL has put an adapter around it: what it
-    saves is the base model under the adapter's names, beside the adapter. With tied weights in
-    `lora_modules_to_save` that fails, and under FSDP nothing else is saved. Goes when
-    `setup_model_and_trainer` returns `trainer.model`; axolotl-ai-cloud/axolotl#1304 and #1592 were
-    of the same save.
-    """
-    trainer, model, *others = original(cfg, *args, **kwargs)
-    return (trainer, trainer.model if cfg.get("sera") else model, *others)
-
-
-def _replace(name: str, replacement: Callable[..., Any]) -> None:
-    original = getattr(host, name)
-    if not hasattr(original, "_sera"):
-
-        @wraps(original)
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, *args, **kwargs)
-
-        ours._sera = True  # type: ignore[attr-defined]
-        setattr(host, name, ours)
+    trained_model._sera = True  # type: ignore[attr-defined]
+    host.setup_reference_model, host.setup_model_and_trainer = no_reference, trained_model

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sera_plugin.config.block import require_block
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import as_written
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.config.spelling import require_block
 
 TRAINER = "sera_plugin.host.trainer.SeraTrainer"
 #: Losses of TRL's DPO trainer.
@@ -29,28 +29,31 @@ _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 #: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
 _MOST_EPOCHS = 10_000
 WHOLE = "FULL_STATE_DICT"
-#: Kernels for the cross-entropy of labels.
-LABEL_KERNELS = (
-    *("liger_cross_entropy", "liger_fused_linear_cross_entropy", "liger_use_token_scaling"),
-    *("cut_cross_entropy", "chunked_cross_entropy", "flash_attn_cross_entropy"),
-)
-
-_BEST = (
-    "the host ignores it in preference training. Remove it: every iteration's policy is kept (of "
-    "full fine-tuning with sera.keep_policies: true), and `axolotl sera eval OUTPUT_DIR "
-    "--iterations` compares them"
-)
 #: The problem of a key that is refused whatever else is set.
 DOES_NOT_WORK = "does not work here:"
 _NO_EFFECT = "has no effect:"
 
 
-@dataclass(frozen=True)
+def number(value: Any) -> float | None:
+    """A finite number out of a YAML value (0.1 or "0.1"); None where there is none."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(found := float(value)):
+                return found
+    return None
+
+
 class Given:
     """A configuration, as the conditions of the table ask it."""
 
-    cfg: Mapping[str, Any]
-    sera: SeraConfig
+    def __init__(self, cfg: Mapping[str, Any], sera: SeraConfig) -> None:
+        self.cfg, self.sera = cfg, sera
+        self.sharded = cfg.get("fsdp_config") is not None or bool(cfg.get("fsdp"))
+        #: A loss of the host's in place of `sera.loss`, which this is otherwise.
+        self.host_loss = cfg.get("dpo_loss_type")
+        self.loss = LOSSES[sera.loss] if self.host_loss is None else None
+        self.smooths = self.loss.label_smoothing if self.loss else ""
+        self.smoothing = number(cfg.get("dpo_label_smoothing")) or 0.0
 
     def get(self, key: str) -> Any:
         """The value of a key; `block.key` is one inside a block, where that is one."""
@@ -63,24 +66,6 @@ class Given:
         value = self.cfg.get(block)
         return value.get(inner) if inner and isinstance(value, Mapping) else value
 
-    @property
-    def smoothing(self) -> float:
-        return number(self.cfg.get("dpo_label_smoothing")) or 0.0
-
-    @property
-    def smooths(self) -> str:
-        """What the loss does with label smoothing, where the loss is SeRA's."""
-        return "" if self.host_loss else LOSSES[self.sera.loss].label_smoothing
-
-    @property
-    def host_loss(self) -> bool:
-        """Whether a loss of the host's is used in place of `sera.loss`."""
-        return self.cfg.get("dpo_loss_type") is not None
-
-    @property
-    def sharded(self) -> bool:
-        return self.cfg.get("fsdp_config") is not None or bool(self.cfg.get("fsdp"))
-
 
 @dataclass(frozen=True)
 class Refusal:
@@ -89,37 +74,23 @@ class Refusal:
     keys: str
     #: Why, and what to do instead. `{key}` is the key, `{loss}` is `sera.loss`.
     remedy: str
-    #: Of the value and all that is given. Unless set: whatever is not off.
-    when: Callable[[Any, Given], object] = lambda value, given: value
+    #: Of the value and all that is given. Unless set: whatever is not off, or one of `values`.
+    when: Callable[[Any, Given], object] | None = None
     problem: str = DOES_NOT_WORK
-    #: For a reader, which ones are refused if not all.
+    #: Which ones are refused if not all, as a YAML has them; for a reader alone beside `when`.
     values: str = ""
 
     def check(self, given: Given) -> None:
         """Raises ValueError if one of the keys has a value that is refused."""
         for key in self.keys.split(", "):
             value = given.get(key)
-            if self.when(value, given):
+            if self.when is not None:
+                refused = self.when(value, given)
+            else:
+                refused = as_written(value) in self.values.split(", ") if self.values else value
+            if refused:
                 remedy = self.remedy.format(key=key, loss=given.sera.loss)
                 raise ValueError(f"{key}: {as_written(value)} {self.problem} {remedy}.")
-
-
-def number(value: Any) -> float | None:
-    """A finite number out of a YAML value (0.1 or "0.1"); None where there is none."""
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            if math.isfinite(found := float(value)):
-                return found
-    return None
-
-
-def _is_count(value: Any) -> bool:
-    found = number(value)
-    return found is not None and found.is_integer() and 1 <= found <= _MOST_EPOCHS
-
-
-def _are_host_losses(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(v in HOST_LOSSES for v in value)
 
 
 def _offloads_otherwise(value: Any, given: Given) -> bool:
@@ -128,6 +99,24 @@ def _offloads_otherwise(value: Any, given: Given) -> bool:
     return isinstance(value, str) and not (value == "hidden_states" and reentrant)
 
 
+def _not_of_host(value: Any, given: Given) -> bool:
+    losses = value if isinstance(value, (list, tuple)) else ()
+    return value is not None and not (losses and all(one in HOST_LOSSES for one in losses))
+
+
+_BEST = (
+    "the host ignores it in preference training. Remove it: every iteration's policy is kept (of "
+    "full fine-tuning with sera.keep_policies: true), and `axolotl sera eval OUTPUT_DIR "
+    "--iterations` compares them"
+)
+_OFFLOADING = (
+    "under DPO the host has one offloader, to host memory. Set gradient_checkpointing: true and "
+    "activation_offloading: true"
+)
+_STATE_DICTS = (
+    "fsdp_config.state_dict_type, fsdp_config.fsdp_state_dict_type, "
+    "fsdp_config.final_state_dict_type, fsdp_config.fsdp_final_state_dict_type"
+)
 #: What is refused whatever its value and whatever else is set, unless it is off.
 _NEVER = {
     "max_steps": "rl: sera needs whole epochs; remove max_steps and set num_epochs",
@@ -151,35 +140,21 @@ _NEVER = {
     "use_ray": "the host asks Ray for a GPU per worker, and SeRA has never been run so. Remove "
     "use_ray, and start `axolotl train` with `--launcher torchrun` (docs/many-gpus.md)",
 }
-_OFFLOADING = (
-    "under DPO the host has one offloader, to host memory. Set gradient_checkpointing: true and "
-    "activation_offloading: true"
-)
-_STATE_DICTS = ", ".join(
-    f"fsdp_config.{prefix}{key}"
-    for key in ("state_dict_type", "final_state_dict_type")
-    for prefix in ("", "fsdp_")
-)
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "num_epochs",
         "rl: sera runs one iteration per epoch; set num_epochs to 1, 2, 3 or more",
-        lambda value, given: value is not None and not _is_count(value),
+        lambda value, _: value is not None and number(value) not in range(1, _MOST_EPOCHS + 1),
         "is not a whole number of iterations:",
     ),
     *(Refusal(keys, remedy) for keys, remedy in _NEVER.items()),
-    Refusal("greater_is_better", _BEST, lambda value, given: value is not None),
-    Refusal(
-        "save_strategy",
-        f"{_BEST}. Set save_strategy: epoch",
-        lambda value, given: value == "best",
-        values="best",
-    ),
+    Refusal("greater_is_better", _BEST, lambda value, _: value is not None),
+    Refusal("save_strategy", f"{_BEST}. Set save_strategy: epoch", values="best"),
     Refusal(
         "trainer_cls",
         "rl: sera brings its own trainer; remove trainer_cls",
-        lambda value, given: value not in (None, TRAINER),
+        lambda value, _: value not in (None, TRAINER),
     ),
     Refusal(
         "sera.sampler",
@@ -188,26 +163,20 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda value, given: value == "vllm-server" and not given.cfg.get("adapter"),
         "needs an adapter:",
     ),
-    # ------------------------------------------------------------------ would save no memory
-    Refusal(
-        "gradient_checkpointing",
-        _OFFLOADING,
-        lambda value, given: value == "offload_disk",
-        values="offload_disk",
-    ),
+    # would save no memory
+    Refusal("gradient_checkpointing", _OFFLOADING, values="offload_disk"),
     Refusal("activation_offloading", _OFFLOADING, _offloads_otherwise, values="legacy, disk"),
     Refusal(
         "precompute_ref_log_probs",
         "rl: sera always has reference values as data, from the scoring that selection needs "
         "anyway. Remove it",
-        lambda value, given: value is False,
         values="false",
     ),
-    # ------------------------------------------------------------------ several devices
+    # several devices
     Refusal(
         "context_parallel_size, tensor_parallel_size, expert_parallel_size",
         "scoring needs whole sequences and layers on each rank; remove {key}",
-        lambda value, given: str(value or 1) != "1",
+        lambda value, _: str(value or 1) != "1",
         values="above 1",
     ),
     Refusal(
@@ -233,72 +202,68 @@ REFUSALS: tuple[Refusal, ...] = (
         "fsdp_version and fsdp_config",
         lambda value, given: given.sharded and value,
     ),
-    # ------------------------------------------------------------------ the loss
+    # the loss
     Refusal(
         "dpo_loss_type",
         f"they are {', '.join(HOST_LOSSES)}; write for example dpo_loss_type: [sigmoid]",
-        lambda value, given: value is not None and not _are_host_losses(value),
+        _not_of_host,
         "is not a list of the host's losses:",
     ),
     Refusal(
         "dpo_loss_type",
         f"sera.loss: {{loss}} is set too. Keep sera.loss for {', '.join(LOSSES)}, dpo_loss_type "
         "for any other",
-        lambda value, given: given.host_loss and "loss" in given.sera.model_fields_set,
+        lambda value, given: value is not None and "loss" in given.sera.model_fields_set,
         "names a second loss:",
     ),
     Refusal(
         "rl_beta, trl.beta, dpo_label_smoothing, simpo_gamma, cpo_alpha",
         "set one, or remove {key}",
-        lambda value, given: value and number(value) is None,
+        lambda value, _: value and number(value) is None,
         "is not a number:",
     ),
     Refusal(
         "rl_beta, trl.beta",
         "set it above 0, e.g. 0.2",
-        lambda value, given: value is not None and not (number(value) or 0) > 0,
+        lambda value, _: value is not None and not (number(value) or 0) > 0,
         "is not a preference strength:",
     ),
     Refusal(
         "dpo_label_smoothing",
         "set it from 0 to below 0.5",
-        lambda value, given: not 0 <= given.smoothing < 0.5,
+        lambda _, given: not 0 <= given.smoothing < 0.5,
         "is not a share of wrong labels:",
     ),
     Refusal(
         "dpo_label_smoothing",
         "that dpo_loss_type does not read it. For cDPO set sera.loss: dpo instead of dpo_loss_type",
-        lambda value, given: (
-            given.smoothing
-            and given.host_loss
-            and not _SMOOTHED_BY_HOST.intersection(given.cfg["dpo_loss_type"])
+        lambda _, given: (
+            given.smoothing and given.host_loss and not _SMOOTHED_BY_HOST & {*given.host_loss}
         ),
         _NO_EFFECT,
     ),
     Refusal(
         "sera.loss",
         "it corrects for a share of wrong labels. Set dpo_label_smoothing, for example to 0.1",
-        lambda value, given: given.smooths == "required" and not given.smoothing,
+        lambda _, given: given.smooths == "required" and not given.smoothing,
         "needs dpo_label_smoothing:",
     ),
     Refusal(
         "dpo_label_smoothing",
         "sera.loss: {loss} does not read it. Remove it, or set sera.loss to dpo or robust",
-        lambda value, given: given.smooths == "never" and given.smoothing,
+        lambda _, given: given.smooths == "never" and given.smoothing,
         _NO_EFFECT,
     ),
     Refusal(
         "simpo_gamma, cpo_alpha",
         "it belongs to SimPO. Set sera.loss: simpo, or remove {key}",
-        lambda value, given: (
-            value is not None and not given.host_loss and not LOSSES[given.sera.loss].target_margin
-        ),
+        lambda value, given: value is not None and given.loss and not given.loss.target_margin,
         _NO_EFFECT,
     ),
     Refusal(
         "dpo_use_weighting",
         "set dpo_loss_type, for example [sigmoid], beside it",
-        lambda value, given: value and not given.host_loss,
+        lambda value, given: value and given.loss,
         "needs one of the host's own losses:",
     ),
 )

@@ -15,7 +15,7 @@ from sera_plugin import __version__
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.quoting import public, quoted
-from sera_plugin.rundir.store import FORMAT_VERSION, RunStore
+from sera_plugin.rundir.store import FORMAT_VERSION
 from sera_plugin.rundir.tokens import fingerprint
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ HARMLESS = (
     # how a judge is reached, and what it costs
     *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
     *("sera.judge.prompt_price", "sera.judge.completion_price"),
-    # compared as what they come to: a micro-batch of all processes, beta of the loss, seed
-    *("batch_size", "gradient_accumulation_steps", "rl_beta", "seed"),
+    # compared as what they come to: a micro-batch of all processes, beta of the loss
+    *("batch_size", "rl_beta"),
 )
 
 
@@ -97,46 +97,39 @@ def _fingerprint(pairs: Pairs) -> str:
 
 
 def announce(
-    run: Mapping[str, Any],
-    method: Method,
-    schedule: Schedule,
-    store: RunStore,
-    sampler: Choice | None,
+    run: Mapping[str, Any], method: Method, schedule: Schedule, root: Path, sampler: Choice | None
 ) -> str:
     """The log block at the start; `sampler` is None where nothing is sampled."""
     config = method.config
     by = "" if LABELERS[config.labeler].implicit else f" by {config.labeler}"
     rewards = "averaged per token" if method.per_token else "summed over tokens"
     restarts = "restart every iteration" if config.restart_optimizer else "run on"
-    changed = [
-        f"  {key}: {getattr(config, key)}"
-        for key in ("length_control", "offline_length_control", "label_noise")
-        if getattr(config, key) not in ("none", 0)
-    ]
+    kept = SELECTIONS[config.selection].keeps.format(ratio=config.selection_ratio)
     lines = [
         "SeRA run",
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards {rewards}",
-        f"  keep {keeps(config.selection, config.selection_ratio)}, sample "
-        f"{config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
+        f"  keep {kept}, sample {config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
         f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
         f"{by}, gamma {config.gamma:g}",
-        *changed,
+    ]
+    for key in ("length_control", "offline_length_control", "label_noise"):
+        if getattr(config, key) not in ("none", 0):
+            lines.append(f"  {key}: {getattr(config, key)}")
+    lines += [
         f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
         f"  optimizer and learning-rate schedule {restarts}",
     ]
-    for iteration, size in enumerate(schedule.pairs, start=1):
-        kept, sampled = method.kept(iteration), method.sampled(iteration)
-        whole = kept == method.total and not sampled
-        pairs = "all offline pairs" if whole else f"{kept} kept + {sampled} sampled"
-        reference = f"reference theta_{method.reference(iteration)}"
+    for t, size in enumerate(schedule.pairs, start=1):
+        whole = method.kept(t) == method.total and not method.sampled(t)
+        pairs = f"{method.kept(t)} kept + {method.sampled(t)} sampled"
+        reference = f"reference theta_{method.reference(t)}"
         lines.append(
-            f"  iteration {iteration}: {size} pairs ({pairs}), {schedule.steps(iteration)} steps, "
-            f"{'no reference' if method.reference_free else reference}"
+            f"  iteration {t}: {size} pairs ({'all offline pairs' if whole else pairs}), "
+            f"{schedule.steps(t)} steps, {'no reference' if method.reference_free else reference}"
         )
     if sampler is not None:
         lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
-    lines.append(f"  {schedule.total_steps} steps in all; files go to {store.root}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {schedule.total_steps} steps in all; files go to {root}"])
 
 
 def describe_start(summary: Mapping[str, Any], unit: str) -> str:
@@ -159,14 +152,13 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
             f"  label noise: {noise['swapped_dropped']} of {noise['swapped']} swapped pairs "
             f"dropped (recall {noise['recall']:.0%}, precision {noise['precision']:.0%})"
         )
-    if "samples" in summary:
-        samples = summary["samples"]
+    if samples := summary.get("samples"):
+        unranked = f", {samples['unranked']} without a verdict" if samples["unranked"] else ""
         lines.append(
             f"  sampled: {pairs['bootstrapped_kept']} of {pairs['bootstrapped_found']} pairs kept, "
             f"from {samples['sampled']} samples of {summary['sampler'].get('name')} "
             f"({samples['duplicates']} duplicate, {samples['unfinished']} unfinished, "
-            f"{samples['ties']} ties"
-            + (f", {samples['unranked']} without a verdict)" if samples["unranked"] else ")")
+            f"{samples['ties']} ties{unranked})"
         )
         if "length_control" in samples:
             lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
@@ -193,11 +185,6 @@ def describe_end(summary: Mapping[str, Any]) -> str:
     )
 
 
-def keeps(selection: str, ratio: float) -> str:
-    """What `selection` and `selection_ratio` keep of the offline pairs, for a reader."""
-    return SELECTIONS[selection].keeps.format(ratio=ratio)
-
-
 #: What run.json says beside the configuration that makes a run what it is, for a reader.
 _IDENTITY = (
     ("pairs", "N, the number of usable pairs"),
@@ -220,13 +207,11 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
     Raises:
         ValueError: naming everything that changed, with both values, and how to start fresh.
     """
+    before, after = (
+        flat(one["config"]) | {meaning: one.get(key) for key, meaning in _IDENTITY}
+        for one in (earlier, now)
+    )
     changed = [
-        f"{meaning}: {_short(earlier.get(key))} -> {_short(now[key])}"
-        for key, meaning in _IDENTITY
-        if earlier.get(key) != now[key]
-    ]
-    before, after = flat(earlier["config"]), flat(now["config"])
-    changed += [
         f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -23,24 +24,24 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, set_seed
 
-from sera_plugin.algorithm.algorithm import score_pairs
+from sera_plugin.algorithm.algorithm import SIDES, score_pairs
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
-from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows
-from sera_plugin.host.epochs import DIVERGED, EndOfIteration, TrainingBar, UnequalEpochs
+from sera_plugin.host.epochs import (
+    DIVERGED,
+    EndOfIteration,
+    TrainingBar,
+    UnequalEpochs,
+    with_reference,
+)
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
-from sera_plugin.model.losses import (
-    FLOAT32_LIMIT,
-    LOW_PRECISION_LIMIT,
-    Objective,
-    PreferenceLoss,
-    check_step_zero,
-    low_precision,
-)
+from sera_plugin.host.run import describe_run
+from sera_plugin.model import losses
+from sera_plugin.model.losses import Objective, PreferenceLoss, check_step_zero
 from sera_plugin.model.policies import PolicyHistory, continue_adapter, tidy_adapters
 from sera_plugin.model.scoring import PolicyScorer, scoring_budget
 from sera_plugin.rundir.progress import told
@@ -50,11 +51,11 @@ from sera_plugin.rundir.store import RunStore, make_table
 LOG = logging.getLogger("axolotl.sera")
 
 
+@dataclass
 class Collator:
     """TRL's collator, and log pi_{t-1} for the gate, which TRL has no name for."""
 
-    def __init__(self, collate: Any) -> None:
-        self.collate = collate
+    collate: Any
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self.collate(examples)
@@ -176,26 +177,28 @@ class SeraTrainer(UnequalEpochs):
             self.store.ranks,
             self._quiet,
         )
-        low = args.bf16 or args.fp16 or low_precision(self.model)
+        low = args.bf16 or args.fp16 or losses.low_precision(self.model)
+        held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
+        loss, ends = ours.name if ours else " + ".join(host_losses), tuple(self._end_ids)
+        facts = (self.cfg, loss, float(args.beta), method, schedule, pairs, held_out, ends)
+        for name, values in self._columns.items():
+            table = table.append_column(name, pa.array(values))
         return Loop(
             cfg=self.cfg,
-            loss=ours.name if ours else " + ".join(host_losses),
-            beta=float(args.beta),
+            described=describe_run(*facts),
             method=method,
             schedule=schedule,
             dataset=table,
-            columns=self._columns,
-            held_out=Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None,
-            end_ids=tuple(self._end_ids),
+            pairs=pairs,
+            held_out=held_out,
+            end_ids=ends,
             store=self.store,
             scorer=scorer,
             tokenizer=self.processing_class,
-            nats=LOW_PRECISION_LIMIT if low else FLOAT32_LIMIT,
+            nats=losses.LOW_PRECISION_LIMIT if low else losses.FLOAT32_LIMIT,
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
         )
-
-    # ------------------------------------------------------------------ data
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
@@ -223,34 +226,16 @@ class SeraTrainer(UnequalEpochs):
         return Dataset(InMemoryTable(make_table(columns)))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Dataset:
-        """TRL's hook: during __init__ nothing is scored, later a set passed to evaluate() is."""
-        if not hasattr(self, "loop"):
-            return dataset
-        context = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
-        with context:
-            return self._with_reference(Pairs.from_table(dataset.data.table))
+        """TRL's hook: every iteration has a reference of its own, so nothing is scored here."""
+        return dataset
 
-    def _with_reference(self, pairs: Pairs, logps: dict[str, FloatArray] | None = None) -> Dataset:
-        """The pairs as rows for training, by default against the model as it was loaded."""
-        if logps is None:
-            logps = score_pairs(pairs, 0, self.loop.scorer, "score_evaluation")
-        columns = {
-            "prompt_ids": pairs.prompt_ids,
-            "chosen_ids": pairs.chosen_ids,
-            "rejected_ids": pairs.rejected_ids,
-            "ref_chosen_logps": logps["chosen"],
-            "ref_rejected_logps": logps["rejected"],
-        }
-        return Dataset(InMemoryTable(make_table(columns)))
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See TRL. An evaluation before the first iteration refers to the policy as it is."""
-        if eval_dataset is None and "ref_chosen_logps" not in self.eval_dataset.column_names:
+        if "ref_chosen_logps" not in self.eval_dataset.column_names:
             assert self.loop.held_out is not None
-            self.eval_dataset = self._with_reference(self.loop.held_out)
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    # ------------------------------------------------------------------ one micro-batch
+            logps = score_pairs(self.loop.held_out, 0, self.loop.scorer, "score_evaluation")
+            self.eval_dataset = with_reference(self.loop.held_out, logps)
+        return super().evaluate(*args, **kwargs)
 
     def compute_loss_context_manager(self) -> Any:
         """The context of every forward pass, the scorer's too.
@@ -271,44 +256,36 @@ class SeraTrainer(UnequalEpochs):
         recorded = self._metrics["train" if training else "eval"]
         if self.loss is None:
             result = super()._compute_loss(model, inputs, return_outputs)
-            if self._gate_pending and training:
+            if training and self._gate_pending:
                 # What the host records are means over all processes.
-                references = {
+                inputs = inputs | {
                     name: self.accelerator.gather(values)
                     for name, values in inputs.items()
                     if name.endswith("_logps")
                 }
-                logps = [torch.tensor(recorded[f"logps/{s}"][-1]) for s in ("chosen", "rejected")]
-                self._pass_gate(inputs | references, *logps)
+                logps = [torch.tensor(recorded[f"logps/{side}"][-1]) for side in SIDES]
+                self._pass_gate(inputs, *logps)
             if training:
                 self._require_finite((result[0] if return_outputs else result).item())
             return result
-        result = self._objective(model, inputs)
+        found = self._objective(model, inputs)
+        loss = found.metrics.pop("loss")  # the host logs it itself
+        tokens = round(found.metrics.pop("num_tokens") * self.store.ranks.world)
         if training:
             if self._gate_pending:
-                self._pass_gate(
-                    inputs, result.chosen_logps, result.rejected_logps, result.preference_loss
-                )
-            self._require_finite(result.metrics["loss"])
-        del result.metrics["loss"]  # the host logs it itself
-        tokens = round(result.metrics.pop("num_tokens") * self.store.ranks.world)
-        for name, value in result.metrics.items():
-            recorded[name].append(value)
-        if training:
+                logps = [found.chosen_logps, found.rejected_logps]
+                self._pass_gate(inputs, *logps, found.preference_loss, self.loss)
+            self._require_finite(loss)
             self._total_train_tokens += tokens
+        for name, value in found.metrics.items():
+            recorded[name].append(value)
         recorded["num_tokens"] = [self._total_train_tokens]
-        return (result.loss, result.outputs) if return_outputs else result.loss
+        return (found.loss, found.outputs) if return_outputs else found.loss
 
-    def _pass_gate(
-        self,
-        inputs: Any,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        loss: torch.Tensor | None = None,
-    ) -> None:
+    def _pass_gate(self, inputs: Any, chosen: Any, rejected: Any, *loss: Any) -> None:
         self._gate_pending = False
-        nats = self.loop.nats
-        self.loop.passed_gate(check_step_zero(inputs, chosen, rejected, nats, loss, self.loss))
+        figures = check_step_zero(inputs, chosen, rejected, self.loop.nats, *loss)
+        self.loop.record(step_zero=figures)
 
     def _require_finite(self, loss: float) -> None:
         """The host would go on, and log the mean of earlier losses instead."""

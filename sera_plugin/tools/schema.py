@@ -56,7 +56,7 @@ def config_schema() -> dict[str, Any]:
     for name, field in model.model_fields.items():
         # The host takes a key by its alias and by its name.
         keys.setdefault(name, keys.get(str(field.alias)))
-    for names, meaning in HOST_KEYS:
+    for names, meaning in HOST_KEYS.items():
         for name in names.split(", "):
             if name in keys:
                 host = keys[name].get("description", "")

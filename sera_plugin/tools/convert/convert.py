@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from sera_plugin.config.block import closest
 from sera_plugin.config.quoting import MASK, is_secret, plain
-from sera_plugin.config.spelling import closest
 from sera_plugin.data.texts import encodable
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.command import read_yaml

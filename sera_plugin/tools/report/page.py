@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
-from sera_plugin.host.run import keeps
 from sera_plugin.rundir.checksums import COMMAND, write_text
 from sera_plugin.tools.report.figures import figures
 from sera_plugin.tools.report.output import fill, shown_text
@@ -64,7 +63,9 @@ def render(run: Run) -> str:
         meanings=MEANINGS,
         by_margin=any(one.get("threshold") is not None for one in found["iterations"]),
         selection=SELECTIONS.get(settings.get("selection", "")),
-        keeps=keeps(settings.get("selection", "irm"), settings.get("selection_ratio", 1)),
+        keeps=SELECTIONS[settings.get("selection", "irm")].keeps.format(
+            ratio=settings.get("selection_ratio", 1)
+        ),
         labeler=LABELERS[run.labeler],
         reference_free=is_reference_free(run.description.get("loss", "dpo")),
         settings=_settings(run),
