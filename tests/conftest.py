@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -23,13 +24,19 @@ import pytest
 import yaml
 
 DATA_TYPE = {
-    "field_prompt": "prompt",
-    "field_chosen": "chosen",
-    "field_rejected": "rejected",
+    **{f"field_{name}": name for name in ("prompt", "chosen", "rejected")},
     "prompt_format": "<s> <|user|> {prompt} <|assistant|>",
     "chosen_format": " {chosen}",
     "rejected_format": " {rejected}",
 }
+#: A YAML that trains in seconds on a CPU in float32.
+SHORT = """
+{plugins: [sera_plugin.SeraPlugin], rl: sera, sera: {max_new_tokens: 12, temperature: 1.0},
+sequence_len: 48, num_epochs: 3, micro_batch_size: 4, gradient_accumulation_steps: 2,
+learning_rate: 1.0e-3, lr_scheduler: constant, optimizer: adamw_torch, seed: 11, bf16: false,
+fp16: false, tf32: false, attn_implementation: sdpa, gradient_checkpointing: false,
+logging_steps: 1, evals_per_epoch: 1, saves_per_epoch: 1}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -61,107 +68,81 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture
 def base_config(world, tmp_path) -> dict:
-    """A YAML that trains in seconds on a CPU in float32; tests change what they are about."""
+    """`SHORT` with data, model and a place for its output; tests change what they are about."""
     return make_config(world.directory, tmp_path)
 
 
 def make_config(world: Path, directory: Path) -> dict:
     """See `base_config`: the data and the model of `world`, output below `directory`."""
-    data = {"ds_type": "json", "split": "train", "type": dict(DATA_TYPE)}
-    return {
-        "base_model": str(world / "base"),
-        "plugins": ["sera_plugin.SeraPlugin"],
-        "rl": "sera",
-        "sera": {"max_new_tokens": 12, "temperature": 1.0},
-        "datasets": [{"path": str(world / "train.jsonl"), **data}],
-        "test_datasets": [{"path": str(world / "test.jsonl"), **data}],
-        "dataset_prepared_path": str(directory / "prepared"),
-        "output_dir": str(directory / "out"),
-        "sequence_len": 48,
-        "num_epochs": 3,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3,
-        "lr_scheduler": "constant",
-        "optimizer": "adamw_torch",
-        "seed": 11,
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "evals_per_epoch": 1,
-        "saves_per_epoch": 1,
-    }
+    data = {"ds_type": "json", "split": "train", "type": DATA_TYPE}
+    return copy.deepcopy(
+        {
+            **yaml.safe_load(SHORT),
+            "base_model": str(world / "base"),
+            "datasets": [{"path": str(world / "train.jsonl"), **data}],
+            "test_datasets": [{"path": str(world / "test.jsonl"), **data}],
+            "dataset_prepared_path": str(directory / "prepared"),
+            "output_dir": str(directory / "out"),
+        }
+    )
 
 
 def adapter(**keys) -> dict:
     """The keys that make a configuration a LoRA one."""
-    return {
-        "adapter": "lora",
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
-        **keys,
-    }
+    modules = ["q_proj", "v_proj", "down_proj"]
+    lora = {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": modules}
+    return {"adapter": "lora", **lora, **keys}
 
 
-@pytest.fixture
-def load(tmp_path, monkeypatch):
+def load_config(config: dict, directory: Path):
     """Parse a configuration with the real host, as every command does."""
+    from axolotl.cli.config import load_cfg
     from axolotl.integrations.base import PluginManager
 
     # A process parses one configuration; tests parse many.
-    monkeypatch.setattr(PluginManager, "_instance", None)
-    monkeypatch.setattr(PluginManager, "_cfg", None)
+    PluginManager._instance = PluginManager._cfg = None
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return load_cfg(str(path))
 
-    def parse(config: dict):
-        from axolotl.cli.config import load_cfg
 
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        return load_cfg(str(path))
+def train_config(config: dict, directory: Path) -> SimpleNamespace:
+    """`axolotl train` in this process; returns what happened."""
+    import axolotl.train
+    from axolotl.integrations.base import PluginManager
 
-    return parse
+    from sera_plugin.host.loop import Loop
+
+    iterations = {}
+    begin = Loop.begin
+
+    def spy(self, iteration, *args):
+        prepared = begin(self, iteration, *args)
+        iterations[iteration] = prepared[0]
+        return prepared
+
+    cfg = load_config(config, directory)
+    # axolotl.train keeps the manager that there was when it was imported.
+    axolotl.train.PLUGIN_MANAGER = PluginManager.get_instance()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "begin", spy)
+        data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+        model, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=data)
+    output, history = Path(cfg.output_dir), trainer.state.log_history
+    found = {"cfg": cfg, "model": model, "trainer": trainer, "training_pairs": iterations}
+    return SimpleNamespace(**found, output=output, run=output / "sera", history=history)
 
 
 @pytest.fixture
-def train(load, monkeypatch):
-    """`axolotl train` in this process; returns what happened."""
+def load(tmp_path):
+    """See `load_config`."""
+    return lambda config: load_config(config, tmp_path)
 
-    def run(config: dict) -> SimpleNamespace:
-        from axolotl.integrations.base import PluginManager
-        from axolotl.train import train as host_train
 
-        from sera_plugin.host.loop import Loop
-
-        iterations = {}
-        begin = Loop.begin
-
-        def spy(self, iteration, *args):
-            prepared = begin(self, iteration, *args)
-            iterations[iteration] = prepared[0]
-            return prepared
-
-        monkeypatch.setattr(Loop, "begin", spy)
-        cfg = load(config)
-        # axolotl.train keeps the manager that there was when it was imported.
-        monkeypatch.setattr("axolotl.train.PLUGIN_MANAGER", PluginManager.get_instance())
-        data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
-        model, _, trainer = host_train(cfg=cfg, dataset_meta=data)
-        monkeypatch.setattr(Loop, "begin", begin)
-        return SimpleNamespace(
-            cfg=cfg,
-            model=model,
-            trainer=trainer,
-            training_pairs=iterations,
-            output=Path(cfg.output_dir),
-            run=Path(cfg.output_dir) / "sera",
-            history=trainer.state.log_history,
-        )
-
-    return run
+@pytest.fixture
+def train(tmp_path):
+    """See `train_config`."""
+    return lambda config: train_config(config, tmp_path)
 
 
 def table(run: Path, iteration: int, name: str) -> dict[str, list]:

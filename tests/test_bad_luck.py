@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,34 +23,33 @@ from sera_plugin.model.policies import PolicyHistory
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
-from tests.conftest import adapter, fill, ids
+from tests.conftest import adapter, fill, ids, make_config, train_config
 
 # ------------------------------------------------------------------ disks
 
 MOMENTS = {
     "a phase's file": (RunStore, "write", lambda self, iteration, name, table: iteration == 2),
+    "a checkpoint": (Trainer, "save_model", lambda self, *_, **__: self.state.global_step == 6),
     "a chunk of samples": (RunStore, "append_samples", lambda *_: True),
     "a policy": (PolicyHistory, "keep_current", lambda self, policy, *_: policy == 1),
-    "a checkpoint": (
-        Trainer,
-        "save_model",
-        lambda self, *_, **__: self.state.global_step == 6,
-    ),
 }
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A run that nothing happens to."""
+    directory = tmp_path_factory.mktemp("whole")
+    return train_config(make_config(world.directory, directory) | adapter(), directory)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
-    [
-        "a phase's file",
-        "a checkpoint",
-        pytest.param("a chunk of samples", marks=pytest.mark.nightly),
-        pytest.param("a policy", marks=pytest.mark.nightly),
-    ],
-)
+    [name if number < 2 else pytest.param(name, marks=pytest.mark.nightly)
+     for number, name in enumerate(MOMENTS)],
+)  # fmt: skip
 def test_a_disk_that_fills_up_stops_the_run_and_nothing_is_lost(
-    base_config, train, small_disk, monkeypatch, moment
+    base_config, train, small_disk, monkeypatch, moment, whole
 ):
     owner, name, when = MOMENTS[moment]
     original = getattr(owner, name)
@@ -58,9 +59,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_nothing_is_lost(
             fill(small_disk)
         return original(*args, **kwargs)
 
-    base_config |= adapter()
-    whole = train(base_config)
-    base_config |= {"output_dir": str(small_disk / "out"), "auto_resume_from_checkpoints": True}
+    base_config |= adapter(output_dir=str(small_disk / "out"), auto_resume_from_checkpoints=True)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, filled)
         with pytest.raises(OSError, match=r"takes no more files: No space left.*Free some space"):
@@ -86,50 +85,52 @@ def test_a_read_only_output_directory_is_refused_before_anything_is_loaded(
 
 HOLD = """
 import sys, time
-from sera_plugin.rundir.store import RunStore
-store = RunStore(sys.argv[1])
+import sera_plugin.rundir.store as module
+module._HELPERS_END_WITHIN = 0
+store = module.RunStore(sys.argv[1])
 store.lock()
 print("locked", flush=True)
 time.sleep(600)
 """
 
 
-def test_a_directory_takes_one_run_at_a_time_and_a_dead_ones_lock_holds_nobody_up(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+@contextmanager
+def another_run(output: Path) -> Iterator[int]:
+    """A process that has the directory until it is killed; gives its id."""
+    command = [sys.executable, "-c", HOLD, str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=rf"in use by another run \('process {other.pid} on"):
-            RunStore(tmp_path).lock()
+        yield other.pid
         other.send_signal(signal.SIGKILL)
-    assert f"process {other.pid}" in (tmp_path / "sera/lock").read_text()
-    RunStore(tmp_path).lock()
-    assert f"process {os.getpid()}" in (tmp_path / "sera/lock").read_text()
 
 
-def test_reading_the_lock_does_not_give_it_up(tmp_path):
-    """An upload of output_dir reads every file in it."""
+def test_a_directory_takes_one_run_at_a_time_and_a_dead_ones_lock_holds_nobody_up(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sera_plugin.rundir.store._HELPERS_END_WITHIN", 0)
+    with (
+        another_run(tmp_path) as process,
+        pytest.raises(ValueError, match=rf"in use by another run \('process {process} on"),
+    ):
+        RunStore(tmp_path).lock()
+    lock = tmp_path / "sera/lock"
+    assert f"process {process}" in lock.read_text()
     store = RunStore(tmp_path)
     store.lock()
     store.lock()
-    assert (tmp_path / "sera/lock").read_text().startswith("process")
-    script = HOLD.replace(
-        "store.lock()",
-        "import sera_plugin.rundir.store as s; s._HELPERS_END_WITHIN = 0; store.lock()",
-    )
-    command = [sys.executable, "-c", script, str(tmp_path)]
+    # Reading it does not give it up: an upload of output_dir reads every file in it.
+    assert lock.read_text().startswith(f"process {os.getpid()}")
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
     other = subprocess.run(command, capture_output=True, text=True)
     assert "in use by another run" in other.stderr
 
 
 @pytest.mark.slow
-def test_a_second_run_changes_nothing_of_the_first(base_config, train):
+def test_a_second_run_changes_nothing_of_the_first(base_config, train, monkeypatch):
+    monkeypatch.setattr("sera_plugin.rundir.store._HELPERS_END_WITHIN", 0)
     output = Path(base_config["output_dir"])
-    command = [sys.executable, "-c", HOLD, str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="in use by another run"):
-            train(base_config)
-        other.kill()
+    with another_run(output), pytest.raises(ValueError, match="in use by another run"):
+        train(base_config)
     # The host writes debug.log before it asks a plugin, once a process: here or in an earlier test.
     files = {path.name for path in output.rglob("*") if path.is_file()}
     assert files - {"debug.log"} == {"lock"}
@@ -138,8 +139,9 @@ def test_a_second_run_changes_nothing_of_the_first(base_config, train):
 # ------------------------------------------------------------------ memory
 
 
-def limited(scored, most):
-    """A model whose forward pass fits `most` tokens."""
+@contextmanager
+def limited(model, most):
+    """Within it a forward pass fits `most` tokens; gives the sizes of those that are tried."""
     sizes = []
 
     def check(module, args, kwargs):
@@ -147,56 +149,49 @@ def limited(scored, most):
         if sizes[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 
-    return scored.register_forward_pre_hook(check, with_kwargs=True), sizes
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    yield sizes
+    handle.remove()
 
 
 def test_scoring_goes_on_in_smaller_batches_and_remembers(model, caplog):
     prompts, completions = ids(*[4] * 8), ids(*[8] * 8, seed=1)
     expected = score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(96))
     budget = TokenBudget(96)
-    handle, sizes = limited(model, 24)
-    scores = score_sequences(model, prompts, completions, pad_id=0, budget=budget)
-    # 8 sequences of 12 tokens fail, then 4; pairs fit, and so do all others from then on.
-    assert sizes == [96, 48, 24, 24, 24, 24]
-    assert abs(scores - expected).max() < 1e-4
-    assert "out of memory while scoring 8 sequences of 12 tokens at a time" in caplog.text
-    assert (budget.tokens, budget.planned) == (24, 96)
-    sizes.clear()
-    score_sequences(model, prompts, completions, pad_id=0, budget=budget)
-    assert sizes == [24, 24, 24, 24]
-    handle.remove()
-
-
-def test_one_sequence_that_does_not_fit_ends_the_run_with_what_to_do(model):
+    with limited(model, 24) as sizes:
+        scores = score_sequences(model, prompts, completions, pad_id=0, budget=budget)
+        # 8 sequences of 12 tokens fail, then 4; pairs fit, and so do all others from then on.
+        assert sizes == [96, 48, 24, 24, 24, 24]
+        assert abs(scores - expected).max() < 1e-4
+        assert "out of memory while scoring 8 sequences of 12 tokens at a time" in caplog.text
+        assert (budget.tokens, budget.planned) == (24, 96)
+        sizes.clear()
+        score_sequences(model, prompts, completions, pad_id=0, budget=budget)
+        assert sizes == [24, 24, 24, 24]
     abilities(model)
-    handle, _ = limited(model, 5)
-    with pytest.raises(ValueError, match=r"with 12 tokens at a time\. Lower sequence_len"):
+    with (
+        limited(model, 5),
+        pytest.raises(ValueError, match=r"with 12 tokens at a time\. Lower sequence_len"),
+    ):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
-    handle.remove()
 
 
 def test_sampling_goes_on_in_smaller_batches(model, caplog):
     """Three prompts with four candidates each; a forward pass takes four sequences at most."""
-
-    def check(module, args, kwargs):
-        if len(kwargs["input_ids"]) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
-
-    handle = model.register_forward_pre_hook(check, with_kwargs=True)
     sampler = TransformersSampler(model, pad_id=0, token_budget=10_000)
     settings = SamplingSettings(4, 1.0, 1.0, 6, 48, (2,), seed=3)
-    chunks = list(sampler.sample(ids(5, 5, 5), settings))
-    handle.remove()
+    with limited(model, 4 * 5):
+        chunks = list(sampler.sample(ids(5, 5, 5), settings))
     assert [[row for row, _ in chunk] for chunk in chunks] == [[0], [1], [2]]
     assert all(len(candidates) == 4 for chunk in chunks for _, candidates in chunk)
     assert "out of memory while sampling 3 sequences of 44 tokens" in caplog.text
 
 
 def test_another_error_is_not_taken_for_memory(model):
-    def broken(module, args, kwargs):
+    def broken(module, args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    handle = model.register_forward_pre_hook(broken, with_kwargs=True)
+    handle = model.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
     handle.remove()

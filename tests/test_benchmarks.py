@@ -35,15 +35,12 @@ def test_kept_results_are_of_five_rounds_and_a_known_machine(part):
         assert path.name.startswith(kept["about"]["device"])
 
 
-def test_sides_take_turns():
+def test_sides_take_turns_and_a_ratio_is_taken_round_by_round():
     seen = []
     sides = {name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}
     results = harness.interleave(sides, 2, warm_up=True)
     assert seen == ["a", "b"] * 3
     assert results == {"a": [3, 5], "b": [4, 6]}
-
-
-def test_a_ratio_is_taken_round_by_round():
     # Medians of the sides are 10 and 10; of the ratios it is 2.
     assert harness.times([10.0, 40.0, 4.0], [10.0, 20.0, 2.0]) == "2.00 (1.00 to 2.00)"
     assert harness.figure([1234.4, 1000.0, 2000.0]) == "1,234 (1,000 to 2,000)"
@@ -97,19 +94,12 @@ def test_tables_of_training_parts_are_made_of_raw_figures():
     text = step.table(figures)
     assert "| `rl: dpo` | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) |" in text
     phases = dict.fromkeys(whole_run.PHASES, 1.0)
-    text = whole_run.table(
-        {
-            "pairs": 8,
-            "iterations": 3,
-            "new_tokens": 32,
-            "offline_tokens": 300,
-            "reference_tokens": 300,
-            "seconds": {"selection": [5.0], "iterative": [10.0], "full": [12.0]},
-            "inside": {"selection": [4.0], "iterative": [5.0], "full": [6.8]},
-            "merging": [1.0],
-            "phases": {"selection": [phases], "full": [phases]},
-        }
-    )
+    figures = {"pairs": 8, "iterations": 3, "new_tokens": 32, "merging": [1.0]}
+    figures |= {"offline_tokens": 300, "reference_tokens": 300}
+    figures["seconds"] = {"selection": [5.0], "iterative": [10.0], "full": [12.0]}
+    figures["inside"] = {"selection": [4.0], "iterative": [5.0], "full": [6.8]}
+    figures["phases"] = {"selection": [phases], "full": [phases]}
+    text = whole_run.table(figures)
     assert "takes 36 (36 to 36) % more time" in text
     assert "300 by iterative DPO for its reference; +0." in text
     assert "| SeRA 0.7 / 0 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 |" in text

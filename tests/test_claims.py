@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+import re
 from random import Random
 
 import numpy as np
@@ -68,26 +68,12 @@ def test_a_table_has_the_runs_of_its_world_and_its_seeds():
     records = [
         record("SeRA", seed, [0.5], world=key) for seed in (0, 5, 100) for key in (here, there)
     ]
-    found = tables.compared(records).records
-    assert [(one["seed"], one["world"]) for one in found] == [(0, here)]
-    found = tables.compared(records, world.WORLDS["small-steps"], systems.FRESH).records
-    assert [(one["seed"], one["world"]) for one in found] == [(5, there)]
-
-
-def test_worlds_differ_in_what_their_names_say():
-    fixed = dataclasses.asdict(world.WORLD)
-    differ = {
-        name: {key for key, value in dataclasses.asdict(one).items() if value != fixed[key]}
-        for name, one in world.WORLDS.items()
-    }
-    assert differ == {
-        "fixed": set(),
-        "smaller-steps": {"learning_rate"},
-        "small-steps": {"learning_rate"},
-        "large-steps": {"learning_rate"},
-        "more-pairs": {"learning_rate", "pairs"},
-        "less-length": {"learning_rate", "pairs", "labelling"},
-    }
+    for arguments, expected in (
+        ((), (0, here)),
+        ((world.WORLDS["small-steps"], systems.FRESH), (5, there)),
+    ):
+        found = tables.compared(records, *arguments).records
+        assert [(one["seed"], one["world"]) for one in found] == [expected]
 
 
 def test_fresh_seeds_are_told_apart_where_their_intervals_do_not_overlap():
@@ -103,29 +89,91 @@ def test_fresh_seeds_are_told_apart_where_their_intervals_do_not_overlap():
     assert "Of 2 pairs of intervals 1 overlap." in table
 
 
+#: A sentence's words, and where its figures come from: learning rate, system, figure, swapped.
+LAST, ORDER = final("true_reward"), "order_found"
+SAID = {
+    "it ends {} below it": ("1e-4", "SeRA", "iterative DPO", 0.2),
+    "at 3e-5 it is {} below": ("3e-5", "SeRA", "iterative DPO", 0.2),
+    "ahead, by {}.": ("1e-5", "SeRA", "iterative DPO", 0.2),
+    "{} of the pairs at 1e-4": ("1e-4", "SeRA", during(2, ORDER), 0.2),
+    "{} at 1e-5 (20 % swapped)": ("1e-5", "SeRA", during(2, ORDER), 0.2),
+    "are so at 1e-5 ({})": ("1e-5", "SeRA", during(3, ORDER), 0.2),
+    "than by a coin ({})": ("3e-5", "SeRA", during(3, ORDER), 0.2),
+    "mostly in reverse ({})": ("1e-4", "SeRA", during(3, ORDER), 0.2),
+    "iterations ({}": ("3e-5", "SeRA", after(2, "true_reward"), 0.2),
+    "and {}) and falls": ("3e-5", "iterative DPO", after(2, "true_reward"), 0.2),
+    "falls to {} in the third": ("3e-5", "SeRA", LAST, 0.2),
+    "from 0 ({})": ("1e-4", "SeRA, gamma 0", LAST, 0.2),
+    "to 0.9 ({})": ("1e-4", "SeRA, gamma 0.9", LAST, 0.2),
+    "samples as badly ({})": ("1e-4", "SeRA", during(3, "order_since_initial"), 0.2),
+    "nearly always ({})": ("1e-4", "SeRA", during(3, "order_likelihood"), 0.2),
+    "collapses at 1e-4 ({})": ("1e-4", "iterative SimPO", LAST, 0.2),
+    "with SeRA it ends at {},": ("1e-4", "SeRA, SimPO", LAST, 0.2),
+    "a tenth of N ends at {}": ("1e-4", "SeRA, 10% sampled", LAST, 0.2),
+    "three N at {};": ("1e-4", "SeRA, k~ = 3 N", LAST, 0.2),
+    "alone ends at {}.": ("1e-4", "SeRA, bootstrap only", LAST, 0.2),
+    "it drops {} of them": ("1e-4", "SeRA, selection only", during(2, "recall"), 0.2),
+    "with 40 % swapped, {}.": ("1e-4", "SeRA, selection only", during(2, "recall"), 0.4),
+    "log-probabilities ({})": ("1e-4", "selection by reference", LAST, 0.2),
+    "judge's score ({})": ("1e-4", "selection by score", LAST, 0.2),
+    "than by margin ({})": ("1e-4", "SeRA, selection only", LAST, 0.2),
+    "reaches {} at 1e-4": ("1e-4", "iterative DPO", LAST, 0.2),
+    "shorter ({} words": ("1e-4", "SeRA, length control", final("words"), 0.2),
+    "instead of {} at 1e-4": ("1e-4", "SeRA", final("words"), 0.2),
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    worlds = [world.WORLDS[name] for name in page.TESTED]
+    records = page.read()
+    return {tables.step_size(one): tables.compared(records, one) for one in worlds}
+
+
+@pytest.fixture(scope="module")
+def prose() -> str:
+    text = re.sub(r"<!-- .*?<!-- end.*?-->", "", page.PAGES[0].read_text(), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith("|")]
+    return " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("words", SAID)
+def test_a_figure_in_the_prose_is_that_of_the_results(words, results, prose):
+    rate, system, other, noise = SAID[words]
+    if isinstance(other, str):
+        one = Comparison("", noise, Side(system), Side(other)).estimate(results[rate])
+    else:
+        one = Estimate.over(list(results[rate].of(system, noise, other).values()))
+    mean = -one.mean if "below" in words else one.mean
+    assert words.format(f"{mean:.{2 if mean > 2 else 3}f}") in prose
+
+
+def test_every_figure_in_the_prose_is_tested(prose):
+    tested: set[int] = set()
+    for words in SAID:
+        said = re.escape(words).replace(r"\{\}", r"\d\.\d{2,}")
+        tested.update(at for match in re.finditer(said, prose) for at in range(*match.span()))
+    figures = re.finditer(r"\d\.\d{2,}", prose)
+    assert not [match[0] for match in figures if match.start() not in tested]
+
+
 # ------------------------------------------------------------------ figures
 
 
-def test_an_interval_is_students():
+def test_an_interval_is_students_and_a_verdict_is_where_it_lies():
     # Mean 2, standard deviation 1, three values: t(0.975, 2) = 4.302653, error 1 / sqrt 3.
     found = Estimate.over([1.0, 2.0, 3.0])
     assert found.mean == 2.0
     assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert 2.0 - found.low == pytest.approx(found.high - 2.0)
-
-
-@pytest.mark.parametrize(
-    ("values", "verdict"),
-    [
+    for values, verdict in (
         ([1.0, 1.1, 0.9], "reproduced"),
         ([-1.0, -1.1, -0.9], "reversed"),
         ([-1.0, 0.1, 0.9], "not reproduced"),
         ([1.0, 1.1], "not measured"),
         ([], "not measured"),
-    ],
-)
-def test_a_verdict_is_where_the_interval_lies(values, verdict):
-    assert Estimate.over(values).verdict == verdict
+    ):
+        assert Estimate.over(values).verdict == verdict
 
 
 def test_differences_are_paired_by_seed():
@@ -138,9 +186,9 @@ def test_differences_are_paired_by_seed():
     constant = Comparison("", 0.2, Side("a"), Side(None, constant=0.3))
     assert constant.estimate(Results(ours[:1])).mean == pytest.approx(-0.2)
     one = record("a", 0, [0.1, 0.2]) | {"iterations": [{"recall": None}, {"recall": 0.4}]}
-    assert (final("true_reward")(one), after(1, "true_reward")(one)) == (0.2, 0.1)
-    assert after(3, "true_reward")(one) is None
-    assert (during(1, "recall")(one), during(2, "recall")(one)) == (None, 0.4)
+    figures = [final("true_reward"), *(after(t, "true_reward") for t in (1, 3))]
+    figures += [during(t, "recall") for t in (1, 2)]
+    assert [figure(one) for figure in figures] == [0.2, 0.1, None, None, 0.4]
 
 
 def test_the_best_and_worst_of_a_ranking_are_compared_by_true_reward():
@@ -182,14 +230,12 @@ def test_a_pair_has_the_higher_score_chosen_and_equal_answers_none():
     assert world.pair("b a", low, low) is None
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=lambda one: one.name)
-def test_a_systems_lines_are_a_sera_block(system, tmp_path):
-    run = runs.Run(system, 0.2, 0, world.WORLD)
-    text = yaml.safe_dump(runs.config(run, tmp_path, tmp_path / "out"))
-    block = yaml.safe_load(text)["sera"]
-    parsed = SeraConfig(**block)
-    assert parsed.label_noise == 0.2
-    assert run.key != runs.Run(system, 0.4, 0, world.WORLD).key
+def test_a_systems_lines_are_a_sera_block(tmp_path):
+    for system in SYSTEMS:
+        run = runs.Run(system, 0.2, 0, world.WORLD)
+        text = yaml.safe_dump(runs.config(run, tmp_path, tmp_path / "out"))
+        assert SeraConfig(**yaml.safe_load(text)["sera"]).label_noise == 0.2
+        assert run.key != runs.Run(system, 0.4, 0, world.WORLD).key
 
 
 def test_systems_have_names_and_comparisons_are_of_those_that_are_run():
@@ -227,6 +273,7 @@ def test_a_run_is_measured_kept_and_not_made_again_and_one_that_fails_says_where
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
     """The world's own files, as a dataset and a model that somebody brings."""
     place, held_out = tmp_path / "world", tmp_path / "held-out.jsonl"
@@ -239,17 +286,11 @@ def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
                 {"text": row[s], "score": row[f"score_{s}"]} for s in ("chosen", "rejected")
             ]
             file.write(json.dumps({"prompt": row["prompt"], "responses": responses}) + "\n")
-    found = []
-    for system, held, settings in (
-        (real.SYSTEMS[1], held_out, real.Settings(pairs=32, tokens=40, batch=16)),
-        (real.SELF_JUDGING, None, real.Settings(tokens=40, batch=4, judged=4)),
-    ):
-        scratch = tmp_path / f"scratch-{len(found)}"
-        arguments = (system, settings, 0, pairs, base, held)
-        job = runs.Job("real", real.perform, arguments, scratch)
-        found += [record for _, record in runs.perform_all([job], 1)]
-    selected, judged = found
-    assert (selected["pairs"], judged["pairs"]) == (32, 4)
+    settings = real.Settings(pairs=32, tokens=40, batch=16)
+    arguments = (real.SYSTEMS[1], settings, 0, pairs, base, held_out)
+    job = runs.Job("real", real.perform, arguments, tmp_path / "scratch")
+    [(_, selected)] = runs.perform_all([job], 1)
+    assert selected["pairs"] == 32
     assert [one["iteration"] for one in selected["iterations"]] == [2, 3]
     kept = selected["iterations"][0]["kept"]
     assert kept["score"]["score_gap"] >= max(one["score_gap"] for one in kept.values())
@@ -262,29 +303,28 @@ def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
     table = real_tables.real_table([selected])
     assert "| selection by irm | 2 |" in table
     assert f"on {answers['answers']} scored answers to {answers['prompts']} other" in table
+    few = real.Settings(tokens=40, batch=4, judged=4)
+    arguments = (real.SELF_JUDGING, few, 0, pairs, base, None)
+    job = runs.Job("judged", real.perform, arguments, tmp_path / "scratch-judged")
+    [(_, judged)] = runs.perform_all([job], 1)
     # This model knows no word of the judge's prompt, and writes no score.
     replies = judged["self_judging"]
+    assert (judged["pairs"], replies["found"]) == (4, 0)
     assert replies["replies"] == replies["unparsed"] > 0
-    assert replies["found"] == 0
 
 
 @pytest.mark.parametrize(
     ("read", "row", "said"),
     [
-        (
-            real.read_pairs,
-            {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1.0},
-            "line 1 has no score_rejected",
-        ),
-        *(
-            (real.read_responses, {"prompt": "a", "responses": [one]}, "line 1 has a response")
-            for one in ("an answer", {"text": "an answer"}, {"score": 1.0})
-        ),
+        (real.read_pairs, {"chosen": "b", "rejected": "c", "score_chosen": 1.0}, "score_rejected"),
+        (real.read_responses, {"responses": ["an answer"]}, "a response"),
+        (real.read_responses, {"responses": [{"text": "an answer"}]}, "a response"),
+        (real.read_responses, {"responses": [{"score": 1.0}]}, "a response"),
     ],
 )
 def test_a_file_without_scores_is_refused_by_line(read, row, said, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", **row}) + "\n")
+    with pytest.raises(ValueError, match=f"line 1 has (no )?{said}"):
         read(tmp_path / "rows.jsonl")
 
 

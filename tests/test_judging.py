@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sera_plugin.config.judge import JudgeConfig, parse_judge, read_judge
+from sera_plugin.config.judge import JudgeConfig, read_judge
 from sera_plugin.labeling.judging import (
     PLACES,
     Answered,
@@ -143,20 +143,20 @@ SECRET = "sk-planted-secret"
         ({"base_url": f"http://x:{SECRET}/v1"}, r"base_url: give an address"),
         ({"base_url": f"https://u:{SECRET}@x.org/v1"}, r"base_url: an address with a user"),
         ({"base_url": f"https://x.org/v1?key={SECRET}"}, r"base_url: an address with a user"),
-        ({"api_key": SECRET}, r"'api_key': no key belongs in a file.* api_key_env"),
+        ({"api_key": SECRET}, r"api_key: no key belongs in a file.* api_key_env"),
         ({"api_key_env": SECRET}, r"api_key_env: give the NAME of an environment variable"),
         ({"request": {"api_key": SECRET}}, r"request: 'api_key' cannot be set here"),
         ({"request": {"messages": []}}, r"request: 'messages' cannot be set here"),
         ({"concurrency": 0}, r"concurrency: .*greater than or equal to 1"),
         ({"mode": "triple"}, r"mode: .*'pairwise' or 'single'"),
-        ({"modle": "m"}, r"'modle' is not a key of a judge. There are base_url, model"),
+        ({"modle": "m"}, r"modle is not a key. Did you mean `mode`"),
         ({"timeout": SECRET}, r"timeout: .*number"),
     ],
 )
 def test_a_wrong_key_is_named_and_no_secret_repeated(changes, said):
     keys = {"base_url": URL, "model": "m", **changes}
     with pytest.raises(ValueError, match=rf"judge\.yaml: .*{said}") as error:
-        parse_judge({key: value for key, value in keys.items() if value is not None}, "judge.yaml")
+        JudgeConfig.parse({k: v for k, v in keys.items() if v is not None}, "judge.yaml: ")
     assert SECRET not in str(error.value)
 
 
@@ -186,7 +186,7 @@ def test_the_docs_list_every_key_with_its_default():
         else:
             assert f"`{name}`" in text
     (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert parse_judge(yaml.safe_load(example), "docs").api_key_env == "OPENAI_API_KEY"
+    assert JudgeConfig.parse(yaml.safe_load(example), "docs").api_key_env == "OPENAI_API_KEY"
 
 
 def test_a_function_in_a_file_judges(tmp_path):

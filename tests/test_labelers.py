@@ -16,8 +16,8 @@ from sera_plugin.labeling.labelers import Conversation, Judged
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.sampling.prompts import room
-from tests.test_iteration import END
 from tests.test_systems import system
+from tests.three_pairs import END
 
 
 class Words:

@@ -7,14 +7,11 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.algorithm import prepare
-from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
-from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
+from sera_plugin.algorithm.protocols import Candidate
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir import tokens
-from sera_plugin.rundir.store import RunStore, make_table
+from tests.three_pairs import FakeSampler, Run
 
 N, R, KEPT, SAMPLED = 20_000, 4, 14_000, 12_000
 CONFIG = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.6, candidates=R)
@@ -42,16 +39,12 @@ REJECTED = [answer(f"rejected {row}") for row in range(N)]
 CANDIDATES = [[answer(f"{index} of {row}") for index in range(R)] for row in range(N)]
 
 
-class Scorer:
-    def __call__(self, policy, prompts, completions, phase):
-        pairs = zip(prompts, completions, strict=True)
-        return np.array([logp(policy, p.tolist(), c.tolist()) for p, c in pairs])
+def scorer(policy, prompts, completions, phase):
+    pairs = zip(prompts, completions, strict=True)
+    return np.array([logp(policy, p.tolist(), c.tolist()) for p, c in pairs])
 
 
-class Sampler:
-    report = {"name": "fake"}  # noqa: RUF012
-    seconds = {}  # noqa: RUF012
-
+class Sampler(FakeSampler):
     def sample(self, prompts, settings, skip=()):
         order = [row for row in np.random.default_rng(0).permutation(N).tolist() if row not in skip]
         for first in range(0, N, 512):
@@ -72,15 +65,9 @@ def largest(margins: list[float], count: int) -> list[int]:
 
 def test_training_pairs_are_those_of_the_plain_algorithm(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "_CHUNK", 1000)
-    store, method, phases = RunStore(tmp_path), Method(CONFIG, False, False, N), Phases()
     columns = {"prompt_ids": PROMPTS, "chosen_ids": CHOSEN, "rejected_ids": REJECTED}
-    pairs = Pairs.from_table(make_table(columns))
-    settings = SamplingSettings(R, 0.7, 0.95, 8, None, (END,), seed=0)
-    labeler = ImplicitReward(method)
-    first = Iteration(1, method, pairs, store, Scorer(), Sampler(), settings, labeler, phases)
-    prepare(first)
-    second = first.at(2)
-    trained = prepare(second).to_pydict()
+    run = Run(tmp_path, CONFIG, scorer=scorer, sampler=Sampler(), pairs=columns)
+    trained = run.upto(2)
 
     margins = [reward(row, CHOSEN[row]) - reward(row, REJECTED[row]) for row in range(N)]
     expected = [(PROMPTS[row], CHOSEN[row], REJECTED[row]) for row in largest(margins, KEPT)]
@@ -105,15 +92,10 @@ def test_training_pairs_are_those_of_the_plain_algorithm(tmp_path, monkeypatch):
         reference = [logp(1, pair[0], pair[place]) for pair in expected]
         assert trained[f"ref_{side}_logps"] == reference
 
-    summary = summarize(second)
+    summary = summarize(run.iteration(2))
     assert summary["pairs"]["trained"] == KEPT + SAMPLED
     assert summary["pairs"]["bootstrapped_found"] == len(found)
     counts = {"prompts": N, "ties": ties, "too_few": N - len(spreads)}
     counts["duplicates"] = sum(R - len(set(map(tuple, group))) for group in CANDIDATES)
     assert summary["samples"].items() >= counts.items()
     assert summary["spread"]["sampled"] == pytest.approx(float(np.median(spreads)))
-    for name, lengths in (
-        ("bootstrapped_chosen", [len(pair[1]) for pair in expected[KEPT:]]),
-        ("trained_rejected", [len(pair[2]) for pair in expected]),
-    ):
-        assert summary["lengths"][name] == pytest.approx(np.mean(lengths))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,49 +42,48 @@ def register(**keys: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------ what it turns into
 
 
-def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer() -> None:
+def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer():
     cfg = register()
-    assert cfg["rl"] == "dpo"
-    assert cfg["trainer_cls"] == TRAINER
-    assert cfg["sera"]["selection_ratio"] == 0.7
-    assert cfg["sera"]["bootstrap_ratio"] == 0.3
-    json.dumps(cfg["sera"])
+    assert (cfg["rl"], cfg["trainer_cls"]) == ("dpo", TRAINER)
+    assert (cfg["sera"]["selection_ratio"], cfg["sera"]["bootstrap_ratio"]) == (0.7, 0.3)
+    # Without a seed the host draws other held-out pairs in every run.
+    assert (cfg["num_epochs"], cfg["seed"]) == (3, 42)
+    assert cfg == register(sera=None) == register(sera={})
+    for given, made in ({"num_epochs": 5}, 5), ({"num_epochs": 1.0}, 1), ({"seed": 0}, 0):
+        assert register(**given)[next(iter(given))] == made
 
 
-def test_the_block_may_be_missing_or_empty() -> None:
-    assert register() == register(sera=None) == register(sera={})
+#: Changes of the YAML that the plugin takes as they are.
+WORKS = """
+sera: {bootstrap_ratio: 2, score_columns: [score]}
+{sera: {loss: robust}, dpo_label_smoothing: 0.1}
+{sera: {loss: simpo}, simpo_gamma: 0.5, cpo_alpha: 0.1}
+{num_epochs: 5, rl_beta: 0.01}
+trl: {beta: 0.05}
+dpo_loss_type: [sigmoid_norm]
+dpo_loss_type: [apo_zero]
+dpo_label_smoothing: 0.1
+{dpo_label_smoothing: 0.0, sera: {loss: ipo}}
+{max_steps: null, sample_packing: false, streaming: false}
+{load_best_model_at_end: false, save_strategy: epoch}
+context_parallel_size: 1
+{activation_offloading: true, gradient_checkpointing: true}
+{activation_offloading: hidden_states, gradient_checkpointing_kwargs: {use_reentrant: true}}
+{precompute_ref_log_probs: true, layer_offloading: false}
+{fsdp_version: 2, fsdp_config: {state_dict_type: FULL_STATE_DICT}}
+""".strip().splitlines()
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {},
-        {"sera": {"bootstrap_ratio": 2, "score_columns": ["score"]}},
-        {"sera": {"loss": "robust"}, "dpo_label_smoothing": 0.1},
-        {"sera": {"loss": "simpo"}, "simpo_gamma": 0.5, "cpo_alpha": 0.1},
-        {"num_epochs": 5, "rl_beta": 0.01},
-        {"trl": {"beta": 0.05}},
-        {"dpo_loss_type": ["sigmoid_norm"]},
-    ],
-)
-def test_registering_twice_changes_nothing_more(keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("line", WORKS)
+def test_what_works_is_left_alone_and_registering_twice_changes_nothing_more(line):
     """The host parses a configuration again in launched and Ray workers."""
+    keys = yaml.safe_load(line)
     once = register(**keys)
+    assert [key for key in keys if key != "sera" and once[key] != keys[key]] == []
+    json.dumps(once["sera"])
     twice = copy.deepcopy(once)
     SeraPlugin().register(twice)
     assert twice == once
-
-
-def test_epochs_are_three_unless_set() -> None:
-    assert register()["num_epochs"] == 3
-    assert register(num_epochs=5)["num_epochs"] == 5
-    assert register(num_epochs=1.0)["num_epochs"] == 1
-
-
-def test_seed_is_the_hosts_default_unless_set() -> None:
-    # Without one the host draws other held-out pairs in every run.
-    assert register()["seed"] == 42
-    assert register(seed=0)["seed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -98,9 +96,7 @@ def test_seed_is_the_hosts_default_unless_set() -> None:
         ({"selection_ratio": 0, "bootstrap_ratio": 1, "labeler": "spin"}, None),
     ],
 )
-def test_one_iteration_that_selects_and_samples_nothing_is_named(
-    block: dict[str, Any], missing: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_iteration_that_selects_and_samples_nothing_is_named(block, missing, caplog):
     with caplog.at_level("WARNING", logger="axolotl.sera"):
         register(sera=block, num_epochs=1)
     if missing is None:
@@ -114,278 +110,166 @@ def test_one_iteration_that_selects_and_samples_nothing_is_named(
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_beta_is_the_losss_own_unless_set(loss: str) -> None:
+def test_beta_is_the_losss_own_unless_set(loss):
     keys: dict[str, Any] = {"sera": {"loss": loss}}
     if loss == "robust":
         keys["dpo_label_smoothing"] = 0.1
-    assert register(**keys)["rl_beta"] == LOSSES[loss].beta
+    for changes in ({}, {"trl": {}}):
+        assert register(**keys, **changes)["rl_beta"] == LOSSES[loss].beta
     assert register(**keys, rl_beta=0.37)["rl_beta"] == 0.37
     kept = register(**keys, trl={"beta": 0.41})
-    assert kept["trl"] == {"beta": 0.41}
-    assert kept.get("rl_beta") is None
-    assert register(**keys, trl={})["rl_beta"] == LOSSES[loss].beta
+    assert (kept["trl"], kept.get("rl_beta")) == ({"beta": 0.41}, None)
 
 
 @pytest.mark.parametrize("keys", [{"fsdp_version": 2}, {"fsdp_config": {"fsdp_version": "2"}}])
-def test_sharded_runs_keep_whole_checkpoints(keys: dict[str, Any]) -> None:
+def test_sharded_runs_keep_whole_checkpoints(keys):
     block = keys.get("fsdp_config", {}) | {"offload_params": True}
     cfg = register(**keys | {"fsdp_config": block})
     assert cfg["fsdp_config"] == block | {"state_dict_type": "FULL_STATE_DICT"}
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"dpo_loss_type": ["apo_zero"]},
-        {"dpo_label_smoothing": 0.1},
-        {"dpo_label_smoothing": 0.0, "sera": {"loss": "ipo"}},
-        {"max_steps": None, "sample_packing": False, "streaming": False},
-        {"load_best_model_at_end": False, "save_strategy": "epoch"},
-        {"context_parallel_size": 1},
-        {"activation_offloading": True, "gradient_checkpointing": True},
-        {
-            "activation_offloading": "hidden_states",
-            "gradient_checkpointing_kwargs": {"use_reentrant": True},
-        },
-        {"precompute_ref_log_probs": True, "layer_offloading": False},
-        {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
-    ],
-)
-def test_what_works_is_left_alone(keys: dict[str, Any]) -> None:
-    cfg = register(**keys)
-    assert [key for key in keys if key != "sera" and cfg[key] != keys[key]] == []
-
-
-def test_unset_keys_of_the_vllm_block_stay_unset() -> None:
+def test_unset_keys_of_the_vllm_block_stay_unset():
     # The host would fill in 0.9 of the GPU and a server on all interfaces.
-    cfg = register(vllm={"port": 8001})
-    assert cfg["vllm"] == {"gpu_memory_utilization": None, "host": "127.0.0.1", "port": 8001}
+    unset = {"gpu_memory_utilization": None, "host": "127.0.0.1"}
     named = {"gpu_memory_utilization": 0.4, "host": "10.0.0.5"}
+    assert register(vllm={"port": 8001})["vllm"] == unset | {"port": 8001}
     assert register(vllm=named)["vllm"] == named
-    for absent in ({}, {"vllm": None}):
-        assert register(**absent)["vllm"] == {"gpu_memory_utilization": None, "host": "127.0.0.1"}
+    assert register()["vllm"] == register(vllm=None)["vllm"] == unset
 
 
-def test_kernels_for_labels_are_named_as_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_for_labels_are_named_as_without_effect(caplog):
     with caplog.at_level("WARNING", logger="axolotl.sera"):
         register(liger_fused_linear_cross_entropy=True, cut_cross_entropy=True)
-    assert "liger_fused_linear_cross_entropy, cut_cross_entropy: no effect" in caplog.text
-    assert "remove them" in caplog.text
+    said = "liger_fused_linear_cross_entropy, cut_cross_entropy: no effect.*remove them"
+    assert re.search(said, caplog.text)
 
 
 # ------------------------------------------------------------------ misuse
 
-#: Keys of the configuration, and what the message must contain: key, value, remedy.
-MISUSE: list[tuple[Any, ...]] = [
-    ({"rl": "ipo"}, "rl: ipo", "Set `rl: sera`", "remove the plugin"),
-    ({"rl": None}, "rl: null", "Set `rl: sera`"),
-    ({"rl": "dpo", "sera": {"gamma": 0.5}}, "`sera:` block", "rl: dpo", "Set `rl: sera`"),
-    ({"sera": 0.7}, "sera: 0.7", "indent"),
-    ({"sera": {"selecton_ratio": 0.5}}, "sera.selecton_ratio", "Did you mean `selection_ratio`"),
-    ({"sera": {"xyz": 1}}, "sera.xyz", "Known keys: selection_ratio"),
-    ({"sera": {"gamma": 1.5}}, "sera.gamma: 1.5", "less than or equal to 1"),
-    ({"sera": {"candidates": "many"}}, "sera.candidates: 'many'", "integer"),
-    ({"selection_ratio": 0.5}, "`selection_ratio`", "`sera: {selection_ratio: ...}`"),
-    ({"sera_gamma": 0.5}, "`sera_gamma`", "sera: {gamma"),
-    ({"sera_selecton_ratio": 0.5}, "`sera_selecton_ratio`", "sera: {selection_ratio"),
-    ({"sera-gamma": 0.5}, "`sera-gamma`", "sera: {gamma"),
-    ({"sera_xyz": 0.5}, "`sera_xyz`", "`sera:` block"),
-    ({"serra": {"gamma": 0.5}}, "`serra`", "Did you mean `sera`"),
-    ({"SeRA": {"gamma": 0.5}}, "`SeRA`", "Did you mean `sera`"),
-    ({"bootstrp_ratio": 0.5}, "`bootstrp_ratio`", "sera: {bootstrap_ratio"),
-    ({"num_epochs": 2.5}, "num_epochs: 2.5", "set num_epochs to 1, 2, 3"),
-    ({"num_epochs": 0}, "num_epochs: 0", "set num_epochs"),
-    ({"num_epochs": "three"}, "num_epochs: three", "set num_epochs to 1, 2"),
-    ({"num_epochs": float("inf")}, "num_epochs: inf", "set num_epochs to 1, 2"),
-    ({"rl_beta": 0}, "rl_beta: 0"),
-    ({"trl": {"beta": 0}}, "trl.beta: 0", "above 0"),
-    ({"max_steps": 10}, "max_steps: 10", "remove max_steps", "num_epochs"),
-    ({"streaming": True}, "streaming: true", "remove streaming"),
-    ({"pretraining_dataset": "c4"}, "pretraining_dataset: c4", "use datasets"),
-    ({"sample_packing": True}, "sample_packing: true", "remove sample_packing"),
-    ({"dpo_use_liger_kernel": True}, "dpo_use_liger_kernel", "remove"),
-    ({"use_liger_kernel": True}, "use_liger_kernel: true", "LigerPlugin"),
-    ({"layer_offloading": True}, "layer_offloading: true", "qlora"),
-    (
-        {"activation_offloading": "legacy", "gradient_checkpointing": True},
-        "activation_offloading: legacy",
-        "activation_offloading: true",
-    ),
-    (
-        {"gradient_checkpointing": "offload_disk"},
-        "gradient_checkpointing: offload_disk",
-        "activation_offloading: true",
-    ),
-    (
-        {"activation_offloading": "hidden_states", "gradient_checkpointing": True},
-        "activation_offloading: hidden_states",
-        "activation_offloading: true",
-    ),
-    ({"precompute_ref_log_probs": False}, "precompute_ref_log_probs: false", "Remove"),
-    ({"rl_adapter_ref_model": True}, "rl_adapter_ref_model", "remove"),
-    ({"neftune_noise_alpha": 5}, "neftune_noise_alpha: 5", "remove"),
-    ({"relora": True}, "relora: true", "remove relora"),
-    ({"context_parallel_size": 2}, "context_parallel_size: 2", "remove"),
-    ({"tensor_parallel_size": 4}, "tensor_parallel_size: 4", "remove"),
-    ({"deepspeed": "zero1.json"}, "deepspeed: zero1.json", "fsdp_version: 2"),
-    ({"use_ray": True}, "use_ray: true", "--launcher torchrun"),
-    ({"fsdp": ["full_shard"]}, "fsdp_config: null", "fsdp_version: 2"),
-    ({"fsdp_config": {"offload_params": True}}, "fsdp_version: null", "version: 2"),
-    ({"fsdp_config": {"fsdp_version": 1}}, "fsdp_version: 1 ", "Set fsdp_version: 2"),
-    (
-        {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
-        "fsdp_config.state_dict_type: SHARDED_STATE_DICT",
-        "FULL_STATE_DICT",
-    ),
-    (
-        {"fsdp_version": 2, "fsdp_config": {"offload_params": True}, "load_in_4bit": True},
-        "load_in_4bit: true",
-        "Remove load_in_4bit",
-    ),
-    (
-        {"load_best_model_at_end": True},
-        "load_best_model_at_end: true",
-        "Remove it",
-        "axolotl sera eval",
-    ),
-    ({"metric_for_best_model": "eval_loss"}, "metric_for_best_model: eval_loss"),
-    ({"greater_is_better": False}, "greater_is_better: false", "Remove it"),
-    ({"save_strategy": "best"}, "save_strategy: best", "save_strategy: epoch"),
-    (
-        {"early_stopping_patience": 2},
-        "early_stopping_patience: 2",
-        "Remove it",
-        "axolotl sera eval",
-    ),
-    (
-        {"sera": {"bootstrap_ratio": 3, "candidates": 4}},
-        "bootstrap_ratio: 3",
-        "candidates: 4",
-        "Raise candidates to 6",
-    ),
-    ({"sera": {"bootstrap_ratio": float("inf")}}, "sera.bootstrap_ratio: inf"),
-    (
-        {"sera": {"selection_ratio": 0, "bootstrap_ratio": 0}},
-        "selection_ratio: 0",
-        "bootstrap_ratio: 0",
-        "Raise one",
-    ),
-    (
-        {"dpo_loss_type": ["ipo"], "sera": {"loss": "slic"}},
-        "dpo_loss_type: ['ipo']",
-        "sera.loss: slic",
-        "Keep",
-    ),
-    (
-        {"dpo_loss_type": ["hinge"], "sera": {"loss": "dpo"}},
-        "dpo_loss_type: ['hinge']",
-        "sera.loss: dpo",
-        "Keep",
-    ),
-    ({"sera": {"loss": "robust"}}, "sera.loss: robust", "dpo_label_smoothing", "0.1"),
-    ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing: 0.7", "from 0 to below 0.5"),
-    ({"dpo_label_smoothing": 0.5}, "dpo_label_smoothing: 0.5"),
-    (
-        {"dpo_label_smoothing": 0.1, "sera": {"loss": "ipo"}},
-        "dpo_label_smoothing: 0.1",
-        "sera.loss: ipo",
-        "Remove",
-    ),
-    # TRL 1.9 reads label smoothing in some of its losses only; not in `sigmoid`.
-    (
-        {"dpo_label_smoothing": 0.1, "dpo_loss_type": ["sigmoid"]},
-        "dpo_label_smoothing: 0.1",
-        "dpo_loss_type",
-    ),
-    ({"simpo_gamma": 0.5}, "simpo_gamma: 0.5", "sera.loss: simpo"),
-    ({"cpo_alpha": 0.5, "sera": {"loss": "ipo"}}, "cpo_alpha: 0.5", "sera.loss: simpo"),
-    (
-        {"vllm": {"gpu_memory_utilisation": 0.5}},
-        "vllm.gpu_memory_utilisation",
-        "Did you mean `gpu_memory_utilization`",
-    ),
-    ({"trl": {"beta": "strong"}}, "trl.beta: strong is not a number"),
-    ({"trainer_cls": "a.b"}, "trainer_cls: a.b", "remove trainer_cls"),
-    (
-        {"sera": {"sampler": "vllm-server"}},
-        "sera.sampler: vllm-server",
-        "needs an adapter",
-        "adapter: lora",
-    ),
-    ({"sera": {"gamma": True}}, "sera.gamma: True is not a number"),
-    (
-        {"dpo_loss_type": ["sigmoyd"]},
-        "dpo_loss_type: ['sigmoyd']",
-        "sigmoid, hinge",
-        "dpo_loss_type: [sigmoid]",
-    ),
-    ({"dpo_loss_type": "ipo"}, "dpo_loss_type: ipo", "list"),
-    ({"vllm": ["port"]}, "vllm: ['port']", "indent"),
-    ({"trl": "beta"}, "trl: 'beta'", "indent"),
-    ({"num_epochs": 10**30}, "num_epochs: 1000", "set num_epochs"),
-    ({"datasets": None}, "datasets is not set", "path: pairs.jsonl"),
-    ({"datasets": []}, "datasets: []", "path: pairs.jsonl"),
-    ({"datasets": {"path": "a"}}, "datasets: {'path': 'a'} is not a list", "path: pairs.jsonl"),
-    ({"datasets": ["a.jsonl"]}, "datasets[0]: 'a.jsonl'", "`path:`"),
-    ({"datasets": [{"path": "a"}, {"type": "x"}]}, "datasets[1].path: None", "Name a file"),
-    ({"datasets": [{"path": "a", "tpye": "x"}]}, "datasets[0].'tpye'", "Did you mean `type`"),
-    (
-        {"datasets": [{"path": "a", "type": {"field_choosen": "x"}}]},
-        "datasets[0].type.'field_choosen'",
-        "Did you mean `field_chosen`",
-    ),
-    (
-        {"datasets": [{"path": "a", "type": {"field_chosen": 5}}]},
-        "datasets[0].type.field_chosen: 5",
-        "Quote it",
-    ),
-    (
-        {"test_datasets": [{"path": "a", "type": 5}]},
-        "test_datasets[0].type: 5",
-        "chat_template.default",
-    ),
-    (
-        {"datasets": [{"path": "a", "name": ["x", "y"]}]},
-        "datasets[0].name: ['x', 'y']",
-        "an entry of its own",
-    ),
-    ({"dpo_use_weighting": True}, "dpo_use_weighting: true", "dpo_loss_type"),
-    ({"sera": {"ipo_reduction": "sum"}}, "sera.ipo_reduction: sum", "loss: dpo", "Set loss: ipo"),
-]
+#: Changes of the YAML => what the message contains: key, value, remedy. TRL 1.9 reads label
+#: smoothing in some of its losses only; not in `sigmoid`.
+MISUSE = """
+rl: ipo => rl: ipo | Set `rl: sera` | remove the plugin
+rl: null => rl: null | Set `rl: sera`
+{rl: dpo, sera: {gamma: 0.5}} => `sera:` block | rl: dpo | Set `rl: sera`
+sera: 0.7 => sera: 0.7 | indent
+sera: {selecton_ratio: 0.5} => sera.selecton_ratio | Did you mean `selection_ratio`
+sera: {xyz: 1} => sera.xyz | Known keys: selection_ratio
+sera: {gamma: 1.5} => sera.gamma: 1.5 | less than or equal to 1
+sera: {candidates: 1} => candidates: 1 | Raise candidates to 2
+sera: {length_control: .inf} => sera.length_control | finite number
+sera: {loss: kto} => sera.loss: 'kto' | 'kto_pair'
+selection_ratio: 0.5 => `selection_ratio` | `sera: {selection_ratio: ...}`
+sera_selecton_ratio: 0.5 => `sera_selecton_ratio` | sera: {selection_ratio
+sera-gamma: 0.5 => `sera-gamma` | sera: {gamma
+sera_xyz: 0.5 => `sera_xyz` | `sera:` block
+serra: {gamma: 0.5} => `serra` | Did you mean `sera`
+SeRA: {gamma: 0.5} => `SeRA` | Did you mean `sera`
+bootstrp_ratio: 0.5 => `bootstrp_ratio` | sera: {bootstrap_ratio
+num_epochs: 2.5 => num_epochs: 2.5 | set num_epochs to 1, 2, 3
+trl: {beta: 0} => trl.beta: 0 | above 0
+max_steps: 10 => max_steps: 10 | remove max_steps | num_epochs
+streaming: true => streaming: true | remove streaming
+pretraining_dataset: c4 => pretraining_dataset: c4 | use datasets
+sample_packing: true => sample_packing: true | remove sample_packing
+dpo_use_liger_kernel: true => dpo_use_liger_kernel | remove
+use_liger_kernel: true => use_liger_kernel: true | LigerPlugin
+layer_offloading: true => layer_offloading: true | qlora
+{activation_offloading: legacy, gradient_checkpointing: true}
+    => activation_offloading: legacy | activation_offloading: true
+gradient_checkpointing: offload_disk
+    => gradient_checkpointing: offload_disk | activation_offloading: true
+{activation_offloading: hidden_states, gradient_checkpointing: true}
+    => activation_offloading: hidden_states | activation_offloading: true
+precompute_ref_log_probs: false => precompute_ref_log_probs: false | Remove
+rl_adapter_ref_model: true => rl_adapter_ref_model | remove
+neftune_noise_alpha: 5 => neftune_noise_alpha: 5 | remove
+relora: true => relora: true | remove relora
+context_parallel_size: 2 => context_parallel_size: 2 | remove
+deepspeed: zero1.json => deepspeed: zero1.json | fsdp_version: 2
+use_ray: true => use_ray: true | --launcher torchrun
+fsdp: [full_shard] => fsdp_config: null | fsdp_version: 2
+fsdp_config: {offload_params: true} => fsdp_version: null | version: 2
+fsdp_config: {fsdp_version: 1} => fsdp_version: 1 does | Set fsdp_version: 2
+{fsdp_version: 2, fsdp_config: {state_dict_type: SHARDED_STATE_DICT}}
+    => fsdp_config.state_dict_type: SHARDED_STATE_DICT | FULL_STATE_DICT
+{fsdp_version: 2, fsdp_config: {offload_params: true}, load_in_4bit: true}
+    => load_in_4bit: true | Remove load_in_4bit
+load_best_model_at_end: true => load_best_model_at_end: true | Remove it | axolotl sera eval
+metric_for_best_model: eval_loss => metric_for_best_model: eval_loss
+greater_is_better: false => greater_is_better: false | Remove it
+save_strategy: best => save_strategy: best | save_strategy: epoch
+early_stopping_patience: 2 => early_stopping_patience: 2 | Remove it | axolotl sera eval
+sera: {bootstrap_ratio: 3, candidates: 4}
+    => bootstrap_ratio: 3 | candidates: 4 | Raise candidates to 6
+sera: {selection_ratio: 0, bootstrap_ratio: 0}
+    => selection_ratio: 0 | bootstrap_ratio: 0 | Raise one
+{dpo_loss_type: [ipo], sera: {loss: slic}} => dpo_loss_type: ['ipo'] | sera.loss: slic | Keep
+sera: {loss: robust} => sera.loss: robust | dpo_label_smoothing | 0.1
+dpo_label_smoothing: 0.5 => dpo_label_smoothing: 0.5 | from 0 to below 0.5
+{dpo_label_smoothing: 0.1, sera: {loss: ipo}}
+    => dpo_label_smoothing: 0.1 | sera.loss: ipo | Remove
+{dpo_label_smoothing: 0.1, dpo_loss_type: [sigmoid]} => dpo_label_smoothing: 0.1 | dpo_loss_type
+{cpo_alpha: 0.5, sera: {loss: ipo}} => cpo_alpha: 0.5 | sera.loss: simpo
+vllm: {gpu_memory_utilisation: 0.5}
+    => vllm.gpu_memory_utilisation | Did you mean `gpu_memory_utilization`
+trl: {beta: strong} => trl.beta: strong is not a number
+trainer_cls: a.b => trainer_cls: a.b | remove trainer_cls
+sera: {sampler: vllm-server} => sera.sampler: vllm-server | needs an adapter | adapter: lora
+sera: {gamma: true} => sera.gamma: True is not a number
+dpo_loss_type: [sigmoyd] => dpo_loss_type: ['sigmoyd'] | sigmoid, hinge | dpo_loss_type: [sigmoid]
+dpo_loss_type: ipo => dpo_loss_type: ipo | list
+vllm: [port] => vllm: ['port'] | indent
+trl: beta => trl: 'beta' | indent
+num_epochs: 1000000000000000000000000000000 => num_epochs: 1000 | set num_epochs
+datasets: null => datasets is not set | path: pairs.jsonl
+datasets: [] => datasets: [] | path: pairs.jsonl
+datasets: {path: a} => datasets: {'path': 'a'} is not a list | path: pairs.jsonl
+datasets: [a.jsonl] => datasets[0]: 'a.jsonl' | `path:`
+datasets: [{path: a}, {type: x}] => datasets[1].path: None | Name a file
+datasets: [{path: a, tpye: x}] => datasets[0].'tpye' | Did you mean `type`
+datasets: [{path: a, type: {field_choosen: x}}]
+    => datasets[0].type.'field_choosen' | Did you mean `field_chosen`
+datasets: [{path: a, type: {field_chosen: 5}}] => datasets[0].type.field_chosen: 5 | Quote it
+test_datasets: [{path: a, type: 5}] => test_datasets[0].type: 5 | chat_template.default
+datasets: [{path: a, name: [x, y]}] => datasets[0].name: ['x', 'y'] | an entry of its own
+dpo_use_weighting: true => dpo_use_weighting: true | dpo_loss_type
+sera: {ipo_reduction: sum} => sera.ipo_reduction: sum | loss: dpo | Set loss: ipo
+"""
+CASES = re.sub(r"\n +", " ", MISUSE.strip()).splitlines()
 
 
 def refusal(**keys: Any) -> str:
+    """What is said; the configuration is left as it was."""
+    cfg = config(**copy.deepcopy(keys))
     with pytest.raises(ValueError, match=r".") as error:
-        register(**keys)
+        SeraPlugin().register(cfg)
+    assert cfg == config(**keys)
     return str(error.value)
 
 
-@pytest.mark.parametrize("case", MISUSE, ids=lambda case: str(case[0])[:50])
-def test_misuse_names_key_value_and_remedy(case: tuple[Any, ...]) -> None:
-    keys, *parts = case
-    message = refusal(**keys)
-    assert [part for part in parts if part not in message] == [], message
+@pytest.mark.parametrize("case", CASES)
+def test_misuse_names_key_value_and_remedy(case):
+    change, said = case.split(" => ")
+    message = refusal(**yaml.safe_load(change))
+    assert [part for part in said.split(" | ") if part not in message] == [], message
 
 
-def test_every_line_of_the_table_is_tried() -> None:
-    messages = [refusal(**keys) for keys, *_ in MISUSE]
+def test_every_line_of_the_table_is_tried():
+    messages = [refusal(**yaml.safe_load(case.split(" => ")[0])) for case in CASES]
     for line in REFUSALS:
         start = line.remedy.partition("{")[0]
         assert any(f" {line.problem} {start}" in message for message in messages), line
 
 
-def test_every_problem_of_the_block_is_named_at_once() -> None:
+def test_every_problem_of_the_block_is_named_at_once_and_a_resolved_block_is_read_too():
     message = refusal(sera={"gamma": -1, "top_p": 2})
     assert re.search(r"sera\.gamma.*; sera\.top_p", message)
     assert "https://errors.pydantic" not in message
+    assert "sera: 'x' is not a block" in refusal(rl="dpo", trainer_cls=TRAINER, sera="x")
 
 
-def test_a_resolved_configuration_with_a_broken_block_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sera: 'x' is not a block"):
-        register(rl="dpo", trainer_cls=TRAINER, sera="x")
-
-
-def test_a_dataset_without_a_type_is_passed_through() -> None:
+def test_a_dataset_without_a_type_is_passed_through():
     """Else the host would not look at its rows before it measures them."""
     typed = {"path": "a", "type": "chatml.intel"}
     bare = {"path": "b"}
@@ -394,27 +278,15 @@ def test_a_dataset_without_a_type_is_passed_through() -> None:
     assert cfg["test_datasets"] == [{**bare, "type": "passthrough.default"}]
 
 
-def test_a_refused_configuration_is_left_as_it_was() -> None:
-    cfg = config(max_steps=10)
-    with pytest.raises(ValueError, match="max_steps"):
-        SeraPlugin().register(cfg)
-    assert cfg == config(max_steps=10)
-
-
 # ------------------------------------------------------------------ the real host
 
 
-def test_no_key_of_the_host_is_mistaken_for_a_misspelling() -> None:
+def test_no_key_of_the_host_is_mistaken_for_a_misspelling():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     for key in AxolotlInputConfig.model_fields:
         if key not in config() and key != "sera":
             register(**{key: None})
-
-
-def as_json(cfg: Any) -> Any:
-    """The configuration as it travels: a tuple is a list there."""
-    return json.loads(json.dumps(cfg.to_dict(), default=str))
 
 
 @pytest.fixture
@@ -437,57 +309,36 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
     )
 
 
-def test_the_host_accepts_what_the_plugin_made(
-    tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
-) -> None:
-    cfg = load({**tiny, "sera": {"loss": "ipo", "gamma": 0.5}})
-    assert str(cfg.rl.value if hasattr(cfg.rl, "value") else cfg.rl) == "dpo"
-    assert cfg.trainer_cls == TRAINER
-    assert cfg.num_epochs == 3
-    assert cfg.rl_beta == 1.0
-    assert cfg.sera["gamma"] == 0.5
-    assert cfg.sera["candidates"] == 4
-
-
-@pytest.mark.parametrize("keys", [{}, {"vllm": None}, {"vllm": {"max_model_len": 512}}], ids=str)
-def test_the_host_keeps_unset_vllm_keys_unset(
-    keys: dict[str, Any], tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
-) -> None:
-    cfg = load({**tiny, **keys})
-    block = {key: value for key, value in cfg.vllm.items() if value is not None}
-    assert block.keys() & {"gpu_memory_utilization", "enforce_eager"} == set()
-    assert block["host"] == "127.0.0.1"
-    assert block.get("max_model_len") == (keys.get("vllm") or {}).get("max_model_len")
-
-
-def test_the_hosts_own_result_can_be_registered_again(
-    tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
-) -> None:
+def test_the_host_accepts_what_the_plugin_made_and_it_can_be_registered_again(tiny, load):
     """A Ray worker gets the validated configuration, with all of the host's defaults in it."""
     cfg = load({**tiny, "sera": {"loss": "simpo"}, "simpo_gamma": 0.5})
-    before = as_json(cfg)
+    assert str(cfg.rl.value if hasattr(cfg.rl, "value") else cfg.rl) == "dpo"
+    assert (cfg.trainer_cls, cfg.num_epochs, cfg.rl_beta) == (TRAINER, 3, 2.0)
+    assert (cfg.sera["loss"], cfg.sera["candidates"]) == ("simpo", 4)
+    before = json.dumps(
+        cfg.to_dict(), default=str, sort_keys=True
+    )  # as it travels: a tuple is a list there
     SeraPlugin().register(cfg)
     # Set to nothing, or the host would fill it in when it validates again.
     assert cfg["vllm"].pop("gpu_memory_utilization", 0.9) is None
-    assert as_json(cfg) == before
+    assert json.dumps(cfg.to_dict(), default=str, sort_keys=True) == before
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"sera": {"selecton_ratio": 0.5}}, "Did you mean `selection_ratio`"),
-        ({"selection_ratio": 0.5}, "`sera: {selection_ratio: ...}`"),
-        ({"max_steps": 10}, "remove max_steps"),
-    ],
-)
-def test_misuse_surfaces_through_the_hosts_own_parser(
-    keys: dict[str, Any], said: str, tiny: dict[str, Any], load: Callable[[dict[str, Any]], Any]
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
-        load({**tiny, **keys})
+@pytest.mark.parametrize("block", [None, {"max_model_len": 512}])
+def test_the_host_keeps_unset_vllm_keys_unset(block, tiny, load):
+    cfg = load({**tiny, "vllm": block})
+    found = {key: value for key, value in cfg.vllm.items() if value is not None}
+    assert found.keys() & {"gpu_memory_utilization", "enforce_eager"} == set()
+    assert found["host"] == "127.0.0.1"
+    assert found.get("max_model_len") == (block or {}).get("max_model_len")
 
 
-def test_evaluating_the_base_model_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_misuse_surfaces_through_the_hosts_own_parser(tiny, load):
+    with pytest.raises(ValueError, match="Did you mean `selection_ratio`"):
+        load({**tiny, "sera": {"selecton_ratio": 0.5}})
+
+
+def test_evaluating_the_base_model_is_refused(tiny, tmp_path):
     """The host's command loads no trained model: it would compare the first one with itself."""
     from axolotl.cli.evaluate import do_cli
 

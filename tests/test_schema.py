@@ -143,7 +143,7 @@ def test_every_key_of_sera_is_explained_and_what_it_does_with_the_hosts(schema):
     for name, field in SeraConfig.model_fields.items():
         assert block["properties"][name]["description"] == " ".join(str(field.description).split())
     assert "`rl: sera`" in keys["sera"]["description"]
-    for names, meaning in HOST_KEYS:
+    for names, meaning in HOST_KEYS.items():
         for name in names.split(", "):
             if "." not in name:
                 assert keys[name]["description"].endswith(f"With rl: sera: {meaning}")

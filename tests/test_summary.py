@@ -1,4 +1,4 @@
-"""Figures of summary.json that are derived, on the three pairs of tests/test_iteration.py."""
+"""Figures of summary.json that are derived, on the three pairs of tests/three_pairs.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_start
 from sera_plugin.rundir.store import make_table
-from tests.test_iteration import CANDIDATES, Run
+from tests.three_pairs import CANDIDATES, Run
 
 
 def summary(run: Run, iteration: int) -> dict[str, Any]:

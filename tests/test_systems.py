@@ -1,6 +1,6 @@
 """Every system of the paper's comparison, followed by hand on three pairs.
 
-The world is test_iteration's: every token id is a known completion whose log-probability under
+The world is three_pairs.py's: every token id is a known completion whose log-probability under
 theta_0, theta_1, theta_2 stands in its table.
 """
 
@@ -24,7 +24,7 @@ from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run, require_same_run
 from sera_plugin.rundir.store import make_table
-from tests.test_iteration import CANDIDATES, END, Run, assert_reference_is, firsts
+from tests.three_pairs import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
 @dataclasses.dataclass
@@ -271,7 +271,7 @@ def test_noise_is_found_where_pairs_are_told_apart():
         ({"labeler": "reward_model"}, "do not go together"),
         ({"reward_model": "here"}, "do not go together"),
         ({"candidates": 1}, "Raise candidates to 2"),
-        ({"length_control": float("inf")}, "not finite"),
+        ({"length_control": float("inf")}, "finite number"),
         ({"length_control": True}, "not a number"),
         ({"length_control": "some"}, "length_control"),
         ({"length_control": 0.1, "labeler": "spin"}, "no rewards to take it off"),

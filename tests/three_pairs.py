@@ -1,0 +1,147 @@
+"""Three offline pairs, and fakes of two protocols: a scorer and a candidate sampler.
+
+Every token id is a known completion; the scorer looks its log-probability up
+by policy, so each number below can be followed on paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sera_plugin.algorithm.algorithm import prepare
+from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
+from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
+from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir.store import RunStore, make_table
+
+# log pi of (prompt token, completion's first token) under theta_0, theta_1, theta_2, in nats.
+LOGPS: dict[tuple[int, int], list[float]] = {
+    # chosen            rejected
+    (1, 11): [-10, -9, -8], (1, 12): [-10, -12, -15],
+    (2, 21): [-20, -21, -20], (2, 22): [-20, -20, -21],
+    (3, 31): [-30, -28, -29], (3, 32): [-30, -29, -31],
+    # candidates
+    (1, 13): [-5, -3, -2], (1, 14): [-5, -6, -6],
+    (2, 23): [-6, -6, -7], (2, 24): [-6, -5, -3],
+    (3, 33): [-7, -1, -9], (3, 34): [-7, -7, -7],
+}  # fmt: skip
+END = 99
+NAMES = ("prompt", "chosen", "rejected")
+CANDIDATES = {
+    row: [[10 * prompt + 3, END], [10 * prompt + 4, END]] for row, prompt in enumerate((1, 2, 3))
+}
+
+
+PAIRS = {
+    "prompt_ids": [[1], [2, 2], [3]],
+    "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
+    "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
+}
+
+
+class FakeScorer:
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str, int]] = []
+        self.broken: tuple[int, int] | None = None
+
+    def __call__(self, policy, prompts, completions, phase):
+        self.calls.append((policy, phase, len(prompts)))
+        keys = [(int(p[0]), int(c[0])) for p, c in zip(prompts, completions, strict=True)]
+        return np.asarray([math.nan if k == self.broken else LOGPS[k][policy] for k in keys])
+
+
+class FakeSampler:
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.report: dict[str, Any] = {"name": "fake"}
+        self.seconds = {"start_engine": 0.5}
+        self.fail_after = fail_after
+        self.sampled: list[int] = []
+        self.calls = 0
+
+    def sample(self, prompts, settings, skip=()):
+        self.calls += 1
+        # Last row first: the order of chunks is the sampler's own business.
+        for row in reversed(range(len(prompts))):
+            if row in skip:
+                continue
+            if len(self.sampled) == self.fail_after:
+                raise RuntimeError("the machine was taken away")
+            self.sampled.append(row)
+            yield [(row, [Candidate(ids, "stop") for ids in CANDIDATES[row]])]
+
+
+@dataclasses.dataclass
+class Run:
+    """One run directory with its fakes."""
+
+    directory: Path
+    config: SeraConfig = dataclasses.field(
+        default_factory=lambda: SeraConfig(selection_ratio=0.67, bootstrap_ratio=0.67, candidates=2)
+    )
+    reference_free: bool = False
+    per_token: bool = False
+    scorer: FakeScorer = dataclasses.field(default_factory=FakeScorer)
+    sampler: FakeSampler = dataclasses.field(default_factory=FakeSampler)
+    phases: Phases = dataclasses.field(default_factory=Phases)
+    pairs: dict[str, Any] = dataclasses.field(default_factory=lambda: PAIRS)
+
+    @property
+    def store(self) -> RunStore:
+        return RunStore(self.directory)
+
+    @property
+    def method(self) -> Method:
+        total = len(self.pairs["prompt_ids"])
+        return Method(self.config, self.reference_free, self.per_token, total)
+
+    def iteration(self, t: int, labeler: Any = None) -> Iteration:
+        return Iteration(
+            t,
+            self.method,
+            Pairs.from_table(make_table(self.pairs)),
+            self.store,
+            self.scorer,
+            self.sampler,
+            SamplingSettings(self.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0),
+            labeler or LABELERS[self.config.labeler].load()(self.method),
+            self.phases,
+        )
+
+    def prepare(self, t, labeler=None) -> dict[str, list[Any]]:
+        return prepare(self.iteration(t, labeler)).to_pydict()
+
+    def upto(self, t: int) -> dict[str, list[Any]]:
+        """What iteration t trains on, after those before it."""
+        return [self.prepare(each) for each in range(1, t + 1)][-1]
+
+    def table(self, iteration, name) -> dict[str, list[Any]]:
+        return self.store.read(iteration, name).to_pydict()
+
+    def offline(self, iteration) -> dict[str, list[Any]]:
+        return self.table(iteration, "offline")
+
+    def columns(self, iteration, name, columns: str) -> list[list[Any]]:
+        return [self.table(iteration, name)[column] for column in columns.split()]
+
+
+def firsts(columns: dict[str, list[Any]]) -> list[tuple[int, int, int]]:
+    """Pairs as the first tokens of prompt, chosen, rejected."""
+    return [
+        (p[0], c[0], r[0])
+        for p, c, r in zip(*(columns[f"{name}_ids"] for name in NAMES), strict=True)
+    ]
+
+
+def assert_reference_is(policy: int, trained: dict[str, list[Any]]) -> None:
+    for side in ("chosen", "rejected"):
+        expected = [
+            LOGPS[prompt[0], ids[0]][policy]
+            for prompt, ids in zip(trained["prompt_ids"], trained[f"{side}_ids"], strict=True)
+        ]
+        assert trained[f"ref_{side}_logps"] == expected
