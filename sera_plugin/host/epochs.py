@@ -18,8 +18,8 @@ from datasets.table import InMemoryTable
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
-from sera_plugin.algorithm.method import Pairs
 from sera_plugin.algorithm.algorithm import SIDES
+from sera_plugin.algorithm.method import Pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
