@@ -194,12 +194,9 @@ class Loop:
             policies.keep_current(iteration - 1)
         else:
             policies.current = None
-        config = self.method.config
+        names = {"candidates", "temperature", "top_p", "max_new_tokens"}
         settings = SamplingSettings(
-            candidates=config.candidates,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
+            **self.method.config.model_dump(include=names),
             max_length=self.cfg["sequence_len"],
             end_ids=self.end_ids,
             seed=self.method.seed * 1_000 + iteration,
