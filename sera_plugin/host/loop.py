@@ -54,7 +54,7 @@ class Loop:
     store: RunStore
     scorer: PolicyScorer
     tokenizer: Any
-    nats: float  # how far log-probabilities may move when nothing has changed, see `losses.deviation`
+    nats: float  # how far log-probabilities may move when nothing has changed (`deviation`)
     log: Callable[[dict[str, float]], None]  # takes figures for the trackers
     step: int | None = field(default=None, init=False)
     _earlier: bool = field(default=False, init=False)
