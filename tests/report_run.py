@@ -26,22 +26,19 @@ from sera_plugin.rundir.store import RunStore, make_table
 END = 0
 #: What token ids 0, 1, 2, ... read as unless a test says otherwise.
 WORDS = ["</s>", *(f"w{number}" for number in range(1, 40))]
+Logps = Mapping[int, Sequence[Sequence[float]]]
 
 
-class Scorer:
+def make_scorer(logps: Logps) -> Any:
     """Log-probabilities of offline pairs as the test has them, of all else by chance."""
 
-    def __init__(self, logps: Mapping[int, Sequence[Sequence[float]]]) -> None:
-        self.logps = logps
-
-    def __call__(
-        self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
-    ) -> np.ndarray[Any, Any]:
-        if phase == "score_offline" and policy in self.logps:
-            return np.concatenate([np.asarray(one, float) for one in self.logps[policy]])
-        lengths = np.fromiter(map(len, completions), float)
+    def score(policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str) -> Any:
+        if phase == "score_offline" and policy in logps:
+            return np.concatenate([np.asarray(one, float) for one in logps[policy]])
         noise = np.random.default_rng([policy, len(prompts)]).normal(size=len(prompts))
-        return -2.0 * lengths + (1 + policy) * noise
+        return -2.0 * np.fromiter(map(len, completions), float) + (1 + policy) * noise
+
+    return score
 
 
 class Sampler:
@@ -55,11 +52,8 @@ class Sampler:
     ) -> Generator[Chunk, None, None]:
         answers = [[1 + one] * (1 + one) + [END] for one in range(settings.candidates)]
         ends = ["stop" if row % 7 else "length" for row in range(len(prompts))]
-        yield [
-            (row, [Candidate(answer, end) for answer in answers])
-            for row, end in enumerate(ends)
-            if row not in skip
-        ]
+        yield [(row, [Candidate(answer, end) for answer in answers])
+               for row, end in enumerate(ends) if row not in skip]  # fmt: skip
 
 
 def make_run(
@@ -73,19 +67,15 @@ def make_run(
     words: Sequence[str] | None = tuple(WORDS),
     scores: Mapping[str, Sequence[Any]] | None = None,
     held_out: int = 4,
-    logps: Mapping[int, Sequence[Sequence[float]]] | None = None,
+    logps: Logps | None = None,
     config: Mapping[str, Any] | None = None,
     annotations: Annotations | None = None,
     labeler: type[Labeler] | None = None,
 ) -> RunStore:
     """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
-    store = RunStore(output_dir)
-    data, test = (_pairs(number) for number in (pairs, held_out))
-    method = Method(
-        block, loss == "simpo", per_token, pairs, iterations, 7, annotations or Annotations()
-    )
-    schedule = Schedule(method.sizes, 4, 1)
+    notes = annotations or Annotations()
+    method = Method(block, loss == "simpo", per_token, pairs, iterations, 7, notes)
     resolved = {
         "base_model": "org/none-such",
         "num_epochs": iterations,
@@ -93,28 +83,28 @@ def make_run(
         "sera": block.model_dump(mode="json"),
         **(config or {}),
     }
+    store, data = RunStore(output_dir), _pairs(pairs)
     loaded = Pairs.from_table(data)
-    other = Pairs.from_table(test) if held_out else None
+    other = Pairs.from_table(_pairs(held_out)) if held_out else None
+    schedule = Schedule(method.sizes, 4, 1)
     run = describe_run(resolved, loss, 0.1, method, schedule, loaded, other, (END,))
     for name, values in (scores or {}).items():
         data = data.append_column(name, [list(values)])
     store.begin(run, data)
-    scorer = Scorer(logps or {})
+    settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
+    kind = labeler or LABELERS[block.labeler].load()
+    tools = (make_scorer(logps or {}), Sampler(), settings, kind(method))
     summaries: list[dict[str, Any]] = []
     for iteration in range(1, iterations + 1):
         phases = Phases()
-        settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
-        kind = labeler or LABELERS[method.config.labeler].load()
-        tools = (scorer, Sampler(), settings, kind(method))
         it = Iteration(iteration, method, loaded, store, *tools, phases, held_out=other)
         prepare(it)
         if other is not None:
             score_held_out(it)
         summaries.append(summarize(it))
         phases.spend("train", 10.0)
-        seconds = {"seconds": dict(phases.seconds)}
-        alarms = {"alarms": records(judge(summaries))}
-        store.write_summary(iteration, summaries[-1] | seconds | alarms)
+        done = {"seconds": dict(phases.seconds), "alarms": records(judge(summaries))}
+        store.write_summary(iteration, summaries[-1] | done)
     if words is not None:
         write_tokenizer(output_dir, words)
     write_history(output_dir, iterations)
@@ -139,17 +129,14 @@ def write_tokenizer(directory: Path, words: Sequence[str]) -> None:
 
 
 def write_history(output_dir: Path, iterations: int) -> None:
-    history = [
-        entry
-        for iteration in range(1, iterations + 1)
-        for entry in (
-            {"step": 3 * iteration - 3, "sera/iteration": float(iteration)},
-            {"step": 3 * iteration - 2, "loss": 0.693, "rewards/margins": 0.0},
-            {"step": 3 * iteration, "loss": 0.6, "rewards/margins": 0.1, "rewards/accuracies": 0.8},
-            {"step": 3 * iteration, "eval_loss": 0.65},
-        )
-    ]
-    checkpoint = output_dir / f"checkpoint-{3 * iterations}"
+    checkpoint, history = output_dir / f"checkpoint-{3 * iterations}", []
+    for begun in range(0, 3 * iterations, 3):
+        history += [
+            {"step": begun, "sera/iteration": 1 + begun / 3},
+            {"step": begun + 1, "loss": 0.693, "rewards/margins": 0.0},
+            {"step": begun + 3, "loss": 0.6, "rewards/margins": 0.1, "rewards/accuracies": 0.8},
+            {"step": begun + 3, "eval_loss": 0.65},
+        ]
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     seal(checkpoint)

@@ -134,105 +134,88 @@ def browser(driver, tmp_path) -> Browser:
     return Browser(driver, tmp_path)
 
 
-class TestReport:
-    """The page of a run, opened from disk as a reader opens it."""
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, str]:
+    """A run's report, one of a run with hostile texts, and a comparison, as read from disk."""
+    directory = tmp_path_factory.mktemp("report")
+    random = np.random.default_rng(7)
+    scores = {
+        "score_chosen": random.uniform(0.4, 1, 60).tolist(),
+        "score_rejected": random.uniform(0, 0.8, 60).tolist(),
+        "source": ["web", "book", "forum"] * 20,
+    }
+    make_run(directory / "my-run", pairs=60, iterations=4, scores=scores)
+    hostile = directory / "<img src=x onerror=alert(1)>"
+    make_run(
+        hostile,
+        words=["</s>", *HOSTILE, *WORDS[1:]],
+        scores={HOSTILE[0]: [*HOSTILE, "x"], f"{HOSTILE[1]}_chosen": [1.0, 2.0] * 6},
+        config={"base_model": "</title><script>alert(1)</script>", "optimizer": "x" * 300},
+    )
+    runs = [Run(find_run(path)) for path in (directory / "my-run", hostile)]
+    write(compare(runs), directory / "comparison.html")
+    paths = {"report": write_report(directory / "my-run"), "hostile": write_report(hostile)}
+    paths["comparison"] = directory / "comparison.html"
+    return {name: path.as_uri() for name, path in paths.items()}
 
-    @pytest.fixture(scope="class")
-    def page(self, tmp_path_factory) -> str:
-        random = np.random.default_rng(7)
-        scores = {
-            "score_chosen": random.uniform(0.4, 1, 60).tolist(),
-            "score_rejected": random.uniform(0, 0.8, 60).tolist(),
-            "source": ["web", "book", "forum"] * 20,
-        }
-        run = tmp_path_factory.mktemp("report") / "my-run"
-        make_run(run, pairs=60, iterations=4, scores=scores)
-        return write_report(run).as_uri()
 
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
-    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-    def test_it_reads_well(self, browser, page, scheme, size):
-        browser.open(page, size, scheme)
-        browser.picture(f"report-{scheme}-{size[0]}")
-        assert browser.overflow() == []
-        for selector in ("h1", ".lead", "nav a", "td", ".chart svg text", ".facts dt"):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("name", ["report", "hostile", "comparison"])
+def test_a_page_reads_well_and_its_texts_stay_texts(browser, pages, name, scheme, size):
+    browser.open(pages[name], size, scheme)
+    with pytest.raises(NoAlertPresentException):
+        _ = browser.driver.switch_to.alert
+    browser.picture(f"{name}-{scheme}-{size[0]}")
+    assert browser.overflow() == []
+    for selector in ("h1", ".lead", "nav a", "td", ".chart svg text", ".facts dt"):
+        if name != "comparison" or selector in ("h1", "td", ".facts dt"):
             assert browser.contrast(selector) >= 4.5, selector
-        for number, details in enumerate(browser.find("details:not([open]) > summary")):
-            browser.click(details)
-            assert browser.overflow() == [], number
-        browser.picture(f"report-{scheme}-{size[0]}-open")
-        assert browser.complaints() == []
-
-    def test_every_section_is_a_click_away(self, browser, page):
-        browser.open(page)
-        links = browser.find("nav a")
-        assert len(links) > 8
-        for link in links:
-            name = link.get_attribute("href").partition("#")[2]
-            browser.ask("window.scrollTo(0, 0)")
-            browser.click(link)
-            browser.wait(
-                f"(({{top, bottom}}) => top < innerHeight && bottom > 0)"
-                f"(document.getElementById('{name}').getBoundingClientRect())"
-            )
-        assert browser.complaints() == []
-
-    def test_the_search_finds_examples(self, browser, page):
-        browser.open(page, PHONE)
-        box = browser.find("#search")[0]
-        shown = browser.find("article.pair")
-        # Row r is made of the word w<1 + r % 30>.
-        box.send_keys("KEPT w8")
-        browser.wait("document.getElementById('found').textContent != ''")
-        left = [one for one in shown if one.is_displayed()]
-        assert 0 < len(left) < len(shown)
-        assert all("w8" in one.text and "kept" in one.text for one in left)
-        assert browser.ask("document.getElementById('found').textContent").startswith(
-            f"{len([one for one in shown if not one.get_property('hidden')])} of {len(shown)}"
-        )
-        box.clear()
-        box.send_keys("no such word")
-        assert not any(one.is_displayed() for one in shown)
-        assert browser.overflow() == []
-        assert browser.complaints() == []
-
-    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-    def test_hostile_text_stays_text(self, browser, tmp_path, size):
-        words = ["</s>", *HOSTILE, *WORDS[1:]]
-        scores = {HOSTILE[0]: [*HOSTILE, "x"], f"{HOSTILE[1]}_chosen": [1.0, 2.0] * 6}
-        make_run(
-            tmp_path / "<img src=x onerror=alert(1)>",
-            words=words,
-            scores=scores,
-            config={"base_model": "</title><script>alert(1)</script>", "optimizer": "x" * 300},
-        )
-        browser.open(write_report(tmp_path / "<img src=x onerror=alert(1)>").as_uri(), size)
-        with pytest.raises(NoAlertPresentException):
-            _ = browser.driver.switch_to.alert
-        for details in browser.find("details:not([open]) > summary"):
-            browser.click(details)
-        assert browser.find("img, iframe, object, b, article script") == []
-        assert browser.find(".pair pre")[0].is_displayed()
-        assert HOSTILE[1] in browser.find("#examples")[0].text
-        assert browser.overflow() == []
-        browser.picture(f"hostile-{size[0]}")
-        assert browser.complaints() == []
-
-
-class TestComparison:
-    """The page of `axolotl sera compare --html`."""
-
-    @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-    def test_it_reads_well(self, browser, tmp_path, size):
-        for name, gamma in (("one", 0.3), ("two", 0.1)):
-            make_run(tmp_path / name, sera={"gamma": gamma})
-        page = tmp_path / "comparison.html"
-        write(compare([Run(find_run(tmp_path / name)) for name in ("one", "two")]), page)
-        browser.open(page.as_uri(), size)
-        browser.picture(f"comparison-{size[0]}")
+    for number, details in enumerate(browser.find("details:not([open]) > summary")):
+        browser.click(details)
+        assert browser.overflow() == [], number
+    browser.picture(f"{name}-{scheme}-{size[0]}-open")
+    assert browser.find("img, iframe, object, b, article script") == []
+    if name == "comparison":
         assert "Settings that differ" in browser.find("main")[0].text
-        assert browser.overflow() == []
-        assert browser.complaints() == []
+    else:
+        assert browser.find(".pair pre")[0].is_displayed()
+        assert (HOSTILE[1] in browser.find("#examples")[0].text) == (name == "hostile")
+    assert browser.complaints() == []
+
+
+def test_every_section_is_a_click_away(browser, pages):
+    browser.open(pages["report"])
+    links = browser.find("nav a")
+    assert len(links) > 8
+    for link in links:
+        name = link.get_attribute("href").partition("#")[2]
+        browser.ask("window.scrollTo(0, 0)")
+        browser.click(link)
+        browser.wait(
+            f"(({{top, bottom}}) => top < innerHeight && bottom > 0)"
+            f"(document.getElementById('{name}').getBoundingClientRect())"
+        )
+    assert browser.complaints() == []
+
+
+def test_the_search_finds_examples(browser, pages):
+    browser.open(pages["report"], PHONE)
+    box, shown = browser.find("#search")[0], browser.find("article.pair")
+    # Row r is made of the word w<1 + r % 30>.
+    box.send_keys("KEPT w8")
+    browser.wait("document.getElementById('found').textContent != ''")
+    left = [one for one in shown if one.is_displayed()]
+    assert 0 < len(left) < len(shown)
+    assert all("w8" in one.text and "kept" in one.text for one in left)
+    counted = len([one for one in shown if not one.get_property("hidden")])
+    said = browser.ask("document.getElementById('found').textContent")
+    assert said.startswith(f"{counted} of {len(shown)}")
+    box.clear()
+    box.send_keys("no such word")
+    assert not any(one.is_displayed() for one in shown)
+    assert browser.overflow() == []
+    assert browser.complaints() == []
 
 
 class TestSite:

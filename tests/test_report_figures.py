@@ -7,8 +7,8 @@ import math
 import pytest
 
 from sera_plugin.tools.report.figures import figures, r_squared, score_columns
-from sera_plugin.tools.report.reading import Run, find_run
-from sera_plugin.tools.report.sections import curve
+from sera_plugin.tools.report.page import curve
+from sera_plugin.tools.report.reading import Run
 from tests.report_run import make_run
 
 # Four pairs. Rejected answers keep their log-probability, so that a margin is the change in the
@@ -18,20 +18,12 @@ FOUR = {
     1: ([-6, -10, -9, -10], [-5] * 4),
     2: ([-6, -9, -7, -9.5], [-5] * 4),
 }
+about = pytest.approx
 
 
-def read(output_dir):
-    return Run(find_run(output_dir))
-
-
-def of(output_dir, **keys):
-    make_run(output_dir, **keys)
-    return figures(read(output_dir))
-
-
-@pytest.fixture
-def four(tmp_path):
-    return of(tmp_path, pairs=4, logps=FOUR, sera={"bootstrap_ratio": 0}, held_out=0)
+def of_four(output_dir, sera=None, **keys):
+    block = {"bootstrap_ratio": 0, **(sera or {})}
+    return figures(Run(make_run(output_dir, pairs=4, logps=FOUR, sera=block, held_out=0, **keys)))
 
 
 @pytest.mark.parametrize(
@@ -46,80 +38,40 @@ def four(tmp_path):
     ],
 )
 def test_r_squared_needs_three_points_that_differ(x, y, share):
-    assert r_squared(x, y) == (share and pytest.approx(share))
+    assert r_squared(x, y) == (share and about(share))
 
 
-def test_margins_and_where_pairs_are_kept(four):
-    first, second, third = four["iterations"]
+def test_margins_selections_and_drift(tmp_path):
+    found = of_four(tmp_path)
+    first, second, third = found["iterations"]
     assert "margins" not in first
-    assert second["margins"]["offline"]["1.0"] == pytest.approx(4)
-    assert second["threshold"] == pytest.approx(1)
+    assert second["margins"]["offline"]["1.0"] == about(4)
+    assert second["threshold"] == about(1)
     # 0.7 x (0, 1, 2, 1/2) + 0.3 x (4, 0, 1, 0) = 1.2, 0.7, 1.7, 0.35
-    assert third["margins"]["offline"]["0.5"] == pytest.approx((0.7 + 1.2) / 2)
-    assert third["threshold"] == pytest.approx(1.2)
+    assert third["margins"]["offline"]["0.5"] == about((0.7 + 1.2) / 2)
+    assert third["threshold"] == about(1.2)
     assert (third["kept"], third["dropped"]) == (2, 2)
     # Margins of 0 do not agree with their label.
     assert (second["offline_accuracy"], third["offline_accuracy"]) == (0.5, 1.0)
-
-
-def test_the_ensemble_exchanged_one_pair(four):
-    # Without it margins are 0, 1, 2, 1/2: rows 1 and 2; with it rows 0 and 2.
-    assert four["iterations"][2]["ensemble"] == {
-        "exchanged": 1,
-        "kept": 2,
-        "jaccard": pytest.approx(1 / 3),
-    }
-    assert four["iterations"][1]["ensemble"] is None
-
-
-def test_selections_are_compared_with_each_other_and_with_chance(four):
-    assert four["jaccard"] == {
-        "iterations": [2, 3],
-        "matrix": [[1.0, 1.0], [1.0, 1.0]],
-        # Two random halves of four share one pair of three.
-        "by_chance": pytest.approx(1 / 3),
-    }
-
-
-def test_drift_is_from_the_initial_policy(four):
-    assert [one["drift"]["chosen"] for one in four["iterations"]] == pytest.approx([0, 1.25, 2.125])
-    assert four["iterations"][2]["drift"]["rejected"] == 0
-
-
-def test_recomputed_rewards_are_those_recorded(tmp_path):
-    make_run(tmp_path, sera={"gamma": 0.4})
-    run = read(tmp_path)
-    for one in run.iterations[1:]:
-        assert run.implicit_margin(one.number) == pytest.approx(one.margin)
-
-
-def test_the_ensemble_s_part_in_sampled_pairs(tmp_path):
-    make_run(tmp_path)
-    run = read(tmp_path)
-    third = run.iterations[2]
-    candidates, pairs = third.candidates, third.bootstrapped
-    reward = candidates.logps[:, 0] - candidates.logps[:, 1]
-    ranked = reward.reshape(-1, 4).argsort(axis=1)
-    spread = reward.reshape(-1, 4).max(axis=1) - reward.reshape(-1, 4).min(axis=1)
-    best = {(row, ranked[row, 3], ranked[row, 0]) for row in (-spread).argsort()[:6]}
-    names = ("row", "chosen_candidate", "rejected_candidate")
-    now = set(zip(*(pairs[name][pairs["selected"]] for name in names), strict=True))
-    assert figures(run)["iterations"][2]["bootstrapped_ensemble"] == {
-        "exchanged": len(now - best),
-        "kept": 6,
-    }
-    assert len(now - best) > 0
+    # Without the ensemble margins are 0, 1, 2, 1/2: rows 1 and 2; with it rows 0 and 2.
+    assert third["ensemble"] == {"exchanged": 1, "kept": 2, "jaccard": about(1 / 3)}
+    assert second["ensemble"] is None
+    # Two random halves of four share one pair of three.
+    same = [[1.0, 1.0], [1.0, 1.0]]
+    assert found["jaccard"] == {"iterations": [2, 3], "matrix": same, "by_chance": about(1 / 3)}
+    # From the initial policy.
+    assert [one["drift"]["chosen"] for one in found["iterations"]] == about([0, 1.25, 2.125])
+    assert third["drift"]["rejected"] == 0
 
 
 def test_simpo_is_per_token_and_has_no_reference(tmp_path):
     # Chosen answers have 4 tokens and rejected ones 2: -6 / 4 - -5 / 2 = 1 and so on.
-    keys = {"sera": {"loss": "simpo", "bootstrap_ratio": 0}, "loss": "simpo", "per_token": True}
-    found = of(tmp_path, pairs=4, logps=FOUR, held_out=0, **keys)
+    found = of_four(tmp_path, {"loss": "simpo"}, loss="simpo", per_token=True)
     assert found["run"]["unit"] == "nats per token"
-    assert found["iterations"][1]["margins"]["offline"]["1.0"] == pytest.approx(1)
+    assert found["iterations"][1]["margins"]["offline"]["1.0"] == about(1)
     # Row 0 is -1.5 and -1.5, row 2 -9 / 4 and -7 / 4; both policies weigh in, and both are kept.
     assert found["iterations"][2]["ensemble"]["exchanged"] == 0
-    assert found["iterations"][2]["threshold"] == pytest.approx(0.7 * -1.75 + 0.3 * -2.25 + 2.5)
+    assert found["iterations"][2]["threshold"] == about(0.7 * -1.75 + 0.3 * -2.25 + 2.5)
 
 
 def test_length_and_scores_explain_rewards(tmp_path):
@@ -130,20 +82,17 @@ def test_length_and_scores_explain_rewards(tmp_path):
         "gap": [8.0, 0.0, 2.0, 0.0],
         "swapped": [False, True, False, True],
     }
-    found = of(
-        tmp_path, pairs=4, logps=FOUR, scores=scores, sera={"bootstrap_ratio": 0}, held_out=0
-    )
-    second = found["iterations"][1]
+    second = of_four(tmp_path, scores=scores)["iterations"][1]
     # Rewards 4, 0, 1, 0 of chosen and 0 of rejected answers are the scores themselves.
-    assert second["scores"]["score"]["reward"] == pytest.approx(1)
+    assert second["scores"]["score"]["reward"] == about(1)
     assert second["scores"]["score"]["agreement"] == 1
-    assert second["scores"]["gap"] == {"margin": pytest.approx(1)}
+    assert second["scores"]["gap"] == {"margin": about(1)}
     # Lengths 4 and 2, rewards of mean 5/4 and 0: (8 x 5/8)^2 / (8 x (17 - 25/8)).
-    assert second["length_r2"]["reward"] == pytest.approx(25 / 111)
+    assert second["length_r2"]["reward"] == about(25 / 111)
     assert second["length_r2"]["margin"] is None  # all differences in length are 2
     assert second["groups"]["swapped"] == [
-        {"value": False, "pairs": 2, "kept": 1.0, "median_margin": pytest.approx(2.5)},
-        {"value": True, "pairs": 2, "kept": 0.0, "median_margin": pytest.approx(0)},
+        {"value": False, "pairs": 2, "kept": 1.0, "median_margin": about(2.5)},
+        {"value": True, "pairs": 2, "kept": 0.0, "median_margin": about(0)},
     ]
     assert [group["kept"] for group in second["groups"]["source"]] == [0.5, 0.5]
 
@@ -163,35 +112,39 @@ def test_length_and_scores_explain_rewards(tmp_path):
 )
 def test_scores_are_found_and_told_apart(tmp_path, found):
     found = {name: columns or (name,) for name, columns in found.items()}
-    columns = [column for both in found.values() for column in both]
-    scores = {name: [1.0, 2.0, 3.0, 4.0] for name in columns} | {"note": ["x"] * 4}
-    make_run(tmp_path, pairs=4, scores=scores)
-    assert score_columns(read(tmp_path)) == found
+    scores = {column: [1.0, 2.0, 3.0, 4.0] for both in found.values() for column in both}
+    run = Run(make_run(tmp_path, pairs=4, scores=scores | {"note": ["x"] * 4}))
+    assert score_columns(run) == found
 
 
-def test_samples_and_lengths(tmp_path):
-    second = of(tmp_path, pairs=14)["iterations"][1]
+def test_samples_lengths_and_held_out_pairs(tmp_path):
+    run = Run(make_run(tmp_path, pairs=14, held_out=9, sera={"gamma": 0.4}))
+    found = figures(run)["iterations"]
     # 14 prompts of 4 answers of 2, 3, 4 and 5 tokens; those of rows 0 and 7 are cut off.
-    assert second["samples"] == {
-        "prompts": 14,
-        "sampled": 56,
-        "unfinished": 8,
-        "duplicates": 0,
-        "ties": 0,
-        "too_few": 0,
-        "unranked": 0,
-    }
-    assert second["lengths"]["sampled"] == 3.5
-    assert (second["lengths"]["chosen"], second["lengths"]["rejected"]) == (4, 2)
+    counted = {"prompts": 14, "sampled": 56, "unfinished": 8}
+    assert found[1]["samples"] == counted | dict.fromkeys(
+        ("duplicates", "ties", "too_few", "unranked"), 0
+    )
+    assert found[1]["lengths"]["sampled"] == 3.5
+    assert (found[1]["lengths"]["chosen"], found[1]["lengths"]["rejected"]) == (4, 2)
+    assert found[0]["held_out"] is None
+    for one, figure in zip(run.iterations[1:], found[1:], strict=True):
+        assert run.implicit_margin(one.number) == about(one.margin)  # as recorded
+        assert figure["held_out"]["accuracy"] == one.summary["evaluation"]["accuracy"]
+        assert figure["held_out"]["pairs"] == 9
 
 
-def test_held_out_accuracy_is_that_of_the_summary(tmp_path):
-    make_run(tmp_path, held_out=9)
-    run = read(tmp_path)
-    for one, found in zip(run.iterations, figures(run)["iterations"], strict=True):
-        recorded = one.summary.get("evaluation")
-        assert (found["held_out"] or {}).get("accuracy") == (recorded or {}).get("accuracy")
-    assert figures(run)["iterations"][2]["held_out"]["pairs"] == 9
+def test_the_ensemble_s_part_in_sampled_pairs(tmp_path):
+    run = Run(make_run(tmp_path))
+    logps, pairs = run.iterations[2].candidates["logps"], run.iterations[2].bootstrapped
+    reward = (logps[:, 0] - logps[:, 1]).reshape(-1, 4)
+    ranked, spread = reward.argsort(axis=1), reward.max(axis=1) - reward.min(axis=1)
+    best = {(row, ranked[row, 3], ranked[row, 0]) for row in (-spread).argsort()[:6]}
+    names = ("row", "chosen_candidate", "rejected_candidate")
+    now = set(zip(*(pairs[name][pairs["selected"]] for name in names), strict=True))
+    found = figures(run)["iterations"][2]["bootstrapped_ensemble"]
+    assert found == {"exchanged": len(now - best), "kept": 6}
+    assert len(now - best) > 0
 
 
 def test_curves_have_a_gap_where_an_iteration_starts():
@@ -205,5 +158,5 @@ def test_curves_have_a_gap_where_an_iteration_starts():
     ]
     steps, losses = curve(history, "loss")
     assert steps == [0, 2, 4, 6, 6]
-    assert losses == pytest.approx([0.7, 0.6, 0.5, math.nan, 0.7], nan_ok=True)
+    assert losses == about([0.7, 0.6, 0.5, math.nan, 0.7], nan_ok=True)
     assert curve(history, "eval_loss") == ([], [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
+import html
 import os
 import re
 import shutil
@@ -18,15 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sera_plugin.rundir.checksums import is_whole, seal
+from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import make_table, read_json, write_json
 from sera_plugin.tools.report import page
-from sera_plugin.tools.report.page import MEANINGS, write_report
+from sera_plugin.tools.report.page import write_report
 from sera_plugin.tools.report.reading import Run, find_run
 from tests.report_run import WORDS, make_run, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "sera_plugin" / "tools" / "report"
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
@@ -43,28 +43,27 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page as a browser sees them."""
+    """Tags, attributes and text of a run's page as a browser sees them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, output_dir: Path) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.html = path.read_text(encoding="utf-8")
+        self.text = ""
+        self.html = write_report(output_dir).read_text(encoding="utf-8")
         self.feed(self.html)
-        self.text = "".join(self.texts)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
 
     def handle_data(self, data):
-        self.texts.append(data)
+        self.text += data
 
 
 def make(output_dir, **keys):
     make_run(output_dir, **keys)
-    return Page(write_report(output_dir))
+    return Page(output_dir)
 
 
 def damage(path: Path) -> None:
@@ -73,7 +72,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_the_page_has_a_chart_or_table_for_each_question(tmp_path):
+def test_the_page_has_a_chart_or_table_for_each_question_and_asks_nobody(tmp_path):
     scores = {"score_chosen": np.arange(12.0).tolist(), "score_rejected": [3.0] * 12}
     found = make(tmp_path, scores=scores)
     sections = "margins selection lengths scores accuracy samples cost training"
@@ -84,63 +83,48 @@ def test_the_page_has_a_chart_or_table_for_each_question(tmp_path):
     assert found.tags.count("svg") == 2 * 3 + 1 + 3 + 3
     assert "Iteration 3: the ensemble exchanged" in found.text
     assert "The last two selections have a Jaccard index of" in found.text
-    assert "SeRA run, finished" in found.text
     # All colours follow light and dark.
     assert "prefers-color-scheme: dark" in found.html
     drawn = "".join(re.findall(r"<svg.*?</svg>", found.html, flags=re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}\b", drawn)
     assert "var(--kept)" in drawn
-
-
-def test_hostile_text_stays_text(tmp_path):
-    scores = {
-        "$\\frac{$<b onclick=x>_chosen": np.arange(12.0).tolist(),
-        "$\\frac{$<b onclick=x>_rejected": [1.0] * 12,
-        "$\\frac{": [*HOSTILE, "x"],
-    }
-    words = ["</s>", *HOSTILE, *WORDS[1:]]
-    found = make(
-        tmp_path / "<img src=x>",
-        scores=scores,
-        words=words,
-        config={"base_model": "</title><script>alert(1)</script>", "optimizer": HOSTILE[0]},
-    )
-    assert found.tags.count("script") == 1
-    assert not {"img", "iframe", "object", "link", "b"} & set(found.tags)
-    assert not [name for name, _ in found.attributes if name.startswith("on")]
-    assert found.tags.count("style") == 1
-    for word in HOSTILE[:7]:
-        assert word in found.text
-    assert "مرحبا بالعالم" in found.text
-    shown = re.sub(r"[\n\t]", "", found.html)
-    assert all(one.isprintable() for one in shown), {o for o in shown if not o.isprintable()}
-    assert r"\u202egnp.exe \u200b\u2066" in found.text
-    assert r"red\x08\x00\x9b\r" in found.text
-
-
-def test_the_page_asks_nobody(tmp_path):
-    found = make(tmp_path)
-    script = (PACKAGE / "page.js").read_text().removesuffix("\n")
+    # One script, known by its hash, and no address.
+    script = (ROOT / "sera_plugin/tools/report/page.js").read_text().removesuffix("\n")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     assert any(policy in value for name, value in found.attributes if name == "content")
     assert f"<script>{script}</script>" in found.html
     links = [value for name, value in found.attributes if name in ("href", "src", "xlink:href")]
+    links += re.findall(r"url\(([^)]*)", found.html)
     assert links
     assert all(value.startswith("#") for value in links)
-    assert set(re.findall(r"https?://[^\s\"'<]+", found.html)) <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-    }
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", found.html))
+    addresses = set(re.findall(r"https?://[^\s\"'<]+", found.html))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    # Every alarm can be judged from iteration 3 on, and means what the docs say.
+    row = r'<tr><th scope="row">(\w+)</th><td class="figures">.*<td class="text">(.*)</td></tr>'
+    meant = {name: html.unescape(text) for name, text in re.findall(row, found.html)}
+    rows = re.findall(r"^\| `(\w+)` \|(.*)", (ROOT / "docs/alarms.md").read_text(), re.MULTILINE)
+    assert meant == {name: re.split(r"(?<!\\)\|", row)[2].strip() for name, row in rows}
 
 
-def test_units_are_those_of_the_loss(tmp_path):
-    assert "margin, nats<" in make(tmp_path / "dpo").html
-    for loss in ("ipo", "simpo"):
-        found = make(tmp_path / loss, loss=loss, sera={"loss": loss}, per_token=True)
-        assert "margin, nats per token<" in found.html
-        assert "margin, nats<" not in found.html
+def test_hostile_text_stays_text(tmp_path):
+    found = make(
+        tmp_path / "<img src=x>",
+        scores={
+            "$\\frac{$<b onclick=x>_chosen": np.arange(12.0).tolist(),
+            "$\\frac{$<b onclick=x>_rejected": [1.0] * 12,
+            "$\\frac{": [*HOSTILE, "x"],
+        },
+        words=["</s>", *HOSTILE, *WORDS[1:]],
+        config={"base_model": "</title><script>alert(1)</script>", "optimizer": HOSTILE[0]},
+    )
+    assert (found.tags.count("script"), found.tags.count("style")) == (1, 1)
+    assert not {"img", "iframe", "object", "link", "b"} & set(found.tags)
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    shown = re.sub(r"[\n\t]", "", found.html)
+    assert all(one.isprintable() for one in shown), {o for o in shown if not o.isprintable()}
+    escaped = (r"\u202egnp.exe \u200b\u2066", r"red\x08\x00\x9b\r")
+    assert not [word for word in (*HOSTILE[:7], HOSTILE[9], *escaped) if word not in found.text]
 
 
 @pytest.mark.parametrize(
@@ -155,14 +139,18 @@ def test_units_are_those_of_the_loss(tmp_path):
         {"sera": {"gamma": 0}},
         {"iterations": 7},
         {"sera": {"candidates": 6, "bootstrap_ratio": 2.5}},
+        {"loss": "ipo", "sera": {"loss": "ipo"}, "per_token": True},
+        {"loss": "simpo", "sera": {"loss": "simpo"}, "per_token": True},
     ],
-    ids=["two", "one", "selection", "bootstrap", "n1", "no-test", "gamma-0", "seven", "nested"],
+    ids=str,
 )
 def test_runs_of_every_kind_have_a_report(tmp_path, keys):
     found = make(tmp_path, **keys)
     assert "SeRA run, finished" in found.text
     assert "Missing or damaged" not in found.text
-    assert ("margins" in found.html) == (keys.get("iterations") != 1)
+    units = {unit: f"margin, {unit}<" in found.html for unit in ("nats", "nats per token")}
+    margins, per_token = keys.get("iterations") != 1, "per_token" in keys
+    assert units == {"nats": margins and not per_token, "nats per token": per_token}
 
 
 def test_a_run_at_every_moment_of_its_making_has_a_report(tmp_path):
@@ -173,12 +161,12 @@ def test_a_run_at_every_moment_of_its_making_has_a_report(tmp_path):
     for iteration in (2, 1):
         for name in (*written, "offline.parquet"):
             (store.iteration(iteration) / name).unlink(missing_ok=True)
-            found = Page(write_report(tmp_path))
+            found = Page(tmp_path)
             assert "SeRA run, stopped" in found.text
             assert "Missing or damaged" not in found.text
         shutil.rmtree(store.iteration(iteration))
     fcntl.flock(lock, fcntl.LOCK_EX)
-    found = Page(write_report(tmp_path))
+    found = Page(tmp_path)
     os.close(lock)
     assert "SeRA run, going on" in found.text
     assert "No iteration has begun yet." in found.text
@@ -195,63 +183,39 @@ _FILES = ["dataset.parquet", *(f"iteration-02/{name}" for name in (*_PARTS, "sum
 )
 def test_what_is_not_whole_is_named_and_left_out(tmp_path, name, how):
     path = make_run(tmp_path).root / name
-    if how == "damaged":
-        damage(path)
-        assert not is_whole(path)
-    else:
-        path.unlink()
-    found = Page(write_report(tmp_path))
+    damage(path) if how == "damaged" else path.unlink()
+    found = Page(tmp_path)
     assert f"sera/{name} is {how}" in found.text
     assert "Iteration 3: offline pairs above" in found.text
     assert ('<section id="examples">' in found.html) == (name != "dataset.parquet")
 
 
-def test_a_run_that_found_no_sampled_pairs_and_has_lost_its_offline_ones(tmp_path):
+def test_tables_without_rows_or_columns_and_a_checkpoint_that_is_not_whole(tmp_path):
     store = make_run(tmp_path)
+    shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "checkpoint-3")
+    damage(tmp_path / "checkpoint-9" / "trainer_state.json")
     store.write(3, "bootstrapped", store.read(3, "bootstrapped").slice(0, 0))
     (store.iteration(3) / "offline.parquet").unlink()
-    found = Page(write_report(tmp_path))
+    found = Page(tmp_path)
     assert "iteration-03/offline.parquet is missing" in found.text
+    assert "checkpoint-9/trainer_state.json is not whole" in found.text
+    assert '<section id="training">' in found.html  # of the older one
+    store.write(3, "offline", make_table({"row": [0]}))
+    found = Page(tmp_path)
+    assert "iteration-03/offline.parquet has no column chosen_length" in found.text
     assert "Iteration 2: offline pairs above" in found.text
 
 
-def test_a_table_without_its_columns_is_named(tmp_path):
-    store = make_run(tmp_path)
-    store.write(3, "offline", make_table({"row": [0]}))
-    found = Page(write_report(tmp_path))
-    assert "iteration-03/offline.parquet has no column chosen_length" in found.text
-
-
-def test_curves_come_from_the_newest_whole_checkpoint(tmp_path):
-    store = make_run(tmp_path)
-    older = tmp_path / "checkpoint-3"
-    shutil.copytree(tmp_path / "checkpoint-9", older)
-    damage(tmp_path / "checkpoint-9" / "trainer_state.json")
-    run = Run(store)
-    assert run.history
-    assert any("checkpoint-9/trainer_state.json is not whole" in note for note in run.notes)
-
-
-def test_token_ids_are_shown_where_no_tokenizer_is(tmp_path):
-    found = make(tmp_path, words=None, config={"base_model": str(tmp_path / "nowhere")})
-    assert "Token ids, not text: no tokenizer.json in the run's policies" in found.text
-    assert "5 5 5 0" in found.text
-
-
-def test_the_tokenizer_of_the_first_policy_is_used(tmp_path):
-    store = make_run(tmp_path, words=None)
+def test_the_tokenizer_is_that_of_the_first_policy_or_ids_are_shown(tmp_path):
+    store = make_run(tmp_path, words=None, config={"base_model": str(tmp_path / "nowhere")})
     policy = store.policy(1)
     policy.mkdir()
     write_tokenizer(policy, ["</s>", *(f"policy{n}" for n in range(1, 40))])
-    assert "policy5" not in Page(write_report(tmp_path)).text  # it is not sealed
+    found = Page(tmp_path)  # it is not sealed
+    assert "Token ids, not text: no tokenizer.json in the run's policies" in found.text
+    assert "5 5 5 0" in found.text
     seal(policy)
-    assert "policy5" in Page(write_report(tmp_path)).text
-
-
-def test_long_texts_are_cut(tmp_path):
-    found = make(tmp_path, words=["</s>", *(f"{'long ' * 1000}{n}" for n in range(1, 40))])
-    assert "more characters]" in found.text
-    assert len(found.html) < 1_000_000
+    assert "policy5" in Page(tmp_path).text
 
 
 def test_sixty_thousand_pairs_are_a_small_page(tmp_path):
@@ -260,12 +224,11 @@ def test_sixty_thousand_pairs_are_a_small_page(tmp_path):
     words = ["</s>", *("\U0010ffff&\"'<" * 500 + str(n) for n in range(1, 40))]
     scores = {"score_chosen": np.linspace(0, 1, total).tolist(), "score_rejected": [0.5] * total}
     store = make_run(tmp_path, pairs=total, words=words, scores=scores, sera={"bootstrap_ratio": 0})
-    rows = np.repeat(np.arange(total), 2)
     noise = np.random.default_rng(0).normal(size=(2 * total, 3))
     offsets = np.arange(2 * total + 1, dtype=np.int32)
     tokens = np.tile(np.arange(1, 31, dtype=np.int32), total // 15)
     candidates = {
-        "row": rows,
+        "row": np.repeat(np.arange(total), 2),
         "candidate": np.tile([0, 1], total),
         "token_ids": pa.ListArray.from_arrays(offsets, tokens),
         "finish_reason": np.where(np.arange(2 * total) % 9, "stop", "length").tolist(),
@@ -281,9 +244,10 @@ def test_sixty_thousand_pairs_are_a_small_page(tmp_path):
         "selected": np.arange(total) % 3 == 0,
     }
     store.write(3, "bootstrapped", make_table(pairs))
-    path = write_report(tmp_path)
-    assert "Best bootstrapped pairs" in path.read_text()
-    assert path.stat().st_size < 5_000_000
+    found = write_report(tmp_path).read_text()
+    assert "Best bootstrapped pairs" in found
+    assert "more characters]" in found
+    assert len(found.encode()) < 5_000_000
 
 
 def test_the_report_needs_no_torch(tmp_path):
@@ -297,52 +261,35 @@ def test_the_report_needs_no_torch(tmp_path):
         "except SystemExit as end: assert end.code == 0\n"
         "print(heavy('torch', 'transformers', 'trl', 'axolotl', 'matplotlib.pyplot'))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
 
 
-def test_alarms_mean_what_the_docs_say():
-    table = (ROOT / "docs/alarms.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \|[^\n]*", table, flags=re.MULTILINE)
-    for name, row in zip(rows, re.findall(r"^\| `\w+` \|[^\n]*", table, re.MULTILINE), strict=True):
-        assert re.split(r"(?<!\\)\|", row)[4].strip() == MEANINGS[name]
-    assert sorted(rows) == sorted(MEANINGS)
+def test_the_first_process_writes_it_at_the_end_of_training(tmp_path, monkeypatch, caplog):
+    """`post_train_unload`, which the host calls last of all; a failure is a warning."""
+    from axolotl.utils.dict import DictDefault
 
+    from sera_plugin.host.plugin import SeraPlugin
 
-class TestAtTheEndOfTraining:
-    """`post_train_unload`, which the host calls last of all."""
+    def end(rank="0"):
+        monkeypatch.setenv("RANK", rank)
+        SeraPlugin().post_train_unload(DictDefault(output_dir=str(tmp_path)))
+        return (tmp_path / "sera/report.html").exists()
 
-    @pytest.fixture
-    def end(self, tmp_path, monkeypatch):
-        from axolotl.utils.dict import DictDefault
+    def fails(*_):
+        raise RuntimeError("no more ink")
 
-        from sera_plugin.host.plugin import SeraPlugin
-
-        def call(rank="0"):
-            monkeypatch.setenv("RANK", rank)
-            SeraPlugin().post_train_unload(DictDefault(output_dir=str(tmp_path)))
-            return (tmp_path / "sera/report.html").exists()
-
-        return call
-
-    def test_the_first_process_writes_it(self, tmp_path, end):
-        make_run(tmp_path)
-        assert not end(rank="1")
-        assert end()
-
-    def test_a_failure_is_a_warning_with_the_command(self, tmp_path, end, monkeypatch, caplog):
-        def fails(*_):
-            raise RuntimeError("no more ink")
-
+    assert not end()
+    assert "no SeRA run there" in caplog.text
+    make_run(tmp_path)
+    assert not end(rank="1")
+    with monkeypatch.context() as patched:
+        patched.setattr(page, "render", fails)
         assert not end()
-        assert "no SeRA run there" in caplog.text
-        make_run(tmp_path)
-        monkeypatch.setattr(page, "render", fails)
-        assert not end()
-        assert "no more ink" in caplog.text
-        assert f"axolotl sera report {tmp_path}" in caplog.text
+    assert "no more ink" in caplog.text
+    assert f"axolotl sera report {tmp_path}" in caplog.text
+    assert end()
 
 
 def test_a_newer_format_is_refused(tmp_path):

@@ -14,8 +14,7 @@ from sera_plugin.rundir.checksums import SUMS, damage
 from sera_plugin.rundir.journal import key_of
 from sera_plugin.rundir.store import RunStore, read_json
 from sera_plugin.tools.report.output import shown_name
-from sera_plugin.tools.report.reading import find_run
-from sera_plugin.tools.report.tokens import cached_file
+from sera_plugin.tools.report.reading import cached_file, find_run
 
 #: Files that decide what a model answers.
 _DECIDING = re.compile(r".*\.(safetensors|json|jinja|model)")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -36,15 +36,11 @@ _STYLE: Any = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "text.color": INK,
-    "axes.labelcolor": MUTED,
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
     "axes.labelsize": 9,
     "axes.edgecolor": RULE,
     "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
+    **dict.fromkeys((f"axes.spines.{side}" for side in ("top", "right", "left")), False),
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "lines.linewidth": 1.6,
@@ -52,18 +48,19 @@ _STYLE: Any = {
     "legend.loc": "lower left",
     "legend.frameon": False,
     "legend.borderpad": 0.2,
-    "legend.borderaxespad": 0,
-    "legend.handlelength": 0,
-    "legend.handletextpad": 0,
+    **dict.fromkeys(("legend.borderaxespad", "legend.handlelength", "legend.handletextpad"), 0),
     "legend.columnspacing": 1.2,
 }
 _DASHED: Any = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2))}
 #: Inches at 72 units each. Narrow, so that a phone shows the text at its size.
-_WIDTH, _HEIGHT = 4.6, 2.6
+_WIDTH = 4.6
 _BINS = 50
-#: Points of a scatter plot: enough to see a shape, few enough for a small page.
+#: Points of a scatter plot and of a curve: enough to see a shape, few enough for a small page.
 _POINTS = 400
-_CURVE = 400
+#: Left, bottom and top of axes, as shares of their figure.
+Box = tuple[float, float, float]
+#: Draws into axes; gives the names of what it has drawn, each with its colour.
+Plot = Callable[[Any], list[tuple[str, str]]]
 
 
 class Chart(NamedTuple):
@@ -84,16 +81,39 @@ class Series(NamedTuple):
     error: Sequence[float] | None = None
 
 
-@contextmanager
-def _drawing(title: str, height: float = _HEIGHT) -> Iterator[Figure]:
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
-        yield Figure(figsize=(_WIDTH, height))
+def _draw(
+    title: str,
+    note: str,
+    labels: tuple[str, str],
+    height: float,
+    plots: Sequence[tuple[Box, Plot]],
+    above: float = 1.0,
+) -> Chart:
+    """Axes with what is plotted named `above` them; `labels` are those of the last one's x and y.
 
-
-def _chart(figure: Figure, title: str, note: str) -> Chart:
-    """The drawing without its XML frame, ids and fixed size, in the page's colours."""
+    The SVG is without its XML frame, ids and fixed size, in the page's colours.
+    """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(_WIDTH, height))
+        for (left, bottom, top), plot in plots:
+            axes: Any = figure.add_axes((left, bottom, 0.97 - left, top - bottom))
+            axes.set_axisbelow(True)
+            axes.grid(axis="y", color=RULE, linewidth=0.6)
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            names = plot(axes)
+            axes.legend(
+                [Line2D([], [], linestyle="none")] * len(names),
+                [name for name, _ in names],
+                labelcolor=[colour for _, colour in names],
+                bbox_to_anchor=(0, above),
+                ncols=max(1, len(names)),
+            )
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        nothing = {"Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # A style inside a page would be one of the whole page. Groups are named for editors; what is
@@ -109,68 +129,57 @@ def _chart(figure: Figure, title: str, note: str) -> Chart:
     return Chart(title, note, Markup(text))
 
 
-def _axes(
-    figure: Figure, bottom: float = 0.2, top: float = 0.89, left: float = 0.13, right: float = 0.97
-) -> Any:
-    axes = figure.add_axes((left, bottom, right - left, top - bottom))
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    return axes
-
-
 def margins(
-    title: str, note: str, panels: Sequence[tuple[str, FloatArray, Bools, str]], unit: str
+    title: str, note: str, unit: str, panels: Sequence[tuple[str, FloatArray, Bools, str]]
 ) -> Chart:
     """Histograms one above the other: name, (n,) margins, which are kept, the colour of those."""
     # All but the outermost 0.2% of the values, and 0.
-    every = np.concatenate([margin for _, margin, _, _ in panels])
-    low, high = np.quantile(every, [0.002, 0.998]).tolist()
+    low, high = np.quantile(np.concatenate([one[1] for one in panels]), [0.002, 0.998]).tolist()
     low, high = min(low, 0.0), max(high, 0.0)
     room = (high - low or 1.0) * 0.02
     low, high = low - room, high + room
     edges = np.linspace(low, high, _BINS + 1)
+
+    def plot(name: str, margin: FloatArray, kept: Bools, colour: str, axes: Any) -> Any:
+        names, base = [], np.zeros(_BINS)
+        for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, colour)):
+            if which.any():
+                names.append((f"{int(which.sum()):,} {name} {what}", ink))
+                top = base + np.histogram(np.clip(margin[which], low, high), edges)[0]
+                axes.stairs(top, edges, baseline=base, fill=True, color=ink, alpha=0.8)
+                base = top
+        axes.axvline(0, color=INK, linewidth=0.8)
+        if len(names) > 1:
+            axes.axvline(float(margin[kept].min()), **_DASHED)
+        axes.set_xlim(low, high)
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.tick_params(labelbottom=name == panels[-1][0])
+        return names
+
     height = 0.5 + 1.5 * len(panels)
-    with _drawing(title, height) as figure:
-        for place, (name, margin, kept, colour) in enumerate(panels, 1):
-            bottom = (0.5 + 1.5 * (len(panels) - place)) / height
-            axes = _axes(figure, bottom, bottom + 1.2 / height, left=0.09)
-            names, base = [], np.zeros(_BINS)
-            for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, colour)):
-                if which.any():
-                    names.append((f"{int(which.sum()):,} {name} {what}", ink))
-                    top = base + np.histogram(np.clip(margin[which], low, high), edges)[0]
-                    axes.stairs(top, edges, baseline=base, fill=True, color=ink, alpha=0.8)
-                    base = top
-            axes.axvline(0, color=INK, linewidth=0.8)
-            if len(names) > 1:
-                axes.axvline(float(margin[kept].min()), **_DASHED)
-            axes.set_xlim(low, high)
-            axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-            axes.tick_params(labelbottom=place == len(panels))
-            _name(axes, names)
-        axes.set_xlabel(f"margin, {unit}")
-        return _chart(figure, title, note)
+    bottoms = [(0.5 + 1.5 * place) / height for place in reversed(range(len(panels)))]
+    boxes = [(0.09, bottom, bottom + 1.2 / height) for bottom in bottoms]
+    plots = [partial(plot, *panel) for panel in panels]
+    return _draw(title, note, (f"margin, {unit}", ""), height, list(zip(boxes, plots, strict=True)))
 
 
 def scatter(
     title: str,
     note: str,
+    labels: tuple[str, str],
     x: FloatArray,
     y: FloatArray,
-    labels: tuple[str, str],
     marks: Sequence[tuple[str, Bools, str]],
     cuts: tuple[float, float] | None = None,
     around: Bools | None = None,
 ) -> Chart:
     """Points (n,) in groups (name, which, colour); a few hundred of each, chosen evenly.
 
-    Lines are drawn at the `cuts`; with `around` the chart zooms in on them and on those points.
+    Lines are drawn at the `cuts`; the chart zooms in on them and on the points `around`, if any.
     """
     finite = np.isfinite(x) & np.isfinite(y)
-    with _drawing(title, 3.1) as figure:
-        axes = _axes(figure, bottom=0.17, top=0.9, left=0.15)
+
+    def plot(axes: Any) -> list[tuple[str, str]]:
         axes.axhline(0, color=RULE, linewidth=0.8)
         if np.nanmin(x) < 0:
             axes.axvline(0, color=RULE, linewidth=0.8)
@@ -181,30 +190,27 @@ def scatter(
             at = np.flatnonzero(which & finite)
             at = at[np.linspace(0, len(at) - 1, min(len(at), _POINTS)).astype(int)]
             axes.plot(x[at], y[at], "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.55)
-        _name(axes, [(name, colour) for name, _, colour in marks if name])
-        if cuts is not None and around is not None and (around & finite).any():
-            for values, cut, limit in zip(
-                (x, y), cuts, (axes.set_xlim, axes.set_ylim), strict=True
-            ):
-                inside = [*values[around & finite], cut]
+        if cuts is not None and around is not None and around.any():
+            for values, cut, limit in ((x, cuts[0], axes.set_xlim), (y, cuts[1], axes.set_ylim)):
+                inside = [*values[around], cut]
                 room = (max(inside) - min(inside) or 1.0) * 0.8
                 limit(min(inside) - room, max(inside) + room)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        return _chart(figure, title, note)
+        return [(name, colour) for name, _, colour in marks if name]
+
+    return _draw(title, note, labels, 3.1, [((0.15, 0.17, 0.9), plot)])
 
 
 def lines(
     title: str,
     note: str,
-    series: Sequence[Series],
     ylabel: str,
+    series: Sequence[Series],
     reference: tuple[float, str] | None = None,
     decimals: int = 2,
 ) -> Chart:
     """Figures over iterations, each line named with its last value."""
-    with _drawing(title) as figure:
-        axes = _axes(figure, left=0.14, bottom=0.18)
+
+    def plot(axes: Any) -> list[tuple[str, str]]:
         for one in series:
             axes.plot(one.x, one.y, "o-", color=one.colour, markersize=4)
             if one.error is not None:
@@ -218,25 +224,21 @@ def lines(
         axes.margins(y=0.12)
         numbers = [number for one in series for number in one.x]
         axes.set_xlim(min(numbers) - 0.25, max(numbers) + 0.25)
-        axes.set_xlabel("iteration")
-        axes.set_ylabel(ylabel)
-        _name(axes, names)
-        return _chart(figure, title, note)
+        return names
+
+    return _draw(title, note, ("iteration", ylabel), 2.6, [((0.14, 0.18, 0.89), plot)])
 
 
 def curves(
-    title: str, series: Sequence[Series], ylabel: str, boundaries: Mapping[int, int]
+    title: str, ylabel: str, series: Sequence[Series], boundaries: Mapping[int, int]
 ) -> Chart:
     """Training curves over steps, with the first step of each iteration marked."""
-    with _drawing(title) as figure:
-        axes = _axes(figure, left=0.14, bottom=0.18, top=0.82)
+
+    def plot(axes: Any) -> list[tuple[str, str]]:
         for one in series:
             # Means of neighbours, so that a long run's curve stays small; gaps (nan) stay.
-            parts = np.array_split(np.arange(len(one.x)), min(len(one.x), _CURVE))
-            x, y = (
-                np.array([np.asarray(of, float)[part].mean() for part in parts])
-                for of in (one.x, one.y)
-            )
+            parts = np.array_split(np.array([one.x, one.y]), min(len(one.x), _POINTS), axis=1)
+            x, y = np.transpose([part.mean(axis=1) for part in parts])
             few = "o-" if len(x) < 12 else "-"
             axes.plot(x, y, few, color=one.colour, markersize=3.5, linewidth=1.3)
         axes.margins(x=0.01)
@@ -246,18 +248,6 @@ def curves(
                 axes.axvline(step, color=RULE, linewidth=0.9)
                 name = f" {iteration}" if iteration > 1 else " iteration 1"
                 axes.text(step, 1.03, name, transform=axes.get_xaxis_transform(), color=MUTED)
-        axes.set_xlabel("step")
-        axes.set_ylabel(ylabel)
-        _name(axes, [(one.name, one.colour) for one in series], above=1.1)
-        return _chart(figure, title, "")
+        return [(one.name, one.colour) for one in series]
 
-
-def _name(axes: Any, names: Sequence[tuple[str, str]], above: float = 1.0) -> None:
-    """What is drawn, in its own colour above the axes."""
-    axes.legend(
-        [Line2D([], [], linestyle="none")] * len(names),
-        [name for name, _ in names],
-        labelcolor=[colour for _, colour in names],
-        bbox_to_anchor=(0, above),
-        ncols=max(1, len(names)),
-    )
+    return _draw(title, "", ("step", ylabel), 2.6, [((0.14, 0.18, 0.82), plot)], above=1.1)

@@ -10,12 +10,20 @@ import click
 from sera_plugin.tools.command import refusing
 
 _RUN, _FILE = click.Path(path_type=Path), click.Path(dir_okay=False, path_type=Path)
+_COUNT = click.IntRange(min=1)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print for machines.")
 
 
 def _read(path: Path) -> Any:
     from sera_plugin.tools.report.reading import Run, find_run
 
     return Run(find_run(path))
+
+
+def _say(value: Any, text: str, as_json: bool) -> None:
+    from sera_plugin.tools.report.output import json_text
+
+    click.echo(json_text(value) if as_json else text)
 
 
 @click.command(
@@ -42,13 +50,12 @@ def report(output_dir: Path, output: Path | None, as_json: bool) -> None:
     with refusing():
         if as_json:
             from sera_plugin.tools.report.figures import figures
-            from sera_plugin.tools.report.output import json_text
 
-            click.echo(json_text(figures(_read(output_dir))))
-            return
-        from sera_plugin.tools.report.page import write_report
+            _say(figures(_read(output_dir)), "", as_json)
+        else:
+            from sera_plugin.tools.report.page import write_report
 
-        click.echo(write_report(output_dir, output))
+            click.echo(write_report(output_dir, output))
 
 
 @click.command(
@@ -64,7 +71,7 @@ Examples:
 @click.option("--row", type=int, help="Show one pair under every policy.")
 @click.option(
     "--mislabelled",
-    type=click.IntRange(min=1),
+    type=_COUNT,
     is_flag=False,
     flag_value=20,
     metavar="[N]",
@@ -82,11 +89,9 @@ Examples:
     help="With --export: offline pairs that were kept or dropped, or sampled pairs that were kept.",
 )
 @click.option(
-    "--iteration",
-    type=click.IntRange(min=1),
-    help="With --export: of which iteration; the newest unless given.",
+    "--iteration", type=_COUNT, help="With --export: of which iteration; the newest unless given."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print for machines.")
+@_JSON
 def inspect(
     run: Path,
     row: int | None,
@@ -103,25 +108,22 @@ def inspect(
         raise click.UsageError("--export and --which go together; --iteration needs --export.")
     with refusing():
         from sera_plugin.tools.report import pairs
-        from sera_plugin.tools.report.output import json_text
-        from sera_plugin.tools.report.tokens import Texts
+        from sera_plugin.tools.report.reading import Texts
 
         found = _read(run)
         texts = Texts(found)
         if row is not None:
             pair = pairs.describe_pair(found, row, texts)
-            click.echo(json_text(pair) if as_json else pairs.show_pair(pair, texts))
+            _say(pair, pairs.show_pair(pair, texts), as_json)
         elif mislabelled is not None:
             listed = pairs.suspects(found, mislabelled, texts)
-            click.echo(json_text(listed) if as_json else pairs.show_suspects(found, listed))
+            _say(listed, pairs.show_suspects(found, listed), as_json)
         elif path is not None and which is not None:
             written, number = pairs.export(found, texts, path, which, iteration)
             done = {"path": str(path), "which": which, "iteration": number, "pairs": written}
-            said = f"{written} {which} pairs of iteration {number} in {path}"
-            click.echo(json_text(done) if as_json else said)
-        if not as_json:
-            for note in found.notes:
-                click.echo(note, err=True)
+            _say(done, f"{written} {which} pairs of iteration {number} in {path}", as_json)
+        for note in () if as_json else found.notes:
+            click.echo(note, err=True)
 
 
 @click.command(
@@ -133,7 +135,7 @@ Examples:
 )
 @click.argument("runs", type=_RUN, nargs=-1, required=True, metavar="RUN RUN...")
 @click.option("--html", type=_FILE, help="Write a page instead of printing.")
-@click.option("--json", "as_json", is_flag=True, help="Print for machines.")
+@_JSON
 def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Runs side by side: settings that differ, metrics, how alike their selections are."""
     if len(runs) < 2:
@@ -142,13 +144,10 @@ def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
         raise click.UsageError("--json prints; it writes no page, so leave --html out.")
     with refusing():
         from sera_plugin.tools.report import compare as comparison
-        from sera_plugin.tools.report.output import json_text
 
         compared = comparison.compare([_read(path) for path in runs])
-        if as_json:
-            click.echo(json_text(compared))
-        elif html is None:
-            click.echo(comparison.show(compared))
+        if html is None:
+            _say(compared, comparison.show(compared), as_json)
         else:
             comparison.write(compared, html)
             click.echo(html)

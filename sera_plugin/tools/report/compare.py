@@ -39,20 +39,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     paths = [run.root.parent.resolve() for run in runs]
     names = [shown_name(path.name) for path in paths]
     if len(set(names)) < len(names):
-        names = [shown_name(str(path), 120) for path in paths]
-    return {
-        "runs": [
-            {"name": name, "directory": str(run.root), "state": run.state, "unit": run.unit,
-             "notes": run.notes}
-            for name, run in zip(names, runs, strict=True)
-        ],
-        "settings": _differences(runs),
-        "metrics": _metrics(runs),
-        "selections": _selections(runs),
-    }  # fmt: skip
-
-
-def _differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+        names = [shown_name(path, 120) for path in paths]
     settings = [
         {key: value for key, value in flat(run.config).items() if key not in _PLACES}
         | {key: run.description.get(key) for key in _BESIDE}
@@ -60,75 +47,75 @@ def _differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     ]
     keys = sorted({key for one in settings for key in one})
     values = {key: [one.get(key) for one in settings] for key in keys}
-    return {key: each for key, each in values.items() if any(one != each[0] for one in each)}
-
-
-def _metrics(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    every = []
-    for run in runs:
-        found = {one["iteration"]: one for one in figures(run)["iterations"]}
-        for one in found.values():
-            samples = one["samples"] or {}
-            one["shares"] = {
-                name: samples[name] / max(1, samples["sampled"])
-                for name in ("duplicates", "unfinished")
-                if samples.get(name) is not None
-            }
-            one["all_seconds"] = spent(one["seconds"]) or None
-        every.append(found)
-    metrics = [
-        {
-            "iteration": iteration,
-            "name": name,
-            "form": form,
-            "values": [value_at(found.get(iteration), *keys) for found in every],
-        }
-        for iteration in sorted({key for found in every for key in found})
+    every = [_figures(run) for run in runs]
+    iterations = sorted({number for found in every for number in found})
+    metrics: list[dict[str, Any]] = [
+        {"iteration": number, "name": name, "form": form,
+         "values": [value_at(found.get(number), *keys) for found in every]}
+        for number in iterations
         for name, form, keys in _METRICS
-    ]
-    return [one for one in metrics if any(value is not None for value in one["values"])]
+    ]  # fmt: skip
+    return {
+        "runs": [
+            {"name": name, "directory": str(run.root), "state": run.state, "unit": run.unit,
+             "notes": run.notes}
+            for name, run in zip(names, runs, strict=True)
+        ],
+        "settings": {
+            key: each for key, each in values.items() if any(one != each[0] for one in each)
+        },
+        "metrics": [one for one in metrics if any(value is not None for value in one["values"])],
+        "selections": [
+            {"iteration": number, "matrix": matrix}
+            for number in iterations
+            if (matrix := _alike(runs, number))
+        ],
+    }  # fmt: skip
 
 
-def _selections(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Per iteration, the Jaccard index of each two runs' kept pairs; None of other data."""
-    found = []
-    prints = [run.description.get("dataset_fingerprint") for run in runs]
-    every = [
-        {one.number: one.selected for one in run.iterations if one.margin is not None}
-        for run in runs
-    ]
-    for iteration in sorted({one.number for run in runs for one in run.iterations}):
-        kept = [masks.get(iteration) for masks in every]
-        matrix = [
-            [
-                jaccard(one, other)
-                if one is not None and other is not None and here is not None and here == there
-                else None
-                for other, there in zip(kept, prints, strict=True)
-            ]
-            for one, here in zip(kept, prints, strict=True)
-        ]
-        if any(matrix[i][j] is not None for i in range(len(runs)) for j in range(i)):
-            found.append({"iteration": iteration, "matrix": matrix})
+def _figures(run: Run) -> dict[int, dict[str, Any]]:
+    """The figures by iteration, with what the metrics need beside them."""
+    found = {one["iteration"]: one for one in figures(run)["iterations"]}
+    for one in found.values():
+        samples = one["samples"] or {}
+        one["shares"] = {
+            name: samples[name] / max(1, samples["sampled"])
+            for name in ("duplicates", "unfinished")
+            if samples.get(name) is not None
+        }
+        one["all_seconds"] = spent(one["seconds"]) or None
     return found
+
+
+def _alike(runs: Sequence[Run], number: int) -> list[list[float | None]] | None:
+    """The Jaccard index of each two runs' kept pairs; None of other data, and of no two."""
+    kept: list[tuple[str, Any] | None] = []
+    for run in runs:
+        one, data = run.begun.get(number), run.description.get("dataset_fingerprint")
+        known = one is not None and one.margin is not None and data is not None
+        kept.append((str(data), one.offline["selected"]) if known and one is not None else None)
+    matrix = [
+        [jaccard(a[1], b[1]) if a is not None and b is not None and a[0] == b[0] else None
+         for b in kept]
+        for a in kept
+    ]  # fmt: skip
+    pairs = (matrix[i][j] for i in range(len(runs)) for j in range(i))
+    return matrix if any(value is not None for value in pairs) else None
 
 
 def _tables(compared: dict[str, Any]) -> list[Table]:
     """The comparison as tables, for the terminal and for a page."""
-    runs, settings, metrics = compared["runs"], compared["settings"], compared["metrics"]
-    names = [run["name"] for run in runs]
-    units = {run["unit"] for run in runs}
-    each = ", ".join(f"{run['name']} {run['unit']}" for run in runs)
-    note = (
-        f"Margins in {units.pop()}." if len(units) == 1 else f"Margins are not comparable: {each}."
-    )
+    names = [run["name"] for run in compared["runs"]]
+    units = {run["unit"] for run in compared["runs"]}
+    each = ", ".join(f"{run['name']} {run['unit']}" for run in compared["runs"])
+    note = f"Margins are not comparable: {each}." if len(units) > 1 else f"Margins in {min(units)}."
     changed = [
-        [shown_name(key), *("unset" if v is None else shown_name(str(v), 32) for v in values)]
-        for key, values in settings.items()
+        [shown_name(key), *("unset" if v is None else shown_name(v, 32) for v in values)]
+        for key, values in compared["settings"].items()
     ]
     measured = [
         [f"{one['iteration']}: {one['name']}", *(number(v, one["form"]) for v in one["values"])]
-        for one in metrics
+        for one in compared["metrics"]
     ]
     tables = [
         Table("Settings that differ", ["setting", *names], changed),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import judge
 from sera_plugin.algorithm.algorithm import SIDES
@@ -24,6 +25,8 @@ _DESCRIBED = ("loss", "beta", "per_token", "evaluation_pairs", "seed", "dataset_
 
 def figures(run: Run) -> dict[str, Any]:
     """Everything that the report says in numbers; what cannot be known is left out or None."""
+    begun = [one for one in run.iterations if one.summary]
+    summaries = [one.summary for one in begun]
     return {
         "run": {
             "directory": str(run.root),
@@ -32,18 +35,23 @@ def figures(run: Run) -> dict[str, Any]:
             "pairs": run.total,
             **{key: run.description.get(key) for key in _DESCRIBED},
             "settings": run.settings,
-            "versions": run.description.get("versions") or {},
+            "versions": run.description.get("versions", {}),
             "unit": run.unit,
         },
         "iterations": [_iteration(run, one) for one in run.iterations],
         "jaccard": _selections(run),
-        "alarms": _alarms(run),
+        # Every alarm that could be judged, raised or not.
+        "alarms": [
+            {"iteration": one.number, **asdict(alarm)}
+            for count, one in enumerate(begun, start=1)
+            for alarm in judge(summaries[:count])
+        ],
         "notes": run.notes,
     }
 
 
 def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
-    offline, margin, selected, pairs = one.offline, one.margin, one.selected, one.bootstrapped
+    offline, margin, pairs = one.offline, one.margin, one.bootstrapped
     found: dict[str, Any] = {
         "iteration": one.number,
         "pairs": one.summary.get("pairs"),
@@ -55,33 +63,30 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         "samples": _samples(one),
         "held_out": _held_out(run, one),
     }
-    if offline is not None and margin is not None and selected is not None:
-        # With a priority pairs are not kept by their margin.
-        by_margin = selected.any() and "priority" not in offline
+    if margin is not None:
+        kept = offline["selected"]
+        parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
         found |= accuracy("offline_accuracy", margin) | {
-            "margins": {
-                "offline": quantiles(margin),
-                "kept": quantiles(margin[selected]),
-                "dropped": quantiles(margin[~selected]),
-            },
-            "threshold": float(margin[selected].min()) if by_margin else None,
-            "length_r2": _length_r2(one, offline, margin),
+            "margins": {name: quantiles(values) for name, values in parts.items()},
+            "threshold": float(margin[kept].min()) if kept.any() and one.by_margin else None,
+            "length_r2": _length_r2(one, margin),
             "scores": _score_r2(run, offline, margin),
-            "groups": _groups(run, margin, selected),
-            "ensemble": _ensemble(run, one, selected),
+            "groups": _groups(run, margin, kept),
+            "ensemble": _ensemble(run, one),
         }
-    if offline is not None and selected is not None:
-        if "selected" in offline:
-            found["kept"], found["dropped"] = int(selected.sum()), int((~selected).sum())
-        noise = noise_found(str(run.settings.get("selection")), run.swapped, selected)
+    if offline:
+        kept = offline["selected"]
+        if one.number > 1 or not kept.all():
+            found["kept"], found["dropped"] = int(kept.sum()), int((~kept).sum())
+        noise = noise_found(str(run.settings.get("selection")), run.swapped, kept)
         if noise is not None:
             found["label_noise"] = noise
-    if pairs is not None:
+    if pairs:
         found["margins"] = found.get("margins", {}) | {
             "bootstrapped_kept": quantiles(pairs["margin"][pairs["selected"]]),
             "bootstrapped_dropped": quantiles(pairs["margin"][~pairs["selected"]]),
         }
-        found["bootstrapped_ensemble"] = _bootstrapped_ensemble(run, one, pairs)
+        found["bootstrapped_ensemble"] = _bootstrapped_ensemble(run, one)
     return found
 
 
@@ -96,14 +101,16 @@ def _selections(run: Run) -> dict[str, Any] | None:
     `by_chance` is k / (2 N - k), the index of two random choices of k out of N with the overlap
     that is expected of them. None before a selection.
     """
-    with_margins = [one for one in run.iterations if one.margin is not None]
-    masks = [one.selected for one in with_margins if one.selected is not None]
+    masks = {
+        one.number: one.offline["selected"] for one in run.iterations if one.margin is not None
+    }
     if not masks:
         return None
-    kept, total = int(masks[-1].sum()), len(masks[-1])
+    every = list(masks.values())
+    kept, total = int(every[-1].sum()), len(every[-1])
     return {
-        "iterations": [one.number for one in with_margins],
-        "matrix": [[jaccard(one, other) for other in masks] for one in masks],
+        "iterations": list(masks),
+        "matrix": [[jaccard(one, other) for other in every] for one in every],
         "by_chance": kept / (2 * total - kept) if kept else None,
     }
 
@@ -111,7 +118,7 @@ def _selections(run: Run) -> dict[str, Any] | None:
 def _drift(run: Run, one: Iteration) -> dict[str, float] | None:
     """Mean log pi_{t-1} - log pi_0 of the offline completions, in nats per completion."""
     first = run.iterations[0]
-    if one.offline is None or first.number != 1 or first.offline is None:
+    if first.number != 1 or not first.offline or not one.offline:
         return None
     return {
         side: float((one.offline[f"{side}_logp"] - first.offline[f"{side}_logp"]).mean())
@@ -122,30 +129,30 @@ def _drift(run: Run, one: Iteration) -> dict[str, float] | None:
 def _lengths(one: Iteration) -> dict[str, float]:
     """Mean tokens: of the offline pairs, of those kept, of samples, of sampled pairs kept."""
     found: dict[str, float] = {}
-    for side in SIDES if one.offline is not None else ():
-        assert one.offline is not None
-        lengths = one.offline[f"{side}_length"]
+    samples, pairs = one.candidates, one.bootstrapped
+    for side in SIDES if one.offline else ():
+        lengths, kept = one.offline[f"{side}_length"], one.offline["selected"]
         found[side] = float(lengths.mean())
-        if one.margin is not None and one.selected is not None and one.selected.any():
-            found[f"kept_{side}"] = float(lengths[one.selected].mean())
-    if one.candidates is not None and len(one.candidates.row):
-        lengths, pairs = one.candidates.lengths, one.bootstrapped
-        found["sampled"] = float(lengths[~one.candidates.from_dataset].mean())
-        if pairs is not None and pairs["selected"].any():
-            for side, at in one.sampled.items():
-                found[f"bootstrapped_{side}"] = float(lengths[at[pairs["selected"]]].mean())
+        if one.margin is not None and kept.any():
+            found[f"kept_{side}"] = float(lengths[kept].mean())
+    if samples and len(samples["row"]):
+        found["sampled"] = float(samples["length"][~samples["given"]].mean())
+        if pairs and pairs["selected"].any():
+            for side, places in one.places().items():
+                kept = places[pairs["selected"]]
+                found[f"bootstrapped_{side}"] = float(samples["length"][kept].mean())
     return found
 
 
 def _samples(one: Iteration) -> dict[str, Any] | None:
     counted = one.summary.get("samples")
-    if one.candidates is None:
+    if not one.candidates:
         return counted
     names = ("duplicates", "ties", "too_few", "unranked")
     return {
-        "prompts": len(np.unique(one.candidates.row)),
-        "sampled": int((~one.candidates.from_dataset).sum()),
-        "unfinished": int(one.candidates.unfinished.sum()),
+        "prompts": len(np.unique(one.candidates["row"])),
+        "sampled": int((~one.candidates["given"]).sum()),
+        "unfinished": int(one.candidates["unfinished"].sum()),
         **{name: (counted or {}).get(name) for name in names},
     }
 
@@ -156,17 +163,6 @@ def _held_out(run: Run, one: Iteration) -> dict[str, Any] | None:
     if margin is None or not len(margin):
         return None
     return {"pairs": len(margin), **accuracy("accuracy", margin)}
-
-
-def _alarms(run: Run) -> list[dict[str, Any]]:
-    """Every alarm that could be judged, per iteration, raised or not."""
-    summaries: list[Mapping[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for one in run.iterations:
-        if one.summary:
-            summaries.append(one.summary)
-            found += [{"iteration": one.number, **asdict(alarm)} for alarm in judge(summaries)]
-    return found
 
 
 # ------------------------------------------------- what rewards agree with
@@ -189,20 +185,16 @@ def pooled(columns: Columns, what: str) -> FloatArray:
     return np.concatenate([columns[f"{side}_{what}"].astype(np.float64) for side in SIDES])
 
 
-def _length_r2(one: Iteration, offline: Columns, margin: FloatArray) -> dict[str, float | None]:
+def _length_r2(one: Iteration, margin: FloatArray) -> dict[str, float | None]:
     """R^2 of rewards with length (Fig. 2), of margins with the difference in length."""
-    rewarded = "chosen_reward" in offline
+    offline, samples = one.offline, one.candidates
     found = {
-        "reward": r_squared(pooled(offline, "length"), pooled(offline, "reward"))
-        if rewarded
-        else None,
+        "reward": r_squared(pooled(offline, "length"), pooled(offline, "reward")),
         "margin": r_squared(offline["chosen_length"] - offline["rejected_length"], margin),
     }
-    if one.candidates is not None:
-        sampled = ~one.candidates.from_dataset
-        found["sampled"] = r_squared(
-            one.candidates.lengths[sampled], one.candidates.reward[sampled]
-        )
+    if samples:
+        own = ~samples["given"]
+        found["sampled"] = r_squared(samples["length"][own], samples["reward"][own])
     return found
 
 
@@ -219,11 +211,9 @@ def score_columns(run: Run) -> dict[str, tuple[str, ...]]:
     return found | {name: (name,) for name in alone}
 
 
-def _is_numeric(values: Sequence[Any]) -> bool:
-    known = [value for value in values if value is not None]
-    return bool(known) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in known
-    )
+def _is_numeric(values: pa.ChunkedArray) -> bool:
+    numeric = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
+    return numeric and values.null_count < len(values)
 
 
 def scores_of(run: Run, columns: Sequence[str]) -> tuple[FloatArray, FloatArray]:
@@ -232,7 +222,7 @@ def scores_of(run: Run, columns: Sequence[str]) -> tuple[FloatArray, FloatArray]
     That is the chosen completion's score less the rejected one's, or the pair's own figure. What
     is missing is not a number.
     """
-    each = [np.array(run.scores[name], dtype=np.float64) for name in columns]
+    each = [run.scores[name].to_numpy().astype(np.float64) for name in columns]
     return np.concatenate(each), each[0] - each[1] if len(each) > 1 else each[0]
 
 
@@ -241,12 +231,9 @@ def _score_r2(run: Run, offline: Columns, margin: FloatArray) -> dict[str, Any]:
     found = {}
     for name, columns in score_columns(run).items():
         scores, difference = scores_of(run, columns)
-        if len(difference) != len(margin):
-            continue
         found[name] = {"margin": r_squared(difference, margin)}
         if len(columns) > 1:
-            if "chosen_reward" in offline:
-                found[name]["reward"] = r_squared(scores, pooled(offline, "reward"))
+            found[name]["reward"] = r_squared(scores, pooled(offline, "reward"))
             differs = np.isfinite(difference) & (difference != 0)
             agree = (np.sign(difference) == np.sign(margin))[differs]
             found[name]["agreement"] = float(agree.mean()) if len(agree) else None
@@ -254,28 +241,29 @@ def _score_r2(run: Run, offline: Columns, margin: FloatArray) -> dict[str, Any]:
 
 
 def _groups(
-    run: Run, margin: FloatArray, selected: npt.NDArray[np.bool_]
+    run: Run, margin: FloatArray, kept: npt.NDArray[np.bool_]
 ) -> dict[str, list[dict[str, Any]]]:
     """Columns with few different values (a source, a flag): what was kept of each."""
     found = {}
     for name, values in run.scores.items():
-        if len(values) != len(margin) or not all(
-            isinstance(value, bool | str | int | None) for value in values
-        ):
+        if pa.types.is_nested(values.type):
             continue
-        distinct = sorted(set(values), key=lambda value: (str(type(value)), str(value)))
-        if not 2 <= len(distinct) <= _MOST_GROUPS:
-            continue
-        of = np.array([distinct.index(value) for value in values])
-        found[name] = [
-            {
-                "value": value,
-                "pairs": int((of == index).sum()),
-                "kept": float(selected[of == index].mean()),
-                "median_margin": float(np.median(margin[of == index])),
-            }
-            for index, value in enumerate(distinct)
-        ]
+        encoded = values.combine_chunks().dictionary_encode("encode")
+        distinct, of = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        plain = all(isinstance(value, bool | str | int | None) for value in distinct)
+        if plain and 2 <= len(distinct) <= _MOST_GROUPS:
+            groups = [
+                {
+                    "value": value,
+                    "pairs": int((of == index).sum()),
+                    "kept": float(kept[of == index].mean()),
+                    "median_margin": float(np.median(margin[of == index])),
+                }
+                for index, value in enumerate(distinct)
+            ]
+            found[name] = sorted(
+                groups, key=lambda one: (str(type(one["value"])), str(one["value"]))
+            )
     return found
 
 
@@ -284,16 +272,15 @@ def _groups(
 
 def margin_without_ensemble(run: Run, one: Iteration) -> FloatArray | None:
     """Iteration t's offline margins with gamma = 0; None where the ensemble plays no part."""
-    if one.number < 3 or not run.settings.get("gamma") or one.margin is None:
+    if one.number < 3 or not run.settings.get("gamma") or one.margin is None or not one.by_margin:
         return None
-    if "priority" in (one.offline or {}):
-        return None  # selection looked at something else
     return run.implicit_margin(one.number, gamma=0.0)
 
 
-def _ensemble(run: Run, one: Iteration, selected: npt.NDArray[np.bool_]) -> dict[str, Any] | None:
+def _ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     """How many offline pairs the ensemble has exchanged for others."""
-    margin, kept = margin_without_ensemble(run, one), int(selected.sum())
+    margin, selected = margin_without_ensemble(run, one), one.offline["selected"]
+    kept = int(selected.sum())
     if margin is None or not kept:
         return None
     without = select_largest(margin, kept)
@@ -301,24 +288,22 @@ def _ensemble(run: Run, one: Iteration, selected: npt.NDArray[np.bool_]) -> dict
     return {"exchanged": changed, "kept": kept, "jaccard": jaccard(selected, without)}
 
 
-def _bootstrapped_ensemble(run: Run, one: Iteration, pairs: Columns) -> dict[str, Any] | None:
+def _bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     """How many of the sampled pairs kept are others than with gamma = 0."""
-    samples = one.candidates
-    if samples is None or one.number < 3 or not run.settings.get("gamma"):
+    samples, pairs, settings = one.candidates, one.bootstrapped, run.settings
+    if not samples or one.number < 3 or not settings.get("gamma"):
         return None
-    if not LABELERS[run.labeler].implicit or run.settings.get("length_control", "none") != "none":
+    if not LABELERS[run.labeler].implicit or settings.get("length_control", "none") != "none":
         return None  # the pairs were ranked by something else
-    count = int(run.settings["candidates"])
+    count, kept = int(settings["candidates"]), pairs["selected"]
     weights = reward_weights(one.number, 0.0, is_reference_free(run.description["loss"]))
-    lengths = samples.lengths if run.description["per_token"] else None
-    reward = implicit_reward(samples.logps.T[: len(weights)], weights, lengths)
-    nested = max(1, int(np.ceil(run.settings["bootstrap_ratio"])))
-    shape = (-1, count)
-    found = pair_candidates(samples.identity.reshape(shape), reward.reshape(shape), nested)
-    kept = pairs["selected"]
+    lengths = samples["length"] if run.description["per_token"] else None
+    reward = implicit_reward(samples["logps"].T[: len(weights)], weights, lengths)
+    nested = max(1, int(np.ceil(settings["bootstrap_ratio"])))
+    found = pair_candidates(one.tokens().numbered(count), reward.reshape(-1, count), nested)
     best = select_largest(found.margin, int(kept.sum()))
     names = ("row", "chosen_candidate", "rejected_candidate")
     now = zip(*(pairs[name][kept].tolist() for name in names), strict=True)
-    others = (samples.row[found.prompt * count], found.chosen, found.rejected)
+    others = (samples["row"][found.prompt * count], found.chosen, found.rejected)
     without = zip(*(values[best].tolist() for values in others), strict=True)
     return {"exchanged": len(set(now) - set(without)), "kept": int(kept.sum())}

@@ -35,15 +35,17 @@ def value_at(figures: Any, *keys: str) -> Any:
     return figures
 
 
-def shown_text(text: str, limit: int) -> str:
+def shown_text(text: object, limit: int) -> str:
     """At most `limit` characters; every one that hides or reorders others is escaped."""
+    text = str(text)
     lines = text[:limit].split("\n")
     cut = f"\n[... {len(text) - limit:,} more characters]" if len(text) > limit else ""
     return "\n".join(map(printable, lines)) + cut
 
 
-def shown_name(name: str, limit: int = 60) -> str:
+def shown_name(name: object, limit: int = 60) -> str:
     """A column's name or a value on one line, its end cut."""
+    name = str(name)
     return printable(name[:limit]) + ("..." if len(name) > limit else "")
 
 
@@ -62,10 +64,8 @@ class Table:
         cls, title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], note: str
     ) -> Table:
         """Values from 0 to 1 of each with each, shaded."""
-        rows = [
-            [name, *(number(value, ".2f") for value in values)]
-            for name, values in zip(names, matrix, strict=True)
-        ]
+        lines = list(zip(names, matrix, strict=True))
+        rows = [[name, *(number(value, ".2f") for value in values)] for name, values in lines]
         return cls(title, ["", *names], rows, note, [[None, *values] for values in matrix])
 
     def text(self) -> str:
@@ -103,9 +103,6 @@ def fill(template: str, **content: Any) -> str:
     environment.filters |= {one.__name__: one for one in (number, shown_name, shown_text)}
     script = environment.get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(
-        **content,
-        script_hash=digest,
-        version=__version__,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    filled = environment.get_template(template)
+    return filled.render(script_hash=digest, version=__version__, made=made, **content)

@@ -1,35 +1,35 @@
-"""The report on a run: one HTML page."""
+"""The report on a run: one HTML page of charts, tables and pairs; its words are in page.html."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from math import isfinite, nan
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
 from sera_plugin.rundir.checksums import COMMAND, write_text
-from sera_plugin.tools.report.figures import figures
-from sera_plugin.tools.report.output import fill, shown_text
-from sera_plugin.tools.report.pairs import examples
-from sera_plugin.tools.report.reading import Run, find_run
-from sera_plugin.tools.report.sections import charts_of, cost_table, jaccard_table
-from sera_plugin.tools.report.tokens import Texts
+from sera_plugin.tools.report import charts
+from sera_plugin.tools.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Chart, Series
+from sera_plugin.tools.report.figures import (
+    figures,
+    margin_without_ensemble,
+    pooled,
+    score_columns,
+    scores_of,
+    spent,
+)
+from sera_plugin.tools.report.output import Table, fill, number, shown_name, shown_text
+from sera_plugin.tools.report.pairs import examples, facts_of
+from sera_plugin.tools.report.reading import Iteration, Run, Texts, find_run
 
-#: What each alarm means; docs/alarms.md says the same.
-MEANINGS = {
-    "sampled_length": "the policy answers at greater length than the data",
-    "length_growth": "answers grow from iteration to iteration",
-    "chosen_length": "selection and ranking prefer length beyond the data's own taste",
-    "drift": "down: the policy unlearns what the data calls good; up: it learns it by heart",
-    "held_out_accuracy": "the policy ranks answers worse than before, or in reverse",
-    "offline_accuracy": "the policy ranks answers worse than before, or in reverse; with more "
-    "pairs than are held out, this one sees smaller falls",
-    "duplicates": "half of sampling and scoring is for nothing",
-    "without_pair": "these prompts give no pair; D_t leans towards the others",
-    "unfinished": "half of the pairs have a cut answer; trained as chosen it teaches not to stop",
-    "constant_rewards": "candidates are ranked by rounding: the last iteration hardly changed the "
-    "policy",
-    "constant_margins": "pairs are selected by rounding: the last iteration hardly changed the "
-    "policy",
-}
+Figures = dict[str, Any]
+_SHOWN = ("learning_rate", "lr_scheduler", "num_epochs", "micro_batch_size", "adapter", "lora_r",
+          "sequence_len", "optimizer")  # fmt: skip
 
 
 def write_report(output_dir: Path, path: Path | None = None) -> Path:
@@ -49,18 +49,22 @@ def write_report(output_dir: Path, path: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """The page."""
-    found, texts, settings = figures(run), Texts(run), run.settings
+    found, settings = figures(run), run.settings
+    shown = [(key, run.config[key]) for key in _SHOWN if run.config.get(key) is not None]
+    shown += [(f"sera.{key}", value) for key, value in sorted(settings.items())]
+    versions = found["run"]["versions"]
+    shown += [("versions", ", ".join(f"{name} {value}" for name, value in versions.items()))]
     return fill(
         "page.html",
         run=run,
         title=shown_text(run.root.parent.resolve().name or "SeRA run", 120),
         figures=found,
-        charts=charts_of(run, found),
-        jaccard=jaccard_table(found),
-        cost=cost_table(found),
-        examples=examples(run, texts),
-        texts=texts,
-        meanings=MEANINGS,
+        charts=_charts(run, found),
+        square=Table.square,
+        spent=spent,
+        examples=examples(run),
+        facts_of=facts_of,
+        texts=Texts(run),
         by_margin=any(one.get("threshold") is not None for one in found["iterations"]),
         selection=SELECTIONS.get(settings.get("selection", "")),
         keeps=SELECTIONS[settings.get("selection", "irm")].keeps.format(
@@ -68,15 +72,204 @@ def render(run: Run) -> str:
         ),
         labeler=LABELERS[run.labeler],
         reference_free=is_reference_free(run.description.get("loss", "dpo")),
-        settings=_settings(run),
+        settings=shown,
     )
 
 
-def _settings(run: Run) -> list[tuple[str, str]]:
-    keys = ("learning_rate", "lr_scheduler", "num_epochs", "micro_batch_size", "adapter", "lora_r",
-            "sequence_len", "optimizer")  # fmt: skip
-    shown = [(key, run.config[key]) for key in keys if run.config.get(key) is not None]
-    shown += [(f"sera.{key}", value) for key, value in sorted(run.settings.items())]
-    versions = run.description.get("versions") or {}
-    shown += [("versions", ", ".join(f"{name} {value}" for name, value in versions.items()))]
-    return [(shown_text(str(key), 80), shown_text(str(value), 300)) for key, value in shown]
+def _charts(run: Run, found: Figures) -> dict[str, list[Chart]]:
+    """The pictures of each section."""
+    iterations = found["iterations"]
+    both = list(zip(run.iterations, iterations, strict=True))
+    each = {"margins": _margins, "selection": _ensemble, "lengths": _length_r2, "scores": _scores}
+    made = {name: [one for two in both for one in make(run, *two)] for name, make in each.items()}
+    made["lengths"] = _lengths(iterations) + made["lengths"]
+    made["accuracy"] = _accuracy(iterations) + _drift([one for one in iterations if one["drift"]])
+    return made | {"samples": [], "cost": [], "training": _training(run)}
+
+
+def _series(iterations: Sequence[Figures], *named: tuple[str, str, str]) -> list[Series]:
+    """Figures over the iterations that have them: where one is, as `lengths.chosen`, name, colour.
+
+    A figure's standard error is drawn if it is beside it.
+    """
+    found = []
+    for path, name, colour in named:
+        place, _, key = path.rpartition(".")
+        levels = {one["iteration"]: (one[place] if place else one) or {} for one in iterations}
+        have = {x: one for x, one in levels.items() if one.get(key) is not None}
+        errors = [one[f"{key}_error"] for one in have.values() if f"{key}_error" in one]
+        y = [one[key] for one in have.values()]
+        found.append(Series(name, colour, list(have), y, errors or None))
+    return [one for one in found if one.x]
+
+
+def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
+    panels, pairs, said = [], one.bootstrapped, []
+    if one.margin is not None:
+        panels.append(("offline", one.margin, one.offline["selected"], KEPT))
+    # What others rank by is not in nats.
+    if pairs and LABELERS[run.labeler].implicit and len(pairs["row"]):
+        panels.append(("sampled", pairs["margin"], pairs["selected"], SAMPLED))
+    if figures.get("threshold") is not None:
+        said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")
+        said.append(f"{1 - figures['offline_accuracy']:.0%} of all lie at or below 0")
+    title = f"Iteration {one.number}: {', '.join(said) or 'sampled pairs'}"
+    note = "The end bars hold what lies beyond (0.2%)."
+    return [charts.margins(title, note, run.unit, panels)] if panels else []
+
+
+def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
+    without, changed = margin_without_ensemble(run, one), figures.get("ensemble")
+    if without is None or changed is None or one.margin is None:
+        return []
+    kept, kept_without = one.offline["selected"], select_largest(without, changed["kept"])
+    title = (
+        f"Iteration {one.number}: the ensemble exchanged {changed['exchanged']:,} of "
+        f"{changed['kept']:,} kept pairs"
+    )
+    note = "Dashed: the margin from which pairs are kept"
+    note += ", zoomed in on the pairs that changed." if changed["exchanged"] else "."
+    sampled = figures.get("bootstrapped_ensemble")
+    if sampled:
+        note += f" Of {sampled['kept']:,} sampled pairs kept, {sampled['exchanged']:,} are others."
+    axes = (f"margin with gamma = 0, {run.unit}", f"margin with gamma = {run.settings['gamma']:g}")
+    marks = [
+        ("same choice", kept == kept_without, MUTED),
+        ("kept by it", kept & ~kept_without, KEPT),
+        ("dropped by it", ~kept & kept_without, DROPPED),
+    ]
+    cuts = (float(without[kept_without].min()), float(one.margin[kept].min()))
+    around = kept != kept_without
+    return [charts.scatter(title, note, axes, without, one.margin, marks, cuts, around)]
+
+
+def _lengths(iterations: Sequence[Figures]) -> list[Chart]:
+    series = _series(
+        iterations,
+        ("lengths.chosen", "chosen", KEPT),
+        ("lengths.rejected", "rejected", DROPPED),
+        ("lengths.sampled", "sampled", SAMPLED),
+        ("lengths.bootstrapped_chosen", "its best", OTHER),
+    )
+    title, note = "Mean length of answers in tokens", ""
+    sampled = [one["lengths"] for one in iterations if "sampled" in one["lengths"]]
+    if sampled:
+        note = "Its best: the chosen answers of sampled pairs that are kept."
+        if "chosen" in sampled[-1]:
+            title = (
+                f"Sampled answers have {sampled[-1]['sampled']:,.1f} tokens on average, chosen "
+                f"ones {sampled[-1]['chosen']:,.1f}"
+            )
+    return [charts.lines(title, note, "mean tokens", series, decimals=1)] if series else []
+
+
+def _length_r2(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
+    r2 = figures.get("length_r2")
+    if not r2:
+        return []
+    note = f"of margins with the difference in length {number(r2['margin'], '.3f')}"
+    if "sampled" in r2:
+        note += f"; of sampled answers {number(r2['sampled'], '.3f')}"
+    tokens = pooled(one.offline, "length")
+    return [_rewards(run, one, "length", r2["reward"], tokens, "tokens", f"{note}.")]
+
+
+def _explains(one: Iteration, name: str, r2: float | None, what: str) -> str:
+    share = number(r2, ".0%")
+    return f"Iteration {one.number}: {name} explains {share} of the variance of {what}"
+
+
+def _rewards(
+    run: Run, one: Iteration, name: str, r2: float | None, x: FloatArray, axis: str, note: str
+) -> Chart:
+    """Rewards of all answers over something else that is known of them."""
+    of_chosen = np.arange(len(x)) < len(x) // 2
+    axes = (axis, f"implicit reward, {run.unit}")
+    marks = [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)]
+    title, note = _explains(one, name, r2, "rewards"), f"R² {number(r2, '.3f')}; {note}"
+    return charts.scatter(title, note, axes, x, pooled(one.offline, "reward"), marks)
+
+
+def _scores(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
+    found: list[Chart] = []
+    for column, r2 in figures.get("scores", {}).items():
+        values, difference = scores_of(run, score_columns(run)[column])
+        name, of_margins = shown_name(column), number(r2["margin"], ".3f")
+        if "reward" in r2:
+            note = (
+                f"of margins with the difference {of_margins}. Where {name} differs, the policy "
+                f"agrees with it on {number(r2['agreement'], '.0%')} of the pairs."
+            )
+            axis = f"{name} of the answer"
+            found.append(_rewards(run, one, name, r2["reward"], values, axis, note))
+        elif one.margin is not None:
+            title, note = _explains(one, name, r2["margin"], "margins"), f"R² {of_margins}."
+            marks, axes = [("", np.isfinite(difference), KEPT)], (name, f"margin, {run.unit}")
+            found.append(charts.scatter(title, note, axes, difference, one.margin, marks))
+    return found
+
+
+def _accuracy(iterations: Sequence[Figures]) -> list[Chart]:
+    both = ("offline_accuracy", "offline", KEPT), ("held_out.accuracy", "held out", SAMPLED)
+    series = _series(iterations, *both)
+    if not series:
+        return []
+    held_out = [one["held_out"]["pairs"] for one in iterations if one["held_out"]]
+    x, y = series[-1].x, series[-1].y
+    kind = "held-out pairs" if held_out else "offline pairs"
+    title = f"The reward agrees with the label on {y[-1]:.0%} of {kind}"
+    title += f", {y[0]:.0%} in iteration {x[0]}" if len(y) > 1 else ""
+    note = "Bars are one standard error. What is not better than a coin flip has learnt nothing."
+    note += f" {held_out[-1]:,} pairs are held out." if held_out else ""
+    return [charts.lines(title, note, "share of pairs", series, (0.5, "a coin"))]
+
+
+def _drift(drifted: Sequence[Figures]) -> list[Chart]:
+    if len(drifted) < 2:
+        return []
+    sides = ("drift.chosen", "chosen", KEPT), ("drift.rejected", "rejected", DROPPED)
+    last = drifted[-1]["drift"]
+    title = (
+        f"Iteration {drifted[-1]['iteration']} began {last['chosen']:+.1f} nats (chosen) and "
+        f"{last['rejected']:+.1f} (rejected) per answer from theta_0"
+    )
+    note = "Mean change in log-probability of the offline answers since the initial policy."
+    zero, series = (0.0, "theta_0"), _series(drifted, *sides)
+    return [charts.lines(title, note, "nats per answer", series, zero, decimals=1)]
+
+
+def _training(run: Run) -> list[Chart]:
+    found: list[Chart] = []
+    # Where each iteration's own figures are in the log, it starts.
+    boundaries = {
+        int(entry["sera/iteration"]): int(entry["step"])
+        for entry in run.history
+        if "sera/iteration" in entry
+    }
+    against = "of rewards against the iteration's reference"
+    for title, ylabel, key in (
+        ("Loss", "loss", "loss"),
+        (f"Margin {against}", "beta x margin", "rewards/margins"),
+        (f"Accuracy {against}", "share of pairs", "rewards/accuracies"),
+    ):
+        both = ((key, "train", KEPT), (f"eval_{key}", "held out", SAMPLED))
+        series = [Series(name, ink, *curve(run.history, where)) for where, name, ink in both]
+        series = [one for one in series if one.x]
+        if series:
+            found.append(charts.curves(title, ylabel, series, boundaries))
+    return found
+
+
+def curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """A figure of the log over steps, with a gap where an iteration starts."""
+    points: list[tuple[float, float]] = []
+    started = False
+    for entry in history:
+        started |= entry.get("sera/iteration", 1) != 1  # nothing is before the first
+        value = entry.get(key)
+        if isinstance(value, int | float) and isfinite(value):
+            if started and points:
+                points.append((entry["step"], nan))
+            started = False
+            points.append((entry["step"], value))
+    return [x for x, _ in points], [y for _, y in points]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,158 +22,149 @@ from sera_plugin.tools.report.output import (
     shown_name,
     shown_text,
 )
-from sera_plugin.tools.report.reading import TEXTS, Iteration, Run
-from sera_plugin.tools.report.tokens import Texts
+from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
 
 SUFFIXES = (".jsonl", ".parquet")
 #: A report stays small, and a screen readable: `inspect --row` shows the whole of a pair.
-_LONGEST = {"prompt": 1_200, "chosen": 1_600, "rejected": 1_600}
 _FEW, _SUSPECTS, _GLANCE = 8, 25, 120
 
+Pair = dict[str, Any]
 
-def _offline(run: Run, one: Iteration, row: int) -> dict[str, Any]:
+
+def _offline(run: Run, one: Iteration, row: int) -> Pair:
     """A pair of the dataset, and what each policy up to the newest thought of it."""
-    assert one.selected is not None
     margins = {each.number: each.margin for each in run.iterations if each.margin is not None}
     return {
         "row": row,
         "margins": {iteration: float(margin[row]) for iteration, margin in margins.items()},
-        "selected": bool(one.selected[row]),
-        "columns": {name: values[row] for name, values in run.scores.items()},
-        **_label(run, row),
+        "selected": bool(one.offline["selected"][row]),
+        **_known(run, row),
         **{name: column[row] for name, column in run.tokens.items()},
     }
 
 
-def _label(run: Run, row: int) -> dict[str, str]:
+def _known(run: Run, row: int) -> Pair:
+    """What the dataset says of a pair beside its texts."""
+    columns = {name: values[row].as_py() for name, values in run.scores.items()}
     swapped = run.swapped is not None and run.swapped[row]
-    return {"label": "swapped on purpose"} if swapped else {}
+    return {"columns": columns} | ({"label": "swapped on purpose"} if swapped else {})
 
 
-def _sampled(run: Run, one: Iteration, index: int) -> dict[str, Any]:
-    """A bootstrapped pair, by its place in bootstrapped.parquet."""
-    pairs, samples = one.bootstrapped, one.candidates
-    assert pairs is not None
-    assert samples is not None
-    row, at = int(pairs["row"][index]), {side: int(one.sampled[side][index]) for side in SIDES}
-    facts = {
-        "cut at the longest length": [side for side in SIDES if samples.unfinished[at[side]]],
-        "the dataset's": [side for side in SIDES if samples.from_dataset[at[side]]],
+def _sampled(run: Run, one: Iteration, places: list[int]) -> list[Pair]:
+    """Bootstrapped pairs, by their places in bootstrapped.parquet."""
+    pairs, samples, tokens, answers = one.bootstrapped, one.candidates, one.tokens(), one.places()
+    facts = {"cut at the longest length": "unfinished", "the dataset's": "given"}
+
+    def pair(place: int) -> Pair:
+        of = {name: [side for side, at in answers.items() if samples[key][at[place]]]
+              for name, key in facts.items()}  # fmt: skip
+        return {
+            "row": int(pairs["row"][place]),
+            "margins": {one.number: float(pairs["margin"][place])},
+            "selected": bool(pairs["selected"][place]),
+            "columns": {name: " and ".join(sides) for name, sides in of.items() if sides},
+            "prompt": run.tokens["prompt"][pairs["row"][place]],
+            **{side: tokens[at[place]] for side, at in answers.items()},
+        }
+
+    return list(map(pair, places))
+
+
+def facts_of(pair: Pair) -> dict[str, str]:
+    """What is special about a pair, as it can be shown."""
+    shown = {
+        shown_name(name): shown_text(f"{v:.4g}" if isinstance(v, float) else v, 200)
+        for name, v in pair["columns"].items()
     }
-    return {
-        "row": row,
-        "margins": {one.number: float(pairs["margin"][index])},
-        "selected": bool(pairs["selected"][index]),
-        "columns": {name: " and ".join(sides) for name, sides in facts.items() if sides},
-        "prompt": run.tokens["prompt"][row],
-        **{side: samples.tokens[at[side]] for side in SIDES},
-    }
+    return shown | ({"label": pair["label"]} if "label" in pair else {})
 
 
-def _mislabelled(run: Run, most: int) -> tuple[Iteration, npt.NDArray[np.intp]]:
+def _doubted(run: Run) -> tuple[Iteration, npt.NDArray[np.intp]]:
     """The newest iteration with margins, and its rows of negative margin, lowest first."""
     for one in reversed(run.iterations):
         if one.margin is not None:
             order = np.argsort(one.margin, kind="stable")
-            return one, order[one.margin[order] < 0][:most]
+            return one, order[one.margin[order] < 0]
     raise ValueError(
         f"{run.root} has no margins yet: they exist from iteration 2 on, once its offline pairs "
         "are scored."
     )
 
 
-def _facts(columns: Mapping[str, Any]) -> dict[str, str]:
-    """What is special about a pair, as it can be shown."""
-    return {
-        shown_name(name): shown_text(f"{v:.4g}" if isinstance(v, float) else str(v), 200)
-        for name, v in columns.items()
-    }
-
-
-def examples(run: Run, texts: Texts) -> list[dict[str, Any]]:
+def examples(run: Run) -> list[dict[str, Any]]:
     """The pairs of the newest iterations that say most about run and data, in groups by name."""
-
-    def group(name: str, one: Iteration, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        for pair in pairs:
-            label = {"label": pair["label"]} if "label" in pair else {}
-            pair["facts"] = _facts(pair["columns"]) | label
-            for text, most in _LONGEST.items():
-                pair[text] = shown_text(texts.exact(pair[text]), most)
-        by_margin = "priority" not in (one.offline or {})
-        return {"name": name, "t": one.number, "by_margin": by_margin, "pairs": pairs}
-
-    groups = []
-    chosen = [one for one in run.iterations if one.margin is not None]
-    if run.tokens and chosen:
-        margin = chosen[-1].margin
-        assert margin is not None
-        kinds = {
-            "mislabelled": _mislabelled(run, _SUSPECTS)[1],
-            "decided": np.argsort(margin, kind="stable")[::-1][:_FEW],
-            "undecided": np.argsort(np.abs(margin), kind="stable")[:_FEW],
-        }
-        for name, rows in kinds.items():
-            pairs = [_offline(run, chosen[-1], row) for row in rows.tolist()]
-            groups.append(group(name, chosen[-1], pairs))
-    for one in reversed(run.iterations if run.tokens else []):
-        made = one.bootstrapped
-        if made is None or one.candidates is None or not len(one.candidates.row):
-            continue
+    if not run.tokens:
+        return []
+    groups: list[tuple[str, Iteration, list[Pair]]] = []
+    if any(one.margin is not None for one in run.iterations):
+        one, doubted = _doubted(run)
+        margin = one.offline["margin"]
+        for name, rows in (
+            ("mislabelled", doubted[:_SUSPECTS]),
+            ("decided", np.argsort(margin, kind="stable")[::-1][:_FEW]),
+            ("undecided", np.argsort(np.abs(margin), kind="stable")[:_FEW]),
+        ):
+            groups.append((name, one, [_offline(run, one, row) for row in rows.tolist()]))
+    sampled = [one for one in run.iterations if one.bootstrapped and one.candidates]
+    if sampled:
+        made = sampled[-1].bootstrapped
         kept = np.flatnonzero(made["selected"])
         order = kept[np.argsort(-made["margin"][kept], kind="stable")].tolist()
-        worst = order[_FEW:][::-1][:_FEW]
-        parts = {"best-bootstrapped": order[:_FEW], "worst-bootstrapped": worst}
+        parts = {"best-bootstrapped": order[:_FEW], "worst-bootstrapped": order[_FEW:][::-1][:_FEW]}
         if LABELERS[run.labeler].adds_dataset_answer:
             parts = {"bootstrapped": order[:_FEW]}
-        for name, places in parts.items():
-            groups.append(group(name, one, [_sampled(run, one, index) for index in places]))
-        break
-    return [one for one in groups if one["pairs"]]
+        groups += [
+            (name, sampled[-1], _sampled(run, sampled[-1], at)) for name, at in parts.items()
+        ]
+    return [
+        {"name": name, "t": one.number, "by_margin": one.by_margin, "pairs": pairs}
+        for name, one, pairs in groups
+        if pairs
+    ]
 
 
 # ------------------------------------------------- for a terminal and for machines
 
 
-def describe_pair(run: Run, row: int, texts: Texts) -> dict[str, Any]:
+def describe_pair(run: Run, row: int, texts: Texts) -> Pair:
     """What each policy thought of a pair: log-probabilities, rewards, margin, its candidates."""
     total = run.total or 0
     if not 0 <= row < total:
         raise ValueError(f"--row: {row} is not in the run; it has rows 0 to {total - 1}")
-    found: dict[str, Any] = {"row": row, "unit": run.unit, "labeler": run.labeler}
+    found: Pair = {"row": row, "unit": run.unit, "labeler": run.labeler}
     if run.tokens:
         found |= {name: texts.exact(column[row]) for name, column in run.tokens.items()}
         found["tokens"] = {name: int(column.lengths[row]) for name, column in run.tokens.items()}
     found["text"] = texts.source if texts.tokenizer is not None else None
-    found["columns"] = {name: values[row] for name, values in run.scores.items()}
-    found |= _label(run, row)
+    found |= _known(run, row)
     found["iterations"] = [_thought(one, row, texts) for one in run.iterations]
     return found
 
 
 def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
     thought: dict[str, Any] = {"iteration": one.number}
-    if one.offline is not None and one.selected is not None:
+    samples, pairs = one.candidates, one.bootstrapped
+    if one.offline:
         for name in (f"{side}_{what}" for what in ("logp", "reward") for side in SIDES):
             if name in one.offline:
                 thought[name] = float(one.offline[name][row])
         thought["margin"] = None if one.margin is None else float(one.margin[row])
-        thought["selected"] = bool(one.selected[row])
-    samples, pairs = one.candidates, one.bootstrapped
-    if samples is not None:
+        thought["selected"] = bool(one.offline["selected"][row])
+    if samples:
+        tokens = one.tokens()
         thought["candidates"] = [
             {
-                "candidate": int(samples.candidate[index]),
-                "text": texts.exact(samples.tokens[index]),
-                "tokens": int(samples.lengths[index]),
-                "unfinished": bool(samples.unfinished[index]),
-                "from_dataset": bool(samples.from_dataset[index]),
-                "logps": samples.logps[index].tolist(),
-                "reward": float(samples.reward[index]),
+                "candidate": int(samples["candidate"][index]),
+                "text": texts.exact(tokens[index]),
+                "tokens": int(samples["length"][index]),
+                "unfinished": bool(samples["unfinished"][index]),
+                "from_dataset": bool(samples["given"][index]),
+                "logps": samples["logps"][index].tolist(),
+                "reward": float(samples["reward"][index]),
             }
-            for index in np.flatnonzero(samples.row == row).tolist()
+            for index in np.flatnonzero(samples["row"] == row).tolist()
         ]
-    if samples is not None and pairs is not None:
-        for place in np.flatnonzero(pairs["row"] == row):
+        for place in np.flatnonzero(pairs["row"] == row) if pairs else ():
             for side in SIDES:
                 thought["candidates"][int(pairs[f"{side}_candidate"][place])] |= {
                     "paired_as": side,
@@ -184,44 +174,44 @@ def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
     return thought
 
 
-def show_pair(found: dict[str, Any], texts: Texts) -> str:
+def show_pair(pair: Pair, texts: Texts) -> str:
     """`describe_pair` for a terminal."""
     names = [f"{side} {what}" for what in ("logp", "reward") for side in SIDES] + ["margin"]
+    kept = {True: "kept", False: "dropped", None: NOTHING}
     rows = [
         [
             str(one["iteration"]),
             *(number(one.get(name.replace(" ", "_")), ".3f") for name in names),
-            {True: "kept", False: "dropped", None: NOTHING}[one.get("selected")],
+            kept[one.get("selected")],
         ]
-        for one in found["iterations"]
+        for one in pair["iterations"]
     ]
     table = plain_table(["iteration", *names, "pair"], rows)
-    implicit = LABELERS[found["labeler"]].implicit
-    return fill("pair.txt", pair=found, texts=texts, table=table, implicit=implicit).removesuffix(
-        "\n"
-    )
+    implicit = LABELERS[pair["labeler"]].implicit
+    return fill("pair.txt", pair=pair, texts=texts, table=table, implicit=implicit)[:-1]
 
 
-def suspects(run: Run, most: int, texts: Texts) -> list[dict[str, Any]]:
+def suspects(run: Run, most: int, texts: Texts) -> list[Pair]:
     """Pairs on which the newest policy disagrees with the label, the most negative margin first."""
-    one, rows = _mislabelled(run, most)
-    pairs = [_offline(run, one, row) for row in rows.tolist()]
+    one, rows = _doubted(run)
+    pairs = [_offline(run, one, row) for row in rows[:most].tolist()]
     return [pair | {name: texts.exact(pair[name]) for name in run.tokens} for pair in pairs]
 
 
-def show_suspects(run: Run, found: list[dict[str, Any]]) -> str:
+def show_suspects(run: Run, found: list[Pair]) -> str:
     """`suspects` for a terminal."""
     if not found:
         return "No pair has a negative margin."
-    head = ["row", *(f"margin t={iteration}" for iteration in found[0]["margins"]), "pair"]
-    head += [*map(shown_name, run.scores), *([] if run.swapped is None else ["label"])]
+    margins = [f"margin t={iteration}" for iteration in found[0]["margins"]]
+    head = ["row", *margins, "pair", *map(shown_name, run.scores)]
+    head += [] if run.swapped is None else ["label"]
+    given = {} if run.swapped is None else {"label": "as given"}
     rows = [
         [
             str(one["row"]),
             *(f"{margin:+.3f}" for margin in one["margins"].values()),
             "kept" if one["selected"] else "dropped",
-            *_facts(one["columns"]).values(),
-            *([] if run.swapped is None else [one.get("label", "as given")]),
+            *facts_of(given | one).values(),
         ]
         for one in found
     ]
@@ -274,24 +264,27 @@ def export(
         }
         for pair in pairs
     ]
+    table = pa.Table.from_pylist(rows, pa.schema(kinds))
     if path.suffix == ".jsonl":
-        kept = ({name: row[name] for name in kinds} for row in rows)
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+        write_text(path, "".join(lines))
     else:
-        table = pa.Table.from_pylist(rows, pa.schema(kinds))
         write_file(path, lambda partial: pq.write_table(table, partial))
     return len(rows), one.number
 
 
-def _pairs(run: Run, which: str, iteration: int | None) -> tuple[Iteration, list[dict[str, Any]]]:
+def _pairs(run: Run, which: str, iteration: int | None) -> tuple[Iteration, list[Pair]]:
     """The pairs to export, and whose they are."""
-    for one in reversed(run.iterations) if iteration is None else [run.iteration(iteration)]:
+    if iteration is not None and iteration not in run.begun:
+        begun = ", ".join(map(str, run.begun)) or "none"
+        raise ValueError(f"iteration {iteration} is not in {run.root} (begun: {begun})")
+    for one in reversed(run.iterations) if iteration is None else [run.begun[iteration]]:
         if which == "bootstrapped":
-            if one.bootstrapped is not None and one.candidates is not None:
+            if one.bootstrapped and one.candidates:
                 kept = np.flatnonzero(one.bootstrapped["selected"]).tolist()
-                return one, [_sampled(run, one, index) for index in kept]
-        elif one.selected is not None:
-            rows = np.flatnonzero(one.selected == (which == "kept")).tolist()
+                return one, _sampled(run, one, kept)
+        elif one.offline:
+            rows = np.flatnonzero(one.offline["selected"] == (which == "kept")).tolist()
             return one, [_offline(run, one, row) for row in rows]
     if iteration is None:
         raise ValueError(f"--which: {run.root} has no {which} pairs yet")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.protocols import DATASET
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.config.kinds import LABELERS, is_reference_free
+from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir import checkpoints
 from sera_plugin.rundir.checksums import is_whole
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore, read_json
@@ -28,9 +28,11 @@ from sera_plugin.rundir.tokens import TokenColumn
 Columns = dict[str, npt.NDArray[Any]]
 TEXTS = ("prompt", *SIDES)
 _TOKENS = [f"{name}_ids" for name in TEXTS]
+_SCORED = ("row", "chosen_length", "rejected_length", "chosen_logp", "rejected_logp")
+_RANKED = ("margin", "selected")
 _CANDIDATES = ("row", "candidate", "token_ids", "finish_reason", "logps", "reward")
 _BOOTSTRAPPED = ("row", "chosen_candidate", "rejected_candidate", "margin", "selected")
-_SCORED = ("row", "chosen_length", "rejected_length", "chosen_logp", "rejected_logp")
+_TOKENIZER = "tokenizer.json"
 
 
 def find_run(path: Path) -> RunStore:
@@ -50,87 +52,71 @@ def find_run(path: Path) -> RunStore:
     )
 
 
-class Candidates:
-    """An iteration's samples, (n,) each, in the order of (row, candidate).
-
-    Attributes:
-        row, candidate: which sample of which prompt.
-        lengths: tokens of each.
-        identity: the same number for the same token ids.
-        unfinished: whether sampling was cut off at the longest length.
-        from_dataset: whether it was not sampled, but is the dataset's chosen answer (SPIN).
-        logps: (n, policies) nats, newest policy first.
-        reward: what `sera.labeler` ranked by, NaN where it could not; with `implicit` in nats, per
-            token where the run's loss is.
-    """
-
-    def __init__(self, path: Path, table: pa.Table) -> None:
-        tokens = TokenColumn(table["token_ids"])
-        logps = table["logps"].combine_chunks()
-        self._path = path
-        self.row, self.candidate = table["row"].to_numpy(), table["candidate"].to_numpy()
-        self.lengths = tokens.lengths
-        # 64 bits: that two of a prompt's answers share one by chance will not happen.
-        self.identity = np.fromiter((hash(one.tobytes()) for one in tokens), np.int64, len(tokens))
-        self.unfinished = np.asarray(pc.equal(table["finish_reason"], "length"))
-        self.from_dataset = np.asarray(pc.equal(table["finish_reason"], DATASET))
-        self.logps = logps.flatten().to_numpy().reshape(len(logps), -1 if len(logps) else 0)
-        self.reward = table["reward"].to_numpy()
-
-    @cached_property
-    def tokens(self) -> TokenColumn:
-        """Token ids, read when they are asked for: most of a run's bytes, and seldom needed."""
-        return TokenColumn(pq.read_table(self._path, columns=["token_ids"])["token_ids"])
-
-
-@dataclass(frozen=True)
 class Iteration:
-    """What is on disk of iteration t = `number`: columns of its tables, None without.
+    """What is on disk of iteration t = `number`: columns of its tables, empty without.
 
-    `offline` has `margin` from t = 2, `selected` from then on and wherever not all pairs are kept.
+    `offline` has `selected`, and `margin` from t = 2. `candidates` are in the order of (row,
+    candidate), with `length` in tokens, (n, policies) `logps` in nats, newest policy first, whether
+    each was cut (`unfinished`) or is the dataset's (`given`, SPIN), and `reward`: what
+    `sera.labeler` ranked by, NaN where it could not.
     """
 
-    number: int
-    offline: Columns | None
-    evaluation: Columns | None
-    candidates: Candidates | None
-    bootstrapped: Columns | None
-    summary: dict[str, Any]
+    def __init__(self, run: Run, store: RunStore, number: int) -> None:
+        def columns(name: str, *needed: str) -> Columns:
+            table = run.table(store.table_file(number, name), needed)
+            if table is None:
+                return {}
+            found: Columns = {"selected": np.ones(len(table), dtype=bool)}
+            if name == "candidates":
+                tokens, logps = TokenColumn(table["token_ids"]), table["logps"].combine_chunks()
+                shape = len(logps), -1 if len(logps) else 0
+                found = {
+                    "length": tokens.lengths,
+                    "logps": logps.flatten().to_numpy().reshape(shape),
+                }
+                for key, reason in (("unfinished", "length"), ("given", DATASET)):
+                    found[key] = np.asarray(pc.equal(table["finish_reason"], reason))
+                table = table.drop_columns(["token_ids", "finish_reason", "logps"])
+            names = table.column_names
+            return found | {one: table[one].to_numpy(zero_copy_only=False) for one in names}
+
+        self.number = number
+        self.offline = columns("offline", *_SCORED, *(_RANKED if number > 1 else ()))
+        self.evaluation = columns("evaluation", *_SCORED)
+        self.candidates = columns("candidates", *_CANDIDATES)
+        self.bootstrapped = columns("bootstrapped", *_BOOTSTRAPPED)
+        self.summary = run.json(store.iteration(number) / "summary.json")
+        self._candidates_file = store.table_file(number, "candidates")
 
     @property
     def margin(self) -> FloatArray | None:
         """(N,) margins of the offline pairs, None before they are known."""
-        return None if self.offline is None else self.offline.get("margin")
+        return self.offline.get("margin")
 
     @property
-    def selected(self) -> npt.NDArray[np.bool_] | None:
-        """(N,) which offline pairs are kept."""
-        if self.offline is None:
-            return None
-        return self.offline.get("selected", np.ones(len(self.offline["row"]), dtype=bool))
+    def by_margin(self) -> bool:
+        """Whether pairs are kept by their margin: with a priority they are not."""
+        return "priority" not in self.offline
 
-    @cached_property
-    def sampled(self) -> dict[str, npt.NDArray[np.intp]]:
+    def places(self) -> dict[str, npt.NDArray[np.intp]]:
         """By side, where in `candidates` the answer of each bootstrapped pair is."""
-        samples, pairs = self.candidates, self.bootstrapped
-        assert samples is not None
-        assert pairs is not None
-        width = int(samples.candidate.max(initial=0)) + 1
-        keys = samples.row * width + samples.candidate
-        return {
-            side: np.searchsorted(keys, pairs["row"] * width + pairs[f"{side}_candidate"])
-            for side in SIDES
-        }
+        first = np.searchsorted(self.candidates["row"], self.bootstrapped["row"])
+        return {side: first + self.bootstrapped[f"{side}_candidate"] for side in SIDES}
+
+    def tokens(self) -> TokenColumn:
+        """Token ids of the candidates, read anew: most of a run's bytes, and seldom needed."""
+        return TokenColumn(pq.read_table(self._candidates_file, columns=["token_ids"])["token_ids"])
 
 
 class Run:
     """A run, as far as it can be read.
 
     Attributes:
-        description, settings: run.json and its `sera:` block, empty if it is damaged.
+        description, config, settings: run.json, its configuration and that one's `sera:` block,
+            empty if it is damaged.
         tokens: `prompt`, `chosen`, `rejected` of the offline pairs; empty if they cannot be read.
         scores: the columns of `sera.score_columns`, as the dataset had them.
-        iterations: those that have begun, in order.
+        iterations, begun: those that have begun, in order, and by their number.
         history: `log_history` of the newest checkpoint, empty without.
         state: `finished`, `going on`, or `stopped`.
         notes: one sentence for everything that is missing or damaged.
@@ -142,31 +128,30 @@ class Run:
     def __init__(self, store: RunStore) -> None:
         self._store, self.root = store, store.root
         self.notes: list[str] = []
-        self.description = self._json(store.run_file)
+        self.description = self.json(store.run_file)
         version = self.description.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{store.run_file} has format version {version!a}; this sera_plugin reads "
                 f"{FORMAT_VERSION}. Use the version that made the run."
             )
-        self.config: dict[str, Any] = self.description.get("config") or {}
-        self.settings: dict[str, Any] = self.config.get("sera") or {}
+        self.config: dict[str, Any] = self.description.get("config", {})
+        self.settings: dict[str, Any] = self.config.get("sera", {})
         self.labeler = str(self.settings.get("labeler", "implicit"))
-        dataset = self._table(store.dataset_file, _TOKENS)
+        dataset = self.table(store.dataset_file, _TOKENS)
         if dataset is None and not store.dataset_file.exists():
             self._note(store.dataset_file, "is missing: there are no texts to show")
         columns = {} if dataset is None else {n: dataset[n] for n in dataset.column_names}
         self.tokens = {n: TokenColumn(columns[f"{n}_ids"]) for n in TEXTS if columns}
-        self.scores: dict[str, list[Any]] = {
-            name: values.to_pylist()
-            for name, values in columns.items()
-            if name not in ("row", *_TOKENS)
+        self.scores: dict[str, pa.ChunkedArray] = {
+            name: values for name, values in columns.items() if name not in ("row", *_TOKENS)
         }
         self.iterations = [
-            self._read_iteration(int(path.name.removeprefix("iteration-")))
-            for path in sorted(store.root.glob("iteration-*"), key=lambda one: (len(one.name), one))
-            if re.fullmatch(r"iteration-[0-9]{2,6}", path.name) and path.is_dir()
-        ]
+            Iteration(self, store, number)
+            for number in sorted(int(path.name[10:]) for path in store.root.glob("iteration-*")
+                                 if re.fullmatch(r"iteration-[0-9]{2,6}", path.name))
+        ]  # fmt: skip
+        self.begun = {one.number: one for one in self.iterations}
         self._name_what_is_missing()
         self.history = self._read_history()
         self.state = self._read_state()
@@ -174,32 +159,19 @@ class Run:
     @property
     def swapped(self) -> npt.NDArray[np.bool_] | None:
         """(N,) which labels were swapped on purpose; None where none were, or it is not known."""
-        tables = [one.offline for one in self.iterations if one.offline is not None]
-        return tables[0].get("swapped") if tables else None
+        return next((one.offline for one in self.iterations if one.offline), {}).get("swapped")
 
     @property
     def total(self) -> int | None:
         """N, the number of offline pairs."""
-        sizes = [len(one.offline["row"]) for one in self.iterations if one.offline is not None]
+        sizes = [len(one.offline["row"]) for one in self.iterations if one.offline]
         return self.description.get("pairs", sizes[0] if sizes else None)
 
     @property
     def unit(self) -> str:
         """What rewards and margins are measured in."""
-        per_token = self.description.get("per_token")
-        return "nats per token" if per_token else "nats" if per_token is False else "unknown unit"
-
-    def iteration(self, number: int) -> Iteration:
-        """Iteration t.
-
-        Raises:
-            ValueError: if it has not begun, naming those that have.
-        """
-        for one in self.iterations:
-            if one.number == number:
-                return one
-        begun = ", ".join(str(one.number) for one in self.iterations) or "none"
-        raise ValueError(f"iteration {number} is not in {self.root} (begun: {begun})")
+        units = {True: "nats per token", False: "nats", None: "unknown unit"}
+        return units[self.description.get("per_token")]
 
     def implicit_margin(
         self, iteration: int, table: str = "offline", gamma: float | None = None
@@ -208,23 +180,20 @@ class Run:
 
         With the run's own gamma unless one is given; None where what it needs cannot be read.
         """
-        if not self.settings or "per_token" not in self.description:
+        if not self.description:
             return None
-        weights = reward_weights(
-            iteration,
-            self.settings["gamma"] if gamma is None else gamma,
-            is_reference_free(self.description["loss"]),
-        )
-        found = {one.number: getattr(one, table) for one in self.iterations}
-        needed = [found.get(iteration - back) for back in range(len(weights))]
-        tables = [one for one in needed if one is not None]
-        if len(tables) < len(needed):
+        gamma = self.settings["gamma"] if gamma is None else gamma
+        weights = reward_weights(iteration, gamma, is_reference_free(self.description["loss"]))
+        needed = [self.begun.get(iteration - back) for back in range(len(weights))]
+        tables: list[Any] = [getattr(one, table, None) for one in needed]
+        if not all(tables):
             return None
+        per_token = self.description["per_token"]
         chosen, rejected = (
             implicit_reward(
                 [one[f"{side}_logp"] for one in tables],
                 weights,
-                tables[0][f"{side}_length"] if self.description["per_token"] else None,
+                tables[0][f"{side}_length"] if per_token else None,
             )
             for side in SIDES
         )
@@ -239,10 +208,12 @@ class Run:
             self._note(path, "is damaged (its checksum differs) and left out")
         return whole
 
-    def _json(self, path: Path) -> dict[str, Any]:
+    def json(self, path: Path) -> dict[str, Any]:
+        """A JSON file, empty where it is missing or damaged, which is noted."""
         return read_json(path) if self._whole(path) else {}
 
-    def _table(self, path: Path, needed: Sequence[str]) -> pa.Table | None:
+    def table(self, path: Path, needed: Sequence[str]) -> pa.Table | None:
+        """A table, None where it is missing, damaged or lacks a column, which is noted."""
         if not self._whole(path):
             return None
         table = pq.read_table(path)
@@ -251,34 +222,16 @@ class Run:
             self._note(path, f"has no column {', '.join(missing)} and is left out")
         return None if missing else table
 
-    def _read_iteration(self, number: int) -> Iteration:
-        def columns(name: str, *needed: str) -> Columns | None:
-            table = self._table(self._store.table_file(number, name), needed)
-            if table is None:
-                return None
-            return {one: table[one].to_numpy(zero_copy_only=False) for one in table.column_names}
-
-        path = self._store.table_file(number, "candidates")
-        samples = self._table(path, _CANDIDATES)
-        return Iteration(
-            number,
-            columns("offline", *_SCORED, *(("margin", "selected") if number > 1 else ())),
-            columns("evaluation", *_SCORED),
-            None if samples is None else Candidates(path, samples),
-            columns("bootstrapped", *_BOOTSTRAPPED),
-            self._json(self._store.iteration(number) / "summary.json"),
-        )
-
     def _name_what_is_missing(self) -> None:
         """A file that others were made from must have been there; one at the end is not due yet."""
         first = LABELERS[self.labeler].first_iteration(self.settings.get("selection_ratio", 1))
         newest = max((one.number for one in self.iterations), default=0)
         for one in self.iterations:
             past = bool(one.summary) or one.number < newest
-            paired = past or one.bootstrapped is not None
+            paired = past or bool(one.bootstrapped)
             sampled = self.settings.get("bootstrap_ratio", 0) > 0 and one.number >= first
             due = {
-                "offline.parquet": paired or one.candidates is not None,
+                "offline.parquet": paired or one.candidates,
                 "candidates.parquet": sampled and paired,
                 "bootstrapped.parquet": sampled and past,
                 "evaluation.parquet": self.description.get("evaluation_pairs") and past,
@@ -305,12 +258,63 @@ class Run:
         trained = self.iterations and "train" in self.iterations[-1].summary.get("seconds", {})
         if planned and len(self.iterations) >= planned and trained:
             return "finished"
-        try:
-            # A run holds an exclusive lock; a shared one is let go at once.
-            with (self.root / "lock").open("rb") as handle:
+        # Without a lock file, or on a file system without locks, nobody is known to be at work.
+        with suppress(OSError), (self.root / "lock").open("rb") as handle:
+            try:  # a run holds an exclusive lock; a shared one is let go at once
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "going on"
-        except OSError:
-            pass  # there is no lock file, or the file system has no locks
+            except BlockingIOError:
+                return "going on"
         return "stopped"
+
+
+class Texts:
+    """Turns a run's token ids into text, with the tokenizer it was trained with if that is here.
+
+    `tokenizer` may be None; `source` says where it is from, or why there is none. Nothing is
+    downloaded or run: `tokenizers` reads `tokenizer.json`, which is data.
+    """
+
+    def __init__(self, run: Run) -> None:
+        from tokenizers import Tokenizer
+
+        base = run.config.get("base_model")
+        self.tokenizer: Any = None
+        self.source = (
+            f"no {_TOKENIZER} in the run's policies, its output_dir, or for base_model "
+            f"{quoted(base)} on this machine"
+        )
+        places = [run.root.parent / _TOKENIZER]
+        if base:
+            places += [Path(base) / _TOKENIZER, cached_file(base, _TOKENIZER) or Path()]
+        policies = [policy / _TOKENIZER for policy in sorted(run.root.glob("iteration-*/policy"))]
+        for path in [*filter(is_whole, policies), *filter(Path.is_file, places)]:
+            with suppress(Exception):  # the library raises it for whatever it cannot read
+                self.tokenizer, self.source = Tokenizer.from_file(str(path)), str(path)
+                break
+        self._end_ids = frozenset(run.description.get("end_ids", ()))
+        self._added = frozenset(self.tokenizer.encode("").ids if self.tokenizer else ())
+
+    def exact(self, ids: Sequence[int]) -> str:
+        """Every token, special ones included; the ids themselves without a tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return str(self.tokenizer.decode([int(one) for one in ids], skip_special_tokens=False))
+
+    def prompt(self, ids: Sequence[int]) -> str:
+        """The prompt without the token that tokenising it again puts in front."""
+        return self.exact(ids[1:] if len(ids) and int(ids[0]) in self._added else ids)
+
+    def completion(self, ids: Sequence[int]) -> str:
+        """The completion without its end token, which trainers add themselves."""
+        return self.exact(ids[:-1] if len(ids) and int(ids[-1]) in self._end_ids else ids)
+
+
+def cached_file(model: str, name: str) -> Path | None:
+    """A file of a hub model in the local cache, None where it is not there; asks no server."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, name)
+    except ValueError:  # a path is not a name on the hub
+        return None
+    return Path(found) if isinstance(found, str) else None
