@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import HOST_KEYS, SeraConfig
 from sera_plugin.host.refused import DOES_NOT_WORK, REFUSALS
 from sera_plugin.tools.convert.keys import RULES

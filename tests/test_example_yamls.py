@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from sera_plugin.cli import sera
-from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.block import JudgeConfig
 from sera_plugin.tools import paper
 from tests.doc_pages import PAGES, ROOT, blocks, file_name
 

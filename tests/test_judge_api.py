@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.block import JudgeConfig
 from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed, Replies, Usage, api
 from sera_plugin.labeling.judging.api import RatingJudge, api_judge
 from sera_plugin.rundir.journal import Journal

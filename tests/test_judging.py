@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sera_plugin.config.judge import JudgeConfig, read_judge
+from sera_plugin.config.block import JudgeConfig, read_judge
 from sera_plugin.labeling.judging import (
     PLACES,
     Answered,

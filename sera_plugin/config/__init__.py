@@ -2,6 +2,6 @@
 
 - `sera`      the `sera:` block, frozen, and what SeRA does with keys that are the host's
 - `kinds`     the losses, selections and labelers by name, a line each
-- `block`     a block parsed, and what is wrong with one; `judge`  that of a judge behind an API
+- `block`     a block parsed, and what is wrong with one; that of a judge behind an API
 - `quoting`   values of a YAML or a row as messages quote them: escaped and cut
 """

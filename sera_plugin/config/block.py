@@ -1,14 +1,24 @@
-"""Blocks of a YAML: read once into a frozen type, and what is wrong with one in a sentence each."""
+"""Blocks of a YAML, read once into a frozen type; an API judge's is one.
+
+What is wrong with a block is said in a sentence for each key.
+"""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sera_plugin.config.quoting import as_written, is_secret, quoted
+
+_OURS = frozenset({"model", "messages", "stream", "n"})
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def closest(name: str, known: Collection[str], cutoff: float = 0.5) -> str | None:
@@ -89,3 +99,96 @@ class Block(BaseModel):
             return place + error["msg"].removeprefix("Value error, ")
         value = f"{quoted(error['input'])} is not allowed: " if "input" in error else ""
         return f"{place}{value}{error['msg']}"
+
+
+class JudgeConfig(Block, hide_input_in_errors=True):
+    """A judge at an OpenAI-compatible endpoint."""
+
+    base_url: str
+    """Where the endpoint is, up to `/v1`: `https://api.openai.com/v1`, `http://127.0.0.1:8000/v1`.
+    `/v1` is added to an address without a path."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    api_key_env: str | None = None
+    """The NAME of the environment variable that holds the key. Unset: no key is sent."""
+    mode: Literal["pairwise", "single"] = "pairwise"
+    """`pairwise` shows two answers, in both orders; `single` rates each answer from 1 to 10."""
+    template: Path | None = None
+    """A text file with the judge's prompt in place of the shipped one."""
+    request: dict[str, Any] = Field({"temperature": 0, "max_tokens": 2048})
+    """Fields of the request besides `model` and `messages`, sent as they are."""
+    concurrency: int = Field(8, ge=1, le=256)
+    """Requests at a time."""
+    timeout: float = Field(120.0, gt=0, le=3600)
+    """Seconds without a byte after which a request is dead."""
+    prompt_price: float | None = Field(None, ge=0)
+    """Price of a million prompt tokens, in any currency."""
+    completion_price: float | None = Field(None, ge=0)
+    """Price of a million completion tokens."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is none
+            known = False
+        if not known:
+            raise ValueError("give an address such as https://api.openai.com/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "an address with a user, a password or a query may be secret and is not kept; "
+                "keys come from the environment variable that api_key_env names"
+            )
+        return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("give the NAME of an environment variable, never the key itself")
+        return name
+
+    @field_validator("request")
+    @classmethod
+    def _check_request(cls, request: dict[str, Any]) -> dict[str, Any]:
+        refused = sorted(key for key in request if key in _OURS or is_secret(key))
+        if refused:
+            raise ValueError(
+                f"{', '.join(map(quoted, refused))} cannot be set here; see model and api_key_env"
+            )
+        return request
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the endpoint is on this machine, where no proxy has a part in it."""
+        return urlsplit(self.base_url).hostname in _LOOPBACK
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """The price of tokens, None unless both prices are known."""
+        if self.prompt_price is None or self.completion_price is None:
+            return None
+        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
+
+
+def read_judge(path: Path) -> JudgeConfig:
+    """A judge from a YAML file; a relative `template` is looked for beside the file.
+
+    Raises:
+        ValueError: naming the file, the key and what is wrong. No value that could be a key is
+            repeated.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        raise ValueError(f"{path} is not YAML{where}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping. It needs base_url and model.")
+    config = JudgeConfig.parse(content, f"{path}: ")
+    if config.template is not None:
+        config = config.model_copy(update={"template": path.parent / config.template})
+    return config

@@ -13,8 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from sera_plugin.config.block import Block
-from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.block import Block, JudgeConfig
 from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
 from sera_plugin.config.quoting import quoted
 

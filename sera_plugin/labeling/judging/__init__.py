@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.config.judge import read_judge
+from sera_plugin.config.block import read_judge
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir.journal import Journal
 

@@ -22,7 +22,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.block import JudgeConfig
 from sera_plugin.labeling.judging import (
     Answered,
     Comparison,

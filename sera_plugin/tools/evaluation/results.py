@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sera_plugin import __version__
-from sera_plugin.config.judge import JudgeConfig
+from sera_plugin.config.block import JudgeConfig
 from sera_plugin.labeling.judging import Judge, Verdict
 from sera_plugin.tools.evaluation.answers import Answer, Decoding
 from sera_plugin.tools.evaluation.models import Model
