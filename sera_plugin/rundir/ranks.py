@@ -50,8 +50,9 @@ class Shard:
 
     def idle(self, pieces: Sequence[T]) -> int:
         """How many turns this part has nothing to do in while another has (in step)."""
-        turns = -(-len(pieces) // self.count) if self.in_step else 0
-        return turns and turns - len(pieces[self.index :: self.count])
+        if not self.in_step:
+            return 0
+        return -(-len(pieces) // self.count) - len(pieces[self.index :: self.count])
 
 
 WHOLE, NO_PART = Shard(), Shard(0, 0)
