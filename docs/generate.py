@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import HOST_KEYS, SeraConfig
 from sera_plugin.host.refused import DOES_NOT_WORK, REFUSALS
-from sera_plugin.tools.convert.keys import RULES
+from sera_plugin.tools.convert.convert import RULES
 from sera_plugin.tools.convert.names import LEFT_OUT, TEMPLATES
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -129,7 +129,7 @@ def convert_tables() -> list[str]:
             keys.append(f"| {names} | {rule.to} | {rule.about} |")
     keys.append(f"| {', '.join(same)} | the same | |")
     lost = ["| left out | why |", "|---|---|"]
-    for names, why in LEFT_OUT:
+    for names, why in LEFT_OUT.items():
         lost.append(f"| {', '.join(f'`{name}`' for name in names.split())} | {why} |")
     templates = ["| `template` | `chat_template` | |", "|---|---|---|"]
     templates += [f"| `{one}` | `{host}` | {note} |" for one, (host, note) in TEMPLATES.items()]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
 
 from sera_plugin import __version__
-from sera_plugin.tools.command import refusing
+from sera_plugin.tools.command import Refused, refusing
 from sera_plugin.tools.evaluation.command import evaluate
 from sera_plugin.tools.paper import paper
-from sera_plugin.tools.planning.commands import plan
 from sera_plugin.tools.report.commands import compare, inspect, report
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -57,6 +57,54 @@ def demo(config: Path | None, directory: Path) -> None:
             run_demo(directory, config or shipped)
         except RuntimeError as error:  # training failed, and has said why
             raise click.ClickException(str(error)) from error
+
+
+@sera.command(
+    epilog=_examples(
+        "axolotl sera plan config.yaml",
+        "axolotl sera plan config.yaml --gpu 24",
+        "axolotl sera plan config.yaml --measure",
+        "python -m sera_plugin plan config.yaml --gpu 24 --json | jq .memory.fits",
+    )
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--gpu",
+    type=click.FloatRange(min=0, min_open=True, max=10_000),
+    metavar="GIB",
+    help="Compare with a GPU of this many GiB instead of the one here.",
+)
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Load the model and time a short run on this machine (minutes).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print for machines.")
+def plan(config: Path, gpu: float | None, measure: bool, as_json: bool) -> None:
+    """Say what a run will do, take and need, before it starts.
+
+    Parses CONFIG and prepares its data as `axolotl train` does, then counts pairs, steps and tokens
+    and estimates memory, disk and time. No weights are loaded without --measure.
+
+    Exit code 0: it fits, or there is no GPU to compare with; 1: it does not fit; 2: CONFIG or its
+    data cannot be used.
+    """
+    try:
+        with redirect_stdout(sys.stderr):  # the figures alone go to stdout
+            from sera_plugin.tools.planning.prepare import read_plan
+
+            found, remarks = read_plan(config, gpu, measure)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+    except Exception as error:  # 1 would say that it does not fit
+        traceback.print_exc()
+        raise Refused(f"{type(error).__name__}: {error}") from error
+    from sera_plugin.tools.planning.show import text
+    from sera_plugin.tools.report.output import json_text
+
+    click.echo(json_text(found) if as_json else text(found, remarks))
+    if found["memory"]["fits"] is False:
+        raise SystemExit(1)
 
 
 @sera.command(
@@ -111,5 +159,5 @@ def convert(file: Path, output: Path | None) -> None:
     click.echo(converted.text.rstrip() if output is None else output)
 
 
-for command in (plan, paper, report, inspect, compare, evaluate):
+for command in (paper, report, inspect, compare, evaluate):
     sera.add_command(command)

@@ -94,6 +94,16 @@ def adapter(**keys) -> dict:
     return {"adapter": "lora", **lora, **keys}
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory as LLaMA-Factory has one, see `llama_factory.lay_out`."""
+    from tests.llama_factory import lay_out
+
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path / "data")
+    return tmp_path
+
+
 def load_config(config: dict, directory: Path):
     """Parse a configuration with the real host, as every command does."""
     from axolotl.cli.config import load_cfg

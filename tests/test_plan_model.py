@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from axolotl.loaders import ModelLoader, load_tokenizer
 from bitsandbytes.nn import Linear8bitLt
 from bitsandbytes.optim import AdamW8bit
 from peft import get_peft_model
@@ -28,28 +29,16 @@ from sera_plugin.model.policies import PolicyHistory, take_snapshot
 from sera_plugin.model.scoring import score_sequences, scoring_budget
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.tools.planning.counts import Iteration, Lengths, Work, counting_of
-from sera_plugin.tools.planning.memory import (
-    sampling,
-    scoring,
-    training_activations,
-    training_logits,
-)
-from sera_plugin.tools.planning.plan import phase_flops
-from sera_plugin.tools.planning.run import Run, state_bytes
+from sera_plugin.tools.planning.counts import Work, flops, lengths
+from sera_plugin.tools.planning.model import describe, state_bytes
+from sera_plugin.tools.planning.run import Run
 from tests.conftest import adapter
 
 SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 LINEAR = adapter(lora_target_modules=None, lora_target_linear=True)
 QLORA = adapter(adapter="qlora", load_in_4bit=True)
 
@@ -74,18 +63,12 @@ def described(base_config, model_directory, load):
     """The host's model for a configuration, and the run that a plan makes of it: 4 pairs of 96."""
 
     def planned(kind: str, changes: dict, **model) -> SimpleNamespace:
-        from axolotl.loaders import ModelLoader, load_tokenizer
-
-        from sera_plugin.tools.planning.model import describe
-
         cfg = load(base_config | {"base_model": str(model_directory(kind, **model))} | changes)
         tokenizer = load_tokenizer(cfg)
         method = Method(SeraConfig(**{**cfg.sera, "bootstrap_ratio": 0}), False, False, 4)
         prompt, completion = np.array([16] * 4), np.array([80] * 4)
-        counting = counting_of(cfg, method, Lengths(prompt, completion, completion), None)
-        run = Run(
-            cfg, describe(cfg, tokenizer, False), counting, "transformers", None, lambda _: None
-        )
+        found, pairs = describe(cfg, tokenizer, False), lengths(prompt, completion, completion)
+        run = Run(cfg, found, method, pairs, None, "transformers", None, lambda _: found)
         host, lora = ModelLoader(cfg, tokenizer).load()
         if lora is not None:
             host = get_peft_model(host, lora)
@@ -189,10 +172,6 @@ def test_weights_are_what_the_host_and_peft_make_and_activations_what_autograd_k
 
 def test_a_known_model_in_four_bits(base_config, model_directory, load):
     """Mistral-7B: 4 bits and 0.127 for scales (QLoRA, section 3), the rest in 16 bits."""
-    from axolotl.loaders import load_tokenizer
-
-    from sera_plugin.tools.planning.model import describe
-
     directory = model_directory("mistral")
     AutoConfig.for_model("mistral", vocab_size=32_000).save_pretrained(directory)
     cfg = load(base_config | QLORA | LINEAR | {
@@ -213,10 +192,6 @@ def test_a_known_model_in_four_bits(base_config, model_directory, load):
 
 
 def test_a_mixture_counts_the_experts_that_a_token_passes(base_config, model_directory, load):
-    from axolotl.loaders import load_tokenizer
-
-    from sera_plugin.tools.planning.model import describe
-
     sizes = {"num_local_experts": 8, "num_experts_per_tok": 2}
     cfg = load(base_config | {"base_model": str(model_directory("mixtral", **sizes))})
     found = describe(cfg, load_tokenizer(cfg), on_gpu=False)
@@ -295,8 +270,7 @@ def test_a_training_pass_holds_what_is_planned(changes, on, described, tmp_path)
         forward_logps(found.model, *batch(found))[0].sum().backward()
 
     step()  # gradients are there, as they are between the micro-batches of a step
-    planned = training_activations(run)[0] + training_logits(run)
-    assert planned == pytest.approx(most_held(step, tmp_path), rel=0.1)
+    assert sum(run.training().values()) == pytest.approx(most_held(step, tmp_path), rel=0.1)
 
 
 def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
@@ -307,8 +281,7 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
     )
     run = found.run.changed({"sequence_len": 96})
     method = Method(SeraConfig(candidates=4, max_new_tokens=80), False, False, 4, iterations=2)
-    schedule = replace(run.counting.schedule, pairs=method.sizes)
-    run = replace(run, counting=replace(run.counting, method=method, schedule=schedule))
+    run = replace(run, method=method)
     budget = scoring_budget(found.model, torch.device("cpu"), 96)
 
     def score():
@@ -316,12 +289,12 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
 
     score()
     real = most_held(score, tmp_path)
-    assert 0.9 * real < sum(scoring(run).values()) < 2 * real
+    assert 0.9 * real < sum(run.scoring().values()) < 2 * real
     sampler = TransformersSampler(found.model, 0, SAMPLED_ON_CPU)
     settings = SamplingSettings(4, 1.0, 0.95, 80, 96, (2,), seed=1)
     # 16,384 tokens are 42 prompts with 4 candidates each of 16 + 80.
     real = most_held(lambda: list(sampler.sample(prompts[:42], settings)), tmp_path)
-    assert 0.9 * real < sum(sampling(run).values()) < 1.4 * real
+    assert 0.9 * real < sum(run.sampling().values()) < 1.4 * real
 
 
 @pytest.mark.parametrize(
@@ -341,11 +314,9 @@ def test_operations_are_those_that_torch_counts(kind, changes, on, described):
     # Apart as they are, they compute the upper half too, which a causal kernel leaves out.
     squares = 2 * 4 * 48**2
     work = Work(4, 4 * 48, 4 * 48, 4.0 * 48, 4.0 * 32 - 10, float(squares))
-    phases = Iteration(1, 4, 0, 1, {"score_offline": work, "train": work})
-    estimate = phase_flops(run, phases, "score_offline")
-    assert estimate == pytest.approx(forward.get_total_flops(), rel=0.01)
+    assert flops(run, "score_offline", work) == pytest.approx(forward.get_total_flops(), rel=0.01)
     # torch stops to compute a layer again before its last product.
-    assert phase_flops(run, phases, "train") == pytest.approx(both.get_total_flops(), rel=0.08)
+    assert flops(run, "train", work) == pytest.approx(both.get_total_flops(), rel=0.08)
 
 
 @pytest.mark.parametrize("changes", [{}, adapter()], ids=["full", "lora"])

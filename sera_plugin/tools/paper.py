@@ -47,12 +47,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: What a file says of its model.
-NOTES = {
-    "pythia-2.8b": "# Start from your own SFT checkpoint: preference tuning a raw base model has "
-    "little to select from.\n",
-}
-
 CONVERSATIONS = {"split": "train", "type": "chat_template.default", "field_messages": "prompt"}
 DATASETS: dict[str, dict[str, Any]] = {
     "ultrafeedback": {
@@ -165,35 +159,38 @@ def yaml_text(dataset: str, model: str, system: str) -> str:
     plain = json.loads(json.dumps(keys))  # what occurs twice is written twice, without anchors
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     head = f"# {system} on {dataset} with {model}; docs/systems.md says what it is.\n"
-    return head + NOTES.get(model, "") + body
+    if model == "pythia-2.8b":
+        head += (
+            "# Start from your own SFT checkpoint: preference tuning a raw base model has "
+            "little to select from.\n"
+        )
+    return head + body
 
 
 def listing() -> str:
     """What there is to choose from, each name with what it stands for."""
-    only = "; only " + ", ".join(ELSEWHERE)
-    datasets = {
-        name: keys["path"] + (only if systems(name) == ELSEWHERE else "")
-        for name, keys in DATASETS.items()
-    }
+    datasets = {name: keys["path"] for name, keys in DATASETS.items()}
+    for name in datasets:
+        if systems(name) == ELSEWHERE:
+            datasets[name] += f"; only {', '.join(ELSEWHERE)}"
     models = {name: keys["base_model"] for name, keys in MODELS.items()}
-    methods = {name: _flow(block | beside) for name, (block, beside) in SYSTEMS.items()}
-    lines = []
-    for head, rows in (("DATASET", datasets), ("MODEL", models), ("SYSTEM", methods)):
-        lines += [head, *(f"  {name:<22} {what}" for name, what in rows.items()), ""]
-    return "\n".join(lines).rstrip()
+    methods = {
+        name: ", ".join(
+            f"{key}: {'...' if isinstance(value, dict | list) else value}"
+            for key, value in (block | beside).items()
+        )
+        for name, (block, beside) in SYSTEMS.items()
+    }
+    named = {"DATASET": datasets, "MODEL": models, "SYSTEM": methods}
+    return "\n\n".join(
+        "\n".join([head, *(f"  {name:<22} {what}" for name, what in rows.items())])
+        for head, rows in named.items()
+    )
 
 
 def systems(dataset: str) -> tuple[str, ...]:
     """The systems that the paper runs on a dataset."""
     return tuple(SYSTEMS) if dataset == "ultrafeedback" else ELSEWHERE
-
-
-def _flow(keys: dict[str, Any]) -> str:
-    """Keys on one line, without what is inside of blocks."""
-    return ", ".join(
-        f"{key}: ..." if isinstance(value, dict | list) else f"{key}: {value}"
-        for key, value in keys.items()
-    )
 
 
 @click.command(

@@ -1,8 +1,7 @@
 """`axolotl sera convert`: a LLaMA-Factory DPO YAML as an Axolotl YAML for `rl: sera`.
 
 - `names`     LLaMA-Factory's defaults and templates; keys that become nothing, and why
-- `settings`  the YAML being read, the YAML being written, and what there is to say about both
-- `keys`      the table: which key becomes what
-- `values`, `data`  the rows of the table that take more than a new name
+- `settings`  the YAML being read, the YAML being written, and what a rule is
+- `model`, `training`, `data`  the rules: which keys become what
 - `convert`   all of it in order
 """

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
@@ -18,9 +19,14 @@ from sera_plugin.config.quoting import MASK, is_secret, plain
 from sera_plugin.data.texts import encodable
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.command import read_yaml
-from sera_plugin.tools.convert.keys import KNOWN, RULES, why_left_out
-from sera_plugin.tools.convert.names import DEFAULTS
+from sera_plugin.tools.convert import model, training  # noqa: F401  their rules, in this order
+from sera_plugin.tools.convert.names import DEFAULTS, LEFT_OUT
+from sera_plugin.tools.convert.settings import RULES as RULES
 from sera_plugin.tools.convert.settings import Settings
+
+RULE_KEYS = frozenset(name for rule in RULES if rule for name in rule.keys)
+#: Every key that is known by its whole name.
+KNOWN = RULE_KEYS | {one for names in LEFT_OUT for one in names.split() if "*" not in one}
 
 
 @dataclass(frozen=True)
@@ -112,3 +118,13 @@ def _shown(name: object, value: Any) -> str:
     if is_secret(str(name)):
         return MASK
     return str(value).lower() if isinstance(value, bool) else plain(str(value))
+
+
+def why_left_out(name: str) -> str | None:
+    """Why a key became nothing; None for one that LLaMA-Factory has not, as far as this knows."""
+    if name in RULE_KEYS:
+        return "it has no effect beside the other keys."
+    found = (
+        why for names, why in LEFT_OUT.items() if any(fnmatchcase(name, n) for n in names.split())
+    )
+    return next(found, None)

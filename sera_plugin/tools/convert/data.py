@@ -19,6 +19,11 @@ from sera_plugin.tools.convert.settings import Settings
 _INFO = "dataset_info.json"
 #: File name's end -> `ds_type`.
 _KINDS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+_READERS: dict[str, Any] = {
+    ".csv": pa_csv.read_csv,
+    ".parquet": pq.read_table,
+    ".arrow": lambda file: pa_ipc.open_stream(file).read_all(),
+}
 _TYPE = {"type": "chat_template.default"}
 _SIDES = ("chosen", "rejected")
 
@@ -39,16 +44,9 @@ def put_datasets(settings: Settings) -> None:
             if not isinstance(described.get(name), Mapping):
                 known = ", ".join(list(described)[:10])
                 raise ValueError(f"{key}: {quoted(name)} is not in {given}/{_INFO}; {known} are")
-            try:
-                entries.append(_entry(settings, name, described[name], Path(given)))
-            except _Refused as error:
-                raise ValueError(f"dataset: {quoted(name)} {error}") from None
+            entries.append(_entry(settings, name, described[name], Path(given)))
         if entries:
             settings.out[to] = entries
-
-
-class _Refused(Exception):
-    """What is wrong with a dataset, to be said after its name."""
 
 
 def _read_info(given: str) -> dict[str, Any]:
@@ -68,20 +66,29 @@ def _entry(
     settings: Settings, name: str, info: Mapping[str, Any], directory: Path
 ) -> dict[str, Any]:
     """One of the host's `datasets:`."""
+
+    def refused(why: str) -> ValueError:
+        return ValueError(f"dataset: {quoted(name)} {why}")
+
     for part in ("columns", "tags"):
         if not isinstance(info.get(part, {}), Mapping):
-            raise _Refused(f"has {part} that are not blocks in {_INFO}")
+            raise refused(f"has {part} that are not blocks in {_INFO}")
     columns, tags = dict(info.get("columns", COLUMNS)), TAGS | dict(info.get("tags", {}))
     if not info.get("ranking"):
-        raise _Refused("has no `ranking: true`: it holds no pairs")
+        raise refused("has no `ranking: true`: it holds no pairs")
     for part in ("images", "videos", "audios"):
         if columns.get(part):
-            raise _Refused(f"has {part}; rl: sera trains on text")
+            raise refused(f"has {part}; rl: sera trains on text")
     if not all(map(columns.get, _SIDES)):
-        raise _Refused("names no columns chosen and rejected")
+        raise refused("names no columns chosen and rejected")
     for part, remedy in DATASET_KEYS.items():
         if columns.get(part) or info.get(part):
             settings.notes.append(f"{name}: `{part}` of {_INFO} is left out. {remedy}")
+    if not info.get("hf_hub_url") and not info.get("file_name"):
+        raise refused(
+            f"comes from {', '.join(map(quoted, info)) or 'nowhere'}. The host loads files and "
+            f"datasets of the Hugging Face hub; download it and set file_name in {_INFO}"
+        )
     entry, rows = _source(info, directory)
     limit = settings.whole("max_samples")
     if limit and (rows is None or limit < len(rows)):
@@ -113,22 +120,15 @@ def _entry(
         )
     messages = columns.get("messages" if talks else "prompt")
     if not messages:
-        raise _Refused("names no column of prompts")
-    fields = {"field_messages": messages}
+        raise refused("names no column of prompts")
+    fields: dict[str, Any] = {"field_messages": messages}
     fields |= {f"field_{side}": columns[side] for side in _SIDES if columns[side] != side}
-    return {**entry, **_TYPE, **fields, **(_spelling(tags) if talks else {})}
-
-
-def _spelling(tags: Mapping[str, str]) -> dict[str, Any]:
-    """What the host has to know of a dataset's messages where it expects something else."""
-    found: dict[str, Any] = {}
-    keys = {"role": tags["role_tag"], "content": tags["content_tag"]}
-    if any(theirs != ours for ours, theirs in keys.items()):
-        found["message_property_mappings"] = keys
-    roles = _roles(tags)
-    if any(theirs != ours for theirs, ours in roles.items()):
-        found["roles"] = {ours: [theirs] for theirs, ours in roles.items()}
-    return found
+    keys, roles = {"role": tags["role_tag"], "content": tags["content_tag"]}, _roles(tags)
+    if talks and any(theirs != ours for ours, theirs in keys.items()):
+        fields["message_property_mappings"] = keys
+    if talks and any(theirs != ours for theirs, ours in roles.items()):
+        fields["roles"] = {ours: [theirs] for theirs, ours in roles.items()}
+    return {**entry, **_TYPE, **fields}
 
 
 def _source(info: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any], list[Any] | None]:
@@ -137,11 +137,6 @@ def _source(info: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any], l
     if info.get("hf_hub_url"):
         subset = {"name": info["subset"]} if info.get("subset") else {}
         return {"path": info["hf_hub_url"], **subset, **split}, None
-    if not info.get("file_name"):
-        raise _Refused(
-            f"comes from {', '.join(map(quoted, info)) or 'nowhere'}. The host loads files and "
-            f"datasets of the Hugging Face hub; download it and set file_name in {_INFO}"
-        )
     path = directory / info["file_name"]
     if path.is_dir():
         return {"path": str(path), **split}, None
@@ -160,14 +155,10 @@ def read_rows(path: Path) -> list[Any]:
         OSError: if it cannot be read.
     """
     try:
-        if path.suffix == ".parquet":
-            return list(pq.read_table(path).to_pylist())
-        if path.suffix == ".csv":
-            return list(pa_csv.read_csv(path).to_pylist())
-        if path.suffix == ".arrow":
-            with path.open("rb") as file:
-                return list(pa_ipc.open_stream(file).read_all().to_pylist())
-        return [row for _, row in json_rows(path)]
+        if path.suffix in (".json", ".jsonl"):
+            return [row for _, row in json_rows(path)]
+        with path.open("rb") as file:
+            return list(_READERS[path.suffix](file).to_pylist())
     except ValueError as error:
         raise ValueError(f"{quoted(str(path), 200)} holds no rows: {error}") from error
 

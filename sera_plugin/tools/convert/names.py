@@ -82,114 +82,100 @@ DATASET_KEYS = {
     "num_samples": "To take the first N rows write `split: train[:N]`.",
 }
 #: Keys that become nothing, or patterns of them, separated by spaces; and why.
-LEFT_OUT: tuple[tuple[str, str], ...] = (
-    ("do_train", "`axolotl train` trains."),
-    ("do_eval", "`axolotl sera eval` evaluates a trained model."),
+LEFT_OUT: dict[str, str] = {
+    "do_train": "`axolotl train` trains.",
+    "do_eval": "`axolotl sera eval` evaluates a trained model.",
     (
-        "do_predict eval_num_beams predict_with_generate generation_* infer_* export_* sglang_* "
-        "do_sample top_k num_beams max_length repetition_penalty length_penalty "
-        "skip_special_tokens use_kv_cache offload_folder",
-        "it is for generation, inference or export, not for this training.",
+        "do_predict eval_num_beams predict_with_generate generation_* infer_* export_* sglang_*"
+        " do_sample top_k num_beams max_length repetition_penalty length_penalty "
+        "skip_special_tokens use_kv_cache offload_folder"
+    ): "it is for generation, inference or export, not for this training.",
+    "trust_remote_code": (
+        "it would run code of the model's repository. Add it only if the model needs that."
     ),
-    (
-        "trust_remote_code",
-        "it would run code of the model's repository. Add it only if the model needs that.",
-    ),
-    (
-        "deepspeed",
-        "rl: sera shares weights out with FSDP2, not with DeepSpeed (docs/many-gpus.md).",
-    ),
-    ("fsdp*", "FSDP2's keys have other names in the host: docs/many-gpus.md."),
-    ("max_steps", "rl: sera trains whole epochs."),
-    ("streaming", "rl: sera scores the whole dataset every iteration."),
-    ("buffer_size", "it is for streaming."),
-    ("mix_strategy", "datasets are concatenated and shuffled, as with concat."),
-    ("interleave_probs", "datasets are concatenated and shuffled."),
-    ("packing neat_packing", "preference pairs are not packed."),
-    ("overwrite_cache", "data is prepared anew when it, or what prepares it, has changed."),
-    ("preprocessing_batch_size", "the host has no such size."),
-    ("tokenized_path", "the host keeps what it has prepared in `dataset_prepared_path`."),
-    ("plot_loss", "`axolotl sera report` has the curves."),
-    ("cache_dir", "set HF_HOME instead."),
-    (
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps",
+    "deepspeed": "rl: sera shares weights out with FSDP2, not with DeepSpeed (docs/many-gpus.md).",
+    "fsdp*": "FSDP2's keys have other names in the host: docs/many-gpus.md.",
+    "max_steps": "rl: sera trains whole epochs.",
+    "streaming": "rl: sera scores the whole dataset every iteration.",
+    "buffer_size": "it is for streaming.",
+    "mix_strategy": "datasets are concatenated and shuffled, as with concat.",
+    "interleave_probs": "datasets are concatenated and shuffled.",
+    "packing neat_packing": "preference pairs are not packed.",
+    "overwrite_cache": "data is prepared anew when it, or what prepares it, has changed.",
+    "preprocessing_batch_size": "the host has no such size.",
+    "tokenized_path": "the host keeps what it has prepared in `dataset_prepared_path`.",
+    "plot_loss": "`axolotl sera report` has the curves.",
+    "cache_dir": "set HF_HOME instead.",
+    "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps": (
         "the host has it for supervised fine-tuning only; the policy of every iteration can be "
-        "kept, and `axolotl sera eval` compares them.",
+        "kept, and `axolotl sera eval` compares them."
     ),
-    ("save_only_model", "a run that is cut off continues from whole checkpoints."),
-    (
-        "ref_model*",
-        "the reference is the policy that an iteration starts from, or with `reference: "
-        "initial` in `sera:` the model itself.",
+    "save_only_model": "a run that is cut off continues from whole checkpoints.",
+    "ref_model*": (
+        "the reference is the policy that an iteration starts from, or with `reference: initial` "
+        "in `sera:` the model itself."
     ),
-    ("pref_bco_weight", "rl: sera has no loss with BCO's."),
-    ("ld_alpha", "rl: sera has no LD-DPO."),
-    ("kto_*", "it is for KTO."),
-    ("ppo_*", "it is for PPO."),
-    ("reward_model*", "it is for PPO; one that ranks SeRA's samples is sera.reward_model."),
-    (
-        "default_system",
+    "pref_bco_weight": "rl: sera has no loss with BCO's.",
+    "ld_alpha": "rl: sera has no LD-DPO.",
+    "kto_*": "it is for KTO.",
+    "ppo_*": "it is for PPO.",
+    "reward_model*": "it is for PPO; one that ranks SeRA's samples is sera.reward_model.",
+    "default_system": (
         "put the system message into the data, or into a template of your own "
-        "(`chat_template_jinja`).",
+        "(`chat_template_jinja`)."
     ),
-    (
-        "enable_thinking",
-        "the host's template decides; `chat_template_kwargs` takes enable_thinking.",
-    ),
-    ("tool_format", "tool calls are rendered by the chat template."),
-    ("train_on_prompt", "DPO never does."),
-    ("mask_history", "DPO trains the last answer only."),
-    ("ignore_pad_token_for_loss", "padding never counts."),
-    ("rope_scaling", "write it into `overrides_of_model_config`."),
-    ("resize_vocab", "the host grows the embeddings when tokens are added."),
-    ("upcast_*", "log-probabilities are in float32; nothing else is upcast."),
-    ("train_from_scratch", "preference tuning starts from a trained model."),
-    ("low_cpu_mem_usage", "the host loads so by itself."),
-    ("split_special_tokens", "special tokens stay whole."),
+    "enable_thinking": "the host's template decides; `chat_template_kwargs` takes enable_thinking.",
+    "tool_format": "tool calls are rendered by the chat template.",
+    "train_on_prompt": "DPO never does.",
+    "mask_history": "DPO trains the last answer only.",
+    "ignore_pad_token_for_loss": "padding never counts.",
+    "rope_scaling": "write it into `overrides_of_model_config`.",
+    "resize_vocab": "the host grows the embeddings when tokens are added.",
+    "upcast_*": "log-probabilities are in float32; nothing else is upcast.",
+    "train_from_scratch": "preference tuning starts from a trained model.",
+    "low_cpu_mem_usage": "the host loads so by itself.",
+    "split_special_tokens": "special tokens stay whole.",
     (
         "init_special_tokens new_special_tokens_config use_unsloth* use_v1_kernels shift_attn "
         "mixture_of_depths use_llama_pro fp8* quantization_device_map use_apollo apollo_* "
-        "use_badam badam_* use_adam_mini use_mca use_kt kt_*",
-        "there is nothing like it in the host's preference training.",
+        "use_badam badam_* use_adam_mini use_mca use_kt kt_*"
+    ): "there is nothing like it in the host's preference training.",
+    "enable_liger_kernel": (
+        "add axolotl.integrations.liger.LigerPlugin to `plugins` with liger_rope, liger_rms_norm "
+        "and liger_glu_activation."
     ),
-    (
-        "enable_liger_kernel",
-        "add axolotl.integrations.liger.LigerPlugin to `plugins` with liger_rope, "
-        "liger_rms_norm and liger_glu_activation.",
-    ),
-    ("moe_aux_loss_coef", "write router_aux_loss_coef into `overrides_of_model_config`."),
-    ("pissa_*", "LLaMA-Factory refuses it for DPO too."),
-    ("oft_* module_dropout", "it is for OFT."),
-    ("use_galore galore_*", "the host has it as an `optimizer`."),
-    ("use_muon", "the host has it as `optimizer: muon`."),
-    ("use_swanlab swanlab_*", "add axolotl.integrations.swanlab.SwanLabPlugin to `plugins`."),
-    ("use_dft_loss", "it is for supervised fine-tuning."),
+    "moe_aux_loss_coef": "write router_aux_loss_coef into `overrides_of_model_config`.",
+    "pissa_*": "LLaMA-Factory refuses it for DPO too.",
+    "oft_* module_dropout": "it is for OFT.",
+    "use_galore galore_*": "the host has it as an `optimizer`.",
+    "use_muon": "the host has it as `optimizer: muon`.",
+    "use_swanlab swanlab_*": "add axolotl.integrations.swanlab.SwanLabPlugin to `plugins`.",
+    "use_dft_loss": "it is for supervised fine-tuning.",
     (
         "freeze_vision_tower freeze_multi_modal_projector freeze_language_model media_dir "
-        "image_* video_* audio_* use_audio_in_video crop_to_patches",
-        "it is for images, sound and video; rl: sera trains on text.",
-    ),
-    ("compute_accuracy", "the trackers have rewards/accuracies and sera/evaluation/accuracy."),
-    ("disable_shuffling", "every iteration draws an order of its own from `seed`."),
-    ("data_seed", "`seed` is for the data too."),
-    ("group_by_length", "the host has it for supervised fine-tuning only."),
-    ("neftune_noise_alpha", "noise would make the policy differ from its own reference."),
-    ("include_*", "summary.json has tokens and seconds."),
-    ("print_param_status", "the host logs what it trains."),
-    ("remove_unused_columns label_names", "it is decided by the trainer."),
-    ("push_to_hub", "`hub_model_id` alone pushes."),
-    ("*_token", "log in with `hf auth login` instead; do not put it into a YAML."),
-    ("*_api_key", "set it in the environment; do not put it into a YAML."),
-    ("logging_dir", "the host puts tensorboard's files into `output_dir`."),
-    ("logging_strategy logging_first_step", "the host logs by `logging_steps`."),
-    ("disable_tqdm", "bars are for terminals only."),
-    ("ddp_find_unused_parameters", "the host decides it by the model."),
-    ("ray_* resources_per_worker placement_strategy", "rl: sera has never been run under Ray."),
-    ("adapter_folder", "put the folder into adapter_name_or_path."),
-    ("eval_on_each_dataset", "held-out pairs are evaluated together."),
-    ("per_gpu_*", "its name of today is per_device_..."),
-    ("vllm_*", "it is for inference; SeRA samples with the keys of `sera:` and `vllm:`."),
-    ("temperature", "SeRA samples with sera.temperature."),
-    ("top_p", "SeRA samples with sera.top_p."),
-    ("max_new_tokens", "SeRA samples up to sera.max_new_tokens."),
-)
+        "image_* video_* audio_* use_audio_in_video crop_to_patches"
+    ): "it is for images, sound and video; rl: sera trains on text.",
+    "compute_accuracy": "the trackers have rewards/accuracies and sera/evaluation/accuracy.",
+    "disable_shuffling": "every iteration draws an order of its own from `seed`.",
+    "data_seed": "`seed` is for the data too.",
+    "group_by_length": "the host has it for supervised fine-tuning only.",
+    "neftune_noise_alpha": "noise would make the policy differ from its own reference.",
+    "include_*": "summary.json has tokens and seconds.",
+    "print_param_status": "the host logs what it trains.",
+    "remove_unused_columns label_names": "it is decided by the trainer.",
+    "push_to_hub": "`hub_model_id` alone pushes.",
+    "*_token": "log in with `hf auth login` instead; do not put it into a YAML.",
+    "*_api_key": "set it in the environment; do not put it into a YAML.",
+    "logging_dir": "the host puts tensorboard's files into `output_dir`.",
+    "logging_strategy logging_first_step": "the host logs by `logging_steps`.",
+    "disable_tqdm": "bars are for terminals only.",
+    "ddp_find_unused_parameters": "the host decides it by the model.",
+    "ray_* resources_per_worker placement_strategy": "rl: sera has never been run under Ray.",
+    "adapter_folder": "put the folder into adapter_name_or_path.",
+    "eval_on_each_dataset": "held-out pairs are evaluated together.",
+    "per_gpu_*": "its name of today is per_device_...",
+    "vllm_*": "it is for inference; SeRA samples with the keys of `sera:` and `vllm:`.",
+    "temperature": "SeRA samples with sera.temperature.",
+    "top_p": "SeRA samples with sera.top_p.",
+    "max_new_tokens": "SeRA samples up to sera.max_new_tokens.",
+}

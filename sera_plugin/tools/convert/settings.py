@@ -1,9 +1,13 @@
-"""The YAML being read, the YAML being written, and what there is to say about both."""
+"""The YAML being read, the YAML being written, and the rules by which one becomes the other.
+
+docs/llama-factory.md is written from the rules. Names and defaults are those of LLaMA-Factory's
+`hparams` and of transformers' training arguments, which it takes too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +89,44 @@ class Settings:
             return str(value).lower() == "true"
         raise ValueError(f"{name}: {quoted(value)} is neither true nor false")
 
+    def put(self, to: str, value: Any) -> None:
+        """Write a key of the new YAML, unless there is nothing to write: null or an empty list."""
+        if value is not None and value != []:
+            self.out[to] = value
+
     def lose(self, name: str, why: str) -> None:
         """A key that is there becomes nothing, and this is why."""
         if self.has(name):
             self.lost[name] = why
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys of LLaMA-Factory that are read together, and `to`, what they become, for a reader."""
+
+    keys: list[str]
+    to: str
+    about: str
+    put: Callable[[Settings], None]
+
+
+#: In the order of the YAML to be written; None begins a paragraph.
+RULES: list[Rule | None] = []
+
+
+def rule(names: str, to: str, about: str = "") -> Callable[[Callable[[Settings], None]], None]:
+    """A function that reads keys (separated by commas) and writes what they become is a rule."""
+    return lambda put: RULES.append(Rule(names.split(", "), to, about, put))
+
+
+def renamed(name: str, to: str, read: Callable[[Settings, str], object]) -> None:
+    rule(name, f"`{to}`")(lambda settings: settings.put(to, read(settings, name)))
+
+
+def same(read: Callable[[Settings, str], object], *names: str) -> None:
+    for name in names:
+        renamed(name, name, read)
+
+
+def paragraph() -> None:
+    RULES.append(None)

@@ -3,154 +3,126 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from sera_plugin.tools.planning.memory import Phase, device_phases
-from sera_plugin.tools.planning.run import FOREACH, Run
+from sera_plugin.tools.planning.model import FOREACH
+from sera_plugin.tools.planning.run import Run
 
 #: `sequence_len` is tried in steps of this.
 _STEP = 64
 _FOUR_BITS = {"adapter": "qlora", "load_in_4bit": True}
 
 
-class Case:
-    """A run with some changes, and its phases."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.phases: list[Phase] = device_phases(run)
-        over = [phase for phase in self.phases if not phase.fits(run.memory)]
-        self.failing = {phase.name for phase in over}
-        #: How many phases do not fit, and by how many bytes together.
-        self.excess = len(over), sum(max(0, p.total - (run.memory or 0)) for p in over)
-
-    @property
-    def fits(self) -> bool:
-        return not self.failing
-
-
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One change on top of those before it: what to write in the YAML, what else it means, and the
     run with it."""
 
     keys: str
     remark: str
-    case: Case
+    run: Run
 
 
-#: Takes a case to a change of it, or to None where there is nothing to change.
-Trial = Callable[[Case], Change | None]
+#: Keys that may help a run, and what else they mean; None where there is nothing to change.
+Trial = Callable[[Run], tuple[Mapping[str, Any], str] | None]
 
 
-def advise(case: Case) -> list[Change]:
-    """Changes that make a run fit, each on top of the one before.
+def advise(run: Run) -> list[Change]:
+    """Changes that make a run fit, each on top of the one before; none where it fits.
 
     Tried in an order that leaves the result of training alone as long as possible. A change that
-    turns out to be needless once a later one is made is left out. If not even the last one's case
+    turns out to be needless once a later one is made is left out. If not even the last one's run
     fits, nothing that is tried here helps.
     """
     trials: list[Trial] = []
-    best = case
+    best = run
     for trial in _TRIALS:
-        change = trial(best)
-        if change is not None and change.case.excess < best.excess:
-            trials.append(trial)
-            best = change.case
-        if best.fits:
+        if not best.failing:
             break
+        for change in _apply([trial], best):
+            if change.run.excess < best.excess:
+                trials.append(trial)
+                best = change.run
     for trial in trials[-2::-1]:
         fewer = [one for one in trials if one is not trial]
-        if _apply(fewer, case)[-1].case.fits:
+        if not _apply(fewer, run)[-1].run.failing:
             trials = fewer
-    return _apply(trials, case)
+    return _apply(trials, run)
 
 
-def _apply(trials: Sequence[Trial], case: Case) -> list[Change]:
+def _apply(trials: Sequence[Trial], run: Run) -> list[Change]:
     changes: list[Change] = []
     for trial in trials:
-        change = trial(changes[-1].case if changes else case)
-        if change is not None:
-            changes.append(change)
+        if (found := trial(run)) is not None:
+            run = run.changed(found[0])
+            keys = {key: "(remove)" if value is None else str(value).lower()
+                    for key, value in found[0].items()}  # fmt: skip
+            written = ", ".join(f"{key}: {value}" for key, value in keys.items())
+            changes.append(Change(written, found[1], run))
     return changes
 
 
-def _change(case: Case, remark: str, keys: Mapping[str, Any]) -> Change:
-    written = [
-        f"{key}: {'(remove)' if value is None else str(value).lower()}"
-        for key, value in keys.items()
-    ]
-    return Change(", ".join(written), remark, Case(case.run.changed(keys)))
+def _set(keys: Mapping[str, Any], remark: str, when: Callable[[Run], object]) -> Trial:
+    return lambda run: (keys, remark) if when(run) else None
 
 
-def _set(remark: str, when: Callable[[Case], bool], keys: Mapping[str, Any]) -> Trial:
-    return lambda case: _change(case, remark, keys) if when(case) else None
-
-
-def _micro_batch(case: Case) -> Change | None:
-    run = case.run
-    if "train" not in case.failing:
+def _micro_batch(run: Run) -> tuple[Mapping[str, Any], str] | None:
+    if "train" not in run.failing:
         return None
-    effective = run.micro_batch * run.accumulation
+    effective, keys = run.micro_batch * run.accumulation, None
     for size in range(run.micro_batch - 1, 0, -1):
         if effective % size == 0:
             keys = {"micro_batch_size": size, "gradient_accumulation_steps": effective // size}
-            change = _change(case, "the same effective batch", keys)
-            if size == 1 or "train" not in change.case.failing:
-                return change
-    return None
+            if "train" not in run.changed(keys).failing:
+                break
+    return None if keys is None else (keys, "the same effective batch")
 
 
-def _shorter(case: Case) -> Change | None:
-    pairs = case.run.counting.pairs
-    for length in range((case.run.longest - 1) // _STEP * _STEP, 0, -_STEP):
-        kept = len(pairs.within(length))
-        if not kept:
+def _shorter(run: Run) -> tuple[Mapping[str, Any], str] | None:
+    for length in range((run.longest - 1) // _STEP * _STEP, 0, -_STEP):
+        dropped = int((run.pairs.longer > length).sum())
+        if dropped == len(run.pairs):
             return None
-        remark = f"drops {len(pairs) - kept} longer pairs"
-        change = _change(case, remark, {"sequence_len": length})
-        if change.case.fits:
-            return change
+        if not run.changed({"sequence_len": length}).failing:
+            return {"sequence_len": length}, f"drops {dropped} longer pairs"
     return None
 
 
 _TRIALS: tuple[Trial, ...] = (
     _set(
-        "derived from what is free",
-        lambda case: case.run.utilization is not None and "sample" in case.failing,
         {"vllm.gpu_memory_utilization": None},
+        "derived from what is free",
+        lambda run: run.utilization is not None and "sample" in run.failing,
     ),
     _micro_batch,
     _set(
-        "one more forward pass per step",
-        lambda case: not case.run.checkpointing,
         {"gradient_checkpointing": True},
+        "one more forward pass per step",
+        lambda run: not run.checkpointing,
     ),
     _set(
-        "the same without copies",
-        lambda case: case.run.optimizer in FOREACH and "update" in case.failing,
         {"optimizer": "adamw_torch_fused"},
+        "the same without copies",
+        lambda run: run.optimizer in FOREACH and "update" in run.failing,
     ),
     _set(
-        "states in 8 bits",
-        lambda case: "8bit" not in case.run.optimizer,
         {"optimizer": "paged_adamw_8bit"},
+        "states in 8 bits",
+        lambda run: "8bit" not in run.optimizer,
     ),
     _set(
-        "slower sampling",
-        lambda case: case.run.sampler == "vllm" and "sample" in case.failing,
         {"sera.sampler": "transformers"},
+        "slower sampling",
+        lambda run: run.sampler == "vllm" and "sample" in run.failing,
     ),
     _set(
-        "the base in 4 bits",
-        lambda case: bool(case.run.model.adapter) and case.run.bits != 4,
         _FOUR_BITS,
+        "the base in 4 bits",
+        lambda run: run.model.adapter and run.bits != 4,
     ),
     _shorter,
     _set(
-        "trains an adapter instead of all weights",
-        lambda case: not case.run.model.adapter,
         _FOUR_BITS | {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
+        "trains an adapter instead of all weights",
+        lambda run: not run.model.adapter,
     ),
 )

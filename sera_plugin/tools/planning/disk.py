@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.method import Pairs
 from sera_plugin.rundir.store import make_table
-from sera_plugin.tools.planning.counts import Iteration
+from sera_plugin.tools.planning.counts import iterations
 from sera_plugin.tools.planning.run import Run
 
 #: Pairs that are compressed to see how well this dataset does.
@@ -31,9 +31,8 @@ def existing(place: Path) -> Path:
 def disk_parts(run: Run, pairs: Pairs, tokenizer: int) -> dict[str, int]:
     """Bytes by what they are for, when the most is there.
 
-    Args:
-        pairs: the data as token ids.
-        tokenizer: bytes of the tokenizer's files, which go beside every model.
+    `pairs` is the data as token ids; `tokenizer` bytes of the tokenizer's files go beside every
+    model.
     """
     cfg, model = run.cfg, run.model
     one = model.trained_bytes + tokenizer + _BESIDE
@@ -53,22 +52,22 @@ def _saves(run: Run) -> int:
     """Checkpoints in the whole run: one at every iteration's end, whatever else is asked for."""
     if str(run.cfg.get("save_strategy") or "").removeprefix("SaveStrategy.").lower() == "no":
         return 0
-    every = run.cfg.get("save_steps")
+    every, iterations = run.cfg.get("save_steps"), run.method.iterations
     if not every:
-        return run.counting.last
-    within = round(1 / every) if every < 1 else run.counting.schedule.total_steps // int(every)
-    return max(run.counting.last, within)
+        return iterations
+    within = round(1 / every) if every < 1 else run.schedule.total_steps // int(every)
+    return max(iterations, within)
 
 
 def _policies(run: Run, saves: int, limit: int) -> int:
     """How many `policy` directories with weights there are at once; see `Loop._oldest_needed`."""
-    method, iterations = run.counting.method, run.counting.last
+    method, iterations = run.method, run.method.iterations
     if run.model.adapter:
         return iterations
     oldest = 1  # a base model's theta_0 is a pointer
     if not method.config.keep_policies:
         needed = [iterations - 1, method.oldest_policy(iterations + 1)]
-        if saves:  # checkpoints at the ends of iterations: those that are kept begin the next ones
+        if saves:  # those that are kept begin the next ones
             begun = range(max(2, iterations - limit + 1), iterations + 1)
             needed += [method.oldest_policy(t) for t in begun]
         oldest = max(1, min(needed))
@@ -85,17 +84,13 @@ def _tables(run: Run, pairs: Pairs) -> int:
     tokens = sum(int(column.lengths.sum()) for column in sample.values())
     per_token = buffer.getvalue().size / tokens
     total = sum(int(each.lengths.sum(dtype=np.int64)) for each in columns.values()) * per_token
-    for iteration in run.counting.iterations():
-        total += _figures(run, iteration, len(pairs), per_token)
-    return round(total) + run.counting.last * _SUMMARY + _REPORT
-
-
-def _figures(run: Run, iteration: Iteration, pairs: int, per_token: float) -> float:
-    # offline.parquet: two log-probabilities, three lengths; then rewards, margin, selected.
-    total = pairs * (2 * 8 + 3 * 2 if iteration.number == 1 else 5 * 8 + 3 * 2)
-    if held_out := iteration.phases.get("score_evaluation"):
-        total += held_out.sequences // 2 * (2 * 8 + 2 * 2)
-    if sampled := iteration.phases.get("sample"):
-        logps = len(run.counting.method.candidates_under(iteration.number))
-        return total + sampled.tokens * per_token + sampled.sequences * 8 * (logps + 1) + pairs * 8
-    return total
+    for one in iterations(run):
+        # offline.parquet: two log-probabilities, three lengths; then rewards, margin, selected.
+        total += len(pairs) * (2 * 8 + 3 * 2 if one.t == 1 else 5 * 8 + 3 * 2)
+        if held_out := one.phases.get("score_evaluation"):
+            total += held_out.sequences // 2 * (2 * 8 + 2 * 2)
+        if sampled := one.phases.get("sample"):
+            logps = len(run.method.candidates_under(one.t))
+            total += sampled.tokens * per_token + sampled.sequences * 8 * (logps + 1)
+            total += len(pairs) * 8
+    return round(total) + run.method.iterations * _SUMMARY + _REPORT

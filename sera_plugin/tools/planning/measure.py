@@ -24,26 +24,23 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import PluginManager
 from axolotl.train import setup_model_and_trainer
 from axolotl.utils.dict import DictDefault
-from transformers import TrainerCallback
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.tools.planning.counts import Lengths
+from sera_plugin.tools.planning.counts import Speed, flops, iterations
 from sera_plugin.tools.planning.disk import existing
-from sera_plugin.tools.planning.plan import Speed, phase_flops
 from sera_plugin.tools.planning.run import Run
 
 LOG = logging.getLogger("axolotl.sera")
 
-ITERATIONS = 2
-#: Optimizer steps of an iteration that are timed at least, beside the first, which is not.
-_STEPS = 3
+#: Optimizer steps of an iteration that are timed at least.
+_STEPS = 4
 #: Rows of the square matrices that are multiplied, on a GPU and on a CPU; for how many seconds.
 _ON_GPU, _ON_CPU, _PROBE = 8192, 1024, 1.0
 #: Keys of the short run.
 _SHORT = {
-    "num_epochs": ITERATIONS,
+    "num_epochs": 2,
     "save_strategy": "no",
     "val_set_size": 0,
     **dict.fromkeys(("save_steps", "test_datasets", "eval_steps", "eval_strategy")),
@@ -57,23 +54,19 @@ _SHORT = {
 def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float | None, str]:
     """Run two iterations over some of the pairs and time them: speed, tokens of a sample, words.
 
-    Args:
-        dataset, rows: the host's prepared rows, and which of them are the run's pairs.
+    `rows` says which of the host's prepared `dataset` are the run's pairs.
 
     Raises:
         ValueError: if it runs out of memory.
         ValueError, RuntimeError: whatever else the run itself would raise.
     """
-    counting = run.counting
-    chosen = choose(counting.pairs, _enough(run))
+    chosen = choose(run.pairs, _enough(run))
     start = perf_counter()
-    watch = _Steps()
     with _set_aside(run) as cfg:
         few = dataset.select([rows[index] for index in chosen])
-        data = TrainDatasetMeta(few, None, counting.schedule.total_steps)
         try:
+            data = TrainDatasetMeta(few, None, run.schedule.total_steps)
             trainer, *_ = setup_model_and_trainer(cfg, data)
-            trainer.add_callback(watch)
             loading = perf_counter() - start
             trainer.train()
         except torch.OutOfMemoryError as error:
@@ -81,21 +74,12 @@ def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float |
                 f"the short run of --measure ran out of memory: {error}. The same command without "
                 "--measure says which phase needs how much, and what to change."
             ) from error
-        store = RunStore(cfg.output_dir)
-        summaries = [store.summary(number) for number in range(1, ITERATIONS + 1)]
-    sampled = summaries[-1]["forwarded"].get("sample")
+        summary = RunStore(cfg.output_dir).summary(2)
+    sampled = summary["forwarded"].get("sample")
     mean = sampled["tokens"] / sampled["sequences"] if sampled else None
-    short = replace(
-        counting,
-        method=replace(counting.method, config=SeraConfig(**cfg.sera), total=len(chosen)),
-        schedule=replace(
-            counting.schedule, pairs=tuple(one["pairs"]["trained"] for one in summaries)
-        ),
-        pairs=counting.pairs.take(chosen),
-        held_out=None,
-        sampled=mean,
-    )
-    speed = _speed(replace(run, counting=short), summaries, watch.ends)
+    config = SeraConfig(**cfg.sera)
+    method = replace(run.method, config=config, total=len(chosen), iterations=2)
+    short = replace(run, method=method, pairs=run.pairs[chosen], held_out=None, sampled=mean)
     said = (
         f"Measured here in {perf_counter() - start:.0f} s, with {len(chosen)} pairs of all lengths"
     )
@@ -104,10 +88,10 @@ def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float |
     if torch.cuda.is_available():
         said += f"; torch took {torch.cuda.max_memory_reserved() / GIB:.1f} GiB of the GPU"
     said += f". Loading took {loading:.0f} s, which is in no other figure."
-    return speed, mean, said
+    return _speed(short, summary), mean, said
 
 
-def choose(pairs: Lengths, count: int) -> list[int]:
+def choose(pairs: Any, count: int) -> list[int]:
     """So many pairs whose lengths are spread as all pairs' are, the longest among them."""
     order = np.argsort(pairs.both, kind="stable")
     places = np.linspace(0, len(order) - 1, min(count, len(order)))
@@ -116,11 +100,11 @@ def choose(pairs: Lengths, count: int) -> list[int]:
 
 def _enough(run: Run) -> int:
     """Pairs for a few steps, for a full scoring pass, and for a full batch of samples."""
-    counting, batch = run.counting, run.micro_batch * run.accumulation
-    needed = [(_STEPS + 1) * batch, run.scored_tokens / counting.pairs.both.mean()]
+    batch = run.micro_batch * run.accumulation
+    needed = [_STEPS * batch, run.scored_tokens / run.pairs.both.mean()]
     if run.sample:
-        prompt = (counting.pairs.prompt + counting.limits).mean()
-        needed.append(run.sampled_tokens / (run.candidates * prompt))
+        prompt = (run.pairs.prompt + run.limits).mean()
+        needed.append(run.sampled_tokens / (run.method.config.candidates * prompt))
     return math.ceil(max(needed) / batch) * batch
 
 
@@ -137,26 +121,13 @@ def _set_aside(run: Run) -> Iterator[DictDefault]:
     try:
         with TemporaryDirectory(dir=place, prefix=".sera-plan-") as directory:
             cfg = DictDefault({**copy.deepcopy(run.cfg), **_SHORT, "output_dir": directory})
-            if run.counting.last == 1:
+            if run.method.iterations == 1:
                 cfg.sera = {**cfg.sera, "selection_ratio": 1.0, "bootstrap_ratio": 0.0}
             plugins.cfg = cfg
             yield cfg
     finally:
         plugins.cfg = run.cfg
         LOG.setLevel(level)
-
-
-class _Steps(TrainerCallback):
-    """When the optimizer steps of each iteration ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[list[float]] = []
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.ends.append([])
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends[-1].append(perf_counter())
 
 
 def fastest(run: Run) -> Speed:
@@ -182,35 +153,28 @@ def fastest(run: Run) -> Speed:
 
     many, model = rate(size), run.model
     per_token = 2.0 * (model.matrices - model.adapter + model.vocabulary * model.hidden)
-    shortest = int(run.counting.pairs.prompt.min())
-    sequences = run.sampled_tokens // max(1, shortest + run.sample)
-    return Speed(many, many, many, sampling=per_token / rate(max(run.candidates, sequences)))
+    sequences = run.sampled_tokens // max(1, int(run.pairs.prompt.min()) + run.sample)
+    one = rate(max(run.method.config.candidates, sequences))
+    return Speed(many, many, many, sampling=per_token / one)
 
 
-def _speed(short: Run, summaries: list[dict[str, Any]], ends: list[list[float]]) -> Speed:
-    """Operations per second, counted as the plan counts them."""
-    iterations = list(short.counting.iterations())
-    last, seconds = iterations[-1], summaries[-1]["seconds"]
-    trained = spent = 0.0
-    for iteration, summary, times in zip(iterations, summaries, ends, strict=True):
-        # Fewer sampled pairs than planned may exist.
-        epoch = phase_flops(short, iteration, "train")
-        epoch *= summary["pairs"]["trained"] / iteration.pairs
-        if len(times) > 1:
-            trained += epoch * (len(times) - 1) / len(times)
-            spent += times[-1] - times[0]
-    if not spent:  # so few pairs that an iteration is one step
-        trained, spent = epoch, seconds["train"]
-    scoring = phase_flops(short, last, "score_offline") / seconds["score_offline"]
-    sampling, candidates, engine = 0.0, scoring, 0.0
+def _speed(short: Run, summary: dict[str, Any]) -> Speed:
+    """What the second iteration did in a second, counted as the plan counts it."""
+    last, seconds = iterations(short)[-1], summary["seconds"]
+    rates = {
+        phase: flops(short, phase, last.phases[phase]) / seconds[phase]
+        for phase in ("score_offline", "score_candidates", "train")
+        if phase in last.phases
+    }
+    sampling = engine = 0.0
     if "sample" in last.phases:
         engine = seconds.get("start_engine", 0.0) + seconds.get("stop_engine", 0.0)
-        sampling = (seconds["sample"] - engine) / summaries[-1]["forwarded"]["sample"]["tokens"]
-        candidates = phase_flops(short, last, "score_candidates") / seconds["score_candidates"]
+        sampling = (seconds["sample"] - engine) / summary["forwarded"]["sample"]["tokens"]
     return Speed(
-        scoring=scoring,
-        candidates=candidates,
-        training=trained / spent,
+        scoring=rates["score_offline"],
+        candidates=rates.get("score_candidates", rates["score_offline"]),
+        # Fewer sampled pairs than planned may exist.
+        training=rates["train"] * summary["pairs"]["trained"] / last.pairs,
         sampling=sampling,
         selecting=seconds.get("select", 0.0) / last.pairs,
         engine=engine,

@@ -7,6 +7,7 @@ meta device and fake ones have shapes and types alone: a 7B model takes seconds 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,48 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from sera_plugin.config.quoting import plain, quoted
+from sera_plugin.sampling.offload import cache_bytes_per_token
 from sera_plugin.sampling.samplers import adapter_problem
 
 #: What configurations call the number of their experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 #: Sequences that are passed, and their lengths.
 _LINES, _LENGTHS = 4, (64, 128, 192)
+
+#: States per weight by the optimizer's name in the YAML: in the type of the weight (torch keeps
+#: `zeros_like` it), in float32, or in 8 bits (bitsandbytes).
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), (2, "like")),
+    **dict.fromkeys(("adagrad", "rmsprop"), (1, "like")),
+    "sgd": (0, "like"),
+    "paged_adamw_32bit": (2, "wide"),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), (1, "wide")),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), (2, "blocks")),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), (1, "blocks")),
+}
+#: Those that make a copy as large as the weights in each step on a GPU (torch's documentation of
+#: `foreach`).
+FOREACH = frozenset({"adamw_torch"})
+
+
+def state_bytes(optimizer: str, weights: Sequence[tuple[int, int, bool]]) -> int:
+    """State of all `Model.trained`; of an optimizer that is not known as of AdamW in float32.
+
+    Source: Loshchilov and Hutter 2019 (AdamW has two moments); Chen et al. 2023 (Lion has one);
+    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2: a float32 scale
+    for 256 elements. Weights of fewer than 4096 elements, and embeddings with Adam (transformers'
+    own exception), are in float32.
+    """
+    states, kind = OPTIMIZERS.get(optimizer, (2, "wide"))
+    total = 0
+    for count, width, table in weights:
+        if kind == "like":
+            total += states * width * count
+        elif kind == "wide" or count < 4096 or table:
+            total += states * 4 * count
+        else:
+            total += states * (count + 4 * math.ceil(count / 256))
+    return total
 
 
 @dataclass(frozen=True)
@@ -47,7 +84,8 @@ class Model:
         kept: bytes per token that all layers keep for the backward pass, and what the length of its
             sequence adds to them per token.
         width, hidden_width: bytes per element in passes, and between layers.
-        queries: width of all query heads together; head: of one.
+        queries: width of all query heads together.
+        cache: elements of one token's keys and values in all layers.
         gated: whether the feed-forward part multiplies two projections (SwiGLU).
         unserved: why vLLM would not serve it as it is trained, or None.
         quantised_already: how its checkpoint is quantised ("gptq"), or None.
@@ -68,8 +106,7 @@ class Model:
     intermediate: int
     vocabulary: int
     queries: int
-    kv_heads: int
-    head: int
+    cache: int
     gated: bool
     unserved: str | None = None
     quantised_already: str | None = None
@@ -131,13 +168,13 @@ def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
 def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
     cfg, rows = loader.cfg, loader.model.get_input_embeddings().num_embeddings
     loader._resize_token_embeddings()
-    head = loader.model.get_output_embeddings()
     linears = [
         module
         for module in loader.model.modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not loader.model.get_output_embeddings()
     ]
-    names = [name for name, _ in loader.model.named_modules()]
+    gated = any("gate" in name for name, _ in loader.model.named_modules())
     loader.patch_manager._apply_adapter_patches()
     loader._configure_embedding_dtypes()
     width = cfg.torch_dtype.itemsize
@@ -151,7 +188,13 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
     number = next((int(getattr(text, name)) for name in _EXPERTS if getattr(text, name, 0)), 0)
     experts = sum(w.numel() for w in base if w.dim() == 3 and len(w) == number)
     if cfg.adapter:
-        model, unserved = _adapted(model, cfg)
+        if cfg.lora_model_dir:
+            config = PeftConfig.from_pretrained(cfg.lora_model_dir)
+        else:
+            _, config = load_adapter(model, cfg, cfg.adapter, config_only=True)
+        config.init_lora_weights = False
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+        unserved = adapter_problem(config.to_dict())
         if table.num_embeddings != rows:
             unserved = "the adapter stands on a model whose vocabulary was resized after loading"
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -185,7 +228,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         matrices=sum(layer.weight.numel() for layer in linears)
         + experts * int(getattr(text, "num_experts_per_tok", None) or 1) // max(1, number)
         + added,
-        kept=_kept(model, cfg, width, bool(experts), on_gpu),
+        kept=_kept(model, cfg, bool(experts), on_gpu),
         width=width,
         hidden_width=table.weight.element_size(),
         layers=int(text.num_hidden_layers),
@@ -193,22 +236,11 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(table.num_embeddings),
         queries=heads * head_width,
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head=head_width,
-        gated=bool(experts) or any("gate" in name for name in names),
+        cache=cache_bytes_per_token(loader.model, 1),
+        gated=gated or bool(experts),
         unserved=unserved,
         quantised_already=dict(quantised).get("quant_method"),
     )
-
-
-def _adapted(model: Any, cfg: DictDefault) -> tuple[Any, str | None]:
-    """The model with its adapter as PEFT makes it, and why vLLM would not serve that."""
-    if cfg.lora_model_dir:
-        config = PeftConfig.from_pretrained(cfg.lora_model_dir)
-    else:
-        _, config = load_adapter(model, cfg, cfg.adapter, config_only=True)
-    config.init_lora_weights = False
-    return get_peft_model(model, config, low_cpu_mem_usage=True), adapter_problem(config.to_dict())
 
 
 def quantised_bytes(elements: int, rows: int, bits: int, double: bool) -> int:
@@ -233,56 +265,40 @@ class _Mask(nn.Module):
         return states * torch.ones_like(states, dtype=torch.bool)
 
 
-def _kept(
-    model: Any, cfg: DictDefault, width: int, experts: bool, on_gpu: bool
-) -> tuple[float, float]:
+def _kept(model: Any, cfg: DictDefault, experts: bool, on_gpu: bool) -> tuple[float, float]:
     """`Model.kept`, from passes at three lengths.
 
-    Sources: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
     Models", section 4: activations grow with the length, attention's with its square.
     """
-    if on_gpu:
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Dropout) and child.p:
-                    setattr(module, name, _Mask())
+    for module in list(model.modules()) if on_gpu else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout) and child.p:
+                setattr(module, name, _Mask())
     kind, factor = cfg.torch_dtype, 1
-    if experts and width == 4:  # torch's products for experts take 16 bits alone
+    if experts and kind == torch.float32:  # torch's products for experts take 16 bits alone
         model, kind, factor = model.to(torch.bfloat16), torch.bfloat16, 2
-    with FakeTensorMode():
-        return _passed(model, cfg, kind, factor)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layers = model.to_empty(device="cpu").train()
+        layers = (layers.get_base_model() if cfg.adapter else layers).base_model
+        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+        measured = []
+        for length in _LENGTHS:
+            found: dict[int, int] = {}
 
+            def pack(tensor: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    found[storage._cdata] = storage.nbytes()
+                return tensor
 
-def _passed(model: Any, cfg: DictDefault, kind: torch.dtype, factor: int) -> tuple[float, float]:
-    made: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, tensor.requires_grad)
-                    made[id(tensor)] = fake
-                held[name] = None if tensor is None else made[id(tensor)]
-    layers = (model.get_base_model() if cfg.adapter else model).train().base_model
-    own = {weight.untyped_storage()._cdata for weight in model.parameters()}
-    measured = []
-    for length in _LENGTHS:
-        found: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                found[storage._cdata] = storage.nbytes()
-            return tensor
-
-        ids = torch.ones(_LINES, length, dtype=torch.long)
-        with (
-            saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", kind, enabled=kind != torch.float32),
-        ):
-            alive = layers(input_ids=ids, attention_mask=ids, use_cache=False)
-        del alive
-        measured.append(factor * sum(found.values()) / _LINES)
+            ids = torch.ones(_LINES, length, dtype=torch.long)
+            with (
+                saved_tensors_hooks(pack, lambda tensor: tensor),
+                torch.autocast("cpu", kind, enabled=kind != torch.float32),
+            ):
+                alive = layers(input_ids=ids, attention_mask=ids, use_cache=False)
+            del alive
+            measured.append(factor * sum(found.values()) / _LINES)
     square, each, _ = np.polyfit(_LENGTHS, measured, 2)
     return float(each), float(square)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from axolotl.cli.config import load_cfg
@@ -30,12 +32,12 @@ from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
-from sera_plugin.tools.planning.counts import Lengths, counting_of
-from sera_plugin.tools.planning.disk import existing
+from sera_plugin.tools.planning.counts import lengths
+from sera_plugin.tools.planning.disk import disk_parts, existing
 from sera_plugin.tools.planning.measure import fastest, measure
-from sera_plugin.tools.planning.model import describe
-from sera_plugin.tools.planning.plan import Plan
-from sera_plugin.tools.planning.run import OPTIMIZERS, Run
+from sera_plugin.tools.planning.model import OPTIMIZERS, describe
+from sera_plugin.tools.planning.run import Run
+from sera_plugin.tools.planning.show import figures
 
 _AT_LEAST = (
     "The times are what it takes at least: as if all of it were products of large matrices, which "
@@ -45,18 +47,22 @@ _NO_TIME = (
     "How long they take depends on the GPU: run `axolotl sera plan --measure` on the machine that "
     "will train."
 )
+#: The host's handlers that print.
+_CONSOLES = ("console", "color_console")
 
 
-def read_plan(path: Path, gpu: float | None, measuring: bool) -> Plan:
-    """The plan of a YAML.
+def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str, Any], list[str]]:
+    """The plan of a YAML as JSON has it, and remarks on its phases of memory.
 
-    Args:
-        gpu: GiB of the GPU to compare with, None for the one here.
-        measuring: whether to make a short run.
+    It is compared with a GPU of `gpu` GiB, None for the one here; `measuring` makes a short run.
 
     Raises:
         ValueError, OSError: for a configuration or data that cannot be trained, with what to do.
     """
+    for handler in [*logging.getLogger().handlers, *logging.getLogger("axolotl").handlers]:
+        if isinstance(handler, logging.StreamHandler) and handler.name in _CONSOLES:
+            handler.setStream(sys.stderr)
+            handler.setLevel(logging.WARNING)
     cfg = parse(path)
     config = SeraConfig(**cfg.sera)
     tokenizer = load_tokenizer(cfg)
@@ -64,10 +70,16 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> Plan:
     model = describe(cfg, tokenizer, memory is not None)
     data = PluginManager.get_instance().load_datasets(cfg, preprocess=True)
     end_ids = model_end_ids(SimpleNamespace(generation_config=_generation(cfg)), tokenizer)
-    rows = prepare_rows(data.train_dataset, tokenizer, end_ids, cfg, config, "train")
-    pairs, held_out = _pairs(rows), None
-    if data.eval_dataset:
-        held_out = _pairs(prepare_rows(data.eval_dataset, tokenizer, end_ids, cfg, config, "eval"))
+
+    def prepared(dataset: Any, split: str) -> tuple[TokenizedRows, Any]:
+        rows = prepare_rows(dataset, tokenizer, end_ids, cfg, config, split)
+        every = rows.prompt_ids, rows.chosen_ids, rows.rejected_ids
+        return rows, lengths(*(np.array([len(ids) for ids in column]) for column in every))
+
+    rows, sizes = prepared(data.train_dataset, "train")
+    held_out = prepared(data.eval_dataset, "eval")[1] if data.eval_dataset else None
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pairs = Pairs.from_table(make_table({name: getattr(rows, name) for name in names}))
     kept = data.train_dataset.select(rows.rows)
     columns = {name: kept[name][:] for name in config.score_columns}
     method = Method(
@@ -83,36 +95,38 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> Plan:
     run = Run(
         cfg,
         model,
-        counting_of(cfg, method, Lengths.of(pairs), Lengths.of(held_out) if held_out else None),
+        method,
+        sizes,
+        held_out,
         choice.name,
         memory,
         lambda changed: describe(DictDefault(changed), tokenizer, memory is not None),
     )
     speed, speed_from = None, _NO_TIME
+    room: tuple[int | None, int | None] = None, None
     if measuring:
         here = replace(run, memory=_device(None)[1])
         speed, sampled, speed_from = measure(here, data.train_dataset, rows.rows)
-        run = replace(run, counting=replace(run.counting, sampled=sampled))
+        run = replace(run, sampled=sampled)
     elif gpu is None:
         speed, speed_from = fastest(run), _AT_LEAST
-    room = None
     if gpu is None:
         disk = shutil.disk_usage(existing(Path(cfg.output_dir)))
         room = psutil.virtual_memory().available, disk.free
     with TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         files = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
-    return Plan(
-        about=_about(path, run, sum(map(len, rows.dropped.values())), choice),
-        run=run,
-        pairs=pairs,
-        tokenizer=files,
-        device=device,
-        room=room,
-        notes=notes_of(run),
-        speed=speed,
+    found = figures(
+        run,
+        speed,
+        _about(path, run, sum(map(len, rows.dropped.values())), choice),
+        device,
+        room,
+        disk_parts(run, pairs, files),
         speed_from=speed_from,
+        notes=notes_of(run),
     )
+    return found, [f"{phase.name}: {phase.note}" for phase in run.phases if phase.note]
 
 
 def parse(path: Path) -> DictDefault:
@@ -164,11 +178,6 @@ def _generation(cfg: DictDefault) -> Any:
         return GenerationConfig.from_model_config(load_model_config(cfg))
 
 
-def _pairs(rows: TokenizedRows) -> Pairs:
-    columns = {name: getattr(rows, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    return Pairs.from_table(make_table(columns))
-
-
 def _choose(config: SeraConfig, unserved: str | None, elsewhere: bool) -> Choice:
     if elsewhere and not unserved and config.sampler in ("vllm", "vllm-server"):
         return Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
@@ -186,19 +195,20 @@ def _device(gpu: float | None) -> tuple[str, int | None]:
 
 
 def _about(path: Path, run: Run, dropped: int, choice: Choice) -> dict[str, str]:
-    model, counting = run.model, run.counting
+    model, pairs = run.model, run.pairs
     bits = f" in {run.bits} bits" if run.bits else ""
     what = f"an adapter of {model.adapter:,} trained" if model.adapter else "all trained"
-    held_out = 0 if counting.held_out is None else len(counting.held_out)
+    held_out = 0 if run.held_out is None else len(run.held_out)
     width = "float32" if model.width == 4 else "16 bits"
-    prompt, answer = counting.pairs.prompt.mean(), counting.pairs.completions.mean() / 2
+    prompt, answer = pairs.prompt.mean(), pairs.completions.mean() / 2
     found = {
         "plan": str(path),
         "model": f"{model.kind}, {model.parameters:,} parameters{bits}, {what}; computed in "
         f"{width}",
-        "data": f"{len(counting.pairs):,} pairs ({dropped:,} rows dropped), {held_out:,} held out; "
+        "data": f"{len(pairs):,} pairs ({dropped:,} rows dropped), {held_out:,} held out; "
         f"prompts of {prompt:.0f} and completions of {answer:.0f} tokens on average",
-        "training": f"{counting.last} iterations, {run.micro_batch} pairs x {run.accumulation}, "
+        "training": f"{run.method.iterations} iterations, "
+        f"{run.micro_batch} pairs x {run.accumulation}, "
         f"{run.optimizer}, gradient checkpointing {'on' if run.checkpointing else 'off'}",
     }
     if run.sample:
@@ -211,8 +221,7 @@ def notes_of(run: Run) -> list[str]:
     quantised = run.model.quantised_already
     notes = {
         "Samples are expected to be as long as chosen answers are "
-        f"({run.counting.expected.mean():.0f} tokens on average).": run.counting.sampled is None
-        and run.sample,
+        f"({run.expected.mean():.0f} tokens on average).": run.sampled is None and run.sample,
         f"optimizer: {run.optimizer} is counted like AdamW in float32.": run.optimizer
         not in OPTIMIZERS,
         "State of paged optimizers is counted on the device; where that is short it moves to "

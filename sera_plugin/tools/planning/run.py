@@ -1,86 +1,87 @@
-"""A configuration with its model and its data, as far as memory and disk depend on it."""
+"""A configuration with its model and its data: bytes on the device and in host memory, by phase.
+
+The parts are those of Rajbhandari et al. 2020, "ZeRO", section 3: weights, gradients, optimizer
+states, activations, and what else there is.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from sera_plugin.algorithm.method import Method, Schedule
 from sera_plugin.model.budget import (
+    ENGINE_OVERHEAD,
+    ENGINE_SEQUENCES,
+    ENGINE_SLACK,
+    GIB,
+    KEPT_LOGITS,
+    LOGITS,
     SAMPLED_ON_CPU,
     SCORED_ON_CPU,
-    cache_bytes,
     scoring_bytes_per_token,
     tokens_per_pass,
 )
-from sera_plugin.tools.planning.counts import Counting
-from sera_plugin.tools.planning.model import Model
+from sera_plugin.tools.planning.model import FOREACH, Model, state_bytes
 
-#: States per weight by the optimizer's name in the YAML: in the type of the weight (torch keeps
-#: `zeros_like` it), in float32, or in 8 bits (bitsandbytes).
-OPTIMIZERS = {
-    "adamw_torch": (2, "like"),
-    "adamw_torch_fused": (2, "like"),
-    "adagrad": (1, "like"),
-    "rmsprop": (1, "like"),
-    "sgd": (0, "like"),
-    "paged_adamw_32bit": (2, "wide"),
-    "lion_32bit": (1, "wide"),
-    "paged_lion_32bit": (1, "wide"),
-    "adamw_8bit": (2, "blocks"),
-    "adamw_bnb_8bit": (2, "blocks"),
-    "paged_adamw_8bit": (2, "blocks"),
-    "lion_8bit": (1, "blocks"),
-    "paged_lion_8bit": (1, "blocks"),
-}
-#: Those that make a copy as large as the weights in each step on a GPU (torch's documentation of
-#: `foreach`).
-FOREACH = frozenset({"adamw_torch"})
+#: A GPU's context, its kernels' workspaces, what lies between blocks. Assumed, not measured.
+DEVICE_OVERHEAD = GIB
 
 
-def state_bytes(optimizer: str, weights: Sequence[tuple[int, int, bool]]) -> int:
-    """State of all weights; of an optimizer that is not known as much as AdamW's in float32.
+@dataclass(frozen=True)
+class Phase:
+    """What one phase takes of the device.
 
-    Args:
-        weights: (elements, bytes per element, whether a table of embeddings) of each.
-
-    Source: Loshchilov and Hutter 2019 (AdamW has two moments); Chen et al. 2023 (Lion has one);
-    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2: a float32 scale
-    for 256 elements. Weights of fewer than 4096 elements, and embeddings with Adam (transformers'
-    own exception), are in float32.
+    Attributes:
+        name: `score`, `sample`, `train` or `update`, the optimizer's step.
+        parts: bytes by what they are for.
+        note: what to know about them, or "".
+        possible: false where an engine could not start, whatever the sum.
+        waiting: bytes that are in host memory meanwhile.
     """
-    states, kind = OPTIMIZERS.get(optimizer, (2, "wide"))
-    total = 0
-    for count, width, table in weights:
-        if kind == "like":
-            total += states * width * count
-        elif kind == "wide" or count < 4096 or table:
-            total += states * 4 * count
-        else:
-            total += states * (count + 4 * math.ceil(count / 256))
-    return total
+
+    name: str
+    parts: dict[str, int]
+    note: str = ""
+    possible: bool = True
+    waiting: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def fits(self, memory: int | None) -> bool:
+        return memory is None or (self.possible and self.total <= memory)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned.
+    """What is planned, for one process.
 
     Attributes:
         cfg: the host's resolved configuration.
-        model, counting: its model and its data.
+        model: its model; `describe` is that of a changed configuration.
+        method: the method's constants.
+        pairs, held_out: `lengths` of the data.
         sampler: transformers, vllm or vllm-server.
         memory: of the GPU in bytes; None on a CPU, where host memory takes its place.
-        describe: the model of a changed configuration.
+        sampled: mean tokens of a sample where that was measured.
     """
 
     cfg: Mapping[str, Any]
     model: Model
-    counting: Counting
+    method: Method
+    pairs: Any
+    held_out: Any
     sampler: str
     memory: int | None
     describe: Callable[[Mapping[str, Any]], Model]
+    sampled: float | None = None
 
     def changed(self, keys: Mapping[str, Any]) -> Run:
         """The run with other values of some keys, `vllm.a` those of a block."""
@@ -88,14 +89,14 @@ class Run:
         for key, value in keys.items():
             block, _, inner = key.partition(".")
             cfg[block] = {**(cfg.get(block) or {}), inner: value} if inner else value
-        counting = self.counting
+        run = replace(self, cfg=cfg, sampler=keys.get("sera.sampler", self.sampler))
         if length := keys.get("sequence_len"):
-            counting = replace(counting, pairs=counting.pairs.within(length), sequence_len=length)
-            if counting.held_out is not None:
-                counting = replace(counting, held_out=counting.held_out.within(length))
-        model = self.describe(cfg) if "adapter" in keys else self.model
-        sampler = keys.get("sera.sampler", self.sampler)
-        return replace(self, cfg=cfg, model=model, counting=counting, sampler=sampler)
+            pairs, held_out = (
+                each if each is None else each[each.longer <= length]
+                for each in (self.pairs, self.held_out)
+            )
+            run = replace(run, pairs=pairs, held_out=held_out)
+        return replace(run, model=self.describe(cfg)) if "adapter" in keys else run
 
     @property
     def micro_batch(self) -> int:
@@ -123,33 +124,50 @@ class Run:
         return str(getattr(optimizer, "value", optimizer))
 
     @cached_property
+    def schedule(self) -> Schedule:
+        drop_last = bool(self.cfg.get("dataloader_drop_last"))
+        return Schedule(self.method.sizes, self.micro_batch, self.accumulation, drop_last)
+
+    @property
+    def limits(self) -> npt.NDArray[np.int64]:
+        """(N,) most tokens of a sample for each prompt, see `sampling.room`."""
+        most = np.full(len(self.pairs), self.method.config.max_new_tokens, dtype=np.int64)
+        length = self.cfg.get("sequence_len")
+        return np.minimum(most, length - self.pairs.prompt if length else most)
+
+    @property
+    def expected(self) -> npt.NDArray[np.float64]:
+        """(N,) tokens expected of a sample: as measured, else as long as chosen answers are."""
+        mean = self.pairs.chosen.mean() if self.sampled is None else self.sampled
+        return np.minimum(mean, self.limits)
+
+    @cached_property
     def states(self) -> int:
         """Bytes of the optimizer's state."""
         return state_bytes(self.optimizer, self.model.trained)
 
-    @property
-    def candidates(self) -> int:
-        return self.counting.method.config.candidates
-
     @cached_property
     def sample(self) -> int:
         """Tokens of the longest sample, 0 where nothing is sampled."""
-        counting = self.counting
-        return int(counting.limits.max()) if counting.method.sampled(counting.last) else 0
+        return int(self.limits.max()) if self.method.sampled(self.method.iterations) else 0
 
     @cached_property
     def completion(self) -> int:
         """Tokens of the longest completion that there can be."""
-        every = [max(each.chosen.max(), each.rejected.max()) for each in self.counting.data]
+        every = [max(each.chosen.max(), each.rejected.max()) for each in self._data]
         return int(max(*every, self.sample))
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest prompt and completion that is scored, sampled or trained."""
-        every = [each.longer.max() for each in self.counting.data]
+        every = [each.longer.max() for each in self._data]
         if self.sample:
-            every.append((self.counting.pairs.prompt + self.counting.limits).max())
+            every.append((self.pairs.prompt + self.limits).max())
         return int(max(every))
+
+    @property
+    def _data(self) -> list[Any]:
+        return [each for each in (self.pairs, self.held_out) if each is not None and len(each)]
 
     @property
     def scored_tokens(self) -> int:
@@ -159,12 +177,150 @@ class Run:
     @property
     def sampled_tokens(self) -> int:
         """Tokens of prompts and samples in a batch of `sampling.transformers`."""
-        return self._pass(self.cache_bytes(4), SAMPLED_ON_CPU)
+        return self._pass(4 * self.model.cache, SAMPLED_ON_CPU)
 
     def _pass(self, per_token: int, on_cpu: int) -> int:
         longest = int(self.cfg.get("sequence_len") or 0)
         return tokens_per_pass(self.memory, per_token, longest, on_cpu)
 
-    def cache_bytes(self, width: int) -> int:
-        """Of one token's keys and values, of `width` bytes per element."""
-        return cache_bytes(self.model.layers, self.model.kv_heads, self.model.head, width)
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The device's memory from iteration 2 on, when there is optimizer state."""
+        overhead = DEVICE_OVERHEAD if self.memory is not None else 0
+        other = {"other": overhead + self.model.copies}
+        resident = {"weights": self.model.resident, "optimizer": self.states}
+        found = [Phase("score", resident | self.scoring() | other)]
+        if self.sample and self.sampler == "transformers":
+            found.append(Phase("sample", resident | self.sampling() | other))
+        elif self.sample and self.sampler == "vllm" and self.memory is not None:
+            found.append(self._engine(self.memory, resident))
+        gradients = {"gradients": self.model.trained_bytes}
+        found.append(Phase("train", resident | gradients | self.training() | other))
+        if self.memory is not None and self.optimizer in FOREACH:
+            copies = {"other": overhead + self.model.trained_bytes}
+            found.append(Phase("update", resident | gradients | copies, "torch's foreach copies"))
+        return found
+
+    @cached_property
+    def failing(self) -> list[str]:
+        """The phases that do not fit."""
+        return [phase.name for phase in self.phases if not phase.fits(self.memory)]
+
+    @property
+    def excess(self) -> tuple[int, int]:
+        """How many phases do not fit, and by how many bytes together."""
+        over = [phase.total for phase in self.phases if phase.name in self.failing]
+        return len(over), sum(max(0, total - (self.memory or 0)) for total in over)
+
+    def training(self) -> dict[str, int]:
+        """What a micro-batch of the longest pairs keeps for its backward pass, and its logits.
+
+        The first layer of the backward pass has gradients in work, of its output and two of what is
+        between (one where nothing is gated), when the logits are gone. With checkpointing the
+        inputs of layers stay, and one layer is computed again at a time. Offloading moves what
+        stays to host memory.
+
+        Source of the logits: `forward.completion_logps`. All are kept as their log-softmax in
+        float32, or those of one chunk at a time; behind it come the gradients of the loss and of
+        the logits.
+        """
+        model, layers = self.model, self._kept[0]
+        elements = 2 * self.micro_batch * self.completion * model.vocabulary
+        chunk = min(elements, LOGITS)
+        logits = 4 * (elements if elements <= KEPT_LOGITS else chunk) + 8 * chunk
+        one = layers / model.layers
+        between = (2 if model.gated else 1) * model.intermediate
+        tokens = 2 * self.micro_batch * self.longest
+        working = tokens * model.width * (model.hidden + between) - logits
+        if self.cfg.get("activation_offloading"):
+            kept = 2 * one
+        elif self.checkpointing:
+            kept = self._kept[1] + max(0.0, one + working)
+        else:
+            kept = layers + max(0, working)
+        return {"activations": round(kept), "logits": logits}
+
+    @property
+    def _kept(self) -> tuple[float, int]:
+        """Bytes that a micro-batch's layers keep for their backward pass, and of their inputs."""
+        model, tokens = self.model, 2 * self.micro_batch * self.longest
+        each, square = model.kept
+        layers = tokens * (each + square * self.longest)
+        return layers, tokens * model.layers * model.hidden_width * model.hidden
+
+    def _passing(self, tokens: int) -> int:
+        """Activations of a pass without gradients: hidden states, and one layer at its widest.
+
+        That is a norm in float32 (three of h), attention (queries, repeated keys and values,
+        output) or the feed-forward part (three of i where it is gated).
+        """
+        model = self.model
+        h, w = model.hidden, model.width
+        inner = (3 if model.gated else 2) * model.intermediate
+        return tokens * (w * h + max(12 * h, w * (h + 4 * model.queries), w * (h + inner)))
+
+    def scoring(self) -> dict[str, int]:
+        """A scoring pass."""
+        # In float32, and their log-softmax; before that as they were computed.
+        each = 8 if self.model.width == 4 else 8 + self.model.width
+        logits = min(self.scored_tokens * self.model.vocabulary, LOGITS) * each
+        return {"activations": self._passing(self.scored_tokens), "logits": logits}
+
+    def sampling(self) -> dict[str, int]:
+        """A batch of prompts with all their candidates in `sampling.transformers`, at full length.
+
+        The cache grows by a copy of one layer's keys or values at a time, and what computing the
+        prompts took is gone by then. Sampling by top_p sorts the logits: their values, places,
+        probabilities and sums take 32 bytes each.
+        """
+        candidates, each = self.method.config.candidates, self.model.width * self.model.cache
+        tokens = max(self.sampled_tokens, candidates * self.longest)
+        shortest = int(self.pairs.prompt.min())
+        lines = max(candidates, tokens // (shortest + self.sample))
+        prompts = max(0, tokens - lines * self.sample)
+        later = (tokens - prompts) * each
+        return {
+            "activations": max(self._passing(lines), self._passing(prompts) - later),
+            "logits": 32 * lines * self.model.vocabulary,
+            "cache": tokens * each + tokens * each // (2 * self.model.layers),
+        }
+
+    def _engine(self, memory: int, resident: dict[str, int]) -> Phase:
+        """vLLM beside the training run or in its place, as `offload.make_room` decides."""
+        utilization = self.utilization
+        devices = int((self.cfg.get("vllm") or {}).get("tensor_parallel_size") or 1)
+        weights = self.model.parameters * self.model.width // devices
+        cache = ENGINE_SEQUENCES * self.longest * self.model.width * self.model.cache // devices
+        room = memory - DEVICE_OVERHEAD
+        wanted, given = weights + cache + ENGINE_OVERHEAD, room - ENGINE_SLACK
+        if utilization is not None:
+            wanted = given = int(utilization * memory)
+        beside = room - sum(resident.values()) >= wanted + ENGINE_SLACK
+        note = "beside the training run" if beside else "weights and optimizer wait in host memory"
+        if self.bits and weights + ENGINE_OVERHEAD > given:
+            weights = self.model.weights // devices
+            note += "; only with a vLLM that serves 4 bits (bitsandbytes)"
+        needed = weights + ENGINE_OVERHEAD
+        possible = needed <= given and (utilization is None or wanted <= room)
+        if not possible:
+            note += f"; it needs {needed / GIB:.1f} GiB and would get {min(given, room) / GIB:.1f}"
+        taken = wanted if beside or utilization is not None else needed
+        parts = {"engine": taken + ENGINE_SLACK, "other": DEVICE_OVERHEAD}
+        if beside:
+            return Phase("sample", resident | parts, note, possible)
+        return Phase("sample", parts, note, possible, waiting=sum(resident.values()))
+
+    def host_parts(self) -> dict[str, int]:
+        """Host memory that a run takes beside the program itself."""
+        # Most policies at once, as `PolicyHistory` keeps and `Loop` forgets them: theta_{t-1}
+        # comes in before iteration t - 1's last is forgotten.
+        iterations = range(1, self.method.iterations + 1)
+        held = (t - min(max(t - 2, 0), self.method.oldest_policy(t)) for t in iterations)
+        offloaded = self._kept[0 if self.model.adapter else 1]
+        parts = {
+            "policies": max(1, *held) * self.model.trained_bytes,
+            "dataset": 4 * int((self.pairs.prompt + self.pairs.completions).sum()),
+            "while vLLM samples": max(phase.waiting for phase in self.phases),
+            "offloaded activations": round(offloaded) * bool(self.cfg.get("activation_offloading")),
+        }
+        return {name: size for name, size in parts.items() if size}

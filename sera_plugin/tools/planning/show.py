@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import repeat
 from typing import Any
 
 from sera_plugin.config.quoting import printable
 from sera_plugin.model.budget import GIB
-from sera_plugin.tools.planning.advice import Case
-from sera_plugin.tools.planning.counts import Iteration, Work
-from sera_plugin.tools.planning.memory import Phase
-from sera_plugin.tools.planning.plan import Plan
+from sera_plugin.tools.planning.advice import advise
+from sera_plugin.tools.planning.counts import Speed, flops, iterations
+from sera_plugin.tools.planning.run import Run
 from sera_plugin.tools.report.output import plain_table
 
 #: Columns of the tables of memory and of tokens, in order.
@@ -20,48 +18,121 @@ _PARTS = (
     *("weights", "optimizer", "gradients", "activations"),
     *("logits", "cache", "engine", "other"),
 )
+_COUNTS = ("sequences", "tokens", "most_tokens")
 _SAMPLED = ("sample", "score_candidates")
 _COUNTED = ("score_offline", "score_evaluation", *_SAMPLED, "train")
 
 
-def text(plan: Plan) -> str:
-    """The plan in tables."""
+def figures(
+    run: Run,
+    speed: Speed | None,
+    about: Mapping[str, str],
+    device: str,
+    room: tuple[int | None, int | None],
+    disk: Mapping[str, int],
+    **said: Any,
+) -> dict[str, Any]:
+    """The plan as JSON has it.
+
+    `about` is what the run is, for the reader: name, value. `device` and `room` are what it is
+    compared with: its name, and bytes of host memory and disk that are free here. `speed` is None
+    where it is not known how fast the machine is; `said` are `speed_from` and `notes`.
+    """
+    return {
+        "about": about,
+        "iterations": list(_iterations(run, speed)),
+        "memory": {
+            "device": device,
+            "bytes": run.memory,
+            "fits": None if run.memory is None else not run.failing,
+            "phases": _phases(run),
+            "host": run.host_parts(),
+            "host_free": room[0],
+        },
+        "disk": disk,
+        "disk_free": room[1],
+        "changes": [
+            {
+                "keys": change.keys,
+                "remark": change.remark,
+                "fits": not change.run.failing,
+                "phases": _phases(change.run),
+            }
+            for change in advise(run)
+        ],
+        "speed": None if speed is None else asdict(speed),
+        **said,
+    }
+
+
+def _iterations(run: Run, speed: Speed | None) -> Iterator[dict[str, Any]]:
+    for one in iterations(run):
+        work = {name: flops(run, name, work) for name, work in one.phases.items()}
+        yield {
+            "iteration": one.t,
+            **{name: getattr(one, name) for name in ("pairs", "kept", "bootstrapped", "steps")},
+            "phases": {
+                name: dict(zip(_COUNTS, each[:3], strict=True)) | {"flops": work[name]}
+                for name, each in one.phases.items()
+            },
+            "seconds": None if speed is None else speed.seconds(one, work),
+        }
+
+
+def _phases(run: Run) -> list[dict[str, Any]]:
+    return [
+        {
+            "phase": phase.name,
+            "bytes": phase.parts,
+            "all": phase.total,
+            "fits": None if run.memory is None else phase.fits(run.memory),
+        }
+        for phase in run.phases
+    ]
+
+
+def text(found: Mapping[str, Any], remarks: Iterable[str]) -> str:
+    """A plan's JSON in tables, with remarks on its phases of memory."""
     blocks = [
-        "\n".join(f"{name:<10} {printable(value)}" for name, value in plan.about.items()),
-        _iterations(plan),
-        _memory(plan.phases),
-        "\n".join(_verdict(plan)),
-        _elsewhere(plan),
-        _time(plan),
-        "\n".join(plan.notes),
+        "\n".join(f"{name:<10} {printable(value)}" for name, value in found["about"].items()),
+        _tokens(found["iterations"]),
+        "\n".join([_memory(found["memory"]["phases"]), *remarks]),
+        "\n".join(_verdict(found["memory"], found["changes"])),
+        _elsewhere("host memory", found["memory"]["host"], found["memory"]["host_free"])
+        + "\n"
+        + _elsewhere("disk", found["disk"], found["disk_free"]),
+        _time(found["iterations"], found["speed_from"]),
+        "\n".join(found["notes"]),
     ]
     return "\n\n".join(filter(None, blocks))
 
 
-def _iterations(plan: Plan) -> str:
-    phases = [name for name in _COUNTED if any(name in one.phases for one in plan.iterations)]
-    every = {
-        name: Work.sum(one.phases[name] for one in plan.iterations if name in one.phases)
-        for name in phases
+def _tokens(every: list[dict[str, Any]]) -> str:
+    names = [name for name in _COUNTED if any(name in one["phases"] for one in every)]
+    counted = {
+        name: {
+            key: sum(one["phases"][name][key] for one in every if name in one["phases"])
+            for key in _COUNTS
+        }
+        for name in names
     }
 
-    def counts(work: dict[str, Work]) -> Iterable[str]:
-        for name in phases:
-            if name not in work:
-                yield "-"
-            else:
-                known = work[name].exact and name not in _SAMPLED
-                yield f"{'' if known else '~'}{work[name].tokens:,}"
+    def cells(phases: dict[str, Any]) -> Iterator[str]:
+        for name in names:
+            work = phases.get(name)
+            known = work and name not in _SAMPLED and work["tokens"] == work["most_tokens"]
+            yield f"{'' if known else '~'}{work['tokens']:,}" if work else "-"
 
     rows = []
-    for one in plan.iterations:
-        what = f"{one.kept:,} + {one.bootstrapped:,}" if one.number > 1 else f"{one.kept:,}"
-        rows.append([str(one.number), what, f"{one.steps:,}", *counts(one.phases)])
-    steps = sum(one.steps for one in plan.iterations)
-    rows.append(["all", "", f"{steps:,}", *counts(every)])
-    if not all(work.exact for work in every.values()):
-        rows.append(["at most", "", "", *(f"{every[name].most:,}" for name in phases)])
-    return plain_table(_head("tokens", "pairs", "steps", *phases), rows)
+    for one in every:
+        sampled = f" + {one['bootstrapped']:,}" if one["iteration"] > 1 else ""
+        what = f"{one['kept']:,}{sampled}"
+        rows.append([str(one["iteration"]), what, f"{one['steps']:,}", *cells(one["phases"])])
+    rows.append(["all", "", f"{sum(one['steps'] for one in every):,}", *cells(counted)])
+    most = [counted[name]["most_tokens"] for name in names]
+    if most != [counted[name]["tokens"] for name in names]:
+        rows.append(["at most", "", "", *(f"{count:,}" for count in most)])
+    return plain_table(_head("tokens", "pairs", "steps", *names), rows)
 
 
 def _head(*names: str) -> list[str]:
@@ -73,66 +144,53 @@ def size(amount: float) -> str:
     return f"{amount / GIB:.2f} GiB" if amount >= GIB else f"{amount / 2**20:.1f} MiB"
 
 
-def _memory(phases: list[Phase]) -> str:
-    parts = [name for name in _PARTS if any(phase.parts.get(name) for phase in phases)]
-    small = max(phase.total for phase in phases) < GIB
+def _memory(phases: list[dict[str, Any]]) -> str:
+    parts = [name for name in _PARTS if any(phase["bytes"].get(name) for phase in phases)]
+    small = max(phase["all"] for phase in phases) < GIB
     unit, name = (2**20, "MiB") if small else (GIB, "GiB")
-    rows = [
-        [
-            phase.name,
-            *(f"{phase.parts[p] / unit:.2f}" if p in phase.parts else "-" for p in parts),
-            f"{phase.total / unit:.2f}",
-        ]
-        for phase in phases
-    ]
-    notes = [f"{phase.name}: {phase.note}" for phase in phases if phase.note]
-    return "\n".join([plain_table([name, *parts, "all"], rows), *notes])
+    rows = []
+    for phase in phases:
+        each = [phase["bytes"].get(part) for part in parts] + [phase["all"]]
+        rows.append([phase["phase"], *("-" if n is None else f"{n / unit:.2f}" for n in each)])
+    return plain_table([name, *parts, "all"], rows)
 
 
-def _most(case: Case) -> str:
-    largest = max(case.phases, key=lambda phase: phase.total)
-    return f"{size(largest.total)} in `{largest.name}`"
+def _verdict(memory: dict[str, Any], changes: list[dict[str, Any]]) -> Iterator[str]:
+    def most(phases: list[dict[str, Any]], between: str = " ") -> str:
+        largest = max(phases, key=lambda phase: phase["all"])
+        return f"{size(largest['all'])}{between}in `{largest['phase']}`"
 
-
-def _verdict(plan: Plan) -> Iterable[str]:
-    most = _most(plan.case).replace(" in `", ", in `")
-    if plan.run.memory is None:
+    phases = memory["phases"]
+    if memory["bytes"] is None:
         yield (
-            f"At most {most}. There is no GPU here to compare with; --gpu GIB compares with one of "
-            "that size."
+            f"At most {most(phases, ', ')}. There is no GPU here to compare with; --gpu GIB "
+            "compares with one of that size."
         )
         return
-    memory = f"of {plan.run.memory / GIB:.2f} GiB ({plan.device})"
-    if plan.fits:
-        yield f"Fits: at most {most.replace(',', f' {memory},')}."
+    device = f"of {memory['bytes'] / GIB:.2f} GiB ({memory['device']})"
+    if memory["fits"]:
+        yield f"Fits: at most {most(phases, f' {device}, ')}."
         return
-    failing = ", ".join(phase.name for phase in plan.phases if phase.name in plan.case.failing)
-    yield f"Does not fit: {_most(plan.case)}, {memory}. Phases that do not: {failing}."
-    if plan.changes:
+    failing = ", ".join(phase["phase"] for phase in phases if not phase["fits"])
+    yield f"Does not fit: {most(phases)}, {device}. Phases that do not: {failing}."
+    if changes:
         yield "What to change, each on top of those above it:"
-    for change in plan.changes:
-        fits = "fits" if change.case.fits else "not yet"
-        yield f"  {change.keys}\n    {change.remark}; then {_most(change.case)}: {fits}"
-    if not plan.changes or not plan.changes[-1].case.fits:
+    for change in changes:
+        fits = "fits" if change["fits"] else "not yet"
+        yield f"  {change['keys']}\n    {change['remark']}; then {most(change['phases'])}: {fits}"
+    if not changes or not changes[-1]["fits"]:
         yield (
             "No change that is known here makes it fit. Take a smaller base_model or a larger GPU."
         )
 
 
-def _elsewhere(plan: Plan) -> str:
-    lines = []
-    every = zip(
-        ("host memory", "disk"), (plan.host, plan.disk), plan.room or (None, None), strict=True
-    )
-    for name, parts, free in every:
-        each = ", ".join(f"{part} {size(amount)}" for part, amount in parts.items() if amount)
-        needed = sum(parts.values())
-        line = f"{name:<12}{size(needed)}: {each}"
-        if free is not None:
-            line += f"; {size(free)} are free here"
-            line += ", which is too little" if needed > free else ""
-        lines.append(line)
-    return "\n".join(lines)
+def _elsewhere(name: str, parts: dict[str, int], free: int | None) -> str:
+    each = ", ".join(f"{part} {size(amount)}" for part, amount in parts.items() if amount)
+    needed = sum(parts.values())
+    line = f"{name:<12}{size(needed)}: {each}"
+    if free is not None:
+        line += f"; {size(free)} are free here{', which is too little' if needed > free else ''}"
+    return line
 
 
 def duration(seconds: float) -> str:
@@ -144,81 +202,16 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _time(plan: Plan) -> str:
-    flops = sum(sum(one.values()) for one in plan.flops)
-    counted = f"{flops:.2e} floating-point operations. {plan.speed_from}"
-    if plan.seconds is None:
+def _time(every: list[dict[str, Any]], speed_from: str) -> str:
+    operations = sum(sum(each["flops"] for each in one["phases"].values()) for one in every)
+    counted = f"{operations:.2e} floating-point operations. {speed_from}"
+    if every[0]["seconds"] is None:
         return f"Time: {counted}"
-    names = list(dict.fromkeys(name for one in plan.seconds for name in one))
-    totals = {name: sum(one.get(name, 0.0) for one in plan.seconds) for name in names}
-    rows = [
-        [
-            label,
-            *(duration(each[name]) if name in each else "-" for name in names),
-            duration(sum(each.values())),
-        ]
-        for label, each in [
-            *((str(t), one) for t, one in enumerate(plan.seconds, 1)),
-            ("all", totals),
-        ]
-    ]
+    taken = {str(one["iteration"]): one["seconds"] for one in every}
+    names = list(dict.fromkeys(name for each in taken.values() for name in each))
+    taken["all"] = {name: sum(each.get(name, 0.0) for each in taken.values()) for name in names}
+    rows = []
+    for label, each in taken.items():
+        cells = [each.get(name) for name in names] + [sum(each.values())]
+        rows.append([label, *("-" if n is None else duration(n) for n in cells)])
     return f"{plain_table(_head('time', *names, 'all'), rows)}\n{counted}"
-
-
-def data(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON has it."""
-    memory = plan.run.memory
-    memory_free, disk_free = plan.room or (None, None)
-
-    def phases(case: Case) -> list[dict[str, Any]]:
-        return [
-            {
-                "phase": phase.name,
-                "bytes": phase.parts,
-                "all": phase.total,
-                "fits": None if memory is None else phase.fits(memory),
-            }
-            for phase in case.phases
-        ]
-
-    def iteration(one: Iteration, flops: dict[str, float], seconds: Any) -> dict[str, Any]:
-        counts = ("pairs", "kept", "bootstrapped", "steps")
-        phases = {
-            name: {
-                "sequences": work.sequences,
-                "tokens": work.tokens,
-                "most_tokens": work.most,
-                "flops": flops[name],
-            }
-            for name, work in one.phases.items()
-        }
-        found = {"iteration": one.number, **{name: getattr(one, name) for name in counts}}
-        return found | {"phases": phases, "seconds": seconds}
-
-    seconds = plan.seconds or repeat(None)
-    return {
-        "about": dict(plan.about),
-        "iterations": list(map(iteration, plan.iterations, plan.flops, seconds)),
-        "memory": {
-            "device": plan.device,
-            "bytes": memory,
-            "fits": plan.fits,
-            "phases": phases(plan.case),
-            "host": plan.host,
-            "host_free": memory_free,
-        },
-        "disk": plan.disk,
-        "disk_free": disk_free,
-        "changes": [
-            {
-                "keys": change.keys,
-                "remark": change.remark,
-                "fits": change.case.fits,
-                "phases": phases(change.case),
-            }
-            for change in plan.changes
-        ],
-        "speed": None if plan.speed is None else asdict(plan.speed),
-        "speed_from": plan.speed_from,
-        "notes": plan.notes,
-    }

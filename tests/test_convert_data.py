@@ -1,0 +1,311 @@
+"""`axolotl sera convert`: datasets, templates, and files that are written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.ipc as pa_ipc
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from sera_plugin.cli import sera
+from sera_plugin.tools.convert.data import read_rows
+from sera_plugin.tools.convert.names import TEMPLATES
+from tests.llama_factory import ALPACA, INFO, SHAREGPT, SIDES, TALK, describe, run, source, write
+
+ROOT = Path(__file__).parents[1]
+
+# ------------------------------------------------------------------ data
+
+
+def entry(name: str, **keys) -> dict:
+    return run(source(dataset=name, **keys))[0]["datasets"][0]
+
+
+def test_conversations_tell_the_host_their_names(place):
+    assert entry("talks") == {
+        "path": "data/talks.json",
+        "ds_type": "json",
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "roles": {
+            "user": ["human"],
+            "assistant": ["gpt"],
+            "system": ["system"],
+            "tool": ["observation"],
+        },
+    }
+    found = entry("openai")
+    assert (found["field_chosen"], found["field_rejected"]) == ("good", "bad")
+    assert "message_property_mappings" not in found
+    found = entry("plain")
+    assert (found["field_messages"], found["path"]) == ("instruction", "data/plain.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "messages"),
+    [
+        (
+            ALPACA | {"input": "In Norway."},
+            {"prompt": "instruction", "query": "input"},
+            [{"role": "user", "content": "Name a city.\nIn Norway."}],
+        ),
+        (
+            ALPACA | {"rules": "Be brief.", "past": [["Hello", "Hi"]]},
+            {"prompt": "instruction", "system": "rules", "history": "past"},
+            [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "Name a city."},
+            ],
+        ),
+    ],
+)
+def test_instructions_with_more_are_written_as_messages(row, columns, messages, place):
+    rows = [row, row | {"chosen": None}]
+    describe("more", rows, file_name="more.json", columns={**columns, **SIDES})
+    written, said = write(source(dataset="more"))
+    assert written["datasets"] == [
+        {
+            "path": "sera.more.jsonl",
+            "ds_type": "json",
+            "split": "train",
+            "type": "chat_template.default",
+        }
+    ]
+    first, second = map(json.loads, Path("sera.more.jsonl").read_text().splitlines())
+    assert first["messages"] == messages
+    assert first["chosen"] == {"role": "assistant", "content": "Rome"}
+    # What is wrong with a row stays wrong: training names it.
+    assert second["chosen"] == {"role": "assistant", "content": None}
+    assert "They are in sera.more.jsonl as messages" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("text", ["Name\u2028it.\x85", "\ud800 é"])
+def test_a_text_may_hold_ends_of_lines_for_python_and_half_a_surrogate_pair(text, place):
+    line = json.dumps(ALPACA | {"input": text}, ensure_ascii="\ud800" in text)
+    describe("odd", [line], **INFO["plain"] | {"file_name": "odd.jsonl"})
+    write(source(dataset="odd"))
+    found = json.loads(Path("sera.odd.jsonl").read_text())
+    assert found["messages"][-1]["content"] == f"{ALPACA['instruction']}\n{text}"
+
+
+def test_a_system_column_beside_conversations_is_written_as_a_message(place):
+    rows = [
+        SHAREGPT | {"rules": "Be brief."},
+        SHAREGPT | {"conversations": [{"from": "system", "value": "Be long."}, *TALK]},
+    ]
+    columns = {**INFO["talks"]["columns"], "system": "rules"}
+    describe("talks", rows, **INFO["talks"] | {"columns": columns})
+    write(source())
+    found = [json.loads(line) for line in Path("sera.talks.jsonl").read_text().splitlines()]
+    assert [row["messages"][0]["content"] for row in found] == ["Be brief.", "Be long."]
+    assert [one["role"] for one in found[0]["messages"]] == [
+        "system", "user", "assistant", "user",
+    ]  # fmt: skip
+    assert found[0]["rejected"] == {"role": "assistant", "content": "Bread"}
+
+
+def test_a_dataset_of_the_hub_is_not_looked_at(place):
+    columns = {"prompt": "question", "system": "system", **SIDES}
+    describe("hub", hf_hub_url="some/pairs", subset="en", columns=columns)
+    written, said = run(source(dataset="hub", max_samples=100))
+    assert written["datasets"][0] == {
+        "path": "some/pairs",
+        "name": "en",
+        "split": "train[:100]",
+        "type": "chat_template.default",
+        "field_messages": "question",
+    }
+    assert "hub: its rows were not looked at" in said
+    assert "has to have 100 rows" in said
+
+
+def test_max_samples_never_asks_for_more_rows_than_there_are(place):
+    assert entry("talks", max_samples=5)["split"] == "train"
+    assert entry("talks", max_samples=4)["split"] == "train[:4]"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"folder": "part"}, "Put the files' names into `data_files`"),
+        ({"num_samples": 3}, "To take the first N rows write `split: train[:N]`"),
+        ({"columns": {"tools": "tools"}}, "Descriptions of tools do not come into the prompts"),
+    ],
+)
+def test_what_a_description_loses_is_said(change, said, place):
+    columns = INFO["talks"]["columns"] | change.get("columns", {})
+    describe("talks", **INFO["talks"] | change | {"columns": columns})
+    assert said in " ".join(run(source())[1].split())
+
+
+@pytest.mark.parametrize(
+    ("info", "said"),
+    [
+        ({"script_url": "x"}, "comes from 'ranking', 'columns', 'script_url'"),
+        ({"file_name": "x.txt"}, "is not a json, jsonl, csv, parquet, arrow file"),
+        ({"file_name": "talks.json", "columns": 3}, "has columns that are not blocks"),
+        ({"file_name": "talks.json", "columns": {}}, "names no columns chosen and rejected"),
+        ({"file_name": "talks.json"}, "names no column of prompts"),
+        *(
+            (
+                INFO["talks"] | {"columns": {**SIDES, one: one}},
+                f"has {one}; rl: sera trains on text",
+            )
+            for one in ("images", "videos", "audios")
+        ),
+    ],
+)
+def test_a_description_that_cannot_be_followed_is_refused(info, said, place):
+    describe("talks", **{"columns": SIDES} | info)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        run(source())
+
+
+def test_files_of_every_kind_are_read(tmp_path):
+    rows = [{"a": "1"}, {"a": "2"}]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "x.parquet")
+    pa_csv.write_csv(table.select(["a"]), tmp_path / "x.csv")
+    with pa_ipc.new_stream(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "marked.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    for path in tmp_path.iterdir():
+        assert [str(row["a"]) for row in read_rows(path)] == ["1", "2"], path
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'[{"conversations": ', "it is not JSON"),
+        (b'{"conversations": []}\n\n{"conversations": ', "line 3 is not JSON"),
+        (b"[" * 100_000, "it is not JSON"),
+        (b"\xff", "it is not UTF-8 text"),
+    ],
+)
+def test_a_damaged_file_is_named(content, said, place):
+    (place / "data/talks.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"'data/talks.json' holds no rows: {said}"):
+        run(source())
+
+
+# ------------------------------------------------------------------ templates
+
+#: What LLaMA-Factory renders of one conversation, by its own description of the template.
+MESSAGES = [
+    {"role": "user", "content": "One"},
+    {"role": "assistant", "content": "Two"},
+    {"role": "user", "content": "Three"},
+]
+#: What stands before all, a turn of the user and one of the assistant.
+CHATML = ("", "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n")
+QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+LLAMA = ("<bos>", "{0}user{1}\n\n{{}}{2}", "{0}assistant{1}\n\n{{}}{2}")
+MARKS_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+MARKS_4 = ("<|header_start|>", "<|header_end|>", "<|eot|>")
+GEMMA = (
+    "<bos>",
+    "<start_of_turn>user\n{}<end_of_turn>\n",
+    "<start_of_turn>model\n{}<end_of_turn>\n",
+)
+RENDERED = {
+    **dict.fromkeys(("chatml", "yi", "smollm", "qwen3_nothink"), CHATML),
+    "qwen": (f"<|im_start|>system\n{QWEN}<|im_end|>\n", *CHATML[1:]),
+    "falcon_h1": ("<bos>", *CHATML[1:]),
+    "llama3": [part.format(*MARKS_3) for part in LLAMA],
+    "llama4": [part.format(*MARKS_4) for part in LLAMA],
+    "phi": ("", "<|user|>\n{}<|end|>\n", "<|assistant|>\n{}<|end|>\n"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), GEMMA),
+    "ministral": ("<bos>", "[INST]{}[/INST]", "{}<eos>"),
+    "mistral": ("<bos>", "[INST] {}[/INST]", " {}<eos>"),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_renders_what_llama_factory_renders(template):
+    from axolotl.utils.chat_templates import get_chat_template
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (text,), _ = render_jinja_template(
+        [MESSAGES],
+        chat_template=get_chat_template(TEMPLATES[template][0]),
+        add_generation_prompt=True,
+        bos_token="<bos>",
+        eos_token="<eos>",
+    )
+    start, user, assistant = RENDERED[template]
+    asks = assistant.partition("{}")[0].rstrip(" ")
+    assert (
+        text == start + user.format("One") + assistant.format("Two") + user.format("Three") + asks
+    )
+
+
+def test_another_template_is_the_models_own_and_said_to_be(place):
+    written, said = run(source(template="vicuna"))
+    assert written["chat_template"] == "tokenizer_default"
+    assert "template: vicuna has no name in the host" in said
+    written, said = run({k: v for k, v in source().items() if k != "template"})
+    assert written["chat_template"] == "tokenizer_default"
+    assert "template: not set" in said
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_yaml_goes_to_standard_output_or_a_new_file_and_the_rest_does_not(place):
+    Path("llama.yaml").write_text(yaml.safe_dump(source(plot_loss=True)))
+    result = CliRunner().invoke(sera, ["convert", "llama.yaml"])
+    assert result.exit_code == 0
+    assert yaml.safe_load(result.stdout)["rl"] == "sera"
+    assert "plot_loss: true" in result.stderr
+    command = ["convert", "llama.yaml", "--output", "sera.yaml"]
+    assert CliRunner().invoke(sera, command).exit_code == 0
+    before = Path("sera.yaml").read_text()
+    again = CliRunner().invoke(sera, command)
+    assert again.exit_code == 2
+    assert "sera.yaml is there, and nothing is overwritten" in again.output
+    assert Path("sera.yaml").read_text() == before
+    assert not [*place.glob(".*.partial"), *place.glob("*.jsonl")]
+
+
+def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
+    describe("odd", [ALPACA | {"input": "in"}], **INFO["plain"] | {"file_name": "odd.jsonl"})
+    Path("llama.yaml").write_text(yaml.safe_dump(source(dataset="odd")))
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.suffix == ".yaml":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    command = ["convert", "llama.yaml", "--output", "sera.yaml"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        failed = CliRunner().invoke(sera, command)
+    assert failed.exit_code == 1
+    assert "then start the same command again" in failed.stderr
+    assert not list(place.glob("sera*"))
+    assert CliRunner().invoke(sera, command).exit_code == 0
+    assert {path.name for path in place.glob("sera*")} == {"sera.yaml", "sera.odd.jsonl"}
+
+
+def test_the_table_in_the_docs_is_the_codes(place):
+    page = (ROOT / "docs/llama-factory.md").read_text()
+    generated = runpy.run_path(str(ROOT / "docs/generate.py"))["convert_tables"]()
+    for table in generated:
+        assert table in page, "run `make docs`"
