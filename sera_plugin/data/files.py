@@ -38,9 +38,7 @@ class DataError(ValueError):
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) of JSON lines, counted from 1, or of one JSON list, counted from 0.
 
-    Raises:
-        ValueError: if it is not UTF-8 text or not JSON, naming the line. The caller names the path.
-        OSError: if it cannot be read.
+    ValueError names the line that is not JSON or not UTF-8 text. The caller names the path.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

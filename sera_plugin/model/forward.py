@@ -284,12 +284,10 @@ def collate(
     device: torch.device,
     packed: bool = False,
 ) -> tuple[dict[str, Any], Targets]:
-    """A batch of some lines of (n,) prompts and completions, padded on the right, or `packed`.
+    """Some lines of (n,) prompts and completions as the model's inputs, and what to score in them.
 
-    No mask says what is padding: attention is causal, so nothing that is scored sees it. Packed
-    lines are one, for kernels that tell them apart by their positions; shared prompts need a mask.
-
-    Returns the model's inputs, and what to score, in the order of the lines.
+    Padded on the right; no mask says so, because attention is causal and nothing that is scored
+    sees it. `packed` lines are one, for kernels that tell them apart by their positions.
     """
     sizes = [line_length(prompts, completions, line) for line in lines]
     shared = any(len(line) > 1 for line in lines)

@@ -219,15 +219,13 @@ def check_step_zero(
 ) -> dict[str, float]:
     """Compare an iteration's first training forward with the stored log pi_{t-1}.
 
-    One check for a reference of other weights, other tokens or another precision, before any of
-    them costs a run. Precision is judged on log-probabilities alone: beta and length multiply their
-    noise in a loss. So the loss is compared with the one that the measured values give.
+    Precision is judged on log-probabilities alone: beta and length multiply their noise in a loss.
+    So the loss is compared with the one that the measured values give.
 
     `inputs` are as `Objective` takes them, and where the reference is another policy than
     theta_{t-1}, policy_chosen_logps and policy_rejected_logps (n,). The log-probabilities of the
-    training forward are (n,) nats, or () means of these, which are then compared with means.
-    `limit` is the largest `deviation`; `loss` is the micro-batch's mean and `function` what
-    computed it, for SeRA's own losses.
+    training forward are (n,) nats, or () means of these. `limit` is the largest `deviation`; `loss`
+    is the micro-batch's mean and `function` what computed it, for SeRA's own losses.
 
     Returns the figures that were compared; ValueError with them if one is over its limit.
     """
