@@ -5,22 +5,28 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+import torch
 import yaml
 
+from sera_plugin.tools.demo.base_model import (
+    PROMPT_FORMAT,
+    build_tokenizer,
+    load_model,
+    respond,
+    train_base_model,
+)
 from sera_plugin.tools.demo.run import make_pairs, run_demo
 from sera_plugin.tools.demo.world import (
     FILLERS,
     LETTERS,
     Labelling,
-    best_response,
     demonstrate,
     label,
     make_prompt,
     true_reward,
 )
 
-PROMPT = "f b d a e c"
-BEST = "a b c d e f"
+PROMPT, BEST = "f b d a e c", "a b c d e f"
 DRAWS = 4_000
 #: Five standard errors of a share near 1/2 among DRAWS; the draws are seeded, so nothing flickers.
 TOLERANCE = 5 * 0.5 / DRAWS**0.5
@@ -53,19 +59,11 @@ def test_true_reward_by_hand(response, reward):
     assert true_reward(PROMPT, response) == pytest.approx(reward, abs=1e-12)
 
 
-def test_prompts_are_six_distinct_letters_and_the_best_response_sorts_them():
-    random = Random(0)
-    for _ in range(100):
-        prompt = make_prompt(random).split()
-        assert len(prompt) == len(set(prompt)) == 6
-        assert set(prompt) <= set(LETTERS)
-        assert best_response(" ".join(prompt)).split() == sorted(prompt)
-    assert make_prompt(Random(3)) == make_prompt(Random(3)) != make_prompt(Random(4))
-
-
-def test_demonstrations_are_of_every_quality():
+def test_prompts_are_six_letters_and_demonstrations_of_every_quality():
     random = Random(0)
     prompts = [make_prompt(random) for _ in range(2_000)]
+    assert all(len(set(prompt.split()) & set(LETTERS)) == 6 for prompt in prompts)
+    assert make_prompt(Random(3)) == make_prompt(Random(3)) != make_prompt(Random(4))
     responses = [demonstrate(prompt, random) for prompt in prompts]
     rewards = [true_reward(p, r) for p, r in zip(prompts, responses, strict=True)]
     # Some perfect, some poor, and most between: preference data needs answers that differ.
@@ -74,12 +72,6 @@ def test_demonstrations_are_of_every_quality():
     spoken = {word for response in responses for word in response.split()}
     assert spoken == set(LETTERS) | set(FILLERS)
     assert all(response.strip() for response in responses)
-
-
-def share(one: str, other: str, labelling: Labelling) -> float:
-    """How often `one` is preferred to `other`."""
-    random = Random(0)
-    return sum(label(PROMPT, one, other, labelling, random)[0] == one for _ in range(DRAWS)) / DRAWS
 
 
 @pytest.mark.parametrize(
@@ -92,10 +84,13 @@ def share(one: str, other: str, labelling: Labelling) -> float:
     ],
 )
 def test_labels_are_bradley_terry_on_true_reward_and_length(one, bonus, probability):
-    how = Labelling(temperature=0.15, length_bonus=bonus, noise=0.0)
-    assert share(one, BEST, how) == pytest.approx(probability, abs=TOLERANCE)
-    assert share(BEST, one, how) == pytest.approx(1 - probability, abs=TOLERANCE)
-    assert share(one, BEST, how) == share(one, BEST, how)
+    def share(one: str, other: str) -> float:
+        random, how = Random(0), Labelling(temperature=0.15, length_bonus=bonus, noise=0.0)
+        return sum(label(PROMPT, one, other, how, random)[0] == one for _ in range(DRAWS)) / DRAWS
+
+    assert share(one, BEST) == pytest.approx(probability, abs=TOLERANCE)
+    assert share(BEST, one) == pytest.approx(1 - probability, abs=TOLERANCE)
+    assert share(one, BEST) == share(one, BEST)
 
 
 def test_noise_swaps_its_share_of_labels_and_says_which():
@@ -112,36 +107,31 @@ def test_pairs_leave_out_equal_and_empty_responses_and_carry_the_truth():
     assert len(rows) == 2
     assert {rows[0]["chosen"], rows[0]["rejected"]} == {BEST, "a"}
     for row in rows:
-        assert row["score_chosen"] == true_reward(PROMPT, row["chosen"])
-        assert row["score_rejected"] == true_reward(PROMPT, row["rejected"])
+        for side in ("chosen", "rejected"):
+            assert row[f"score_{side}"] == true_reward(PROMPT, row[side])
 
 
 def test_a_tiny_base_model_trains_and_samples_reproducibly(tmp_path):
-    import torch
-
-    from sera_plugin.tools.demo.base_model import load_model, respond, train_base_model
-
+    weights = []
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         train_base_model(tmp_path / name, steps=3, batch_size=8, seed=seed)
-    names = ("one", "again", "other")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in names]
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
     model, tokenizer = load_model(tmp_path / "one")
     prompts = [make_prompt(Random(n)) for n in range(6)]
     state = torch.random.get_rng_state()
-    first = respond(model, tokenizer, prompts, max_new_tokens=5, seed=1)
+    first, again, other = (
+        respond(model, tokenizer, prompts, max_new_tokens=5, seed=seed) for seed in (1, 1, 2)
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert first == respond(model, tokenizer, prompts, max_new_tokens=5, seed=1)
-    assert first != respond(model, tokenizer, prompts, max_new_tokens=5, seed=2)
+    assert first == again != other
     assert len(first) == 6
     assert all(len(response.split()) <= 5 for response in first)
 
 
 def test_shorter_prompts_are_padded_on_the_left(world):
     """A padded prompt must be answered as it is alone; next to greedy shows it without luck."""
-    from sera_plugin.tools.demo.base_model import load_model, respond
-
     model, tokenizer = load_model(world.base)
     prompts = ["c a b", PROMPT]
     together = respond(model, tokenizer, prompts, temperature=1e-4)
@@ -150,19 +140,16 @@ def test_shorter_prompts_are_padded_on_the_left(world):
 
 
 def test_template_and_prompt_format_are_the_same_tokens():
-    from sera_plugin.tools.demo.base_model import PROMPT_FORMAT, build_tokenizer
-
     tokenizer = build_tokenizer()
     turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": BEST}]
+    how = {"tokenize": True, "return_dict": False}
     prompt = tokenizer(PROMPT_FORMAT.format(prompt=PROMPT), add_special_tokens=False)["input_ids"]
     assert len(prompt) == 3 + 6
     assert tokenizer.unk_token_id not in prompt
-    asked = tokenizer.apply_chat_template(
-        turns[:1], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **how)
     assert asked == prompt
     answer = tokenizer(f" {BEST}", add_special_tokens=False)["input_ids"]
-    whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(turns, **how)
     assert whole == [*prompt, *answer, tokenizer.eos_token_id]
 
 
@@ -177,14 +164,13 @@ def test_template_and_prompt_format_are_the_same_tokens():
     ],
 )
 def test_a_demo_that_would_mix_things_up_is_refused(tmp_path, keys, there, message):
-    demo = tmp_path / "demo"
+    demo, path = tmp_path / "demo", tmp_path / "config.yaml"
     settings = {
         "base_model": str(demo / "base-model"),
         "datasets": [{"path": str(demo / "pairs.jsonl")}],
         "dataset_prepared_path": str(demo / "prepared"),
         "output_dir": str(demo / "run"),
     }
-    path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings | keys), encoding="utf-8")
     if there:
         (demo / there).mkdir(parents=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -16,13 +16,10 @@ import yaml
 from click.testing import CliRunner
 
 from sera_plugin.cli import sera
-from sera_plugin.rundir.checksums import seal
-from sera_plugin.rundir.store import write_json
 from sera_plugin.tools.demo.world import make_prompt, true_reward
-from sera_plugin.tools.evaluation.answers import Turn
 from tests.conftest import adapter, fill, write_rows
 from tests.judge_server import KEY, judge_server
-from tests.report_run import make_run
+from tests.test_eval_figures import Engine
 from tests.test_eval_inputs import make_model
 
 TRUTH = "sera_plugin.tools.demo.world:true_reward"
@@ -35,32 +32,25 @@ def call(*arguments, code=0):
     return result.stdout if code == 0 else result.output
 
 
-class Letters:
-    """Answers at once, with the first letters of the prompt, in order; may stop on the way."""
+def figures_of(*arguments):
+    return figures_of(*arguments)
 
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.left: int | None = None
 
-    def load(self, model, decoding, vllm_python, log):
-        def sample(conversations, done, seed):
-            for index in sorted(set(range(len(conversations))).difference(done)):
-                if self.left == 0:
-                    raise KeyboardInterrupt
-                self.left = None if self.left is None else self.left - 1
-                self.asked.append(model.name)
-                words = sorted(conversations[index][-1].split())
-                kept = words[: 2 if model.name == "base" else 3 + (index + seed) % 2]
-                yield index, Turn(" ".join(kept), len(kept) + 1, "stop")
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
-        return sample
+
+class Letters(Engine):
+    """Answers with the first letters of the prompt, in order; the better model with more."""
+
+    def answer(self, model, said, number):
+        return " ".join(sorted(said.split())[: 2 if model.name == "base" else 3 + number % 2])
 
 
 @pytest.fixture
 def letters(monkeypatch) -> Letters:
-    """In place of the engine that loads a model."""
     engine = Letters()
-    monkeypatch.setattr("sera_plugin.tools.evaluation.run._engine", engine.load)
+    monkeypatch.setattr("sera_plugin.tools.evaluation.run._engine", engine)
     return engine
 
 
@@ -79,12 +69,9 @@ def prompts(tmp_path) -> Path:
     return tmp_path / "prompts.jsonl"
 
 
-def options(prompts: Path, output: Path, judge: str | None = TRUTH) -> list:
+def options(prompts: Path, output: Path, judge: Path | str | None = TRUTH) -> list:
     given = ["--prompts", prompts, "--output", output, "--max-new-tokens", 12]
     return given if judge is None else [*given, "--judge", judge]
-
-
-# ------------------------------------------------------------------ from end to end
 
 
 def test_models_are_compared_by_the_true_reward_and_a_rerun_needs_no_torch(
@@ -106,17 +93,15 @@ def test_models_are_compared_by_the_true_reward_and_a_rerun_needs_no_torch(
     assert list(better["categories"]) == ["a", "b"]
 
     # The figures are those of the answers, by the world's own reward.
-    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     rewards = {}
     for name in ("base", "better"):
         answers = json.loads((out / f"outputs/{name}.json").read_text())
-        assert [one["instruction"] for one in answers] == [row["prompt"] for row in rows]
+        assert [one["instruction"] for one in answers] == [r["prompt"] for r in rows_of(prompts)]
         rewards[name] = np.array([true_reward(a["instruction"], a["output"]) for a in answers])
     outcomes = (np.sign(rewards["better"] - rewards["base"]) + 1) / 2
     assert better["score"]["mean"] == pytest.approx(rewards["better"].mean())
     assert rate["rate"] == pytest.approx(outcomes.mean())
-    verdicts = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
-    assert [one["outcome"] for one in verdicts] == outcomes.tolist()
+    assert [one["outcome"] for one in rows_of(out / "verdicts.jsonl")] == outcomes.tolist()
     assert (out / "eval.html").read_text().startswith("<!DOCTYPE html>")
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -131,43 +116,28 @@ def test_models_are_compared_by_the_true_reward_and_a_rerun_needs_no_torch(
 
 
 def test_progress_goes_to_stderr_and_counts_what_is_left(letters, names, prompts, tmp_path):
-    arguments = [*names, *options(prompts, tmp_path / "eval"), "--json"]
-    lines = []
-    for _ in range(2):
-        result = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
-        json.loads(result.stdout)
-        lines.append(re.findall(r"\[INFO\] \[axolotl.sera\] SeRA: (.*)", result.stderr))
+    arguments = map(str, ["eval", *names, *options(prompts, tmp_path / "eval"), "--json"])
+    results = [CliRunner().invoke(sera, each) for each in [list(arguments)] * 2]
+    assert json.loads(results[0].stdout) == json.loads(results[1].stdout)
     sampled = [f"answers of {name}: 60 answers" for name in ("base", "better")]
-    judged = "judging: 120 answers"
-    assert lines == [[*sampled, judged], [judged]]
+    lines = [re.findall(r"\[INFO\] \[axolotl.sera\] SeRA: (.*)", one.stderr) for one in results]
+    assert lines == [[*sampled, "judging: 120 answers"], ["judging: 120 answers"]]
 
 
 def test_answers_alone_and_answers_that_were_exported(letters, names, prompts, tmp_path):
     out = tmp_path / "eval"
-    said = call(*names, *options(prompts, out, judge=None))
-    assert "win" not in said
+    assert "win" not in call(*names, *options(prompts, out, judge=None))
     assert not (out / "verdicts.jsonl").exists()
     files = [out / "outputs/base.json", out / "outputs/better.json"]
     # AlpacaEval's format, which other tools read: a list of rows, no byte before it.
     rows = json.loads(files[0].read_text())
     assert [list(row) for row in rows] == [["instruction", "output", "generator"]] * 60
-    by_file, by_model = (
-        json.loads(call(*compared, *options(prompts, tmp_path / "again"), "--json"))["models"][1]
-        for compared in (files, names)
-    )
-    assert by_file["win_rate"] == by_model["win_rate"]
-    assert by_file["length_controlled"] == by_model["length_controlled"]
+    again = options(prompts, tmp_path / "again")
+    by_file, by_model = (figures_of(*those, *again)["models"][1] for those in (files, names))
     assert by_file["answers"].pop("mean_tokens") is None
     assert by_model["answers"].pop("mean_tokens") > 1
-    assert by_file["answers"] == by_model["answers"]
-
-
-def test_a_file_of_other_answers_stops_it_before_sampling(letters, names, prompts, tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "another", "output": "b"}]))
-    said = call(names[0], tmp_path / "a.json", *options(prompts, tmp_path / "eval"), code=2)
-    assert "no row answers any of these prompts" in said
-    assert not letters.asked
-    assert not (tmp_path / "eval").exists()
+    for name in ("win_rate", "length_controlled", "answers"):
+        assert by_file[name] == by_model[name]
 
 
 def test_an_api_judge_judges_and_is_asked_once(letters, names, prompts, tmp_path, monkeypatch):
@@ -181,10 +151,9 @@ def test_an_api_judge_judges_and_is_asked_once(letters, names, prompts, tmp_path
             "{question}\n===== ANSWER A =====\n{answer_a}*\n===== ANSWER B =====\n{answer_b}\n"
             "===== END ====="
         )
-        arguments = [*names, *options(prompts, tmp_path / "eval")]
-        arguments[-1] = tmp_path / "judge.yaml"
-        arguments += ["--limit", 20]
-        found = json.loads(call(*arguments, "--json"))
+        given = options(prompts, tmp_path / "eval", tmp_path / "judge.yaml")
+        arguments = [*names, *given, "--limit", 20]
+        found = figures_of(*arguments)
         usage = found["judge"]["usage"]
         # Whatever stands first wins; equal answers are not shown.
         assert found["models"][1]["win_rate"]["rate"] == 0.5
@@ -193,7 +162,7 @@ def test_an_api_judge_judges_and_is_asked_once(letters, names, prompts, tmp_path
         cost = (100 * 10 + 10 * 100) * server.calls / 1e6
         assert found["judge"]["cost"] == pytest.approx(cost)
         server.plan()
-        again = json.loads(call(*arguments, "--json"))
+        again = figures_of(*arguments)
         assert server.calls == 0
         assert again["judge"]["cached_cost"] == pytest.approx(cost)
         assert again["models"] == found["models"]
@@ -203,31 +172,15 @@ def test_an_api_judge_judges_and_is_asked_once(letters, names, prompts, tmp_path
     assert not [key for key in (KEY, json.dumps(KEY)[1:-1]) if key.encode() in kept]
 
 
-def test_the_example_in_the_docs_runs(letters, names, tmp_path, monkeypatch):
-    """docs/eval.md, word for word, with a run of policies that answer at once."""
+def test_the_docs_name_every_file_option_and_column(letters, names, prompts, tmp_path):
+    """tests/test_doc_commands.py runs their example."""
     text = (Path(__file__).parents[1] / "docs/eval.md").read_text()
-    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (command,) = re.findall(r"```sh\n(axolotl sera eval sera-demo/run .*?)```", text, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    store = make_run(Path("sera-demo/run"), iterations=2, config={"base_model": "base"})
-    write_json(store.policy(1) / "base_model.json", {"base_model": "base"})
-    make_model(store.policy(2))
-    for iteration in (1, 2):
-        seal(store.policy(iteration))
-    make_model(Path("sera-demo/run"))
-    subprocess.run([sys.executable, "-c", script], check=True)
-    said = call(*shlex.split(command.replace("\\\n", " "))[3:])
-    shown = re.search(r"^model .*", text, re.MULTILINE)[0].split()
-    assert re.search(r"^model .*", said, re.MULTILINE)[0].split() == shown
-    assert re.findall(r"^(run\S*) .* [\d,]+$", said, re.MULTILINE) == ["run@0", "run@1", "run"]
-    assert "on 1000 prompts" in said
+    said = call(*names, *options(prompts, tmp_path / "eval"))
+    shown, printed = (re.search(r"^model .*", one, re.MULTILINE)[0].split() for one in (text, said))
+    assert shown == printed
     for name in re.findall(r"^\| `([\w./]+)` \|", text[text.index("## Files") :], re.MULTILINE):
         if name not in ("judge.jsonl", "vllm.log"):  # of other judges and samplers
-            assert list(Path("sera-eval").glob(name.replace("NAME", "run@1"))), name
-
-
-def test_the_docs_name_every_option():
-    text = (Path(__file__).parents[1] / "docs/eval.md").read_text()
+            assert list((tmp_path / "eval").glob(name.replace("NAME", "better"))), name
     for option in sera.commands["eval"].params:
         if option.param_type_name == "option":
             assert option.opts[0] in text
@@ -235,13 +188,10 @@ def test_the_docs_name_every_option():
                 assert f"| `{option.opts[0]}` | `{option.default}` |" in text
 
 
-# ------------------------------------------------------------------ a trained run
-
-
 @pytest.mark.slow
 def test_a_trained_run_and_its_iterations(base_config, train, prompts, tmp_path):
     output = train(base_config | adapter() | {"num_epochs": 2}).output
-    found = json.loads(call(output, "--iterations", *options(prompts, tmp_path / "eval"), "--json"))
+    found = figures_of(output, "--iterations", *options(prompts, tmp_path / "eval"))
     assert [one["name"] for one in found["models"]] == ["out@0", "out@1", "out"]
     texts = [
         [one["output"] for one in json.loads((tmp_path / f"eval/outputs/{name}.json").read_text())]
@@ -249,15 +199,10 @@ def test_a_trained_run_and_its_iterations(base_config, train, prompts, tmp_path)
     ]
     assert texts[0] != texts[1] != texts[2]
     # theta_0 is the base model: the same seed gives the same answers.
-    alone = json.loads(
-        call(base_config["base_model"], output, *options(prompts, tmp_path / "two"), "--json")
-    )
+    alone = figures_of(base_config["base_model"], output, *options(prompts, tmp_path / "two"))
     base = json.loads((tmp_path / "two/outputs/base.json").read_text())
     assert [one["output"] for one in base] == texts[0]
     assert alone["models"][1]["win_rate"] == found["models"][2]["win_rate"]
-
-
-# ------------------------------------------------------------------ bad luck
 
 
 JUDGE = """
@@ -274,25 +219,18 @@ def score(prompt, answer):
 
 def test_an_evaluation_that_stops_goes_on_to_the_same_figures(letters, names, prompts, tmp_path):
     """Within each model's answers and within the verdicts; no answer is sampled twice."""
-    arguments = [*names, *options(prompts, tmp_path / "eval")]
-    whole = [*arguments[:4], "--output", tmp_path / "whole", *arguments[6:]]
-    expected = json.loads(call(*whole, "--json"))
+    expected = figures_of(*names, *options(prompts, tmp_path / "whole"))
     letters.asked.clear()
-    for left in (20, 70):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    (tmp_path / "judging").touch()
+    arguments = [*names, *options(prompts, tmp_path / "eval", f"{tmp_path}/judge.py:score")]
+    for left in (20, 70, None):
         letters.left = left
-        assert CliRunner().invoke(sera, ["eval", *map(str, arguments)]).exit_code == 1
+        call(*arguments, code=1)
         assert not (tmp_path / "eval/results.json").exists()
-    letters.left = None
-    judge, mark = tmp_path / "judge.py", tmp_path / "judging"
-    judge.write_text(JUDGE)
-    mark.touch()
-    arguments[-1] = f"{judge}:score"
-    assert CliRunner().invoke(sera, ["eval", *map(str, arguments)]).exit_code == 1
-    assert not (tmp_path / "eval/results.json").exists()
-    mark.unlink()
-    found = json.loads(call(*arguments, "--json"))
-    assert found["models"] == expected["models"]
-    assert letters.asked == ["base"] * 60 + ["better"] * 60
+    (tmp_path / "judging").unlink()
+    assert figures_of(*arguments)["models"] == expected["models"]
+    assert set(Counter(letters.asked).values()) == {2}  # once each model
 
 
 def test_a_full_disk(letters, names, prompts, small_disk):
@@ -302,13 +240,13 @@ def test_a_full_disk(letters, names, prompts, small_disk):
     assert "takes no more files" in said
     assert "start the same command again" in said
     (small_disk / "filler").unlink()
-    found = json.loads(call(*arguments, "--json"))
+    found = figures_of(*arguments)
     fill(small_disk)
     before = (small_disk / "eval/results.json").read_text()
     assert "takes no more files" in call(*arguments, "--seed", 1, code=1)
     assert (small_disk / "eval/results.json").read_text() == before
     (small_disk / "filler").unlink()
-    assert json.loads(call(*arguments, "--json")) == found
+    assert figures_of(*arguments) == found
 
 
 @pytest.mark.parametrize(
@@ -322,6 +260,7 @@ def test_a_full_disk(letters, names, prompts, small_disk):
         ({"--temperature": "-1"}, "Invalid value for '--temperature'"),
         ({"--limit": "0"}, "Invalid value for '--limit'"),
         ({"--vllm-python": "/no/such"}, "--vllm-python: '/no/such' is not a program"),
+        ({"--seed": "1", "{}/a.json": None}, "no row answers any of these prompts"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_sampled(
@@ -329,8 +268,9 @@ def test_wrong_usage_ends_with_2_before_anything_is_sampled(
 ):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "judge.yaml").write_text("model: m")
-    given = dict(zip(*[iter(options(prompts, tmp_path / "eval"))] * 2, strict=True))
-    given |= {key: value.replace("{}", str(tmp_path)) for key, value in changes.items()}
-    output = call(*names, *(one for pair in given.items() for one in pair), code=2)
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "another", "output": "b"}]))
+    given = dict(zip(*[iter(options(prompts, tmp_path / "eval"))] * 2, strict=True)) | changes
+    words = [one for pair in given.items() for one in pair if one is not None]
+    output = call(*names, *(str(one).replace("{}", str(tmp_path)) for one in words), code=2)
     assert said in output
     assert not (tmp_path / "eval").exists()

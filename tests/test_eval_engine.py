@@ -8,17 +8,20 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import torch
 
-from sera_plugin.tools.evaluation.answers import NO_ROOM, Decoding
+from sera_plugin.tools.demo.base_model import build_tokenizer, load_model
+from sera_plugin.tools.evaluation.answers import NO_ROOM, Decoding, Turn
+from sera_plugin.tools.evaluation.engine import Engine
 from sera_plugin.tools.evaluation.models import Model
 
 GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
+PROMPT, FORMAT = "f b d a e c", "<s> <|user|> {prompt} <|assistant|>"
 
 
 @pytest.fixture
 def sample(world, tmp_path):
     """Answers of a model to conversations, by index."""
-    from sera_plugin.tools.evaluation.engine import Engine
 
     def run(conversations, decoding=GREEDY, done=(), path=None, **keys):
         model = Model("m", "m", str(path or world.base), **keys)
@@ -28,17 +31,10 @@ def sample(world, tmp_path):
     return run
 
 
-PROMPT = "f b d a e c"
-
-
 def test_temperature_0_takes_the_likeliest_token(sample, world):
-    import torch
-
-    from sera_plugin.tools.demo.base_model import load_model
-
     answer = sample([PROMPT])[0]
     model, tokenizer = load_model(world.base)
-    ids = tokenizer(f"<s> <|user|> {PROMPT} <|assistant|>", return_tensors="pt")["input_ids"]
+    ids = tokenizer(FORMAT.format(prompt=PROMPT), return_tensors="pt")["input_ids"]
     with torch.no_grad():
         out = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
     assert answer.text == tokenizer.decode(out, skip_special_tokens=True)
@@ -55,10 +51,9 @@ def test_a_resumed_sample_is_the_one_it_would_have_been(sample):
 
 
 def test_a_format_in_place_of_the_template(sample):
-    decoding = replace(GREEDY, prompt_format="<s> <|user|> {prompt} <|assistant|>")
+    decoding = replace(GREEDY, prompt_format=FORMAT)
     assert sample([PROMPT], decoding) == sample([PROMPT])
-    other = replace(GREEDY, prompt_format="{prompt}")
-    assert sample([PROMPT], other) != sample([PROMPT])
+    assert sample([PROMPT], replace(GREEDY, prompt_format="{prompt}")) != sample([PROMPT])
     with pytest.raises(ValueError, match="need the chat template of m"):
         sample([("a", "b", "c")], decoding)
 
@@ -73,22 +68,16 @@ def test_a_prompt_that_fills_the_context_is_told_and_one_that_nearly_does_is_ans
 
 def test_an_answer_of_nothing_is_an_empty_one(sample, world, tmp_path):
     """A model whose first token is an end token."""
-    from transformers import AutoModelForCausalLM
-
-    from sera_plugin.tools.demo.base_model import build_tokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(world.base)
+    model, tokenizer = load_model(world.base)[0], build_tokenizer()
     model.model.norm.weight.data[:] = 0  # all tokens are equally likely, and each is an end
-    model.save_pretrained(tmp_path / "silent")
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "silent")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "silent")
     found = sample([PROMPT], path=tmp_path / "silent", end_ids=tuple(range(len(tokenizer))))
-    assert (found[0].text, found[0].tokens, found[0].finish_reason) == ("", 1, "stop")
+    assert found[0] == Turn("", 1, "stop")
 
 
 def test_a_missing_template_and_damaged_weights_are_named(sample, world, tmp_path):
-    bare = tmp_path / "bare"
-    shutil.copytree(world.base, bare)
+    bare = shutil.copytree(world.base, tmp_path / "bare")
     for path in bare.glob("chat_template*"):
         path.unlink()
     config = json.loads((bare / "tokenizer_config.json").read_text())
@@ -96,7 +85,7 @@ def test_a_missing_template_and_damaged_weights_are_named(sample, world, tmp_pat
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"m \(.*bare\) has no chat template.*--prompt-format"):
         sample([PROMPT], path=bare)
-    decoding = replace(GREEDY, prompt_format="<s> <|user|> {prompt} <|assistant|>")
+    decoding = replace(GREEDY, prompt_format=FORMAT)
     assert sample([PROMPT], decoding, path=bare) == sample([PROMPT])
     (bare / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"m \(m\) cannot be loaded"):

@@ -20,15 +20,11 @@ from sera_plugin.tools.command import refusing
 from tests.conftest import fill
 from tests.report_run import make_run
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(sera.commands)
 
 
 def call(*arguments):
     return CliRunner().invoke(sera, [str(one) for one in arguments])
-
-
-# ------------------------------------------------------------------ exit codes
 
 
 @pytest.mark.parametrize(
@@ -53,10 +49,14 @@ def test_what_is_asked_for_wrongly_is_2_and_what_fails_is_1(error, code):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_option_that_is_not_there_is_2_in_every_command(command):
+def test_every_command_has_examples_and_refuses_an_option_that_is_not_there(command):
     result = call(command, "--no-such-option")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "No such option" in result.stderr
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"  axolotl sera {command}" in result.output.partition("Examples:\n")[2]
+    assert f"  {command} " in call().output  # no command shows help
 
 
 @pytest.mark.parametrize("text", ["a: [", "base_model: x", "[]", "datasets: [{path: 1}]"])
@@ -72,13 +72,15 @@ def test_a_wrong_yaml_for_the_demo_is_2(text, tmp_path):
 def test_a_training_that_fails_is_1(tmp_path, monkeypatch):
     """The host is started for real, and refuses the YAML."""
     monkeypatch.chdir(tmp_path)
-    demo = tmp_path / "demo"
+    demo, config = tmp_path / "demo", tmp_path / "mine.yaml"
     (demo / "base-model").mkdir(parents=True)
     (demo / "pairs.jsonl").write_text('{"score_chosen": 1, "score_rejected": 0}\n')
-    config = tmp_path / "mine.yaml"
-    entry = {"path": str(demo / "pairs.jsonl")}
-    keys = {"base_model": str(demo / "base-model"), "datasets": [entry], "output_dir": "out"}
-    config.write_text(yaml.safe_dump(keys | {"plugins": ["sera_plugin.SeraPlugin"], "rl": "seraa"}))
+    keys = {"base_model": str(demo / "base-model"), "output_dir": "out", "rl": "seraa"}
+    keys |= {
+        "datasets": [{"path": str(demo / "pairs.jsonl")}],
+        "plugins": ["sera_plugin.SeraPlugin"],
+    }
+    config.write_text(yaml.safe_dump(keys))
     result = call("demo", "--config", config, "--directory", demo)
     assert result.exit_code == 1
     assert "its message is above" in result.output
@@ -87,25 +89,21 @@ def test_a_training_that_fails_is_1(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "again"),
     [
-        ("report {run} --output {disk}/page.html", "run `axolotl sera report` again"),
-        ("compare {run} {other} --html {disk}/page.html", "start the same command again"),
-        ("convert {yaml} --output {disk}/sera.yaml", "start the same command again"),
+        ("report {}/run --output {}/disk/page.html", "run `axolotl sera report` again"),
+        ("compare {}/run {}/run --html {}/disk/page.html", "start the same command again"),
+        ("convert {}/llama.yaml --output {}/disk/sera.yaml", "start the same command again"),
     ],
 )
 def test_a_full_disk_is_1_and_the_remedy_is_the_commands(arguments, again, tmp_path, small_disk):
-    places = {"disk": small_disk, "run": tmp_path / "run", "other": tmp_path / "other"}
-    places["yaml"] = tmp_path / "llama.yaml"
-    for name in ("run", "other"):
-        make_run(places[name], pairs=4, iterations=2)
+    make_run(tmp_path / "run", pairs=4, iterations=2)
     (tmp_path / "data.jsonl").write_text('{"instruction": "a", "chosen": "b", "rejected": "c"}\n')
-    info = {"file_name": "../data.jsonl", "ranking": True}
-    info["columns"] = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/dataset_info.json").write_text(json.dumps({"mine": info}))
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    info = {"file_name": "data.jsonl", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": info}))
     keys = {"model_name_or_path": "x", "stage": "dpo", "dataset": "mine", "template": "chatml"}
-    places["yaml"].write_text(yaml.safe_dump(keys | {"dataset_dir": str(tmp_path / "data")}))
+    (tmp_path / "llama.yaml").write_text(yaml.safe_dump(keys | {"dataset_dir": str(tmp_path)}))
     fill(small_disk)
-    result = call(*arguments.format(**places).split())
+    result = call(*arguments.replace("{}", str(tmp_path)).split())
     assert result.exit_code == 1
     said = f"{small_disk} takes no more files: No space left on device. Free some space, then "
     assert f"{said}{again}." in result.stderr
@@ -113,47 +111,19 @@ def test_a_full_disk_is_1_and_the_remedy_is_the_commands(arguments, again, tmp_p
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
-# ------------------------------------------------------------------ help
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command_has_examples(command):
-    result = call(command, "--help")
-    assert result.exit_code == 0
-    examples = result.output.partition("Examples:\n")[2]
-    assert f"  axolotl sera {command}" in examples
-
-
-def test_no_command_shows_help():
-    result = call()
-    assert "Usage: sera [OPTIONS] COMMAND" in result.output
-    assert all(f"  {command} " in result.output for command in COMMANDS)
-
-
-# ------------------------------------------------------------------ completion
-
-
 def complete(words: list[str], begun: str) -> list[str]:
     found = BashComplete(sera, {}, "axolotl sera", "_X").get_completions(words, begun)
-    return [one.value for one in found if one.type == "plain"]
+    return [one.value if one.type == "plain" else one.type for one in found]
 
 
 def test_commands_options_and_choices_are_completed():
     assert complete([], "rep") == ["report"]
     assert "--mislabelled" in complete(["inspect", "out"], "--mis")
     assert complete(["inspect", "out", "--which"], "k") == ["kept"]
-    (path,) = BashComplete(sera, {}, "sera", "_X").get_completions(["report"], "out")
-    assert path.type == "file"
-
-
-def test_the_host_passes_completion_on():
-    """Its banner on standard output would be taken for a completion."""
-    environment = os.environ | {
-        "_AXOLOTL_COMPLETE": "bash_complete",
-        "COMP_WORDS": "axolotl sera rep",
-        "COMP_CWORD": "2",
-    }
-    done = subprocess.run(
-        [Path(sys.executable).with_name("axolotl")], capture_output=True, text=True, env=environment
-    )
+    assert complete(["report"], "out") == ["file"]
+    # The host passes it on; its banner on standard output would be taken for a completion.
+    words = {"COMP_WORDS": "axolotl sera rep", "COMP_CWORD": "2"}
+    environment = os.environ | words | {"_AXOLOTL_COMPLETE": "bash_complete"}
+    axolotl = Path(sys.executable).with_name("axolotl")
+    done = subprocess.run([axolotl], capture_output=True, text=True, env=environment)
     assert done.stdout == "plain,report\n"

@@ -33,15 +33,11 @@ def test_a_win_rate_by_hand():
     assert (found.wins, found.ties, found.losses, found.missing) == (1, 1, 2, 2)
 
 
-def test_the_interval_is_that_of_a_binomial():
+def test_the_interval_is_that_of_a_binomial_and_seeded():
     """60 wins of 100: a resample's wins are binomial(100, 0.6), whose 2.5% and 97.5% quantiles
     are 50 and 69. A quantile of 2,000 draws may be off by one win."""
     found = win_rate([1.0] * 60 + [0.0] * 40)
-    assert found.low == pytest.approx(0.50, abs=0.011)
-    assert found.high == pytest.approx(0.69, abs=0.011)
-
-
-def test_the_bootstrap_is_seeded():
+    assert (found.low, found.high) == pytest.approx((0.50, 0.69), abs=0.011)
     outcomes = np.random.default_rng(0).random(50)
     intervals = [(found.low, found.high) for found in (win_rate(outcomes, s) for s in (1, 1, 2))]
     assert intervals[0] == intervals[1] != intervals[2]
@@ -54,20 +50,16 @@ def test_few_outcomes_or_none():
     one = win_rate([1.0])
     assert (one.rate, one.low, one.high, one.wins) == (1.0, 1.0, 1.0, 1)
     assert np.isnan(one.error)
-    for none in (win_rate([]), win_rate([NAN, NAN])):
+    for missing in (0, 2):
+        none = win_rate([NAN] * missing)
         assert np.isnan([none.rate, none.error, none.low, none.high]).all()
-        assert (none.wins, none.ties, none.losses) == (0, 0, 0)
-    assert win_rate([NAN, NAN]).missing == 2
+        assert (none.wins, none.ties, none.losses, none.missing) == (0, 0, 0, missing)
 
 
 def test_categories_are_apart():
     found = by_category([1.0, 0.0, 0.5, NAN, 1.0], ["math", "art", "math", "art", ""])
     assert list(found) == ["math", "art", ""]
-    assert [one.rate for one in found.values()] == [0.75, 0.0, 1.0]
-    assert [one.missing for one in found.values()] == [0, 1, 0]
-
-
-# ------------------------------------------------------------------ length control
+    assert [(one.rate, one.missing) for one in found.values()] == [(0.75, 0), (0.0, 1), (1.0, 0)]
 
 
 def test_without_differences_in_length_nothing_is_controlled():
@@ -79,33 +71,33 @@ def test_without_differences_in_length_nothing_is_controlled():
         assert rates == pytest.approx(np.nanmean(outcomes, axis=1), abs=1e-4)
 
 
-def simulate(theta: float, phi: float, longer: float, prompts: int = 4000, seed: int = 0):
+def simulate(theta: float, phi: float, longer: float, prompts: int = 4000):
     """Outcomes of the regression's own kind, for a model whose answers are `longer` by so many
-    standard deviations; and the rate that it would have at equal length."""
-    random = np.random.default_rng(seed)
+    standard deviations."""
+    random = np.random.default_rng(0)
     difference = random.normal(longer, 1.0, prompts)
     logit = theta + phi * np.tanh(difference / difference.std(ddof=1))
     outcomes = (random.random(prompts) < 1 / (1 + np.exp(-logit))).astype(float)
-    return outcomes, difference * 100, 1 / (1 + np.exp(-theta))
+    return outcomes, difference * 100
 
 
 @pytest.mark.parametrize("longer", [1.5, -1.5])
 def test_a_length_that_pays_is_taken_out(longer):
-    outcomes, difference, true = simulate(theta=0.3, phi=1.0, longer=longer)
+    outcomes, difference = simulate(theta=0.3, phi=1.0, longer=longer)
+    true = 1 / (1 + np.exp(-0.3))  # the rate at equal length
     raw, (rate,) = outcomes.mean(), length_controlled(outcomes, difference)
     assert abs(raw - true) > 0.1
     # The prior holds phi back, so some of the difference stays.
     assert abs(rate - true) < 0.6 * abs(raw - true)
     assert (rate - raw) * (true - raw) > 0
-    outcomes, difference, _ = simulate(theta=0.5, phi=0.0, longer=2.0)  # a length that does not pay
+    outcomes, difference = simulate(theta=0.5, phi=0.0, longer=2.0)  # a length that does not pay
     assert length_controlled(outcomes, difference)[0] == pytest.approx(outcomes.mean(), abs=0.03)
 
 
 def test_models_that_are_compared_together_share_what_length_does():
     """The second model's own outcomes tell nothing of length; the first one's do."""
-    outcomes, difference, _ = simulate(theta=0.0, phi=1.5, longer=1.0)
-    other = np.zeros(len(outcomes))
-    other[::2] = 1.0
+    outcomes, difference = simulate(theta=0.0, phi=1.5, longer=1.0)
+    other = 1.0 - np.arange(len(outcomes)) % 2
     constant = np.where(np.arange(len(outcomes)) < 20, -100.0, 300.0)
     (alone,) = length_controlled(other, constant)
     together = length_controlled(np.stack([other, outcomes]), np.stack([constant, difference]))
@@ -113,34 +105,26 @@ def test_models_that_are_compared_together_share_what_length_does():
     assert together[0] < alone - 0.02
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_a_model_that_wins_or_loses_every_time(rate):
+def test_one_sided_missing_and_few_outcomes():
     random = np.random.default_rng(0)
-    controlled = length_controlled(np.full(100, rate), random.normal(1, 1, 100))
-    assert controlled[0] == pytest.approx(rate, abs=0.02)
-
-
-def test_missing_outcomes_are_left_out():
-    outcomes, difference, _ = simulate(theta=0.2, phi=1.0, longer=1.0, prompts=500)
-    more = np.concatenate([outcomes, [NAN] * 50])
+    for rate in (0.0, 1.0):
+        controlled = length_controlled(np.full(100, rate), random.normal(1, 1, 100))
+        assert controlled[0] == pytest.approx(rate, abs=0.02)
+    outcomes, difference = simulate(theta=0.2, phi=1.0, longer=1.0, prompts=500)
+    alone = length_controlled(outcomes, difference)
     for missing in (NAN, 1e9):
         lengths = np.concatenate([difference, np.full(50, missing)])
-        assert length_controlled(more, lengths) == pytest.approx(
-            length_controlled(outcomes, difference), abs=1e-6
-        )
+        more = length_controlled(np.concatenate([outcomes, [NAN] * 50]), lengths)
+        assert more == pytest.approx(alone, abs=1e-6)
     rates = length_controlled(np.stack([outcomes, np.full(500, NAN)]), np.stack([difference] * 2))
     assert np.isnan(rates).tolist() == [False, True]
     assert np.isnan(length_controlled([NAN], [3.0])).all()
     assert length_controlled([1.0], [3.0])[0] == pytest.approx(1.0, abs=0.05)
 
 
-# ------------------------------------------------------------------ published figures
-
 DATA = Path(__file__).parents[2] / "shared/data"
-PREFERENCES, LEADERBOARD = (
-    DATA / "alpacaeval_preferences.csv.gz",
-    DATA / "alpacaeval_leaderboard.csv",
-)
+PREFERENCES = DATA / "alpacaeval_preferences.csv.gz"
+LEADERBOARD = DATA / "alpacaeval_leaderboard.csv"
 
 
 @pytest.fixture(scope="module")
@@ -157,25 +141,20 @@ def published() -> SimpleNamespace:
     with LEADERBOARD.open(encoding="utf-8") as file:
         board = {row["model"]: row for row in csv.DictReader(file)}
     prompts = list(dict.fromkeys(prompt for one in outcomes.values() for prompt in one))
-
-    def matrix(found):
-        return np.array([[found[model].get(prompt, NAN) for prompt in prompts] for model in board])
-
+    both = [np.array([[found[model].get(prompt, NAN) for prompt in prompts] for model in board])
+            for found in (outcomes, differences)]  # fmt: skip
     figures = {
         name: np.array([float(row[name]) for row in board.values()])
         for name in ("win_rate", "standard_error", "length_controlled_winrate")
     }
-    return SimpleNamespace(outcomes=matrix(outcomes), longer_by=matrix(differences), **figures)
+    return SimpleNamespace(outcomes=both[0], longer_by=both[1], **figures)
 
 
 def test_published_win_rates_and_errors(published):
     found = [win_rate(outcomes) for outcomes in published.outcomes]
     assert len(found) == 57
-    rates, errors = (
-        100 * np.array([getattr(f, name) for f in found]) for name in ("rate", "error")
-    )
-    assert rates == pytest.approx(published.win_rate, abs=1e-9)
-    assert errors == pytest.approx(published.standard_error, abs=1e-9)
+    assert [100 * one.rate for one in found] == pytest.approx(published.win_rate, abs=1e-9)
+    assert [100 * one.error for one in found] == pytest.approx(published.standard_error, abs=1e-9)
 
 
 @pytest.mark.parametrize("models", [57, 5, 3, 2, 1])
@@ -185,9 +164,8 @@ def test_length_control_moves_every_model_as_published(published, models):
     controlled = np.full(len(order), NAN)
     for first in range(0, len(order), models):
         group = order[first : first + models]
-        controlled[group] = 100 * length_controlled(
-            published.outcomes[group], published.longer_by[group]
-        )
+        rates = length_controlled(published.outcomes[group], published.longer_by[group])
+        controlled[group] = 100 * rates
     theirs = published.length_controlled_winrate - published.win_rate
     ours = controlled - published.win_rate
     moved = np.abs(theirs) > 1e-6  # the baseline against itself does not move
@@ -197,13 +175,11 @@ def test_length_control_moves_every_model_as_published(published, models):
     apart = np.abs(controlled - published.length_controlled_winrate)
     page = (Path(__file__).parents[1] / "docs/eval.md").read_text()
     at_a_time, means, most = (
-        re.search(rf"^\| {name} \|(.*)\|$", page, re.MULTILINE)[1].split("|")
+        list(map(float, re.search(rf"^\| {name} \|(.*)\|$", page, re.MULTILINE)[1].split("|")))
         for name in ("models compared at a time", "mean distance", "largest")
     )
-    column = list(map(int, at_a_time)).index(models)
-    assert (float(means[column]), float(most[column])) == (
-        pytest.approx(apart.mean(), abs=0.051),
-        pytest.approx(apart.max(), abs=0.051),
-    )
+    column = at_a_time.index(models)
+    assert means[column] == pytest.approx(apart.mean(), abs=0.051)
+    assert most[column] == pytest.approx(apart.max(), abs=0.051)
     assert apart.mean() < np.abs(theirs).mean() / 2
     assert np.corrcoef(controlled, published.length_controlled_winrate)[0, 1] > 0.99

@@ -71,10 +71,10 @@ def train_base_model(
             f"{PROMPT_FORMAT.format(prompt=prompt)} {demonstrate(prompt, random)}</s>"
             for prompt in prompts
         ]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = _batch(tokenizer, texts)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         labels[:, : len(PROMPT_FORMAT.split()) + len(prompts[0].split()) - 1] = -100
-        loss = model(**_inputs(batch), labels=labels).loss
+        loss = model(**batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -85,7 +85,8 @@ def train_base_model(
     tokenizer.save_pretrained(directory)
 
 
-def _inputs(batch: Any) -> dict[str, Any]:
+def _batch(tokenizer: Any, texts: list[str], **how: Any) -> dict[str, Any]:
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, **how)
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -118,21 +119,15 @@ def respond(
     """
     model.eval()
     responses: list[str] = []
+    sampling = {"temperature": temperature, "top_k": 0, "max_new_tokens": max_new_tokens}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         starts = range(0, len(prompts), batch_size)
         for first in tqdm(starts, desc="sample", unit="batch", disable=None):
             texts = [PROMPT_FORMAT.format(prompt=p) for p in prompts[first : first + batch_size]]
-            how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-            batch = tokenizer(texts, return_tensors="pt", **how)
-            output = model.generate(
-                **_inputs(batch),
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            batch = _batch(tokenizer, texts, padding_side="left")
+            pad = tokenizer.pad_token_id
+            output = model.generate(**batch, do_sample=True, pad_token_id=pad, **sampling)
             new = output[:, batch["input_ids"].shape[1] :]
             responses += tokenizer.batch_decode(new, skip_special_tokens=True)
     return responses

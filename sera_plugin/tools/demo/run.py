@@ -61,7 +61,11 @@ def run_demo(directory: Path, config: Path) -> None:
         f"{len(rows)} pairs; of those that differ in true reward {right:.0%} are labelled right"
     )
     with _step(f"axolotl train {config}"):
-        _train(config)
+        # In a process of its own, as a user would start it: this interpreter, and no shell.
+        command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
+        environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+        if subprocess.run([*command, "--launcher", "python"], env=environment).returncode:
+            raise RuntimeError(f"`axolotl train {config}` failed; its message is above")
     with _step("every policy answers the held-out prompts"):
         table = _table(base, run)
     click.echo(f"\n{table}\n")
@@ -112,13 +116,17 @@ def make_pairs(
     prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Label two responses to each prompt; equal responses give no pair."""
-    random = Random(2)
-    rows: list[dict[str, Any]] = []
+    random, rows = Random(2), []
     for prompt, one, other in zip(prompts, first, second, strict=True):
         if not one.strip() or not other.strip() or one == other:
             continue
         chosen, rejected, swapped = label(prompt, one, other, Labelling(), random)
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "swapped": swapped}
+        row: dict[str, Any] = {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            "swapped": swapped,
+        }
         row["score_chosen"] = true_reward(prompt, chosen)
         row["score_rejected"] = true_reward(prompt, rejected)
         rows.append(row)
@@ -131,46 +139,27 @@ def _write_pairs(base: Path, path: Path) -> None:
     random = Random(1)
     prompts = [make_prompt(random) for _ in range(PAIRS)]
     model, tokenizer = load_model(base)
-    first, second = (respond(model, tokenizer, prompts, seed=seed) for seed in (1, 2))
-    rows = make_pairs(prompts, first, second)
+    rows = make_pairs(prompts, *(respond(model, tokenizer, prompts, seed=seed) for seed in (1, 2)))
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _train(config: Path) -> None:
-    """`axolotl train` in a process of its own, as a user would start it."""
-    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
-    command += ["--launcher", "python"]
-    # No shell; this interpreter, and a path that the user gave.
-    finished = subprocess.run(command, env=environment, check=False)
-    if finished.returncode:
-        raise RuntimeError(f"`axolotl train {config}` failed; its message is above")
 
 
 def _table(base: Path, run: Path) -> str:
     """True reward, win rate against the base model and length, policy by policy."""
     from sera_plugin.tools.demo.base_model import load_model, respond
 
-    policies = [("base model", base)]
-    for directory in sorted((run / "sera").glob("iteration-*/policy")):
-        iteration = int(directory.parent.name.removeprefix("iteration-"))
-        if iteration > 1:
-            policies.append((f"after iteration {iteration - 1}", directory))
-    policies.append((f"after iteration {len(policies)}", run))
-
+    _, *earlier = sorted((run / "sera").glob("iteration-*/policy"))  # the first is the base
+    after = [(f"after iteration {t}", path) for t, path in enumerate([*earlier, run], start=1)]
     random = Random(3)
     prompts = [make_prompt(random) for _ in range(HELD_OUT)]
-    rows = []
+    rows: list[list[str]] = []
     reference: list[float] = []
-    for name, directory in policies:
-        model, tokenizer = load_model(directory)
-        responses = respond(model, tokenizer, prompts)
+    for name, directory in [("base model", base), *after]:
+        responses = respond(*load_model(directory), prompts)
         rewards = [true_reward(p, r) for p, r in zip(prompts, responses, strict=True)]
         reference = reference or rewards
         wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference, strict=True))
-        words = sum(len(r.split()) for r in responses) / len(responses)
-        won = f"{wins / len(rewards):.1%}" if name != "base model" else ""
-        rows.append((name, f"{sum(rewards) / len(rewards):.3f}", won, f"{words:.2f}"))
-    head = ("policy", "true reward", "wins against base", "words")
-    title = f"{HELD_OUT} held-out prompts, one sample each at temperature 1.0"
-    return f"{title}\n\n{plain_table(head, rows)}"
+        won = f"{wins / HELD_OUT:.1%}" if rows else ""
+        words = sum(len(response.split()) for response in responses) / HELD_OUT
+        rows.append([name, f"{sum(rewards) / HELD_OUT:.3f}", won, f"{words:.2f}"])
+    table = plain_table(("policy", "true reward", "wins against base", "words"), rows)
+    return f"{HELD_OUT} held-out prompts, one sample each at temperature 1.0\n\n{table}"

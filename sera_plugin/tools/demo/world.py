@@ -32,11 +32,6 @@ def make_prompt(random: Random) -> str:
     return " ".join(random.sample(LETTERS, PROMPT_LENGTH))
 
 
-def best_response(prompt: str) -> str:
-    """The prompt's letters sorted."""
-    return " ".join(sorted(prompt.split()))
-
-
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(other) + 1)
@@ -51,7 +46,7 @@ def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
 
 def true_reward(prompt: str, response: str) -> float:
     """How good a response is, 0 to 1: 2 LCS / (both lengths), filler words ignored."""
-    best = best_response(prompt).split()
+    best = sorted(prompt.split())
     words = [word for word in response.split() if word not in FILLERS]
     return 2 * common_subsequence(words, best) / (len(words) + len(best))
 
@@ -64,20 +59,17 @@ def demonstrate(prompt: str, random: Random) -> str:
     """
     rate = random.uniform(0.0, 0.9)
     words: list[str] = []
-    for letter in best_response(prompt).split():
-        if random.random() < rate:
-            fate = random.randrange(4)
-            if fate == 0:
-                continue
-            if fate == 1:
-                words.append(random.choice(LETTERS))
-                continue
-            if fate == 2:
-                words.append(random.choice(FILLERS))
-            elif words:
-                words.insert(random.randrange(len(words)), letter)
-                continue
-        words.append(letter)
+    for letter in sorted(prompt.split()):
+        # A letter is dropped, replaced, said after a filler word, or out of order.
+        fate = random.randrange(4) if random.random() < rate else None
+        if fate == 1:
+            words.append(random.choice(LETTERS))
+        elif fate == 2:
+            words += [random.choice(FILLERS), letter]
+        elif fate == 3 and words:
+            words.insert(random.randrange(len(words)), letter)
+        elif fate != 0:
+            words.append(letter)
     return " ".join(words or [random.choice(LETTERS)])
 
 

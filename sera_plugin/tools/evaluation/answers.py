@@ -1,22 +1,60 @@
-"""Answers of one model to all prompts: sampled once, kept, and taken from there ever after."""
+"""What models are asked, and what they answer: sampled once, kept, and taken from there after."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sera_plugin.config.quoting import quoted
+from sera_plugin.data.files import json_rows
+from sera_plugin.data.texts import encodable, visible
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.rundir.progress import progress
 from sera_plugin.tools.evaluation.models import Model
-from sera_plugin.tools.evaluation.prompts import Prompt, joined, read_rows
 
+#: Where a row's prompt is, the first of these that it has, and where its category is if it has no
+#: `category`.
+FIELDS = {
+    "turns": None,  # MT-Bench, Vicuna (llm_judge): a list of texts
+    "instruction": "dataset",  # AlpacaEval
+    "Instruction": "Skill",  # Evol-Instruct (WizardLM's test set)
+    "prompt": None,  # UltraFeedback's test sets
+    "text": None,  # Vicuna (the older table)
+}
 #: What a user said and a model answered, in turn; the user's last words are unanswered.
 Conversation = tuple[str, ...]
 #: Why a turn ended: "stop", "length", "no room" (the prompt fills the model's context), "given".
 NO_ROOM = "no room"
+
+
+def _joined(turns: Sequence[str]) -> str:
+    """The texts of several turns in one, numbered; one turn is its own text."""
+    if len(turns) == 1:
+        return turns[0]
+    return "\n\n".join(f"[Turn {number}]\n{text}" for number, text in enumerate(turns, start=1))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked in each turn, its category ("" without one), its row from 0.
+
+    `question` is all turns in one text, for a judge and for export.
+    """
+
+    turns: tuple[str, ...]
+    category: str
+    row: int
+
+    @property
+    def question(self) -> str:
+        return _joined(self.turns)
 
 
 @dataclass(frozen=True)
@@ -42,28 +80,110 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to a prompt, in all of its turns."""
+    """A model's answer to a prompt, in all of its turns: as one text, characters, whether cut."""
 
     turns: tuple[Turn, ...]
 
     @property
     def text(self) -> str:
-        """All turns in one text, for a judge and for export."""
-        return joined([turn.text for turn in self.turns])
+        return _joined([turn.text for turn in self.turns])
 
     @property
     def chars(self) -> int:
-        """Characters of all turns."""
         return sum(len(turn.text) for turn in self.turns)
 
     @property
     def unfinished(self) -> bool:
-        """Whether a turn was cut at the longest length."""
         return any(turn.finish_reason == "length" for turn in self.turns)
 
 
 #: Samples answers: (conversations, those that are done, seed) -> (index, answer) in any order.
 Sample = Callable[[Sequence[Conversation], Collection[int], int], Iterator[tuple[int, Turn]]]
+
+
+def read_prompts(path: Path, limit: int | None = None, seed: int = 0) -> list[Prompt]:
+    """The prompts of a file of JSON lines, a JSON list or parquet, in its order.
+
+    `limit` of them are drawn with the seed; a larger limit has those of a smaller one.
+
+    Raises:
+        ValueError: naming the file, the row and the field, if one cannot be used.
+        OSError: if it cannot be read.
+    """
+    prompts = [_prompt(path, row, content) for row, content in enumerate(_rows(path))]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts.")
+    drawn = np.random.default_rng(seed).permutation(len(prompts))[:limit]
+    return [prompts[row] for row in sorted(drawn.tolist())]
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            yield from pq.read_table(path).to_pylist()
+            return
+        for where, row in json_rows(path):
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} is {quoted(row)}, not an object with fields")
+            yield row
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is not a parquet file: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _prompt(path: Path, row: int, content: Mapping[str, Any]) -> Prompt:
+    field = next((name for name in FIELDS if name in content), None)
+    if field is None:
+        raise ValueError(
+            f"{path}: row {row} has no prompt. A prompt is in {', '.join(FIELDS)}; this row has "
+            f"{', '.join(map(quoted, content)) or 'no fields'}."
+        )
+    value = content[field]
+    turns = value if field == "turns" else [value]
+    problem = f"{quoted(value)}, not a list of texts"
+    if isinstance(turns, list) and turns:
+        problem = next(filter(None, map(_problem, turns)), "")
+    if problem:
+        raise ValueError(f"{path}: row {row}: {field} is {problem}")
+    category = content.get("category", content.get(FIELDS[field] or ""))
+    return Prompt(tuple(turns), "" if category is None else str(category), row)
+
+
+def _problem(turn: Any) -> str:
+    if not isinstance(turn, str):
+        return f"{quoted(turn)}, not text"
+    if not visible(turn):
+        return "empty. Remove the row or mend it."
+    return "" if encodable(turn) else "not valid Unicode: half of a surrogate pair"
+
+
+def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
+    """Answers from a file in AlpacaEval's format, in the order of the prompts; None without one.
+
+    A row belongs to the prompt whose text its `instruction` is.
+
+    Raises:
+        ValueError: naming the row and the field that is wrong, or if no row belongs to a prompt.
+    """
+    outputs: dict[str, list[str]] = {}
+    for row, content in enumerate(_rows(path)):
+        for field in ("instruction", "output"):
+            if not isinstance(content.get(field), str):
+                raise ValueError(
+                    f"{path}: row {row}: {field} is {quoted(content.get(field))}, not text. A file "
+                    "of answers has `instruction` and `output` in each row."
+                )
+        outputs.setdefault(content["instruction"].strip(), []).append(content["output"].strip())
+    found: list[Answer | None] = []
+    for prompt in prompts:
+        texts = outputs.get(prompt.question.strip(), [])
+        # As many rows as prompts of the same text: each has its own.
+        text = texts.pop(0) if len(texts) > 1 else texts[0] if texts else None
+        found.append(None if text is None else Answer((Turn(text, 0, "given"),)))
+    if not any(found):
+        raise ValueError(f"{path}: no row answers any of these prompts. Is it of another set?")
+    return found
 
 
 def sampled(
@@ -114,35 +234,6 @@ def _is_full(turns: Sequence[Turn]) -> bool:
 
 
 def _conversation(prompt: Prompt, answered: Sequence[Turn]) -> Conversation:
-    said: list[str] = []
-    for question, answer in zip(prompt.turns, answered, strict=False):
-        said += [question, answer.text]
+    asked = zip(prompt.turns, answered, strict=False)
+    said = [text for question, answer in asked for text in (question, answer.text)]
     return (*said, prompt.turns[len(answered)])
-
-
-def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
-    """Answers from a file in AlpacaEval's format, in the order of the prompts; None without one.
-
-    A row belongs to the prompt whose text its `instruction` is.
-
-    Raises:
-        ValueError: naming the row and the field that is wrong, or if no row belongs to a prompt.
-    """
-    outputs: dict[str, list[str]] = {}
-    for row, content in enumerate(read_rows(path)):
-        for field in ("instruction", "output"):
-            if not isinstance(content.get(field), str):
-                raise ValueError(
-                    f"{path}: row {row}: {field} is {quoted(content.get(field))}, not text. A file "
-                    "of answers has `instruction` and `output` in each row."
-                )
-        outputs.setdefault(content["instruction"].strip(), []).append(content["output"].strip())
-    found: list[Answer | None] = []
-    for prompt in prompts:
-        texts = outputs.get(prompt.question.strip(), [])
-        # As many rows as prompts of the same text: each has its own.
-        text = texts.pop(0) if len(texts) > 1 else texts[0] if texts else None
-        found.append(None if text is None else Answer((Turn(text, 0, "given"),)))
-    if not any(found):
-        raise ValueError(f"{path}: no row answers any of these prompts. Is it of another set?")
-    return found

@@ -9,6 +9,8 @@ import click
 
 from sera_plugin.tools.command import refusing
 
+_SHARE, _COUNT = click.FloatRange(min=0, max=1, min_open=True), click.IntRange(min=1)
+
 
 @click.command(
     "eval",
@@ -41,24 +43,15 @@ Examples:
     help="Where answers, verdicts, figures and the page are kept. The same command goes on there.",
 )
 @click.option("--iterations", is_flag=True, help="All policies of a run in place of its last one.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="At most this many prompts, drawn with the seed."
-)
+@click.option("--limit", type=_COUNT, help="At most this many prompts, drawn with the seed.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, max=10),
     default=0.7,
     help="Of the answers; 0 takes the likeliest token each time.",
 )
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=0.95,
-    help="Nucleus sampling of the answers.",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=1024, help="Longest answer in tokens."
-)
+@click.option("--top-p", type=_SHARE, default=0.95, help="Nucleus sampling of the answers.")
+@click.option("--max-new-tokens", type=_COUNT, default=1024, help="Longest answer in tokens.")
 @click.option(
     "--prompt-format", help="A text with {prompt} in place of the models' chat templates."
 )
@@ -105,7 +98,4 @@ def evaluate(
         ) from error
     except JudgeFailed as error:
         raise click.ClickException(str(error)) from error
-    if as_json:
-        click.echo(json_text(figures))
-    else:
-        click.echo(f"{shown(figures)}\n\n{output / 'eval.html'}")
+    click.echo(json_text(figures) if as_json else f"{shown(figures)}\n\n{output / 'eval.html'}")

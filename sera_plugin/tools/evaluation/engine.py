@@ -59,9 +59,8 @@ class Engine:
             )
         self._context: int | None = getattr(config, "max_position_embeddings", None)
         with suppress(OSError):  # a model may have no generation_config.json
-            config.generation_config = GenerationConfig.from_pretrained(
-                model.weights, local_files_only=True
-            )
+            generation = GenerationConfig.from_pretrained(model.weights, local_files_only=True)
+            config.generation_config = generation
         ends = [*model_end_ids(config, self._tokenizer), *model.end_ids, *self._turn_end()]
         self._end_ids = tuple(dict.fromkeys(ends))
         self._rows = RowTokenizer(self._tokenizer, self._end_ids)
@@ -69,14 +68,13 @@ class Engine:
         if python is not None:
             policy = _served(model, int(config.vocab_size))
             self._sampler = VllmSampler(python, policy, {}, log, _room)
-        else:
-            weights, pad = _load(model), self._tokenizer.pad_token_id
-            cached = cache_bytes_per_token(weights, element_size=4)
-            self._sampler = TransformersSampler(
-                weights,
-                self._end_ids[0] if pad is None else pad,
-                plan_tokens(weights.device, bytes_per_token=cached, longest=0, on_cpu=16_384),
-            )
+            return
+        weights, pad = _load(model), self._tokenizer.pad_token_id
+        cached = cache_bytes_per_token(weights, element_size=4)
+        tokens = plan_tokens(weights.device, bytes_per_token=cached, longest=0, on_cpu=16_384)
+        self._sampler = TransformersSampler(
+            weights, self._end_ids[0] if pad is None else pad, tokens
+        )
 
     def __call__(
         self, conversations: Sequence[Conversation], done: Collection[int], seed: int
@@ -85,9 +83,7 @@ class Engine:
         decoding, context = self._decoding, self._context
         prompts = [np.array(self._prompt(one), dtype=np.int32) for one in conversations]
         # All that have room are given, finished ones too: what the others draw depends on it.
-        rows = [
-            row for row, prompt in enumerate(prompts) if context is None or len(prompt) < context
-        ]
+        rows = [row for row, one in enumerate(prompts) if context is None or len(one) < context]
         for row in set(range(len(prompts))).difference(rows, done):
             yield row, Turn("", 0, NO_ROOM)
         settings = SamplingSettings(
@@ -122,13 +118,10 @@ class Engine:
     def _prompt(self, conversation: Conversation) -> list[int]:
         """The token ids after which the model answers."""
         if self._decoding.prompt_format is None:
-            turns = [
-                {"role": "assistant" if index % 2 else "user", "content": text}
-                for index, text in enumerate(conversation)
-            ]
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            roles = ("user", "assistant")
+            turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(conversation)]
+            how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            ids: list[int] = self._tokenizer.apply_chat_template(turns, **how)
             return ids
         if len(conversation) > 1:
             raise ValueError(
@@ -151,10 +144,9 @@ def _program(name: str) -> str:
 def _load(model: Model) -> Any:
     """The model on the GPU if there is one, read from safetensors."""
     _free()
+    safe = {**_SAFE, "use_safetensors": True}
     with _named(model):
-        weights = AutoModelForCausalLM.from_pretrained(
-            model.weights, dtype="auto", use_safetensors=True, **_SAFE
-        )
+        weights = AutoModelForCausalLM.from_pretrained(model.weights, dtype="auto", **safe)
         if model.adapter is not None:
             # `find_models` has seen adapter_model.safetensors, which PEFT takes first.
             weights = PeftModel.from_pretrained(weights, str(model.adapter))

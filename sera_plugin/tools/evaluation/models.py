@@ -45,8 +45,7 @@ class Model:
     @cached_property
     def identity(self) -> str:
         """A key that changes with the files that decide what it answers."""
-        adapter = None if self.adapter is None else _state(self.adapter)
-        return key_of(_state(Path(self.weights)), adapter)
+        return key_of(_state(Path(self.weights)), self.adapter and _state(self.adapter))
 
 
 def _state(directory: Path) -> Any:
@@ -105,7 +104,9 @@ def _other(spec: str) -> Model:
             raise ValueError(f"there is no file {path}.")
         return Model(shown_name(path.stem), spec, answers=path)
     if path.is_dir():
-        return _directory(path, spec)
+        place = path.resolve()
+        name = place.parent.name if place.name == "policy" else place.name
+        return _directory(path, shown_name(name), spec)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
         return Model(spec.split("/")[-1], spec, weights=_cached(spec))
     raise ValueError(
@@ -126,29 +127,28 @@ def _cached(name: str) -> str:
     return str(config.parent)
 
 
-def _directory(path: Path, spec: str, base_model: str | None = None) -> Model:
+def _directory(path: Path, name: str, spec: str, base: str | None = None) -> Model:
     """A model or an adapter on disk; the run may say what its adapter's base model is."""
-    place = path.resolve()
-    model = Model(shown_name(place.parent.name if place.name == "policy" else place.name), spec)
+    adapter = None
     if (path / "adapter_config.json").is_file():
         if not (path / "adapter_model.safetensors").is_file():
             raise ValueError(f"{path} has no adapter_model.safetensors. Restore it from a copy.")
-        model = replace(model, adapter=path)
-        base = base_model or read_json(path / "adapter_config.json")["base_model_name_or_path"]
+        adapter = path
+        base = base or read_json(path / "adapter_config.json")["base_model_name_or_path"]
     elif (path / "base_model.json").is_file():
         base = read_json(path / "base_model.json")["base_model"]
     elif (path / "config.json").is_file() and list(path.glob("*.safetensors")):
-        return replace(model, weights=str(path))
+        return Model(name, spec, str(path))
     else:
         raise ValueError(
             f"{path} holds no model: neither config.json with *.safetensors, nor "
             "adapter_config.json with adapter_model.safetensors."
         )
     try:
-        weights = str(base) if Path(base).is_dir() else _cached(str(base))
+        weights = str(base) if Path(str(base)).is_dir() else _cached(str(base))
     except ValueError as error:
         raise ValueError(f"{path} stands on {base}: {error}") from None
-    return replace(model, weights=weights)
+    return Model(name, spec, weights, adapter)
 
 
 def _last(store: RunStore) -> int:
@@ -157,12 +157,11 @@ def _last(store: RunStore) -> int:
 
 def _policy(store: RunStore, spec: str, number: int) -> Model:
     """theta_number of a run."""
-    last, description = _last(store), store.description() or {}
+    last, description, directory = _last(store), store.description() or {}, store.root.parent
     if not 0 <= number <= last:
         raise ValueError(f"{spec}@{number}: the run has the policies 0 to {last}.")
-    name = shown_name(store.root.parent.resolve().name)
+    name = shown_name(directory.resolve().name)
     if number == last:
-        directory = store.root.parent
         # Ctrl-C has the host save a policy that is still in training; early stopping ends it before
         # the last iteration.
         begun = max((t for t in range(1, last + 1) if store.iteration(t).is_dir()), default=1)
@@ -173,13 +172,12 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
                 f"{directory} has no weights. {spec}@t is its policy after t iterations."
             )
     else:
-        directory = store.policy(number + 1)
-        name = f"{name}@{number}"
+        name, directory = f"{name}@{number}", store.policy(number + 1)
         problem = damage(directory)
         if problem is not None:
             raise ValueError(
                 f"{spec}@{number} is in {directory}, but {problem}. Whole weights of earlier "
                 "iterations are kept with sera.keep_policies: true."
             )
-    model = _directory(directory, f"{spec}@{number}", description["config"]["base_model"])
-    return replace(model, name=name, end_ids=tuple(description.get("end_ids") or ()))
+    model = _directory(directory, name, f"{spec}@{number}", description["config"]["base_model"])
+    return replace(model, end_ids=tuple(description.get("end_ids", ())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,9 +14,8 @@ import numpy as np
 from sera_plugin import __version__
 from sera_plugin.config.block import JudgeConfig
 from sera_plugin.labeling.judging import Judge, Verdict
-from sera_plugin.tools.evaluation.answers import Answer, Decoding
+from sera_plugin.tools.evaluation.answers import Answer, Decoding, Prompt
 from sera_plugin.tools.evaluation.models import Model
-from sera_plugin.tools.evaluation.prompts import Prompt
 from sera_plugin.tools.evaluation.winrate import (
     FloatArray,
     by_category,
@@ -24,50 +23,40 @@ from sera_plugin.tools.evaluation.winrate import (
     mean_score,
     win_rate,
 )
-from sera_plugin.tools.report.output import NOTHING, Table, fill, number, shown_name, shown_text
+from sera_plugin.tools.report.output import NOTHING, Table, fill, number, shown_name
 
 FORMAT_VERSION = 1
-#: Examples of each kind per model, and the longest text of one.
-_EXAMPLES, _LONGEST = 8, 4_000
+#: Examples of each kind per model.
+_EXAMPLES = 8
+_WINS = ("wins", "± se", "95% interval", "length-controlled", "won/tied/lost")
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One model, judged; in the order of the prompts."""
+@dataclass
+class Entry:
+    """A model, its answers and what a judge says of them, in the order of the prompts."""
 
+    model: Model
+    answers: Sequence[Answer | None]
     #: On its answers against the baseline's: None for the baseline, and where either has none.
     verdicts: list[Verdict | None]
-    #: (n,) of a judge that scores, nan where there is none.
-    scores: FloatArray | None = None
+    #: (n,) of a judge that scores, nan where there is none; (0,) of one that compares.
+    scores: FloatArray = field(default_factory=lambda: np.empty(0))
 
     @property
     def outcomes(self) -> FloatArray:
         """(n,) 0 to 1, nan where there is none."""
         return np.array([one and one.outcome for one in self.verdicts], dtype=np.float64)
 
-    @property
-    def inconsistent(self) -> float | None:
-        """The share of verdicts that turn with the order of the answers; None if none can."""
-        known = [one.consistent for one in self.verdicts if one and one.consistent is not None]
-        return known.count(False) / len(known) if known else None
 
-
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
-    """All that an evaluation has found; the baseline is the first model."""
+    """All that an evaluation has found; the baseline is the first entry."""
 
     path: Path
     prompts: Sequence[Prompt]
-    models: Sequence[Model]
     decoding: Decoding
-    #: Per model, in the order of the prompts.
-    answers: Sequence[Sequence[Answer | None]]
+    entries: Sequence[Entry]
     judge: Judge | None = None
-    #: Per model; empty without a judge.
-    judged: Sequence[Judged] = ()
-
-
-# ------------------------------------------------------------------ figures
 
 
 def figures(found: Evaluation) -> dict[str, Any]:
@@ -84,7 +73,7 @@ def figures(found: Evaluation) -> dict[str, Any]:
         },
         "decoding": asdict(found.decoding),
         "judge": _judge(found.judge),
-        "baseline": found.models[0].name,
+        "baseline": found.entries[0].model.name,
         "models": _models(found),
         "notes": _notes(found, repeated),
     }
@@ -92,11 +81,11 @@ def figures(found: Evaluation) -> dict[str, Any]:
 
 def _models(found: Evaluation) -> list[dict[str, Any]]:
     models: list[dict[str, Any]] = []
-    for model, answers in zip(found.models, found.answers, strict=True):
-        there = [one for one in answers if one is not None]
+    for entry in found.entries:
+        there = [one for one in entry.answers if one is not None]
         chars = [one.chars for one in there]
         # Of answers from a file they are not known.
-        tokens = [] if model.answers else [sum(t.tokens for t in one.turns) for one in there]
+        tokens = [sum(t.tokens for t in one.turns) for one in there if not entry.model.answers]
         said = {
             "number": len(there),
             "mean_chars": float(np.mean(chars)) if chars else None,
@@ -104,21 +93,23 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
             "unfinished": sum(one.unfinished for one in there),
             "empty": sum(not one.text for one in there),
         }
-        models.append({"name": model.name, "source": model.source, "answers": said})
-    if not found.judged:
+        models.append({"name": entry.model.name, "source": entry.model.source, "answers": said})
+    if found.judge is None:
         return models
     categories, seed = [prompt.category for prompt in found.prompts], found.decoding.seed
-    lengths = np.array([[one and one.chars for one in each] for each in found.answers], float)
-    outcomes = np.array([one.outcomes for one in found.judged])
+    lengths = np.array([[a and a.chars for a in entry.answers] for entry in found.entries], float)
+    outcomes = np.array([entry.outcomes for entry in found.entries])
     controlled = [np.nan, *length_controlled(outcomes[1:], lengths[1:] - lengths[0])]
-    for index, (facts, judged) in enumerate(zip(models, found.judged, strict=True)):
-        if judged.scores is not None:
-            facts["score"] = dict(zip(("mean", "error"), mean_score(judged.scores), strict=True))
+    for index, (facts, entry) in enumerate(zip(models, found.entries, strict=True)):
+        if entry.scores.size:
+            facts["score"] = dict(zip(("mean", "error"), mean_score(entry.scores), strict=True))
         if index:
+            # Verdicts that turn with the order of the answers.
+            known = [one.consistent for one in entry.verdicts if one and one.consistent is not None]
             rates = by_category(outcomes[index], categories, seed)
             facts["win_rate"] = asdict(win_rate(outcomes[index], seed))
             facts["length_controlled"] = float(controlled[index])
-            facts["inconsistent"] = judged.inconsistent
+            facts["inconsistent"] = known.count(False) / len(known) if known else None
             facts["categories"] = {name: asdict(rate) for name, rate in rates.items()}
     return models
 
@@ -140,19 +131,20 @@ def _notes(found: Evaluation, repeated: int) -> list[str]:
     notes = []
     if repeated:
         notes.append(f"{repeated} of {len(found.prompts)} prompts are repetitions; each counts.")
-    for model, answers in zip(found.models, found.answers, strict=True):
-        missing = [p.row for p, one in zip(found.prompts, answers, strict=True) if one is None]
+    for entry in found.entries:
+        name, answers = entry.model.name, list(zip(found.prompts, entry.answers, strict=True))
+        missing = [prompt.row for prompt, one in answers if one is None]
         if missing:
             rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            why = "not in its file" if model.answers else "no room in its context"
+            why = "not in its file" if entry.model.answers else "no room in its context"
             notes.append(
-                f"{model.name}: no answer to {len(missing)} of {len(answers)} prompts, which are "
+                f"{name}: no answer to {len(missing)} of {len(answers)} prompts, which are "
                 f"left out of its comparisons ({why}; rows {rows})."
             )
-        cut = sum(one.unfinished for one in answers if one is not None)
+        cut = sum(one.unfinished for _, one in answers if one is not None)
         if cut:
             notes.append(
-                f"{model.name}: {cut} of {len(answers)} answers are cut at --max-new-tokens, "
+                f"{name}: {cut} of {len(answers)} answers are cut at --max-new-tokens, "
                 f"{found.decoding.max_new_tokens}."
             )
     if found.judge is not None:
@@ -164,28 +156,9 @@ def _notes(found: Evaluation, repeated: int) -> list[str]:
     return notes
 
 
-# ------------------------------------------------------------------ tables
-
-
 def shown(figures: Mapping[str, Any]) -> str:
     """The evaluation for a terminal."""
-    parts = [one.text() for one in _tables(figures)]
-    judge = figures["judge"]
-    if judge is not None:
-        asked, cached = (judge["usage"][name] for name in ("asked", "cached"))
-        said = f"Judge {shown_name(judge['name'], 120)}"
-        if asked["count"] or cached["count"]:
-            said += f": {asked['count']:,} replies asked for"
-        if cached["count"]:
-            said += f", {cached['count']:,} were there"
-        if asked["prompt_tokens"] or asked["completion_tokens"]:
-            said += f"; {asked['prompt_tokens']:,} + {asked['completion_tokens']:,} tokens"
-        if judge.get("cost") is not None:
-            said += f", price {judge['cost']:.2f} (of the cached ones {judge['cached_cost']:.2f})"
-        parts.append(f"{said}.")
-    if figures["notes"]:
-        parts.append("\n".join(figures["notes"]))
-    return "\n\n".join(parts)
+    return fill("eval.txt", figures=figures, tables=_tables(figures)).strip()
 
 
 def _tables(figures: Mapping[str, Any]) -> list[Table]:
@@ -208,18 +181,14 @@ def _line(one: Mapping[str, Any], judged: bool) -> list[tuple[str, str]]:
     if "score" in one:
         cells.append(("score", number(one["score"]["mean"], ".4g")))
         cells.append(("± se", number(one["score"]["error"], ".2g")))
-    if judged:
-        rate = one.get("win_rate")
-        wins = ["baseline", "", "", "", ""]
-        if rate is not None:
-            wins = [number(rate[name], ".1%") for name in ("rate", "error", "low", "high")]
-            wins[2:] = [
-                " to ".join(wins[2:]),
-                number(one["length_controlled"], ".1%"),
-                f"{rate['wins']}/{rate['ties']}/{rate['losses']}",
-            ]
-        names = ("wins", "± se", "95% interval", "length-controlled", "won/tied/lost")
-        cells += zip(names, wins, strict=True)
+    wins = ["baseline", "", "", "", ""]
+    if "win_rate" in one:
+        rate = one["win_rate"]
+        shares = (rate["rate"], rate["error"], rate["low"], rate["high"], one["length_controlled"])
+        won, error, low, high, controlled = (number(share, ".1%") for share in shares)
+        counts = f"{rate['wins']}/{rate['ties']}/{rate['losses']}"
+        wins = [won, error, f"{low} to {high}", controlled, counts]
+    cells += zip(_WINS, wins, strict=True) if judged else ()
     for name, key in (("characters", "mean_chars"), ("tokens", "mean_tokens")):
         cells.append((name, number(one["answers"][key], ",.0f")))
     return cells
@@ -230,31 +199,20 @@ def _by_category(judged: Sequence[Mapping[str, Any]]) -> Table:
     shades: list[list[float | None]] = []
     for name, first in judged[0]["categories"].items():
         total = sum(first[what] for what in ("wins", "ties", "losses", "missing"))
-        rows.append([shown_name(name) or "(none)", str(total)])
-        shades.append([None, None])
-        for one in judged:
-            rate = one["categories"][name]
-            known = not np.isnan(rate["rate"])
-            error = number(rate["error"], ".1%")
-            rows[-1].append(f"{number(rate['rate'], '.1%')} ± {error}" if known else NOTHING)
-            shades[-1].append(rate["rate"] if known else None)
+        rates = [one["categories"][name] for one in judged]
+        cells = [f"{number(r['rate'], '.1%')} ± {number(r['error'], '.1%')}" for r in rates]
+        known = [not np.isnan(rate["rate"]) for rate in rates]
+        shown = [cell if there else NOTHING for cell, there in zip(cells, known, strict=True)]
+        rows.append([shown_name(name) or "(none)", str(total), *shown])
+        shade = [rate["rate"] if there else None for rate, there in zip(rates, known, strict=True)]
+        shades.append([None, None, *shade])
     head = ["category", "prompts", *(one["name"] for one in judged)]
     return Table("Win rates by category", head, rows, "Rate and one standard error.", shades)
-
-
-# ------------------------------------------------------------------ the page
 
 
 def page(found: Evaluation, figures: Mapping[str, Any]) -> str:
     """The page as HTML: win rates with their intervals, categories, and answers to read."""
     judge, models = figures["judge"], figures["models"]
-    intervals = []  # where each model's rates are, 0 to 100
-    for one in models:
-        rate = one.get("win_rate")
-        if rate is not None and not np.isnan(rate["rate"]):
-            places = {name: 100 * rate[name] for name in ("rate", "low", "high")}
-            controlled = 100 * one["length_controlled"]
-            intervals.append({"name": one["name"], "controlled": controlled, **places})
     settings = [("prompts", figures["prompts"]["file"])]
     settings += [(f"model {one['name']}", one["source"]) for one in models]
     settings += figures["decoding"].items()
@@ -264,58 +222,26 @@ def page(found: Evaluation, figures: Mapping[str, Any]) -> str:
         "eval.html",
         title=f"Evaluation on {shown_name(found.path.name)}",
         figures=figures,
-        facts=_facts(figures),
-        intervals=intervals,
+        rated=[
+            one for one in models if "win_rate" in one and not np.isnan(one["win_rate"]["rate"])
+        ],
+        inconsistent=[one["inconsistent"] for one in models if one.get("inconsistent") is not None],
         tables=_tables(figures),
+        prompts=found.prompts,
+        baseline=found.entries[0],
         groups=_groups(found),
-        settings=[(shown_text(str(k), 80), shown_text(str(v), 300)) for k, v in settings],
+        settings=settings,
     )
-
-
-def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    judge = figures["judge"]
-    facts = [("baseline", figures["baseline"]), ("prompts", f"{figures['prompts']['number']:,}")]
-    facts.append(("judge", "none" if judge is None else shown_name(judge["name"], 120)))
-    inconsistent = [one.get("inconsistent") for one in figures["models"]]
-    known = [share for share in inconsistent if share is not None]
-    if known:
-        facts.append(("verdicts that turn with the order", f"{sum(known) / len(known):.0%}"))
-    if judge is not None:
-        replies = sum(judge["usage"][name]["count"] for name in ("asked", "cached"))
-        if replies:
-            facts.append(("replies of the judge", f"{replies:,}"))
-        if judge.get("cost") is not None:
-            facts.append(("price", f"{judge['cost'] + judge['cached_cost']:.2f}"))
-    return facts
 
 
 def _groups(found: Evaluation) -> list[dict[str, Any]]:
     """For each model some answers that lost and some that won, drawn by the seed."""
     groups = []
-    for index, judged in enumerate(found.judged[1:], start=1):
-        name, outcomes = found.models[index].name, judged.outcomes
+    for entry in found.entries[1:]:
+        outcomes = entry.outcomes
         for kind, chosen in (("loses", outcomes < 0.5), ("wins", outcomes > 0.5)):
             rows = np.flatnonzero(chosen).tolist()
-            drawn = Random(found.decoding.seed).sample(rows, min(_EXAMPLES, len(rows)))
+            drawn = sorted(Random(found.decoding.seed).sample(rows, min(_EXAMPLES, len(rows))))
             if drawn:
-                examples = [_example(found, index, row) for row in sorted(drawn)]
-                group = {"title": f"{name} {kind}", "model": name, "of": len(rows)}
-                groups.append({**group, "examples": examples})
+                groups.append({"entry": entry, "kind": kind, "of": len(rows), "rows": drawn})
     return groups
-
-
-def _example(found: Evaluation, index: int, row: int) -> dict[str, Any]:
-    prompt, both = found.prompts[row], (found.judged[index], found.judged[0])
-    facts = {"outcome": number(both[0].outcomes[row], ".2f")}
-    scores = [number(one.scores[row]) for one in both if one.scores is not None]
-    if scores:
-        facts["scores"] = " against ".join(scores)
-    if prompt.category:
-        facts["category"] = shown_name(prompt.category)
-    texts = {"prompt": prompt.question}
-    for side, place in (("mine", index), ("theirs", 0)):
-        answer = found.answers[place][row]
-        assert answer is not None
-        texts[side] = answer.text
-    shown = {name: shown_text(text, _LONGEST) for name, text in texts.items()}
-    return {"row": prompt.row, "facts": facts, **shown}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +22,10 @@ from sera_plugin.labeling.judging import (
 from sera_plugin.rundir.checksums import COMMAND, explained, write_text
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
-from sera_plugin.tools.evaluation.answers import Answer, Decoding, given, sampled
-from sera_plugin.tools.evaluation.models import Model, find_models
-from sera_plugin.tools.evaluation.prompts import Prompt, read_prompts
-from sera_plugin.tools.evaluation.results import Evaluation, Judged, figures, page
+from sera_plugin.tools.evaluation.answers import Decoding, Prompt, given, read_prompts, sampled
+from sera_plugin.tools.evaluation.models import find_models
+from sera_plugin.tools.evaluation.results import Entry, Evaluation, figures, page
 from sera_plugin.tools.report.output import json_text
-
-Asked = TypeVar("Asked")
-Said = TypeVar("Said")
 
 
 def evaluate(
@@ -45,10 +41,7 @@ def evaluate(
     """Compare models on a set of prompts; everything that is done is kept in `output`.
 
     For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers)
-    and `Engine`.
-
-    Returns:
-        The figures, which are in `output/results.json` too.
+    and `Engine`. Returns the figures, which are in `output/results.json` too.
 
     Raises:
         ValueError: if something that is asked for is not there or cannot be used.
@@ -64,17 +57,16 @@ def evaluate(
         judge = None
         if judge_spec is not None:
             judge = make_judge(judge_spec, files.enter_context(Journal(output / "judge.jsonl")))
-
-        def answers_of(model: Model) -> list[Answer | None]:
-            if model.name in there:
-                return there[model.name]
-            journal = files.enter_context(Journal(output / "answers" / f"{model.file}.jsonl"))
-            engine = partial(_engine, model, decoding, vllm_python, output / "vllm.log")
-            return sampled(model, prompts, decoding, journal, engine)
-
-        answers = [answers_of(model) for model in models]
-        judged = [] if judge is None else judge_all(judge, prompts, answers)
-    found = Evaluation(prompt_file, prompts, models, decoding, answers, judge, judged)
+        entries = []
+        for model in models:
+            if model.name not in there:
+                journal = files.enter_context(Journal(output / "answers" / f"{model.file}.jsonl"))
+                engine = partial(_engine, model, decoding, vllm_python, output / "vllm.log")
+                there[model.name] = sampled(model, prompts, decoding, journal, engine)
+            entries.append(Entry(model, there[model.name], [None] * len(prompts)))
+        if judge is not None:
+            judge_all(judge, prompts, entries)
+    found = Evaluation(prompt_file, prompts, decoding, entries, judge)
     result = figures(found)
     _write(found, result, output)
     return result
@@ -86,48 +78,41 @@ def _engine(*arguments: Any) -> Any:
     return Engine(*arguments)
 
 
-def judge_all(
-    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]]
-) -> list[Judged]:
-    """Every model against the first one, from answers per model in the order of the prompts.
+def judge_all(judge: Judge, prompts: Sequence[Prompt], entries: Sequence[Entry]) -> None:
+    """Put in what the judge says of every model's answers against those of the first one.
 
     Raises:
         JudgeFailed: as the judge does.
     """
-    there = {
-        (model, row): answer
-        for model, each in enumerate(answers)
-        for row, answer in enumerate(each)
+    texts = {
+        (number, row): answer.text
+        for number, entry in enumerate(entries)
+        for row, answer in enumerate(entry.answers)
         if answer is not None
     }
-    judged = [Judged([None] * len(prompts)) for _ in answers]
     if not isinstance(judge, ScoringJudge):
         comparisons = {
-            (model, row): Comparison(prompts[row].question, mine.text, there[0, row].text)
-            for (model, row), mine in there.items()
-            if model and (0, row) in there
+            (number, row): Comparison(prompts[row].question, text, texts[0, row])
+            for (number, row), text in texts.items()
+            if number and (0, row) in texts
         }
-        for (model, row), verdict in _each(comparisons, judge.compare, "verdict"):
-            judged[model].verdicts[row] = verdict
-        return judged
-    scores = np.full((len(answers), len(prompts)), np.nan)
-    asked = {
-        (model, row): Answered(prompts[row].question, answer.text)
-        for (model, row), answer in there.items()
-    }
-    for place, score in _each(asked, judge.score_all, "answer"):
-        scores[place] = np.nan if score is None else score
-    for (model, row), score in np.ndenumerate(scores):
-        if model and not np.isnan([score, scores[0, row]]).any():
-            judged[model].verdicts[row] = by_scores(float(score), float(scores[0, row]))
-    return [Judged(one.verdicts, mine) for one, mine in zip(judged, scores, strict=True)]
+        for (number, row), verdict in _each(comparisons, judge.compare, "verdict"):
+            entries[number].verdicts[row] = verdict
+        return
+    asked = {place: Answered(prompts[place[1]].question, text) for place, text in texts.items()}
+    for entry in entries:
+        entry.scores = np.full(len(prompts), np.nan)
+    for (number, row), score in _each(asked, judge.score_all, "answer"):
+        entries[number].scores[row] = np.nan if score is None else score
+    for entry in entries[1:]:
+        for row, both in enumerate(zip(entry.scores, entries[0].scores, strict=True)):
+            if not np.isnan(both).any():
+                entry.verdicts[row] = by_scores(*map(float, both))
 
 
 def _each(
-    asked: Mapping[tuple[int, int], Asked],
-    ask: Callable[[Sequence[Asked]], Iterator[tuple[int, Said]]],
-    unit: str,
-) -> Iterator[tuple[tuple[int, int], Said]]:
+    asked: Mapping[tuple[int, int], Any], ask: Callable[[list[Any]], Iterable[Any]], unit: str
+) -> Iterator[tuple[tuple[int, int], Any]]:
     """What a judge says, by (model, row)."""
     places = list(asked)
     with progress("judging", len(asked), unit) as advance:
@@ -139,27 +124,18 @@ def _each(
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
     with explained(output, COMMAND):
         (output / "outputs").mkdir(parents=True, exist_ok=True)
-    for model, answers in zip(found.models, found.answers, strict=True):
-        rows = [
-            {"instruction": prompt.question, "output": answer.text, "generator": model.name}
-            for prompt, answer in zip(found.prompts, answers, strict=True)
-            if answer is not None
-        ]
-        write_text(output / "outputs" / f"{model.file}.json", json.dumps(rows, indent=1))
-    if found.judged:
-        verdicts = [
-            {
-                "row": prompt.row,
-                "category": prompt.category,
-                "model": model.name,
-                "outcome": verdict.outcome,
-                "orders": verdict.orders,
-            }
-            for model, judged in zip(found.models, found.judged, strict=True)
-            for prompt, verdict in zip(found.prompts, judged.verdicts, strict=True)
-            if verdict is not None
-        ]
-        lines = "".join(f"{json.dumps(one)}\n" for one in verdicts)
-        write_text(output / "verdicts.jsonl", lines)
+    verdicts = []
+    for entry in found.entries:
+        name, rows = entry.model.name, []
+        for prompt, one, verdict in zip(found.prompts, entry.answers, entry.verdicts, strict=True):
+            if one is not None:
+                row = {"instruction": prompt.question, "output": one.text, "generator": name}
+                rows.append(row)
+            if verdict is not None:
+                about = {"row": prompt.row, "category": prompt.category, "model": name}
+                verdicts.append(about | {"outcome": verdict.outcome, "orders": verdict.orders})
+        write_text(output / "outputs" / f"{entry.model.file}.json", json.dumps(rows, indent=1))
+    if found.judge is not None:
+        write_text(output / "verdicts.jsonl", "".join(f"{json.dumps(one)}\n" for one in verdicts))
     write_text(output / "results.json", json_text(result) + "\n")
     write_text(output / "eval.html", page(found, result))

@@ -76,7 +76,7 @@ def mean_score(scores: npt.ArrayLike) -> tuple[float, float]:
 
 
 def length_controlled(outcomes: npt.ArrayLike, longer_by: npt.ArrayLike) -> FloatArray:
-    """What models would win with answers as long as the baseline's.
+    """What models would win with answers as long as the baseline's: (models,) rates from 0 to 1.
 
     After Dubois et al. 2024, "Length-Controlled AlpacaEval". There as here, outcomes are explained
     by a logistic regression, and the length term is then set to zero:
@@ -84,26 +84,13 @@ def length_controlled(outcomes: npt.ArrayLike, longer_by: npt.ArrayLike) -> Floa
         logit P(model m is preferred on prompt x) = theta_m + phi_m tanh(d_mx / s_m) + gamma_mx
 
     with d_mx the model's length less the baseline's in characters and s_m its standard deviation.
-    What differs, because that regression leans on figures of AlpacaEval's own leaderboard, which no
-    other set of prompts has:
+    docs/eval.md says what differs and how close it comes: gamma_mx, how hard a prompt is, is the
+    smoothed log-odds at which the *other* models win on it, centred; phi_m lies around a common
+    phi, and that around 0, each with the weight of one fifth of the outcomes at even odds (the
+    weight that the published regression gives to its extra verdicts).
 
-    - gamma_mx, how hard a prompt is, is not a published value with a coefficient per model. It is
-      the smoothed log-odds at which the *other* models compared here win on it, centred. With one
-      model there is none, and gamma is 0.
-    - phi_m is held back not by verdicts on a baseline asked to be brief or wordy, but by a prior:
-      phi_m lies around a common phi, and that around 0, each with the weight of one fifth of the
-      outcomes at even odds (the weight that the published regression gives to its extra verdicts).
-    - An L2 penalty as a Gaussian prior, in place of an L1 penalty chosen by cross-validation.
-
-    docs/eval.md says how close this comes to the published figures.
-
-    Args:
-        outcomes: (models, prompts) 0 to 1, nan where there is none.
-        longer_by: (models, prompts) characters of the model's answer less those of the baseline's;
-            not looked at where there is no outcome.
-
-    Returns:
-        (models,) rates from 0 to 1; nan for a model without outcomes.
+    `outcomes` are (models, prompts) from 0 to 1, nan where there is none; `longer_by` characters of
+    the model's answer less those of the baseline's. The rate of a model without outcomes is nan.
     """
     given = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
     rates = np.full(len(given), np.nan)

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -28,6 +28,14 @@ Bools = npt.NDArray[np.bool_]
 _NAMES = ("ink", "muted", "rule", "kept", "dropped", "sampled", "other")
 _PAGE = {f"#0{place}0{place}0{place}": name for place, name in enumerate(_NAMES, 1)}
 INK, MUTED, RULE, KEPT, DROPPED, SAMPLED, OTHER = _PAGE
+#: What is drawn, and how.
+COLOURS = {
+    **dict.fromkeys(("", "chosen", "offline", "train", "kept by it"), KEPT),
+    **dict.fromkeys(("rejected", "dropped", "dropped by it"), DROPPED),
+    **dict.fromkeys(("sampled", "held out"), SAMPLED),
+    "its best": OTHER,
+    "same choice": MUTED,
+}
 #: Labels carry names of the dataset's columns: nothing in them is a formula.
 _STYLE: Any = {
     "text.parse_math": False,
@@ -57,28 +65,12 @@ _WIDTH = 4.6
 _BINS = 50
 #: Points of a scatter plot and of a curve: enough to see a shape, few enough for a small page.
 _POINTS = 400
-#: Left, bottom and top of axes, as shares of their figure.
-Box = tuple[float, float, float]
 #: Draws into axes; gives the names of what it has drawn, each with its colour.
-Plot = Callable[[Any], list[tuple[str, str]]]
-
-
-class Chart(NamedTuple):
-    """A picture, its title, and a sentence on how it is made."""
-
-    title: str
-    note: str
-    svg: Markup
-
-
-class Series(NamedTuple):
-    """A line: `y` over `x`; `error` is one standard error each way."""
-
-    name: str
-    colour: str
-    x: Sequence[float]
-    y: Sequence[float]
-    error: Sequence[float] | None = None
+Plot = Callable[[Any], dict[str, str]]
+#: A picture as `svg`, its `title`, and a `note` on how it is made.
+Chart = dict[str, str]
+#: Lines by name: x, y, and one standard error each way or none.
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
 
 
 def _draw(
@@ -86,10 +78,12 @@ def _draw(
     note: str,
     labels: tuple[str, str],
     height: float,
-    plots: Sequence[tuple[Box, Plot]],
+    plots: Sequence[tuple[tuple[float, float, float], Plot]],
     above: float = 1.0,
 ) -> Chart:
     """Axes with what is plotted named `above` them; `labels` are those of the last one's x and y.
+
+    Where axes are is left, bottom and top, as shares of the figure, whose height is in inches.
 
     The SVG is without its XML frame, ids and fixed size, in the page's colours.
     """
@@ -103,17 +97,13 @@ def _draw(
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_locator(MaxNLocator(6))
             names = plot(axes)
-            axes.legend(
-                [Line2D([], [], linestyle="none")] * len(names),
-                [name for name, _ in names],
-                labelcolor=[colour for _, colour in names],
-                bbox_to_anchor=(0, above),
-                ncols=max(1, len(names)),
-            )
+            nothing = [Line2D([], [], linestyle="none")] * len(names)
+            place: Any = {"bbox_to_anchor": (0, above), "ncols": max(1, len(names))}
+            axes.legend(nothing, list(names), labelcolor=list(names.values()), **place)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        nothing = {"Date": None, "Creator": None}
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        about = {"Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=about)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # A style inside a page would be one of the whole page. Groups are named for editors; what is
@@ -126,25 +116,26 @@ def _draw(
     for stand_in, name in _PAGE.items():
         text = text.replace(stand_in, f"var(--{name})")
     # matplotlib has escaped the text in it.
-    return Chart(title, note, Markup(text))
+    return {"title": title, "note": note, "svg": Markup(text)}
 
 
 def margins(
-    title: str, note: str, unit: str, panels: Sequence[tuple[str, FloatArray, Bools, str]]
+    title: str, note: str, unit: str, panels: Mapping[str, tuple[FloatArray, Bools]]
 ) -> Chart:
-    """Histograms one above the other: name, (n,) margins, which are kept, the colour of those."""
+    """Histograms by name, one above the other: (n,) margins, and which are kept."""
     # All but the outermost 0.2% of the values, and 0.
-    low, high = np.quantile(np.concatenate([one[1] for one in panels]), [0.002, 0.998]).tolist()
+    every = np.concatenate([margin for margin, _ in panels.values()])
+    low, high = np.quantile(every, [0.002, 0.998]).tolist()
     low, high = min(low, 0.0), max(high, 0.0)
     room = (high - low or 1.0) * 0.02
     low, high = low - room, high + room
     edges = np.linspace(low, high, _BINS + 1)
 
-    def plot(name: str, margin: FloatArray, kept: Bools, colour: str, axes: Any) -> Any:
-        names, base = [], np.zeros(_BINS)
-        for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, colour)):
+    def plot(name: str, axes: Any) -> dict[str, str]:
+        (margin, kept), names, base = panels[name], {}, np.zeros(_BINS)
+        for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, COLOURS[name])):
             if which.any():
-                names.append((f"{int(which.sum()):,} {name} {what}", ink))
+                names[f"{int(which.sum()):,} {name} {what}"] = ink
                 top = base + np.histogram(np.clip(margin[which], low, high), edges)[0]
                 axes.stairs(top, edges, baseline=base, fill=True, color=ink, alpha=0.8)
                 base = top
@@ -153,13 +144,13 @@ def margins(
             axes.axvline(float(margin[kept].min()), **_DASHED)
         axes.set_xlim(low, high)
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axes.tick_params(labelbottom=name == panels[-1][0])
+        axes.tick_params(labelbottom=name == list(panels)[-1])
         return names
 
     height = 0.5 + 1.5 * len(panels)
     bottoms = [(0.5 + 1.5 * place) / height for place in reversed(range(len(panels)))]
     boxes = [(0.09, bottom, bottom + 1.2 / height) for bottom in bottoms]
-    plots = [partial(plot, *panel) for panel in panels]
+    plots = [partial(plot, name) for name in panels]
     return _draw(title, note, (f"margin, {unit}", ""), height, list(zip(boxes, plots, strict=True)))
 
 
@@ -169,33 +160,34 @@ def scatter(
     labels: tuple[str, str],
     x: FloatArray,
     y: FloatArray,
-    marks: Sequence[tuple[str, Bools, str]],
+    marks: Mapping[str, Bools],
     cuts: tuple[float, float] | None = None,
     around: Bools | None = None,
 ) -> Chart:
-    """Points (n,) in groups (name, which, colour); a few hundred of each, chosen evenly.
+    """Points (n,) in groups by name, which may be ""; a few hundred of each, chosen evenly.
 
     Lines are drawn at the `cuts`; the chart zooms in on them and on the points `around`, if any.
     """
     finite = np.isfinite(x) & np.isfinite(y)
 
-    def plot(axes: Any) -> list[tuple[str, str]]:
+    def plot(axes: Any) -> dict[str, str]:
         axes.axhline(0, color=RULE, linewidth=0.8)
         if np.nanmin(x) < 0:
             axes.axvline(0, color=RULE, linewidth=0.8)
         if cuts is not None:
             axes.axvline(cuts[0], **_DASHED)
             axes.axhline(cuts[1], **_DASHED)
-        for _, which, colour in marks:
+        for name, which in marks.items():
             at = np.flatnonzero(which & finite)
             at = at[np.linspace(0, len(at) - 1, min(len(at), _POINTS)).astype(int)]
-            axes.plot(x[at], y[at], "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.55)
+            small: Any = {"markersize": 3, "markeredgewidth": 0, "alpha": 0.55}
+            axes.plot(x[at], y[at], "o", color=COLOURS[name], **small)
         if cuts is not None and around is not None and around.any():
             for values, cut, limit in ((x, cuts[0], axes.set_xlim), (y, cuts[1], axes.set_ylim)):
                 inside = [*values[around], cut]
                 room = (max(inside) - min(inside) or 1.0) * 0.8
                 limit(min(inside) - room, max(inside) + room)
-        return [(name, colour) for name, _, colour in marks if name]
+        return {name: COLOURS[name] for name in marks if name}
 
     return _draw(title, note, labels, 3.1, [((0.15, 0.17, 0.9), plot)])
 
@@ -204,50 +196,49 @@ def lines(
     title: str,
     note: str,
     ylabel: str,
-    series: Sequence[Series],
+    series: Lines,
     reference: tuple[float, str] | None = None,
     decimals: int = 2,
 ) -> Chart:
     """Figures over iterations, each line named with its last value."""
 
-    def plot(axes: Any) -> list[tuple[str, str]]:
-        for one in series:
-            axes.plot(one.x, one.y, "o-", color=one.colour, markersize=4)
-            if one.error is not None:
-                error: Any = {"fmt": "none", "ecolor": one.colour, "elinewidth": 0.9}
-                axes.errorbar(one.x, one.y, yerr=one.error, **error)
-        names = [(f"{one.name} {one.y[-1]:.{decimals}f}", one.colour) for one in series]
+    def plot(axes: Any) -> dict[str, str]:
+        for name, (x, y, error) in series.items():
+            axes.plot(x, y, "o-", color=COLOURS[name], markersize=4)
+            if error:
+                bars: Any = {"fmt": "none", "ecolor": COLOURS[name], "elinewidth": 0.9}
+                axes.errorbar(x, y, yerr=error, **bars)
+        last = {name: f"{y[-1]:.{decimals}f}" for name, (_, y, _) in series.items()}
+        names = {f"{name} {value}": COLOURS[name] for name, value in last.items()}
         if reference is not None:
             axes.axhline(reference[0], **_DASHED)
-            names.append((reference[1], MUTED))
+            names[reference[1]] = MUTED
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.margins(y=0.12)
-        numbers = [number for one in series for number in one.x]
+        numbers = [number for x, _, _ in series.values() for number in x]
         axes.set_xlim(min(numbers) - 0.25, max(numbers) + 0.25)
         return names
 
     return _draw(title, note, ("iteration", ylabel), 2.6, [((0.14, 0.18, 0.89), plot)])
 
 
-def curves(
-    title: str, ylabel: str, series: Sequence[Series], boundaries: Mapping[int, int]
-) -> Chart:
+def curves(title: str, ylabel: str, series: Lines, boundaries: Mapping[int, int]) -> Chart:
     """Training curves over steps, with the first step of each iteration marked."""
 
-    def plot(axes: Any) -> list[tuple[str, str]]:
-        for one in series:
+    def plot(axes: Any) -> dict[str, str]:
+        for name, (x, y, _) in series.items():
             # Means of neighbours, so that a long run's curve stays small; gaps (nan) stay.
-            parts = np.array_split(np.array([one.x, one.y]), min(len(one.x), _POINTS), axis=1)
-            x, y = np.transpose([part.mean(axis=1) for part in parts])
-            few = "o-" if len(x) < 12 else "-"
-            axes.plot(x, y, few, color=one.colour, markersize=3.5, linewidth=1.3)
+            parts = np.array_split(np.array([x, y]), min(len(x), _POINTS), axis=1)
+            few = "o-" if len(parts) < 12 else "-"
+            means = np.transpose([part.mean(axis=1) for part in parts])
+            axes.plot(*means, few, color=COLOURS[name], markersize=3.5, linewidth=1.3)
         axes.margins(x=0.01)
         left, right = axes.get_xlim()
         for iteration, step in boundaries.items():
             if left <= step <= right:
                 axes.axvline(step, color=RULE, linewidth=0.9)
-                name = f" {iteration}" if iteration > 1 else " iteration 1"
-                axes.text(step, 1.03, name, transform=axes.get_xaxis_transform(), color=MUTED)
-        return [(one.name, one.colour) for one in series]
+                mark = f" {iteration}" if iteration > 1 else " iteration 1"
+                axes.text(step, 1.03, mark, transform=axes.get_xaxis_transform(), color=MUTED)
+        return {name: COLOURS[name] for name in series}
 
     return _draw(title, "", ("step", ylabel), 2.6, [((0.14, 0.18, 0.82), plot)], above=1.1)

@@ -10,7 +10,7 @@ from sera_plugin.algorithm.summary import jaccard
 from sera_plugin.host.run import flat
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.report.figures import figures, spent
-from sera_plugin.tools.report.output import Table, fill, number, plain_table, shown_name, value_at
+from sera_plugin.tools.report.output import Table, fill, number, plain_table, shown_name
 from sera_plugin.tools.report.reading import Run
 
 #: Where things are on a machine says nothing of what a run is.
@@ -20,17 +20,17 @@ _BESIDE = ("loss", "beta", "per_token", "micro_batch", "accumulation", "pairs", 
            "seed")  # fmt: skip
 #: (name, how it is shown, where it is in an iteration's figures), in the order of the tables.
 _METRICS = (
-    ("pairs trained", ",", ("pairs", "trained")),
-    ("kept above (margin)", "+.3g", ("threshold",)),
-    ("offline accuracy", ".1%", ("offline_accuracy",)),
-    ("held-out accuracy", ".1%", ("held_out", "accuracy")),
-    ("R2 of reward with length", ".3f", ("length_r2", "reward")),
-    ("drift of chosen, nats", "+.2f", ("drift", "chosen")),
-    ("drift of rejected, nats", "+.2f", ("drift", "rejected")),
-    ("sampled tokens, mean", ".1f", ("lengths", "sampled")),
-    ("duplicate samples", ".1%", ("shares", "duplicates")),
-    ("unfinished samples", ".1%", ("shares", "unfinished")),
-    ("seconds", ",.0f", ("all_seconds",)),
+    ("pairs trained", ",", "pairs.trained"),
+    ("kept above (margin)", "+.3g", "threshold"),
+    ("offline accuracy", ".1%", "offline_accuracy"),
+    ("held-out accuracy", ".1%", "held_out.accuracy"),
+    ("R2 of reward with length", ".3f", "length_r2.reward"),
+    ("drift of chosen, nats", "+.2f", "drift.chosen"),
+    ("drift of rejected, nats", "+.2f", "drift.rejected"),
+    ("sampled tokens, mean", ".1f", "lengths.sampled"),
+    ("duplicate samples", ".1%", "samples.duplicates / samples.sampled"),
+    ("unfinished samples", ".1%", "samples.unfinished / samples.sampled"),
+    ("seconds", ",.0f", "spent"),
 )
 
 
@@ -51,9 +51,9 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     iterations = sorted({number for found in every for number in found})
     metrics: list[dict[str, Any]] = [
         {"iteration": number, "name": name, "form": form,
-         "values": [value_at(found.get(number), *keys) for found in every]}
+         "values": [_value(found.get(number, {}), where) for found in every]}
         for number in iterations
-        for name, form, keys in _METRICS
+        for name, form, where in _METRICS
     ]  # fmt: skip
     return {
         "runs": [
@@ -74,17 +74,18 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _figures(run: Run) -> dict[int, dict[str, Any]]:
-    """The figures by iteration, with what the metrics need beside them."""
-    found = {one["iteration"]: one for one in figures(run)["iterations"]}
-    for one in found.values():
-        samples = one["samples"] or {}
-        one["shares"] = {
-            name: samples[name] / max(1, samples["sampled"])
-            for name in ("duplicates", "unfinished")
-            if samples.get(name) is not None
-        }
-        one["all_seconds"] = spent(one["seconds"]) or None
-    return found
+    """The figures by iteration, with the seconds of all phases among them."""
+    found = figures(run)["iterations"]
+    return {one["iteration"]: one | {"spent": spent(one["seconds"]) or None} for one in found}
+
+
+def _value(figures: dict[str, Any], where: str) -> Any:
+    """A figure, or a share of two, by where it is; None where a level of that is missing."""
+    part, _, whole = where.partition(" / ")
+    value: Any = figures
+    for key in part.split("."):
+        value = (value or {}).get(key)
+    return value / max(1, _value(figures, whole)) if whole and value is not None else value
 
 
 def _alike(runs: Sequence[Run], number: int) -> list[list[float | None]] | None:

@@ -165,9 +165,6 @@ def _held_out(run: Run, one: Iteration) -> dict[str, Any] | None:
     return {"pairs": len(margin), **accuracy("accuracy", margin)}
 
 
-# ------------------------------------------------- what rewards agree with
-
-
 def r_squared(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:
     """The squared correlation: the share of one's variance the other explains.
 
@@ -265,9 +262,6 @@ def _groups(
                 groups, key=lambda one: (str(type(one["value"])), str(one["value"]))
             )
     return found
-
-
-# ------------------------------------------------- what the ensemble (gamma) changed
 
 
 def margin_without_ensemble(run: Run, one: Iteration) -> FloatArray | None:

@@ -28,13 +28,6 @@ def number(value: float | None, form: str = ".3g") -> str:
     return NOTHING if value is None or not isfinite(value) else format(value, form)
 
 
-def value_at(figures: Any, *keys: str) -> Any:
-    """A value inside nested figures, or None where a level of them is missing."""
-    for key in keys:
-        figures = (figures or {}).get(key)
-    return figures
-
-
 def shown_text(text: object, limit: int) -> str:
     """At most `limit` characters; every one that hides or reorders others is escaped."""
     text = str(text)

@@ -12,9 +12,10 @@ import numpy as np
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
+from sera_plugin.host.run import keeps
 from sera_plugin.rundir.checksums import COMMAND, write_text
 from sera_plugin.tools.report import charts
-from sera_plugin.tools.report.charts import DROPPED, KEPT, MUTED, OTHER, SAMPLED, Chart, Series
+from sera_plugin.tools.report.charts import Chart, Lines
 from sera_plugin.tools.report.figures import (
     figures,
     margin_without_ensemble,
@@ -67,9 +68,7 @@ def render(run: Run) -> str:
         texts=Texts(run),
         by_margin=any(one.get("threshold") is not None for one in found["iterations"]),
         selection=SELECTIONS.get(settings.get("selection", "")),
-        keeps=SELECTIONS[settings.get("selection", "irm")].keeps.format(
-            ratio=settings.get("selection_ratio", 1)
-        ),
+        keeps=keeps(settings.get("selection", "irm"), settings.get("selection_ratio", 1)),
         labeler=LABELERS[run.labeler],
         reference_free=is_reference_free(run.description.get("loss", "dpo")),
         settings=shown,
@@ -87,29 +86,30 @@ def _charts(run: Run, found: Figures) -> dict[str, list[Chart]]:
     return made | {"samples": [], "cost": [], "training": _training(run)}
 
 
-def _series(iterations: Sequence[Figures], *named: tuple[str, str, str]) -> list[Series]:
-    """Figures over the iterations that have them: where one is, as `lengths.chosen`, name, colour.
-
-    A figure's standard error is drawn if it is beside it.
-    """
-    found = []
-    for path, name, colour in named:
+def _series(iterations: Sequence[Figures], **named: str) -> Lines:
+    """Figures by where they are, over the iterations that have them, with standard errors."""
+    found = {}
+    for name, path in named.items():
         place, _, key = path.rpartition(".")
         levels = {one["iteration"]: (one[place] if place else one) or {} for one in iterations}
         have = {x: one for x, one in levels.items() if one.get(key) is not None}
         errors = [one[f"{key}_error"] for one in have.values() if f"{key}_error" in one]
-        y = [one[key] for one in have.values()]
-        found.append(Series(name, colour, list(have), y, errors or None))
-    return [one for one in found if one.x]
+        if have:
+            found[name.replace("_", " ")] = (
+                list(have),
+                [one[key] for one in have.values()],
+                errors,
+            )
+    return found
 
 
 def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
-    panels, pairs, said = [], one.bootstrapped, []
+    panels, pairs, said = {}, one.bootstrapped, []
     if one.margin is not None:
-        panels.append(("offline", one.margin, one.offline["selected"], KEPT))
+        panels["offline"] = one.margin, one.offline["selected"]
     # What others rank by is not in nats.
     if pairs and LABELERS[run.labeler].implicit and len(pairs["row"]):
-        panels.append(("sampled", pairs["margin"], pairs["selected"], SAMPLED))
+        panels["sampled"] = pairs["margin"], pairs["selected"]
     if figures.get("threshold") is not None:
         said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")
         said.append(f"{1 - figures['offline_accuracy']:.0%} of all lie at or below 0")
@@ -133,24 +133,16 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     if sampled:
         note += f" Of {sampled['kept']:,} sampled pairs kept, {sampled['exchanged']:,} are others."
     axes = (f"margin with gamma = 0, {run.unit}", f"margin with gamma = {run.settings['gamma']:g}")
-    marks = [
-        ("same choice", kept == kept_without, MUTED),
-        ("kept by it", kept & ~kept_without, KEPT),
-        ("dropped by it", ~kept & kept_without, DROPPED),
-    ]
-    cuts = (float(without[kept_without].min()), float(one.margin[kept].min()))
     around = kept != kept_without
+    marks = {"same choice": ~around, "kept by it": kept & around, "dropped by it": ~kept & around}
+    cuts = (float(without[kept_without].min()), float(one.margin[kept].min()))
     return [charts.scatter(title, note, axes, without, one.margin, marks, cuts, around)]
 
 
 def _lengths(iterations: Sequence[Figures]) -> list[Chart]:
-    series = _series(
-        iterations,
-        ("lengths.chosen", "chosen", KEPT),
-        ("lengths.rejected", "rejected", DROPPED),
-        ("lengths.sampled", "sampled", SAMPLED),
-        ("lengths.bootstrapped_chosen", "its best", OTHER),
-    )
+    sides = {"chosen": "lengths.chosen", "rejected": "lengths.rejected"}
+    own = {"sampled": "lengths.sampled", "its_best": "lengths.bootstrapped_chosen"}
+    series = _series(iterations, **sides, **own)
     title, note = "Mean length of answers in tokens", ""
     sampled = [one["lengths"] for one in iterations if "sampled" in one["lengths"]]
     if sampled:
@@ -185,7 +177,7 @@ def _rewards(
     """Rewards of all answers over something else that is known of them."""
     of_chosen = np.arange(len(x)) < len(x) // 2
     axes = (axis, f"implicit reward, {run.unit}")
-    marks = [("chosen", of_chosen, KEPT), ("rejected", ~of_chosen, DROPPED)]
+    marks = {"chosen": of_chosen, "rejected": ~of_chosen}
     title, note = _explains(one, name, r2, "rewards"), f"R² {number(r2, '.3f')}; {note}"
     return charts.scatter(title, note, axes, x, pooled(one.offline, "reward"), marks)
 
@@ -204,18 +196,17 @@ def _scores(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
             found.append(_rewards(run, one, name, r2["reward"], values, axis, note))
         elif one.margin is not None:
             title, note = _explains(one, name, r2["margin"], "margins"), f"R² {of_margins}."
-            marks, axes = [("", np.isfinite(difference), KEPT)], (name, f"margin, {run.unit}")
+            marks, axes = {"": np.isfinite(difference)}, (name, f"margin, {run.unit}")
             found.append(charts.scatter(title, note, axes, difference, one.margin, marks))
     return found
 
 
 def _accuracy(iterations: Sequence[Figures]) -> list[Chart]:
-    both = ("offline_accuracy", "offline", KEPT), ("held_out.accuracy", "held out", SAMPLED)
-    series = _series(iterations, *both)
+    series = _series(iterations, offline="offline_accuracy", held_out="held_out.accuracy")
     if not series:
         return []
     held_out = [one["held_out"]["pairs"] for one in iterations if one["held_out"]]
-    x, y = series[-1].x, series[-1].y
+    x, y, _ = list(series.values())[-1]
     kind = "held-out pairs" if held_out else "offline pairs"
     title = f"The reward agrees with the label on {y[-1]:.0%} of {kind}"
     title += f", {y[0]:.0%} in iteration {x[0]}" if len(y) > 1 else ""
@@ -227,14 +218,14 @@ def _accuracy(iterations: Sequence[Figures]) -> list[Chart]:
 def _drift(drifted: Sequence[Figures]) -> list[Chart]:
     if len(drifted) < 2:
         return []
-    sides = ("drift.chosen", "chosen", KEPT), ("drift.rejected", "rejected", DROPPED)
     last = drifted[-1]["drift"]
     title = (
         f"Iteration {drifted[-1]['iteration']} began {last['chosen']:+.1f} nats (chosen) and "
         f"{last['rejected']:+.1f} (rejected) per answer from theta_0"
     )
     note = "Mean change in log-probability of the offline answers since the initial policy."
-    zero, series = (0.0, "theta_0"), _series(drifted, *sides)
+    series = _series(drifted, chosen="drift.chosen", rejected="drift.rejected")
+    zero = (0.0, "theta_0")
     return [charts.lines(title, note, "nats per answer", series, zero, decimals=1)]
 
 
@@ -252,9 +243,8 @@ def _training(run: Run) -> list[Chart]:
         (f"Margin {against}", "beta x margin", "rewards/margins"),
         (f"Accuracy {against}", "share of pairs", "rewards/accuracies"),
     ):
-        both = ((key, "train", KEPT), (f"eval_{key}", "held out", SAMPLED))
-        series = [Series(name, ink, *curve(run.history, where)) for where, name, ink in both]
-        series = [one for one in series if one.x]
+        both = {"train": curve(run.history, key), "held out": curve(run.history, f"eval_{key}")}
+        series: Lines = {name: (x, y, []) for name, (x, y) in both.items() if x}
         if series:
             found.append(charts.curves(title, ylabel, series, boundaries))
     return found

@@ -26,7 +26,7 @@ from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
 
 SUFFIXES = (".jsonl", ".parquet")
 #: A report stays small, and a screen readable: `inspect --row` shows the whole of a pair.
-_FEW, _SUSPECTS, _GLANCE = 8, 25, 120
+_FEW, _SUSPECTS = 8, 25
 
 Pair = dict[str, Any]
 
@@ -123,9 +123,6 @@ def examples(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-# ------------------------------------------------- for a terminal and for machines
-
-
 def describe_pair(run: Run, row: int, texts: Texts) -> Pair:
     """What each policy thought of a pair: log-probabilities, rewards, margin, its candidates."""
     total = run.total or 0
@@ -215,16 +212,7 @@ def show_suspects(run: Run, found: list[Pair]) -> str:
         ]
         for one in found
     ]
-    lines = [plain_table(head, rows), f"margins in {run.unit}"]
-    for one in found if run.tokens else ():
-        lines += ["", f"row {one['row']}"]
-        for name in TEXTS:
-            beginning = shown_text(" ".join(one[name].split()), _GLANCE).replace("\n", " ")
-            lines.append(f"  {name:8} {beginning}")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------- as a dataset
+    return fill("suspects.txt", run=run, pairs=found, table=plain_table(head, rows))[:-1]
 
 
 def export(

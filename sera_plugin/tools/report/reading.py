@@ -117,6 +117,8 @@ class Run:
         tokens: `prompt`, `chosen`, `rejected` of the offline pairs; empty if they cannot be read.
         scores: the columns of `sera.score_columns`, as the dataset had them.
         iterations, begun: those that have begun, in order, and by their number.
+        swapped: (N,) which labels were swapped on purpose; None where none were, or it is unknown.
+        total, unit: N, the number of offline pairs; what rewards and margins are measured in.
         history: `log_history` of the newest checkpoint, empty without.
         state: `finished`, `going on`, or `stopped`.
         notes: one sentence for everything that is missing or damaged.
@@ -146,32 +148,18 @@ class Run:
         self.scores: dict[str, pa.ChunkedArray] = {
             name: values for name, values in columns.items() if name not in ("row", *_TOKENS)
         }
-        self.iterations = [
-            Iteration(self, store, number)
-            for number in sorted(int(path.name[10:]) for path in store.root.glob("iteration-*")
-                                 if re.fullmatch(r"iteration-[0-9]{2,6}", path.name))
-        ]  # fmt: skip
-        self.begun = {one.number: one for one in self.iterations}
+        names = [path.name for path in store.root.glob("iteration-*")]
+        numbers = sorted(int(n[10:]) for n in names if re.fullmatch(r"iteration-[0-9]{2,6}", n))
+        self.begun = {number: Iteration(self, store, number) for number in numbers}
+        self.iterations = list(self.begun.values())
+        offline = next((one.offline for one in self.iterations if one.offline), {})
+        self.swapped: npt.NDArray[np.bool_] | None = offline.get("swapped")
+        self.total = self.description.get("pairs", len(offline["row"]) if offline else None)
+        units = {True: "nats per token", False: "nats", None: "unknown unit"}
+        self.unit = units[self.description.get("per_token")]
         self._name_what_is_missing()
         self.history = self._read_history()
         self.state = self._read_state()
-
-    @property
-    def swapped(self) -> npt.NDArray[np.bool_] | None:
-        """(N,) which labels were swapped on purpose; None where none were, or it is not known."""
-        return next((one.offline for one in self.iterations if one.offline), {}).get("swapped")
-
-    @property
-    def total(self) -> int | None:
-        """N, the number of offline pairs."""
-        sizes = [len(one.offline["row"]) for one in self.iterations if one.offline]
-        return self.description.get("pairs", sizes[0] if sizes else None)
-
-    @property
-    def unit(self) -> str:
-        """What rewards and margins are measured in."""
-        units = {True: "nats per token", False: "nats", None: "unknown unit"}
-        return units[self.description.get("per_token")]
 
     def implicit_margin(
         self, iteration: int, table: str = "offline", gamma: float | None = None
