@@ -12,7 +12,6 @@ import numpy as np
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
-from sera_plugin.host.run import keeps
 from sera_plugin.rundir.checksums import COMMAND, write_text
 from sera_plugin.tools.report import charts
 from sera_plugin.tools.report.charts import Chart, Lines
@@ -68,7 +67,9 @@ def render(run: Run) -> str:
         texts=Texts(run),
         by_margin=any(one.get("threshold") is not None for one in found["iterations"]),
         selection=SELECTIONS.get(settings.get("selection", "")),
-        keeps=keeps(settings.get("selection", "irm"), settings.get("selection_ratio", 1)),
+        keeps=SELECTIONS[settings.get("selection", "irm")].keeps.format(
+            ratio=settings.get("selection_ratio", 1)
+        ),
         labeler=LABELERS[run.labeler],
         reference_free=is_reference_free(run.description.get("loss", "dpo")),
         settings=shown,
