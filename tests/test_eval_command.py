@@ -33,7 +33,7 @@ def call(*arguments, code=0):
 
 
 def figures_of(*arguments):
-    return figures_of(*arguments)
+    return json.loads(call(*arguments, "--json"))
 
 
 def rows_of(path: Path) -> list[dict]:
