@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,12 +37,11 @@ DESKTOP, PHONE = (1280, 900), (360, 740)
 
 
 class Browser:
-    """A Chromium that nobody sees."""
+    """A Chromium that nobody sees, and where its screenshots go."""
 
-    def __init__(self, driver: webdriver.Chrome) -> None:
+    def __init__(self, driver: webdriver.Chrome, pictures: Path) -> None:
         self.driver = driver
-        self.driver.get("about:blank")
-        self.driver.get_log("browser")
+        self.pictures = pictures
 
     def open(self, url: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
         width, height = size
@@ -65,9 +66,20 @@ class Browser:
     def wait(self, script: str) -> None:
         WebDriverWait(self.driver, 10).until(lambda _: self.ask(script), script)
 
-    def is_fine(self, where: object = "") -> None:
-        """Nothing is wider than the window, and the console has no errors or refused requests."""
-        wide = self.ask(
+    def picture(self, name: str) -> None:
+        """All of the page, below the window's edge too."""
+        page = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        options = {"captureBeyondViewport": True, "clip": {**page, "scale": 1}}
+        shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", options)
+        (self.pictures / f"{name}.png").write_bytes(b64decode(shot["data"]))
+
+    def complaints(self) -> list[str]:
+        """What the console has to say since the last call: errors, warnings, refused requests."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def overflow(self) -> list[str]:
+        """What is wider than the window and can be scrolled to, if anything is."""
+        return self.ask(
             """(() => {
               const room = document.documentElement.clientWidth;
               if (document.documentElement.scrollWidth <= room) return [];
@@ -76,8 +88,6 @@ class Browser:
               ).map(one => one.tagName + "." + one.className).slice(0, 5).concat("page");
             })()"""
         )
-        assert wide == [], where
-        assert self.driver.get_log("browser") == [], where
 
     def contrast(self, selector: str) -> float:
         """Of the first such element's text against what is behind it, as WCAG counts it."""
@@ -118,8 +128,10 @@ def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture
-def browser(driver) -> Browser:
-    return Browser(driver)
+def browser(driver, tmp_path) -> Browser:
+    driver.get("about:blank")
+    driver.get_log("browser")
+    return Browser(driver, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -154,20 +166,22 @@ def test_a_page_reads_well_and_its_texts_stay_texts(browser, pages, name, scheme
     browser.open(pages[name], size, scheme)
     with pytest.raises(NoAlertPresentException):
         _ = browser.driver.switch_to.alert
-    browser.is_fine()
+    browser.picture(f"{name}-{scheme}-{size[0]}")
+    assert browser.overflow() == []
     for selector in ("h1", ".lead", "nav a", "td", ".chart svg text", ".facts dt"):
         if name != "comparison" or selector in ("h1", "td", ".facts dt"):
             assert browser.contrast(selector) >= 4.5, selector
     for number, details in enumerate(browser.find("details:not([open]) > summary")):
         browser.click(details)
-        browser.is_fine(number)
+        assert browser.overflow() == [], number
+    browser.picture(f"{name}-{scheme}-{size[0]}-open")
     assert browser.find("img, iframe, object, b, article script") == []
     if name == "comparison":
         assert "Settings that differ" in browser.find("main")[0].text
     else:
         assert browser.find(".pair pre")[0].is_displayed()
         assert (HOSTILE[1] in browser.find("#examples")[0].text) == (name == "hostile")
-    browser.is_fine()
+    assert browser.complaints() == []
 
 
 def test_every_section_is_a_click_away(browser, pages):
@@ -182,7 +196,7 @@ def test_every_section_is_a_click_away(browser, pages):
             f"(({{top, bottom}}) => top < innerHeight && bottom > 0)"
             f"(document.getElementById('{name}').getBoundingClientRect())"
         )
-    browser.is_fine()
+    assert browser.complaints() == []
 
 
 def test_the_search_finds_examples(browser, pages):
@@ -200,7 +214,8 @@ def test_the_search_finds_examples(browser, pages):
     box.clear()
     box.send_keys("no such word")
     assert not any(one.is_displayed() for one in shown)
-    browser.is_fine()
+    assert browser.overflow() == []
+    assert browser.complaints() == []
 
 
 class TestSite:
@@ -227,8 +242,10 @@ class TestSite:
     def test_every_page_reads_well(self, browser, server, site, scheme, size):
         for page in sorted(set(site.glob("*.html")) - {site / "search.html"}):
             browser.open(f"{server}/{page.name}", size, scheme)
+            browser.picture(f"{page.stem}-{scheme}-{size[0]}")
+            assert browser.overflow() == [], page.name
             assert browser.contrast("article p") >= 4.5, page.name
-            browser.is_fine(page.name)
+            assert browser.complaints() == [], page.name
 
     def test_it_can_be_walked_through(self, browser, root):
         browser.open(f"{root}/index.html")
@@ -241,14 +258,16 @@ class TestSite:
         assert browser.ask("arguments[0].getBoundingClientRect().right <= 0", menu)
         browser.click(browser.find("label.nav-overlay-icon")[0])
         browser.wait('document.querySelector(".sidebar-tree a").getBoundingClientRect().left >= 0')
-        browser.is_fine()
+        assert browser.complaints() == []
 
     @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
     def test_the_search_finds_pages(self, browser, root, size):
         browser.open(f"{root}/search.html?q=selection_ratio", size)
         browser.wait("document.querySelectorAll('ul.search li a').length > 2")
         browser.wait("document.querySelector('.search-summary').textContent.includes('found')")
-        browser.is_fine()
+        browser.picture(f"search-{size[0]}")
+        assert browser.overflow() == []
+        assert browser.complaints() == []
         browser.click(browser.find("ul.search li a")[0])
         browser.wait("document.body.textContent.includes('selection_ratio')")
-        browser.is_fine()
+        assert browser.complaints() == []
