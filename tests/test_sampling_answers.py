@@ -9,7 +9,7 @@ from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
 from sera_plugin.sampling.client import read_candidates, sampling_fields
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler
-from tests.test_security import echo
+from tests.vllm_server import vllm_server
 
 SETTINGS = SamplingSettings(2, 0.7, 0.95, 8, 16, (9, 7), seed=5)
 STOPPED = {"index": 1, "token_ids": [3, 9], "finish_reason": "stop"}
@@ -59,12 +59,12 @@ def test_a_wrong_answer_is_refused_and_said(case):
 
 
 def test_nothing_of_a_servers_wrong_answer_is_handed_on(world, tmp_path):
-    """Its tokens, 5 to 11 and the end token 2, are no tokens of a smaller vocabulary."""
+    """Its tokens, 5 to 34 and the end token 2, are no tokens of a smaller vocabulary."""
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
     prompts = [np.array([1, 5], dtype=np.int32)]
-    with echo(world.base) as server:
+    with vllm_server(world.base) as server:
         arguments = ("127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, [])
-        assert len(list(VllmServerSampler(*arguments, 12).sample(prompts, how))) == 1
+        assert len(list(VllmServerSampler(*arguments, 35).sample(prompts, how))) == 1
         wrong = VllmServerSampler(*arguments, 5).sample(prompts, how)
         with pytest.raises(SamplingFailed, match=r"prompt of row 0 wrongly.*vocabulary has 5"):
             next(wrong)

@@ -147,39 +147,17 @@ def test_a_child_without_progress_is_hung_however_long_it_has_run(tmp_path, monk
 # ------------------------------------------------------------------ sampling from a child
 
 STAND_IN = """
-import json, os, subprocess, sys, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+import os, subprocess, sys, time
+from http.server import ThreadingHTTPServer
+from tests.vllm_server import Server, choices
 
 options = dict(flag[2:].split("=", 1) for flag in sys.argv[1:] if "=" in flag)
 helper = subprocess.Popen(["sleep", "600"])
-
-def choices(request):
-    first = request["prompt"][0]
-    return [
-        {"index": i, "token_ids": [first, 10 + (request["seed"] + i) % 80, 9],
-         "finish_reason": "stop"}
-        for i in range(request["n"])
-    ]
-
-def metrics():
-    return "nothing"
-
-class Server(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.reply('{"version": "0"}' if self.path == "/version" else metrics())
-    def do_POST(self):
-        assert self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.reply(json.dumps({"choices": choices(request)}))
-    def reply(self, body):
-        content = body.encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
 """
-SETTINGS = SamplingSettings(2, 0.7, 0.95, 8, 16, (9,), seed=5)
+SERVE = """
+ThreadingHTTPServer((options["host"], int(options["port"])), Server).serve_forever()
+"""
+SETTINGS = SamplingSettings(2, 0.7, 0.95, 8, 16, (2,), seed=5)
 PROMPTS = [np.arange(n, dtype=np.int32) for n in (3, 5, 1)]
 SERVED = ServedPolicy("base", None, 0, "float32", None, {}, 99)
 
@@ -193,10 +171,9 @@ def sampler(tmp_path, monkeypatch):
     """With a stand-in server, changed by some code before it listens."""
 
     def make(change: str = "", **options) -> VllmSampler:
-        serve = 'ThreadingHTTPServer((options["host"], int(options["port"])), Server)'
-        (tmp_path / "stand_in.py").write_text(
-            f"{STAND_IN}{PIDS}{textwrap.dedent(change)}\n{serve}.serve_forever()\n"
-        )
+        script = f"{STAND_IN}{PIDS}{textwrap.dedent(change)}{SERVE}"
+        (tmp_path / "stand_in.py").write_text(script)
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         monkeypatch.setattr(vllm, "SERVER", "stand_in")
         log = tmp_path / "vllm.log"
         return VllmSampler(sys.executable, SERVED, options, log, room_for_all)
@@ -211,9 +188,10 @@ def test_candidates_belong_to_their_rows_and_nobody_is_left(sampler, tmp_path):
     for row, candidates in found.items():
         seed = SETTINGS.stream(row)
         assert [(one.token_ids, one.finish_reason) for one in candidates] == [
-            ([0, 10 + (seed + i) % 80, 9], "stop") for i in (0, 1)
+            ([5 + (seed + i) % 30, 2], "stop") for i in (0, 1)
         ]
-    assert engine.report == {"name": "vllm", "version": "0", "weights": "float32"}
+    # It was asked with the key that it was started with.
+    assert engine.report == {"name": "vllm", "version": "1 Bearer ***", "weights": "float32"}
     assert engine.seconds.keys() == {"start_engine", "stop_engine"}
     assert gone(*pids(tmp_path))
 
@@ -223,11 +201,8 @@ def test_a_slow_answer_is_waited_for_while_tokens_are_sampled(sampler, monkeypat
     monkeypatch.setattr(child, "PATIENCE", 2.0)
     change = """
         time.sleep(3)
-        def choices(request, answer=choices):
-            time.sleep(5)
-            return answer(request)
-        def metrics():
-            return f"vllm:generation_tokens_total {time.time()}"
+        Server.choices = lambda self, request: time.sleep(5) or choices(request)
+        Server.metrics = lambda self: f"vllm:generation_tokens_total {time.time()}"
     """
     monkeypatch.setattr(Child, "log_size", lambda self: time.monotonic())
     assert len(list(sampler(change).sample(PROMPTS, SETTINGS))) > 0
@@ -277,11 +252,11 @@ ENDINGS = {
          "  | ValueError: Free", "vllm.gpu_memory_utilization"),
     ),
     "while it samples": (
-        "def choices(request): print('last words'); os.kill(os.getpid(), 9)",
+        "Server.choices = lambda *_: print('last words', flush=True) or os.kill(os.getpid(), 9)",
         ("it was killed by SIGKILL", "  | last words", "something outside killed it"),
     ),
     "hung": (
-        "def choices(request): time.sleep(600)",
+        "Server.choices = lambda *_: time.sleep(600)",
         ("it hung: no progress for 3 seconds", "vllm.enforce_eager: true"),
     ),
     "without vLLM": (
@@ -289,7 +264,7 @@ ENDINGS = {
         ("it ended with exit code 1", "No module named 'vllm'", "sera.vllm_python names"),
     ),
     "a wrong answer": (
-        "def choices(request): return []",
+        "Server.choices = lambda *_: []",
         ("answers the prompt of row", "Nothing of it is stored", "The end of"),
     ),
 }  # fmt: skip

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +18,7 @@ from sera_plugin.sampling import client, samplers, vllm
 from sera_plugin.sampling.child import find_vllm
 from sera_plugin.sampling.prompts import SamplingFailed, longest_first
 from sera_plugin.sampling.samplers import Choice, Samplers, adapter_problem, choose_sampler
+from tests.vllm_server import vllm_server
 
 MODEL = SimpleNamespace(
     get_input_embeddings=lambda: SimpleNamespace(weight=np.zeros((16, 2), dtype=np.float32))
@@ -176,10 +175,9 @@ def server_at(port: int, base: object = "base", tokenize=list) -> vllm.VllmServe
     return vllm.VllmServerSampler("0.0.0.0", port, str(base), Path("adapter"), tokenize, [], 99)
 
 
-def test_a_server_with_too_short_a_context_is_said_so(world):
-    from tests.test_security import echo
-
-    with echo(world.base) as server:
+def test_a_servers_context_is_read_and_a_lost_connection_tried_again(world, monkeypatch):
+    monkeypatch.setattr(client, "BACKOFF", 0.01)
+    with vllm_server(world.base, drops=3) as server:
         sampler = server_at(server.port, world.base, server.tokenize)
         assert sampler.check() == sampler.check(48) == 48
         with pytest.raises(SamplingFailed, match=r"context of 48 tokens.*--max-model-len 49"):
@@ -211,21 +209,10 @@ def test_a_server_that_is_not_there_is_said_so(monkeypatch):
 
 @pytest.mark.parametrize("content", [b"<html>It works</html>", b"[]", b'{"object": "list"}'])
 def test_a_server_of_another_kind_is_said_so(content):
-    class Other(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    with HTTPServer(("127.0.0.1", 0), Other) as other:
-        Thread(target=other.serve_forever, daemon=True).start()
-        port = other.server_port
-        with pytest.raises(SamplingFailed) as failure:
-            server_at(port).check()
-        other.shutdown()
+    with vllm_server(raw=content) as other, pytest.raises(SamplingFailed) as failure:
+        server_at(other.port).check()
     said = str(failure.value)
-    assert f"127.0.0.1:{port} answers /v1/models as no vLLM does: {content.decode()}." in said
+    assert f"{other.port} answers /v1/models as no vLLM does: {content.decode()}." in said
     assert "Set vllm.host and vllm.port" in said
 
 

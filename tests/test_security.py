@@ -8,12 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +35,7 @@ from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.conftest import adapter
+from tests.vllm_server import vllm_server
 
 PACKAGE = Path(__file__).parents[1] / "sera_plugin"
 KEY = 'a-planted-key-7f3a"\\'  # with characters that Python and JSON write otherwise
@@ -282,76 +278,15 @@ def test_a_secret_is_found_however_it_is_quoted():
     assert without_secret("nothing", "") == "nothing"
 
 
-class Echo(BaseHTTPRequestHandler):
-    """A server that sends back what it was sent, wherever it can."""
-
-    fail: str | None = None
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        length = int(self.headers["Content-Length"] or 0)
-        status, body = self._answer(json.loads(self.rfile.read(length) or "{}"))
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_POST = do_GET
-
-    def _answer(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        said, server = self.headers["Authorization"], vars(self.server)
-        if self.fail == self.path:
-            return 500, {"error": {"message": f"\x1b[2J\x07{said}\nsecond line"}}
-        if self.path == "/v1/models":
-            return 200, {"data": [{"id": said, "root": server["base"], "max_model_len": 48}]}
-        if self.path == "/tokenize":
-            return 200, {"tokens": server["tokenize"](request["prompt"])}
-        if self.path == "/version":
-            return 200, {"version": f"1 {said}"}
-        if self.path == "/v1/unload_lora_adapter":
-            return 400, {"error": said}
-        seeds = range(request["seed"], request["seed"] + request["n"]) if "n" in request else ()
-        return 200, {
-            "choices": [
-                {"index": index, "token_ids": [5 + seed % 7, 2], "finish_reason": "stop"}
-                for index, seed in enumerate(seeds)
-            ]
-        }
-
-
-@contextmanager
-def echo(base: Path, fail: str | None = None) -> Iterator[SimpleNamespace]:
-    from sera_plugin.tools.demo.base_model import build_tokenizer
-
-    tokenizer = build_tokenizer()
-    handler = type("Handler", (Echo,), {"fail": fail})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    vars(server).update(base=str(base), tokenize=tokenize)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield SimpleNamespace(port=server.server_port, tokenize=tokenize)
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/tokenize", "/version", "/v1/load_lora_adapter", "/v1/completions"]
 )
 def test_no_error_has_the_key_that_a_server_sends_back(world, tmp_path, monkeypatch, path):
     monkeypatch.setenv(vllm.API_KEY, KEY)
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
-    with echo(world.base, fail=path) as server:
-        sampler = VllmServerSampler(
-            "127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, [], 99
-        )
+    with vllm_server(world.base, fail=path) as server:
+        served = (server.port, str(world.base), tmp_path, server.tokenize, [], 99)
+        sampler = VllmServerSampler("127.0.0.1", *served)
         with pytest.raises(SamplingFailed) as failure:
             list(sampler.sample([np.array([1, 5], dtype=np.int32)], how))
     text = str(failure.value)
@@ -365,7 +300,7 @@ def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_se
     world, tmp_path, monkeypatch
 ):
     monkeypatch.setenv(vllm.API_KEY, KEY)
-    with echo(world.base) as server:
+    with vllm_server(world.base) as server:
         sampler = VllmServerSampler(
             "me:hidden@127.0.0.1", server.port, "another/model", tmp_path, server.tokenize, [], 99
         )
@@ -388,7 +323,7 @@ def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
     monkeypatch.setenv(vllm.API_KEY, KEY)
     base_config["sera"] |= {"sampler": "vllm-server"}
     base_config |= {"num_epochs": 2, **adapter()}
-    with echo(world.base) as server:
+    with vllm_server(world.base) as server:
         result = train(base_config | {"vllm": {"port": server.port}})
     summary = json.loads((result.run / "iteration-02/summary.json").read_text())
     assert summary["sampler"] == {"name": "vllm-server", "version": "1 Bearer ***"}

@@ -26,8 +26,8 @@ def end_all(seconds: float) -> None:
     for number, spared in ((signal.SIGTERM, ""), (signal.SIGKILL, _TRACKER), (signal.SIGKILL, "")):
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                if not (spared and spared in " ".join(process.cmdline())):
-                    process.send_signal(number)
+                last = spared and spared in " ".join(process.cmdline())
+                process.send_signal(signal.SIGCONT if last else number)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             try:
