@@ -21,9 +21,10 @@ _ADOPT = 36
 _TRACKER = "multiprocessing.resource_tracker"
 
 
-def end_all(seconds: float) -> None:
-    """Ask all descendants to end, then kill them."""
-    for number, spared in ((signal.SIGTERM, ""), (signal.SIGKILL, _TRACKER), (signal.SIGKILL, "")):
+def end_all(seconds: float, ask: bool) -> None:
+    """Kill all descendants; `ask` them to end first."""
+    steps = [(signal.SIGTERM, "")] if ask else []
+    for number, spared in (*steps, (signal.SIGKILL, _TRACKER), (signal.SIGKILL, "")):
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 last = spared and spared in " ".join(process.cmdline())
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     while command.poll() is None and not select.select([0], [], [], 0.1)[0]:
         pass
     code = command.returncode
-    end_all(float(sys.argv[1]))
+    end_all(float(sys.argv[1]), ask=code is None)
     if code is not None and code < 0:  # ends as the command did
         os.kill(os.getpid(), -code)
     sys.exit(code)
