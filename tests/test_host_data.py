@@ -13,7 +13,7 @@ import yaml
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
-from sera_plugin.host.plugin import name_types
+from sera_plugin.host.config import name_types
 from tests.conftest import make_config, write_rows
 
 GOOD = {"question": "b a", "good": "a b", "bad": "b b"}

@@ -23,7 +23,7 @@ from sera_plugin.data.files import (
     while_loading,
 )
 from sera_plugin.data.rows import GuardedTransform, as_it_is, source_name
-from sera_plugin.host.plugin import restore_entries
+from sera_plugin.host.config import restore_entries
 from tests.test_dataset import build
 
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}

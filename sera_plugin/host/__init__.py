@@ -1,7 +1,7 @@
 """Axolotl alone: all that training has to do with the host.
 
-- `plugin`   the host's public hooks, and what `rl: sera` becomes; `refused`  the table of what a
-  YAML may not say; `datasets`  the pairs, for the hook `load_datasets`
+- `plugin`   the host's public hooks; `config`  what `rl: sera` becomes
+- `refused`  the table of what a YAML may not say; `datasets`  the pairs, for `load_datasets`
 - `trainer`, `epochs`  construction and the private seams, pinned by a test; `patches`  what must be
   patched, and what would remove each patch
 - `loop`, `run`  the iterations of one run in order; which run this is, and what the log says

@@ -1,0 +1,257 @@
+"""What `rl: sera` becomes: the host's own `rl: dpo` with our trainer.
+
+Every check, loader and dataset path that the host has for DPO then holds. Keys that the host would
+drop without a word, or stumble over, are looked for here; `refused` has the table of the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import traceback
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sera_plugin.config.block import closest, not_a_key, require_block
+from sera_plugin.config.kinds import LOSSES
+from sera_plugin.config.quoting import as_written, quoted
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.refused import TRAINER, WHOLE, refuse
+
+LOG = logging.getLogger("axolotl.sera")
+
+#: Seed: the default of the host's command line and of transformers. Without one the host would
+#: draw other held-out pairs in every run.
+_DEFAULTS = {"num_epochs": 3, "seed": 42}
+_DATASETS = ("datasets", "test_datasets")
+_EXAMPLE = "`datasets: [{path: pairs.jsonl, type: chat_template.default}]`"
+#: Kernels for the cross-entropy of labels.
+_LABEL_KERNELS = (
+    *("liger_cross_entropy", "liger_fused_linear_cross_entropy", "liger_use_token_scaling"),
+    *("cut_cross_entropy", "chunked_cross_entropy", "flash_attn_cross_entropy"),
+)
+
+
+def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Turn `rl: sera` into what the host understands, in place. Idempotent.
+
+    Returns:
+        The datasets as they were, for `restore_entries`; nothing where `cfg` is resolved already.
+
+    Raises:
+        ValueError: for anything in the configuration that SeRA cannot run with, naming the key,
+            the value, and what to do.
+    """
+    _refuse_evaluate()
+    _refuse_misplaced(cfg)
+    vllm = _with_unset_keys(cfg.get("vllm"))
+    if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera"):
+        _parse(cfg["sera"])
+        cfg["vllm"] = vllm
+        return {}  # a launched worker parses the resolved configuration again
+    if cfg.get("inference"):
+        return {}  # `axolotl inference` clears rl: nothing is trained
+    if cfg.get("rl") != "sera":
+        beside = "a `sera:` block and " if cfg.get("sera") is not None else ""
+        raise ValueError(
+            f"the YAML has {beside}the plugin sera_plugin.SeraPlugin, but rl: "
+            f"{as_written(cfg.get('rl'))}. Set `rl: sera`, or remove the plugin line and the "
+            "block."
+        )
+    sera = _parse(cfg.get("sera"))
+    _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
+    refuse(cfg, sera)
+    for problem in _dataset_problems(cfg):
+        raise ValueError(f"{problem}.")
+    name_types(cfg)
+    entries = {key: copy.deepcopy(cfg.get(key)) for key in _DATASETS}
+    cfg |= {"rl": "dpo", "trainer_cls": TRAINER, "vllm": vllm}
+    cfg["sera"] = sera.model_dump(mode="json")
+    for key, value in _DEFAULTS.items():
+        if cfg.get(key) is None:
+            cfg[key] = value
+    if cfg.get("rl_beta") is None and (cfg.get("trl") or {}).get("beta") is None:
+        ipo = cfg.get("dpo_loss_type") == ["ipo"]
+        cfg["rl_beta"] = LOSSES["ipo" if ipo else sera.loss].beta
+    if cfg.get("fsdp_config") and "fsdp_state_dict_type" not in cfg["fsdp_config"]:
+        cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
+    _warn(cfg, sera)
+    return entries
+
+
+def _parse(block: Any) -> SeraConfig:
+    block = {} if block is None else block
+    require_block("sera", block)
+    return SeraConfig.parse(block, "sera.")
+
+
+def _warn(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
+    """Say what has no effect and does no harm."""
+    unused = [key for key in _LABEL_KERNELS if cfg.get(key)]
+    if unused:
+        LOG.warning(
+            "SeRA: %s: no effect. These kernels speed up the cross-entropy of labels, and a "
+            "preference loss has none; remove them.",
+            ", ".join(unused),
+        )
+    wanted = {"selected": sera.selection_ratio < 1, "sampled": sera.bootstrap_ratio > 0}
+    missing = " and ".join(what for what, is_wanted in wanted.items() if is_wanted)
+    first, epochs = sera.first_iteration, cfg["num_epochs"]
+    if missing and first > float(epochs):
+        LOG.warning(
+            f"SeRA: num_epochs: {epochs} ends before iteration {first}, the first for which pairs "
+            f"are {missing}. Set num_epochs to {first} or more."
+        )
+
+
+def _with_unset_keys(block: Any) -> dict[str, Any]:
+    """The `vllm:` block, so that the host fills in nothing that we derive.
+
+    What free memory and the place of the run decide, the host would set as for a server that has
+    the GPU to itself; it fills a block that is not there, too.
+    """
+    from axolotl.utils.schemas.vllm import VllmConfig
+
+    block = {} if block is None else block
+    require_block("vllm", block)
+    for key in block:
+        if key not in VllmConfig.model_fields:
+            raise ValueError(not_a_key("vllm.", key, tuple(VllmConfig.model_fields)))
+    return {"gpu_memory_utilization": None, "host": "127.0.0.1", **block}
+
+
+def _refuse_evaluate() -> None:
+    """`axolotl evaluate` loads the base model: it would compare the first policy with itself."""
+    for frame, _ in traceback.walk_stack(None):
+        if getattr(frame.f_globals.get("__spec__"), "name", None) == "axolotl.cli.evaluate":
+            raise ValueError(
+                "axolotl evaluate loads the base model and not what was trained, so with rl: sera "
+                "it would compare that model with itself. Use `axolotl sera eval OUTPUT_DIR "
+                "--prompts FILE` (docs/eval.md)."
+            )
+
+
+def _refuse_misplaced(cfg: Mapping[str, Any]) -> None:
+    """The host drops unknown top-level keys without a word, so ours are looked for here."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    ours, known = SeraConfig.model_fields, AxolotlInputConfig.model_fields
+    for key in cfg:
+        if key == "sera" or not isinstance(key, str):
+            continue
+        if key in ours and key not in known:
+            raise ValueError(
+                f"`{key}` stands beside the `sera:` block. Move it inside: `sera: {{{key}: ...}}`."
+            )
+        name = key.lower().replace("-", "_")
+        prefixed = name.startswith("sera_")
+        if key in known and not prefixed:
+            continue
+        close = closest(name.removeprefix("sera_"), ours, 0.6 if prefixed else 0.9)
+        meant = f"`sera: {{{close}: ...}}`" if close else "the `sera:` block" if prefixed else ""
+        if not prefixed and closest(name, ["sera"], 0.75):
+            meant = "`sera`"
+        if meant:
+            raise ValueError(f"`{as_written(key)}` is not a key. Did you mean {meant}?")
+
+
+def _require_writable(output_dir: Any) -> None:
+    """The host would fail in one place or another, each with a traceback of its own."""
+    try:
+        os.fsencode(output_dir)
+        place = Path(output_dir).expanduser().absolute()
+        while not place.exists():
+            place = place.parent
+    except (TypeError, ValueError, OSError, RuntimeError):
+        place = None
+    if place is None or "\0" in output_dir:
+        raise ValueError(f"output_dir: {quoted(output_dir)} is not a path. Name a directory.")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir: {quoted(output_dir, 200)} cannot be written: {quoted(str(place), 200)} "
+            "is read-only, not a directory, or not yours. Make it writable, or set another "
+            "output_dir."
+        )
+
+
+def _dataset_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """Where the host would stumble over datasets, or read them otherwise than they were meant."""
+    if cfg.get("datasets") is None:
+        yield f"datasets is not set. Name preference pairs, for example {_EXAMPLE}"
+    for key in _DATASETS:
+        entries = cfg.get(key)
+        if entries is None:
+            continue
+        if not isinstance(entries, (list, tuple)) or not entries:
+            shown = quoted(entries)
+            yield f"{key}: {shown} is not a list of datasets. Write for example {_EXAMPLE}"
+        for index, entry in enumerate(entries):
+            yield from _entry_problems(f"{key}[{index}]", entry)
+
+
+def _entry_problems(key: str, entry: Any) -> Iterator[str]:
+    from axolotl.utils.schemas import datasets as schemas
+
+    if not isinstance(entry, Mapping):
+        yield f"{key}: {quoted(entry)} is not a block of keys. Write `path:` and `type:` under it"
+    kinds = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset)
+    yield from _misspelt(key, entry, [name for model in kinds for name in model.model_fields])
+    path, kind = entry.get("path"), entry.get("type")
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        yield (
+            f"{key}.path: {quoted(path)} is not a path. Name a file, a directory or a dataset of "
+            "the Hugging Face hub"
+        )
+    if isinstance(kind, Mapping):
+        yield from _misspelt(f"{key}.type", kind, list(schemas.UserDefinedDPOType.model_fields))
+        for name, value in kind.items():
+            if value is not None and not isinstance(value, str):
+                yield f"{key}.type.{name}: {quoted(value)} is not text. Quote it"
+    elif kind is not None and not (isinstance(kind, str) and kind.strip(". ")):
+        yield (
+            f"{key}.type: {quoted(kind)} is not a strategy. Use chat_template.default or another "
+            "one of axolotl.prompt_strategies.dpo, or a block of field names"
+        )
+    for name in ("preprocess_shards", "name"):
+        value = entry.get(name)
+        if isinstance(value, (list, tuple)) or (name == "preprocess_shards" and value):
+            yield (
+                f"{key}.{name}: {quoted(value)} makes several datasets of one, which the host "
+                "cannot do for preference pairs. Give each an entry of its own"
+            )
+
+
+def _misspelt(key: str, block: Mapping[Any, Any], known: Collection[str]) -> Iterator[str]:
+    """The host drops keys that it does not know without a word."""
+    for name in block:
+        if not isinstance(name, str):
+            yield f"{key}: {quoted(name)} is not a key. Keys are words, such as `path`"
+        elif name not in known and (close := closest(name, known, 0.75)):
+            yield f"{key}.{name[:60]!a} is not a key. Did you mean `{close}`?"
+
+
+def name_types(cfg: Mapping[str, Any]) -> None:
+    """Give datasets without a type the host's strategy for rows that need none.
+
+    Without any it would not look at such rows at all before it measures their length.
+    """
+    for key in _DATASETS:
+        for entry in cfg.get(key) or ():
+            if not entry.get("type"):
+                entry["type"] = "passthrough.default"
+
+
+def restore_entries(cfg: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Put back what the host's validation lost of `datasets` and `test_datasets`.
+
+    axolotl 0.19 reads an entry as the first of five schemas that accepts it, and all accept
+    anything. A `type:` block of two field names comes out empty, and the dataset is then read as
+    if it had none; a `name:` beside a longer block is gone.
+    """
+    for key, raw in entries.items():
+        for entry, before in zip(cfg.get(key) or (), raw or (), strict=False):
+            for name, value in before.items():
+                if value is not None and (entry.get(name) is None or isinstance(value, Mapping)):
+                    entry[name] = type(entry)(value) if isinstance(value, Mapping) else value
