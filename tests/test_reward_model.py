@@ -127,7 +127,7 @@ def broken(directory: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "labels", "said"),
     [
-        ("no template", 1, "no chat template"),
+        ("no template", 1, "chat_template is not set"),
         ("two outputs", 2, "has 2 outputs. A reward model has one"),
         ("pickled", 1, "model cannot be loaded as a reward model: .*safetensors"),
         ("no model", 1, "model cannot be loaded as a reward model: "),
@@ -137,7 +137,7 @@ def test_a_model_that_is_none_is_refused(judge, tmp_path, what, labels, said):
     directory = save(tmp_path / "model", labels)
     broken(directory, what)
     with pytest.raises(ValueError, match=said):
-        judge(directory)
+        list(judge(directory).score(ANSWERS))
 
 
 def test_damaged_weights_stop_the_judging(judge, tmp_path):

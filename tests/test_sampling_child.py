@@ -240,7 +240,8 @@ def test_stopping_in_mid_phase_leaves_no_child(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr("sera_plugin.sampling.client.CHUNK_PROMPTS", 1)
     monkeypatch.setattr("sera_plugin.sampling.client.IN_FLIGHT", 1)
     chunks = sampler().sample(PROMPTS, SETTINGS)
-    assert [row for row, _ in next(chunks)] == [1]  # the longest prompt comes first
+    # The longest prompts come first.
+    assert [row for _ in range(2) for row, _ in next(chunks)] == [1, 0]
     chunks.close()
     assert gone(*pids(tmp_path))
 

@@ -16,7 +16,7 @@ from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling import client, samplers, vllm
 from sera_plugin.sampling.child import find_vllm
-from sera_plugin.sampling.prompts import SamplingFailed, longest_first
+from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.samplers import Choice, Samplers, adapter_problem, choose_sampler
 from tests.vllm_server import vllm_server
 
@@ -214,8 +214,3 @@ def test_a_server_of_another_kind_is_said_so(content):
     said = str(failure.value)
     assert f"{other.port} answers /v1/models as no vLLM does: {content.decode()}." in said
     assert "Set vllm.host and vllm.port" in said
-
-
-def test_the_longest_prompts_that_are_left_come_first():
-    prompts = [np.zeros(length, dtype=np.int32) for length in (1, 2, 1, 3, 2)]
-    assert longest_first(prompts, skip=frozenset({3})) == [1, 4, 0, 2]

@@ -21,6 +21,7 @@ from sera_plugin.labeling.judging import (
     Judge,
     ScoringJudge,
     fill,
+    make_judge,
     parse,
     read_template,
 )
@@ -100,9 +101,7 @@ class Judged(Labeler):
         config = self.method.config
         if config.judge is not None:
             return api_judge(config.judge, journal)
-        from sera_plugin.labeling.judging.reward_model import RewardModelJudge
-
-        return RewardModelJudge(Path(str(config.reward_model)), journal)
+        return make_judge(str(config.reward_model), journal)
 
     def check(self) -> None:
         """See `Labeler.check`."""

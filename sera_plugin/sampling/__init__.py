@@ -5,5 +5,5 @@
 - `vllm`, `client`     a vLLM server, our own or a running one; what comes back is checked
 - `child`, `lifeline`  another environment's Python; a process that cannot outlive this one
 - `offload`            room on the accelerator for an engine
-- `prompts`            their order, room after each, a bar
+- `prompts`            room after each, a bar
 """

@@ -123,24 +123,18 @@ class Child:
                 cwd=log.parent,
                 start_new_session=True,  # Ctrl-C is for us to pass on
             )
-        self._next_look = 0.0
         self._seen: object = None
         self._since = monotonic()
 
     def check(self, sign: Callable[[], object]) -> None:
-        """Return at once where the child runs; to be called every second or so.
-
-        `sign`, called now and then, gives something else whenever the child has made progress.
+        """To be called every second or so; `sign` gives something else after any progress.
 
         Raises:
             ChildFailed: if the child has ended, or has made no progress for `PATIENCE` seconds.
         """
         if (end := self.ended(0)) is not None:
             raise self.failed(end)
-        if monotonic() < self._next_look:
-            return
         seen = sign()
-        self._next_look = monotonic() + PATIENCE / 60
         if seen != self._seen:
             self._seen, self._since = seen, monotonic()
         elif monotonic() - self._since > PATIENCE:

@@ -58,10 +58,8 @@ def make_room(
     weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
 
     `needs` is from `engine_needs`, `options` is the host's `vllm:` block, unset keys left out. An
-    engine on several devices takes those of the neighbouring ranks.
-
-    Raises:
-        ValueError: if the engine cannot fit, or more devices are asked for than there are.
+    engine on several devices takes those of the neighbouring ranks. ValueError if the memory that is
+    asked for is not free.
     """
     weights, cache = needs
     device = next(model.parameters()).device
@@ -143,10 +141,8 @@ def _wait_until_back(device: torch.device, free: int) -> None:
     until = monotonic() + _BACK_WITHIN
     while (now := _free(device)[0]) < free - ENGINE_SLACK // 2:
         if monotonic() > until:
-            said = (
-                "SeRA: %.1f GiB of GPU memory have not come back since sampling; another program "
-            )
-            LOG.warning(said + "may have taken them", (free - now) / GIB)
+            said = "%.1f GiB of GPU memory have not come back since sampling; another program may"
+            LOG.warning(f"SeRA: {said} have taken them", (free - now) / GIB)
             return
         sleep(0.5)
 
@@ -155,10 +151,4 @@ def _devices(first: int, count: int) -> tuple[str, ...]:
     """CUDA devices for an engine, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    chosen = tuple(name.strip() for name in names[first : first + count])
-    if len(chosen) < count:
-        raise ValueError(
-            f"vllm.tensor_parallel_size: {count} needs {count} GPUs, but {len(chosen)} are visible "
-            f"from device {first} on."
-        )
-    return chosen
+    return tuple(name.strip() for name in names[first : first + count])

@@ -1,8 +1,8 @@
-"""The prompts of a phase: their order, room after each, progress over them."""
+"""The prompts of a phase: room after each, progress over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
@@ -12,12 +12,6 @@ from sera_plugin.rundir.progress import progress
 
 class SamplingFailed(RuntimeError):
     """Sampling stopped. Finished chunks are kept and the next try goes on from them."""
-
-
-def longest_first(prompts: Sequence[TokenIds], skip: Collection[int]) -> list[int]:
-    """The rows that are left: what still runs at the end of a phase is then short."""
-    left = [row for row in range(len(prompts)) if row not in skip]
-    return sorted(left, key=lambda row: -len(prompts[row]))
 
 
 def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:

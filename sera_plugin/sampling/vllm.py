@@ -28,7 +28,7 @@ from sera_plugin.sampling.child import (
     serves_four_bit,
 )
 from sera_plugin.sampling.client import RETRIES, Client
-from sera_plugin.sampling.prompts import SamplingFailed, longest_first, room
+from sera_plugin.sampling.prompts import SamplingFailed, room
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -84,7 +84,9 @@ class _Sampler:
     ) -> Generator[Chunk, None, None]:
         """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
         settings = settings.within(self.longest)
-        rows = longest_first(prompts, skip)
+        # The longest first: what still runs at the end of a phase is then short.
+        longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        rows = [row for row in longest_first if row not in skip]
         limits = {row: room(row, prompts[row], settings) for row in rows}
         lengths = [len(prompts[row]) + limits[row] for row in rows]
         mine = {row: limits[row] for row in self.shard.of(rows, lengths)}

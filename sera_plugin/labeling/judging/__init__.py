@@ -132,11 +132,7 @@ class ScoringJudge(Judge):
     """A judge that gives each answer a number; the larger one wins, equal ones tie."""
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
-        """Yield (index, score) of every answer as they are done, in any order, None without one.
-
-        Raises:
-            JudgeFailed: if it cannot go on.
-        """
+        """Yield (index, score) of every answer, None without one; otherwise like `compare`."""
         raise NotImplementedError
 
     def score_all(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
@@ -196,11 +192,7 @@ def make_judge(spec: str, journal: Journal) -> Judge:
 
 
 class FunctionJudge(ScoringJudge):
-    """Scores an answer with `function(question, answer)`. The code is run.
-
-    Raises:
-        ValueError: naming the module, file or function of `spec` that is missing.
-    """
+    """Scores an answer with `function(question, answer)`; ValueError if that is missing."""
 
     def __init__(self, spec: str) -> None:
         super().__init__(spec, {"function": spec})

@@ -69,11 +69,7 @@ class _Again(Exception):
 
 
 class _ApiJudge(Judge):
-    """Asks for one kind of verdict until a reply has one, through the journal.
-
-    Raises:
-        JudgeFailed: if the environment variable with the key is not there or holds none.
-    """
+    """Asks for one kind of verdict until a reply has one, through the journal."""
 
     def __init__(self, config: JudgeConfig, journal: Journal) -> None:
         super().__init__(config.model, config.model_dump(mode="json"))
@@ -91,11 +87,7 @@ class _ApiJudge(Judge):
     def _each(
         self, items: Sequence[Item], work: Callable[[Item], Result]
     ) -> Iterator[tuple[int, Result]]:
-        """Yield (index, result) of every item, worked on in threads.
-
-        Raises:
-            JudgeFailed: if one cannot be worked on, once what was under way has ended.
-        """
+        """Yield (index, result) of every item, worked on in threads."""
         concurrency = self.config.concurrency
         self._stop.clear()
         with ThreadPoolExecutor(concurrency) as pool:
@@ -159,12 +151,7 @@ class _ApiJudge(Judge):
         return text
 
     def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
-        """The model's reply: `text`, `prompt_tokens`, `completion_tokens`.
-
-        Raises:
-            _Refused: if the endpoint does not take this one.
-            JudgeFailed: if it takes none, or does not answer after the last try.
-        """
+        """The model's reply: `text`, `prompt_tokens`, `completion_tokens`, after some tries."""
         for attempt in range(RETRIES + 1):
             try:
                 reply = self._ask_once(messages)
@@ -238,10 +225,10 @@ class _ApiJudge(Judge):
         if status in (400, 413, 422):
             raise _Refused(said)
         remedy = "Check base_url and model"
-        if status in (401, 403):
+        if status in (401, 403) and self._key:
             remedy = "Set the environment variable that api_key_env names to a key that it takes"
-            if not self._key:
-                remedy = "Give the name of the environment variable with the key as api_key_env"
+        elif status in (401, 403):
+            remedy = "Give the name of the environment variable with the key as api_key_env"
         raise self._failed(f"refuses to judge: {said}. {remedy}")
 
     def _failed(self, problem: str) -> JudgeFailed:
@@ -254,17 +241,15 @@ def _key(config: JudgeConfig) -> str:
     if config.api_key_env is None:
         return ""
     key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise JudgeFailed(
-            "api_key_env names an environment variable that is not set. Export the key in it, or "
-            "leave api_key_env out where the endpoint takes no key."
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise JudgeFailed(
-            "api_key_env names an environment variable whose value cannot be sent as a key: it "
-            "has characters other than printable ASCII."
-        )
-    return key
+    if key and key.isascii() and key.isprintable():
+        return key
+    problem = "is not set"
+    if key:
+        problem = "holds characters that cannot be sent, other than printable ASCII"
+    raise JudgeFailed(
+        f"api_key_env names an environment variable that {problem}. Export the key in it, or leave "
+        "api_key_env out where the endpoint takes no key."
+    )
 
 
 class PairwiseJudge(_ApiJudge):
@@ -272,15 +257,16 @@ class PairwiseJudge(_ApiJudge):
 
     def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         """See `Judge.compare`."""
-        return self._each(comparisons, self._compare)
 
-    def _compare(self, one: Comparison) -> Verdict:
-        if one.first == one.second:
-            return Verdict((0.5, 0.5))
-        show = partial(self._verdict, question=one.question)
-        first = show(answer_a=one.first, answer_b=one.second)
-        second = show(answer_a=one.second, answer_b=one.first)
-        return Verdict((first, None if second is None else 1.0 - second))
+        def compare(one: Comparison) -> Verdict:
+            if one.first == one.second:
+                return Verdict((0.5, 0.5))
+            show = partial(self._verdict, question=one.question)
+            first = show(answer_a=one.first, answer_b=one.second)
+            second = show(answer_a=one.second, answer_b=one.first)
+            return Verdict((first, None if second is None else 1.0 - second))
+
+        return self._each(comparisons, compare)
 
 
 class RatingJudge(_ApiJudge, ScoringJudge):

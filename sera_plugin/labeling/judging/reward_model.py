@@ -23,11 +23,9 @@ class RewardModelJudge(ScoringJudge):
     """Scores question and answer, rendered by the model's chat template, with its one logit.
 
     The directory has weights (safetensors), configuration and tokenizer; nothing in it is run.
-    Scores are kept in the journal.
 
     Raises:
-        ValueError: if it cannot be loaded, is not a model with one output, or lacks a chat template
-            or padding token.
+        ValueError: if it cannot be loaded, has not one output, or lacks a padding token.
     """
 
     def __init__(self, directory: Path, journal: Journal) -> None:
@@ -50,12 +48,6 @@ class RewardModelJudge(ScoringJudge):
                 f"{directory} has {self._model.config.num_labels} outputs. A reward model has one "
                 "(num_labels: 1 in its config.json)."
             )
-        if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer in {directory} has no chat template, so how a question and an "
-                "answer are shown to this model is not known. Add chat_template to its "
-                "tokenizer_config.json."
-            )
         config = self._model.config.get_text_config()
         pad = config.pad_token_id
         self._pad = self._tokenizer.pad_token_id if pad is None else pad
@@ -72,7 +64,7 @@ class RewardModelJudge(ScoringJudge):
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`."""
         keys = [key_of(self._identity, one.question, one.answer) for one in answers]
-        left, tokens = [], []
+        tokens: dict[int, list[int]] = {}
         for index, one in enumerate(answers):
             found = self._journal.get(keys[index])
             if found is not None:
@@ -83,46 +75,37 @@ class RewardModelJudge(ScoringJudge):
             if self._longest is not None and len(ids) > self._longest:
                 self.usage.refused += 1
                 yield index, None
-                continue
-            left.append(index)
-            tokens.append(ids)
-        lengths = list(map(len, tokens))
+            else:
+                tokens[index] = ids
+        left, lengths = list(tokens), list(map(len, tokens.values()))
         longest = max(lengths, default=0)
         planned = plan_tokens(self._device, _BYTES_PER_TOKEN, longest, _ON_CPU)
         batches = list(batches_by_length(lengths, planned))
 
         def scores_of(batch: list[int]) -> list[float]:
-            return self._scores([tokens[place] for place in batch])
+            return self._scores([torch.tensor(tokens[left[place]]) for place in batch])
 
         for batch, scores in TokenBudget(planned, "judging").run(batches, lengths, scores_of):
             for place, score in zip(batch, scores, strict=True):
-                index = left[place]
                 if not math.isfinite(score):
                     raise JudgeFailed(
                         f"{self.name} scores an answer {score}. Its weights are damaged, or too "
                         f"large for {self._model.dtype}."
                     )
-                self._journal.add(keys[index], {"score": score})
+                self._journal.add(keys[left[place]], {"score": score})
                 self.usage.asked.count += 1
                 self.usage.asked.prompt_tokens += lengths[place]
-                yield index, score
+                yield left[place], score
 
     def _tokens(self, one: Answered) -> list[int]:
-        turns = [
-            {"role": "user", "content": one.question},
-            {"role": "assistant", "content": one.answer},
-        ]
-        template = self._tokenizer.apply_chat_template
-        ids: list[int] = template(turns, tokenize=True, return_dict=False)
-        return ids
+        said = {"user": one.question, "assistant": one.answer}
+        turns = [{"role": role, "content": text} for role, text in said.items()]
+        tokenizer: Any = self._tokenizer
+        return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
 
     @torch.no_grad()
-    def _scores(self, sequences: Sequence[list[int]]) -> list[float]:
-        lines = [torch.tensor(sequence) for sequence in sequences]
-        ids = pad_sequence(lines, batch_first=True, padding_value=self._pad)
+    def _scores(self, lines: list[torch.Tensor]) -> list[float]:
+        ids = pad_sequence(lines, batch_first=True, padding_value=self._pad).to(self._device)
         mask = pad_sequence([torch.ones_like(line) for line in lines], batch_first=True)
-        output: Any = self._model(
-            input_ids=ids.to(self._device), attention_mask=mask.to(self._device)
-        )
-        scores: list[float] = output.logits[:, 0].float().cpu().tolist()
-        return scores
+        output: Any = self._model(input_ids=ids, attention_mask=mask.to(self._device))
+        return list(output.logits[:, 0].float().cpu().tolist())
