@@ -58,8 +58,8 @@ def make_room(
     weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
 
     `needs` is from `engine_needs`, `options` is the host's `vllm:` block, unset keys left out. An
-    engine on several devices takes those of the neighbouring ranks. ValueError if the memory that is
-    asked for is not free.
+    engine on several devices takes those of the neighbouring ranks. ValueError if the memory asked
+    for is not free.
     """
     weights, cache = needs
     device = next(model.parameters()).device
