@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -90,3 +92,30 @@ def test_a_missing_template_and_damaged_weights_are_named(sample, world, tmp_pat
     (bare / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"m \(m\) cannot be loaded"):
         sample([PROMPT], decoding, path=bare)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif("SERA_VLLM_PYTHON" not in os.environ, reason="SERA_VLLM_PYTHON is unset")
+def test_vllm_gives_the_same_answers_of_a_model_and_an_adapter(world, model, tmp_path, monkeypatch):
+    """At relative paths: the engine is another process, which starts elsewhere."""
+    from peft import LoraConfig, get_peft_model
+
+    from sera_plugin.tools.evaluation.engine import Engine
+
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    base, python = map(os.path.relpath, (world.base, os.environ["SERA_VLLM_PYTHON"]))
+    asked = [(PROMPT,), ("c a b", "z y", "x"), ("q r s t",)]
+    found = []
+    for its in ({}, {"adapter": Path("adapter")}):
+        tuned = Model("m", "m", base, **its)
+        here, there = (
+            dict(Engine(tuned, GREEDY, vllm_python, tmp_path / "vllm.log")(asked, [], 0))
+            for vllm_python in (None, python)
+        )
+        assert here == there
+        found.append(here)
+    assert found[0] != found[1]
+    assert (tmp_path / "vllm.log").stat().st_size > 0

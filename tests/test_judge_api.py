@@ -1,4 +1,4 @@
-"""API judges against a server in a process of its own, on its good days and its bad ones."""
+"""API judges against a server on its good days and its bad ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,22 +19,16 @@ from tests.conftest import fill
 from tests.judge_server import KEY, JudgeServer, judge_server
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[JudgeServer]:
-    with judge_server() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
-def server(running, monkeypatch) -> JudgeServer:
-    """As good as new, for a client that does not wait long."""
-    running.plan()
+def server(monkeypatch) -> Iterator[JudgeServer]:
+    """For a client that does not wait long."""
     monkeypatch.setattr(api, "BACKOFF", 0.002)
     monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
     # A proxy would not know this machine.
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://192.0.2.1:9")
-    return running
+    with judge_server() as running:
+        yield running
 
 
 @pytest.fixture
@@ -81,11 +74,8 @@ def test_pairs_are_compared_in_both_orders(make, server):
     first, second = (one["body"]["messages"][0]["content"] for one in seen[:2])
     assert first.index("a **") < first.index("b *\n")
     assert second.index("b *\n") < second.index("a **")
-
-
-def test_a_judge_with_a_favourite_place_makes_ties_that_tell(make, server):
-    server.plan(*[["say", "[[A]]"]] * 2)
-    ((_, verdict),) = make().compare(PAIRS[:1])
+    server.plan(*[["say", "[[A]]"]] * 2)  # one with a favourite place makes ties that tell
+    ((_, verdict),) = make(model="another").compare(PAIRS[:1])
     assert (verdict.outcome, verdict.consistent) == (0.5, False)
 
 
@@ -133,7 +123,7 @@ def test_no_more_requests_at_a_time_than_allowed(make, server):
     assert server.most_at_once == 3
 
 
-def test_the_key_goes_to_the_endpoint_and_a_judge_without_one_sends_none(
+def test_the_key_and_the_fields_of_the_request_are_sent_as_they_are(
     make, server, tmp_path, monkeypatch
 ):
     home = tmp_path / "home"
@@ -144,11 +134,8 @@ def test_the_key_goes_to_the_endpoint_and_a_judge_without_one_sends_none(
     outcomes(make(), PAIRS[1:2])
     keys = [one["key"] for one in server.seen]
     assert keys == [f"Bearer {KEY}"] * 2 + [None] * 2
-
-
-def test_fields_of_the_request_are_sent_as_they_are(make, server):
-    outcomes(make(request={"max_completion_tokens": 5, "seed": 1, "top_p": None}), PAIRS[:1])
-    body = server.seen[0]["body"]
+    outcomes(make(request={"max_completion_tokens": 5, "seed": 1, "top_p": None}), PAIRS[2:3])
+    body = server.seen[-1]["body"]
     assert body.keys() == {"max_completion_tokens", "seed", "model", "messages"}
 
 
@@ -163,16 +150,12 @@ def test_a_reply_without_a_verdict_or_of_nothing_is_asked_again(make, server):
     assert conversation[1]["content"] == "Hm."
     assert "[[A]], [[B]] or [[C]]" in conversation[-1]["content"]
 
-
-def test_after_three_such_replies_there_is_no_verdict_and_no_tie(make, server):
     server.plan(*[["say", "I will not say."]] * 3)
-    judge = make(concurrency=1)
-    assert outcomes(judge, PAIRS[:2]) == [None, 0.0]
-    assert (judge.usage.malformed, judge.usage.unparsed) == (3, 1)
-    server.plan()
-    again = make()
-    assert outcomes(again, PAIRS[:2]) == [None, 0.0]
-    assert (server.calls, again.usage.unparsed) == (0, 1)
+    judge = make(concurrency=1)  # after three such replies there is no verdict, and no tie
+    for counted in ((3, 1), (6, 2)):
+        assert outcomes(judge, PAIRS[1:3]) == [None, 0.5]
+        assert (judge.usage.malformed, judge.usage.unparsed) == counted
+    assert server.calls == 3 + 2
 
 
 TROUBLE = {
@@ -222,30 +205,26 @@ def test_waits_double_unless_the_endpoint_says_how_long(make, server, monkeypatc
         assert 0.75 * doubled <= waited <= 1.25 * doubled
 
 
-def test_an_endpoint_that_asks_for_hours_is_not_waited_for(make, server):
-    server.plan(["status", 429, {"Retry-After": "7200"}])
+def test_an_endpoint_that_asks_for_hours_is_not_waited_for_and_one_that_hangs_asked_again(
+    make, server
+):
+    server.plan(["status", 429, {"Retry-After": "7200"}], ["sleep", 3.0])
     with pytest.raises(JudgeFailed, match=r"asks to come back in 7200 seconds"):
         outcomes(make(concurrency=1))
-
-
-def test_a_request_that_hangs_is_made_again(make, server):
-    server.plan(["sleep", 3.0])
     judge = make(concurrency=1, timeout=0.3)
     assert outcomes(judge, PAIRS[:1]) == [1.0]
     assert judge.usage.retries == 1
 
 
-def test_a_server_that_dies_in_the_middle(make):
-    with judge_server() as mortal:
-        judging = make(mortal.url, concurrency=1).compare(PAIRS)
-        assert next(judging)[0] == 0
-        mortal.process.kill()
-        mortal.process.wait()
-        with pytest.raises(
-            JudgeFailed,
-            match=rf"{mortal.url}/v1 did not .* connection failed.*Look after the endpoint",
-        ):
-            list(judging)
+def test_a_server_that_dies_in_the_middle(make, server):
+    judging = make(concurrency=1).compare(PAIRS)
+    assert next(judging)[0] == 0
+    server.server_close()
+    with pytest.raises(
+        JudgeFailed,
+        match=rf"{server.url}/v1 did not .* connection failed.*Look after the endpoint",
+    ):
+        list(judging)
 
 
 def test_threads_that_wait_to_try_again_stop_when_another_gives_up(make, server):
@@ -276,14 +255,13 @@ def test_a_wrong_request_is_not_made_again(make, server, status, key, said):
     assert server.calls == 1
 
 
-def test_one_refused_request_is_a_missing_verdict(make, server):
+def test_one_refused_request_is_a_missing_verdict_and_an_endpoint_that_refuses_all_not_asked_on(
+    make, server
+):
     server.plan("fine", "fine", ["status", 400])
     judge = make(concurrency=1)
     assert outcomes(judge) == [1.0, None, *OUTCOMES[2:]]
     assert (judge.usage.refused, judge.usage.unparsed) == (1, 0)
-
-
-def test_an_endpoint_that_refuses_everything_is_not_asked_to_the_end(make, server):
     server.plan(*[["status", 400]] * 100)
     pairs = [Comparison("?", f"{n}", "*") for n in range(40)]
     with pytest.raises(JudgeFailed, match=r"refused all of the first 10 .*it answered 400: no"):
@@ -303,34 +281,24 @@ def test_a_key_that_is_not_there(make, monkeypatch):
     assert "kéy" not in str(error.value)
 
 
+SPELLED = (KEY, repr(KEY)[1:-1], json.dumps(KEY)[1:-1])
+
+
 @pytest.mark.parametrize("status", [401, 404, 429, 500])
-def test_no_error_has_the_key_that_an_endpoint_sends_back(make, server, status):
+def test_the_key_is_in_no_file_and_no_error_though_an_endpoint_sends_it_back(
+    make, server, tmp_path, status
+):
+    judge = make(concurrency=1, api_key_env="JUDGE_TEST_KEY")
+    outcomes(judge, PAIRS[:1])
     server.plan(*[["status", status]] * 20)
     with pytest.raises(JudgeFailed) as error:
-        outcomes(make(concurrency=1, api_key_env="JUDGE_TEST_KEY"))
+        outcomes(judge)
     assert f"{status}: no, Bearer ***" in str(error.value)
-    for spelled in (KEY, repr(KEY)[1:-1], json.dumps(KEY)[1:-1]):
-        assert spelled not in str(error.value)
     assert error.value.__suppress_context__ or not error.value.__context__
-
-
-def test_the_key_is_in_no_file(make, server, tmp_path):
-    judge = make(api_key_env="JUDGE_TEST_KEY")
-    outcomes(judge)
-    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"some-model" in kept
-    for spelled in (KEY, repr(KEY)[1:-1], json.dumps(KEY)[1:-1]):
-        assert spelled.encode() not in kept
-        assert spelled not in repr(judge.description)
-
-
-def test_a_torn_journal_costs_one_reply(make, server, tmp_path):
-    outcomes(make())
-    path: Path = tmp_path / "judge.jsonl"
-    path.write_bytes(path.read_bytes()[:-30])
-    server.plan()
-    assert outcomes(make()) == OUTCOMES
-    assert server.calls == 1
+    kept = (tmp_path / "judge.jsonl").read_text()
+    assert "some-model" in kept
+    for spelled in SPELLED:
+        assert spelled not in f"{error.value} {kept} {judge.description!r}"
 
 
 def test_a_full_disk_stops_the_judging(server, small_disk):

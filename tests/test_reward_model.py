@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed, make_judge
+from sera_plugin.labeling.judging import Answered, JudgeFailed, make_judge
 from sera_plugin.rundir.journal import Journal
 
 PROMPT = "f b d a e c"
@@ -75,6 +75,11 @@ def test_scores_are_the_models_logits_however_they_are_batched(reward_model, jud
     expected = alone(reward_model, ANSWERS)
     assert [scores[n] for n in range(6)] == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == 5
+    loaded = judge(reward_model)  # an answer that does not fit has no score
+    found = dict(loaded.score([Answered(PROMPT, " ".join("a" * 200)), ANSWERS[0]]))
+    assert found[0] is None
+    assert found[1] == pytest.approx(expected[0], abs=1e-5)
+    assert (loaded.usage.refused, loaded.usage.cached.count) == (1, 1)
 
 
 def test_scores_are_kept_and_belong_to_the_files(reward_model, judge, tmp_path):
@@ -91,59 +96,41 @@ def test_scores_are_kept_and_belong_to_the_files(reward_model, judge, tmp_path):
     assert judge(other).usage.cached.count == 0
 
 
-def test_the_larger_score_wins_and_equal_answers_tie(reward_model, judge):
-    scores = alone(reward_model, ANSWERS)
-    pairs = [(0, 1), (1, 0), (2, 4), (0, 5)]
-    met = [Comparison(PROMPT, ANSWERS[i].answer, ANSWERS[j].answer) for i, j in pairs]
-    found = dict(judge(reward_model).compare(met))
-    larger = [float(scores[i] > scores[j]) for i, j in pairs[:3]]
-    assert [found[n].outcome for n in range(4)] == [*larger, 0.5]
-
-
-def test_an_answer_that_does_not_fit_has_no_score(reward_model, judge):
-    loaded = judge(reward_model)
-    found = dict(loaded.score([Answered(PROMPT, " ".join("a" * 200)), ANSWERS[0]]))
-    assert found[0] is None
-    assert found[1] == pytest.approx(alone(reward_model, ANSWERS[:1])[0], abs=1e-5)
-    assert loaded.usage.refused == 1
-
-
 def test_a_padding_token_may_be_the_tokenizers(judge, tmp_path, reward_model):
     scores = dict(judge(save(tmp_path / "unpadded", pad_token_id=None)).score(ANSWERS))
     assert scores == pytest.approx(dict(enumerate(alone(reward_model, ANSWERS))), abs=1e-5)
 
 
-def broken(directory: Path, what: str) -> None:
-    if what == "no template":
-        (directory / "chat_template.jinja").unlink()
-    if what == "no model":
-        (directory / "config.json").unlink()
-    if what == "pickled":
-        model = LlamaForSequenceClassification.from_pretrained(directory)
-        torch.save(model.state_dict(), directory / "pytorch_model.bin")
-        (directory / "model.safetensors").unlink()
+def no_template(directory: Path) -> None:
+    (directory / "chat_template.jinja").unlink()
 
 
-@pytest.mark.parametrize(
-    ("what", "labels", "said"),
-    [
-        ("no template", 1, "chat_template is not set"),
-        ("two outputs", 2, "has 2 outputs. A reward model has one"),
-        ("pickled", 1, "model cannot be loaded as a reward model: .*safetensors"),
-        ("no model", 1, "model cannot be loaded as a reward model: "),
-    ],
-)
-def test_a_model_that_is_none_is_refused(judge, tmp_path, what, labels, said):
-    directory = save(tmp_path / "model", labels)
-    broken(directory, what)
-    with pytest.raises(ValueError, match=said):
-        list(judge(directory).score(ANSWERS))
+def pickled(directory: Path) -> None:
+    model = LlamaForSequenceClassification.from_pretrained(directory)
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
 
 
-def test_damaged_weights_stop_the_judging(judge, tmp_path):
-    directory = save(tmp_path / "model")
+def damaged(directory: Path) -> None:
     model = LlamaForSequenceClassification.from_pretrained(directory)
     model.score.weight.data[:] = float("nan")
     model.save_pretrained(directory)
-    with pytest.raises(JudgeFailed, match=r"scores an answer nan. .* too large for torch.float32"):
-        list(judge(directory).score(ANSWERS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("breaking", "labels", "said"),
+    [
+        (no_template, 1, "chat_template is not set"),
+        (lambda directory: None, 2, "has 2 outputs. A reward model has one"),
+        (pickled, 1, "model cannot be loaded as a reward model: .*safetensors"),
+        (lambda path: (path / "config.json").unlink(), 1, "model cannot be loaded as a reward "),
+        (damaged, 1, r"scores an answer nan. .* too large for torch.float32"),
+    ],
+)
+def test_a_model_that_is_none_is_refused_and_damaged_weights_stop_the_judging(
+    judge, tmp_path, breaking, labels, said
+):
+    directory = save(tmp_path / "model", labels)
+    breaking(directory)
+    with pytest.raises((ValueError, JudgeFailed), match=said):
+        list(judge(directory).score(ANSWERS))

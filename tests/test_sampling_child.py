@@ -135,12 +135,10 @@ def test_an_end_says_what_happened_and_shows_this_attempts_log(tmp_path, body, r
 def test_a_child_without_progress_is_hung_however_long_it_has_run(tmp_path, monkeypatch):
     monkeypatch.setattr(child, "PATIENCE", 2.0)
     began = time.monotonic()
-
-    def sign() -> float:
-        return min(time.monotonic() - began, 4.0)  # progress, for four seconds
-
     with start("import time; time.sleep(600)", tmp_path) as running:
-        assert "it hung: no progress for 2 seconds" in failed(running, sign)
+        # Progress, for four seconds.
+        said = failed(running, lambda: min(time.monotonic() - began, 4.0))
+    assert "it hung: no progress for 2 seconds" in said
     assert time.monotonic() - began > 6
 
 
@@ -209,9 +207,11 @@ def test_a_slow_answer_is_waited_for_while_tokens_are_sampled(sampler, monkeypat
     assert "Retrying" not in caplog.text
 
 
-def test_nothing_is_started_when_nothing_is_left_to_sample(sampler):
-    engine = sampler("raise SystemExit(3)")
-    assert list(engine.sample(PROMPTS, SETTINGS, skip={0, 1, 2})) == []
+def test_nothing_is_started_when_nothing_is_left_or_a_prompt_has_no_room(sampler):
+    engine = sampler("raise SystemExit(3)", max_model_len=5)
+    assert list(engine.sample(PROMPTS[::2], SETTINGS, skip={0, 1})) == []
+    with pytest.raises(ValueError, match=r"prompt of row 1 has 5 tokens.*vllm\.max_model_len"):
+        list(engine.sample(PROMPTS, SETTINGS))
 
 
 def test_a_rank_without_an_engine_makes_room_and_starts_nothing(tmp_path):
@@ -227,11 +227,10 @@ def test_a_rank_without_an_engine_makes_room_and_starts_nothing(tmp_path):
 
 
 def test_no_two_candidates_of_a_run_share_a_seed():
-    seen = set()
-    for seed in (42_001, 42_002):
-        settings = SamplingSettings(4, 1.0, 1.0, 8, None, (9,), seed=seed)
-        for row in range(500):
-            seen.update(settings.stream(row) + index for index in range(4))
+    settings = [
+        SamplingSettings(4, 1.0, 1.0, 8, None, (9,), seed=seed) for seed in (42_001, 42_002)
+    ]
+    seen = {how.stream(row) + i for how in settings for row in range(500) for i in range(4)}
     assert len(seen) == 2 * 500 * 4
     assert max(seen) < 2**63
 
@@ -292,32 +291,20 @@ def test_a_failure_says_what_to_change_and_that_nothing_is_lost(
         assert gone(*pids(tmp_path))
 
 
-def test_an_overlong_prompt_is_named_before_anything_starts(sampler):
-    with pytest.raises(ValueError, match=r"prompt of row 1 has 5 tokens.*vllm\.max_model_len"):
-        list(sampler("sys.exit(1)", max_model_len=5).sample(PROMPTS, SETTINGS))
-
-
-def test_engine_options_follow_the_vllm_block():
+def test_an_engine_gets_what_the_policy_needs_and_the_vllm_block_says():
     policy = ServedPolicy("base", "adapter", 12, "bfloat16", "nf4", {"revision": "r"}, 99)
     options = {"tensor_parallel_size": 2, "enforce_eager": True, "dtype": "float16"}
     engine = VllmSampler("python", policy, options, Path("log"), room_for_all)
     made = engine._engine(640, Memory(0.55, True, ("2", "3")), "bfloat16")
-    assert made["model"] == "base"
-    assert made["max_model_len"] == 640
-    assert made["max_lora_rank"] == 16
-    assert made["lora_modules"] == {"name": "policy", "path": "adapter"}
-    assert made["gpu_memory_utilization"] == 0.55
-    assert made["enable_prefix_caching"] is True
-    assert made["revision"] == "r"
+    expected = {"model": "base", "max_model_len": 640, "max_lora_rank": 16, "revision": "r"}
+    expected |= {"lora_modules": {"name": "policy", "path": "adapter"}, **options}
+    expected |= {"gpu_memory_utilization": 0.55, "enable_prefix_caching": True}
+    assert made.items() >= expected.items()
     assert "quantization" not in made
-    assert {key: made[key] for key in options} == options
     plain = VllmSampler("python", policy, {}, Path("log"), room_for_all)
     made = plain._engine(640, Memory(0.5, True), "bitsandbytes nf4")
     assert made["quantization"] == "bitsandbytes"
     assert "enforce_eager" not in made
-
-
-def test_options_as_the_command_line_takes_them():
     options = {"max_model_len": 640, "enforce_eager": True, "enable_chunked_prefill": False}
     assert [vllm._flag(*item) for item in {**options, "hf_overrides": {"a": [1]}}.items()] == [
         "--max-model-len=640", "--enforce-eager", "--no-enable-chunked-prefill",
@@ -342,6 +329,8 @@ def test_the_child_is_no_rank_of_ours_and_reports_to_nobody(monkeypatch):
             "OMP_NUM_THREADS"}  # fmt: skip
     for name in ours:
         monkeypatch.setenv(name, "1")
+    for name in ("VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "10.0.0.1")  # nothing of an engine leaves this machine
     monkeypatch.setenv("HF_HOME", "kept")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     environment = child.child_environment("elsewhere/python", ("2", "3"))
@@ -349,6 +338,8 @@ def test_the_child_is_no_rank_of_ours_and_reports_to_nobody(monkeypatch):
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment["HF_HOME"] == "kept"
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
+    assert environment["VLLM_HOST_IP"] == environment["VLLM_LOOPBACK_IP"] == "127.0.0.1"
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # whoever has set the threads then meant it
     environment = child.child_environment(sys.executable)
     assert environment["PYTHONPATH"] == environment["OMP_NUM_THREADS"] == "1"

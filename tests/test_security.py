@@ -48,52 +48,43 @@ UNSAFE = re.compile(
 )
 
 
-@pytest.mark.parametrize(
-    ("planted", "rules"),
-    [
-        ("import pickle", "TID251"),
-        ("from pickle import loads as read", "TID251"),
-        ("def f():\n    import shelve", "TID251"),
-        *((f"import {name}", "TID251") for name in ("marshal", "dill", "cloudpickle", "joblib")),
-        ("eval('1')", "S307"),
-        ("exec(text)", "S102"),
-        ("import torch\ntorch.load(path)", "TID251"),
-        ("import torch as t\nt.load(path, weights_only=True)", "TID251"),
-        ("from torch import load\nload(path)", "TID251"),
-        ("import yaml\nyaml.load(text, Loader=yaml.Loader)", "S506"),
-        ("import yaml\nyaml.full_load(text)", "TID251"),
-        ("import yaml\nyaml.unsafe_load(text)", "TID251"),
-        ("import subprocess\nsubprocess.run('ls', shell=True)", "S602"),
-        ("import os\nos.system(command)", "S605"),
-        ("import os\nos.popen(command)", "TID251"),
+RUFF_FINDS = {
+    "TID251": [
+        "import pickle", "from pickle import loads as read", "def f():\n    import shelve",
+        *(f"import {name}" for name in ("marshal", "dill", "cloudpickle", "joblib")),
+        "import torch\ntorch.load(path)", "import torch as t\nt.load(path, weights_only=True)",
+        "from torch import load\nload(path)", "import yaml\nyaml.full_load(text)",
+        "import yaml\nyaml.unsafe_load(text)", "import os\nos.popen(command)",
     ],
-)
-def test_what_is_planted_is_found(planted, rules, tmp_path):
+    "S307": ["eval('1')"],
+    "S102": ["exec(text)"],
+    "S506": ["import yaml\nyaml.load(text, Loader=yaml.Loader)"],
+    "S602": ["import subprocess\nsubprocess.run('ls', shell=True)"],
+    "S605": ["import os\nos.system(command)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RUFF_FINDS)
+def test_what_is_planted_is_found(rule, tmp_path):
     command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise"]
     command += ["--stdin-filename", str(PACKAGE / "sampling/planted.py"), "-"]
-    done = subprocess.run(command, input=planted, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert rules in re.findall(r": (S\d+|TID251) ", done.stdout)
-
-
-@pytest.mark.parametrize(
-    ("planted", "found"),
-    [
-        ("subprocess.run('ls', shell=wanted)", True),
-        ("Model.from_pretrained(path, trust_remote_code=True)", True),
-        ("np.load(path, allow_pickle=True)", True),
-        ("compile(text, '', 'exec')", True),
-        ("__import__(name)", True),
-        ("f(trust_remote_code=False, shell=False)", False),
-        ("re.compile('a')", False),
-    ],
-)
-def test_what_ruff_has_no_rule_for_is_found(planted, found):
-    assert bool(UNSAFE.search(planted)) == found
+    for planted in RUFF_FINDS[rule]:
+        done = subprocess.run(command, input=planted, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1
+        assert rule in re.findall(r": (S\d+|TID251) ", done.stdout), planted
 
 
 def test_nothing_in_the_package_runs_what_it_reads():
-    """Beyond what `make lint` finds."""
+    """What ruff has no rule for is found, and nothing of it is there."""
+    for planted in (
+        "subprocess.run('ls', shell=wanted)",
+        "Model.from_pretrained(path, trust_remote_code=True)",
+        "np.load(path, allow_pickle=True)",
+        "compile(text, '', 'exec')",
+        "__import__(name)",
+    ):
+        assert UNSAFE.search(planted)
+    assert not UNSAFE.search("f(trust_remote_code=False, shell=False); re.compile('a')")
     for path in PACKAGE.rglob("*.py"):
         assert not UNSAFE.search(path.read_text()), path
 
@@ -111,11 +102,6 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
-def test_the_planted_pickle_would_run(tmp_path):
-    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
-    assert (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_policy_is_read_from_safetensors_only_and_runs_nothing(world, tmp_path, kind):
     from peft import LoraConfig, get_peft_model
@@ -129,7 +115,9 @@ def test_a_policy_is_read_from_safetensors_only_and_runs_nothing(world, tmp_path
     store = RunStore(tmp_path)
     history = PolicyHistory(model, store, str(world.base), tokenizer)
     history.keep_current(1)
-    policy, mark = store.policy(2), tmp_path / "ran"
+    policy, mark, probe = store.policy(2), tmp_path / "ran", tmp_path / "probe"
+    pickle.loads(pickle.dumps(Bomb(probe)))
+    assert probe.exists()
     (policy / "planted.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nModel = Config = 0\n")
     code = {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"}
     name = "adapter_config.json" if kind == "lora" else "config.json"
@@ -165,15 +153,12 @@ SETTINGS = """
 
 
 def test_keys_that_name_secrets_and_keys_that_name_settings():
-    assert [key for key in SECRET_KEYS.split() if not is_secret(key)] == []
-    assert [key for key in [*SETTINGS.split(), ""] if is_secret(key)] == []
-
-
-def test_every_setting_of_the_host_is_kept_but_its_keys():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     named = {key for key in AxolotlInputConfig.model_fields if is_secret(key)}
     assert named == {"comet_api_key", "hf_use_auth_token"}  # the second is true or false
+    assert [key for key in SECRET_KEYS.split() if not is_secret(key)] == []
+    assert [key for key in [*SETTINGS.split(), ""] if is_secret(key)] == []
 
 
 def test_secrets_are_left_out_at_any_depth():
@@ -220,12 +205,12 @@ def test_run_json_has_what_is_set_and_no_secret():
     assert described["config"] == {"base_model": "m", "comet": {}, "path": "p"}
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["http://host:80/a@b", "mail me@host", "a: b@c", "<|user|> x", "org/model@main", "k:v", "/a/b"],
-)
-def test_what_is_no_credential_stays(text):
-    assert without_credentials(text) == text
+def test_what_is_no_credential_stays():
+    for text in (
+        *("http://host:80/a@b", "mail me@host", "a: b@c", "<|user|> x", "org/model@main"),
+        *("k:v", "/a/b"),
+    ):
+        assert without_credentials(text) == text
 
 
 SIGNED = "https://bucket.example.org/pairs.jsonl?X-Amz-Signature=planted-1&token=planted-2"
@@ -263,11 +248,8 @@ def test_what_is_secret_in_a_url_is_in_no_message_source_or_run_json(url):
     assert "pairs.jsonl" in json.dumps(public(config))
 
 
-def test_a_quoted_block_shows_no_secret():
+def test_plain_text_has_the_escapes_of_its_characters_alone_and_a_block_no_secret():
     assert quoted({"api_key": "planted", "a": 1, 2: ("x",)}) == "{'a': 1, 2: ('x',)}"
-
-
-def test_plain_text_has_the_escapes_of_its_characters_alone():
     assert plain('it\'s \\ "fine"\n\u202e\ud800é') == 'it\'s \\ "fine"\\n\\u202e\\ud800\\xe9'
     assert plain("x" * 100) == "x" * 60 + "..."
 
@@ -363,19 +345,6 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
     with pytest.raises(RuntimeError) as failure:
         child.find_vllm(str(path))
     assert str(failure.value).endswith("\\x1b[2Jbroken\\x07")
-
-
-# ------------------------------------------------------------------ the network
-
-
-def test_an_engine_stays_on_this_machine_whatever_the_training_run_uses(monkeypatch):
-    for name in ("VLLM_HOST_IP", "VLLM_LOOPBACK_IP"):
-        monkeypatch.setenv(name, "10.0.0.1")
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "eth0")
-    environment = child.child_environment(sys.executable)
-    assert environment["VLLM_HOST_IP"] == environment["VLLM_LOOPBACK_IP"] == "127.0.0.1"
-    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 # ------------------------------------------------------------------ paths

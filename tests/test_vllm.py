@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
@@ -110,17 +108,6 @@ def workers(of: psutil.Process) -> list[psutil.Process]:
     return found and [found[0], *found[0].children(recursive=True)]
 
 
-def check_end_tokens(found: dict, longest: int) -> None:
-    """Stopped candidates keep their one end token; cut ones have none."""
-    assert "stop" in found["finish_reason"]
-    for ids, reason in zip(found["token_ids"], found["finish_reason"], strict=True):
-        assert reason in ("stop", "length")
-        assert [place for place, token in enumerate(ids) if token == 2] == (
-            [len(ids) - 1] if reason == "stop" else []
-        )
-        assert reason == "stop" or len(ids) == longest
-
-
 @pytest.fixture(scope="module")
 def runs() -> dict:
     """Finished runs by kind, for tests that need one."""
@@ -138,7 +125,6 @@ def test_a_run_samples_from_the_policy_it_says(config, train, world, prompts, tm
         assert report["sampler"]["version"]
         assert report["seconds"]["start_engine"] > 0
         assert (result.run / f"iteration-{iteration:02d}/vllm.log").exists()
-        check_end_tokens(table(result.run, iteration, "candidates"), longest=12)
     assert not workers(psutil.Process())
 
     # The engine's policy IS theta_2: greedy answers agree with transformers' and not with the
@@ -158,29 +144,13 @@ def test_an_engine_listens_on_loopback_only(world, prompts, tmp_path, monkeypatc
             if entry.family == socket.AF_INET and not entry.address.startswith("127."):
                 monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
                 monkeypatch.setenv("VLLM_HOST_IP", entry.address)
-    listening: set[str] = set()
-    looks, stop = [], threading.Event()
-
-    def look() -> None:
-        while not stop.wait(0.2):
-            seen = 0
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):  # it has ended
-                    for one in process.net_connections(kind="inet"):
-                        if one.status == psutil.CONN_LISTEN or one.type == socket.SOCK_DGRAM:
-                            listening.add(one.laddr.ip)
-                    seen += 1
-            looks.append(seen)
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        found = collect(engine(world.base, tmp_path), prompts(600), settings(candidates=4))
-    finally:
-        stop.set()
-        watcher.join()
-    assert len(found) == 600
-    assert max(looks) >= 3  # the server, its lifeline, and the engine
+    listening = set()
+    for _ in engine(world.base, tmp_path).sample(prompts(200), settings(candidates=4)):
+        family = psutil.Process().children(recursive=True)
+        assert len(family) >= 3  # the server, its lifeline, and the engine
+        for one in (one for process in family for one in process.net_connections(kind="inet")):
+            if one.status == psutil.CONN_LISTEN or one.type == socket.SOCK_DGRAM:
+                listening.add(one.laddr.ip)
     assert listening  # gloo does: without a socket seen this test would say nothing
     assert all(ip_address(ip).is_loopback for ip in listening), listening
 
@@ -194,7 +164,6 @@ def test_every_rank_has_an_engine_of_its_own(config, tmp_path, runs):
     assert logs == ["vllm-0.log", "vllm-1.log"]
     found = table(run, 2, "candidates")
     assert found["row"] == [row for row in range(24) for _ in range(4)]
-    check_end_tokens(found, longest=12)
     if "lora" in runs:  # the same batches in one process: the same policy up to rounding
         assert found["token_ids"] == table(runs["lora"], 2, "candidates")["token_ids"]
 
@@ -256,26 +225,6 @@ def test_what_this_vllm_cannot_do_is_said_with_the_choices(world, prompts, tmp_p
     with pytest.raises(SamplingFailed) as failure:
         list(engine(world.base, tmp_path, **keys).sample(prompts(1), settings()))
     assert all(words in str(failure.value) for words in said)
-
-
-def test_a_full_disk_and_the_next_try(config, train, monkeypatch):
-    from sera_plugin.rundir.store import RunStore
-
-    config |= {"num_epochs": 2, **adapter()}
-    families = []
-
-    def full(self, *_):
-        families.extend(workers(psutil.Process()))
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunStore, "append_samples", full)
-        with pytest.raises(OSError, match="No space left"):
-            train(config)
-    assert families
-    assert gone(*(process.pid for process in families))
-    result = train(config | {"auto_resume_from_checkpoints": True})
-    assert summary(result.run, 2)["pairs"]["bootstrapped_kept"] == 7
 
 
 def test_neither_ctrl_c_nor_a_killed_trainer_leaves_a_process(config, tmp_path, runs):
@@ -355,7 +304,6 @@ def test_a_run_with_a_server(config, train, world, prompts, good, client):
     report = summary(result.run, 3)["sampler"]
     assert report["name"] == "vllm-server"
     assert report["version"]
-    check_end_tokens(table(result.run, 3, "candidates"), longest=12)
     headers, url = {"Authorization": f"Bearer {KEY}"}, f"http://127.0.0.1:{good}/v1/models"
     models = requests.get(url, headers=headers, timeout=10).json()
     assert [model["id"] for model in models["data"]] == [str(world.base)]
@@ -388,32 +336,3 @@ def test_every_way_a_server_can_be_wrong_is_told_apart(
         wrong("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", client(plain))
     monkeypatch.setenv(vllm.API_KEY, "wrong")
     wrong(r"refuses this run's key\. Set VLLM_API_KEY", client(good))
-
-
-def test_an_evaluation_samples_what_it_samples_without_vllm(config, train, tmp_path, monkeypatch):
-    """Greedy answers of a base model and an adapter, at relative paths, through the command."""
-    from click.testing import CliRunner
-
-    from sera_plugin.cli import sera
-
-    config |= adapter(lora_r=8)
-    config["num_epochs"] = 2
-    config["sera"]["sampler"] = "transformers"
-    output = train(config).output
-    rows = [{"prompt": "f b d a e c"}, {"turns": ["c a b", "z y"]}, {"prompt": "q r s t"}]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = []
-    monkeypatch.chdir(tmp_path)
-    relative = [os.path.relpath(path) for path in (config["base_model"], output)]
-    for name, python in (("here", []), ("there", ["--vllm-python", os.path.relpath(PYTHON)])):
-        arguments = [*relative, "--prompts", "prompts.jsonl", "--output", name]
-        arguments += ["--temperature", 0, "--max-new-tokens", 12, "--json", *python]
-        arguments += ["--judge", "sera_plugin.tools.demo.world:true_reward"]
-        done = CliRunner().invoke(sera, ["eval", *map(str, arguments)])
-        assert done.exit_code == 0, done.output
-        files = [tmp_path / name / f"outputs/{one}.json" for one in ("base", "out")]
-        found.append([file.read_text() for file in files])
-    assert found[0] == found[1]
-    assert found[0][0] != found[0][1]
-    assert (tmp_path / "there/vllm.log").stat().st_size > 0
-    assert not workers(psutil.Process())
