@@ -32,29 +32,24 @@ from sera_plugin.rundir.journal import Journal
 REPLIES = {
     ("pairwise", 1.0): ["[[A]]", "**[[ A ]]**"],
     # What was quoted on the way is no verdict; the last one is.
-    ("pairwise", 0.0): [
-        "A is clearer.\n\n[[B]]",
-        "Answer A says 'reply with [[A]]', which is no reason. [[B]]",
-    ],
-    ("pairwise", 0.5): [
-        "Both do. My verdict: [[C]].",
-        "<think>[[A]] or [[B]]? [[A]]</think>They are equal. [[C]]",
-    ],
+    ("pairwise", 0.0): ["Answer A says 'reply with [[A]]', which is no reason.\n\n[[B]]"],
+    ("pairwise", 0.5): ["Both: [[C]].", "<think>[[A]] or [[B]]? [[A]]</think>Equal. [[C]]"],
     ("pairwise", None): [
         *("<think>is it [[A]]", "<think>it is [[A]]</think> I cannot decide.", "", "A", "[A]"),
         *("[[D]]", "[[a]]", "[[AB]]", "[[A]"),
     ],
     ("single", 1.0): ["[[1]]"],
-    ("single", 2.0): ["It asks for [[10]]. Rating: [[2]]"],
-    ("single", 4.0): ["<think>[[3]]</think>[[4]]"],
+    ("single", 2.0): ["It asks for [[10]]. Rating: [[2]]", "<think>[[3]]</think>[[2]]"],
     ("single", 8.5): ["good\nRating: [[8.5]]."],
     ("single", 10.0): ["[[10]]"],
     ("single", None): ["[[0]]", "[[11]]", "Rating: 7", "[[-3]]", "[[seven]]", ""],
     ("additive", 0.0): ["Score: 0"],
-    ("additive", 1.0): ["The answer claims 'Score: 5'.\nScore: 1"],
-    ("additive", 2.0): ["score: 2/5", "<think>Score: 5</think>Score: 2"],
-    ("additive", 3.0): ["**Score:** 3"],
-    ("additive", 3.5): ["Score: 3.5 points"],
+    ("additive", 2.0): [
+        "score: 2/5",
+        "<think>Score: 5</think>Score: 2",
+        "It's 'Score: 5'. Score: 2",
+    ],
+    ("additive", 3.5): ["Score: 3.5 points", "**Score:** 3.5"],
     ("additive", 5.0): ["**Score: 5**"],
     ("additive", None): ["Score: 6", "Score: 45", "It scores 3 points", "Score: four", "4", ""],
 }
@@ -95,12 +90,13 @@ def test_a_template_of_ones_own(tmp_path):
     path.write_text('{question} {"json": 1} {answer_a} ü {answer_b} {answer_a}\n')
     values = {"question": "Q", "answer_a": "1", "answer_b": "2"}
     assert fill(read_template("pairwise", path), values) == 'Q {"json": 1} 1 ü 2 1'
-    path.write_text("{question} {answer_a}")
-    with pytest.raises(ValueError, match=r"mine.txt has no {answer_b}. A pairwise template holds"):
-        read_template("pairwise", path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"mine.txt is not UTF-8"):
-        read_template("pairwise", path)
+    for content, said in (
+        (b"{question} {answer_a}", r"mine.txt has no {answer_b}. A pairwise template holds"),
+        (b"\xff\xfe\x00", r"mine.txt is not UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            read_template("pairwise", path)
     with pytest.raises(OSError, match=r"none\.txt"):
         read_template("pairwise", tmp_path / "none.txt")
 
@@ -160,18 +156,15 @@ def test_a_wrong_key_is_named_and_no_secret_repeated(changes, said):
     assert SECRET not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
+def test_a_file_that_is_no_judge(tmp_path):
+    for text, said in (
         ("a: b: c", r"is not YAML, line 1"),
         ("- a", r"holds no mapping"),
         ("", r"holds no mapping"),
         ("1: 2", r"base_url is missing"),
-    ],
-)
-def test_a_file_that_is_no_judge(tmp_path, text, said):
-    with pytest.raises(ValueError, match=said):
-        read_judge(write(tmp_path / "judge.yaml", text))
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_judge(write(tmp_path / "judge.yaml", text))
 
 
 def test_the_docs_list_every_key_with_its_default():

@@ -31,32 +31,26 @@ def with_vllm(monkeypatch):
     monkeypatch.setattr(samplers, "find_vllm", lambda python: "0.30.0")
 
 
-@pytest.mark.parametrize(
-    ("python", "said"),
-    [
+def test_what_is_wrong_with_an_interpreter_is_said():
+    for python, said in (
         (sys.executable, "vLLM is not installed in"),
         ("/no-such-python", "no-such-python does not run"),
         ("/bin/false", "cannot be imported by .*false: no output"),
-    ],
-)
-def test_what_is_wrong_with_an_interpreter_is_said(python, said):
-    with pytest.raises(RuntimeError, match=said):
-        find_vllm(python)
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            find_vllm(python)
 
 
 def test_vllm_is_taken_where_it_is(with_vllm):
     choice = choose_sampler("auto", "python", None)
-    assert choice.name == "vllm"
-    assert "0.30.0, found in python" in choice.reason
-    assert not choice.fell_back
+    assert choice == Choice("vllm", "0.30.0, found in python; starts for each sampling phase")
 
 
 def test_without_vllm_transformers_is_taken_or_an_error_says_why():
     assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
     choice = choose_sampler("auto", sys.executable, None)
-    assert choice.name == "transformers"
+    assert (choice.name, choice.fell_back) == ("transformers", False)
     assert "vLLM is not installed" in choice.reason
-    assert not choice.fell_back
     with pytest.raises(ValueError, match=r"sera\.sampler: vllm, but.*Set sera\.vllm_python"):
         choose_sampler("vllm", sys.executable, None)
 
@@ -82,28 +76,20 @@ def test_what_vllm_does_not_serve_falls_back_and_says_so(with_vllm, change, word
     assert adapter_problem(PLAIN) is None
 
 
-@pytest.mark.parametrize("iteration", [1, 2])
-def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_model(
-    tmp_path, iteration
-):
+def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_model(tmp_path):
     """theta_0 is a pointer in the run directory, which no engine loads."""
-    store = RunStore(tmp_path)
-    replace_directory(store.policy(iteration), lambda path: (path / "a.json").write_text("{}"))
-    policies = SimpleNamespace(model=MODEL, is_adapter=False)
-    samplers = Samplers(
+    samplers = made(
         {"base_model": "org/base", "torch_dtype": "torch.bfloat16", "revision_of_model": "v2"},
-        SeraConfig(selection_ratio=0, bootstrap_ratio=1, labeler="spin", candidates=1),
-        store,
-        SimpleNamespace(policies=policies),
-        tokenizer=None,
+        tmp_path,
+        **{"selection_ratio": 0, "bootstrap_ratio": 1, "labeler": "spin", "candidates": 1},
     )
     samplers.choice = Choice("vllm", "it is asked for")
-    served = samplers.make(iteration, None).policy
-    assert served.adapter is None
-    assert (served.model, dict(served.options)) == {
-        1: ("org/base", {"revision": "v2"}),
-        2: (str(store.policy(2)), {}),
-    }[iteration]
+    for t, expected in ((1, ("org/base", {"revision": "v2"})), (2, None)):
+        policy = samplers.store.policy(t)
+        replace_directory(policy, lambda path: (path / "a.json").write_text("{}"))
+        served = samplers.make(t, None).policy
+        assert served.adapter is None
+        assert (served.model, served.options) == (expected or (str(policy), {}))
 
 
 @pytest.mark.parametrize("revision", [None, "v2"])
@@ -135,12 +121,15 @@ def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, rev
     assert asked == [("org/name", revision or "main")] * 2
 
 
-def chosen(cfg: dict, longest: int, tmp_path, **block) -> Samplers:
-    policies = SimpleNamespace(model=MODEL, is_adapter=False)
-    cfg = {"sequence_len": 64, **cfg}
+def made(cfg: dict, tmp_path, **block) -> Samplers:
+    scorer = SimpleNamespace(policies=SimpleNamespace(model=MODEL, is_adapter=False))
     tokenizer = SimpleNamespace(all_special_tokens=[])
-    scorer = SimpleNamespace(policies=policies)
-    samplers = Samplers(cfg, SeraConfig(**block), RunStore(tmp_path), scorer, tokenizer)
+    cfg = {"sequence_len": 64, **cfg}
+    return Samplers(cfg, SeraConfig(**block), RunStore(tmp_path), scorer, tokenizer)
+
+
+def chosen(cfg: dict, longest: int, tmp_path, **block) -> Samplers:
+    samplers = made(cfg, tmp_path, **block)
     assert samplers.choose(longest) == samplers.choice
     return samplers
 

@@ -194,12 +194,7 @@ def test_run_json_has_what_is_set_and_no_secret():
         make_table({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids})
     )
     method = Method(SeraConfig(), reference_free=False, per_token=False, total=3)
-    config = {
-        "base_model": "m",
-        "revision": None,
-        "comet": {"api_key": "hidden"},
-        "path": Path("p"),
-    }
+    config = {"base_model": "m", "revision": None, "comet": {"api_key": "x"}, "path": Path("p")}
     schedule = Schedule(method.sizes, batch_size=1, accumulation=1)
     described = describe_run(config, "dpo", 0.2, method, schedule, pairs, None, [2])
     assert described["config"] == {"base_model": "m", "comet": {}, "path": "p"}
@@ -350,27 +345,17 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
 # ------------------------------------------------------------------ paths
 
 
-def test_only_iterations_are_discarded(tmp_path):
-    store = RunStore(tmp_path)
+def test_only_iterations_are_discarded_and_what_a_link_leads_to_stays(tmp_path):
+    store, outside = RunStore(tmp_path / "out"), tmp_path / "outside"
     others = ["iteration-foo", "iteration-03.bak", "iteration-", "iteration-3", "iteration-\u0663"]
-    for name in ["iteration-02", "iteration-03", "iteration-117", *others]:
-        (store.root / name).mkdir(parents=True)
-        (store.root / name / "file").touch()
+    for directory in [outside, *(store.root / name for name in ["iteration-02", *others])]:
+        directory.mkdir(parents=True)
+        (directory / "file").touch()
     (store.root / "iteration-04").write_text("a file")
+    # An iteration that is a link, and one that has a link in it.
+    (store.root / "iteration-117").symlink_to(outside)
+    store.iteration(3).mkdir()
+    (store.iteration(3) / "policy").symlink_to(outside)
     store.discard_after(2)
     assert {path.name for path in store.root.iterdir()} == {"iteration-02", "iteration-04", *others}
-
-
-def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path):
-    store = RunStore(tmp_path / "out")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "file").touch()
-    # An iteration that is a link, and one that has a link in it.
-    for link in (store.iteration(3), store.iteration(3) / "policy"):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(outside)
-        store.discard_after(2)
-        assert not store.iteration(3).is_symlink()
-        assert not store.iteration(3).exists()
-        assert (outside / "file").exists()
+    assert (outside / "file").exists()
