@@ -119,12 +119,7 @@ class Judged(Labeler):
         return Journal(self.store.root / "judgements.jsonl", RUN)
 
     def rewards(self, ranked: Ranked) -> FloatArray:
-        """See `Labeler.rewards`.
-
-        Raises:
-            ValueError: if the judge cannot be used.
-            JudgeFailed: if it stops answering. What it has said is kept and not asked again.
-        """
+        """See `Labeler.rewards`; JudgeFailed if the judge stops answering."""
         found = np.zeros(len(ranked.answers))
         if self.store.ranks.main:
             conversation = Conversation(self.tokenizer)
@@ -188,9 +183,6 @@ class SelfJudge(Labeler):
         Samples of a prompt that are equal token for token are judged once. NaN where no reply has
         a score that can be read, and where question and answer leave no room for a reply
         (`too_long`).
-
-        Raises:
-            SamplingFailed: if an engine outside this process does not do its work.
         """
         sampler, ranks = ranked.sampler, self.store.ranks
         settings = replace(

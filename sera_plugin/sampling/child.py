@@ -129,8 +129,7 @@ class Child:
     def check(self, sign: Callable[[], object]) -> None:
         """To be called every second or so; `sign` gives something else after any progress.
 
-        Raises:
-            ChildFailed: if the child has ended, or has made no progress for `PATIENCE` seconds.
+        ChildFailed if the child has ended, or has made no progress for `PATIENCE` seconds.
         """
         if (end := self.ended(0)) is not None:
             raise self.failed(end)

@@ -124,10 +124,8 @@ class Client:
 
         `model` is the name under which the policy is served, `limits` the most tokens to sample by
         row of `prompts`, in the order to take the rows in, `vocabulary` the number of token ids
-        that the model knows. `watch` is called at least every second and may raise.
-
-        Raises:
-            SamplingFailed: if the server does not answer, or wrongly.
+        that the model knows. `watch` is called at least every second and may raise. SamplingFailed
+        if the server does not answer, or wrongly.
         """
         fields = sampling_fields(settings) | {"model": model}
 

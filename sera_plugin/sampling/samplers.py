@@ -46,8 +46,7 @@ class Choice:
 def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
     """Decide between `sera.sampler` as `asked`, an interpreter's vLLM, and what vLLM cannot serve.
 
-    Raises:
-        ValueError: if vLLM is asked for by name and its interpreter does not import it.
+    ValueError if vLLM is asked for by name and its interpreter does not import it.
     """
     if asked == "transformers":
         return Choice(asked, "in the training process, as sera.sampler says")
@@ -104,10 +103,8 @@ class Samplers:
     def choose(self, longest: int) -> Choice:
         """Which sampler the run takes; the same on every rank. `longest`: of a prompt, in tokens.
 
-        Raises:
-            ValueError: if the sampler that the configuration names cannot run, or has no room for
-                that prompt.
-            SamplingFailed: if a server is named and cannot serve this run.
+        ValueError if the sampler that the configuration names cannot run, or has no room for that
+        prompt; SamplingFailed if a server is named and cannot serve this run.
         """
         ranks = self.store.ranks
         choice = Choice("transformers", "as rank 0 has chosen")

@@ -261,12 +261,9 @@ class VllmServerSampler(_Sampler):
         self.tokenize, self.special_tokens = tokenize, special_tokens
 
     def check(self, longest: int = 0) -> int:
-        """Whether this server can serve the run's policies; returns its context in tokens.
+        """The server's context in tokens; SamplingFailed says why it cannot serve this run.
 
         `longest` is the most tokens of a prompt and its candidate together.
-
-        Raises:
-            SamplingFailed: naming what is wrong with it and how to start it right.
         """
         client = self.client
         models = client.ask("data", "/v1/models")

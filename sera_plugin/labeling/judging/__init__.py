@@ -122,8 +122,7 @@ class Judge:
     def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         """Yield (index, verdict) of every comparison as they are done, in any order.
 
-        Raises:
-            JudgeFailed: if it cannot go on.
+        JudgeFailed if it cannot go on.
         """
         raise NotImplementedError
 
@@ -170,9 +169,7 @@ def make_judge(spec: str, journal: Journal) -> Judge:
     The name is a YAML file with an API judge, a directory with a reward model, or a function as
     `module:function` or `file.py:function`.
 
-    Raises:
-        ValueError: if it is none of these, or cannot be used.
-        JudgeFailed: if the key of an API judge is not there.
+    ValueError if it is none of these or cannot be used; JudgeFailed without an API judge's key.
     """
     from sera_plugin.labeling.judging.api import api_judge
 
@@ -246,9 +243,7 @@ def read_template(kind: str, path: Path | None = None) -> str:
 
     Braces that hold anything but its places are text.
 
-    Raises:
-        ValueError: if it is not text or lacks a place, naming the file and the place.
-        OSError: if it cannot be read.
+    ValueError, naming file and place, if it is not text or lacks a place.
     """
     path = path or Path(__file__).parent / "templates" / f"{kind}.txt"
     try:

@@ -278,10 +278,5 @@ class RatingJudge(_ApiJudge, ScoringJudge):
 
 
 def api_judge(config: JudgeConfig, journal: Journal) -> Judge:
-    """The judge that a configuration describes, which keeps its replies in the journal.
-
-    Raises:
-        ValueError, OSError: for a template that cannot be used.
-        JudgeFailed: if the key's environment variable is not there.
-    """
+    """The judge that a configuration describes, which keeps its replies in the journal."""
     return (RatingJudge if config.mode == "single" else PairwiseJudge)(config, journal)

@@ -23,9 +23,6 @@ class RewardModelJudge(ScoringJudge):
     """Scores question and answer, rendered by the model's chat template, with its one logit.
 
     The directory has weights (safetensors), configuration and tokenizer; nothing in it is run.
-
-    Raises:
-        ValueError: if it cannot be loaded, has not one output, or lacks a padding token.
     """
 
     def __init__(self, directory: Path, journal: Journal) -> None:
