@@ -1,7 +1,4 @@
-"""A child process that cannot outlive us, and sampling from a server that is one.
-
-The server here is a small stand-in that speaks what SeRA asks of vLLM; test_vllm has the real one.
-"""
+"""A child process that cannot outlive us, and sampling from a stand-in for vLLM that is one."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
 from sera_plugin.rundir.ranks import NO_PART
 from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.child import Child, ChildFailed
@@ -181,13 +178,11 @@ def sampler(tmp_path, monkeypatch):
 
 def test_candidates_belong_to_their_rows_and_nobody_is_left(sampler, tmp_path):
     engine = sampler()
-    found = {row: out for chunk in engine.sample(PROMPTS, SETTINGS, skip={2}) for row, out in chunk}
-    assert found.keys() == {0, 1}
-    for row, candidates in found.items():
-        seed = SETTINGS.stream(row)
-        assert [(one.token_ids, one.finish_reason) for one in candidates] == [
-            ([5 + (seed + i) % 30, 2], "stop") for i in (0, 1)
-        ]
+    found = [one for chunk in engine.sample(PROMPTS, SETTINGS, skip={2}) for one in chunk]
+    assert sorted(row for row, _ in found) == [0, 1]
+    for row, candidates in found:
+        tokens = [5 + (SETTINGS.stream(row) + i) % 30 for i in (0, 1)]
+        assert candidates == [Candidate([token, 2], "stop") for token in tokens]
     # It was asked with the key that it was started with.
     assert engine.report == {"name": "vllm", "version": "1 Bearer ***", "weights": "float32"}
     assert engine.seconds.keys() == {"start_engine", "stop_engine"}

@@ -40,8 +40,6 @@ from tests.vllm_server import vllm_server
 PACKAGE = Path(__file__).parents[1] / "sera_plugin"
 KEY = 'a-planted-key-7f3a"\\'  # with characters that Python and JSON write otherwise
 
-# ------------------------------------------------------------------ the source
-
 #: What ruff has no rule for. The rest of the promise is `make lint`.
 UNSAFE = re.compile(
     r"\b(shell|trust_remote_code|allow_pickle)=(?!False\b)|(?<![.\w])(compile|__import__)\("
@@ -214,9 +212,7 @@ SIGNED = "https://bucket.example.org/pairs.jsonl?X-Amz-Signature=planted-1&token
 @pytest.mark.parametrize(
     "url",
     [
-        SIGNED,
-        SIGNED.replace("https", "s3"),
-        SIGNED.replace("?", "?a/b="),
+        *(SIGNED, SIGNED.replace("https", "s3"), SIGNED.replace("?", "?a/b=")),
         "https://me:planted@bucket.example.org/pairs.jsonl",
         "https://" + "planted" * 40 + "@bucket.example.org/pairs.jsonl",
         "https://bucket.example.org/pairs.jsonl#access_token=planted",
@@ -227,15 +223,9 @@ def test_what_is_secret_in_a_url_is_in_no_message_source_or_run_json(url):
     config = {"datasets": [{"path": url, "data_files": [url]}], "tuple": (url,)}
     error = load_failure("datasets[0]", url, FileNotFoundError(f"403 for {url} (\u202e)"))
     shown = [
-        quoted(url),
-        quoted(url, 1000),
-        quoted(url.encode()),
-        quoted([url]),
-        quoted(config, 1000),
-        plain(f"GET {url} failed", 1000),
-        source_name("datasets", 0, url),
-        str(error),
-        json.dumps(public(config)),
+        *(quoted(url), quoted(url, 1000), quoted(url.encode()), quoted([url])),
+        *(quoted(config, 1000), plain(f"GET {url} failed", 1000), str(error)),
+        *(source_name("datasets", 0, url), json.dumps(public(config))),
     ]
     assert not [text for text in shown if "planted" in text]
     if len(url) < 200:
@@ -337,9 +327,8 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
     path = tmp_path / "python"
     path.write_text("#!/bin/sh\nprintf '\\033[2Jbroken\\007' >&2\nexit 1\n")
     path.chmod(0o755)
-    with pytest.raises(RuntimeError) as failure:
+    with pytest.raises(RuntimeError, match=r"\\x1b\[2Jbroken\\x07$"):
         child.find_vllm(str(path))
-    assert str(failure.value).endswith("\\x1b[2Jbroken\\x07")
 
 
 # ------------------------------------------------------------------ paths
