@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -107,7 +106,7 @@ def test_killing_the_parent_ends_the_child_and_its_descendants(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", script])
     family = pids(tmp_path)
     assert all(map(psutil.pid_exists, family))
-    parent.send_signal(signal.SIGKILL)
+    parent.kill()
     parent.wait()
     assert gone(*family)
 
