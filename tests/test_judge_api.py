@@ -155,7 +155,7 @@ def test_a_reply_without_a_verdict_or_of_nothing_is_asked_again(make, server):
     for counted in ((3, 1), (6, 2)):
         assert outcomes(judge, PAIRS[1:3]) == [None, 0.5]
         assert (judge.usage.malformed, judge.usage.unparsed) == counted
-    assert server.calls == 3 + 2
+    assert server.calls == 3 + 1 + 2
 
 
 TROUBLE = {
