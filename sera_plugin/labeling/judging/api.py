@@ -243,12 +243,12 @@ def _key(config: JudgeConfig) -> str:
     key = os.environ.get(config.api_key_env, "").strip()
     if key and key.isascii() and key.isprintable():
         return key
-    problem = "is not set"
+    problem = "api_key_env names an environment variable that is not set"
     if key:
-        problem = "holds characters that cannot be sent, other than printable ASCII"
+        problem = "api_key_env names an environment variable whose value is not printable ASCII"
     raise JudgeFailed(
-        f"api_key_env names an environment variable that {problem}. Export the key in it, or leave "
-        "api_key_env out where the endpoint takes no key."
+        f"{problem}. Export the key in it, or leave api_key_env out where the endpoint "
+        "takes no key."
     )
 
 
