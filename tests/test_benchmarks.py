@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, report, scoring, step, whole_run, workload
+from benchmarks import harness, report, scoring, step, workload
 
 
 @pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
@@ -86,23 +86,6 @@ def test_both_sides_score_the_same_pairs_and_a_toy_is_not_kept(capsys, monkeypat
     assert "| `score_sequences` | " in printed
     assert "not kept" in printed
     assert list(tmp_path.iterdir()) == []
-
-
-def test_tables_of_training_parts_are_made_of_raw_figures():
-    speeds = {"sera": [2.0], "dpo": [1.0], "dpo_precomputed": [4.0]}
-    figures = {"pairs": 8, "steps": 4, "tokens": 1000, "batch": 2, "steps_per_second": speeds}
-    text = step.table(figures)
-    assert "| `rl: dpo` | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) |" in text
-    phases = dict.fromkeys(whole_run.PHASES, 1.0)
-    figures = {"pairs": 8, "iterations": 3, "new_tokens": 32, "merging": [1.0]}
-    figures |= {"offline_tokens": 300, "reference_tokens": 300}
-    figures["seconds"] = {"selection": [5.0], "iterative": [10.0], "full": [12.0]}
-    figures["inside"] = {"selection": [4.0], "iterative": [5.0], "full": [6.8]}
-    figures["phases"] = {"selection": [phases], "full": [phases]}
-    text = whole_run.table(figures)
-    assert "takes 36 (36 to 36) % more time" in text
-    assert "300 by iterative DPO for its reference; +0." in text
-    assert "| SeRA 0.7 / 0 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 |" in text
 
 
 def test_configurations_of_both_sides_are_one_but_for_the_method(tmp_path):

@@ -63,32 +63,6 @@ def test_the_worlds_criteria_hold_in_the_kept_results():
     assert not set(criteria.SEEDS) & {*systems.SEEDS, *systems.FRESH}
 
 
-def test_a_table_has_the_runs_of_its_world_and_its_seeds():
-    here, there = world.WORLD.key, world.WORLDS["small-steps"].key
-    records = [
-        record("SeRA", seed, [0.5], world=key) for seed in (0, 5, 100) for key in (here, there)
-    ]
-    for arguments, expected in (
-        ((), (0, here)),
-        ((world.WORLDS["small-steps"], systems.FRESH), (5, there)),
-    ):
-        found = tables.compared(records, *arguments).records
-        assert [(one["seed"], one["world"]) for one in found] == [expected]
-
-
-def test_fresh_seeds_are_told_apart_where_their_intervals_do_not_overlap():
-    fixed = [0.50, 0.51, 0.52, 0.53, 0.54]
-    records = []
-    for system, shift in (("iterative DPO", 0.01), ("SeRA", 0.5)):
-        for seed, value in enumerate(fixed):
-            records.append(record(system, seed, [value], world=world.WORLD.key))
-            records.append(record(system, seed + 5, [value + shift], world=world.WORLD.key))
-    table = tables.fresh_table(records)
-    rows = {line.split(" | ")[1]: line.split(" | ")[-1] for line in table.splitlines()[2:4]}
-    assert rows == {"iterative DPO": "yes |", "SeRA": "no |"}
-    assert "Of 2 pairs of intervals 1 overlap." in table
-
-
 #: A sentence's words, and where its figures come from: learning rate, system, figure, swapped.
 LAST, ORDER = final("true_reward"), "order_found"
 SAID = {
