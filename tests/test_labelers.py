@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sera_plugin.algorithm.method import Method
 from sera_plugin.algorithm.protocols import Candidate, Ranked, SamplingSettings
 from sera_plugin.algorithm.selection import pair_candidates
 from sera_plugin.config.kinds import LABELERS
-from sera_plugin.labeling.judging import Answered, JudgeFailed, ScoringJudge, Usage, Verdict
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.labeling.judging import Answered, Judge, JudgeFailed, ScoringJudge, by_scores
 from sera_plugin.labeling.labelers import Conversation, Judged
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.sampling.prompts import room
-from tests.test_systems import system
 from tests.three_pairs import END
 
 
@@ -43,24 +44,16 @@ def ranked(*answers: list[int], per_prompt: int, sampler: Any = None, how: Any =
     )  # fmt: skip
 
 
-class PrefersHigher:
+class PrefersHigher(Judge):
     """Compares answers by their number; has nothing to say about w9."""
 
-    name = "by number"
-
-    def __init__(self) -> None:
-        self.usage = Usage()
-        self.description: dict[str, Any] = {}
-        self.met: list[tuple[str, str]] = []
+    met: tuple[tuple[str, str], ...] = ()
 
     def compare(self, comparisons):
         for index, one in enumerate(comparisons):
-            self.met.append((one.first, one.second))
-            if "w9" in (one.first, one.second):
-                yield index, Verdict((None, None))
-            else:
-                share = 0.5 * (1 + (one.first > one.second) - (one.first < one.second))
-                yield index, Verdict((share, share))
+            self.met += ((one.first, one.second),)
+            known = "w9" not in (one.first, one.second)
+            yield index, by_scores(*((one.first, one.second) if known else (None, None)))
 
 
 @pytest.fixture
@@ -68,9 +61,9 @@ def make(tmp_path):
     """The labeler of a run with some `sera:` block, as a run makes it."""
 
     def make_labeler(tokenizer: Any, **block: Any) -> Any:
-        run = system(tmp_path, bootstrap_ratio=1, **block)
-        kind = LABELERS[run.config.labeler].load()
-        return kind(run.method, RunStore(tmp_path), tokenizer)
+        config = SeraConfig(bootstrap_ratio=1, **block)
+        kind = LABELERS[config.labeler].load()
+        return kind(Method(config, False, False, total=3), RunStore(tmp_path), tokenizer)
 
     return make_labeler
 
@@ -86,25 +79,25 @@ def judged(make, monkeypatch):
 
 def test_a_judge_that_compares_gives_shares_of_wins(judged):
     """w3 wins 2 of 2, w2 1 of 2, w1 0 of 2, and a repeat as the first; w9 gets no verdict."""
-    judge = PrefersHigher()
+    judge = PrefersHigher("by number", {})
     labeler = judged(judge)
     found = labeler.rewards(
         ranked([1, END], [3, END], [2, END], [3], [1], [2], [9], [9], per_prompt=4)
     )
     np.testing.assert_array_equal(found, [0, 1, 0.5, 1, 0, 1, np.nan, np.nan])
-    assert judge.met[:3] == [("w1", "w3"), ("w1", "w2"), ("w3", "w2")]
+    assert judge.met[:3] == (("w1", "w3"), ("w1", "w2"), ("w3", "w2"))
     assert len(judge.met) == 3 + 3
     assert labeler.report["judge"] == "by number"
 
 
 def test_answers_that_read_the_same_are_no_failure_of_the_judge(judged):
     """Nobody is asked about the first prompt; in the second w1 loses, however often it is there."""
-    judge = PrefersHigher()
+    judge = PrefersHigher("by number", {})
     found = judged(judge).rewards(
         ranked([9, END], [9, END], [9], [1, END], [1, END], [2, END], per_prompt=3)
     )
     np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 0, 0, 1])
-    assert judge.met == [("w1", "w2")]
+    assert judge.met == (("w1", "w2"),)
     pairs = pair_candidates([[0, 0, 1], [0, 0, 1]], found.reshape(2, 3))
     assert (pairs.unranked, pairs.ties, pairs.duplicates) == (0, 1, 2)
     assert (pairs.prompt, pairs.chosen, pairs.rejected) == ([1], [2], [0])
@@ -194,26 +187,23 @@ class ChatWords(Words):
     chat_template = "some"
     bos_token = "<s>"
     all_special_tokens = ("<s>", "<|user|>", "<|assistant|>", "<end>")
-
-    def __init__(self, texts: dict[int, str]) -> None:
-        self.texts = texts
+    one = "<|user|>\nWhat is\n it?<end>\n<|assistant|>\n"
+    several = "<|user|>\nHi<end>\n<|assistant|>\nYes?<end>\n<|user|>\nWhy?<end>\n<|assistant|>\n"
+    texts = ("<s>" + one, one, several, "plain text")
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         return f"<s><|user|>\n{messages[0]['content']}<end>\n<|assistant|>\n"
 
     def decode(self, ids, skip_special_tokens=False):
         text = self.texts[int(ids[0])]
-        if skip_special_tokens:
-            for token in self.all_special_tokens:
-                text = text.replace(token, "")
+        for token in self.all_special_tokens if skip_special_tokens else ():
+            text = text.replace(token, "")
         return text
 
 
 def test_a_judge_reads_the_question_and_not_the_template_around_it():
-    one = "<|user|>\nWhat is\n it?<end>\n<|assistant|>\n"
-    several = "<|user|>\nHi<end>\n<|assistant|>\nYes?<end>\n<|user|>\nWhy?<end>\n<|assistant|>\n"
-    conversation = Conversation(ChatWords({1: "<s>" + one, 2: one, 3: several, 4: "plain text"}))
-    assert [conversation.question(np.array([text])) for text in (1, 2, 3, 4)] == [
+    conversation = Conversation(ChatWords())
+    assert [conversation.question(np.array([text])) for text in range(4)] == [
         "What is\n it?", "What is\n it?", "Hi\n\nYes?\n\nWhy?", "plain text",
     ]  # fmt: skip
 
