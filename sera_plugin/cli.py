@@ -33,8 +33,7 @@ def sera() -> None:
 
 @sera.command(
     epilog=_examples(
-        "axolotl sera demo",
-        "axolotl sera demo --directory /tmp/sera-demo --config my-demo.yaml",
+        "axolotl sera demo", "axolotl sera demo --directory /tmp/sera-demo --config my-demo.yaml"
     )
 )
 @click.option(
@@ -75,9 +74,7 @@ def demo(config: Path | None, directory: Path) -> None:
     help="Compare with a GPU of this many GiB instead of the one here.",
 )
 @click.option(
-    "--measure",
-    is_flag=True,
-    help="Load the model and time a short run on this machine (minutes).",
+    "--measure", is_flag=True, help="Load the model and time a short run on this machine (minutes)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print for machines.")
 def plan(config: Path, gpu: float | None, measure: bool, as_json: bool) -> None:

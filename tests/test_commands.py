@@ -1,4 +1,4 @@
-"""The host's commands take the same YAML, each in a process of its own."""
+"""The host's commands take the same YAML."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from tests.conftest import adapter
@@ -15,9 +16,9 @@ from tests.conftest import adapter
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def axolotl(tmp_path):
-    def run(*arguments, stdin=None, fails=False):
+@pytest.mark.nightly
+def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, tmp_path):
+    def axolotl(*arguments, stdin=None, fails=False):
         command = [sys.executable, "-m", "axolotl.cli.main", *map(str, arguments)]
         if arguments[0] not in ("sera", "merge-lora", "preprocess"):
             command += ["--launcher", "python"]
@@ -28,11 +29,6 @@ def axolotl(tmp_path):
         assert bool(result.returncode) == fails, output[-3000:]
         return output
 
-    return run
-
-
-@pytest.mark.nightly
-def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, axolotl, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(base_config | adapter() | {"num_epochs": 2}))
     # The host prints an example's tokens in colours, each with its id.
@@ -64,14 +60,20 @@ def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, axolotl
     assert load_file(out / "merged/model.safetensors")
 
 
-def test_a_mistake_ends_before_any_model_is_loaded(base_config, axolotl, tmp_path):
+def test_the_host_has_the_commands_and_ends_at_a_mistake_before_any_model_is_loaded(
+    base_config, tmp_path
+):
+    from axolotl.cli.main import cli
+    from axolotl.integrations.base import PluginManager
+
+    assert "demo" in CliRunner().invoke(cli, ["sera", "--help"]).output
+    PluginManager._instance = PluginManager._cfg = None
     base_config["base_model"] = str(tmp_path / "no-such-model")
     base_config["sera"]["selecton_ratio"] = 0.5
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(base_config))
-    output = axolotl("train", config, fails=True)
-    assert "sera.selecton_ratio is not a key. Did you mean `selection_ratio`?" in output
-
-
-def test_sera_commands_are_found_by_the_host(axolotl):
-    assert "demo" in axolotl("sera", "--help")
+    done = CliRunner().invoke(cli, ["train", str(config), "--launcher", "python"])
+    assert done.exit_code == 1
+    assert "sera.selecton_ratio is not a key. Did you mean `selection_ratio`?" in str(
+        done.exception
+    )

@@ -18,7 +18,7 @@ from sera_plugin.cli import sera
 from sera_plugin.config.quoting import plain
 from sera_plugin.tools.convert.convert import KNOWN, RULE_KEYS
 from sera_plugin.tools.convert.names import LEFT_OUT
-from tests.llama_factory import ALPACA, OPENAI, SHAREGPT, run, source, write
+from tests.llama_factory import ALPACA, run, source, write
 
 
 def left_out(said: str) -> dict[str, str]:
@@ -122,28 +122,16 @@ def test_what_it_writes_is_read_by_the_host(name, place, world, load):
 @pytest.mark.slow
 def test_the_host_trains_on_every_kind_of_dataset_and_on_some_layers(place, world, train):
     """Sharegpt, alpaca and openai rows, max_samples, and a model of which a part is trained."""
-    # Words that the model's tokenizer knows.
-    text = json.dumps([SHAREGPT, ALPACA, OPENAI])
-    for word, known in (("Rome", "a b"), ("Bread", "b a"), ("Oslo", "c")):
-        text = text.replace(word, known)
-    talk, alone, openai = json.loads(text)
-    more = alone | {"instruction": "a", "input": "b c"}
-    (place / "data/talks.json").write_text(json.dumps([talk] * 5))
-    (place / "data/plain.jsonl").write_text(f"{json.dumps(alone)}\n{json.dumps(more)}\n")
-    (place / "data/openai.jsonl").write_text((json.dumps(openai) + "\n") * 5)
-    keys = {
-        "model_name_or_path": str(world.base),
-        "dataset": "talks,plain,openai",
-        "max_samples": 4,
-        "finetuning_type": "freeze",
-        "freeze_trainable_layers": 1,
-        "num_train_epochs": 1,
-        "cutoff_len": 64,
-        "learning_rate": 1e-3,
-    }
-    converted, _ = write(source(**keys))
-    done = train(converted)
-    assert done.training_pairs[1].num_rows == 4 + 2 + 4
+    for path in (place / "data").glob("*.json*"):  # words that the model's tokenizer knows
+        text = path.read_text().replace("Rome", "a b").replace("Bread", "b a").replace("Oslo", "c")
+        path.write_text(text)
+    with (place / "data/plain.jsonl").open("a") as file:
+        file.write(json.dumps(ALPACA | {"instruction": "a", "input": "b c"}))
+    keys = {"dataset": "talks,plain,openai", "max_samples": 4, "cutoff_len": 64}
+    keys |= {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "num_train_epochs": 1}
+    keys |= {"model_name_or_path": str(world.base), "learning_rate": 1e-3}
+    done = train(write(source(**keys))[0])
+    assert done.training_pairs[1].num_rows == 3 * 4
     before, after = load_file(world.base / "model.safetensors"), done.model.state_dict()
     moved = {name for name, weights in before.items() if not torch.equal(weights, after[name])}
     assert {name.partition(".layers.")[2].partition(".")[0] for name in moved} == {"1"}
@@ -165,27 +153,12 @@ def test_defaults_are_those_of_llama_factory(place):
 # ------------------------------------------------------------------ what it says
 
 
-def test_every_key_becomes_something_or_is_said_to_become_nothing(place):
-    """With a value for each key that LLaMA-Factory has, as far as the table knows."""
-    values = {"model_name_or_path": "some/model", "stage": "dpo", "dataset": "talks"}
-    numbers = {"val_size": 0.1, "num_train_epochs": 2, "quantization_bit": 4, "max_samples": 3}
-    switches = {"create_new_adapter": False, "lr_scheduler_kwargs": {"min_lr": 1e-7}}
-    texts = {"finetuning_type": "lora", "pref_loss": "simpo", "flash_attn": "fa2"}
-    chosen = values | numbers | switches | texts | {"dataset_dir": "data", "eval_strategy": "steps"}
-    chosen |= {"quantization_method": "bnb", "dpo_label_smoothing": 0, "eval_dataset": None}
+def test_keys_that_become_nothing_are_told_with_the_reason(place):
+    """All that are in the table; that no other disappears is tried below."""
     lost = [name.replace("*", "thing") for names in LEFT_OUT for name in names.split()]
-    given = {name: chosen.get(name, True if name in SWITCHES else 1) for name in RULE_KEYS}
-    written, said = run(given | dict.fromkeys(lost, 1))
-    assert set(lost) <= set(left_out(said))
+    _, said = run(source(**dict.fromkeys(lost, 1)))
+    assert set(lost) == set(left_out(said))
     assert "Unknown" not in said
-    assert written["lora_r"] == 1
-
-
-SWITCHES = {
-    "use_fast_tokenizer", "use_rslora", "use_dora", "double_quantization", "bf16", "fp16",
-    "pure_bf16", "tf32", "disable_gradient_checkpointing", "use_reentrant_gc", "torch_compile",
-    "dataloader_pin_memory", "overwrite_output_dir",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -273,9 +246,3 @@ def test_whatever_a_yaml_holds_is_converted_told_or_refused(keys, place):
         return
     for name in {name for name, value in read.items() if value is not None} - RULE_KEYS:
         assert f"  {plain(name)}: " in said
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text"])
-def test_what_is_no_yaml_of_keys_is_refused(text, place):
-    Path("llama.yaml").write_text(text)
-    assert CliRunner().invoke(sera, ["convert", "llama.yaml"]).exit_code == 2

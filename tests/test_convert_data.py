@@ -32,89 +32,59 @@ def entry(name: str, **keys) -> dict:
 
 def test_conversations_tell_the_host_their_names(place):
     assert entry("talks") == {
-        "path": "data/talks.json",
-        "ds_type": "json",
-        "split": "train",
-        "type": "chat_template.default",
-        "field_messages": "conversations",
+        "path": "data/talks.json", "ds_type": "json", "split": "train",
+        "type": "chat_template.default", "field_messages": "conversations",
         "message_property_mappings": {"role": "from", "content": "value"},
-        "roles": {
-            "user": ["human"],
-            "assistant": ["gpt"],
-            "system": ["system"],
-            "tool": ["observation"],
-        },
-    }
+        "roles": {"user": ["human"], "assistant": ["gpt"], "system": ["system"],
+                  "tool": ["observation"]},
+    }  # fmt: skip
     found = entry("openai")
     assert (found["field_chosen"], found["field_rejected"]) == ("good", "bad")
     assert "message_property_mappings" not in found
     found = entry("plain")
     assert (found["field_messages"], found["path"]) == ("instruction", "data/plain.jsonl")
+    # Never more rows than there are.
+    assert entry("talks", max_samples=5)["split"] == "train"
+    assert entry("talks", max_samples=4)["split"] == "train[:4]"
+
+
+SAID = ["user: Name a city.", "assistant: Oslo", "user: Another one."]
+ASKED = {"prompt": "instruction", "query": "input"}
+RULED = {"messages": "conversations", "system": "rules"}
+TOLD = [{"from": "system", "value": "Be long."}, *TALK]
 
 
 @pytest.mark.parametrize(
     ("row", "columns", "messages"),
     [
-        (
-            ALPACA | {"input": "In Norway."},
-            {"prompt": "instruction", "query": "input"},
-            [{"role": "user", "content": "Name a city.\nIn Norway."}],
-        ),
+        (ALPACA | {"input": "In Norway."}, ASKED, ["user: Name a city.\nIn Norway."]),
         (
             ALPACA | {"rules": "Be brief.", "past": [["Hello", "Hi"]]},
             {"prompt": "instruction", "system": "rules", "history": "past"},
-            [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "Hello"},
-                {"role": "assistant", "content": "Hi"},
-                {"role": "user", "content": "Name a city."},
-            ],
+            ["system: Be brief.", "user: Hello", "assistant: Hi", "user: Name a city."],
         ),
+        # Ends of lines for Python, and half of a surrogate pair.
+        (ALPACA | {"input": "\u2028it.\x85"}, ASKED, ["user: Name a city.\n\u2028it.\x85"]),
+        (ALPACA | {"input": "\ud800 é"}, ASKED, ["user: Name a city.\n\ud800 é"]),
+        (SHAREGPT | {"rules": "Be brief."}, RULED, ["system: Be brief.", *SAID]),
+        (SHAREGPT | {"rules": "Be brief.", "conversations": TOLD}, RULED,
+         ["system: Be long.", *SAID]),
     ],
-)
-def test_instructions_with_more_are_written_as_messages(row, columns, messages, place):
+)  # fmt: skip
+def test_rows_with_more_are_written_as_messages(row, columns, messages, place):
+    talks = {"formatting": "sharegpt"} if "messages" in columns else {}
     rows = [row, row | {"chosen": None}]
-    describe("more", rows, file_name="more.json", columns={**columns, **SIDES})
+    describe("more", rows, file_name="more.json", columns={**columns, **SIDES}, **talks)
     written, said = write(source(dataset="more"))
-    assert written["datasets"] == [
-        {
-            "path": "sera.more.jsonl",
-            "ds_type": "json",
-            "split": "train",
-            "type": "chat_template.default",
-        }
-    ]
-    first, second = map(json.loads, Path("sera.more.jsonl").read_text().splitlines())
-    assert first["messages"] == messages
+    place_of_rows = {"path": "sera.more.jsonl", "ds_type": "json", "split": "train"}
+    assert written["datasets"] == [place_of_rows | {"type": "chat_template.default"}]
+    lines = Path("sera.more.jsonl").read_text().removesuffix("\n").split("\n")
+    first, second = map(json.loads, lines)
+    assert [f"{one['role']}: {one['content']}" for one in first["messages"]] == messages
     assert first["chosen"] == {"role": "assistant", "content": "Rome"}
     # What is wrong with a row stays wrong: training names it.
-    assert second["chosen"] == {"role": "assistant", "content": None}
+    assert second["chosen"] in (None, {"role": "assistant", "content": None})
     assert "They are in sera.more.jsonl as messages" in " ".join(said.split())
-
-
-@pytest.mark.parametrize("text", ["Name\u2028it.\x85", "\ud800 é"])
-def test_a_text_may_hold_ends_of_lines_for_python_and_half_a_surrogate_pair(text, place):
-    line = json.dumps(ALPACA | {"input": text}, ensure_ascii="\ud800" in text)
-    describe("odd", [line], **INFO["plain"] | {"file_name": "odd.jsonl"})
-    write(source(dataset="odd"))
-    found = json.loads(Path("sera.odd.jsonl").read_text())
-    assert found["messages"][-1]["content"] == f"{ALPACA['instruction']}\n{text}"
-
-
-def test_a_system_column_beside_conversations_is_written_as_a_message(place):
-    rows = [
-        SHAREGPT | {"rules": "Be brief."},
-        SHAREGPT | {"conversations": [{"from": "system", "value": "Be long."}, *TALK]},
-    ]
-    columns = {**INFO["talks"]["columns"], "system": "rules"}
-    describe("talks", rows, **INFO["talks"] | {"columns": columns})
-    write(source())
-    found = [json.loads(line) for line in Path("sera.talks.jsonl").read_text().splitlines()]
-    assert [row["messages"][0]["content"] for row in found] == ["Be brief.", "Be long."]
-    assert [one["role"] for one in found[0]["messages"]] == [
-        "system", "user", "assistant", "user",
-    ]  # fmt: skip
-    assert found[0]["rejected"] == {"role": "assistant", "content": "Bread"}
 
 
 def test_a_dataset_of_the_hub_is_not_looked_at(place):
@@ -122,19 +92,11 @@ def test_a_dataset_of_the_hub_is_not_looked_at(place):
     describe("hub", hf_hub_url="some/pairs", subset="en", columns=columns)
     written, said = run(source(dataset="hub", max_samples=100))
     assert written["datasets"][0] == {
-        "path": "some/pairs",
-        "name": "en",
-        "split": "train[:100]",
-        "type": "chat_template.default",
-        "field_messages": "question",
-    }
+        "path": "some/pairs", "name": "en", "split": "train[:100]",
+        "type": "chat_template.default", "field_messages": "question",
+    }  # fmt: skip
     assert "hub: its rows were not looked at" in said
     assert "has to have 100 rows" in said
-
-
-def test_max_samples_never_asks_for_more_rows_than_there_are(place):
-    assert entry("talks", max_samples=5)["split"] == "train"
-    assert entry("talks", max_samples=4)["split"] == "train[:4]"
 
 
 @pytest.mark.parametrize(
@@ -159,15 +121,10 @@ def test_what_a_description_loses_is_said(change, said, place):
         ({"file_name": "talks.json", "columns": 3}, "has columns that are not blocks"),
         ({"file_name": "talks.json", "columns": {}}, "names no columns chosen and rejected"),
         ({"file_name": "talks.json"}, "names no column of prompts"),
-        *(
-            (
-                INFO["talks"] | {"columns": {**SIDES, one: one}},
-                f"has {one}; rl: sera trains on text",
-            )
-            for one in ("images", "videos", "audios")
-        ),
+        *(({"columns": {**SIDES, one: one}}, f"has {one}; rl: sera trains on text")
+          for one in ("images", "videos", "audios")),
     ],
-)
+)  # fmt: skip
 def test_a_description_that_cannot_be_followed_is_refused(info, said, place):
     describe("talks", **{"columns": SIDES} | info)
     with pytest.raises(ValueError, match=re.escape(said)):
@@ -207,22 +164,16 @@ def test_a_damaged_file_is_named(content, said, place):
 # ------------------------------------------------------------------ templates
 
 #: What LLaMA-Factory renders of one conversation, by its own description of the template.
-MESSAGES = [
-    {"role": "user", "content": "One"},
-    {"role": "assistant", "content": "Two"},
-    {"role": "user", "content": "Three"},
-]
+TURNS = ("user", "One"), ("assistant", "Two"), ("user", "Three")
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 #: What stands before all, a turn of the user and one of the assistant.
 CHATML = ("", "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n")
 QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 LLAMA = ("<bos>", "{0}user{1}\n\n{{}}{2}", "{0}assistant{1}\n\n{{}}{2}")
 MARKS_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 MARKS_4 = ("<|header_start|>", "<|header_end|>", "<|eot|>")
-GEMMA = (
-    "<bos>",
-    "<start_of_turn>user\n{}<end_of_turn>\n",
-    "<start_of_turn>model\n{}<end_of_turn>\n",
-)
+TURN = "<start_of_turn>{}\n{{}}<end_of_turn>\n"
+GEMMA = ("<bos>", TURN.format("user"), TURN.format("model"))
 RENDERED = {
     **dict.fromkeys(("chatml", "yi", "smollm", "qwen3_nothink"), CHATML),
     "qwen": (f"<|im_start|>system\n{QWEN}<|im_end|>\n", *CHATML[1:]),
@@ -241,18 +192,12 @@ def test_a_template_renders_what_llama_factory_renders(template):
     from axolotl.utils.chat_templates import get_chat_template
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), _ = render_jinja_template(
-        [MESSAGES],
-        chat_template=get_chat_template(TEMPLATES[template][0]),
-        add_generation_prompt=True,
-        bos_token="<bos>",
-        eos_token="<eos>",
-    )
+    marks = {"bos_token": "<bos>", "eos_token": "<eos>", "add_generation_prompt": True}
+    template_text = get_chat_template(TEMPLATES[template][0])
+    (text,), _ = render_jinja_template([MESSAGES], chat_template=template_text, **marks)
     start, user, assistant = RENDERED[template]
-    asks = assistant.partition("{}")[0].rstrip(" ")
-    assert (
-        text == start + user.format("One") + assistant.format("Two") + user.format("Three") + asks
-    )
+    turns = user.format("One") + assistant.format("Two") + user.format("Three")
+    assert text == start + turns + assistant.partition("{}")[0].rstrip(" ")
 
 
 def test_another_template_is_the_models_own_and_said_to_be(place):
@@ -266,21 +211,20 @@ def test_another_template_is_the_models_own_and_said_to_be(place):
 
 # ------------------------------------------------------------------ the command
 
+COMMAND = ["convert", "llama.yaml", "--output", "sera.yaml"]
+
 
 def test_the_yaml_goes_to_standard_output_or_a_new_file_and_the_rest_does_not(place):
     Path("llama.yaml").write_text(yaml.safe_dump(source(plot_loss=True)))
-    result = CliRunner().invoke(sera, ["convert", "llama.yaml"])
+    result = CliRunner().invoke(sera, COMMAND[:2])
     assert result.exit_code == 0
     assert yaml.safe_load(result.stdout)["rl"] == "sera"
     assert "plot_loss: true" in result.stderr
-    command = ["convert", "llama.yaml", "--output", "sera.yaml"]
-    assert CliRunner().invoke(sera, command).exit_code == 0
-    before = Path("sera.yaml").read_text()
-    again = CliRunner().invoke(sera, command)
-    assert again.exit_code == 2
-    assert "sera.yaml is there, and nothing is overwritten" in again.output
-    assert Path("sera.yaml").read_text() == before
-    assert not [*place.glob(".*.partial"), *place.glob("*.jsonl")]
+    Path("sera.yaml").write_text("mine")
+    refused = CliRunner().invoke(sera, COMMAND)
+    assert refused.exit_code == 2
+    assert "sera.yaml is there, and nothing is overwritten" in refused.output
+    assert Path("sera.yaml").read_text() == "mine"
 
 
 def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
@@ -293,19 +237,17 @@ def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return replace(self, target)
 
-    command = ["convert", "llama.yaml", "--output", "sera.yaml"]
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        failed = CliRunner().invoke(sera, command)
+        failed = CliRunner().invoke(sera, COMMAND)
     assert failed.exit_code == 1
     assert "then start the same command again" in failed.stderr
     assert not list(place.glob("sera*"))
-    assert CliRunner().invoke(sera, command).exit_code == 0
+    assert CliRunner().invoke(sera, COMMAND).exit_code == 0
     assert {path.name for path in place.glob("sera*")} == {"sera.yaml", "sera.odd.jsonl"}
 
 
-def test_the_table_in_the_docs_is_the_codes(place):
+def test_the_table_in_the_docs_is_the_codes():
     page = (ROOT / "docs/llama-factory.md").read_text()
-    generated = runpy.run_path(str(ROOT / "docs/generate.py"))["convert_tables"]()
-    for table in generated:
+    for table in runpy.run_path(str(ROOT / "docs/generate.py"))["convert_tables"]():
         assert table in page, "run `make docs`"

@@ -114,11 +114,7 @@ _TRIALS: tuple[Trial, ...] = (
         "slower sampling",
         lambda run: run.sampler == "vllm" and "sample" in run.failing,
     ),
-    _set(
-        _FOUR_BITS,
-        "the base in 4 bits",
-        lambda run: run.model.adapter and run.bits != 4,
-    ),
+    _set(_FOUR_BITS, "the base in 4 bits", lambda run: run.model.adapter and run.bits != 4),
     _shorter,
     _set(
         _FOUR_BITS | {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
