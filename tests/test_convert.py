@@ -119,7 +119,7 @@ def test_what_it_writes_is_read_by_the_host(name, place, world, load):
     assert set(written) - set(cfg.keys()) == set()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_host_trains_on_every_kind_of_dataset_and_on_some_layers(place, world, train):
     """Sharegpt, alpaca and openai rows, max_samples, and a model of which a part is trained."""
     for path in (place / "data").glob("*.json*"):  # words that the model's tokenizer knows

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from sera_plugin import __version__
+from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import SeraConfig
-from tests.doc_pages import PAGES, ROOT, blocks, inline_code, tokens
+from tests.doc_pages import PAGES, ROOT, blocks, file_name, inline_code, tokens
 
 DOCS = ROOT / "docs"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -57,19 +58,21 @@ def test_no_text_is_taken_for_html(page):
 
 
 @every_page
-def test_yaml_blocks_are_what_the_plugin_reads(page, tmp_path, monkeypatch):
+def test_yaml_blocks_are_what_the_host_and_the_plugin_read(page, tmp_path, monkeypatch):
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
     monkeypatch.setenv("HOME", str(tmp_path))
     python = tmp_path / "vllm/bin/python"
     python.parent.mkdir(parents=True)
     python.touch(mode=0o755)
+    shown = [code for code in inline_code(page) if code.startswith("sera: {") and "..." not in code]
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block.text)
-        assert isinstance(content, dict), block.place
-        if "sera" in content:
-            SeraConfig.model_validate(content["sera"])
-    for code in inline_code(page):
-        if code.startswith("sera: {") and "..." not in code:
-            SeraConfig.model_validate(yaml.safe_load(code)["sera"])
+        model = JudgeConfig if file_name(block) == "judge.yaml" else AxolotlInputConfig
+        assert content.keys() <= {*model.model_fields, "sera"}, block.place
+        shown += [block.text] if "sera" in content else []
+    for text in shown:
+        SeraConfig.model_validate(yaml.safe_load(text)["sera"])
 
 
 def test_what_the_architecture_names_exists():

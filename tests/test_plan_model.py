@@ -13,9 +13,7 @@ from axolotl.loaders import ModelLoader, load_tokenizer
 from bitsandbytes.nn import Linear8bitLt
 from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel
 
 from sera_plugin.algorithm.method import Method
@@ -26,7 +24,7 @@ from sera_plugin.model.forward import Targets, forward_logps
 from sera_plugin.model.policies import take_snapshot
 from sera_plugin.model.scoring import score_sequences, scoring_budget
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.tools.planning.counts import Work, flops, lengths
+from sera_plugin.tools.planning.counts import lengths
 from sera_plugin.tools.planning.model import describe
 from sera_plugin.tools.planning.run import Run
 from tests.conftest import adapter
@@ -207,27 +205,20 @@ def masked(ids):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def batch(found):
-    inputs = masked(found.ids)
-    completion = inputs["attention_mask"].clone()
-    completion[:, :16] = 0
-    return inputs, Targets.of(found.ids, completion)
-
-
-def checkpointed(found, on: bool):
-    if on:
-        found.model.enable_input_require_grads()
-        found.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return found.run.changed({"gradient_checkpointing": on, "micro_batch_size": 2})
-
-
 @pytest.mark.parametrize(("changes", "on"), [({}, False), (LINEAR, True)])
 def test_a_training_pass_holds_what_is_planned(changes, on, described, tmp_path):
     found = described("llama", changes, hidden_size=256, intermediate_size=688)
-    run = checkpointed(found, on)
+    run = found.run.changed({"gradient_checkpointing": on, "micro_batch_size": 2})
+    if on:
+        found.model.enable_input_require_grads()
+        found.model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = masked(found.ids)
+    completion = inputs["attention_mask"].clone()
+    completion[:, :16] = 0
+    targets = Targets.of(found.ids, completion)
 
     def step():
-        forward_logps(found.model, *batch(found))[0].sum().backward()
+        forward_logps(found.model, inputs, targets)[0].sum().backward()
 
     step()  # gradients are there, as they are between the micro-batches of a step
     assert sum(run.training().values()) == pytest.approx(most_held(step, tmp_path), rel=0.1)
@@ -255,25 +246,3 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
     # 16,384 tokens are 42 prompts with 4 candidates each of 16 + 80.
     real = most_held(lambda: list(sampler.sample(prompts[:42], settings)), tmp_path)
     assert 0.9 * real < sum(run.sampling().values()) < 1.4 * real
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "on"), [("llama", {}, True), ("gpt_neox", LINEAR, False)]
-)
-def test_operations_are_those_that_torch_counts(kind, changes, on, described):
-    found = described(kind, changes)
-    found.ids = found.ids[:, :48]
-    run, (inputs, targets) = checkpointed(found, on), batch(found)
-    forward_logps(found.model, inputs, targets)  # finds out what the model takes
-    # torch counts no kernel of a CPU's attention, so its products are taken apart.
-    with sdpa_kernel(SDPBackend.MATH):
-        with torch.no_grad(), FlopCounterMode(display=False) as forward:
-            forward_logps(found.model, inputs, targets)
-        with FlopCounterMode(display=False) as both:
-            forward_logps(found.model, inputs, targets)[0].sum().backward()
-    # Apart as they are, they compute the upper half too, which a causal kernel leaves out.
-    squares = 2 * 4 * 48**2
-    work = Work(4, 4 * 48, 4 * 48, 4.0 * 48, 4.0 * 32 - 10, float(squares))
-    assert flops(run, "score_offline", work) == pytest.approx(forward.get_total_flops(), rel=0.01)
-    # torch stops to compute a layer again before its last product.
-    assert flops(run, "train", work) == pytest.approx(both.get_total_flops(), rel=0.08)
