@@ -13,11 +13,10 @@ from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.planning import counts, show
-from sera_plugin.tools.planning.advice import advise
-from sera_plugin.tools.planning.counts import Work, flops, iterations, lengths
-from sera_plugin.tools.planning.disk import disk_parts
+from sera_plugin.tools.planning.counts import Work, disk_parts, flops, iterations, lengths
 from sera_plugin.tools.planning.model import Model, state_bytes
 from sera_plugin.tools.planning.run import Run
+from sera_plugin.tools.planning.show import advise
 from sera_plugin.tools.report.output import json_text
 
 PROMPT, CHOSEN, REJECTED = map(np.array, ([3, 5, 2, 4], [6, 2, 4, 8], [1, 7, 4, 4]))

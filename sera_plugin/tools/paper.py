@@ -19,33 +19,22 @@ from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.command import refusing
 
 FULL: dict[str, Any] = {"rl_beta": 0.2, "learning_rate": 3.0e-6}
+BY_ONE = {"micro_batch_size": 1, "gradient_accumulation_steps": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": {
         "base_model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 8,
-        **FULL,
+        "micro_batch_size": 2, "gradient_accumulation_steps": 8, **FULL,
     },
     "pythia-2.8b": {
-        "base_model": "EleutherAI/pythia-2.8b",
-        "chat_template": "chatml",
-        "micro_batch_size": 1,
-        "gradient_accumulation_steps": 16,
-        **FULL,
+        "base_model": "EleutherAI/pythia-2.8b", "chat_template": "chatml", **BY_ONE, **FULL,
     },
     "mistral-7b": {
         "base_model": "mistralai/Mistral-7B-Instruct-v0.2",
-        "rl_beta": 0.01,
-        "micro_batch_size": 1,
-        "gradient_accumulation_steps": 16,
-        "learning_rate": 5.0e-6,
-        "adapter": "lora",
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": 0,
+        "rl_beta": 0.01, **BY_ONE, "learning_rate": 5.0e-6,
+        "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0,
         "lora_target_linear": True,
     },
-}
+}  # fmt: skip
 
 CONVERSATIONS = {"split": "train", "type": "chat_template.default", "field_messages": "prompt"}
 DATASETS: dict[str, dict[str, Any]] = {
@@ -104,25 +93,13 @@ SYSTEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 ELSEWHERE = ("sera-dpo", "dpo", "iterative-dpo")
 
 COMMON: dict[str, Any] = {
-    "val_set_size": 0.01,
-    "dataset_prepared_path": "./prepared",
-    "sequence_len": 1024,
-    "num_epochs": 3,
-    "lr_scheduler": "cosine",
-    "warmup_ratio": 0.1,
-    "optimizer": "adamw_torch_fused",
-    "seed": 42,
-    "bf16": True,
-    "tf32": True,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "attn_implementation": "sdpa",
-    "logging_steps": 10,
-    "evals_per_epoch": 1,
-    "saves_per_epoch": 1,
-    "save_total_limit": 2,
-    "auto_resume_from_checkpoints": True,
-}
+    "val_set_size": 0.01, "dataset_prepared_path": "./prepared", "sequence_len": 1024,
+    "num_epochs": 3, "lr_scheduler": "cosine", "warmup_ratio": 0.1,
+    "optimizer": "adamw_torch_fused", "seed": 42, "bf16": True, "tf32": True,
+    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "attn_implementation": "sdpa", "logging_steps": 10, "evals_per_epoch": 1,
+    "saves_per_epoch": 1, "save_total_limit": 2, "auto_resume_from_checkpoints": True,
+}  # fmt: skip
 
 
 def yaml_text(dataset: str, model: str, system: str) -> str:

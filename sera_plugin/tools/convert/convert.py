@@ -92,8 +92,12 @@ def _say(path: Path, settings: Settings) -> str:
     for name, value in settings.given.items():
         if value is None or name in settings.read or name in lost:
             continue
-        if (why := why_left_out(str(name))) is not None:
-            lost[name] = why
+        why = [why for names, why in LEFT_OUT.items() for one in names.split()
+               if fnmatchcase(str(name), one)]  # fmt: skip
+        if name in RULE_KEYS:
+            lost[name] = "it has no effect beside the other keys."
+        elif why:
+            lost[name] = why[0]
         else:
             close = closest(str(name), KNOWN, cutoff=0.75)
             unknown[name] = f"Did you mean {close}?" if close else "Not a key that this knows."
@@ -118,13 +122,3 @@ def _shown(name: object, value: Any) -> str:
     if is_secret(str(name)):
         return MASK
     return str(value).lower() if isinstance(value, bool) else plain(str(value))
-
-
-def why_left_out(name: str) -> str | None:
-    """Why a key became nothing; None for one that LLaMA-Factory has not, as far as this knows."""
-    if name in RULE_KEYS:
-        return "it has no effect beside the other keys."
-    found = (
-        why for names, why in LEFT_OUT.items() if any(fnmatchcase(name, n) for n in names.split())
-    )
-    return next(found, None)

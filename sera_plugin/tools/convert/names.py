@@ -6,56 +6,32 @@ from typing import Any
 
 #: LLaMA-Factory's defaults, and those of the trainer under it, where the host's differ.
 DEFAULTS: dict[str, Any] = {
-    "cutoff_len": 2048,
-    "dataset_dir": "data",
-    "double_quantization": True,
-    "finetuning_type": "lora",
-    "freeze_trainable_layers": 2,
-    "freeze_trainable_modules": "all",
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-5,
-    "logging_steps": 500,
-    "lora_dropout": 0.0,
-    "lora_rank": 8,
-    "lora_target": "all",
-    "lr_scheduler_type": "linear",
-    "num_train_epochs": 3,
-    "optim": "adamw_torch",
-    "per_device_train_batch_size": 8,
-    "pref_beta": 0.1,
-    "pref_loss": "sigmoid",
-    "quantization_method": "bnb",
-    "quantization_type": "nf4",
-    "save_steps": 500,
-    "save_strategy": "steps",
-    "seed": 42,
-    "simpo_gamma": 0.5,
-    "stage": "sft",
-    "use_reentrant_gc": True,
-}
+    "stage": "sft", "finetuning_type": "lora", "cutoff_len": 2048, "dataset_dir": "data",
+    "pref_beta": 0.1, "pref_loss": "sigmoid", "simpo_gamma": 0.5,
+    "lora_rank": 8, "lora_dropout": 0.0, "lora_target": "all",
+    "freeze_trainable_layers": 2, "freeze_trainable_modules": "all",
+    "quantization_method": "bnb", "quantization_type": "nf4", "double_quantization": True,
+    "num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "learning_rate": 5e-5, "lr_scheduler_type": "linear", "optim": "adamw_torch", "seed": 42,
+    "use_reentrant_gc": True, "logging_steps": 500, "save_strategy": "steps", "save_steps": 500,
+}  # fmt: skip
 
 _NO_SYSTEM = "It takes no system message; LLaMA-Factory puts one before the first turn."
 _LATE_SYSTEM = "A system message goes before the last turn, not the first."
 
 #: `flash_attn` here and there.
 ATTENTION = {
-    "auto": None,
-    "disabled": "eager",
-    "sdpa": "sdpa",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_3",
+    **{"auto": None, "disabled": "eager", "sdpa": "sdpa"},
+    **{"fa2": "flash_attention_2", "fa3": "flash_attention_3"},
 }
 #: template -> (chat_template, what differs). Those that say nothing render the same conversation
 #: as the same text, white space around a message aside (the host's Llama 3 and Gemma trim it).
 TEMPLATES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("chatml", "yi", "smollm", "qwen3_nothink"), ("chatml", "")),
     "qwen": ("qwen_25", ""),
-    "falcon_h1": ("falcon_h1", ""),
-    "llama3": ("llama3", ""),
-    "llama4": ("llama4", ""),
+    **{name: (name, "") for name in ("falcon_h1", "llama3", "llama4")},
     "phi": ("phi_35", ""),
-    "gemma": ("gemma", _NO_SYSTEM),
-    "gemma2": ("gemma", _NO_SYSTEM),
+    **dict.fromkeys(("gemma", "gemma2"), ("gemma", _NO_SYSTEM)),
     "gemma3": ("gemma3", ""),
     "ministral": ("mistral_v3_tekken", _LATE_SYSTEM),
     "mistral": ("mistral_v2v3", _LATE_SYSTEM),
@@ -67,14 +43,9 @@ OWN_TEMPLATE = "tokenizer_default"
 #: Columns where `dataset_info.json` names none, roles where its `tags` do not.
 COLUMNS = {"prompt": "instruction", "query": "input", "messages": "conversations"}
 TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "system_tag": "system", "observation_tag": "observation", "function_tag": "function_call",
+}  # fmt: skip
 #: Keys of `dataset_info.json` that become nothing, and what to do.
 DATASET_KEYS = {
     "tools": "Descriptions of tools do not come into the prompts.",

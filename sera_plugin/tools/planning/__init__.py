@@ -2,10 +2,8 @@
 
 - `model`   a model's sizes and activations, from its class built of fake tensors
 - `run`   a configuration with its model and data; bytes on the device and in host memory by phase
-- `counts`   pairs, steps, tokens, operations and seconds of each iteration
-- `disk`   bytes in output_dir
-- `advice`   what to change where it does not fit
+- `counts`   pairs, steps, tokens, operations and seconds of each iteration; bytes in output_dir
 - `measure`   a short real run, timed
 - `prepare`   a plan from a YAML, with the host's own parsing and data
-- `show`   all figures, for people and for machines
+- `show`   all figures, for people and for machines; what to change where it does not fit
 """

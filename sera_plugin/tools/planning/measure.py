@@ -29,7 +29,6 @@ from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.planning.counts import Speed, flops, iterations
-from sera_plugin.tools.planning.disk import existing
 from sera_plugin.tools.planning.run import Run
 
 LOG = logging.getLogger("axolotl.sera")
@@ -49,6 +48,12 @@ _SHORT = {
     **dict.fromkeys(("use_wandb", "use_mlflow", "use_tensorboard", "use_comet"), False),
     **dict.fromkeys(("use_trackio", "use_otel_metrics"), False),
 }
+
+
+def existing(place: Path) -> Path:
+    """The nearest directory that is there."""
+    place = place.expanduser().absolute()
+    return next(each for each in (place, *place.parents) if each.exists())
 
 
 def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float | None, str]:

@@ -123,12 +123,9 @@ class Model:
 
 
 def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
-    """Build the model that a configuration names, and its adapter, without weights.
+    """Build the model that the host's `cfg` names, and its adapter, without weights.
 
-    Args:
-        cfg: the host's resolved configuration.
-        tokenizer: the host's; it may enlarge the vocabulary.
-        on_gpu: whether the run will be on a GPU.
+    The host's tokenizer may enlarge the vocabulary; `on_gpu` is where the run will be.
 
     Raises:
         ValueError: if the model cannot be passed like a causal language model of transformers.

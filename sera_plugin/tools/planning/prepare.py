@@ -32,9 +32,8 @@ from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import make_table
 from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
-from sera_plugin.tools.planning.counts import lengths
-from sera_plugin.tools.planning.disk import disk_parts, existing
-from sera_plugin.tools.planning.measure import fastest, measure
+from sera_plugin.tools.planning.counts import disk_parts, lengths
+from sera_plugin.tools.planning.measure import existing, fastest, measure
 from sera_plugin.tools.planning.model import OPTIMIZERS, describe
 from sera_plugin.tools.planning.run import Run
 from sera_plugin.tools.planning.show import figures
