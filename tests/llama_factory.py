@@ -31,8 +31,7 @@ TAGS = {"role_tag": "role", "content_tag": "content"}
 INFO = {
     "talks": TALKS | {"file_name": "talks.json", "columns": {"messages": "conversations", **SIDES}},
     "plain": {
-        "file_name": "plain.jsonl",
-        "ranking": True,
+        "file_name": "plain.jsonl", "ranking": True,
         "columns": {"prompt": "instruction", "query": "input", **SIDES},
     },
     "openai": TALKS | {
@@ -55,14 +54,8 @@ def lay_out(data: Path) -> None:
 
 
 def source(**keys) -> dict:
-    return {
-        "model_name_or_path": "some/model",
-        "stage": "dpo",
-        "dataset": "talks",
-        "template": "chatml",
-        "output_dir": "saves/run",
-        **keys,
-    }
+    where = {"model_name_or_path": "some/model", "output_dir": "saves/run"}
+    return where | {"stage": "dpo", "dataset": "talks", "template": "chatml"} | keys
 
 
 def describe(name: str, rows: list | None = None, **info) -> None:

@@ -66,27 +66,24 @@ def test_what_is_known_beforehand_is_exactly_what_the_run_counts(
     found, result = planned(config), train(config)
     assert len(found["iterations"]) == config["num_epochs"]
     for one in found["iterations"]:
-        made = summary(result.run, one["iteration"])
-        forwarded, pairs = made["forwarded"], made["pairs"]
-        assert forwarded.keys() == one["phases"].keys() - {"train", "evaluate"}
-        for phase, real in forwarded.items():
-            counted = one["phases"][phase]
-            assert counted["sequences"] == real["sequences"]
-            assert real["tokens"] <= counted["most_tokens"]
-            if phase in ("score_offline", "score_evaluation"):
-                assert counted["tokens"] == counted["most_tokens"] == real["tokens"]
-        assert one["kept"] == pairs["kept"]
-        assert one["bootstrapped"] == pairs["bootstrapped_wanted"]
-        trained, train_phase = result.training_pairs[one["iteration"]], one["phases"]["train"]
-        prompt, chosen, rejected = (
-            sum(map(len, trained[f"{name}_ids"].to_pylist()))
-            for name in ("prompt", "chosen", "rejected")
+        made, phases = summary(result.run, one["iteration"]), one["phases"]
+        assert made["forwarded"].keys() == phases.keys() - {"train", "evaluate"}
+        for name, real in made["forwarded"].items():
+            assert phases[name]["sequences"] == real["sequences"]
+            assert real["tokens"] <= phases[name]["most_tokens"]
+            if name in ("score_offline", "score_evaluation"):
+                assert phases[name]["tokens"] == phases[name]["most_tokens"] == real["tokens"]
+        pairs = made["pairs"]["kept"], made["pairs"]["bootstrapped_wanted"]
+        assert (one["kept"], one["bootstrapped"]) == pairs
+        trained = result.training_pairs[one["iteration"]]
+        tokens = sum(
+            count * sum(map(len, trained[f"{name}_ids"].to_pylist()))
+            for name, count in (("prompt", 2), ("chosen", 1), ("rejected", 1))
         )
-        tokens = 2 * prompt + chosen + rejected
-        assert tokens <= train_phase["most_tokens"]
+        assert tokens <= phases["train"]["most_tokens"]
         if one["iteration"] == 1 and not one["bootstrapped"]:
-            assert tokens == train_phase["tokens"]
-        assert train_phase["sequences"] == 2 * one["pairs"]
+            assert tokens == phases["train"]["tokens"]
+        assert phases["train"]["sequences"] == 2 * one["pairs"]
     steps = sum(one["steps"] for one in found["iterations"])
     assert steps == result.trainer.state.global_step
     if "adapter" in changes:
