@@ -73,7 +73,7 @@ TOLD = [{"from": "system", "value": "Be long."}, *TALK]
 )  # fmt: skip
 def test_rows_with_more_are_written_as_messages(row, columns, messages, place):
     talks = {"formatting": "sharegpt"} if "messages" in columns else {}
-    escaped = "\ud800" in str(row)
+    escaped = "\ud800" in row.get("input", "")
     rows = [json.dumps(one, ensure_ascii=escaped) for one in (row, row | {"chosen": None})]
     describe("more", rows, file_name="more.json", columns={**columns, **SIDES}, **talks)
     written, said = write(source(dataset="more"))
