@@ -159,16 +159,18 @@ def test_weights_are_what_the_host_and_peft_make_and_activations_what_autograd_k
 
 
 def test_a_known_model_in_four_bits(base_config, model_directory, load):
-    """Mistral-7B: 4 bits and 0.127 for scales (QLoRA, section 3), the rest in 16 bits."""
+    """4 layers of Mistral-7B: 4 bits and 0.127 for scales (QLoRA, section 3), the rest in 16."""
     directory = model_directory("mistral")
-    AutoConfig.for_model("mistral", vocab_size=32_000).save_pretrained(directory)
+    AutoConfig.for_model("mistral", vocab_size=32_000, num_hidden_layers=4).save_pretrained(
+        directory
+    )
     cfg = load(base_config | QLORA | LINEAR | {
         "base_model": str(directory), "adapter": "qlora", "bf16": True, "lora_r": 16,
     })  # fmt: skip
     found = describe(cfg, load_tokenizer(cfg), on_gpu=True)
-    wide = 2 * 32_000 * 4096 + 65 * 4096
-    assert found.parameters == 7_241_732_096
-    assert found.adapter == 41_943_040
+    wide = 2 * 32_000 * 4096 + 9 * 4096
+    assert found.parameters + 28 * 218_112_000 == 7_241_732_096
+    assert 8 * found.adapter == 41_943_040
     assert found.matrices == found.parameters - wide + found.adapter
     expected = (found.parameters - wide) * 4.127 / 8 + 2 * wide
     assert found.weights == pytest.approx(expected, rel=1e-3)
