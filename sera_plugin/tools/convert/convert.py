@@ -92,12 +92,12 @@ def _say(path: Path, settings: Settings) -> str:
     for name, value in settings.given.items():
         if value is None or name in settings.read or name in lost:
             continue
-        why = [why for names, why in LEFT_OUT.items() for one in names.split()
+        whys = [why for names, why in LEFT_OUT.items() for one in names.split()
                if fnmatchcase(str(name), one)]  # fmt: skip
         if name in RULE_KEYS:
             lost[name] = "it has no effect beside the other keys."
-        elif why:
-            lost[name] = why[0]
+        elif whys:
+            lost[name] = whys[0]
         else:
             close = closest(str(name), KNOWN, cutoff=0.75)
             unknown[name] = f"Did you mean {close}?" if close else "Not a key that this knows."
