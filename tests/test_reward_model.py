@@ -120,7 +120,7 @@ def damaged(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("breaking", "labels", "said"),
     [
-        (no_template, 1, "chat_template is not set"),
+        (no_template, 1, "cannot be loaded .*chat_template is not set"),
         (lambda directory: None, 2, "has 2 outputs. A reward model has one"),
         (pickled, 1, "model cannot be loaded as a reward model: .*safetensors"),
         (lambda path: (path / "config.json").unlink(), 1, "model cannot be loaded as a reward "),

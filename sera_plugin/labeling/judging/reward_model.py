@@ -34,6 +34,7 @@ class RewardModelJudge(ScoringJudge):
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, **safe)
+            self._tokenizer.get_chat_template()  # raises without one
             self._model = AutoModelForSequenceClassification.from_pretrained(
                 directory, dtype="auto", use_safetensors=True, **safe
             )
