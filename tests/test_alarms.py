@@ -11,6 +11,7 @@ import pytest
 from sera_plugin.algorithm import alarms
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.model.losses import FLOAT32_LIMIT
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -216,8 +217,6 @@ def test_a_judge_that_says_nothing_is_not_taken_for_samples_that_are_alike():
 
 
 def test_rounding_is_what_the_gate_calls_rounding():
-    from sera_plugin.model.losses import FLOAT32_LIMIT
-
     # Of an answer of 100 tokens: rounding grows with their square root.
     rounding = FLOAT32_LIMIT * math.sqrt(100) / 100
     assert alarms.THRESHOLDS["constant_rewards"] == pytest.approx(rounding)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,14 +139,14 @@ def test_a_second_run_changes_nothing_of_the_first(base_config, train, monkeypat
 
 
 @contextmanager
-def limited(model, most):
+def limited(model, most, allocate=lambda: torch.empty(2**50)):
     """Within it a forward pass fits `most` tokens; gives the sizes of those that are tried."""
     sizes = []
 
     def check(module, args, kwargs):
         sizes.append(kwargs["input_ids"].numel())
         if sizes[-1] > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+            allocate()  # the real error of a CPU, unless a GPU's is asked for
 
     handle = model.register_forward_pre_hook(check, with_kwargs=True)
     yield sizes
@@ -176,11 +175,15 @@ def test_scoring_goes_on_in_smaller_batches_and_remembers(model, caplog):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
 
 
+def gpu_ran_out():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+
 def test_sampling_goes_on_in_smaller_batches(model, caplog):
     """Three prompts with four candidates each; a forward pass takes four sequences at most."""
     sampler = TransformersSampler(model, pad_id=0, token_budget=10_000)
     settings = SamplingSettings(4, 1.0, 1.0, 6, 48, (2,), seed=3)
-    with limited(model, 4 * 5):
+    with limited(model, 4 * 5, gpu_ran_out):
         chunks = list(sampler.sample(ids(5, 5, 5), settings))
     assert [[row for row, _ in chunk] for chunk in chunks] == [[0], [1], [2]]
     assert all(len(candidates) == 4 for chunk in chunks for _, candidates in chunk)
@@ -195,37 +198,6 @@ def test_another_error_is_not_taken_for_memory(model):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
     handle.remove()
-
-
-@pytest.mark.slow
-@pytest.mark.nightly
-def test_memory_that_really_runs_out():
-    """A layer 32,768 wide takes 2 GiB for 64 x 250 tokens; the process may have 1 GiB more."""
-    script = textwrap.dedent("""
-        import logging, resource
-        import numpy as np, psutil, torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-        from sera_plugin.model.budget import TokenBudget
-        from sera_plugin.model.scoring import score_sequences
-        logging.basicConfig()
-        torch.set_num_threads(1)
-        config = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32768,
-            num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-        model = LlamaForCausalLM(config).eval()
-        ids = [np.full(125, token, dtype=np.int32) for token in range(64)]
-        def score(budget):
-            return score_sequences(model, ids, ids, pad_id=0, budget=budget)
-        expected = score(TokenBudget(250))
-        limit = psutil.Process().memory_info().vms + 2**30
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        budget = TokenBudget(64 * 250)
-        assert np.allclose(score(budget), expected, atol=1e-2)
-        print("tokens", budget.tokens)
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory while scoring" in done.stderr
-    assert 250 <= int(done.stdout.split()[-1]) < 64 * 250
 
 
 # ------------------------------------------------------------------ numbers

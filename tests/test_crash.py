@@ -124,15 +124,15 @@ def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
 @pytest.mark.parametrize(
     "point",
     [
-        "sample-token:100:lora-keep-1",
         "rename-before:22:full",
-        "policy-half:6:lora-keep-1",
         "micro-batch:10:full-one-schedule",
-        "checkpoint-half:42:lora-keep-1",
         "checkpoint-half:55+sample-chunk:3:lora-keep-1",
         *(
             pytest.param(point, marks=pytest.mark.nightly)
             for point in (
+                "sample-token:100:lora-keep-1",
+                "policy-half:6:lora-keep-1",
+                "checkpoint-half:42:lora-keep-1",
                 "score-offline:5:full",
                 "sample-chunk:3:full",
                 "score-candidates:20:lora-keep-1",

@@ -183,7 +183,11 @@ def test_run_is_what_it_says(world, base_config, train, keys, four_bit):
 @pytest.mark.skipif(not SHARED.exists(), reason="the larger model and real data are not here")
 @pytest.mark.parametrize(
     ("keys", "four_bit"),
-    [(FULL, False), (LORA, False), (QLORA, True)],
+    [
+        pytest.param(FULL, False, marks=pytest.mark.nightly),
+        pytest.param(LORA, False, marks=pytest.mark.nightly),
+        (QLORA, True),
+    ],
     ids=["full", "lora", "qlora"],
 )
 def test_run_on_real_preferences(base_config, tmp_path, train, keys, four_bit):

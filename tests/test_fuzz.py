@@ -11,7 +11,6 @@ import datetime
 import math
 import re
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -185,30 +184,6 @@ def test_damaged_messages_are_dropped(strategy: str, template: str) -> None:
     damaged = [put(good, (field,), value) for field in good for value in BAD_TURNS]
     rows = [row for bad in damaged for row in (bad, good)]
     all_dropped(tokenize(strategy, rows, template), rows, good)
-
-
-@pytest.mark.parametrize("strategy", ["user_defined.default", "chatml.default"])
-def test_optional_fields_may_be_anything_that_is_left_out(strategy: str) -> None:
-    rows = [TEXT_ROW | {"system": value, "note": value} for value in (None, "", "Be brief.")]
-    rows += [TEXT_ROW | {"note": value} for value in BAD_TEXTS[1:]]
-    assert tokenize(strategy, rows).dropped == {}
-
-
-def test_any_values_in_the_three_columns_are_dropped_or_text() -> None:
-    random = Random(3)
-    values = [*BAD_TEXTS[1:], *BAD_TURNS[1:], "hello", "world", turns("hi")]
-    good = {"prompt": "hi", "chosen": "hello", "rejected": "world"}
-    rows = [good] + [
-        {key: random.choice(values) for key in ("prompt", "chosen", "rejected", "x")}
-        for _ in range(400)
-    ]
-    result = tokenize("passthrough.default", rows)
-    kept = [rows[row] for row in result.rows]
-    for row in kept:
-        texts = [row["prompt"], row["chosen"], row["rejected"]]
-        assert all(isinstance(text, str) and text.strip() for text in texts), row
-        assert texts[1] != texts[2]
-    assert len(kept) + sum(map(len, result.dropped.values())) == len(rows)
 
 
 def test_odd_characters_are_kept_and_counted() -> None:

@@ -10,6 +10,7 @@ import datetime
 import json
 import math
 from collections.abc import Callable
+from operator import not_
 from typing import Any
 
 import pytest
@@ -40,20 +41,8 @@ def _between(low: float, high: float, above: bool = False) -> Callable[[Any], bo
     return inside
 
 
-def _unset(value: Any) -> bool:
-    return not value
-
-
 def _switch(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
-
-
-def _huge(value: Any) -> bool:
-    return value == 1e300
-
-
-def _empty(value: Any) -> bool:
-    return value == {}
 
 
 def _path(value: Any) -> bool:
@@ -64,7 +53,7 @@ def _path(value: Any) -> bool:
 DIRECTORIES = ("", " ", "three", "nan", "\u202eabc\ufeff")
 #: Where junk goes -> which of it is no junk there.
 PLACES: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("sera", "vllm"), _empty),
+    **dict.fromkeys(("sera", "vllm"), lambda v: v == {}),
     **dict.fromkeys(("sera.selection_ratio", "sera.gamma"), _between(0, 1)),
     "sera.bootstrap_ratio": _between(0, 32),
     "sera.temperature": _between(0, 10, above=True),
@@ -72,10 +61,10 @@ PLACES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("sera.restart_optimizer", "sera.keep_policies"), _switch),
     "sera.score_columns": lambda v: v == [] or isinstance(v, set),
     "output_dir": lambda v: v is None or (isinstance(v, str) and v in DIRECTORIES),
-    **dict.fromkeys(("rl_beta", "trl.beta"), _huge),
+    **dict.fromkeys(("rl_beta", "trl.beta"), lambda v: v == 1e300),
     "trl": lambda v: isinstance(v, dict),
-    **dict.fromkeys(("dpo_label_smoothing", "context_parallel_size"), _unset),
-    **dict.fromkeys(("max_steps", "streaming", "relora"), _unset),
+    **dict.fromkeys(("dpo_label_smoothing", "context_parallel_size"), not_),
+    **dict.fromkeys(("max_steps", "streaming", "relora"), not_),
     **dict.fromkeys(("datasets.0.path", "test_datasets.0.path"), _path),
     "datasets.0.type": lambda v: (isinstance(v, str) and bool(v.strip())) or v == {},
     "datasets.0.type.field_prompt": lambda v: isinstance(v, str),

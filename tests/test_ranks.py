@@ -135,6 +135,24 @@ def test_ranks_wait_however_long_it_takes_and_only_the_first_writes(tmp_path):
     assert (tmp_path / "sera/iteration-01/offline.parquet").exists()
 
 
+def _die(rank: int, port: int) -> None:
+    join(rank, port)
+    ranks = current_ranks()
+    if rank == 1:
+        os._exit(3)
+    try:
+        ranks.barrier()
+    except RuntimeError:
+        os._exit(0)
+
+
+def test_a_rank_that_dies_ends_the_wait_of_the_others():
+    context = mp.spawn(_die, args=(free_port(),), nprocs=2, join=False, daemon=True)
+    for process in context.processes:
+        process.join(60)
+    assert [process.exitcode for process in context.processes] == [0, 3]
+
+
 def launch(
     config: dict, directory: Path, module: str = "axolotl.cli.train", **environment: str
 ) -> subprocess.CompletedProcess:

@@ -32,12 +32,9 @@ def test_weights_by_hand(iteration, gamma, with_reference, reference_free):
     assert reward_weights(iteration, gamma, True) == pytest.approx(reference_free)
 
 
-def test_first_iteration_has_no_reward():
+def test_the_first_iteration_and_a_missing_policy_are_errors():
     with pytest.raises(ValueError, match="iteration 1"):
         reward_weights(1, 0.3, reference_free=False)
-
-
-def test_a_missing_policy_is_an_error():
     with pytest.raises(ValueError, match="2 policies"):
         implicit_reward([[0.0], [0.0]], (0.7, -0.4, -0.3))
 
@@ -51,9 +48,7 @@ def test_rewards_by_hand():
     # SimPO, t = 2: -9 / 3 and -22 / 4; t = 3: (0.7 (-7) + 0.3 (-9)) / 2 = -3.8.
     assert implicit_reward([[-9, -22]], (1.0,), [3, 4]) == pytest.approx([-3.0, -5.5])
     assert implicit_reward([[-7], [-9]], (0.7, 0.3), [2]) == pytest.approx([-3.8])
-
-
-def test_low_precision_is_weighed_in_float64():
+    # Low precision is weighed in float64:
     # -700.35 + 400 + 299.85 = -0.5, which float16 cannot hold on the way.
     logps = np.asarray([[-1000.5], [-1000.0], [-999.5]], dtype=np.float16)
     assert implicit_reward(logps, (0.7, -0.4, -0.3))[0] == pytest.approx(-0.5, abs=1e-9)

@@ -51,9 +51,7 @@ def guarded(loaded: Any, **options: Any) -> GuardedTransform:
     return GuardedTransform(transform, **{"source": "datasets[0] (x)", **options})
 
 
-def answered(
-    tokenizer: Any, loaded: Any, chosen: Any, asked: Any = "How are you?"
-) -> dict[str, Any]:
+def answered(tokenizer: Any, loaded: Any, chosen: Any, asked: Any = "How are you?") -> Any:
     row = {"messages": asked, "chosen": chosen, "rejected": "Fine, thanks."}
     return guarded(loaded)(row, 3, tokenizer=tokenizer)
 
@@ -102,9 +100,7 @@ PART = {"type": "text", "text": "one"}
         (FIRST_PART, [PART, {"type": "image"}], "yes", "-", "content is null or not text"),
     ],
 )
-def test_a_template_must_render_all_that_is_said(
-    tokenizer: Any, template: str, asked: Any, said: str, chosen: str, problem: str
-) -> None:
+def test_a_template_must_render_all_that_is_said(tokenizer, template, asked, said, chosen, problem):
     loaded = strategy("chat_template.default", "jinja", chat_template_jinja=template)
     result = answered(tokenizer, loaded, said, [{"role": "user", "content": asked}])
     assert result["chosen"] == chosen
@@ -138,9 +134,7 @@ def raises(row: Any) -> Any:
         (as_it_is, {"chosen": "a\ud800"}, "not valid Unicode: half of a surrogate pair"),
     ],
 )
-def test_whatever_a_strategy_returns_or_raises_is_text_or_a_reason(
-    transform: Any, row: Any, problem: str
-) -> None:
+def test_whatever_a_strategy_returns_or_raises_is_text_or_a_reason(transform, row, problem):
     good = {"prompt": "p", "chosen": "a", "rejected": "b"} if transform is as_it_is else {}
     result = guarded(transform)(good | row, 1)
     assert result["sera_problem"].endswith(problem)
@@ -157,12 +151,8 @@ def test_answers_are_checked_also_where_a_template_renders_the_prompt(tokenizer:
 
     templated = copy.copy(tokenizer)
     templated.chat_template = REASONING
-    for value, said in (
-        ("a", None),
-        (None, "null, not text"),
-        (5, "a number, not text"),
-        ("", "empty"),
-    ):
+    cases = {"a": None, None: "null, not text", 5: "a number, not text", "": "empty"}
+    for value, said in cases.items():
         row = {"q": "q", "chosen": [{"content": value}], "rejected": [{"content": "b"}]}
         problem = guarded(own)(row, 0, tokenizer=templated)["sera_problem"]
         assert problem == (f"field \"chosen[0]['content']\" is {said}" if said else "")
@@ -226,13 +216,9 @@ def test_a_file_is_blamed_only_where_its_content_could_not_be_read(
     with pytest.raises(DataError, match=rf"^datasets\[2\]\.path: '.*' cannot be loaded: {said}\.$"):
         raise load_failure("datasets[2]", str(path), error)
     assert "x" * 5000 not in str(load_failure("datasets[0]", "x" * 5000, OSError("too long")))
-
-
-def test_one_line_finds_where_it_began():
     first, last = KeyError("it began\nhere"), RuntimeError()
     last.__cause__ = first
     assert one_line(last) == r"KeyError: 'it began\nhere'"
-    assert one_line(StopIteration()) == "StopIteration"
 
 
 def test_several_splits_need_a_name():
@@ -285,12 +271,10 @@ def test_a_shown_value_is_short_and_plain(value: Any) -> None:
     assert len(text) <= 63
 
 
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [("/a/p.jsonl", "p.jsonl"), ("org/set", "set"), ("/", "/"), ("a\u202eb'c", "a\\u202eb'c")],
-)
-def test_a_source_is_named_by_its_file(path: str, name: str) -> None:
-    assert source_name("datasets", 1, path) == f"datasets[1] ({name})"
+def test_a_source_is_named_by_its_file() -> None:
+    names = {"/a/p.jsonl": "p.jsonl", "org/set": "set", "/": "/", "a\u202eb'c": "a\\u202eb'c"}
+    for path, name in names.items():
+        assert source_name("datasets", 1, path) == f"datasets[1] ({name})"
 
 
 def test_what_the_hosts_validation_lost_is_put_back() -> None:

@@ -37,16 +37,8 @@ from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.ranks import Shard
 from tests.conftest import ids
 
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
-FREE = Sharing(attention=0.0, longest=10_000)
+SMALL = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def build(config):
@@ -117,11 +109,13 @@ def test_batches_hold_every_index_once_within_the_budget():
         assert max(lengths[i] for i in batch) * len(batch) <= 16
 
 
-APART, SHARED = [(0,), (1,), (2,), (3,)], [(0, 1, 2), (3,)]
-
-
 @pytest.mark.parametrize(
-    ("lines", "packed", "rows"), [(APART, False, 4), (APART, True, 1), (SHARED, False, 2)]
+    ("lines", "packed", "rows"),
+    [
+        ([(0,), (1,), (2,), (3,)], False, 4),
+        ([(0,), (1,), (2,), (3,)], True, 1),
+        ([(0, 1, 2), (3,)], False, 2),
+    ],
 )
 def test_every_layout_gives_the_same(lines, packed, rows):
     model = build(LlamaConfig(**SMALL))

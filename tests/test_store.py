@@ -49,9 +49,9 @@ def test_json_is_sorted_readable_and_refuses_nan(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "run.json"
     write_json(path, {"b": 1, "a": "größer"})
     assert path.read_text(encoding="utf-8") == '{\n  "a": "größer",\n  "b": 1\n}\n'
+    assert read_json(path) == {"a": "größer", "b": 1}
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(path, {"a": float("nan")})
-    assert read_json(path) == {"a": "größer", "b": 1}
 
 
 def test_column_types_are_the_public_formats() -> None:
@@ -86,36 +86,28 @@ def test_places_are_the_public_formats(tmp_path: Path) -> None:
     assert store.table_file(12, "offline") == root / "iteration-12" / "offline.parquet"
 
 
-def test_finished_chunks_are_read_in_order_and_removed(tmp_path: Path) -> None:
+def test_chunks_are_read_in_order_counted_once_and_removed(tmp_path, monkeypatch) -> None:
+    """Listing the directory for every chunk would take as many steps as chunks squared."""
+    assert RunStore(tmp_path).read_samples(2) is None
+    RunStore(tmp_path).append_samples(2, samples([7], tokens=2))
     store = RunStore(tmp_path)
-    assert store.read_samples(2) is None
+    assert store.sampled_rows(3).tolist() == []
     store.append_samples(2, samples([5, 1], tokens=2))
-    store.append_samples(2, samples([3], tokens=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", lambda *_: pytest.fail("counted again"))
+        store.append_samples(2, samples([3], tokens=2))
+    assert store.sampled_rows(2).tolist() == [1, 3, 5, 7]
+    names = sorted(path.name[:10] for path in store.samples(2).iterdir())
+    assert names == ["000-000000", "000-000001", "000-000002"]
     found = store.read_samples(2).to_pydict()
     keys = list(zip(found["row"], found["candidate"], strict=True))
-    assert keys == [(1, 0), (1, 1), (3, 0), (3, 1), (5, 0), (5, 1)]
+    assert keys == [(row, candidate) for row in (1, 3, 5, 7) for candidate in (0, 1)]
     assert found["token_ids"] == [list(key) for key in keys]
     assert store.read_samples(3) is None
     for _ in range(2):
         store.remove_samples(2)
         assert store.read_samples(2) is None
     assert not store.samples(2).exists()
-
-
-def test_chunks_are_counted_once_and_rows_read_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Listing the directory for every chunk would take as many steps as chunks squared."""
-    RunStore(tmp_path).append_samples(2, samples([7]))
-    store = RunStore(tmp_path)
-    assert store.sampled_rows(3).tolist() == []
-    store.append_samples(2, samples([5, 1]))
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "glob", lambda *_: pytest.fail("counted again"))
-        store.append_samples(2, samples([3]))
-    assert store.sampled_rows(2).tolist() == [1, 3, 5, 7]
-    names = sorted(path.name[:10] for path in store.samples(2).iterdir())
-    assert names == ["000-000000", "000-000001", "000-000002"]
 
 
 def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: Path) -> None:
@@ -159,11 +151,11 @@ def test_a_line_that_a_process_died_in_is_passed_over(tmp_path, cut):
     assert [Journal(path).get(key) for key in ("one", "three")] == [{"n": 1}, {"n": 3}]
 
 
-@pytest.mark.parametrize("line", ["", "no json", "[]", '"key"', "{}", '{"key": []}', "\x00\xff"])
-def test_damaged_lines_are_passed_over(tmp_path, line):
+def test_damaged_lines_are_passed_over(tmp_path):
     path = tmp_path / "journal.jsonl"
-    record = json.dumps({"key": "one", "n": 1})
-    path.write_text(f"{line}\n{record}\n{line}\n", encoding="latin-1")
+    bad = ["", "no json", "[]", '"key"', "{}", '{"key": []}', "\x00\xff"]
+    lines = [*bad, json.dumps({"key": "one", "n": 1}), *bad]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="latin-1")
     assert Journal(path).get("one") == {"n": 1}
 
 

@@ -60,9 +60,7 @@ def test_token_column_counts_from_the_end_as_a_sequence_does() -> None:
 
 
 @given(lists=token_lists, cut=st.integers(0, 8), data=st.data())
-def test_picked_and_joined_rows_are_what_lists_would_give(
-    lists: list[list[int]], cut: int, data: st.DataObject
-) -> None:
+def test_picked_and_joined_rows_are_what_lists_would_give(lists, cut, data):
     rows = data.draw(st.lists(st.integers(0, len(lists) - 1))) if lists else []
     picked = column(lists, cut).take(np.asarray(rows, dtype=np.int64))
     expected = [lists[row] for row in rows]
@@ -80,9 +78,7 @@ def test_picked_and_joined_rows_are_what_lists_would_give(
 
 
 @given(lists=similar_lists, group=st.integers(1, 4), cut=st.integers(0, 24))
-def test_numbers_are_equal_where_lists_of_a_group_are(
-    lists: list[list[int]], group: int, cut: int
-) -> None:
+def test_numbers_are_equal_where_lists_of_a_group_are(lists, group, cut):
     lists = lists[: len(lists) // group * group]
     numbers = column(lists, cut).numbered(group)
     assert numbers.shape == (len(lists) // group, group)
