@@ -18,7 +18,7 @@ import pytest
 from sera_plugin.data.dataset import ODD, TokenizedRows, tokenize_rows
 from sera_plugin.data.texts import visible
 from tests.test_dataset import build
-from tests.test_rows import guarded
+from tests.test_rows import guarded, strategy
 
 
 def nested(depth: int) -> Any:
@@ -89,19 +89,15 @@ for _family in ("chatml", "llama3"):
     }
 
 
-def tokenize(strategy: str, rows: list[dict[str, Any]], template: str = "plain") -> TokenizedRows:
+def tokenize(kind: str, rows: list[dict[str, Any]], template: str = "plain") -> TokenizedRows:
     """What becomes of the rows behind a guarded strategy of the host."""
-    from axolotl.prompt_strategies.dpo import load
     from axolotl.utils.chat_templates import get_chat_template
-    from axolotl.utils.dict import DictDefault
 
-    tokenizer, entry = build(add_bos=True), {"type": strategy}
+    tokenizer = build(add_bos=True)
     if template != "plain":
         tokenizer.chat_template = get_chat_template(template)
-    if strategy == "user_defined.default":
-        entry["type"] = {"prompt_format": "<|user|>{system}{prompt}<|assistant|>"}
-    cfg = DictDefault({"chat_template": "tokenizer_default", "datasets": [entry]})
-    transform = guarded(load(strategy, cfg, dataset_idx=0))
+    block = {"prompt_format": "<|user|>{system}{prompt}<|assistant|>"}
+    transform = guarded(strategy(block if kind == "user_defined.default" else kind))
     prepared = [
         transform(copy.deepcopy(row), index, tokenizer=tokenizer) for index, row in enumerate(rows)
     ]
@@ -125,16 +121,16 @@ def all_dropped(result: TokenizedRows, rows: list[dict[str, Any]], good: dict[st
     assert sum(map(len, result.dropped.values())) == len(rows) - len(kept)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_damaged_fields_are_dropped_by_every_strategy(strategy: str) -> None:
-    good, places = STRATEGIES[strategy]
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_damaged_fields_are_dropped_by_every_strategy(kind: str) -> None:
+    good, places = STRATEGIES[kind]
     rows: list[dict[str, Any]] = []
     wanted: list[str] = []
     for place in places:
         for value in BAD_TEXTS:
             rows += [good, put(good, place, value)]
             wanted += ["", expected(value, isinstance(at(good, place), str))]
-    result = tokenize(strategy, rows)
+    result = tokenize(kind, rows)
     all_dropped(result, rows, good)
     for reason, dropped in result.dropped.items():
         for row in dropped:
@@ -178,12 +174,12 @@ TALKS = {
 
 
 @pytest.mark.parametrize("template", ["plain", "llama3", "chatml"])
-@pytest.mark.parametrize("strategy", TALKS)
-def test_damaged_messages_are_dropped(strategy: str, template: str) -> None:
-    good = TALKS[strategy]
+@pytest.mark.parametrize("kind", TALKS)
+def test_damaged_messages_are_dropped(kind: str, template: str) -> None:
+    good = TALKS[kind]
     damaged = [put(good, (field,), value) for field in good for value in BAD_TURNS]
     rows = [row for bad in damaged for row in (bad, good)]
-    all_dropped(tokenize(strategy, rows, template), rows, good)
+    all_dropped(tokenize(kind, rows, template), rows, good)
 
 
 def test_odd_characters_are_kept_and_counted() -> None:

@@ -130,9 +130,47 @@ def _meet(rank: int, port: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_wait_however_long_it_takes_and_only_the_first_writes(tmp_path):
-    mp.spawn(_meet, args=(free_port(), str(tmp_path)), nprocs=2)
-    assert (tmp_path / "sera/iteration-01/offline.parquet").exists()
+def _meet_sharded(rank: int, port: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    join(rank, port)
+    torch.manual_seed(1)
+    # 3 rows cannot be halved, and of 1 row the second rank has none.
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    assert not is_sharded(model)
+    before = take_snapshot(model)
+    for layer in model:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    assert is_sharded(model)
+    parts = take_snapshot(model)
+    assert [len(parts["0.weight"]), len(parts["1.weight"])] == ([2, 1], [1, 0])[rank]
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        value = model(x)
+        # The forward pass has left whole weights behind, which nothing may be written to.
+        for weight in model.parameters():
+            weight.zero_()
+        restore_snapshot(model, {name: torch.zeros_like(part) for name, part in parts.items()})
+        assert model(x).abs().sum() == 0
+        for snapshot in (parts, before):
+            restore_snapshot(model, {name: torch.zeros_like(part) for name, part in parts.items()})
+            restore_snapshot(model, snapshot)
+            assert torch.equal(model(x), value)
+    whole = whole_weights(model, trainable_only=False)
+    assert whole.keys() == (before.keys() if rank == 0 else set())
+    assert all(torch.equal(weight, before[name]) for name, weight in whole.items())
+
+    ranks = current_ranks()
+    assert is_finite(model, ranks)
+    if rank == 1:  # the last row of the first weight is its part
+        part = take_snapshot(model)
+        part["0.weight"][0, 0] = float("nan")
+        restore_snapshot(model, part)
+    assert is_finite(model, Ranks()) == (rank == 0)
+    assert not is_finite(model, ranks)
+    dist.destroy_process_group()
 
 
 def _die(rank: int, port: int) -> None:
@@ -140,17 +178,27 @@ def _die(rank: int, port: int) -> None:
     ranks = current_ranks()
     if rank == 1:
         os._exit(3)
-    try:
+    with pytest.raises(RuntimeError):
         ranks.barrier()
-    except RuntimeError:
-        os._exit(0)
 
 
-def test_a_rank_that_dies_ends_the_wait_of_the_others():
-    context = mp.spawn(_die, args=(free_port(),), nprocs=2, join=False, daemon=True)
+def _everything(rank: int, ports: list[int], directory: str) -> None:
+    _meet(rank, ports[0], directory)
+    _meet_sharded(rank, ports[1])
+    _die(rank, ports[2])
+
+
+def test_ranks_wait_for_each_other_share_weights_out_and_end_with_one_that_dies(tmp_path):
+    """Only the first one writes. One pair of processes for all of it: they take long to start."""
+    ports = [free_port() for _ in range(3)]
+    context = mp.spawn(_everything, (ports, str(tmp_path)), nprocs=2, join=False, daemon=True)
     for process in context.processes:
-        process.join(60)
-    assert [process.exitcode for process in context.processes] == [0, 3]
+        process.join(240)
+    codes = [process.exitcode for process in context.processes]
+    if codes != [0, 3]:
+        context.join(timeout=1)  # raises what was raised there
+    assert codes == [0, 3]
+    assert (tmp_path / "sera/iteration-01/offline.parquet").exists()
 
 
 def launch(
@@ -267,62 +315,18 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
 
 
 @pytest.mark.slow
-def test_sharding_that_the_host_cannot_do_is_refused(base_config, tmp_path):
-    result = launch(base_config | fsdp(), tmp_path)
+@pytest.mark.parametrize(
+    ("keys", "on_cpu", "said"),
+    [
+        (fsdp(), "true", "fsdp_config is set, but the host cannot shard the model here"),
+        pytest.param(
+            *(adapter(), "false", "2 processes were started, but the host trains in each of them"),
+            marks=pytest.mark.nightly,
+        ),
+    ],
+    ids=["sharding", "apart"],
+)
+def test_what_the_host_cannot_do_together_is_refused(base_config, tmp_path, keys, on_cpu, said):
+    result = launch(base_config | keys, tmp_path, ACCELERATE_USE_CPU=on_cpu)
     assert result.returncode != 0
-    assert "fsdp_config is set, but the host cannot shard the model here" in result.stderr
-
-
-def _meet_sharded(rank: int, port: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    join(rank, port)
-    torch.manual_seed(1)
-    # 3 rows cannot be halved, and of 1 row the second rank has none.
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    assert not is_sharded(model)
-    before = take_snapshot(model)
-    for layer in model:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    assert is_sharded(model)
-    parts = take_snapshot(model)
-    assert [len(parts["0.weight"]), len(parts["1.weight"])] == ([2, 1], [1, 0])[rank]
-    x = torch.ones(2, 4)
-    with torch.no_grad():
-        value = model(x)
-        # The forward pass has left whole weights behind, which nothing may be written to.
-        for weight in model.parameters():
-            weight.zero_()
-        restore_snapshot(model, {name: torch.zeros_like(part) for name, part in parts.items()})
-        assert model(x).abs().sum() == 0
-        for snapshot in (parts, before):
-            restore_snapshot(model, {name: torch.zeros_like(part) for name, part in parts.items()})
-            restore_snapshot(model, snapshot)
-            assert torch.equal(model(x), value)
-    whole = whole_weights(model, trainable_only=False)
-    assert whole.keys() == (before.keys() if rank == 0 else set())
-    assert all(torch.equal(weight, before[name]) for name, weight in whole.items())
-
-    ranks = current_ranks()
-    assert is_finite(model, ranks)
-    if rank == 1:  # the last row of the first weight is its part
-        part = take_snapshot(model)
-        part["0.weight"][0, 0] = float("nan")
-        restore_snapshot(model, part)
-    assert is_finite(model, Ranks()) == (rank == 0)
-    assert not is_finite(model, ranks)
-    dist.destroy_process_group()
-
-
-def test_snapshots_of_sharded_weights_are_parts():
-    mp.spawn(_meet_sharded, args=(free_port(),), nprocs=2)
-
-
-@pytest.mark.slow
-@pytest.mark.nightly
-def test_processes_that_do_not_train_together_are_refused(base_config, tmp_path):
-    result = launch(base_config | adapter(), tmp_path, ACCELERATE_USE_CPU="false")
-    assert result.returncode != 0
-    assert "2 processes were started, but the host trains in each of them alone" in result.stderr
+    assert said in result.stderr

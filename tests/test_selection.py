@@ -92,11 +92,8 @@ def test_prompts_are_paired_each_for_itself():
     columns = (found.prompt, found.chosen, found.rejected, found.margin)
     assert [column.tolist() for column in columns] == [[0, 3], [1, 0], [0, 1], [2, 3]]
     assert (found.duplicates, found.ties, found.too_few) == (1, 1, 1)
-
-
-def test_no_prompts_give_empty_columns_of_the_right_types():
-    found = pair_candidates(np.empty((0, 4)), np.empty((0, 4)))
-    kinds = [c.dtype for c in (found.prompt, found.chosen, found.rejected, found.margin)]
+    none = pair_candidates(np.empty((0, 4)), np.empty((0, 4)))
+    kinds = [c.dtype for c in (none.prompt, none.chosen, none.rejected, none.margin)]
     assert kinds == [np.int64, np.int32, np.int32, np.float64]
 
 

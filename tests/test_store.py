@@ -79,13 +79,6 @@ def test_token_ids_may_come_as_arrays_and_other_columns_keep_their_type() -> Non
     assert [field.type for field in table.schema] == [LISTS, pa.float64()]
 
 
-def test_places_are_the_public_formats(tmp_path: Path) -> None:
-    store, root = RunStore(tmp_path), tmp_path / "sera"
-    assert (store.run_file, store.dataset_file) == (root / "run.json", root / "dataset.parquet")
-    assert store.policy(1) == root / "iteration-01" / "policy"
-    assert store.table_file(12, "offline") == root / "iteration-12" / "offline.parquet"
-
-
 def test_chunks_are_read_in_order_counted_once_and_removed(tmp_path, monkeypatch) -> None:
     """Listing the directory for every chunk would take as many steps as chunks squared."""
     assert RunStore(tmp_path).read_samples(2) is None
@@ -114,6 +107,10 @@ def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: P
     store = RunStore(tmp_path)
     assert store.read(1, "offline") is None
     assert store.summary(1) == {}
+    root = tmp_path / "sera"
+    assert (store.run_file, store.dataset_file) == (root / "run.json", root / "dataset.parquet")
+    assert store.policy(1) == root / "iteration-01/policy"
+    assert store.table_file(12, "offline") == root / "iteration-12/offline.parquet"
     table = make_table({"row": [0, 1], "chosen_logp": [-1.5, -2.5], "rejected_logp": [-3, -4]})
     store.write(1, "offline", table)
     store.write_summary(1, {"kept": 2})
