@@ -16,46 +16,56 @@ import axolotl.train as host_train
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import fsdp_utils
+from axolotl.cli import preprocess, train
 from axolotl.common import datasets
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.loaders import model as host_model
 from axolotl.utils.data import rl
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sera_plugin.host.refused import HOST_LOSSES
-from sera_plugin.host.trainer import SeraTrainer
 
-#: Private methods that are overridden, and what they are given by keyword.
+RUN_EPOCH = (
+    "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial "
+    "ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained "
+    "steps_trained_in_current_epoch"
+)
+INIT = (
+    "self model ref_model args data_collator train_dataset eval_dataset processing_class "
+    "compute_metrics callbacks optimizers quantization_config peft_config"
+)
 SEAMS = {
-    "__init__": "args data_collator processing_class peft_config",
-    "_run_epoch": "steps_in_epoch num_update_steps_per_epoch epochs_trained "
-    "steps_trained_in_current_epoch",
-    "set_initial_training_values": "",
-    "_init_training_state": "",
-    "_save_checkpoint": "",
-    "_load_from_checkpoint": "",
-    "create_scheduler": "",
-    "_prepare_dataset": "",
-    "_precompute_ref_logps": "",
-    "compute_loss_context_manager": "",
-    "_compute_loss": "",
-    "training_step": "",
+    Trainer._run_epoch: RUN_EPOCH,
+    Trainer.set_initial_training_values: "self args dataloader",
+    Trainer._init_training_state: "self max_steps num_update_steps_per_epoch num_train_epochs "
+    "resume_from_checkpoint trial",
+    Trainer._save_checkpoint: "self model trial",
+    rotate_checkpoints: "output_dir save_total_limit best_model_checkpoint use_mtime "
+    "checkpoint_prefix",
+    AxolotlDPOTrainer.create_scheduler: "self num_training_steps optimizer",
+    Trainer._load_from_checkpoint: "self resume_from_checkpoint model",
+    Trainer.create_optimizer: "self model",
+    DPOTrainer._prepare_dataset: "self dataset processing_class args dataset_name",
+    DPOTrainer._precompute_ref_logps: "self dataset name batch_size",
+    Trainer.compute_loss_context_manager: "self",
+    DPOTrainer._compute_loss: "self model inputs return_outputs",
+    DPOTrainer.__init__: INIT,
+    DataCollatorForPreference: "pad_token_id max_length truncation_mode pad_to_multiple_of "
+    "return_tensors",
+    Accelerator.prepare_optimizer: "self optimizer device_placement",
+    Trainer.training_step: "self model inputs num_items_in_batch",
+    host_train.setup_model_and_trainer: "cfg dataset_meta",
+    host_train.setup_reference_model: "cfg tokenizer processor",
+    host_model.build_parallelism_config: "cfg",
 }
 
 
-@pytest.mark.parametrize("name", SEAMS)
-def test_an_override_takes_what_the_hosts_method_takes(name):
-    host, ours = (
-        inspect.signature(getattr(one, name)).parameters for one in (AxolotlDPOTrainer, SeraTrainer)
-    )
-    if name == "__init__":  # the host's own takes anything and passes it on
-        host = inspect.signature(DPOTrainer.__init__).parameters
-    named = {
-        key for key, one in ours.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    }
-    assert named | set(SEAMS[name].split()) <= host.keys()
-    assert named == host.keys() or "kwargs" in ours
+@pytest.mark.parametrize("function", SEAMS, ids=lambda function: function.__qualname__)
+def test_signature_is_as_pinned(function):
+    assert list(inspect.signature(function).parameters) == SEAMS[function].split()
 
 
 #: Source of the host: pieces that it has, in this order, and what of ours relies on that.
@@ -70,6 +80,11 @@ SOURCES = {
         "save_preprocessed_dataset(cfg, dataset, dataset_hash, split)",
     ),
     "the steps that the host plans": (datasets, "len(train_dataset) * cfg.num_epochs / cfg.batch"),
+    "preprocess uses what the hook returns": (
+        preprocess,
+        "if plugin_manager.load_datasets(cfg, preprocess=True):",
+    ),
+    "so does train": (train, "dataset_meta = plugin_manager.load_datasets("),
     "patches reach what is set up, and a run is opened there": (
         inspect.unwrap(host_train.setup_model_and_trainer),
         "= setup_reference_model(cfg, tokenizer, processor)",

@@ -1,7 +1,7 @@
 """The trainer: the host's DPO trainer with SeRA's data, loss and loop over iterations.
 
 Here it is put together, and here is what one micro-batch optimises; `epochs` has its one `train()`
-call. tests/test_host_seams.py compares the signature of every private seam of the host that is
+call. tests/test_host_seams.py pins the signature of every private seam of the host that is
 overridden, so that a host upgrade fails there and not in the middle of somebody's run.
 """
 
