@@ -27,8 +27,6 @@ def left_out(said: str) -> dict[str, str]:
     return dict(re.findall(r"^  (\w+): [^\n]*\n((?: {6}[^\n]*\n)+)", listed, re.MULTILINE))
 
 
-# ------------------------------------------------------------------ what it writes
-
 # Whole YAMLs of our own in the manner of LLaMA-Factory's examples, and keys that they become.
 YAMLS = {
     "lora": (
@@ -143,9 +141,6 @@ def test_defaults_are_those_of_llama_factory(place):
     }  # fmt: skip
     assert {key: written[key] for key in expected} == expected
     assert "learning_rate 5e-05" in " ".join(said.split())
-
-
-# ------------------------------------------------------------------ what it says
 
 
 def test_keys_that_become_nothing_are_told_with_the_reason(place):

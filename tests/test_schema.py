@@ -130,9 +130,6 @@ def test_every_key_of_sera_is_explained_and_what_it_does_with_the_hosts(schema):
     assert "sera_plugin.SeraPlugin" in items["examples"]
 
 
-# ------------------------------------------------------------------ the command
-
-
 def test_it_is_printed_or_written_and_written_again(tmp_path, schema):
     printed = CliRunner().invoke(sera, ["schema"])
     assert printed.exit_code == 0

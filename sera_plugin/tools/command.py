@@ -18,11 +18,8 @@ from sera_plugin.config.quoting import plain, quoted
 
 #: Errors of files that the caller has named.
 _NAMED_FILES = (
-    FileExistsError,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
+    *(FileExistsError, FileNotFoundError, PermissionError),
+    *(IsADirectoryError, NotADirectoryError),
 )
 
 

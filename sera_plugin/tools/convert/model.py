@@ -1,7 +1,4 @@
-"""The model, its adapter and the method: which of LLaMA-Factory's keys become what.
-
-The functions raise ValueError, naming key and value, for what has nothing like it here.
-"""
+"""The model, its adapter and the method: which of LLaMA-Factory's keys become what."""
 
 from __future__ import annotations
 

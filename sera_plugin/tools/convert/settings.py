@@ -102,7 +102,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rule:
-    """Keys of LLaMA-Factory that are read together, and `to`, what they become, for a reader."""
+    """Keys that are read together, and `to`, what they become, for a reader.
+
+    `put` raises ValueError, naming key and value, for what has nothing like it here.
+    """
 
     keys: list[str]
     to: str

@@ -1,7 +1,4 @@
-"""Data, training, saving and trackers: which of LLaMA-Factory's keys become what.
-
-The functions raise ValueError, naming key and value, for what has nothing like it here.
-"""
+"""Data, training, saving and trackers: which of LLaMA-Factory's keys become what."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.planning.counts import disk_parts, lengths
 from sera_plugin.tools.planning.measure import existing, fastest, measure
-from sera_plugin.tools.planning.model import OPTIMIZERS, describe
+from sera_plugin.tools.planning.model import OPTIMIZERS, Model, describe
 from sera_plugin.tools.planning.run import Run
 from sera_plugin.tools.planning.show import figures
 
@@ -66,7 +66,11 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str,
     config = SeraConfig(**cfg.sera)
     tokenizer = load_tokenizer(cfg)
     device, memory = _device(gpu)
-    model = describe(cfg, tokenizer, memory is not None)
+
+    def described(changed: Any) -> Model:
+        return describe(DictDefault(changed), tokenizer, memory is not None)
+
+    model = described(cfg)
     data = PluginManager.get_instance().load_datasets(cfg, preprocess=True)
     end_ids = model_end_ids(SimpleNamespace(generation_config=_generation(cfg)), tokenizer)
 
@@ -77,8 +81,8 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str,
 
     rows, sizes = prepared(data.train_dataset, "train")
     held_out = prepared(data.eval_dataset, "eval")[1] if data.eval_dataset else None
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    pairs = Pairs.from_table(make_table({name: getattr(rows, name) for name in names}))
+    ids = {name: getattr(rows, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    pairs = Pairs.from_table(make_table(ids))
     kept = data.train_dataset.select(rows.rows)
     columns = {name: kept[name][:] for name in config.score_columns}
     method = Method(
@@ -90,17 +94,12 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str,
         seed=int(cfg.seed or 0),
         annotations=annotate(config, pairs.prompt_ids, columns, None),
     )
-    choice = _choose(config, model.unserved, elsewhere=gpu is not None)
-    run = Run(
-        cfg,
-        model,
-        method,
-        sizes,
-        held_out,
-        choice.name,
-        memory,
-        lambda changed: describe(DictDefault(changed), tokenizer, memory is not None),
-    )
+    choice = Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
+    if gpu is None or model.unserved or config.sampler not in ("vllm", "vllm-server"):
+        choice = choose_sampler(
+            config.sampler, config.vllm_python or sys.executable, model.unserved
+        )
+    run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described)
     speed, speed_from = None, _NO_TIME
     room: tuple[int | None, int | None] = None, None
     if measuring:
@@ -175,12 +174,6 @@ def _generation(cfg: DictDefault) -> Any:
         return GenerationConfig.from_pretrained(cfg.base_model, revision=cfg.revision_of_model)
     except OSError:
         return GenerationConfig.from_model_config(load_model_config(cfg))
-
-
-def _choose(config: SeraConfig, unserved: str | None, elsewhere: bool) -> Choice:
-    if elsewhere and not unserved and config.sampler in ("vllm", "vllm-server"):
-        return Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
-    return choose_sampler(config.sampler, config.vllm_python or sys.executable, unserved)
 
 
 def _device(gpu: float | None) -> tuple[str, int | None]:
