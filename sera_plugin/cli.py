@@ -18,7 +18,6 @@ from sera_plugin.tools.report.commands import compare, inspect, report
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
-_DIRECTORY = click.Path(file_okay=False, path_type=Path)
 
 
 def _examples(*lines: str) -> str:
@@ -41,7 +40,7 @@ def sera() -> None:
 )
 @click.option(
     "--directory",
-    type=_DIRECTORY,
+    type=click.Path(file_okay=False, path_type=Path),
     default="sera-demo",
     show_default=True,
     help="Where the demo's model, data and run go.",

@@ -184,7 +184,6 @@ Examples:
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=None,
     help="A new file for the YAML; printed unless given.",
 )
 def paper(dataset: str | None, model: str | None, system: str | None, output: Path | None) -> None:

@@ -65,7 +65,7 @@ def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float |
         ValueError: if it runs out of memory.
         ValueError, RuntimeError: whatever else the run itself would raise.
     """
-    chosen = choose(run.pairs, _enough(run))
+    chosen = _chosen(run)
     start = perf_counter()
     with _set_aside(run) as cfg:
         few = dataset.select([rows[index] for index in chosen])
@@ -96,21 +96,20 @@ def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float |
     return _speed(short, summary), mean, said
 
 
-def choose(pairs: Any, count: int) -> list[int]:
-    """So many pairs whose lengths are spread as all pairs' are, the longest among them."""
+def _chosen(run: Run) -> list[int]:
+    """Pairs for a few steps, a full scoring pass and a full batch of samples.
+
+    Their lengths are spread as all pairs' are, the longest among them.
+    """
+    batch, pairs = run.micro_batch * run.accumulation, run.pairs
+    needed = [_STEPS * batch, run.scored_tokens / pairs.both.mean()]
+    if run.sample:
+        prompt = (pairs.prompt + run.limits).mean()
+        needed.append(run.sampled_tokens / (run.method.config.candidates * prompt))
+    count = math.ceil(max(needed) / batch) * batch
     order = np.argsort(pairs.both, kind="stable")
     places = np.linspace(0, len(order) - 1, min(count, len(order)))
     return sorted(order[np.unique(np.round(places).astype(int))].tolist())
-
-
-def _enough(run: Run) -> int:
-    """Pairs for a few steps, for a full scoring pass, and for a full batch of samples."""
-    batch = run.micro_batch * run.accumulation
-    needed = [_STEPS * batch, run.scored_tokens / run.pairs.both.mean()]
-    if run.sample:
-        prompt = (run.pairs.prompt + run.limits).mean()
-        needed.append(run.sampled_tokens / (run.method.config.candidates * prompt))
-    return math.ceil(max(needed) / batch) * batch
 
 
 @contextmanager
