@@ -108,7 +108,9 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows"), [*FORMATTED.items(), *((block, in_fields) for block in BLOCKS)], ids=str
+    ("kind", "rows"),
+    [*FORMATTED.items(), *((block, in_fields) for block in BLOCKS)],
+    ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_text_that_is_formatted(kind, rows):
     loaded = strategy(kind)

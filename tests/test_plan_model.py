@@ -11,7 +11,9 @@ import pytest
 import torch
 from axolotl.loaders import ModelLoader, load_tokenizer
 from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.optim import AdamW8bit
 from peft import get_peft_model
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel
@@ -25,7 +27,7 @@ from sera_plugin.model.policies import take_snapshot
 from sera_plugin.model.scoring import score_sequences, scoring_budget
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.tools.planning.counts import lengths
-from sera_plugin.tools.planning.model import describe
+from sera_plugin.tools.planning.model import describe, state_bytes
 from sera_plugin.tools.planning.run import Run
 from tests.conftest import adapter
 
@@ -188,6 +190,35 @@ def test_a_mixture_counts_the_experts_that_a_token_passes(base_config, model_dir
     attention, expert = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 176
     assert found.matrices == 3 * (attention + 2 * expert)
     assert found.kept[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("adamw_torch_fused", lambda weights: torch.optim.AdamW(weights, fused=True)),
+        ("adagrad", torch.optim.Adagrad),
+        ("adamw_8bit", AdamW8bit),
+    ],
+)
+def test_states_are_as_large_as_the_optimizers_make_them(name, make):
+    weights = [nn.Parameter(torch.ones(size)) for size in (100, 4096, 10_000)]
+    optimizer = make(weights)
+    for index, weight in enumerate(weights):
+        weight.grad = torch.ones_like(weight)
+        if name == "adamw_8bit":  # its step needs a GPU
+            optimizer.check_overrides()
+            optimizer.init_state(optimizer.param_groups[0], weight, 0, index)
+    if name != "adamw_8bit":
+        optimizer.step()
+    # All weights share the two tables of 256.
+    shared = ("step", "qmap1", "qmap2")
+    states = [
+        value for each in optimizer.state.values() for key, value in each.items()
+        if torch.is_tensor(value) and key not in shared
+    ]  # fmt: skip
+    sizes = [(one.numel(), one.element_size(), False) for one in weights]
+    assert sum(one.nbytes for one in states) == state_bytes(name, sizes)
 
 
 def most_held(work, directory) -> int:
