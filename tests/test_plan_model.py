@@ -147,7 +147,7 @@ def test_weights_are_what_the_host_and_peft_make_and_activations_what_autograd_k
         if isinstance(module, Linear8bitLt) and not hasattr(module, "base_layer")
     )
     snapshot = take_snapshot(found.model).values()
-    # Adapters in float32 whatever the base is in; `adapters.tidy_adapters` sees to it.
+    # Adapters in float32 whatever the base is in; `policies.tidy_adapters` sees to it.
     assert planned.trained_bytes == (4 * planned.adapter if planned.adapter else stored(snapshot))
     assert len(planned.trained) == len(snapshot)
     assert planned.weights == stored(rest if found.cfg.adapter else mine) + scales

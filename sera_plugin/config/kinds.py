@@ -1,8 +1,8 @@
 """The losses, selections and labelers that a YAML can name: one line each.
 
-A new one is a class (for a loss, a function) in its room and a line here. What is special about it
-stands in the line, so that nothing else compares names. The implementation is imported on first
-use: reading a configuration loads no torch.
+A new one is a class (for a loss, a function) in the module of its sort and a line here. What is
+special about it stands in the line, so that nothing else compares names. The implementation is
+imported on first use: reading a configuration loads no torch.
 """
 
 from __future__ import annotations

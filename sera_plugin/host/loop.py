@@ -1,7 +1,7 @@
 """The iterations of one run in order: what happens before, between and after the host's epochs.
 
-Nothing here is private to the host; the trainer calls `open` once, and `begin` and `end` around
-every epoch.
+Nothing here is private to the host; the plugin calls `open` once, the trainer `begin` and `end`
+around every epoch.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
             else weight.numel() * weight.element_size()
             for weight in base
         ),
-        # `weights.tidy_adapters` keeps all of an adapter in float32.
+        # `policies.tidy_adapters` keeps all of an adapter in float32.
         trained=tuple(
             (w.numel(), 4 if cfg.adapter else w.element_size(), id(w) in tables) for w in trained
         ),

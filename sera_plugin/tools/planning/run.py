@@ -130,7 +130,7 @@ class Run:
 
     @property
     def limits(self) -> npt.NDArray[np.int64]:
-        """(N,) most tokens of a sample for each prompt, see `sampling.room`."""
+        """(N,) most tokens of a sample for each prompt, see `prompts.room`."""
         most = np.full(len(self.pairs), self.method.config.max_new_tokens, dtype=np.int64)
         length = self.cfg.get("sequence_len")
         return np.minimum(most, length - self.pairs.prompt if length else most)
