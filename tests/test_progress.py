@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 
 import pytest
+from tqdm import tqdm
 
 from sera_plugin.algorithm.protocols import Candidate
 from sera_plugin.rundir.progress import LOG, log_on_stderr, progress, told
@@ -53,7 +54,9 @@ def test_a_short_phase_is_one_line_in_a_log(log, clock, capsys):
 
 
 def test_a_long_phase_is_a_line_a_minute_and_one_at_its_end(log, clock):
-    with progress("score offline", 1_000, "token") as advance:
+    """Also while another bar lives, as the host's does."""
+    bar = tqdm(total=2, file=io.StringIO())
+    with bar, progress("score offline", 1_000, "token") as advance:
         for _ in range(10):
             clock[0] += 20
             advance(100, "a note")

@@ -78,7 +78,8 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
     if not sys.stderr.isatty():
         # The average rate, and nothing at the end of a phase that fails.
         how |= {"file": _Log(), "bar_format": _LINE, "smoothing": 0, "leave": False}
-        how |= {"mininterval": EVERY, "delay": EVERY, "miniters": 1}
+        # Not below the host's bar, if one lives: the cursor stays where it is.
+        how |= {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "position": 0}
         if not quiet:
             LOG.info("%s: %s %ss", how["desc"], f"{total:,}", unit)
     with tqdm(total=total, unit_scale=total > _COUNTED, **how) as bar:
