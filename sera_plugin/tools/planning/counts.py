@@ -245,16 +245,15 @@ def disk_parts(run: Run, pairs: Pairs, tokenizer: int) -> dict[str, int]:
     `pairs` is the data as token ids; `tokenizer` bytes of the tokenizer's files go beside every
     model.
     """
-    cfg, model = run.cfg, run.model
-    one = model.trained_bytes + tokenizer + _BESIDE
+    cfg = run.cfg
+    one = run.model.trained_bytes + tokenizer + _BESIDE
     saves, limit = _saves(run), int(cfg.get("save_total_limit") or _LIMIT)
     optimizer = 0 if cfg.get("save_only_model") else run.states
     return {
         "policies": _policies(run, saves, limit) * one,
         # One more is there while a new one is written.
         "checkpoints": min(saves, limit + 1) * (one + optimizer + _STATE),
-        # axolotl 0.19 writes the base model beside an adapter.
-        "trained model": one + (model.weights if model.adapter else 0),
+        "trained model": one,
         "tables": _tables(run, pairs),
     }
 
