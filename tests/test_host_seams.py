@@ -43,6 +43,7 @@ SEAMS = {
     Trainer._init_training_state: "self max_steps num_update_steps_per_epoch num_train_epochs "
     "resume_from_checkpoint trial",
     Trainer._save_checkpoint: "self model trial",
+    Trainer._get_output_dir: "self trial",
     rotate_checkpoints: "output_dir save_total_limit best_model_checkpoint use_mtime "
     "checkpoint_prefix",
     AxolotlDPOTrainer.create_scheduler: "self num_training_steps optimizer",
