@@ -81,11 +81,8 @@ class Loop:
             ValueError: if the run cannot be what the configuration says, or not in this directory.
             SamplingFailed, JudgeFailed: if a server cannot serve this run, or a judge has no key.
         """
-        directory, asked, planned = (
-            self._output_dir,
-            self.cfg["resume_from_checkpoint"],
-            self.schedule,
-        )
+        directory, planned = self._output_dir, self.schedule
+        asked = self.cfg["resume_from_checkpoint"]
         if 0 in self.method.sizes:  # which a later iteration would find
             config = self.method.config
             raise ValueError(

@@ -180,12 +180,13 @@ class SeraTrainer(UnequalEpochs):
         low = args.bf16 or args.fp16 or losses.low_precision(self.model)
         held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
         loss, ends = ours.name if ours else " + ".join(host_losses), tuple(self._end_ids)
-        facts = (self.cfg, loss, float(args.beta), method, schedule, pairs, held_out, ends)
         for name, values in self._columns.items():
             table = table.append_column(name, pa.array(values))
         return Loop(
             cfg=self.cfg,
-            described=describe_run(*facts),
+            described=describe_run(
+                self.cfg, loss, float(args.beta), method, schedule, pairs, held_out, ends
+            ),
             method=method,
             schedule=schedule,
             dataset=table,
@@ -273,8 +274,9 @@ class SeraTrainer(UnequalEpochs):
         tokens = round(found.metrics.pop("num_tokens") * self.store.ranks.world)
         if training:
             if self._gate_pending:
-                logps = [found.chosen_logps, found.rejected_logps]
-                self._pass_gate(inputs, *logps, found.preference_loss, self.loss)
+                self._pass_gate(
+                    inputs, found.chosen_logps, found.rejected_logps, found.preference_loss
+                )
             self._require_finite(loss)
             self._total_train_tokens += tokens
         for name, value in found.metrics.items():
@@ -282,9 +284,16 @@ class SeraTrainer(UnequalEpochs):
         recorded["num_tokens"] = [self._total_train_tokens]
         return (found.loss, found.outputs) if return_outputs else found.loss
 
-    def _pass_gate(self, inputs: Any, chosen: Any, rejected: Any, *loss: Any) -> None:
+    def _pass_gate(
+        self,
+        inputs: Any,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        loss: torch.Tensor | None = None,
+    ) -> None:
         self._gate_pending = False
-        figures = check_step_zero(inputs, chosen, rejected, self.loop.nats, *loss)
+        nats = self.loop.nats
+        figures = check_step_zero(inputs, chosen, rejected, nats, loss, self.loss)
         self.loop.record(step_zero=figures)
 
     def _require_finite(self, loss: float) -> None:
