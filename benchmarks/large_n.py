@@ -26,8 +26,14 @@ import pyarrow as pa
 
 from benchmarks.harness import Setup, in_fresh_process
 from sera_plugin.algorithm import algorithm, summary
-from sera_plugin.algorithm.method import Iteration, Method, Pairs
-from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings
+from sera_plugin.algorithm.method import (
+    Candidate,
+    Chunk,
+    Iteration,
+    Method,
+    Pairs,
+    SamplingSettings,
+)
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir import store

@@ -32,7 +32,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings, TokenIds
+from sera_plugin.algorithm.method import CandidateSampler, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.child import Child, child_environment, find_vllm
 from sera_plugin.sampling.client import Client

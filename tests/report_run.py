@@ -13,8 +13,17 @@ from tokenizers.models import WordLevel
 
 from sera_plugin.algorithm.alarms import judge, records
 from sera_plugin.algorithm.algorithm import prepare, score_held_out
-from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases, Schedule
-from sera_plugin.algorithm.protocols import Candidate, Chunk, Labeler, SamplingSettings
+from sera_plugin.algorithm.method import (
+    Candidate,
+    Chunk,
+    Iteration,
+    Labeler,
+    Method,
+    Pairs,
+    Phases,
+    SamplingSettings,
+    Schedule,
+)
 from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.kinds import LABELERS

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.model.budget import TokenBudget
 from sera_plugin.model.forward import abilities
 from sera_plugin.model.policies import PolicyHistory

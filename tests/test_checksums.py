@@ -11,16 +11,19 @@ from random import Random
 
 import pytest
 
-from sera_plugin.rundir.checkpoints import named, newest, set_aside, steps
 from sera_plugin.rundir.checksums import (
     SUMS,
     add_file,
+    checkpoint_steps,
     damage,
     is_named_right,
     is_whole,
+    named_checkpoint,
+    newest_checkpoint,
     replace_directory,
     replace_file,
     seal,
+    set_aside,
     write_text,
 )
 from tests.conftest import fill
@@ -198,18 +201,18 @@ def names(output: Path) -> list[str]:
 
 
 def test_the_newest_whole_one_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     for step in (2, 9, 10):
         save(tmp_path, step)
     save(tmp_path, 12, sealed=False)
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-11.old").mkdir()
-    assert steps(tmp_path) == [2, 9, 10]
-    assert newest(tmp_path) == 10
+    assert checkpoint_steps(tmp_path) == [2, 9, 10]
+    assert newest_checkpoint(tmp_path) == 10
     weights = tmp_path / "checkpoint-10/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
-        assert newest(tmp_path) == 9
+        assert newest_checkpoint(tmp_path) == 9
     assert "checkpoint-10 is damaged (the checksum of model.safetensors differs)" in caplog.text
 
 
@@ -233,7 +236,7 @@ def test_what_is_newer_is_out_of_the_hosts_way_and_nothing_finished_is_lost(tmp_
 def test_one_that_is_asked_for_is_taken_or_refused(tmp_path: Path) -> None:
     output, other = tmp_path / "out", tmp_path / "other"
     save(output, 2), save(output, 9), save(output, 12, sealed=False), save(other, 9)
-    assert named(output, str(output / "checkpoint-2")) == 2
+    assert named_checkpoint(output, str(output / "checkpoint-2")) == 2
     for asked, why in (
         (other / "checkpoint-9", "is not a checkpoint in output_dir"),
         (output / "elsewhere", "is not a checkpoint in output_dir"),
@@ -241,8 +244,8 @@ def test_one_that_is_asked_for_is_taken_or_refused(tmp_path: Path) -> None:
         (output / "checkpoint-12", "it was not written to its end"),
     ):
         with pytest.raises(ValueError, match=why) as error:
-            named(output, str(asked))
+            named_checkpoint(output, str(asked))
         assert f"resume_from_checkpoint: {asked}" in str(error.value)
     (output / "checkpoint-9" / SUMS).unlink()
     with pytest.raises(ValueError, match="not written to its end"):
-        named(output, str(output / "checkpoint-9"))
+        named_checkpoint(output, str(output / "checkpoint-9"))

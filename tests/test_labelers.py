@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import Method
-from sera_plugin.algorithm.protocols import Candidate, Ranked, SamplingSettings
+from sera_plugin.algorithm.method import Candidate, Method, Ranked, SamplingSettings
 from sera_plugin.algorithm.selection import pair_candidates
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.sera import SeraConfig

@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.protocols import Candidate
+from sera_plugin.algorithm.method import Candidate
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir import tokens

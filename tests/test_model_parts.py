@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.model.losses import (
     FLOAT32_LIMIT,
     LOW_PRECISION_LIMIT,

@@ -18,8 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel
 
-from sera_plugin.algorithm.method import Method
-from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.method import Method, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import SAMPLED_ON_CPU
 from sera_plugin.model.forward import Targets, forward_logps

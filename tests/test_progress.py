@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 from tqdm import tqdm
 
-from sera_plugin.algorithm.protocols import Candidate
+from sera_plugin.algorithm.method import Candidate
 from sera_plugin.rundir.progress import LOG, log_on_stderr, progress, told
 from sera_plugin.sampling import prompts
 from sera_plugin.sampling.prompts import sampling_progress

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.protocols import Labeler
+from sera_plugin.algorithm.method import Labeler
 from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.tools.report.figures import figures, r_squared, score_columns
 from sera_plugin.tools.report.page import curve, render

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
+from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.sampling.client import read_candidates, sampling_fields
 from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
+from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.rundir.ranks import NO_PART
 from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.child import Child, ChildFailed

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import Method, Pairs, Schedule
-from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.method import Method, Pairs, SamplingSettings, Schedule
 from sera_plugin.config.quoting import (
     is_secret,
     plain,

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import Method, Pairs, Schedule
-from sera_plugin.algorithm.protocols import Labeler, Ranked
+from sera_plugin.algorithm.method import Labeler, Method, Pairs, Ranked, Schedule
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import Annotations, select_largest
 from sera_plugin.algorithm.summary import noise_found, summarize

@@ -19,7 +19,7 @@ import pytest
 import requests
 import yaml
 
-from sera_plugin.algorithm.protocols import SamplingSettings
+from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.child import Child, child_environment
 from sera_plugin.sampling.client import Client

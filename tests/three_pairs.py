@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 
 from sera_plugin.algorithm.algorithm import prepare
-from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases
-from sera_plugin.algorithm.protocols import Candidate, SamplingSettings
+from sera_plugin.algorithm.method import (
+    Candidate,
+    Iteration,
+    Method,
+    Pairs,
+    Phases,
+    SamplingSettings,
+)
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.store import RunStore, make_table

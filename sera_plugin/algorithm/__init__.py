@@ -4,7 +4,6 @@ Arrays and tables in, arrays and tables out: no torch, no host, no engine.
 
 - `algorithm`   Algorithm 1 on one screen, then its phases
 - `rewards`     Eq. 7 and length control; `selection`  which pairs are kept, which are made
-- `method`      the method's constants and steps, and what an iteration works with
-- `protocols`   what is asked of samplers, scorers and labelers
+- `method`      the method's constants and steps, and what is asked of samplers, scorers, labelers
 - `summary`     what an iteration did; `alarms`  what to worry about
 """

@@ -20,8 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.method import Iteration, Method, Pairs
-from sera_plugin.algorithm.protocols import DATASET, Chunk, Ranked, Scorer
+from sera_plugin.algorithm.method import DATASET, Chunk, Iteration, Method, Pairs, Ranked, Scorer
 from sera_plugin.algorithm.rewards import (
     FloatArray,
     equalizing_alpha,

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from sera_plugin.algorithm.algorithm import COUNTS, SIDES, candidate_places, rewards
-from sera_plugin.algorithm.method import Iteration
-from sera_plugin.algorithm.protocols import DATASET
+from sera_plugin.algorithm.method import DATASET, Iteration
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
 from sera_plugin.config.kinds import LABELERS, SELECTIONS

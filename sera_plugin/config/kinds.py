@@ -91,7 +91,7 @@ SELECTIONS: Mapping[str, SelectionKind] = {
 
 @dataclass(frozen=True)
 class LabelerKind(Kind):
-    """Who ranks candidates: a subclass of `algorithm.protocols.Labeler`."""
+    """Who ranks candidates: a subclass of `algorithm.method.Labeler`."""
 
     module = "labeling.labelers"
     #: For readers of a report.

@@ -24,8 +24,7 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
 from sera_plugin.model.policies import is_finite
-from sera_plugin.rundir.checkpoints import checkpoint
-from sera_plugin.rundir.checksums import explained, seal
+from sera_plugin.rundir.checksums import checkpoint, explained, seal
 from sera_plugin.rundir.store import RunStore, make_table, write_json
 
 DIVERGED = (

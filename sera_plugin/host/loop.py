@@ -16,15 +16,22 @@ import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
 from sera_plugin.algorithm.algorithm import prepare, restore, score_held_out, score_pairs
-from sera_plugin.algorithm.method import Iteration, Method, Pairs, Phases, Schedule
-from sera_plugin.algorithm.protocols import Labeler, SamplingSettings
+from sera_plugin.algorithm.method import (
+    Iteration,
+    Labeler,
+    Method,
+    Pairs,
+    Phases,
+    SamplingSettings,
+    Schedule,
+)
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run
 from sera_plugin.model.losses import deviation
 from sera_plugin.model.scoring import PolicyScorer
-from sera_plugin.rundir import checkpoints
+from sera_plugin.rundir import checksums
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore, read_json
 from sera_plugin.sampling.prompts import sampling_progress
@@ -91,7 +98,7 @@ class Loop:
                 f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
                 "Raise one of them, or give more pairs."
             )
-        self.step = checkpoints.named(directory, asked) if asked else None
+        self.step = checksums.named_checkpoint(directory, asked) if asked else None
         self.store.lock()
         earlier = self.store.description()
         if earlier is None:
@@ -107,9 +114,9 @@ class Loop:
         if not sharded_later:
             self.recall()
         if not asked:
-            self.step = checkpoints.newest(directory)
+            self.step = checksums.newest_checkpoint(directory)
         if self.step is not None:
-            sizes = read_json(checkpoints.checkpoint(directory, self.step) / RECORD)["pairs"]
+            sizes = read_json(checksums.checkpoint(directory, self.step) / RECORD)["pairs"]
             self.schedule = replace(planned, pairs=tuple(sizes))
         sampler = self._choose_sampler(self.schedule.locate(self.step or 0)[0])
         if earlier is None:
@@ -118,7 +125,7 @@ class Loop:
             self.store.repair_dataset(self.dataset)
         LOG.info("%s", run.announce(self.described, self.method, planned, self.store.root, sampler))
         last = -1 if self.step is None else self.step
-        self.store.ranks.on_main(lambda: checkpoints.set_aside(directory, last))
+        self.store.ranks.on_main(lambda: checksums.set_aside(directory, last))
 
     def _require_empty(self) -> None:
         remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]
@@ -241,7 +248,9 @@ class Loop:
         oldest = min(iteration - 1, method.oldest_policy(iteration + 1))
         if method.config.keep_policies:
             return oldest, 0
-        begun = [self.schedule.locate(step)[0] for step in checkpoints.steps(self._output_dir)]
+        begun = [
+            self.schedule.locate(step)[0] for step in checksums.checkpoint_steps(self._output_dir)
+        ]
         return oldest, min([oldest, *map(method.oldest_policy, begun)])
 
     def record(self, **found: Any) -> None:

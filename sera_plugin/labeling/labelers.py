@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sera_plugin.algorithm.protocols import DATASET, Labeler, Ranked, TokenIds
+from sera_plugin.algorithm.method import DATASET, Labeler, Ranked, TokenIds
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.quoting import quoted
 from sera_plugin.labeling.judging import (

@@ -56,7 +56,7 @@ class PolicyScorer:
     def __call__(
         self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
     ) -> FloatArray:
-        """See `sera_plugin.algorithm.protocols.Scorer`."""
+        """See `sera_plugin.algorithm.method.Scorer`."""
         tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         self.phases.count(phase, len(prompts), tokens)
         what = f"{phase.replace('_', ' ')} under theta_{policy}"

@@ -1,4 +1,4 @@
-"""Checksums: whether a file is what was written.
+"""Checksums: whether a file is what was written, and which checkpoints a run may continue from.
 
 A directory's checksums are in its `SHA256SUMS`, in the format of `sha256sum`, so that anybody can
 check a run with `sha256sum -c`. A file is listed before it gets its name, and a directory that is
@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
+
+LOG = logging.getLogger("axolotl.sera")
 
 SUMS = "SHA256SUMS"
 #: Digits of a checksum in a file's name.
@@ -206,3 +211,81 @@ def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
             f"{directory} takes no more files: {os.strerror(number)}. {remedy}, then "
             f"{advice.then}. Nothing that was finished is lost",
         ) from error
+
+
+# ------------------------------------------------------------------ the host's checkpoints
+
+# One counts once it is sealed: the trainer does that after the host has written all of it and
+# before an older one is removed, so there is always a whole one.
+
+
+def checkpoint(output_dir: Path, step: int) -> Path:
+    """Where the host saves after an optimizer step."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """The optimizer steps of all finished checkpoints, ascending; damaged ones included."""
+    finished = [path.parent for path in output_dir.glob(f"checkpoint-*/{SUMS}")]
+    return sorted(step for step in map(_step, finished) if step is not None)
+
+
+def newest_checkpoint(output_dir: Path) -> int | None:
+    """The newest whole checkpoint's step, or None if there is none. Says which are damaged."""
+    for step in reversed(checkpoint_steps(output_dir)):
+        path = checkpoint(output_dir, step)
+        problem = damage(path)
+        if problem is None:
+            return step
+        LOG.warning("SeRA: %s is damaged (%s) and is not used", path, problem)
+    return None
+
+
+def named_checkpoint(output_dir: Path, asked: str) -> int:
+    """The step of a checkpoint that the YAML asks for (`resume_from_checkpoint`).
+
+    A ValueError if it is none of this run's checkpoints, or not whole.
+    """
+    path = Path(asked)
+    step = _step(path)
+    if step is None or path.resolve().parent != output_dir.resolve():
+        raise ValueError(
+            f"resume_from_checkpoint: {asked} is not a checkpoint in output_dir: {output_dir}. A "
+            "run continues in its own directory: set output_dir to the one that holds the "
+            "checkpoint, or use `auto_resume_from_checkpoints: true`."
+        )
+    if problem := damage(path):
+        usable = [
+            n for n in checkpoint_steps(output_dir) if damage(checkpoint(output_dir, n)) is None
+        ]
+        raise ValueError(
+            f"resume_from_checkpoint: {asked} cannot be used: {problem}. Whole checkpoints: "
+            f"{', '.join(map(str, usable)) or 'none'}. Name another one, or use "
+            "`auto_resume_from_checkpoints: true`, which takes the newest whole one."
+        )
+    return step
+
+
+def set_aside(output_dir: Path, last: int) -> None:
+    """Put what is newer than the step a run continues from where neither run nor host looks.
+
+    A checkpoint whose saving was cut off is removed; a finished one gets another name: it is
+    damaged, or belongs to a continuation that is being trained anew.
+    """
+    for path in output_dir.glob("checkpoint-*"):
+        step = _step(path)
+        if step is None or step <= last or not path.is_dir() or path.is_symlink():
+            continue
+        if not (path / SUMS).exists():
+            shutil.rmtree(path)
+            continue
+        target, numbers = output_dir / f"set-aside-{path.name}", count(1)
+        while target.exists():
+            target = output_dir / f"set-aside-{path.name}.{next(numbers)}"
+        path.rename(target)
+        LOG.warning("SeRA: continuing from step %d; %s is now %s", last, path, target.name)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
+from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.config.quoting import printable, quoted, without_credentials, without_secret
 from sera_plugin.sampling.prompts import SamplingFailed
 

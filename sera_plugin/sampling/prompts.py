@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from sera_plugin.algorithm.protocols import Chunk, Progress, SamplingSettings, TokenIds
+from sera_plugin.algorithm.method import Chunk, Progress, SamplingSettings, TokenIds
 from sera_plugin.rundir.progress import progress
 
 

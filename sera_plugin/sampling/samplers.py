@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.protocols import CandidateSampler
+from sera_plugin.algorithm.method import CandidateSampler
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import SAMPLED_ON_CPU, plan_tokens
 from sera_plugin.model.scoring import PolicyScorer

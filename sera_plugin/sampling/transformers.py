@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from sera_plugin.algorithm.protocols import Candidate, Chunk, SamplingSettings, TokenIds
+from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.model.budget import TokenBudget, batches_by_length
 from sera_plugin.model.forward import evaluating, innermost
 from sera_plugin.rundir.ranks import WHOLE, Shard

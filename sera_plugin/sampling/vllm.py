@@ -18,7 +18,7 @@ from time import perf_counter, sleep
 from typing import Any
 from uuid import uuid4
 
-from sera_plugin.algorithm.protocols import Chunk, SamplingSettings, TokenIds
+from sera_plugin.algorithm.method import Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.child import (
     PATIENCE,

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sera_plugin.algorithm.protocols import CandidateSampler, SamplingSettings
+from sera_plugin.algorithm.method import CandidateSampler, SamplingSettings
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.dataset import RowTokenizer, model_end_ids
 from sera_plugin.model.budget import plan_tokens

@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.algorithm import SIDES
-from sera_plugin.algorithm.protocols import DATASET
+from sera_plugin.algorithm.method import DATASET
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.config.kinds import LABELERS, is_reference_free
 from sera_plugin.config.quoting import quoted
-from sera_plugin.rundir import checkpoints
+from sera_plugin.rundir import checksums
 from sera_plugin.rundir.checksums import is_whole
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore, read_json
 from sera_plugin.rundir.tokens import TokenColumn
@@ -234,8 +234,8 @@ class Run:
 
     def _read_history(self) -> list[dict[str, Any]]:
         """The host's log in the newest checkpoint that has a whole one."""
-        for step in sorted(checkpoints.steps(self.root.parent), reverse=True):
-            path = checkpoints.checkpoint(self.root.parent, step) / "trainer_state.json"
+        for step in sorted(checksums.checkpoint_steps(self.root.parent), reverse=True):
+            path = checksums.checkpoint(self.root.parent, step) / "trainer_state.json"
             if is_whole(path):
                 return list(read_json(path)["log_history"])
             self._note(path, "is not whole: the training curves are of an older checkpoint, if any")
