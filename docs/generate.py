@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import HOST_KEYS, SeraConfig
-from sera_plugin.host.refused import DOES_NOT_WORK, REFUSALS
+from sera_plugin.host.refused import REFUSALS
 from sera_plugin.tools.convert.convert import RULES
 from sera_plugin.tools.convert.names import LEFT_OUT, TEMPLATES
 
@@ -99,10 +99,9 @@ def render() -> str:
         "|---|---|",
     ]
     for refusal in REFUSALS:
-        if refusal.problem == DOES_NOT_WORK:
-            names = ", ".join(f"`{key}`" for key in refusal.keys.split(", "))
-            names += f" ({refusal.values})" if refusal.values else ""
-            lines.append(f"| {names} | {refusal.remedy.format(key='it')}. |")
+        names = ", ".join(f"`{key}`" for key in refusal.keys.split(", "))
+        names += f" ({refusal.values})" if refusal.values else ""
+        lines.append(f"| {names} | {refusal.remedy.format(key='it')}. |")
     lines += [
         "",
         "Also a `num_epochs` that is not whole, losses, label smoothing and numbers that do not go",

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from sera_plugin import SeraPlugin
 from sera_plugin.config.kinds import LOSSES
-from sera_plugin.host.refused import REFUSALS
+from sera_plugin.host.refused import ENTRY_MISTAKES, MISTAKES, REFUSALS
 
 TRAINER = "sera_plugin.host.trainer.SeraTrainer"
 
@@ -222,14 +222,14 @@ dpo_loss_type: ipo => dpo_loss_type: ipo | list
 vllm: [port] => vllm: ['port'] | indent
 trl: beta => trl: 'beta' | indent
 num_epochs: 1000000000000000000000000000000 => num_epochs: 1000 | set num_epochs
-datasets: null => datasets is not set | path: pairs.jsonl
+datasets: null => datasets: null is not a list | path: pairs.jsonl
 datasets: [] => datasets: [] | path: pairs.jsonl
 datasets: {path: a} => datasets: {'path': 'a'} is not a list | path: pairs.jsonl
 datasets: [a.jsonl] => datasets[0]: 'a.jsonl' | `path:`
-datasets: [{path: a}, {type: x}] => datasets[1].path: None | Name a file
-datasets: [{path: a, tpye: x}] => datasets[0].'tpye' | Did you mean `type`
+datasets: [{path: a}, {type: x}] => datasets[1].path: null | name a file
+datasets: [{path: a, tpye: x}] => datasets[0].tpye | Did you mean `type`
 datasets: [{path: a, type: {field_choosen: x}}]
-    => datasets[0].type.'field_choosen' | Did you mean `field_chosen`
+    => datasets[0].type.field_choosen | Did you mean `field_chosen`
 datasets: [{path: a, type: {field_chosen: 5}}] => datasets[0].type.field_chosen: 5 | Quote it
 test_datasets: [{path: a, type: 5}] => test_datasets[0].type: 5 | chat_template.default
 datasets: [{path: a, name: [x, y]}] => datasets[0].name: ['x', 'y'] | an entry of its own
@@ -255,11 +255,11 @@ def test_misuse_names_key_value_and_remedy(case):
     assert [part for part in said.split(" | ") if part not in message] == [], message
 
 
-def test_every_line_of_the_table_is_tried():
+def test_every_line_of_the_tables_is_tried():
     messages = [refusal(**yaml.safe_load(case.split(" => ")[0])) for case in CASES]
-    for line in REFUSALS:
+    for line in MISTAKES + ENTRY_MISTAKES + REFUSALS:
         start = line.remedy.partition("{")[0]
-        assert any(f" {line.problem} {start}" in message for message in messages), line
+        assert any(start in message for message in messages), line
 
 
 def test_every_problem_of_the_block_is_named_at_once_and_a_resolved_block_is_read_too():

@@ -34,12 +34,13 @@ def not_a_key(where: str, name: object, known: Collection[str]) -> str:
     return f"{where}{key} is not a key. {hint}"
 
 
-def require_block(key: str, block: Any) -> None:
-    """Raises ValueError unless a value is a block of keys."""
-    if not isinstance(block, Mapping):
-        raise ValueError(
-            f"{key}: {quoted(block)} is not a block of keys. Write `{key}:` and indent its keys."
-        )
+def block_of(key: str, value: Any) -> Mapping[str, Any]:
+    """The keys of a block, none where it is not set; ValueError for anything but a block."""
+    if isinstance(block := {} if value is None else value, Mapping):
+        return block
+    raise ValueError(
+        f"{key}: {quoted(value)} is not a block of keys. Write `{key}:` and indent its keys."
+    )
 
 
 def _on_one_line(schema: dict[str, Any]) -> None:
@@ -85,18 +86,19 @@ class Block(BaseModel):
     def _sentence(cls, error: Mapping[str, Any], where: str) -> str:
         """The key, the value, what is allowed."""
         key = ".".join(map(as_written, error["loc"]))
-        if error["type"] == "extra_forbidden":
-            if is_secret(key):
-                return (
-                    f"{where}{key}: no key belongs in a file. Export it in an environment variable "
-                    "and give that variable's name as api_key_env"
-                )
-            return not_a_key(where, key, cls.model_fields)
-        if error["type"] == "missing":
-            return f"{where}{key} is missing"
         place = f"{where}{key}: " if key else where
-        if error["type"] == "value_error":
-            return place + error["msg"].removeprefix("Value error, ")
+        match error["type"]:
+            case "extra_forbidden" if is_secret(key):
+                return (
+                    f"{place}no key belongs in a file. Export it in an environment variable and "
+                    "give that variable's name as api_key_env"
+                )
+            case "extra_forbidden":
+                return not_a_key(where, key, cls.model_fields)
+            case "missing":
+                return f"{where}{key} is missing"
+            case "value_error":
+                return place + error["msg"].removeprefix("Value error, ")
         value = f"{quoted(error['input'])} is not allowed: " if "input" in error else ""
         return f"{place}{value}{error['msg']}"
 

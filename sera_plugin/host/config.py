@@ -10,23 +10,21 @@ import copy
 import logging
 import os
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.config.block import closest, not_a_key, require_block
+from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.host.refused import TRAINER, WHOLE, refuse
+from sera_plugin.host.refused import DATASETS, TRAINER, WHOLE, refuse
 
 LOG = logging.getLogger("axolotl.sera")
 
 #: Seed: the default of the host's command line and of transformers. Without one the host would
 #: draw other held-out pairs in every run.
 _DEFAULTS = {"num_epochs": 3, "seed": 42}
-_DATASETS = ("datasets", "test_datasets")
-_EXAMPLE = "`datasets: [{path: pairs.jsonl, type: chat_template.default}]`"
 #: Kernels for the cross-entropy of labels.
 _LABEL_KERNELS = (
     *("liger_cross_entropy", "liger_fused_linear_cross_entropy", "liger_use_token_scaling"),
@@ -47,26 +45,25 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     _refuse_evaluate()
     _refuse_misplaced(cfg)
     vllm = _with_unset_keys(cfg.get("vllm"))
-    if cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera"):
-        _parse(cfg["sera"])
-        cfg["vllm"] = vllm
-        return {}  # a launched worker parses the resolved configuration again
     if cfg.get("inference"):
         return {}  # `axolotl inference` clears rl: nothing is trained
-    if cfg.get("rl") != "sera":
+    # A launched worker parses the resolved configuration again.
+    resolved = cfg.get("rl") == "dpo" and cfg.get("trainer_cls") == TRAINER and cfg.get("sera")
+    if cfg.get("rl") != "sera" and not resolved:
         beside = "a `sera:` block and " if cfg.get("sera") is not None else ""
         raise ValueError(
             f"the YAML has {beside}the plugin sera_plugin.SeraPlugin, but rl: "
             f"{as_written(cfg.get('rl'))}. Set `rl: sera`, or remove the plugin line and the "
             "block."
         )
-    sera = _parse(cfg.get("sera"))
+    sera = SeraConfig.parse(block_of("sera", cfg.get("sera")), "sera.")
+    if resolved:
+        cfg["vllm"] = vllm
+        return {}
     _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     refuse(cfg, sera)
-    for problem in _dataset_problems(cfg):
-        raise ValueError(f"{problem}.")
     name_types(cfg)
-    entries = {key: copy.deepcopy(cfg.get(key)) for key in _DATASETS}
+    entries = {key: copy.deepcopy(cfg.get(key)) for key in DATASETS}
     cfg |= {"rl": "dpo", "trainer_cls": TRAINER, "vllm": vllm}
     cfg["sera"] = sera.model_dump(mode="json")
     for key, value in _DEFAULTS.items():
@@ -79,12 +76,6 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
         cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
     _warn(cfg, sera)
     return entries
-
-
-def _parse(block: Any) -> SeraConfig:
-    block = {} if block is None else block
-    require_block("sera", block)
-    return SeraConfig.parse(block, "sera.")
 
 
 def _warn(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
@@ -114,8 +105,7 @@ def _with_unset_keys(block: Any) -> dict[str, Any]:
     """
     from axolotl.utils.schemas.vllm import VllmConfig
 
-    block = {} if block is None else block
-    require_block("vllm", block)
+    block = block_of("vllm", block)
     for key in block:
         if key not in VllmConfig.model_fields:
             raise ValueError(not_a_key("vllm.", key, tuple(VllmConfig.model_fields)))
@@ -176,68 +166,12 @@ def _require_writable(output_dir: Any) -> None:
         )
 
 
-def _dataset_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """Where the host would stumble over datasets, or read them otherwise than they were meant."""
-    if cfg.get("datasets") is None:
-        yield f"datasets is not set. Name preference pairs, for example {_EXAMPLE}"
-    for key in _DATASETS:
-        entries = cfg.get(key)
-        if entries is None:
-            continue
-        if not isinstance(entries, (list, tuple)) or not entries:
-            shown = quoted(entries)
-            yield f"{key}: {shown} is not a list of datasets. Write for example {_EXAMPLE}"
-        for index, entry in enumerate(entries):
-            yield from _entry_problems(f"{key}[{index}]", entry)
-
-
-def _entry_problems(key: str, entry: Any) -> Iterator[str]:
-    from axolotl.utils.schemas import datasets as schemas
-
-    if not isinstance(entry, Mapping):
-        yield f"{key}: {quoted(entry)} is not a block of keys. Write `path:` and `type:` under it"
-    kinds = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset)
-    yield from _misspelt(key, entry, [name for model in kinds for name in model.model_fields])
-    path, kind = entry.get("path"), entry.get("type")
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
-        yield (
-            f"{key}.path: {quoted(path)} is not a path. Name a file, a directory or a dataset of "
-            "the Hugging Face hub"
-        )
-    if isinstance(kind, Mapping):
-        yield from _misspelt(f"{key}.type", kind, list(schemas.UserDefinedDPOType.model_fields))
-        for name, value in kind.items():
-            if value is not None and not isinstance(value, str):
-                yield f"{key}.type.{name}: {quoted(value)} is not text. Quote it"
-    elif kind is not None and not (isinstance(kind, str) and kind.strip(". ")):
-        yield (
-            f"{key}.type: {quoted(kind)} is not a strategy. Use chat_template.default or another "
-            "one of axolotl.prompt_strategies.dpo, or a block of field names"
-        )
-    for name in ("preprocess_shards", "name"):
-        value = entry.get(name)
-        if isinstance(value, (list, tuple)) or (name == "preprocess_shards" and value):
-            yield (
-                f"{key}.{name}: {quoted(value)} makes several datasets of one, which the host "
-                "cannot do for preference pairs. Give each an entry of its own"
-            )
-
-
-def _misspelt(key: str, block: Mapping[Any, Any], known: Collection[str]) -> Iterator[str]:
-    """The host drops keys that it does not know without a word."""
-    for name in block:
-        if not isinstance(name, str):
-            yield f"{key}: {quoted(name)} is not a key. Keys are words, such as `path`"
-        elif name not in known and (close := closest(name, known, 0.75)):
-            yield f"{key}.{name[:60]!a} is not a key. Did you mean `{close}`?"
-
-
 def name_types(cfg: Mapping[str, Any]) -> None:
     """Give datasets without a type the host's strategy for rows that need none.
 
     Without any it would not look at such rows at all before it measures their length.
     """
-    for key in _DATASETS:
+    for key in DATASETS:
         for entry in cfg.get(key) or ():
             if not entry.get("type"):
                 entry["type"] = "passthrough.default"

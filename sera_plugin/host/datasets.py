@@ -43,12 +43,7 @@ from datasets import Dataset, Features, Value
 from transformers import HfArgumentParser
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.files import (
-    DataError,
-    check_loaded,
-    edited_since,
-    while_loading,
-)
+from sera_plugin.data.files import DataError, check_loaded, edited_since, while_loading
 from sera_plugin.data.rows import (
     GUARD_VERSION,
     PROBLEM,

@@ -18,8 +18,6 @@ from datasets.table import InMemoryTable
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
-from sera_plugin.algorithm.algorithm import SIDES
-from sera_plugin.algorithm.method import Pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
@@ -33,13 +31,7 @@ DIVERGED = (
 )
 #: Where the host saves the optimizer's state: alone and under DDP, under FSDP whole and in parts.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
-
-
-def with_reference(pairs: Pairs, logps: Mapping[str, FloatArray]) -> Dataset:
-    """Pairs as rows to evaluate on, with (N,) log-probabilities of both sides as the reference."""
-    columns = {f"{one}_ids": getattr(pairs, f"{one}_ids") for one in ("prompt", *SIDES)}
-    columns |= {f"ref_{side}_logps": logps[side] for side in SIDES}
-    return Dataset(InMemoryTable(make_table(columns)))
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class EndOfIteration(TrainerCallback):
@@ -76,8 +68,6 @@ class UnequalEpochs(AxolotlDPOTrainer):
     config: SeraConfig
     loop: Loop
     store: RunStore
-    train_dataset: Any
-    eval_dataset: Any
     #: Whether the next forward pass is an iteration's first.
     _gate_pending = False
     _iteration = 0
@@ -146,21 +136,26 @@ class UnequalEpochs(AxolotlDPOTrainer):
         pairs, held_out = loop.begin(iteration, resumed, self.optimizer)
         steps = loop.schedule.steps(iteration)
         if held_out is not None:
-            assert loop.held_out is not None
-            self.eval_dataset = with_reference(loop.held_out, held_out)
-            # Persistent workers would go on serving the last iteration's reference values.
-            self._eval_dataloaders: dict[str, Any] = {}
+            self.refer_held_out_to(held_out)
         self.state.max_steps = loop.schedule.total_steps
         # The host has made the first iteration's, for as many steps as were planned.
         if self.config.restart_optimizer and not resumed and (iteration > 1 or steps != planned):
             self._restart_optimizer()
-        self.train_dataset = Dataset(InMemoryTable(pairs))
+        self.train_dataset: Any = Dataset(InMemoryTable(pairs))
         loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = loader
         self._gate_pending = not resumed
         self._iteration = iteration
         kwargs |= {"steps_in_epoch": len(loader), "num_update_steps_per_epoch": steps}
         super()._run_epoch(epoch=epoch, train_dataloader=loader, **kwargs)
+
+    def refer_held_out_to(self, logps: Mapping[str, FloatArray]) -> None:
+        """Evaluate against these log-probabilities of both sides, (N,) each."""
+        columns = {name: getattr(self.loop.held_out, name) for name in ID_COLUMNS}
+        columns |= {f"ref_{side}_logps": values for side, values in logps.items()}
+        self.eval_dataset: Any = Dataset(InMemoryTable(make_table(columns)))
+        # Persistent workers would go on serving the last iteration's reference values.
+        self._eval_dataloaders: dict[str, Any] = {}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""

@@ -1,4 +1,4 @@
-"""What a YAML may not say with `rl: sera`: one table, and why.
+"""What a YAML may not say with `rl: sera`, in tables, and why.
 
 Everything here would fail late, or do nothing without a word. It is refused before anything is
 loaded, with the key, its value and what to do. Facts about the host are those of axolotl 0.19 and
@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sera_plugin.config.block import require_block
+from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
-from sera_plugin.config.quoting import as_written
+from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraConfig
 
 TRAINER = "sera_plugin.host.trainer.SeraTrainer"
+DATASETS = ("datasets", "test_datasets")
 #: Losses of TRL's DPO trainer.
 HOST_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
@@ -29,9 +30,6 @@ _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 #: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
 _MOST_EPOCHS = 10_000
 WHOLE = "FULL_STATE_DICT"
-#: The problem of a key that is refused whatever else is set.
-DOES_NOT_WORK = "does not work here:"
-_NO_EFFECT = "has no effect:"
 
 
 def number(value: Any) -> float | None:
@@ -44,15 +42,14 @@ def number(value: Any) -> float | None:
 
 
 class Given:
-    """A configuration, as the conditions of the table ask it."""
+    """A configuration, or a block of it at `where`, as the conditions of the tables ask it."""
 
-    def __init__(self, cfg: Mapping[str, Any], sera: SeraConfig) -> None:
-        self.cfg, self.sera = cfg, sera
+    def __init__(self, cfg: Mapping[str, Any], sera: SeraConfig, where: str = "") -> None:
+        self.cfg, self.sera, self.where = cfg, sera, where
         self.sharded = cfg.get("fsdp_config") is not None or bool(cfg.get("fsdp"))
-        #: A loss of the host's in place of `sera.loss`, which this is otherwise.
-        self.host_loss = cfg.get("dpo_loss_type")
-        self.loss = LOSSES[sera.loss] if self.host_loss is None else None
-        self.smooths = self.loss.label_smoothing if self.loss else ""
+        #: None where the loss is the host's, in place of `sera.loss`.
+        self.loss = LOSSES[sera.loss] if cfg.get("dpo_loss_type") is None else None
+        self.smooths = self.loss.label_smoothing if self.loss else None
         self.smoothing = number(cfg.get("dpo_label_smoothing")) or 0.0
 
     def get(self, key: str) -> Any:
@@ -69,18 +66,17 @@ class Given:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A line of the table, about one or more keys, separated by commas."""
+    """A line of a table, about one or more keys, separated by commas."""
 
     keys: str
     #: Why, and what to do instead. `{key}` is the key, `{loss}` is `sera.loss`.
     remedy: str
     #: Of the value and all that is given. Unless set: whatever is not off, or one of `values`.
     when: Callable[[Any, Given], object] | None = None
-    problem: str = DOES_NOT_WORK
     #: Which ones are refused if not all, as a YAML has them; for a reader alone beside `when`.
     values: str = ""
 
-    def check(self, given: Given) -> None:
+    def check(self, given: Given, problem: str = "") -> None:
         """Raises ValueError if one of the keys has a value that is refused."""
         for key in self.keys.split(", "):
             value = given.get(key)
@@ -90,19 +86,127 @@ class Refusal:
                 refused = as_written(value) in self.values.split(", ") if self.values else value
             if refused:
                 remedy = self.remedy.format(key=key, loss=given.sera.loss)
-                raise ValueError(f"{key}: {as_written(value)} {self.problem} {remedy}.")
-
-
-def _offloads_otherwise(value: Any, given: Given) -> bool:
-    """`hidden_states` is done by reentrant checkpointing itself, in any trainer."""
-    reentrant = given.get("gradient_checkpointing_kwargs.use_reentrant")
-    return isinstance(value, str) and not (value == "hidden_states" and reentrant)
+                raise ValueError(f"{given.where}{key}: {as_written(value)} {problem}{remedy}.")
 
 
 def _not_of_host(value: Any, given: Given) -> bool:
     losses = value if isinstance(value, (list, tuple)) else ()
     return value is not None and not (losses and all(one in HOST_LOSSES for one in losses))
 
+
+def _is_no_list(value: Any, given: Given) -> bool:
+    return not (isinstance(value, (list, tuple)) and value)
+
+
+_LIST = (
+    "is not a list of datasets: name preference pairs, for example `datasets: [{{path: "
+    "pairs.jsonl, type: chat_template.default}}]`"
+)
+#: What is wrong by itself, or beside something else.
+MISTAKES = (
+    Refusal(
+        "num_epochs",
+        "is not a whole number of iterations: rl: sera runs one iteration per epoch; set "
+        "num_epochs to 1, 2, 3 or more",
+        lambda value, _: value is not None and number(value) not in range(1, _MOST_EPOCHS + 1),
+    ),
+    Refusal(
+        "sera.sampler",
+        "needs an adapter: the weights of full fine-tuning cannot be loaded into a running server. "
+        "Set sera.sampler to vllm, or set `adapter: lora`",
+        lambda value, given: value == "vllm-server" and not given.get("adapter"),
+    ),
+    Refusal(
+        "fsdp_config",
+        "is not a block of keys: write `fsdp_version: 2` and `fsdp_config:` with its keys indented "
+        "(docs/many-gpus.md)",
+        lambda value, given: given.sharded and not (isinstance(value, Mapping) and value),
+    ),
+    Refusal(
+        "dpo_loss_type",
+        f"is not a list of the host's losses: they are {', '.join(HOST_LOSSES)}; write for example "
+        "dpo_loss_type: [sigmoid]",
+        _not_of_host,
+    ),
+    Refusal(
+        "dpo_loss_type",
+        "names a second loss: sera.loss: {loss} is set too. Keep sera.loss for "
+        f"{', '.join(LOSSES)}, dpo_loss_type for any other",
+        lambda value, given: value is not None and "loss" in given.sera.model_fields_set,
+    ),
+    Refusal(
+        "rl_beta, trl.beta, dpo_label_smoothing, simpo_gamma, cpo_alpha",
+        "is not a number: set one, or remove {key}",
+        lambda value, _: value and number(value) is None,
+    ),
+    Refusal(
+        "rl_beta, trl.beta",
+        "is not a preference strength: set it above 0, e.g. 0.2",
+        lambda value, _: value is not None and not (number(value) or 0) > 0,
+    ),
+    Refusal(
+        "dpo_label_smoothing",
+        "is not a share of wrong labels: set it from 0 to below 0.5",
+        lambda _, given: not 0 <= given.smoothing < 0.5,
+    ),
+    Refusal(
+        "dpo_label_smoothing",
+        "has no effect: that dpo_loss_type does not read it. For cDPO set sera.loss: dpo instead "
+        "of dpo_loss_type",
+        lambda _, given: (
+            given.smoothing
+            and not given.loss
+            and _SMOOTHED_BY_HOST.isdisjoint(given.get("dpo_loss_type"))
+        ),
+    ),
+    Refusal(
+        "sera.loss",
+        "needs dpo_label_smoothing: it corrects for a share of wrong labels. Set "
+        "dpo_label_smoothing, for example to 0.1",
+        lambda _, given: given.smooths == "required" and not given.smoothing,
+    ),
+    Refusal(
+        "dpo_label_smoothing",
+        "has no effect: sera.loss: {loss} does not read it. Remove it, or set sera.loss to dpo or "
+        "robust",
+        lambda _, given: given.smooths == "never" and given.smoothing,
+    ),
+    Refusal(
+        "simpo_gamma, cpo_alpha",
+        "has no effect: it belongs to SimPO. Set sera.loss: simpo, or remove {key}",
+        lambda value, given: value is not None and given.loss and not given.loss.target_margin,
+    ),
+    Refusal(
+        "dpo_use_weighting",
+        "needs one of the host's own losses: set dpo_loss_type, for example [sigmoid], beside it",
+        lambda value, given: value and given.loss,
+    ),
+    Refusal("datasets", _LIST, _is_no_list),
+    Refusal("test_datasets", _LIST, lambda value, _: value is not None and _is_no_list(value, _)),
+)
+_SEVERAL = (
+    "makes several datasets of one, which the host cannot do for preference pairs: give each an "
+    "entry of its own"
+)
+#: The same of an entry of `datasets`.
+ENTRY_MISTAKES = (
+    Refusal(
+        "path",
+        "is not a path: name a file, a directory or a dataset of the Hugging Face hub",
+        lambda value, _: not isinstance(value, str) or not value.strip() or "\0" in value,
+    ),
+    Refusal(
+        "type",
+        "is not a strategy: use chat_template.default or another one of "
+        "axolotl.prompt_strategies.dpo, or a block of field names",
+        lambda value, _: (
+            not isinstance(value, (Mapping, type(None)))
+            and not (isinstance(value, str) and value.strip(". "))
+        ),
+    ),
+    Refusal("preprocess_shards", _SEVERAL),
+    Refusal("name", _SEVERAL, lambda value, _: isinstance(value, (list, tuple))),
+)
 
 _BEST = (
     "the host ignores it in preference training. Remove it: every iteration's policy is kept (of "
@@ -112,10 +216,6 @@ _BEST = (
 _OFFLOADING = (
     "under DPO the host has one offloader, to host memory. Set gradient_checkpointing: true and "
     "activation_offloading: true"
-)
-_STATE_DICTS = (
-    "fsdp_config.state_dict_type, fsdp_config.fsdp_state_dict_type, "
-    "fsdp_config.final_state_dict_type, fsdp_config.fsdp_final_state_dict_type"
 )
 #: What is refused whatever its value and whatever else is set, unless it is off.
 _NEVER = {
@@ -140,14 +240,8 @@ _NEVER = {
     "use_ray": "the host asks Ray for a GPU per worker, and SeRA has never been run so. Remove "
     "use_ray, and start `axolotl train` with `--launcher torchrun` (docs/many-gpus.md)",
 }
-
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "num_epochs",
-        "rl: sera runs one iteration per epoch; set num_epochs to 1, 2, 3 or more",
-        lambda value, _: value is not None and number(value) not in range(1, _MOST_EPOCHS + 1),
-        "is not a whole number of iterations:",
-    ),
+#: What does not work here, as docs/configuration.md has it.
+REFUSALS = (
     *(Refusal(keys, remedy) for keys, remedy in _NEVER.items()),
     Refusal("greater_is_better", _BEST, lambda value, _: value is not None),
     Refusal("save_strategy", f"{_BEST}. Set save_strategy: epoch", values="best"),
@@ -156,16 +250,21 @@ REFUSALS: tuple[Refusal, ...] = (
         "rl: sera brings its own trainer; remove trainer_cls",
         lambda value, _: value not in (None, TRAINER),
     ),
-    Refusal(
-        "sera.sampler",
-        "the weights of full fine-tuning cannot be loaded into a running server. Set sera.sampler "
-        "to vllm, or set `adapter: lora`",
-        lambda value, given: value == "vllm-server" and not given.cfg.get("adapter"),
-        "needs an adapter:",
-    ),
     # would save no memory
     Refusal("gradient_checkpointing", _OFFLOADING, values="offload_disk"),
-    Refusal("activation_offloading", _OFFLOADING, _offloads_otherwise, values="legacy, disk"),
+    Refusal(
+        "activation_offloading",
+        _OFFLOADING,
+        # `hidden_states` is done by reentrant checkpointing itself, in any trainer
+        lambda value, given: (
+            isinstance(value, str)
+            and not (
+                value == "hidden_states"
+                and given.get("gradient_checkpointing_kwargs.use_reentrant")
+            )
+        ),
+        "legacy, disk",
+    ),
     Refusal(
         "precompute_ref_log_probs",
         "rl: sera always has reference values as data, from the scoring that selection needs "
@@ -177,22 +276,17 @@ REFUSALS: tuple[Refusal, ...] = (
         "context_parallel_size, tensor_parallel_size, expert_parallel_size",
         "scoring needs whole sequences and layers on each rank; remove {key}",
         lambda value, _: str(value or 1) != "1",
-        values="above 1",
-    ),
-    Refusal(
-        "fsdp_config",
-        "write `fsdp_version: 2` and `fsdp_config:` with its keys indented (docs/many-gpus.md)",
-        lambda value, given: given.sharded and not (isinstance(value, Mapping) and value),
-        "is not a block of keys:",
+        "above 1",
     ),
     Refusal(
         "fsdp_version",
         "FSDP1 flattens the weights that rl: sera takes snapshots of. Set fsdp_version: 2",
         lambda value, given: given.sharded and value not in (2, "2"),
-        values="1",
+        "1",
     ),
     Refusal(
-        _STATE_DICTS,
+        "fsdp_config.state_dict_type, fsdp_config.fsdp_state_dict_type, "
+        "fsdp_config.final_state_dict_type, fsdp_config.fsdp_final_state_dict_type",
         f"a run continues from, and ends with, whole weights. Set it to {WHOLE}, or leave it out",
         lambda value, given: given.sharded and value not in (None, "", WHOLE),
     ),
@@ -202,77 +296,43 @@ REFUSALS: tuple[Refusal, ...] = (
         "fsdp_version and fsdp_config",
         lambda value, given: given.sharded and value,
     ),
-    # the loss
-    Refusal(
-        "dpo_loss_type",
-        f"they are {', '.join(HOST_LOSSES)}; write for example dpo_loss_type: [sigmoid]",
-        _not_of_host,
-        "is not a list of the host's losses:",
-    ),
-    Refusal(
-        "dpo_loss_type",
-        f"sera.loss: {{loss}} is set too. Keep sera.loss for {', '.join(LOSSES)}, dpo_loss_type "
-        "for any other",
-        lambda value, given: value is not None and "loss" in given.sera.model_fields_set,
-        "names a second loss:",
-    ),
-    Refusal(
-        "rl_beta, trl.beta, dpo_label_smoothing, simpo_gamma, cpo_alpha",
-        "set one, or remove {key}",
-        lambda value, _: value and number(value) is None,
-        "is not a number:",
-    ),
-    Refusal(
-        "rl_beta, trl.beta",
-        "set it above 0, e.g. 0.2",
-        lambda value, _: value is not None and not (number(value) or 0) > 0,
-        "is not a preference strength:",
-    ),
-    Refusal(
-        "dpo_label_smoothing",
-        "set it from 0 to below 0.5",
-        lambda _, given: not 0 <= given.smoothing < 0.5,
-        "is not a share of wrong labels:",
-    ),
-    Refusal(
-        "dpo_label_smoothing",
-        "that dpo_loss_type does not read it. For cDPO set sera.loss: dpo instead of dpo_loss_type",
-        lambda _, given: (
-            given.smoothing and given.host_loss and not _SMOOTHED_BY_HOST & {*given.host_loss}
-        ),
-        _NO_EFFECT,
-    ),
-    Refusal(
-        "sera.loss",
-        "it corrects for a share of wrong labels. Set dpo_label_smoothing, for example to 0.1",
-        lambda _, given: given.smooths == "required" and not given.smoothing,
-        "needs dpo_label_smoothing:",
-    ),
-    Refusal(
-        "dpo_label_smoothing",
-        "sera.loss: {loss} does not read it. Remove it, or set sera.loss to dpo or robust",
-        lambda _, given: given.smooths == "never" and given.smoothing,
-        _NO_EFFECT,
-    ),
-    Refusal(
-        "simpo_gamma, cpo_alpha",
-        "it belongs to SimPO. Set sera.loss: simpo, or remove {key}",
-        lambda value, given: value is not None and given.loss and not given.loss.target_margin,
-        _NO_EFFECT,
-    ),
-    Refusal(
-        "dpo_use_weighting",
-        "set dpo_loss_type, for example [sigmoid], beside it",
-        lambda value, given: value and given.loss,
-        "needs one of the host's own losses:",
-    ),
 )
 
 
 def refuse(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
-    """Raises ValueError for what the table has, naming key, value, and what to do."""
-    if cfg.get("trl") is not None:
-        require_block("trl", cfg["trl"])
+    """Raises ValueError for what a table has, naming key, value, and what to do."""
+    block_of("trl", cfg.get("trl"))
     given = Given(cfg, sera)
+    for mistake in MISTAKES:
+        mistake.check(given)
     for refusal in REFUSALS:
-        refusal.check(given)
+        refusal.check(given, "does not work here: ")
+    for key in DATASETS:
+        for index, entry in enumerate(cfg.get(key) or ()):
+            _refuse_entry(f"{key}[{index}]", entry, sera)
+
+
+def _refuse_entry(where: str, entry: Any, sera: SeraConfig) -> None:
+    """Where the host would stumble over a dataset, or read it otherwise than it was meant."""
+    from axolotl.utils.schemas import datasets as schemas
+
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"{where}: {quoted(entry)} is not a block of keys. Write `path:` and `type:` under it."
+        )
+    kinds = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset)
+    _refuse_misspelt(where, entry, [name for model in kinds for name in model.model_fields])
+    for mistake in ENTRY_MISTAKES:
+        mistake.check(Given(entry, sera, f"{where}."))
+    if isinstance(block := entry.get("type"), Mapping):
+        _refuse_misspelt(f"{where}.type", block, schemas.UserDefinedDPOType.model_fields)
+        for name, value in block.items():
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{where}.type.{name}: {quoted(value)} is not text. Quote it.")
+
+
+def _refuse_misspelt(where: str, block: Mapping[Any, Any], known: Collection[str]) -> None:
+    """The host drops keys that it does not know without a word."""
+    for name in block:
+        if not isinstance(name, str) or (name not in known and closest(name, known, 0.75)):
+            raise ValueError(not_a_key(f"{where}.", name, known))

@@ -30,13 +30,7 @@ from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows
-from sera_plugin.host.epochs import (
-    DIVERGED,
-    EndOfIteration,
-    TrainingBar,
-    UnequalEpochs,
-    with_reference,
-)
+from sera_plugin.host.epochs import DIVERGED, ID_COLUMNS, EndOfIteration, TrainingBar, UnequalEpochs
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.host.run import describe_run
@@ -210,12 +204,8 @@ class SeraTrainer(UnequalEpochs):
         result = prepare_rows(
             rows, processing_class, self._model_end_ids, self.cfg, self.config, dataset_name
         )
-        columns: dict[str, Any] = {
-            "row": np.arange(len(result.rows)),
-            "prompt_ids": result.prompt_ids,
-            "chosen_ids": result.chosen_ids,
-            "rejected_ids": result.rejected_ids,
-        }
+        columns: dict[str, Any] = {"row": np.arange(len(result.rows))}
+        columns |= {name: getattr(result, name) for name in ID_COLUMNS}
         if dataset_name == "train":
             kept = dataset.select(result.rows)
             self._columns = {name: kept[name][:] for name in self.config.score_columns}
@@ -234,8 +224,8 @@ class SeraTrainer(UnequalEpochs):
         """See TRL. An evaluation before the first iteration refers to the policy as it is."""
         if "ref_chosen_logps" not in self.eval_dataset.column_names:
             assert self.loop.held_out is not None
-            logps = score_pairs(self.loop.held_out, 0, self.loop.scorer, "score_evaluation")
-            self.eval_dataset = with_reference(self.loop.held_out, logps)
+            scorer = self.loop.scorer
+            self.refer_held_out_to(score_pairs(self.loop.held_out, 0, scorer, "score_evaluation"))
         return super().evaluate(*args, **kwargs)
 
     def compute_loss_context_manager(self) -> Any:
@@ -274,9 +264,8 @@ class SeraTrainer(UnequalEpochs):
         tokens = round(found.metrics.pop("num_tokens") * self.store.ranks.world)
         if training:
             if self._gate_pending:
-                self._pass_gate(
-                    inputs, found.chosen_logps, found.rejected_logps, found.preference_loss
-                )
+                sides = found.chosen_logps, found.rejected_logps
+                self._pass_gate(inputs, *sides, found.preference_loss)
             self._require_finite(loss)
             self._total_train_tokens += tokens
         for name, value in found.metrics.items():
@@ -284,16 +273,9 @@ class SeraTrainer(UnequalEpochs):
         recorded["num_tokens"] = [self._total_train_tokens]
         return (found.loss, found.outputs) if return_outputs else found.loss
 
-    def _pass_gate(
-        self,
-        inputs: Any,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        loss: torch.Tensor | None = None,
-    ) -> None:
+    def _pass_gate(self, inputs: Any, chosen: Any, rejected: Any, loss: Any = None) -> None:
         self._gate_pending = False
-        nats = self.loop.nats
-        figures = check_step_zero(inputs, chosen, rejected, nats, loss, self.loss)
+        figures = check_step_zero(inputs, chosen, rejected, self.loop.nats, loss, self.loss)
         self.loop.record(step_zero=figures)
 
     def _require_finite(self, loss: float) -> None:
