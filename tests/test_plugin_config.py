@@ -8,16 +8,21 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from transformers import LlamaConfig
 
 from sera_plugin import SeraPlugin
 from sera_plugin.config.kinds import LOSSES
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.refused import ENTRY_MISTAKES, MISTAKES, REFUSALS
+from tests.conftest import make_config
 
 TRAINER = "sera_plugin.host.trainer.SeraTrainer"
 
@@ -39,18 +44,35 @@ def register(**keys: Any) -> dict[str, Any]:
     return cfg
 
 
-# ------------------------------------------------------------------ what it turns into
+#: Changes of the YAML => what they become; unset keys of the host's `vllm:` stay unset, where it
+#: would fill in 0.9 of the GPU and a server on all interfaces.
+BECOMES = """
+sera: null => {rl: dpo, trainer_cls: sera_plugin.host.trainer.SeraTrainer, num_epochs: 3, seed: 42}
+{num_epochs: 1.0, seed: 0, rl_beta: 0.37} => {num_epochs: 1, seed: 0, rl_beta: 0.37}
+trl: {} => rl_beta: 0.2
+{fsdp_version: 2, fsdp_config: {offload_params: true}}
+    => fsdp_config: {offload_params: true, state_dict_type: FULL_STATE_DICT}
+fsdp_config: {fsdp_version: "2"}
+    => fsdp_config: {fsdp_version: "2", state_dict_type: FULL_STATE_DICT}
+vllm: null => vllm: {gpu_memory_utilization: null, host: 127.0.0.1}
+vllm: {port: 8001} => vllm: {gpu_memory_utilization: null, host: 127.0.0.1, port: 8001}
+vllm: {gpu_memory_utilization: 0.4, host: 10.0.0.5}
+    => vllm: {gpu_memory_utilization: 0.4, host: 10.0.0.5}
+{datasets: [{path: a}, {path: b, type: chatml.intel}], test_datasets: [{path: c, type: null}]}
+    => {datasets: [{path: a, type: passthrough.default}, {path: b, type: chatml.intel}],
+        test_datasets: [{path: c, type: passthrough.default}]}
+"""
 
 
-def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer():
-    cfg = register()
-    assert (cfg["rl"], cfg["trainer_cls"]) == ("dpo", TRAINER)
-    assert (cfg["sera"]["selection_ratio"], cfg["sera"]["bootstrap_ratio"]) == (0.7, 0.3)
-    # Without a seed the host draws other held-out pairs in every run.
-    assert (cfg["num_epochs"], cfg["seed"]) == (3, 42)
-    assert cfg == register(sera=None) == register(sera={})
-    for given, made in ({"num_epochs": 5}, 5), ({"num_epochs": 1.0}, 1), ({"seed": 0}, 0):
-        assert register(**given)[next(iter(given))] == made
+def lines(text: str) -> list[str]:
+    """One case a line; what is indented goes on with the line above."""
+    return re.sub(r"\n +", " ", text.strip()).splitlines()
+
+
+@pytest.mark.parametrize("case", lines(BECOMES))
+def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer(case):
+    change, made = map(yaml.safe_load, case.split(" => "))
+    assert register(**change).items() >= made.items()
 
 
 #: Changes of the YAML that the plugin takes as they are.
@@ -71,10 +93,10 @@ context_parallel_size: 1
 {activation_offloading: hidden_states, gradient_checkpointing_kwargs: {use_reentrant: true}}
 {precompute_ref_log_probs: true, layer_offloading: false}
 {fsdp_version: 2, fsdp_config: {state_dict_type: FULL_STATE_DICT}}
-""".strip().splitlines()
+"""
 
 
-@pytest.mark.parametrize("line", WORKS)
+@pytest.mark.parametrize("line", lines(WORKS))
 def test_what_works_is_left_alone_and_registering_twice_changes_nothing_more(line):
     """The host parses a configuration again in launched and Ray workers."""
     keys = yaml.safe_load(line)
@@ -86,65 +108,56 @@ def test_what_works_is_left_alone_and_registering_twice_changes_nothing_more(lin
     assert twice == once
 
 
-@pytest.mark.parametrize(
-    ("block", "missing"),
-    [
-        ({}, "selected and sampled"),
-        ({"bootstrap_ratio": 0}, "selected"),
-        ({"selection_ratio": 1}, "sampled"),
-        ({"selection_ratio": 1, "bootstrap_ratio": 0}, None),
-        ({"selection_ratio": 0, "bootstrap_ratio": 1, "labeler": "spin"}, None),
-    ],
-)
-def test_one_iteration_that_selects_and_samples_nothing_is_named(block, missing, caplog):
+#: Changes of the YAML => what is logged of them, if anything.
+WARNS = """
+num_epochs: 1 => num_epochs: 1 ends before iteration 2 | are selected and sampled. Set num_epochs
+{num_epochs: 1, sera: {bootstrap_ratio: 0}} => pairs are selected. Set num_epochs to 2 or more.
+{num_epochs: 1, sera: {selection_ratio: 1}} => pairs are sampled. Set num_epochs to 2 or more.
+{num_epochs: 1, sera: {selection_ratio: 1, bootstrap_ratio: 0}} =>
+{num_epochs: 1, sera: {selection_ratio: 0, bootstrap_ratio: 1, labeler: spin}} =>
+num_epochs: 2 =>
+{liger_fused_linear_cross_entropy: true, cut_cross_entropy: true}
+    => liger_fused_linear_cross_entropy, cut_cross_entropy: no effect | remove them
+"""
+
+
+@pytest.mark.parametrize("case", lines(WARNS))
+def test_what_has_no_effect_is_named(case, caplog):
+    change, said = case.split(" =>")
     with caplog.at_level("WARNING", logger="axolotl.sera"):
-        register(sera=block, num_epochs=1)
-    if missing is None:
-        assert not caplog.records
-    else:
-        assert "num_epochs: 1 ends before iteration 2" in caplog.text
-        assert f"pairs are {missing}. Set num_epochs to 2 or more." in caplog.text
-    caplog.clear()
-    register(sera=block, num_epochs=2)
-    assert not caplog.records
+        register(**yaml.safe_load(change))
+    assert len(caplog.records) == bool(said)
+    assert [part for part in said.strip().split(" | ") if part not in caplog.text] == []
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_beta_is_the_losss_own_unless_set(loss):
-    keys: dict[str, Any] = {"sera": {"loss": loss}}
-    if loss == "robust":
-        keys["dpo_label_smoothing"] = 0.1
-    for changes in ({}, {"trl": {}}):
-        assert register(**keys, **changes)["rl_beta"] == LOSSES[loss].beta
-    assert register(**keys, rl_beta=0.37)["rl_beta"] == 0.37
+    smoothing = 0.1 if loss == "robust" else None
+    keys: dict[str, Any] = {"sera": {"loss": loss}, "dpo_label_smoothing": smoothing}
+    assert register(**keys)["rl_beta"] == LOSSES[loss].beta
     kept = register(**keys, trl={"beta": 0.41})
     assert (kept["trl"], kept.get("rl_beta")) == ({"beta": 0.41}, None)
 
 
-@pytest.mark.parametrize("keys", [{"fsdp_version": 2}, {"fsdp_config": {"fsdp_version": "2"}}])
-def test_sharded_runs_keep_whole_checkpoints(keys):
-    block = keys.get("fsdp_config", {}) | {"offload_params": True}
-    cfg = register(**keys | {"fsdp_config": block})
-    assert cfg["fsdp_config"] == block | {"state_dict_type": "FULL_STATE_DICT"}
+def test_defaults_are_the_papers_and_a_block_is_frozen_and_read_again_as_it_was_written():
+    papers = {"selection_ratio": 0.7, "bootstrap_ratio": 0.3, "gamma": 0.3, "loss": "dpo"}
+    papers |= {"candidates": 4, "temperature": 0.7, "top_p": 0.95}
+    assert register()["sera"].items() >= papers.items()
+    assert [LOSSES[loss].beta for loss in ("dpo", "slic", "ipo")] == [0.2, 0.2, 1.0]
+    for keys in ({"bootstrap_ratio": 2, "score_columns": ["a"]}, {"selection": "all"}):
+        config = SeraConfig(**keys)
+        assert SeraConfig(**config.model_dump(mode="json")) == config
+    assert config.selection_ratio == 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.gamma = 0.5
 
 
-def test_unset_keys_of_the_vllm_block_stay_unset():
-    # The host would fill in 0.9 of the GPU and a server on all interfaces.
-    unset = {"gpu_memory_utilization": None, "host": "127.0.0.1"}
-    named = {"gpu_memory_utilization": 0.4, "host": "10.0.0.5"}
-    assert register(vllm={"port": 8001})["vllm"] == unset | {"port": 8001}
-    assert register(vllm=named)["vllm"] == named
-    assert register()["vllm"] == register(vllm=None)["vllm"] == unset
+@pytest.mark.parametrize(("ratio", "needed"), [(0, 1), (1, 1), (1.1, 2), (2, 2), (2.1, 3), (3, 3)])
+def test_a_ratio_needs_so_many_pairs_a_prompt(ratio, needed):
+    assert SeraConfig(bootstrap_ratio=ratio, candidates=2 * needed).pairs_per_prompt == needed
+    with pytest.raises(ValidationError, match=f"needs {needed} pairs per prompt"):
+        SeraConfig(bootstrap_ratio=max(ratio, 0.1), candidates=2 * needed - 1)
 
-
-def test_kernels_for_labels_are_named_as_without_effect(caplog):
-    with caplog.at_level("WARNING", logger="axolotl.sera"):
-        register(liger_fused_linear_cross_entropy=True, cut_cross_entropy=True)
-    said = "liger_fused_linear_cross_entropy, cut_cross_entropy: no effect.*remove them"
-    assert re.search(said, caplog.text)
-
-
-# ------------------------------------------------------------------ misuse
 
 #: Changes of the YAML => what the message contains: key, value, remedy. TRL 1.9 reads label
 #: smoothing in some of its losses only; not in `sigmoid`.
@@ -201,7 +214,7 @@ greater_is_better: false => greater_is_better: false | Remove it
 save_strategy: best => save_strategy: best | save_strategy: epoch
 early_stopping_patience: 2 => early_stopping_patience: 2 | Remove it | axolotl sera eval
 sera: {bootstrap_ratio: 3, candidates: 4}
-    => bootstrap_ratio: 3 | candidates: 4 | Raise candidates to 6
+    => bootstrap_ratio: 3.0 needs 3 pairs | candidates: 4 | candidates to 6 or lower | ratio to 2
 sera: {selection_ratio: 0, bootstrap_ratio: 0}
     => selection_ratio: 0 | bootstrap_ratio: 0 | Raise one
 {dpo_loss_type: [ipo], sera: {loss: slic}} => dpo_loss_type: ['ipo'] | sera.loss: slic | Keep
@@ -235,8 +248,22 @@ test_datasets: [{path: a, type: 5}] => test_datasets[0].type: 5 | chat_template.
 datasets: [{path: a, name: [x, y]}] => datasets[0].name: ['x', 'y'] | an entry of its own
 dpo_use_weighting: true => dpo_use_weighting: true | dpo_loss_type
 sera: {ipo_reduction: sum} => sera.ipo_reduction: sum | loss: dpo | Set loss: ipo
+sera: {selection: all, selection_ratio: 0.5} => selection_ratio: 0.5 | Remove selection_ratio
+sera: {selection: score} => selection: score | none is named | score_columns: [score_chosen
+sera: {labeler: spin, bootstrap_ratio: 2.0} => bootstrap_ratio: 2.0 | Set bootstrap_ratio to 1
+sera: {labeler: spin, bootstrap_ratio: 0} => labeler: spin | samples none | to 0.3
+sera: {labeler: reward_model} => labeler: reward_model | reward_model unset | Set both
+sera: {reward_model: here} => labeler: implicit | reward_model set | or neither
+sera: {length_control: true} => sera.length_control: True is not a number
+sera: {length_control: some} => sera.length_control | 'some'
+sera: {length_control: 0.1, labeler: spin} => length_control: 0.1 | labeler: spin | Remove
+sera: {offline_length_control: auto, selection: random}
+    => offline_length_control: auto has no effect | selection: random | Remove it
+sera: {reference: initial, loss: orpo} => reference: initial | loss: orpo | Remove reference
+sera: {score_columns: [a, row]} => score_columns: 'row' is what the pairs | Rename
+sera: {score_columns: [chosen_ids, sera_row]} => score_columns: 'chosen_ids', 'sera_row' is what
 """
-CASES = re.sub(r"\n +", " ", MISUSE.strip()).splitlines()
+CASES = lines(MISUSE)
 
 
 def refusal(**keys: Any) -> str:
@@ -269,18 +296,6 @@ def test_every_problem_of_the_block_is_named_at_once_and_a_resolved_block_is_rea
     assert "sera: 'x' is not a block" in refusal(rl="dpo", trainer_cls=TRAINER, sera="x")
 
 
-def test_a_dataset_without_a_type_is_passed_through():
-    """Else the host would not look at its rows before it measures them."""
-    typed = {"path": "a", "type": "chatml.intel"}
-    bare = {"path": "b"}
-    cfg = register(datasets=[dict(bare), dict(typed)], test_datasets=[{**bare, "type": None}])
-    assert cfg["datasets"] == [{**bare, "type": "passthrough.default"}, typed]
-    assert cfg["test_datasets"] == [{**bare, "type": "passthrough.default"}]
-
-
-# ------------------------------------------------------------------ the real host
-
-
 def test_no_key_of_the_host_is_mistaken_for_a_misspelling():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
@@ -292,50 +307,29 @@ def test_no_key_of_the_host_is_mistaken_for_a_misspelling():
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:
     """A complete configuration; the base model is a config.json, nothing here loads weights."""
-    base = tmp_path / "base"
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    shape |= {"num_hidden_layers": 1, "vocab_size": 64}
-    LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(base)
-    return config(
-        base_model=str(base),
-        output_dir=str(tmp_path / "out"),
-        sequence_len=64,
-        micro_batch_size=2,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-5,
-        bf16=False,
-        fp16=False,
-        tf32=False,
-    )
-
-
-def test_the_host_accepts_what_the_plugin_made_and_it_can_be_registered_again(tiny, load):
-    """A Ray worker gets the validated configuration, with all of the host's defaults in it."""
-    cfg = load({**tiny, "sera": {"loss": "simpo"}, "simpo_gamma": 0.5})
-    assert str(cfg.rl.value if hasattr(cfg.rl, "value") else cfg.rl) == "dpo"
-    assert (cfg.trainer_cls, cfg.num_epochs, cfg.rl_beta) == (TRAINER, 3, 2.0)
-    assert (cfg.sera["loss"], cfg.sera["candidates"]) == ("simpo", 4)
-    before = json.dumps(
-        cfg.to_dict(), default=str, sort_keys=True
-    )  # as it travels: a tuple is a list there
-    SeraPlugin().register(cfg)
-    # Set to nothing, or the host would fill it in when it validates again.
-    assert cfg["vllm"].pop("gpu_memory_utilization", 0.9) is None
-    assert json.dumps(cfg.to_dict(), default=str, sort_keys=True) == before
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "base")
+    return make_config(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("block", [None, {"max_model_len": 512}])
-def test_the_host_keeps_unset_vllm_keys_unset(block, tiny, load):
-    cfg = load({**tiny, "vllm": block})
+def test_the_host_accepts_what_the_plugin_made_and_it_can_be_registered_again(block, tiny, load):
+    """A Ray worker gets the validated configuration, with all of the host's defaults in it."""
+    cfg = load({**tiny, "sera": {"loss": "simpo"}, "simpo_gamma": 0.5, "vllm": block})
+    assert (cfg.rl, cfg.trainer_cls, cfg.num_epochs, cfg.rl_beta) == ("dpo", TRAINER, 3, 2.0)
+    assert (cfg.sera["loss"], cfg.sera["candidates"]) == ("simpo", 4)
     found = {key: value for key, value in cfg.vllm.items() if value is not None}
     assert found.keys() & {"gpu_memory_utilization", "enforce_eager"} == set()
     assert found["host"] == "127.0.0.1"
     assert found.get("max_model_len") == (block or {}).get("max_model_len")
 
+    def travelling() -> str:  # a tuple is a list there
+        return json.dumps(cfg.to_dict(), default=str, sort_keys=True)
 
-def test_misuse_surfaces_through_the_hosts_own_parser(tiny, load):
-    with pytest.raises(ValueError, match="Did you mean `selection_ratio`"):
-        load({**tiny, "sera": {"selecton_ratio": 0.5}})
+    before = travelling()
+    SeraPlugin().register(cfg)
+    # Set to nothing, or the host would fill it in when it validates again.
+    assert cfg["vllm"].pop("gpu_memory_utilization", 0.9) is None
+    assert travelling() == before
 
 
 def test_evaluating_the_base_model_is_refused(tiny, tmp_path):
@@ -346,3 +340,13 @@ def test_evaluating_the_base_model_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"axolotl evaluate .*Use `axolotl sera eval"):
         do_cli(str(tmp_path / "config.yaml"))
     register()
+
+
+def test_configuration_files_and_method_load_no_heavy_library():
+    modules = "config.sera, sera_plugin.cli, sera_plugin.tools.demo, sera_plugin.rundir.store"
+    code = (
+        f"import sys, sera_plugin.{modules}, sera_plugin.algorithm.algorithm\n"
+        "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.decode().strip() == "[]"

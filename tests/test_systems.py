@@ -253,33 +253,6 @@ def test_noise_is_recorded_per_row_and_counted_where_pairs_are_told_apart(system
     assert noise_found("irm", none, some) == found
 
 
-@pytest.mark.parametrize(
-    ("block", "said"),
-    [
-        ({"selection": "all", "selection_ratio": 0.5}, "Remove selection_ratio"),
-        ({"selection": "score"}, "none is named"),
-        ({"labeler": "spin", "bootstrap_ratio": 2.0, "candidates": 4}, "one chosen answer"),
-        ({"labeler": "spin", "bootstrap_ratio": 0}, "samples none"),
-        ({"labeler": "reward_model"}, "do not go together"),
-        ({"reward_model": "here"}, "do not go together"),
-        ({"length_control": True}, "not a number"),
-        ({"length_control": "some"}, "length_control"),
-        ({"length_control": 0.1, "labeler": "spin"}, "no rewards to take it off"),
-        ({"offline_length_control": "auto", "selection": "random"}, "has no effect"),
-        ({"reference": "initial", "loss": "orpo"}, "has no reference. Remove reference"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(block, said):
-    with pytest.raises(ValueError, match=said):
-        SeraConfig(**block)
-
-
-def test_a_block_that_was_written_out_is_read_again():
-    config = SeraConfig(selection="all", bootstrap_ratio=0)
-    assert config.selection_ratio == 1
-    assert SeraConfig(**config.model_dump(mode="json")) == config
-
-
 def described(annotations: Annotations | None = None, **block: Any) -> dict[str, Any]:
     config = SeraConfig(**{"bootstrap_ratio": 0, **block})
     method = Method(config, False, False, total=1, annotations=annotations or Annotations())
