@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from sera_plugin.algorithm.method import CandidateSampler, SamplingSettings, Tok
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.child import Child, child_environment, find_vllm
 from sera_plugin.sampling.client import Client
-from sera_plugin.sampling.offload import engine_needs, make_room
+from sera_plugin.sampling.offload import make_room
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler, VllmServerSampler
 
@@ -80,7 +81,6 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
         seed=1,
     )
     vocabulary = model.config.get_text_config().vocab_size
-    needs = engine_needs(model, longest, DTYPE.itemsize)
     dtype = str(DTYPE).removeprefix("torch.")
     served = ServedPolicy(name, str(directory / "adapter"), 16, dtype, None, {}, vocabulary)
     with running_server(arguments.vllm_python, name, longest, directory) as port:
@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
                 served,
                 {},
                 directory / "vllm.log",
-                lambda _: make_room(policy, None, needs, {}, Ranks()),
+                partial(make_room, policy, None, DTYPE.itemsize, {}, Ranks()),
             )
 
         def server() -> CandidateSampler:

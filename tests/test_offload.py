@@ -34,7 +34,8 @@ def test_what_an_engine_needs_by_hand(model):
 def test_on_a_cpu_ranks_share_the_hosts_memory(model, monkeypatch, available, ranks, cache, fits):
     found = type("Found", (), {"available": available})
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: found)
-    with make_room(model, None, (2 * GIB, 2 * GIB), {}, Ranks(0, ranks, ranks)) as memory:
+    monkeypatch.setattr(offload, "engine_needs", lambda *_: (2 * GIB, 2 * GIB))
+    with make_room(model, None, 2, {}, Ranks(0, ranks, ranks), 48) as memory:
         assert memory.utilization is None
         assert memory.devices == ()
         assert memory.cache_gib == cache

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from sera_plugin.algorithm.method import Candidate
 from sera_plugin.rundir.progress import LOG, log_on_stderr, progress, told
-from sera_plugin.sampling import prompts
-from sera_plugin.sampling.prompts import sampling_progress
+from sera_plugin.sampling import samplers
+from sera_plugin.sampling.samplers import sampling_progress
 
 
 class Terminal(io.StringIO):
@@ -26,7 +26,7 @@ def clock(monkeypatch):
     """Seconds that pass when the test says so."""
     now = [100.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    monkeypatch.setattr(prompts, "monotonic", lambda: now[0])
+    monkeypatch.setattr(samplers, "monotonic", lambda: now[0])
     return now
 
 

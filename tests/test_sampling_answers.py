@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sera_plugin.algorithm.method import Candidate, SamplingSettings
+from sera_plugin.sampling.child import SamplingFailed
 from sera_plugin.sampling.client import read_candidates, sampling_fields
-from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.vllm_server import vllm_server
 

@@ -17,8 +17,7 @@ import pytest
 from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.rundir.ranks import NO_PART
 from sera_plugin.sampling import child, vllm
-from sera_plugin.sampling.child import Child, ChildFailed
-from sera_plugin.sampling.prompts import SamplingFailed
+from sera_plugin.sampling.child import Child, ChildFailed, SamplingFailed
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 
 HELPER = "import os, subprocess, time; helper = subprocess.Popen(['sleep', '600'], **{})\n"

@@ -15,8 +15,7 @@ from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling import client, samplers, vllm
-from sera_plugin.sampling.child import find_vllm
-from sera_plugin.sampling.prompts import SamplingFailed
+from sera_plugin.sampling.child import SamplingFailed, find_vllm
 from sera_plugin.sampling.samplers import Choice, Samplers, adapter_problem, choose_sampler
 from tests.vllm_server import vllm_server
 
@@ -49,7 +48,7 @@ def test_vllm_is_taken_where_it_is(with_vllm):
 def test_without_vllm_transformers_is_taken_or_an_error_says_why():
     assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
     choice = choose_sampler("auto", sys.executable, None)
-    assert (choice.name, choice.fell_back) == ("transformers", False)
+    assert choice.name == "transformers"
     assert "vLLM is not installed" in choice.reason
     with pytest.raises(ValueError, match=r"sera\.sampler: vllm, but.*Set sera\.vllm_python"):
         choose_sampler("vllm", sys.executable, None)
@@ -72,7 +71,6 @@ def test_what_vllm_does_not_serve_falls_back_and_says_so(with_vllm, change, word
     choice = choose_sampler(asked, "python", adapter_problem(PLAIN | change))
     assert choice.name == "transformers"
     assert words in choice.reason
-    assert choice.fell_back == (asked != "auto")
     assert adapter_problem(PLAIN) is None
 
 

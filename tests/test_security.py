@@ -31,7 +31,7 @@ from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.sampling import child, vllm
-from sera_plugin.sampling.prompts import SamplingFailed
+from sera_plugin.sampling.child import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.conftest import adapter
 from tests.vllm_server import vllm_server

@@ -21,9 +21,8 @@ import yaml
 
 from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.sampling import child, vllm
-from sera_plugin.sampling.child import Child, child_environment
+from sera_plugin.sampling.child import Child, SamplingFailed, child_environment
 from sera_plugin.sampling.client import Client
-from sera_plugin.sampling.prompts import SamplingFailed
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, VllmServerSampler
 from tests.conftest import adapter, summary, table

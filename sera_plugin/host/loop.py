@@ -34,8 +34,7 @@ from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore, read_json
-from sera_plugin.sampling.prompts import sampling_progress
-from sera_plugin.sampling.samplers import Choice, Samplers
+from sera_plugin.sampling.samplers import Choice, Samplers, sampling_progress
 
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
 LOG = logging.getLogger("axolotl.sera")

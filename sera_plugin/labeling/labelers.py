@@ -31,7 +31,7 @@ from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import IntArray, TokenColumn
-from sera_plugin.sampling.prompts import sampling_progress
+from sera_plugin.sampling.samplers import sampling_progress
 
 #: How a policy judges itself (section 2.3): replies to each question, whose points are averaged,
 #: how they are sampled, and the longest in tokens: some reasoning and a score.

@@ -21,7 +21,6 @@ import psutil
 
 from sera_plugin.config.quoting import printable
 from sera_plugin.sampling import lifeline
-from sera_plugin.sampling.prompts import SamplingFailed
 
 #: A child that shows no sign of life for this many seconds is hung.
 PATIENCE = 900.0
@@ -99,6 +98,10 @@ def child_environment(python: str, devices: Sequence[str] = ()) -> dict[str, str
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return environment
+
+
+class SamplingFailed(RuntimeError):
+    """Sampling stopped. Finished chunks are kept and the next try goes on from them."""
 
 
 class ChildFailed(SamplingFailed):

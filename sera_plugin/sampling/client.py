@@ -1,12 +1,13 @@
-"""The HTTP client of a vLLM server: token ids in, token ids out.
+"""Sampling from a vLLM server over HTTP: token ids in, token ids out.
 
 What an engine answers is checked here, once, before anything of it is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from time import monotonic
 from typing import Any, Literal, TypeVar
@@ -18,7 +19,8 @@ from urllib3.util import Retry
 
 from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.config.quoting import printable, quoted, without_credentials, without_secret
-from sera_plugin.sampling.prompts import SamplingFailed
+from sera_plugin.rundir.ranks import Shard
+from sera_plugin.sampling.child import SamplingFailed
 
 #: Tries after a lost connection or an overloaded answer. urllib3 makes the first of them at once,
 #: the others after twice the seconds, four times, ...: about a minute in all.
@@ -50,6 +52,20 @@ def sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
         "skip_special_tokens": False,
         "return_token_ids": True,
     }
+
+
+def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
+    """How many tokens may be sampled after a prompt; a ValueError if that is none."""
+    limit = settings.max_new_tokens
+    if settings.max_length is not None:
+        limit = min(limit, settings.max_length - len(prompt))
+    if limit < 1:
+        raise ValueError(
+            f"the prompt of row {row} has {len(prompt)} tokens, which leaves no room to sample "
+            f"within {settings.max_length}. Raise sequence_len (or vllm.max_model_len, where that "
+            "is the smaller one), or remove the row."
+        )
+    return limit
 
 
 def in_threads(
@@ -111,54 +127,6 @@ class Client:
         if key:
             self._session.headers["Authorization"] = f"Bearer {key}"
 
-    def sample(
-        self,
-        model: str,
-        prompts: Sequence[TokenIds],
-        limits: Mapping[int, int],
-        settings: SamplingSettings,
-        vocabulary: int,
-        watch: Callable[[], None] = lambda: None,
-    ) -> Generator[Chunk, None, None]:
-        """Yield chunks of finished prompts, some seconds' worth each.
-
-        `model` is the name under which the policy is served, `limits` the most tokens to sample by
-        row of `prompts`, in the order to take the rows in, `vocabulary` the number of token ids
-        that the model knows. `watch` is called at least every second and may raise. SamplingFailed
-        if the server does not answer, or wrongly.
-        """
-        fields = sampling_fields(settings) | {"model": model}
-
-        def ask(row: int) -> list[Candidate]:
-            request = {
-                "prompt": prompts[row].tolist(),
-                "max_tokens": limits[row],
-                "seed": settings.stream(row),
-            }
-            choices = self.ask("choices", "/v1/completions", fields | request)
-            try:
-                return read_candidates(choices, settings, limits[row], vocabulary)
-            except ValueError as error:
-                raise self.wrong(
-                    f"answers the prompt of row {row} wrongly: {error}. Nothing of it is stored. "
-                    "Use a vLLM that docs/sampling.md lists"
-                ) from None
-
-        chunk: Chunk = []
-        until = monotonic() + CHUNK_SECONDS
-        pool = ThreadPoolExecutor(IN_FLIGHT)
-        try:
-            for finished in in_threads(pool, limits, ask, IN_FLIGHT):
-                watch()
-                chunk += finished
-                if chunk and (len(chunk) >= CHUNK_PROMPTS or monotonic() > until):
-                    yield chunk
-                    chunk, until = [], monotonic() + CHUNK_SECONDS
-            if chunk:
-                yield chunk
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
     def version(self) -> str:
         """Of vLLM, as the server gives it."""
         return one_line(self.ask("version", "/version"), self.key)
@@ -203,6 +171,77 @@ class Client:
     def wrong(self, problem: str) -> SamplingFailed:
         """What to raise, without the key."""
         return SamplingFailed(one_line(f"the vLLM server at {self.url} {problem}.", self.key))
+
+
+#: A server that is ready: its client, the policy's name there, what watches over it.
+Serving = tuple[Client, str, Callable[[], None]]
+
+
+class EngineSampler:
+    """Samples from the vLLM server that `_serving` has ready; see `CandidateSampler`."""
+
+    make_room: Callable[[int], AbstractContextManager[Any]] = nullcontext
+
+    def __init__(self, name: str, vocabulary: int, shard: Shard, longest: int | None) -> None:
+        self.report: dict[str, Any] = {"name": name}
+        self.seconds: dict[str, float] = {}
+        self.longest, self.shard, self.vocabulary = longest, shard, vocabulary
+
+    def sample(
+        self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
+    ) -> Generator[Chunk, None, None]:
+        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
+        settings = settings.within(self.longest)
+        # The longest first: what still runs at the end of a phase is then short.
+        longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        rows = [row for row in longest_first if row not in skip]
+        limits = {row: room(row, prompts[row], settings) for row in rows}
+        lengths = [len(prompts[row]) + limits[row] for row in rows]
+        mine = self.shard.of(rows, lengths)
+        if not rows:
+            return
+        with self.make_room(max(lengths)) as memory:
+            if not mine:
+                return
+            with self._serving(max(lengths), memory) as (client, name, watch):
+                fields = sampling_fields(settings) | {"model": name}
+
+                def ask(row: int) -> list[Candidate]:
+                    asked = {"prompt": prompts[row].tolist(), "seed": settings.stream(row)}
+                    request = fields | asked | {"max_tokens": limits[row]}
+                    choices = client.ask("choices", "/v1/completions", request)
+                    try:
+                        return read_candidates(choices, settings, limits[row], self.vocabulary)
+                    except ValueError as error:
+                        raise client.wrong(
+                            f"answers the prompt of row {row} wrongly: {error}. Nothing of it is "
+                            "stored. Use a vLLM that docs/sampling.md lists"
+                        ) from None
+
+                yield from _in_chunks(mine, ask, watch)
+
+    def _serving(self, length: int, memory: Any) -> AbstractContextManager[Serving]:
+        raise NotImplementedError
+
+
+def _in_chunks(
+    rows: Sequence[int], ask: Callable[[int], list[Candidate]], watch: Callable[[], None]
+) -> Generator[Chunk, None, None]:
+    """Chunks of finished rows; `watch` is called at least every second and may raise."""
+    chunk: Chunk = []
+    until = monotonic() + CHUNK_SECONDS
+    pool = ThreadPoolExecutor(IN_FLIGHT)
+    try:
+        for finished in in_threads(pool, rows, ask, IN_FLIGHT):
+            watch()
+            chunk += finished
+            if chunk and (len(chunk) >= CHUNK_PROMPTS or monotonic() > until):
+                yield chunk
+                chunk, until = [], monotonic() + CHUNK_SECONDS
+        if chunk:
+            yield chunk
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Choice(BaseModel, strict=True):

@@ -48,20 +48,21 @@ def cache_bytes_per_token(model: Any, element_size: int) -> int:
 def make_room(
     model: nn.Module,
     optimizer: Any,
-    needs: tuple[int, int],
+    element_size: int,
     options: Mapping[str, Any],
     ranks: Ranks,
+    length: int,
 ) -> Iterator[Memory]:
     """Free memory for an engine while the block lasts; all ranks enter and leave together.
 
     On a GPU unused blocks are always returned. If the engine would still not fit beside the run,
     weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
 
-    `needs` is from `engine_needs`, `options` is the host's `vllm:` block, unset keys left out. An
-    engine on several devices takes those of the neighbouring ranks. ValueError if the memory asked
-    for is not free.
+    `element_size` and `length` are as in `engine_needs`, `options` is the host's `vllm:` block,
+    unset keys left out. An engine on several devices takes those of the neighbouring ranks.
+    ValueError if the memory asked for is not free.
     """
-    weights, cache = needs
+    weights, cache = engine_needs(model, length, element_size)
     device = next(model.parameters()).device
     if device.type != "cuda":
         available = psutil.virtual_memory().available // ranks.local_world

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.method import CandidateSampler
+from sera_plugin.algorithm.method import CandidateSampler, Chunk, Progress
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import SAMPLED_ON_CPU, plan_tokens
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
+from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.ranks import NO_PART, WHOLE
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.child import find_vllm
-from sera_plugin.sampling.offload import cache_bytes_per_token, engine_needs, make_room
+from sera_plugin.sampling.offload import cache_bytes_per_token, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import LORA_RANKS, ServedPolicy, VllmSampler, VllmServerSampler
 
@@ -36,11 +39,10 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """A sampler as in `sera.sampler`, and why; `fell_back` where the YAML names another one."""
+    """A sampler as in `sera.sampler`, and why."""
 
     name: str
     reason: str
-    fell_back: bool = False
 
 
 def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
@@ -51,7 +53,7 @@ def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
     if asked == "transformers":
         return Choice(asked, "in the training process, as sera.sampler says")
     if problem:
-        return Choice("transformers", f"in the training process: {problem}", asked != "auto")
+        return Choice("transformers", f"in the training process: {problem}")
     if asked == "vllm-server":
         return Choice(asked, "a running server, as sera.sampler says")
     try:
@@ -109,10 +111,11 @@ class Samplers:
         ranks = self.store.ranks
         choice = Choice("transformers", "as rank 0 has chosen")
         if ranks.main:
-            choice = choose_sampler(self.config.sampler, self._python, self._unserved())
-            if choice.fell_back:
+            asked = self.config.sampler
+            choice = choose_sampler(asked, self._python, self._unserved())
+            if asked not in ("auto", choice.name):
                 said = "sera.sampler: %s is not used. Samples come from transformers, %s"
-                LOG.warning(said, self.config.sampler, choice.reason)
+                LOG.warning(said, asked, choice.reason)
             if choice.name == "vllm-server":
                 whole = longest + self.config.max_new_tokens
                 most = self.cfg["sequence_len"] or whole
@@ -137,29 +140,23 @@ class Samplers:
         The optimizer's state may wait in host memory while an engine samples.
         """
         policies, ranks = self.scorer.policies, self.store.ranks
+        model = policies.model
         if self.choice.name == "vllm-server":
             return self._server(self.store.policy(iteration))
         if self.choice.name == "transformers":
+            tokens = plan_tokens(
+                next(model.parameters()).device,
+                bytes_per_token=cache_bytes_per_token(model, element_size=4),
+                longest=int(self.cfg["sequence_len"] or 0),
+                on_cpu=SAMPLED_ON_CPU,
+            )
+            policy, scorer = partial(policies.at, iteration - 1), self.scorer
             return TransformersSampler(
-                policies.model,
-                self.scorer.pad_id,
-                plan_tokens(
-                    next(policies.model.parameters()).device,
-                    bytes_per_token=cache_bytes_per_token(policies.model, element_size=4),
-                    longest=int(self.cfg["sequence_len"] or 0),
-                    on_cpu=SAMPLED_ON_CPU,
-                ),
-                self.scorer.autocast,
-                self.scorer.shard,
-                partial(policies.at, iteration - 1),
+                model, scorer.pad_id, tokens, scorer.autocast, scorer.shard, policy
             )
         served, options = self._served(iteration), self._vllm_options
-
-        def room(length: int) -> Any:
-            size = 4 if served.dtype == "float32" else 2
-            needs = engine_needs(policies.model, length, size)
-            return make_room(policies.model, optimizer, needs, options, ranks)
-
+        size = 4 if served.dtype == "float32" else 2
+        room = partial(make_room, model, optimizer, size, options, ranks)
         name = f"vllm-{ranks.rank}.log" if ranks.world > 1 else "vllm.log"
         log = self.store.iteration(iteration) / name
         shard = ranks.engine_shard(options.get("tensor_parallel_size") or 1)
@@ -232,3 +229,24 @@ class Samplers:
             shard=WHOLE if self.store.ranks.main else NO_PART,
             longest=self._context,
         )
+
+
+def sampling_progress(quiet: bool) -> Progress:
+    """Progress over prompts with samples and tokens per second, as the algorithm wants it."""
+
+    @contextmanager
+    def start(total: int, phase: str) -> Iterator[Callable[[Chunk], None]]:
+        samples = tokens = 0
+        began = monotonic()
+
+        def take(chunk: Chunk) -> None:
+            nonlocal samples, tokens
+            samples += sum(len(found) for _, found in chunk)
+            tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
+            spent = max(monotonic() - began, 1e-9)
+            advance(len(chunk), f"{samples / spent:,.1f} samples/s, {tokens / spent:,.0f} tok/s")
+
+        with progress(phase, total, "prompt", quiet) as advance:
+            yield take
+
+    return start

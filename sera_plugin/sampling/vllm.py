@@ -10,25 +10,24 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 from uuid import uuid4
 
-from sera_plugin.algorithm.method import Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.child import (
     PATIENCE,
     Child,
     ChildFailed,
+    SamplingFailed,
     child_environment,
     serves_four_bit,
 )
-from sera_plugin.sampling.client import RETRIES, Client
-from sera_plugin.sampling.prompts import SamplingFailed, room
+from sera_plugin.sampling.client import RETRIES, Client, EngineSampler, Serving
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -42,9 +41,6 @@ _ENDS_WITHIN = 10.0  # seconds in which a server that stopped answering shows ho
 API_KEY = "VLLM_API_KEY"
 #: Text whose tokens tell tokenizers apart.
 _PROBE = "Hello, wörld!  1234567 你好 🙂\n\tdef f(x): return x"
-
-#: A server that is ready: its client, the policy's name there, what watches over it.
-Serving = tuple[Client, str, Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -70,38 +66,7 @@ class Memory:
     cache_gib: int = 1  # for a CPU, room for the engine's cache
 
 
-class _Sampler:
-    """What both have in common; see `CandidateSampler`."""
-
-    def __init__(self, name: str, vocabulary: int, shard: Shard, longest: int | None) -> None:
-        self.report: dict[str, Any] = {"name": name}
-        self.seconds: dict[str, float] = {}
-        self.longest, self.shard, self.vocabulary = longest, shard, vocabulary
-        self.make_room: Callable[[int], AbstractContextManager[Any]] = nullcontext
-
-    def sample(
-        self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
-    ) -> Generator[Chunk, None, None]:
-        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
-        settings = settings.within(self.longest)
-        # The longest first: what still runs at the end of a phase is then short.
-        longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        rows = [row for row in longest_first if row not in skip]
-        limits = {row: room(row, prompts[row], settings) for row in rows}
-        lengths = [len(prompts[row]) + limits[row] for row in rows]
-        mine = {row: limits[row] for row in self.shard.of(rows, lengths)}
-        if not rows:
-            return
-        with self.make_room(max(lengths)) as memory:
-            if mine:
-                with self._serving(max(lengths), memory) as (client, name, watch):
-                    yield from client.sample(name, prompts, mine, settings, self.vocabulary, watch)
-
-    def _serving(self, length: int, memory: Any) -> AbstractContextManager[Serving]:
-        raise NotImplementedError
-
-
-class VllmSampler(_Sampler):
+class VllmSampler(EngineSampler):
     """Samples from a vLLM server of its own, which is started for the phase and gone after it.
 
     `python` is of the environment that has vLLM, `options` the host's `vllm:` block without unset
@@ -227,7 +192,7 @@ def _tokens(client: Client) -> list[str]:
     return [line for line in lines if line.startswith("vllm:generation_tokens_total")]
 
 
-class VllmServerSampler(_Sampler):
+class VllmServerSampler(EngineSampler):
     """Samples from a running `vllm serve`, to which the run's adapter directories look the same.
 
     `adapter` is theta_{t-1}'s directory, `tokenize` is text to token ids without special tokens

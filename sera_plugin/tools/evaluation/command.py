@@ -81,7 +81,7 @@ def evaluate(
     """
     from sera_plugin.labeling.judging import JudgeFailed
     from sera_plugin.rundir.progress import log_on_stderr
-    from sera_plugin.sampling.prompts import SamplingFailed
+    from sera_plugin.sampling.child import SamplingFailed
     from sera_plugin.tools.evaluation.answers import Decoding
     from sera_plugin.tools.evaluation.results import shown
     from sera_plugin.tools.evaluation.run import evaluate
