@@ -18,7 +18,6 @@ from sera_plugin.data.dataset import (
     ODD,
     SPELLED_OUT,
     prepare_rows,
-    tokenize_rows,
 )
 
 _NAMES = "user assistant im_start im_end start_header_id end_header_id eot_id tool_end"
@@ -86,9 +85,18 @@ def row(prompt: str, chosen: str = "hello", rejected: str = "world") -> dict[str
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def tokenize(tokenizer: Any, *rows: dict[str, Any], ends: str = "</s>", **options: Any) -> Any:
+def tokenize(
+    tokenizer: Any,
+    *rows: dict[str, Any],
+    ends: str = "</s>",
+    length: int | None = None,
+    name: str = "train",
+    bad_rows: Any = "drop",
+    **cfg: Any,
+) -> Any:
     end_ids = tokenizer.convert_tokens_to_ids(ends.split())
-    return tokenize_rows(list(rows), tokenizer, end_ids, **{"max_length": None, **options})
+    config = SeraConfig(bad_rows=bad_rows)
+    return prepare_rows(rows, tokenizer, end_ids, {"sequence_len": length, **cfg}, config, name)
 
 
 def spelled(tokenizer: Any, ids: Any) -> str:
@@ -127,6 +135,7 @@ def test_prompt_and_completion_spell_the_text(metaspace: bool, chosen: str) -> N
 EQUAL = "chosen equals rejected, which prefers nothing"
 NO_TOKENS = "prompt, chosen or rejected without tokens"
 TOO_LONG = "longer than sequence_len: "
+LONG = "excess_length_strategy"
 
 
 @dataclass
@@ -179,7 +188,7 @@ CASES = {
         [("yzx", "xzy"), ("xzx", "xzy")],
         [("yz", "xz")],
         dropped={EQUAL: [1]},
-        options={"max_length": 3, "truncate": True},
+        options={"length": 3, LONG: "truncate"},
     ),
     "duplicates": Case(
         [XY, XY, ("x", "z"), ("x</s>", "y")],
@@ -190,18 +199,16 @@ CASES = {
         [("a\0b", "y"), ("\0" * 30, "y")],
         dropped={TOO_LONG + "12": [1]},
         kept={ODD: [0]},
-        options={"max_length": 12},
+        options={"length": 12},
     ),
     "rows are named by their place": Case([("", "y"), XY, ("x", "")], dropped={NO_TOKENS: [0, 2]}),
-    "just as long as may be": Case([TALK], options={"max_length": 6}),
-    "one token too long": Case(
-        [XY, TALK], dropped={TOO_LONG + "5": [1]}, options={"max_length": 5}
-    ),
+    "just as long as may be": Case([TALK], options={"length": 6}),
+    "one token too long": Case([XY, TALK], dropped={TOO_LONG + "5": [1]}, options={"length": 5}),
     "cut to the room that the prompt leaves": Case(
-        [TALK], [("xz", "y</s>")], options={"max_length": 5, "truncate": True}
+        [TALK], [("xz", "y</s>")], options={"length": 5, LONG: "truncate"}
     ),
     "no room behind the prompt": Case(
-        [XY, TALK], dropped={TOO_LONG + "3": [1]}, options={"max_length": 3, "truncate": True}
+        [XY, TALK], dropped={TOO_LONG + "3": [1]}, options={"length": 3, LONG: "truncate"}
     ),
     "any text": Case([(text, f"{text}.") for text in TEXTS]),
 }
@@ -263,7 +270,7 @@ def test_nothing_usable_is_an_error_with_the_counts(plain: Any) -> None:
     for name, keys in (("train", "`datasets:`"), ("eval", "`test_datasets:` or `val_set_size`")):
         said = f"none of the 3 {name} rows can be used {counts}. Check {keys}, and `sequence_len`"
         with pytest.raises(ValueError, match=said):
-            tokenize(plain, *rows, max_length=12, name=name)
+            tokenize(plain, *rows, length=12, name=name)
     with pytest.raises(ValueError, match="the dataset is empty"):
         tokenize(plain)
     with pytest.raises(ValueError, match=r"special_tokens: \{eos_token"):
@@ -273,42 +280,31 @@ def test_nothing_usable_is_an_error_with_the_counts(plain: Any) -> None:
 # ------------------------------------------------------------------ what is said about them
 
 
-LONG = "excess_length_strategy"
-
-
 @pytest.mark.parametrize(
-    ("config", "cfg", "said"),
+    ("options", "said"),
     [
-        ({"bad_rows": "raise"}, {}, r"^sera.bad_rows: raise, and 2 of the 3 train rows .*bad_rows"),
-        ({}, {LONG: "raise"}, rf"^{LONG}: raise, and 2 of .*1 row\(s\): longer .*\(rows 2\)"),
+        ({"bad_rows": "raise"}, r"^sera.bad_rows: raise, and 2 of the 3 train rows .*bad_rows"),
+        ({LONG: "raise"}, rf"^{LONG}: raise, and 2 of .*1 row\(s\): longer .*\(rows 2\)"),
     ],
 )
-def test_bad_and_long_rows_stop_the_run_when_asked_to(plain, config, cfg, said) -> None:
+def test_bad_and_long_rows_stop_the_run_when_asked_to(plain, options, said) -> None:
     rows = [row("hi", text, "ab") for text in ("x", "", "hello " * 9)]
-    options = ([plain.eos_token_id], {"sequence_len": 9, **cfg}, SeraConfig(**config), "train")
     with pytest.raises(ValueError, match=said) as error:
-        prepare_rows(rows, plain, *options)
+        tokenize(plain, *rows, length=9, **options)
     assert f"1 row(s): {NO_TOKENS} (rows 1)" in str(error.value)
     assert str(error.value).split(". ")[-1].startswith("Mend or remove them, or set ")
-    if config:  # rows that are only too long are no bad rows
-        assert prepare_rows(rows[::2], plain, *options).rows == [0]
+    if "bad_rows" in options:  # rows that are only too long are no bad rows
+        assert tokenize(plain, *rows[::2], length=9, **options).rows == [0]
 
 
-def test_the_log_names_the_first_rows_of_each_reason(plain, monkeypatch, caplog):
+def test_the_log_names_the_first_rows_of_the_commonest_reasons(plain, monkeypatch, caplog):
     monkeypatch.setattr(LOG, "handlers", [caplog.handler])
     monkeypatch.setattr(LOG, "propagate", False)  # as where the host has set up its loggers
-    rows = [row("hi"), *[row("hi", "")] * 7]
-    prepare_rows(rows, plain, [plain.eos_token_id], {}, SeraConfig(), "train")
-    [line] = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
-    assert line == f"WARNING train: dropped 7 row(s): {NO_TOKENS} (rows 1, 2, 3, 4, 5, ...)"
-
-
-def test_only_the_commonest_reasons_are_named(plain: Any) -> None:
-    bad = [
-        {"sera_problem": f"problem {i}", "sera_source": "datasets[0] (f)", "sera_row": i}
-        for i in range(30)
-    ]
-    lines = tokenize(plain, row("hi"), *bad, bad[7]).reasons()
-    assert lines[0] == "2 row(s): problem 7 (datasets[0] (f) rows 7, 7)"
-    assert lines[-1] == "10 more reasons"
+    source = {"sera_source": "datasets[0] (f)"}
+    bad = [{"sera_problem": f"problem {i}", "sera_row": i} | source for i in range(30)]
+    tokenize(plain, row("hi"), *[row("hi", "")] * 7, *bad, bad[7])
+    lines = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+    assert lines[0] == f"WARNING train: dropped 7 row(s): {NO_TOKENS} (rows 1, 2, 3, 4, 5, ...)"
+    assert lines[1] == "WARNING train: dropped 2 row(s): problem 7 (datasets[0] (f) rows 7, 7)"
+    assert lines[-1] == "WARNING train: dropped 11 more reasons"
     assert len(lines) == 21

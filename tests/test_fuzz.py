@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from sera_plugin.data.dataset import ODD, TokenizedRows, tokenize_rows
-from sera_plugin.data.texts import visible
+from sera_plugin.data.dataset import ODD, TokenizedRows
+from sera_plugin.data.rows import visible
 from tests.test_dataset import build
+from tests.test_dataset import tokenize as tokenize_texts
 from tests.test_rows import guarded, strategy
 
 
@@ -101,7 +102,7 @@ def tokenize(kind: str, rows: list[dict[str, Any]], template: str = "plain") -> 
     prepared = [
         transform(copy.deepcopy(row), index, tokenizer=tokenizer) for index, row in enumerate(rows)
     ]
-    return tokenize_rows(prepared, tokenizer, [tokenizer.eos_token_id], LENGTH)
+    return tokenize_texts(tokenizer, *prepared, length=LENGTH)
 
 
 def test_the_documentation_has_every_reason() -> None:

@@ -7,9 +7,8 @@ from functools import partial
 
 import pytest
 
-from sera_plugin.data.dataset import tokenize_rows
-from sera_plugin.data.texts import SYSTEM
-from tests.test_dataset import TEXTS, build
+from sera_plugin.data.rows import SYSTEM
+from tests.test_dataset import TEXTS, build, tokenize
 from tests.test_rows import guarded, strategy
 
 #: What else may stand in a row: nothing, and every kind of it.
@@ -58,7 +57,7 @@ def check(loaded, rows, tokenizer, expect, **options):
     for row, result in zip(rows, found, strict=True):
         assert result["sera_problem"] == "", row
         assert {key: result[key] for key in ("prompt", "chosen", "rejected")} == expect(row), row
-    assert tokenize_rows(found, tokenizer, [tokenizer.eos_token_id], None).dropped == {}
+    assert tokenize(tokenizer, *found).dropped == {}
 
 
 def host_texts(loaded, tokenizer, row):

@@ -20,9 +20,10 @@ from sera_plugin.data.files import (
     edited_since,
     load_failure,
     one_line,
+    source_name,
     while_loading,
 )
-from sera_plugin.data.rows import GuardedTransform, as_it_is, source_name
+from sera_plugin.data.rows import GuardedTransform, as_it_is
 from sera_plugin.host.config import restore_entries
 from tests.test_dataset import build
 

@@ -25,8 +25,7 @@ from sera_plugin.config.quoting import (
     without_secret,
 )
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.files import load_failure
-from sera_plugin.data.rows import source_name
+from sera_plugin.data.files import load_failure, source_name
 from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table

@@ -1,7 +1,7 @@
 """Rows of any shape to exact token ids, or a named reason why not.
 
 - `files`   the user's files: why one cannot be loaded, whether it was edited since
-- `rows`, `texts`   a raw row to prompt, chosen and rejected text
+- `rows`   a raw row to prompt, chosen and rejected text
 - `dataset`   text to token ids; what is dropped, and why
 
 `host/datasets.py` loads, merges and splits the rows in between, with the host's functions.

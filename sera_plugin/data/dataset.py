@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 from array import array
 from collections import Counter, defaultdict
@@ -21,8 +22,7 @@ import numpy.typing as npt
 
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.rows import PROBLEM, ROW, SOURCE
-from sera_plugin.data.texts import EMPTY, TEXTS, RowError, odd
+from sera_plugin.data.rows import EMPTY, PROBLEM, ROW, SOURCE, TEXTS, RowError
 
 IntArray = npt.NDArray[np.int32]
 
@@ -46,6 +46,13 @@ ODD = (
 DUPLICATE = (
     "repeat an earlier row, token for token; they are trained as often as they are there. Set "
     "`dataset_exact_deduplication: true` to keep one of each"
+)
+
+#: Characters that text may contain but seldom means to: controls, zero-width space and byte order
+#: mark, direction overrides, the replacement character of a wrong decoding, piles of accents.
+_ODD = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ufffd]"
+    "|[\u0300-\u036f\u1ab0-\u1aff\u20d0-\u20ff]{9,}"
 )
 
 
@@ -112,7 +119,7 @@ class RowTokenizer:
         if not all(ids):
             raise RowError("prompt, chosen or rejected without tokens")
         remarks = [] if all(map(self._decodes_to, ids[1:], answers)) else [INEXACT]
-        remarks += [ODD] if any(map(odd, texts)) else []
+        remarks += [ODD] if any(map(_ODD.search, texts)) else []
         # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
         return remarks, [np.asarray(one, dtype=np.int32) for one in ids]
 
@@ -213,14 +220,19 @@ class TokenizedRows:
 
 
 def prepare_rows(
-    examples: Any,
+    examples: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     end_ids: Sequence[int],
     cfg: Mapping[str, Any],
     config: SeraConfig,
     name: str,
 ) -> TokenizedRows:
-    """`tokenize_rows`, and say in the log what was dropped and what deserves a look.
+    """Tokenise preference rows, as `GuardedTransform` made them, exactly; log what becomes of them.
+
+    A completion that does not end in a special token gets the data's most frequent one, the
+    tokenizer's eos where there is none: sampled and offline completions then end the same way and
+    their rewards are comparable. Prompt and completion longer than `sequence_len` tokens are
+    dropped, or the completion is cut.
 
     Raises:
         ValueError: if no usable row is left, or some are dropped that must not be, with the counts
@@ -228,9 +240,14 @@ def prepare_rows(
     """
     long_rows = str(cfg.get("excess_length_strategy") or "").lower()
     length = cfg.get("sequence_len")
-    result = tokenize_rows(
-        examples, tokenizer, end_ids, length, truncate=long_rows == "truncate", name=name
-    )
+    result = _tokenized(examples, RowTokenizer(tokenizer, end_ids), length, long_rows == "truncate")
+    reasons = result.reasons()
+    if not result.rows:
+        keys = "`datasets:`" if name == "train" else "`test_datasets:` or `val_set_size`"
+        raise ValueError(
+            f"none of the {result.total} {name} rows can be used "
+            f"({'; '.join(reasons) or 'the dataset is empty'}). Check {keys}, and `sequence_len`."
+        )
     for remark, rows in result.kept.items():
         LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
     dropped = sum(map(len, result.dropped.values()))
@@ -242,32 +259,19 @@ def prepare_rows(
         if wanted and count:
             raise ValueError(
                 f"{key}: raise, and {dropped} of the {result.total} {name} rows cannot be used: "
-                f"{'; '.join(result.reasons())}. Mend or remove them, or set {key}: drop."
+                f"{'; '.join(reasons)}. Mend or remove them, or set {key}: drop."
             )
-    for reason in result.reasons():
+    for reason in reasons:
         LOG.warning("%s: dropped %s", name, reason)
     return result
 
 
-def tokenize_rows(
+def _tokenized(
     examples: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    end_ids: Sequence[int],
+    encoder: RowTokenizer,
     max_length: int | None,
-    truncate: bool = False,
-    name: str = "train",
+    truncate: bool,
 ) -> TokenizedRows:
-    """Tokenise preference rows, as `GuardedTransform` made them, exactly.
-
-    A completion that does not end in a special token gets the data's most frequent one, the
-    tokenizer's eos where there is none: sampled and offline completions then end the same way and
-    their rewards are comparable. Prompt and completion longer than `max_length` tokens are dropped,
-    or the completion is cut.
-
-    Raises:
-        ValueError: if no usable row is left, with the counts of what was wrong.
-    """
-    encoder = RowTokenizer(tokenizer, end_ids)
     result = TokenizedRows()
     encoded: list[tuple[int, list[str], list[IntArray]]] = []
     for row, example in enumerate(examples):
@@ -307,11 +311,4 @@ def tokenize_rows(
         result.prompt_ids.append(prompt)
         result.chosen_ids.append(pair[0])
         result.rejected_ids.append(pair[1])
-    if not result.rows:
-        reasons = "; ".join(result.reasons()) or "the dataset is empty"
-        keys = "`datasets:`" if name == "train" else "`test_datasets:` or `val_set_size`"
-        raise ValueError(
-            f"none of the {result.total} {name} rows can be used ({reasons}). Check {keys}, and "
-            "`sequence_len`."
-        )
     return result

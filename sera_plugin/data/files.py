@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,9 @@ import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError
 from requests.exceptions import RequestException
 
-from sera_plugin.config.quoting import plain, quoted
-from sera_plugin.data.texts import encodable
+from sera_plugin.config.quoting import plain, quoted, without_credentials
+from sera_plugin.data.rows import encodable
 
-#: A JSON document larger than this is not read whole to find out whether it is one.
-_DOCUMENT_BYTES = 2**28
 #: What the host says when it has looked everywhere.
 _NOT_FOUND = "The dataset could not be loaded."
 #: What the libraries below it raise about the content of a file.
@@ -38,27 +37,30 @@ class DataError(ValueError):
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) of JSON lines, counted from 1, or of one JSON list, counted from 0.
 
-    ValueError names the line that is not JSON or not UTF-8 text. The caller names the path.
+    ValueError names and shows the line that is not JSON, or says that the file is not UTF-8 text.
+    The caller names the path.
     """
+    where, line = "it", ""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if where == "it" and line.lstrip().startswith("["):
+                    for row, content in enumerate(json.loads(line + lines.read())):
+                        yield f"row {row}", content
+                elif line.strip():
+                    where = f"line {number}"
+                    yield where, json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text ({error.reason})") from None
-    if text.lstrip().startswith("["):
-        for row, content in enumerate(_parsed(text, "it")):
-            yield f"row {row}", content
-        return
-    # Only line feeds end a line: texts may hold the other characters that end lines for Python.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"line {number}", _parsed(line, f"line {number}")
-
-
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON ({error})") from None
+        raise ValueError(f"{where} is not JSON ({error}): {quoted(line.strip())}") from None
+
+
+def source_name(key: str, index: int, path: str) -> str:
+    """A dataset as messages name it: `datasets[0] (pairs.jsonl)`."""
+    if "://" in path:
+        path = re.split("[?#]", without_credentials(path))[0]
+    return f"{key}[{index}] ({plain(Path(path).name or path)})"
 
 
 def load_failure(key: str, path: str, error: BaseException) -> DataError:
@@ -133,34 +135,27 @@ def _damage(path: str, error: BaseException) -> str | None:
         with open(path, "rb") as content:
             if not any(map(bytes.strip, content)):
                 return "the file is empty"
-        if not path.endswith((".json", ".jsonl", ".ndjson")) or not any(
+        is_json = path.endswith((".json", ".jsonl", ".ndjson"))
+        if is_json and any(
             isinstance(one, _UNREADABLE) or type(one).__name__ == _GENERATION
             for one in _chain(error)
         ):
-            return None
-        with open(path, encoding="utf-8-sig", errors="replace") as lines:
-            small = os.path.getsize(path) <= _DOCUMENT_BYTES
-            if small and not _problem(lines.read(), whole=True):
-                return None
-            lines.seek(0)
-            for number, line in enumerate(lines, start=1):
-                if line.strip() and (problem := _problem(line)):
-                    shown = quoted(line.strip())
-                    return f"line {number} {problem}: {shown}. Mend or remove that line"
+            return _damaged_row(Path(path))
     return None
 
 
-def _problem(text: str, whole: bool = False) -> str:
-    """Why a text is not a row in JSON, or a whole file not a list of rows."""
+def _damaged_row(path: Path) -> str | None:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON ({error})"
-    rows = found if whole and isinstance(found, list) else [found]
-    if not all(isinstance(row, dict) for row in rows):
-        return "is not an object with fields"
-    valid = all(encodable(json.dumps(row, ensure_ascii=False)) for row in rows)
-    return "" if valid else "is not valid Unicode (half of a surrogate pair)"
+        for where, row in json_rows(path):
+            text = json.dumps(row, ensure_ascii=False)
+            problem = "" if isinstance(row, dict) else "is not an object with fields"
+            if not encodable(text):
+                problem = "is not valid Unicode (half of a surrogate pair)"
+            if problem:
+                return f"{where} {problem}: {quoted(text)}. Mend or remove it"
+    except ValueError as error:
+        return f"{error}. Mend or remove it"
+    return None
 
 
 def edited_since(entries: Sequence[Any], prepared: Path, *aside: Path) -> str:

@@ -1,39 +1,39 @@
-"""A strategy's transform of raw rows, guarded: a bad row becomes a note about itself.
+"""A raw row to prompt, chosen and rejected text, or to a note about what is wrong with it.
 
-What is wrong with a row shows in a transform as an exception without a row number, or not at all.
-The guard turns such a row into a harmless placeholder that says what was wrong and where the row
-came from. It stays in its place through shuffling, merging and the host's files, up to
-`dataset.tokenize_rows`, which drops and names it.
+The note stays in the row's place through shuffling, merging and the host's files, up to
+`dataset.prepare_rows`, which drops the row and names it: a strategy's transform raises without a
+row number, or not at all.
+
+Most of the host's strategies format fields into strings, and formatting never fails: a missing
+answer becomes "None", a number "5", and an empty answer leaves a turn that only ends. What became
+of a field is found by putting something else in its place and transforming the row again; that
+happens only where a field looks suspicious, so that ordinary rows are transformed once.
 
 The host's `chat_template.*` strategies render an answer after a dummy user message and then search
 the answer's text in the whole rendering (axolotl 0.19, prompt_strategies/dpo/chat_template.py). An
-answer such as "user" is found in the turn's header first, and one that the template trims is not
-found at all, which leaves only the end of the end-of-turn text. They are cut out by place here.
+answer such as "user" is found in the turn's header first, and one that the template trims not at
+all. They are cut out by place here.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import PurePath
 from typing import Any
 
-from sera_plugin.config.quoting import plain, quoted, without_credentials
-from sera_plugin.data.texts import (
-    EMPTY,
-    SYSTEM,
-    TEXTS,
-    RowError,
-    check_fields,
-    encodable,
-    visible,
-)
+from sera_plugin.config.quoting import plain, quoted
 
 Message = Mapping[str, Any]
+Path = tuple[str | int, ...]
+
+TEXTS = ("prompt", "chosen", "rejected")
+#: Fields that may be empty, whatever the configuration calls them.
+SYSTEM = ("system", "system_prompt")
+EMPTY = "empty prompt, chosen or rejected"
 
 #: What is wrong with a row ("" if nothing), the dataset it comes from, its place there from 0.
 PROBLEM, SOURCE, ROW = "sera_problem", "sera_source", "sera_row"
@@ -43,17 +43,28 @@ GUARD_VERSION = 3
 
 #: The user message that the host puts before an answer.
 _DUMMY = {"role": "user", "content": "[[dummy_message]]"}
-_PROBE = "sera-probe-7f3a"
+_PROBE = "sera-probe-7f3a"  # found again where it ends up
 _CHANGED = "the chat template does not render the answer as it is"
 _ANSWER_ROLES = ("assistant", "model")
 _ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "function", "ipython"})
+#: Where a message has what is said; whatever else it has may be empty.
+_SAID = ("content", "value", "text", "answer")
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+_KINDS |= {dict: "an object", type(None): "null"}
 
 
-def source_name(key: str, index: int, path: str) -> str:
-    """A dataset as messages name it: `datasets[0] (pairs.jsonl)`."""
-    if "://" in path:
-        path = re.split("[?#]", without_credentials(path))[0]
-    return f"{key}[{index}] ({plain(PurePath(path).name or path)})"
+class RowError(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+def visible(text: str) -> bool:
+    """Whether there is anything to read: not only white space and zero-width characters."""
+    return any(not one.isspace() and unicodedata.category(one) not in ("Cc", "Cf") for one in text)
+
+
+def encodable(text: str) -> bool:
+    """Whether the text is valid Unicode. A JSON escape such as \\ud800 alone is not."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -71,27 +82,22 @@ class GuardedTransform:
     optional: tuple[str, ...] = SYSTEM  # fields that may be empty
     version: int = GUARD_VERSION  # the host names cached results by the attributes
 
-    def __post_init__(self) -> None:
-        self._renders = "tokenizer" in inspect.signature(self.transform).parameters
-
     def __call__(self, row: Mapping[str, Any], index: int, tokenizer: Any = None) -> dict[str, Any]:
         """The row as text, or a placeholder that says what is wrong with it."""
-        problem = ""
+        texts, problem = dict.fromkeys(TEXTS, "-"), ""
         try:
             texts = self._texts(dict(row), tokenizer)
         except RowError as error:
             problem = str(error)
         except Exception as error:  # a strategy may raise anything on a row it did not expect
             problem = _cause(error, row)
-        if problem:
-            texts = dict.fromkeys(TEXTS, "-")
         kept = {key: row[key] for key in self.kept}
         return {**kept, **texts, PROBLEM: problem, SOURCE: self.source, ROW: index}
 
     def _texts(self, row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
         options: dict[str, Any] = {}
         seen: list[Any] = []
-        if self._renders:
+        if "tokenizer" in inspect.signature(self.transform).parameters:
             options["tokenizer"] = recording = copy.copy(tokenizer)
             recording.apply_chat_template = partial(_recorded, tokenizer, seen)
 
@@ -110,8 +116,7 @@ class GuardedTransform:
         if len(answers) == 2:
             texts["chosen"], texts["rejected"] = answers
         templated = bool(seen) or not isinstance(result["prompt"], str)
-        check_fields(row, texts, lambda row: transform(row)[1], templated, self.optional)
-        # What no tokenizer turns into a pair.
+        _check_fields(row, texts, lambda row: transform(row)[1], templated, self.optional)
         if not texts["prompt"] or not all(map(visible, texts.values())):
             raise RowError(EMPTY)
         if not all(map(encodable, texts.values())):
@@ -129,6 +134,92 @@ def _cause(error: Exception, row: Mapping[str, Any]) -> str:
     aside = f" (null: {', '.join(null[:5])})" if null else ""
     said = f"{type(error).__name__}: {plain(str(error), 120)}"
     return f"the host's strategy cannot read it: {said}{aside}"
+
+
+# ------------------------------------------------------------------ fields
+
+
+def _check_fields(
+    row: Mapping[str, Any],
+    texts: Mapping[str, str],
+    transform: Callable[[dict[str, Any]], Mapping[str, str]],
+    templated: bool,
+    optional: Sequence[str],
+) -> None:
+    """Refuse a row whose `texts` the transform made from something that is not text.
+
+    `templated`: the prompt went through a chat template, and what is empty in it was judged there.
+    `optional` fields may be empty as far as they are part of the prompt.
+    """
+
+    def texts_with(path: Path, value: Any) -> Mapping[str, str]:
+        """What is made of the row with another value there; nothing if it cannot be."""
+        changed = copy.deepcopy(dict(row))
+        _message(changed, path)[path[-1]] = value
+        try:
+            return transform(changed)
+        except Exception:  # whatever a strategy does to a value it did not expect
+            return {}
+
+    def reached(path: Path) -> set[str]:
+        """The texts in which the value there ends up."""
+        return {key for key, text in texts_with(path, _PROBE).items() if _PROBE in text}
+
+    def is_formatted(path: Path, value: Any) -> bool:
+        if not any(str(value) in text for text in texts.values()):
+            return False
+        if value is not None:
+            return bool(reached(path))
+        # "" takes the same branches as None: an optional field is then left out twice.
+        other = texts_with(path, "")
+        return any(texts[key].count("None") > other[key].count("None") for key in other)
+
+    def is_optional(path: Path) -> bool:
+        """Whether it is a system prompt: a field of that name, or in a message of that role."""
+        if len(path) == 1:
+            return path[0] in optional
+        message = _message(row, path)
+        return "system" in (message.get("role"), message.get("from"))
+
+    said: list[Path] = []
+    blank: list[Path] = []
+    for path, value in _fields(row):
+        if isinstance(value, str):
+            (said if visible(value) else blank).append(path)
+        elif is_formatted(path, value):
+            kind = _KINDS.get(type(value), f"a {type(value).__name__}")
+            raise RowError(f"field {_named(path)} is {kind}, not text")
+    for path in blank:
+        where = reached(path)
+        empty = not where.isdisjoint(("chosen", "rejected"))
+        if "prompt" in where and not templated and not is_optional(path):
+            # A prompt may have empty parts, such as a context, as long as something else is asked.
+            empty |= not any("prompt" in reached(p) for p in said if not is_optional(p))
+        if empty:
+            raise RowError(f"field {_named(path)} is empty")
+
+
+def _fields(row: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    """Every field of the row, and what the messages in them say."""
+    for field, value in row.items():
+        yield (field,), value
+        held: list[tuple[Path, Any]] = [((field,), value)]
+        if isinstance(value, list):
+            held = [((field, index), message) for index, message in enumerate(value)]
+        for path, message in held:
+            if isinstance(message, Mapping) and not message.get("tool_calls"):
+                yield from (((*path, key), message[key]) for key in _SAID if key in message)
+
+
+def _message(row: Any, path: Path) -> Any:
+    """What a path's last step is taken in."""
+    for key in path[:-1]:
+        row = row[key]
+    return row
+
+
+def _named(path: Path) -> str:
+    return repr(str(path[0]) + "".join(f"[{key!r}]" for key in path[1:]))
 
 
 # ------------------------------------------------------------------ chat templates
@@ -212,13 +303,12 @@ def _content(message: Message) -> list[str]:
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return []
-    parts = [content]
+    parts: list[Any] = [content]
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         parts = [part.get("text") for part in content]
-    found = [part for part in parts if isinstance(part, str)]
-    if len(found) < len(parts):
+    if not all(isinstance(part, str) for part in parts):
         raise RowError("a message's content is null or not text")
-    return found
+    return parts
 
 
 def _has(rendered: str, parts: Iterable[str]) -> bool:

@@ -43,17 +43,17 @@ from datasets import Dataset, Features, Value
 from transformers import HfArgumentParser
 
 from sera_plugin.config.quoting import quoted
-from sera_plugin.data.files import DataError, check_loaded, edited_since, while_loading
+from sera_plugin.data.files import DataError, check_loaded, edited_since, source_name, while_loading
 from sera_plugin.data.rows import (
     GUARD_VERSION,
     PROBLEM,
     ROW,
     SOURCE,
+    SYSTEM,
+    TEXTS,
     GuardedTransform,
     as_it_is,
-    source_name,
 )
-from sera_plugin.data.texts import SYSTEM, TEXTS
 
 
 def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -50,18 +49,16 @@ def tokens_per_pass(memory: int | None, bytes_per_token: int, longest: int, on_c
 
     `on_cpu` without a GPU, where `memory`, the GPU's in bytes, is None.
     """
-    tokens = on_cpu
-    if memory is not None:
-        room = memory // _SHARE
-        tokens = min(_MOST, 1 << (max(1, room // bytes_per_token).bit_length() - 1))
-    return max(longest, tokens)
+    if memory is None:
+        return max(longest, on_cpu)
+    room = max(1, memory // _SHARE // bytes_per_token)
+    return max(longest, min(_MOST, 1 << (room.bit_length() - 1)))
 
 
 def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu: int) -> int:
-    """`tokens_per_pass` on a device.
+    """`tokens_per_pass` on a device, told by the device alone and not by what is free on it.
 
-    Told by the device alone and not by what is free on it, so that batches, and with them the last
-    digits of all results, are the same when a run is continued.
+    So batches, and with them the last digits of all results, are the same in a continued run.
     """
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else None
@@ -93,16 +90,13 @@ def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[lis
         yield batch
 
 
-@dataclass
 class TokenBudget:
-    """How many tokens one forward pass may take, and what is left of that."""
+    """How many tokens one forward pass may take, padding included, and what is left of that."""
 
-    planned: int  # padding included; all ranks plan by it
-    purpose: str = "scoring"  # in a message
-    tokens: int = field(init=False)  # `planned`, after what has run out of memory
-
-    def __post_init__(self) -> None:
-        self.tokens = self.planned
+    def __init__(self, planned: int, purpose: str = "scoring") -> None:
+        self.planned = planned  # all ranks plan by it
+        self.tokens = planned  # after what has run out of memory
+        self.purpose = purpose  # in a message
 
     def run(
         self,
@@ -114,10 +108,8 @@ class TokenBudget:
         """Work through batches of indices, in smaller parts once memory has run out.
 
         `sizes` are tokens by index. In step, `work` is a collective call, which no rank makes in
-        parts alone. Yields (batch or part of one, what came out).
-
-        Raises:
-            ValueError: if not even one sequence fits into memory, or a batch that cannot be split.
+        parts alone. Yields (batch or part of one, what came out); ValueError if not even one
+        sequence, or a batch that cannot be split, fits into memory.
         """
         left = deque(batches)
         while left:

@@ -1,17 +1,15 @@
 """One forward pass, for scoring and for training alike: log pi(y|x) of a batch's completions.
 
-Scoring and training take the same function of the logits, in float32 whatever the model computes
-in, so that a policy compared with itself gives zero. Logits exist only where a completion's token
-is predicted, and only some at a time.
-
-A line of a batch has a prompt with one completion, or with several that attend to the prompt and
-not to each other, so that the prompt is computed once.
+Both take the same function of the logits, in float32 whatever the model computes in, so that a
+policy compared with itself gives zero. Logits exist only where a completion's token is predicted,
+and only some at a time. A line of a batch has a prompt with one completion, or with several that
+attend to the prompt and not to each other, so that the prompt is computed once.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,8 +86,8 @@ def completion_logps(
     """Sum the log-probabilities of each completion's tokens.
 
     `logits` maps (m, size) states to (m, vocabulary) logits; `states` is (c, size), one for each
-    target. Returns (n,) float32 sums in nats. Differentiable; where logits are many, the backward
-    pass computes them again instead of keeping them.
+    target. Returns (n,) float32 sums in nats. Where logits are many, the backward pass computes
+    them again instead of keeping them.
     """
 
     def losses(states: Tensor, labels: Tensor) -> Tensor:
@@ -175,10 +173,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
 
 @torch.no_grad()
 def abilities(model: nn.Module) -> Abilities:
-    """Find out once what a model takes, by a few tokens scored in every way.
-
-    Where ranks share the model's weights all of them must call this at the same time.
-    """
+    """Find out once what a model takes, by a few tokens scored in every way; a collective call."""
     base = innermost(model)
     if base in _KNOWN:
         return _KNOWN[base]
@@ -256,6 +251,10 @@ def plan_lines(
     by_prompt: dict[bytes, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_prompt.setdefault(prompt.tobytes(), []).append(index)
+
+    def cost(plan: Iterable[Line]) -> float:
+        return sum(sharing.cost(line_length(prompts, completions, x), len(x)) for x in plan)
+
     lines: list[Line] = []
     for indices in by_prompt.values():
         indices.sort(key=lambda index: len(completions[index]))
@@ -263,11 +262,7 @@ def plan_lines(
             [tuple(indices[at : at + size]) for at in range(0, len(indices), size)]
             for size in range(1, min(len(indices), _MOST_SHARED) + 1)
         ]
-        costs = [
-            sum(sharing.cost(line_length(prompts, completions, line), len(line)) for line in plan)
-            for plan in plans
-        ]
-        lines += plans[int(np.argmin(costs))]
+        lines += min(plans, key=cost)
     return lines
 
 
@@ -286,8 +281,8 @@ def collate(
 ) -> tuple[dict[str, Any], Targets]:
     """Some lines of (n,) prompts and completions as the model's inputs, and what to score in them.
 
-    Padded on the right; no mask says so, because attention is causal and nothing that is scored
-    sees it. `packed` lines are one, for kernels that tell them apart by their positions.
+    Padded on the right without a mask: attention is causal, and nothing that is scored sees it.
+    `packed` lines are one, for kernels that tell them apart by their positions.
     """
     sizes = [line_length(prompts, completions, line) for line in lines]
     shared = any(len(line) > 1 for line in lines)

@@ -130,14 +130,9 @@ class Objective:
     """A preference loss with the terms that are added to it."""
 
     loss: PreferenceLoss
-    #: Of the likelihood term on the chosen completions: CPO's (`cpo_alpha`), 0 in the paper; 1 for
-    #: ORPO.
-    nll_weight: float = 0.0
-    nll_of_prompts: bool = (
-        False  # that term counts the prompts' tokens too, as the host's ORPO does
-    )
-    #: Of a mixture-of-experts model's balancing loss, None where it has none.
-    router_weight: float | None = None
+    nll_weight: float = 0.0  # of the chosen answers' likelihood: CPO's `cpo_alpha`, 1 for ORPO
+    nll_of_prompts: bool = False  # as the host's ORPO, which counts the prompts' tokens too
+    router_weight: float | None = None  # of a mixture-of-experts model's balancing loss
     mean: Callable[[Tensor], Tensor] = lambda metrics: metrics  # over all processes
 
     def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Result:
@@ -222,18 +217,19 @@ def check_step_zero(
     Precision is judged on log-probabilities alone: beta and length multiply their noise in a loss.
     So the loss is compared with the one that the measured values give.
 
-    `inputs` are as `Objective` takes them, and where the reference is another policy than
-    theta_{t-1}, policy_chosen_logps and policy_rejected_logps (n,). The log-probabilities of the
-    training forward are (n,) nats, or () means of these. `limit` is the largest `deviation`; `loss`
-    is the micro-batch's mean and `function` what computed it, for SeRA's own losses.
+    `inputs` are as `Objective` takes them, with (n,) policy_chosen_logps and policy_rejected_logps
+    where theta_{t-1} is not the reference. The forward's log-probabilities are (n,) nats, or ()
+    means. `limit` is the largest `deviation`; `loss` is the micro-batch's mean and `function` what
+    computed it, for SeRA's own losses.
 
     Returns the figures that were compared; ValueError with them if one is over its limit.
     """
-    sides = ("chosen", "rejected")
-    stored_as = "policy" if "policy_chosen_logps" in inputs else "ref"
+    kept_as = "policy" if "policy_chosen_logps" in inputs else "ref"
     found = [chosen_logps.detach().cpu(), rejected_logps.detach().cpu()]
-    references = [inputs[f"ref_{side}_logps"].cpu() for side in sides]
-    stored = [inputs[f"{stored_as}_{side}_logps"].cpu() for side in sides]
+    references, stored = (
+        [inputs[f"{kind}_{side}_logps"].cpu() for side in ("chosen", "rejected")]
+        for kind in ("ref", kept_as)
+    )
     lengths = inputs["completion_mask"].sum(dim=1).cpu().chunk(2)
     means = [
         (float(policy.mean()), float(before.mean()), float(length.float().mean()))

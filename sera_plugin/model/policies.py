@@ -63,15 +63,11 @@ def _local(weight: Tensor) -> Tensor:
 
 
 def _part_of(whole: Tensor, weight: Tensor, source: int | None = None) -> Tensor:
-    """This process's part of a tensor, cut as a weight is.
-
-    In a collective call `source` is the rank whose `whole` counts; None takes each rank's own.
-    """
+    """This process's part of a tensor, cut as a weight is: of rank `source`'s, None for its own."""
     if not isinstance(weight, DTensor):
         return whole
-    cut = distribute_tensor(
-        whole.to(weight.dtype), weight.device_mesh, weight.placements, src_data_rank=source
-    )
+    mesh, placements = weight.device_mesh, weight.placements
+    cut = distribute_tensor(whole.to(weight.dtype), mesh, placements, src_data_rank=source)
     return cut.to_local()
 
 
@@ -82,10 +78,7 @@ def take_snapshot(model: nn.Module) -> Snapshot:
 
 @torch.no_grad()
 def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
-    """Write a snapshot of the same weights into the model's own storage.
-
-    One that was taken before the model was sharded holds whole weights, and is cut.
-    """
+    """Write a snapshot of the same weights, or of whole ones, into the model's own storage."""
     weights = trainable(model)
     if weights.keys() != snapshot.keys():
         differing = sorted(weights.keys() ^ snapshot.keys())[:3]
@@ -119,9 +112,9 @@ def is_finite(model: nn.Module, ranks: Ranks) -> bool:
 
 
 def continue_adapter(model: Any, directory: str | None) -> tuple[Any, Snapshot | None]:
-    """Load the adapter in `lora_model_dir`, which axolotl 0.19 ignores for DPO.
+    """The model with the adapter in `lora_model_dir`, which axolotl 0.19 ignores for DPO.
 
-    Returns the model, and the weights of its adapter where it has one.
+    And the weights of its adapter where it has one.
     """
     if directory and not isinstance(model, PeftModel):
         model = PeftModel.from_pretrained(model, directory, is_trainable=True)
@@ -133,7 +126,7 @@ def tidy_adapters(model: PeftModel, continued: Snapshot | None) -> None:
 
     TRL copies a continued adapter to a second one named `ref`, which a resumed run then restores
     instead of the policy; and it rounds adapters on a quantised base to bfloat16, where updates of
-    5e-6 vanish. `continued` is what `continue_adapter` returned before TRL saw the model.
+    5e-6 vanish. `continued` are the weights from before.
     """
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
@@ -186,18 +179,17 @@ class PolicyHistory:
     def keep_initial(self, recorded: bool) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
 
-        A run that has begun before, `recorded`, has its own on disk: another version of a library
-        may initialise an adapter differently, and rewards count from the one the run began with.
+        A run that has begun before, `recorded`, has its adapter's on disk: another version of a
+        library may initialise it differently.
         """
         recorded = recorded and self.is_adapter and damage(self.store.policy(1)) is None
         self._snapshots[0] = self._load(0) if recorded else take_snapshot(self.model)
         restore_snapshot(self.model, self._snapshots[0])
 
     def keep_current(self, policy: int) -> None:
-        """The model is theta_policy now: keep it in memory and in iteration-XX/policy.
+        """The model is theta_policy now: keep it in memory and, as safetensors, on disk.
 
-        Weights are safetensors. Of a base model that is fully fine-tuned theta_0 is a pointer; on
-        a quantised base only the adapter is written, so the base is never dequantised.
+        Of an adapter the base is not written; theta_0 of a full fine-tune is a pointer to it.
         """
         self.current = policy
         if policy not in self._snapshots:

@@ -90,11 +90,8 @@ def score_sequences(
 ) -> FloatArray:
     """Score (n,) completions under the model as it is now, in the context training computes in.
 
-    A `shard` scores its part of the batches; `progress` is called with the prompt and completion
-    tokens of each.
-
-    Returns (n,) log pi(completion | prompt) in nats, 0 where another part scores. Not checked for
-    being finite.
+    A `shard` scores its part of the batches; `progress` is called with the tokens of each. Returns
+    (n,) log pi(completion | prompt) in nats, finite or not, 0 where another part scores.
     """
     with autocast():
         can = abilities(model)
@@ -112,12 +109,12 @@ def score_sequences(
             logps, _ = forward_logps(model, inputs, targets)
         return [index for line in chosen for index in line], logps.double().cpu().numpy()
 
-    batches = []
+    batches: list[list[int]] = []
     # Apart, because a mask of our own slows down lines that do not need it.
     for shared in (True, False):
         kind = [number for number, line in enumerate(lines) if (len(line) > 1) == shared]
-        for batch in batches_by_length([sizes[number] for number in kind], budget.planned):
-            batches.append([kind[index] for index in batch])
+        planned = batches_by_length([sizes[number] for number in kind], budget.planned)
+        batches += ([kind[index] for index in batch] for batch in planned)
     mine = shard.of(batches, [sum(sizes[number] for number in batch) for batch in batches])
     with evaluating(model):
         for _, (indices, logps) in budget.run(mine, sizes, score, shard.in_step):
