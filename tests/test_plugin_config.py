@@ -80,9 +80,6 @@ WORKS = """
 sera: {bootstrap_ratio: 2, score_columns: [score]}
 {sera: {loss: robust}, dpo_label_smoothing: 0.1}
 {sera: {loss: simpo}, simpo_gamma: 0.5, cpo_alpha: 0.1}
-{num_epochs: 5, rl_beta: 0.01}
-trl: {beta: 0.05}
-dpo_loss_type: [sigmoid_norm]
 dpo_loss_type: [apo_zero]
 dpo_label_smoothing: 0.1
 {dpo_label_smoothing: 0.0, sera: {loss: ipo}}
