@@ -1,4 +1,4 @@
-"""Systems through the real host: what makes each of them that system is checked."""
+"""Systems and the host's features through the real host: each does what makes it that one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from sera_plugin.labeling.judging import Answered
 from tests.conftest import adapter, summary, table
 from tests.judge_server import KEY, judge_server
 from tests.test_reward_model import alone, save
-from tests.test_runs import rates
+from tests.test_runs import KINDS, assert_same, rates
 
 pytestmark = pytest.mark.slow
 SIDES = ("chosen", "rejected")
@@ -22,34 +23,35 @@ SCORES = ["score_chosen", "score_rejected"]
 
 
 @pytest.fixture
-def config(base_config):
-    unset = {"evals_per_epoch": None, "test_datasets": None}
-    return base_config | adapter() | unset | {"num_epochs": 2}
+def run(base_config, train):
+    """Train for two iterations with these keys and the block's; every iteration's gate is passed.
+
+    With LoRA, and nothing held out, unless `keys` say otherwise.
+    """
+
+    def run(keys=None, **block):
+        config = base_config | {"evals_per_epoch": None, "test_datasets": None, "num_epochs": 2}
+        config |= {"sera": base_config["sera"] | block, **(adapter() if keys is None else keys)}
+        result = train(config)
+        for iteration in result.training_pairs:
+            gate = summary(result.run, iteration)["step_zero"]
+            assert abs(gate["loss"] - gate["expected_loss"]) < 1e-3
+            assert gate["nats_per_token"] < 1e-3
+        return result
+
+    return run
 
 
-def system(config, **block):
-    return config | {"sera": {**config["sera"], **block}}
+def dataset(result):
+    return pq.read_table(result.run / "dataset.parquet").to_pydict()
 
 
-def passed_gates(result):
-    for iteration in result.training_pairs:
-        gate = summary(result.run, iteration)["step_zero"]
-        assert abs(gate["loss"] - gate["expected_loss"]) < 1e-3
-        assert gate["nats_per_token"] < 1e-3
-
-
-def trained(result):
-    """What each iteration trained on, as columns."""
-    return {t: pairs.to_pydict() for t, pairs in result.training_pairs.items()}
-
-
-def test_a_run_against_the_first_policy_is_dpo_over_epochs(config, train):
+def test_a_run_against_the_first_policy_is_dpo_over_epochs(run, base_config):
     """Its gate compares with the policy itself."""
     block = {"selection": "all", "bootstrap_ratio": 0.0, "reference": "initial"}
-    evaluated = {"test_datasets": config["datasets"], "evals_per_epoch": 1}
-    result = train(system(config, **block, restart_optimizer=False) | evaluated)
-    passed_gates(result)
-    first, second = trained(result).values()
+    evaluated = {"test_datasets": base_config["datasets"], "evals_per_epoch": 1}
+    result = run(adapter(**evaluated), **block, restart_optimizer=False)
+    first, second = (pairs.to_pydict() for pairs in result.training_pairs.values())
     assert len(first["prompt_ids"]) == len(second["prompt_ids"]) == 24
     for side in SIDES:
         expected = table(result.run, 1, "offline")[f"{side}_logp"]
@@ -61,45 +63,37 @@ def test_a_run_against_the_first_policy_is_dpo_over_epochs(config, train):
     assert held_out[-1] < held_out[0] - 0.003
 
 
-def test_spin_trains_on_the_datasets_answers_against_samples_alone(config, train):
-    result = train(
-        system(config, labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0, candidates=1)
-    )
-    passed_gates(result)
-    data = pq.read_table(result.run / "dataset.parquet").to_pydict()
-    answers = set(map(tuple, data["chosen_ids"]))
-    for iteration, pairs in trained(result).items():
-        assert len(pairs["chosen_ids"]) > 12
-        assert set(map(tuple, pairs["chosen_ids"])) <= answers
+def test_spin_trains_on_the_datasets_answers_against_samples_alone(run):
+    result = run(labeler="spin", selection_ratio=0.0, bootstrap_ratio=1.0, candidates=1)
+    answers = set(map(tuple, dataset(result)["chosen_ids"]))
+    for iteration, pairs in result.training_pairs.items():
+        chosen, rejected = (pairs[f"{side}_ids"].to_pylist() for side in SIDES)
+        assert len(chosen) > 12
+        assert set(map(tuple, chosen)) <= answers
         candidates = table(result.run, iteration, "candidates")
-        sampled = {
-            tuple(ids)
-            for ids, why in zip(candidates["token_ids"], candidates["finish_reason"], strict=True)
-            if why != "dataset"
-        }
-        assert set(map(tuple, pairs["rejected_ids"])) <= sampled
+        given = zip(candidates["token_ids"], candidates["finish_reason"], strict=True)
+        assert set(map(tuple, rejected)) <= {tuple(ids) for ids, why in given if why != "dataset"}
         assert not any(table(result.run, iteration, "offline")["selected"])
         assert summary(result.run, iteration)["samples"]["sampled"] == 24
 
 
-def ranked(result, iteration):
-    """The candidates by prompt, and (prompt, best, worst) of each sampled pair."""
-    candidates, pairs = (table(result.run, iteration, n) for n in ("candidates", "bootstrapped"))
+def ranked(result):
+    """Iteration 2's candidates, and (prompt, best, worst) of each sampled pair."""
+    candidates, pairs = (table(result.run, 2, name) for name in ("candidates", "bootstrapped"))
     places = [pairs[name] for name in ("row", "chosen_candidate", "rejected_candidate")]
     return candidates, np.transpose(places)
 
 
 @pytest.fixture
-def reward_model(tmp_path) -> Path:
+def reward_model(tmp_path) -> dict:
     """A small random model that gives answers numbers far enough apart."""
-    return save(tmp_path / "reward", initializer_range=0.5)
+    model = save(tmp_path / "reward", initializer_range=0.5)
+    return {"labeler": "reward_model", "reward_model": str(model)}
 
 
-def test_a_reward_model_ranks_the_samples(config, train, reward_model):
-    result = train(system(config, labeler="reward_model", reward_model=str(reward_model)))
-    passed_gates(result)
-    data = pq.read_table(result.run / "dataset.parquet").to_pydict()
-    candidates, pairs = ranked(result, 2)
+def test_a_reward_model_ranks_the_samples(run, reward_model):
+    result = run(**reward_model)
+    prompts, (candidates, pairs) = dataset(result)["prompt_ids"], ranked(result)
     assert {len(one) for one in candidates["logps"]} == {1}
 
     def text(ids):
@@ -107,8 +101,8 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
 
     few = slice(0, None, 17)
     asked = zip(candidates["row"][few], candidates["token_ids"][few], strict=True)
-    asked = [Answered(text(data["prompt_ids"][row]), text(answer)) for row, answer in asked]
-    expected = alone(reward_model, asked)
+    asked = [Answered(text(prompts[row]), text(answer)) for row, answer in asked]
+    expected = alone(reward_model["reward_model"], asked)
     np.testing.assert_allclose(candidates["reward"][few], expected, atol=1e-4)
     rewards = np.reshape(candidates["reward"], (-1, 4))
     for row, best, worst in pairs:
@@ -118,15 +112,15 @@ def test_a_reward_model_ranks_the_samples(config, train, reward_model):
 
 
 def test_a_first_iteration_of_fewer_samples_has_a_schedule_of_its_own_length(
-    config, train, reward_model, tmp_path
+    run, reward_model, tmp_path
 ):
     """One token a candidate leaves so few distinct ones that some prompts give no pair."""
     block = {"selection_ratio": 0.0, "bootstrap_ratio": 1.0, "max_new_tokens": 1}
-    block |= {"labeler": "reward_model", "reward_model": str(reward_model), "temperature": 0.2}
-    settings = system(config, **block) | {"num_epochs": 1, "lr_scheduler": "linear"}
-    settings |= {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0}
-    settings |= {"saves_per_epoch": None, "save_steps": 1, "save_total_limit": 9}
-    result = train(settings)
+    block |= {**reward_model, "temperature": 0.2}
+    keys = adapter(num_epochs=1, lr_scheduler="linear", warmup_steps=0, micro_batch_size=1)
+    keys |= {"gradient_accumulation_steps": 1}
+    keys |= {"saves_per_epoch": None, "save_steps": 1, "save_total_limit": 9}
+    result = run(keys, **block)
     steps = result.trainer.state.global_step
     assert 1 < steps == summary(result.run, 1)["pairs"]["trained"] < 24
     assert rates(result) == pytest.approx([1e-3 * (steps - step) / steps for step in range(steps)])
@@ -134,48 +128,45 @@ def test_a_first_iteration_of_fewer_samples_has_a_schedule_of_its_own_length(
     for step in range(2, steps + 1):
         shutil.rmtree(cut / f"checkpoint-{step}")
     resume = {"output_dir": str(cut), "auto_resume_from_checkpoints": True}
-    assert rates(train(settings | resume)) == rates(result)
+    assert rates(run(keys | resume, **block)) == rates(result)
 
 
-def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(config, train, monkeypatch):
+def test_an_endpoint_ranks_the_samples_and_is_asked_nothing_twice(run, monkeypatch):
     """It prefers the answer with more words; equally long ones tie."""
     monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
     with judge_server(counted=" ") as server:
         server.plan("fine", ["say", "I cannot say."], ["status", 429, {"Retry-After": "0"}])
         judge = {"base_url": server.url, "model": "some", "api_key_env": "JUDGE_TEST_KEY"}
-        settings = system(config, labeler="judge", judge=judge)
-        result = train(settings)
-        passed_gates(result)
-        candidates, pairs = ranked(result, 2)
+        result = run(labeler="judge", judge=judge)
+        candidates, pairs = ranked(result)
         words = np.reshape(list(map(len, candidates["token_ids"])), (-1, 4))
         assert len(pairs) > 12
         for row, best, worst in pairs:
             assert words[row][best] > words[row][worst]
         assert summary(result.run, 2)["labeler"]["usage"]["asked"]["count"] > 24
-        assert KEY not in (result.run / "judgements.jsonl").read_text()
-        assert KEY not in (result.run / "run.json").read_text()
+        for name in ("judgements.jsonl", "run.json"):
+            assert KEY not in (result.run / name).read_text()
         # The last iteration's samples are made and ranked again, as after a crash.
         shutil.rmtree(max(result.output.glob("checkpoint-*"), key=lambda one: one.stat().st_mtime))
         for name in ("candidates", "bootstrapped"):
             (result.run / f"iteration-02/{name}.parquet").unlink()
         server.plan()
-        again = train(settings | {"auto_resume_from_checkpoints": True})
+        again = run(adapter(auto_resume_from_checkpoints=True), labeler="judge", judge=judge)
         assert server.calls == 0
     assert table(again.run, 2, "candidates") == candidates
 
 
-def test_answers_that_are_too_long_to_judge_are_in_no_pair(config, train):
+def test_answers_that_are_too_long_to_judge_are_in_no_pair(run):
     """The judge's prompt alone is longer than this model's context."""
-    result = train(system(config, labeler="self_judge"))
+    result = run(labeler="self_judge")
     found = summary(result.run, 2)
     assert found["labeler"]["too_long"] == found["samples"]["unranked"] == 96
     assert found["labeler"]["replies"] == 0
     assert result.training_pairs[2].num_rows == 17
 
 
-def test_orpo_trains_and_its_margin_follows_it(config, train):
-    result = train(system(config, loss="orpo") | {"learning_rate": 3e-3, "num_epochs": 3})
-    passed_gates(result)
+def test_orpo_trains_and_its_margin_follows_it(run):
+    result = run(adapter(learning_rate=3e-3, num_epochs=3), loss="orpo")
     assert json.loads((result.run / "run.json").read_text())["per_token"]
     assert len(table(result.run, 3, "candidates")["logps"][0]) == 2
     gaps = []
@@ -188,10 +179,9 @@ def test_orpo_trains_and_its_margin_follows_it(config, train):
     assert gaps == sorted(gaps)
 
 
-def test_swapped_labels_are_recorded_and_trained_as_they_are(config, train, world):
-    result = train(system(config, score_columns=SCORES, label_noise=0.25))
-    data = pq.read_table(result.run / "dataset.parquet").to_pydict()
-    offline = table(result.run, 2, "offline")
+def test_swapped_labels_are_recorded_and_trained_as_they_are(run, world):
+    result = run(score_columns=SCORES, label_noise=0.25)
+    data, offline = dataset(result), table(result.run, 2, "offline")
     swapped, dropped = np.array(offline["swapped"]), ~np.array(offline["selected"])
     assert swapped.sum() == 6
     names = [*SIDES, *SCORES]
@@ -205,3 +195,66 @@ def test_swapped_labels_are_recorded_and_trained_as_they_are(config, train, worl
     found = summary(result.run, 2)["label_noise"]
     assert found["recall"] == (swapped & dropped).sum() / 6
     assert found["precision"] == (swapped & dropped).sum() / dropped.sum()
+
+
+def test_accumulated_micro_batches_train_like_whole_batches(run, tmp_path):
+    # Plain SGD: a gradient of the wrong size moves the weights by the wrong amount. The last step
+    # of iteration 2 has one pair, in a micro-batch of its own.
+    results, norms = [], []
+    for size, micro_batches in ((8, 1), (4, 2)):
+        keys = {"micro_batch_size": size, "gradient_accumulation_steps": micro_batches}
+        keys |= {"optimizer": "sgd", "learning_rate": 0.01, "output_dir": str(tmp_path / f"{size}")}
+        results.append(run(keys, bootstrap_ratio=0.0))
+        norms.append([log["grad_norm"] for log in results[-1].history if "grad_norm" in log])
+    first, second = results
+    assert first.trainer.state.global_step == second.trainer.state.global_step == len(norms[0]) == 6
+    for iteration, pairs in first.training_pairs.items():
+        assert pairs["chosen_ids"] == second.training_pairs[iteration]["chosen_ids"]
+    np.testing.assert_allclose(*norms, rtol=1e-3)
+    assert_same(first.output, second.output, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_and_offloading_change_memory_and_nothing_else(
+    run, tmp_path, monkeypatch, kind
+):
+    import trl.trainer.dpo_trainer as trl_dpo
+
+    entered = []
+
+    class OnCpu(torch.autograd.graph.save_on_cpu):
+        """TRL's own needs an accelerator; this one keeps what it is given in host memory too."""
+
+        def __enter__(self):
+            entered.append(1)
+            return super().__enter__()
+
+    monkeypatch.setattr(trl_dpo, "get_act_offloading_ctx_manager", lambda model: OnCpu())
+    plain = run(KINDS[kind] | {"output_dir": str(tmp_path / "plain")}, bootstrap_ratio=0.0)
+    assert entered == []
+    keys = {"gradient_checkpointing_kwargs": {"use_reentrant": kind == "full"}}
+    keys |= {"gradient_checkpointing": True, "activation_offloading": kind == "lora"}
+    again = run(KINDS[kind] | keys, bootstrap_ratio=0.0)
+    assert again.trainer.model.is_gradient_checkpointing
+    assert len(entered) == (6 + 5 if kind == "lora" else 0)  # micro-batches
+    assert_same(plain.output, again.output, tolerance=1e-6)
+    assert summary(again.run, 2)["step_zero"]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_paged_eight_bit_optimizers_train_and_restart(run):
+    result = run(adapter(optimizer="paged_adamw_8bit"), bootstrap_ratio=0.0)
+    inner = result.trainer.optimizer.optimizer
+    assert type(inner).__module__.startswith("bitsandbytes"), type(inner)
+    # What the second iteration has done: its optimizer is a new one.
+    assert max(int(state["step"]) for state in inner.state.values()) == 3
+
+
+def test_full_fine_tuning_in_bf16_is_continued(base_config, train, monkeypatch):
+    """The host keeps norms, embeddings and output layer in float32: only autocast joins the two."""
+    # The host takes bf16 for a GPU's alone; torch's autocast knows it on a CPU too.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    base_config |= {"bf16": True, "num_epochs": 1, "auto_resume_from_checkpoints": True}
+    model = train(base_config).trainer.model
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16, torch.float32}
+    # Nothing is left to train, but the model is first compared with the one that began.
+    assert train(base_config).trainer.state.global_step == 3
