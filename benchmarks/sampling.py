@@ -100,8 +100,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
                 port,
                 name,
                 directory / "adapter",
-                lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-                tokenizer.all_special_tokens,
+                tokenizer,
                 vocabulary,
             )
 

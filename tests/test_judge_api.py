@@ -12,8 +12,16 @@ from typing import Any
 import pytest
 
 from sera_plugin.config.block import JudgeConfig
-from sera_plugin.labeling.judging import Answered, Comparison, JudgeFailed, Replies, Usage, api
-from sera_plugin.labeling.judging.api import RatingJudge, api_judge
+from sera_plugin.labeling.judging import (
+    Answered,
+    Comparison,
+    JudgeFailed,
+    Replies,
+    Usage,
+    api,
+    make_judge,
+)
+from sera_plugin.labeling.judging.api import RatingJudge
 from sera_plugin.rundir.journal import Journal
 from tests.conftest import fill
 from tests.judge_server import KEY, JudgeServer, judge_server
@@ -41,7 +49,7 @@ def make(server, tmp_path):
             journal.close()
         journals.append(Journal(tmp_path / "judge.jsonl"))
         settings = {"base_url": url or server.url, "model": "some-model", "timeout": 5, **keys}
-        return api_judge(JudgeConfig(**settings), journals[-1])
+        return make_judge(JudgeConfig(**settings), journals[-1])
 
     return build
 
@@ -302,7 +310,7 @@ def test_the_key_is_in_no_file_and_no_error_though_an_endpoint_sends_it_back(
 
 
 def test_a_full_disk_stops_the_judging(server, small_disk):
-    judge = api_judge(
+    judge = make_judge(
         JudgeConfig(base_url=server.url, model="m"), Journal(small_disk / "judge.jsonl")
     )
     fill(small_disk)

@@ -63,7 +63,7 @@ def test_nothing_of_a_servers_wrong_answer_is_handed_on(world, tmp_path):
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
     prompts = [np.array([1, 5], dtype=np.int32)]
     with vllm_server(world.base) as server:
-        arguments = ("127.0.0.1", server.port, str(world.base), tmp_path, server.tokenize, [])
+        arguments = ("127.0.0.1", server.port, str(world.base), tmp_path, server.tokenizer)
         assert len(list(VllmServerSampler(*arguments, 35).sample(prompts, how))) == 1
         wrong = VllmServerSampler(*arguments, 5).sample(prompts, how)
         with pytest.raises(SamplingFailed, match=r"prompt of row 0 wrongly.*vocabulary has 5"):

@@ -158,14 +158,14 @@ def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, se
     assert samplers.make(2, None).longest == 56
 
 
-def server_at(port: int, base: object = "base", tokenize=list) -> vllm.VllmServerSampler:
-    return vllm.VllmServerSampler("0.0.0.0", port, str(base), Path("adapter"), tokenize, [], 99)
+def server_at(port: int, base: object = "base", tokenizer=None) -> vllm.VllmServerSampler:
+    return vllm.VllmServerSampler("0.0.0.0", port, str(base), Path("adapter"), tokenizer, 99)
 
 
 def test_a_servers_context_is_read_and_a_lost_connection_tried_again(world, monkeypatch):
     monkeypatch.setattr(client, "BACKOFF", 0.01)
     with vllm_server(world.base, drops=3) as server:
-        sampler = server_at(server.port, world.base, server.tokenize)
+        sampler = server_at(server.port, world.base, server.tokenizer)
         assert sampler.check() == sampler.check(48) == 48
         with pytest.raises(SamplingFailed, match=r"context of 48 tokens.*--max-model-len 49"):
             sampler.check(49)

@@ -250,7 +250,7 @@ def test_no_error_has_the_key_that_a_server_sends_back(world, tmp_path, monkeypa
     monkeypatch.setenv(vllm.API_KEY, KEY)
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
     with vllm_server(world.base, fail=path) as server:
-        served = (server.port, str(world.base), tmp_path, server.tokenize, [], 99)
+        served = (server.port, str(world.base), tmp_path, server.tokenizer, 99)
         sampler = VllmServerSampler("127.0.0.1", *served)
         with pytest.raises(SamplingFailed) as failure:
             list(sampler.sample([np.array([1, 5], dtype=np.int32)], how))
@@ -267,7 +267,7 @@ def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_se
     monkeypatch.setenv(vllm.API_KEY, KEY)
     with vllm_server(world.base) as server:
         sampler = VllmServerSampler(
-            "me:hidden@127.0.0.1", server.port, "another/model", tmp_path, server.tokenize, [], 99
+            "me:hidden@127.0.0.1", server.port, "another/model", tmp_path, server.tokenizer, 99
         )
         with pytest.raises(SamplingFailed) as failure:
             sampler.check()
@@ -275,7 +275,7 @@ def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_se
     assert "planted" not in str(failure.value)
     # A key that cannot be sent is quoted by the HTTP library.
     monkeypatch.setenv(vllm.API_KEY, "one-planted\nkey")
-    sampler = VllmServerSampler("127.0.0.1", server.port, "base", tmp_path, list, [], 99)
+    sampler = VllmServerSampler("127.0.0.1", server.port, "base", tmp_path, None, 99)
     with pytest.raises(SamplingFailed, match="header") as failure:
         sampler.check()
     assert "planted" not in str(failure.value)

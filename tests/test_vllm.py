@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -285,14 +286,8 @@ def good(world, tmp_path_factory):
 def client(world, tokenizer, monkeypatch):
     monkeypatch.setenv(vllm.API_KEY, KEY)
 
-    def tokenize(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def make(port, base=world.base, policy=Path("none"), tokenize=tokenize):
-        special = tokenizer.all_special_tokens
-        return VllmServerSampler(
-            "0.0.0.0", port, str(base), policy, tokenize, special, len(tokenizer)
-        )
+    def make(port, base=world.base, policy=Path("none"), tokenizer=tokenizer):
+        return VllmServerSampler("0.0.0.0", port, str(base), policy, tokenizer, len(tokenizer))
 
     return make
 
@@ -322,7 +317,7 @@ def test_a_run_with_a_server(config, train, world, prompts, good, client):
 
 
 def test_every_way_a_server_can_be_wrong_is_told_apart(
-    world, prompts, good, client, tmp_path, monkeypatch
+    world, prompts, tokenizer, good, client, tmp_path, monkeypatch
 ):
     def wrong(said, sampler, **how):
         with pytest.raises(SamplingFailed, match=said):
@@ -330,7 +325,9 @@ def test_every_way_a_server_can_be_wrong_is_told_apart(
 
     assert client(good).check() == 40
     wrong(r"serves .*but base_model is another/model.*Start it", client(good, base="another/model"))
-    wrong("has another tokenizer", client(good, tokenize=lambda text: [1, 2, 3]))
+    other = deepcopy(tokenizer)
+    other.add_tokens(["Hello"])
+    wrong("has another tokenizer", client(good, tokenizer=other))
     wrong(r"context of 40 tokens.*--max-model-len 4\d", client(good), max_new_tokens=36)
     wrong(r"did not load .*none: .*same path", client(good))
     with serving(world.base, tmp_path) as plain:

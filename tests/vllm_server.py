@@ -27,14 +27,14 @@ def choices(request: dict[str, Any]) -> Any:
 
 
 class Server(BaseHTTPRequestHandler):
-    """`base` and `tokenize` are of the model that it serves.
+    """`base` and `tokenizer` are of the model that it serves.
 
     On the path `fail` it answers 500, `drops` connections it closes without an answer, and `raw` is
     sent to any request.
     """
 
     base = ""
-    tokenize: Callable[[str], Any] = staticmethod(list)
+    tokenizer: Callable[..., Any]
     choices = staticmethod(choices)
     metrics: Callable[[], str] = staticmethod(lambda: "nothing")
     fail: str | None = None
@@ -72,7 +72,9 @@ class Server(BaseHTTPRequestHandler):
             "/v1/models": lambda: {
                 "data": [{"id": said, "root": self.base, "max_model_len": CONTEXT}]
             },
-            "/tokenize": lambda: {"tokens": self.tokenize(request["prompt"])},
+            "/tokenize": lambda: {
+                "tokens": self.tokenizer(request["prompt"], add_special_tokens=False)["input_ids"]
+            },
             "/v1/load_lora_adapter": str,
             "/v1/completions": lambda: {"choices": self.choices(request)},
         }
@@ -81,16 +83,12 @@ class Server(BaseHTTPRequestHandler):
 
 @contextmanager
 def vllm_server(base: Path | None = None, **behaviour: Any) -> Iterator[SimpleNamespace]:
-    """A running server of the demo's model; yields its `port`, and `tokenize` as the run does."""
+    """A running server of the demo's model; yields its `port` and the model's `tokenizer`."""
     from sera_plugin.tools.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()
-
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    its = {"base": str(base), "tokenize": staticmethod(tokenize), **behaviour}
+    its = {"base": str(base), "tokenizer": staticmethod(tokenizer), **behaviour}
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Its", (Server,), its)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield SimpleNamespace(port=server.server_port, tokenize=tokenize)
+        yield SimpleNamespace(port=server.server_port, tokenizer=tokenizer)
         server.shutdown()

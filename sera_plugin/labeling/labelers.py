@@ -25,7 +25,6 @@ from sera_plugin.labeling.judging import (
     parse,
     read_template,
 )
-from sera_plugin.labeling.judging.api import api_judge
 from sera_plugin.rundir.checksums import RUN
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
@@ -35,12 +34,7 @@ from sera_plugin.sampling.samplers import sampling_progress
 
 #: How a policy judges itself (section 2.3): replies to each question, whose points are averaged,
 #: how they are sampled, and the longest in tokens: some reasoning and a score.
-SELF_JUDGED: dict[str, Any] = {
-    "candidates": 3,
-    "temperature": 0.7,
-    "top_p": 0.9,
-    "max_new_tokens": 256,
-}
+SELF_JUDGED: Any = {"candidates": 3, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256}
 _PLACE = "SERA-PLUGIN-USER-TEXT"
 
 
@@ -98,10 +92,7 @@ class Judged(Labeler):
 
     def judge(self, journal: Journal) -> Judge:
         """The judge that the configuration names."""
-        config = self.method.config
-        if config.judge is not None:
-            return api_judge(config.judge, journal)
-        return make_judge(str(config.reward_model), journal)
+        return make_judge(self.method.config.judge or str(self.method.config.reward_model), journal)
 
     def check(self) -> None:
         """See `Labeler.check`."""
@@ -133,14 +124,12 @@ class Judged(Labeler):
                     found = self._wins(judge, questions, answers, ranked.per_prompt)
                 self.report |= {"judge": judge.name, "usage": asdict(judge.usage)}
         # NaN would spread to every rank's sum all the same.
-        total: FloatArray = self.store.ranks.sum(found)
-        return total
+        return np.asarray(self.store.ranks.sum(found))
 
     def _scores(self, judge: ScoringJudge, questions: list[str], answers: list[str]) -> FloatArray:
         found = np.full(len(answers), np.nan)
-        given = list(map(Answered, questions, answers))
-        with progress("judging", len(given), "verdict", self.quiet) as advance:
-            for index, score in judge.score_all(given):
+        with progress("judging", len(answers), "verdict", self.quiet) as advance:
+            for index, score in judge.score_all(list(map(Answered, questions, answers))):
                 found[index] = np.nan if score is None else score
                 advance(1)
         return found
@@ -254,10 +243,9 @@ class Conversation:
             self._around = (self._without_bos(before), behind) if found else None
 
     def _templated(self, question: str) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        return text
+        turns = [{"role": "user", "content": question}]
+        template = self.tokenizer.apply_chat_template
+        return str(template(turns, tokenize=False, add_generation_prompt=True))
 
     def _without_bos(self, text: str) -> str:
         return text.removeprefix(self.tokenizer.bos_token or "")
@@ -276,14 +264,11 @@ class Conversation:
 
     def answer(self, token_ids: IntArray) -> str:
         """An answer's text."""
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text.strip()
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
     def prompt(self, question: str) -> list[int]:
         """A question as the policy is asked it: token ids, ready for its answer."""
         if self._around is None:
-            ids: list[int] = self.tokenizer(question)["input_ids"]
-        else:
-            text = self._templated(question)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+            return list(self.tokenizer(question)["input_ids"])
+        text = self._templated(question)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

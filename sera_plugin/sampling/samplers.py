@@ -222,8 +222,7 @@ class Samplers:
             port=block.get("port") or 8000,
             base_model=str(self.cfg["base_model"]),
             adapter=adapter,
-            tokenize=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
-            special_tokens=self.tokenizer.all_special_tokens,
+            tokenizer=self.tokenizer,
             vocabulary=self._vocabulary,
             # One client keeps a server busy, and it then holds one adapter.
             shard=WHOLE if self.store.ranks.main else NO_PART,

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +91,7 @@ class VllmSampler(EngineSampler):
     @contextmanager
     def _serving(self, length: int, memory: Memory) -> Generator[Serving, None, None]:
         weights = self._weights(memory)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         key = secrets.token_urlsafe()
         environment = child_environment(self.python, memory.devices) | {API_KEY: key}
@@ -195,8 +194,8 @@ def _tokens(client: Client) -> list[str]:
 class VllmServerSampler(EngineSampler):
     """Samples from a running `vllm serve`, to which the run's adapter directories look the same.
 
-    `adapter` is theta_{t-1}'s directory, `tokenize` is text to token ids without special tokens
-    added, as training does it, and `longest` the server's context as `check` has found it.
+    `adapter` is theta_{t-1}'s directory, `tokenizer` training's, and `longest` the server's context
+    as `check` has found it.
     """
 
     def __init__(
@@ -205,8 +204,7 @@ class VllmServerSampler(EngineSampler):
         port: int,
         base_model: str,
         adapter: Path,
-        tokenize: Callable[[str], list[int]],
-        special_tokens: Sequence[str],
+        tokenizer: Any,
         vocabulary: int,
         shard: Shard = WHOLE,
         longest: int | None = None,
@@ -222,8 +220,7 @@ class VllmServerSampler(EngineSampler):
             "Start it (docs/sampling.md has the command), or set vllm.host and vllm.port to where "
             "it is",
         )
-        self.base_model, self.adapter = base_model, adapter
-        self.tokenize, self.special_tokens = tokenize, special_tokens
+        self.base_model, self.adapter, self.tokenizer = base_model, adapter, tokenizer
 
     def check(self, longest: int = 0) -> int:
         """The server's context in tokens; SamplingFailed says why it cannot serve this run.
@@ -240,9 +237,10 @@ class VllmServerSampler(EngineSampler):
                 f"{self.base_model}`; if it is the same model under another path, add "
                 f"`--served-model-name {self.base_model}`"
             )
-        text = _PROBE + "".join(self.special_tokens)
+        text = _PROBE + "".join(self.tokenizer.all_special_tokens)
         request = {"model": served["id"], "prompt": text, "add_special_tokens": False}
-        if client.ask("tokens", "/tokenize", request) != self.tokenize(text):
+        mine = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if client.ask("tokens", "/tokenize", request) != mine:
             raise client.wrong(
                 "has another tokenizer than this run: a test text gives other token ids. Start it "
                 "with `--tokenizer` set to the tokenizer that the YAML names"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sera_plugin.config.block import read_judge
+from sera_plugin.config.block import JudgeConfig, read_judge
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir.journal import Journal
 
@@ -163,18 +163,20 @@ def by_scores(first: float | None, second: float | None) -> Verdict:
     return Verdict((0.5 * (1 + (first > second) - (first < second)),))
 
 
-def make_judge(spec: str, journal: Journal) -> Judge:
-    """The judge that a name stands for, which keeps what it says in the journal.
+def make_judge(spec: str | JudgeConfig, journal: Journal) -> Judge:
+    """The judge that is configured or named, which keeps what it says in the journal.
 
-    The name is a YAML file with an API judge, a directory with a reward model, or a function as
+    A name is a YAML file with an API judge, a directory with a reward model, or a function as
     `module:function` or `file.py:function`.
 
     ValueError if it is none of these or cannot be used; JudgeFailed without an API judge's key.
     """
-    from sera_plugin.labeling.judging.api import api_judge
+    from sera_plugin.labeling.judging.api import PairwiseJudge, RatingJudge
 
-    if spec.endswith((".yaml", ".yml")):
-        return api_judge(read_judge(Path(spec)), journal)
+    if isinstance(spec, str) and spec.endswith((".yaml", ".yml")):
+        spec = read_judge(Path(spec))
+    if isinstance(spec, JudgeConfig):
+        return (RatingJudge if spec.mode == "single" else PairwiseJudge)(spec, journal)
     if Path(spec).is_dir():
         from sera_plugin.labeling.judging.reward_model import RewardModelJudge
 
@@ -193,7 +195,20 @@ class FunctionJudge(ScoringJudge):
 
     def __init__(self, spec: str) -> None:
         super().__init__(spec, {"function": spec})
-        self._function = _load_function(spec)
+        place, _, name = spec.rpartition(":")
+        try:
+            if place.endswith(".py"):
+                self._function: Any = runpy.run_path(place).get(name)
+            else:
+                self._function = getattr(importlib.import_module(place), name, None)
+        except Exception as error:  # whatever the code does while it is imported
+            raise ValueError(
+                f"{place} cannot be imported: {type(error).__name__}: {error}. A module has to be "
+                "installed; a file is named with its path, which starts in the working directory "
+                "if it is relative, and its ending: file.py:function."
+            ) from error
+        if not callable(self._function):
+            raise ValueError(f"{place} has no function {quoted(name)}.")
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`. None from the function is a missing verdict."""
@@ -215,33 +230,13 @@ class FunctionJudge(ScoringJudge):
         )
 
 
-def _load_function(spec: str) -> Any:
-    place, _, name = spec.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            function = runpy.run_path(place).get(name)
-        else:
-            function = getattr(importlib.import_module(place), name, None)
-    except Exception as error:  # whatever the code does while it is imported
-        raise ValueError(
-            f"{place} cannot be imported: {type(error).__name__}: {error}. A module has to be "
-            "installed; a file is named with its path, which starts in the working directory if "
-            "it is relative, and its ending: file.py:function."
-        ) from error
-    if not callable(function):
-        raise ValueError(f"{place} has no function {quoted(name)}.")
-    return function
-
-
 def fill(template: str, values: Mapping[str, str]) -> str:
     """A template with texts in its places. Braces inside these stay as they are."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
 
 
 def read_template(kind: str, path: Path | None = None) -> str:
-    """A judge's prompt of a kind in `PLACES`, the user's or the shipped one.
-
-    Braces that hold anything but its places are text.
+    """A judge's prompt of a kind in `PLACES`, the user's or the shipped one; other braces are text.
 
     ValueError, naming file and place, if it is not text or lacks a place.
     """

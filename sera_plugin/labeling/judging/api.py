@@ -1,9 +1,7 @@
 """Judges behind an OpenAI-compatible endpoint: two answers at a time, or one.
 
 Every reply goes into a journal under a key of all that determines it, before it is used: judging
-that was cut off or is done again asks for nothing twice. What is tried again: lost connections,
-time-outs, 408, 409, 429 and 5xx answers, and bodies that are no reply. What is not: an answer that
-says the request itself is wrong.
+that was cut off or is done again asks for nothing twice.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from itertools import count
 from threading import Event, Lock
 from typing import Any, TypeVar
 
@@ -69,7 +67,10 @@ class _Again(Exception):
 
 
 class _ApiJudge(Judge):
-    """Asks for one kind of verdict until a reply has one, through the journal."""
+    """Asks for one kind of verdict until a reply has one, through the journal.
+
+    Tried again: lost connections, time-outs, 408, 409, 429, 5xx, and bodies that are no reply.
+    """
 
     def __init__(self, config: JudgeConfig, journal: Journal) -> None:
         super().__init__(config.model, config.model_dump(mode="json"))
@@ -78,8 +79,7 @@ class _ApiJudge(Judge):
         self._key = _key(config)
         self._session = requests.Session()
         self._session.trust_env = not config.is_local
-        adapter = HTTPAdapter(pool_maxsize=config.concurrency, max_retries=0)
-        self._session.mount(config.base_url, adapter)
+        self._session.mount(config.base_url, HTTPAdapter(pool_maxsize=config.concurrency))
         self._refusal = ""
         self._counting = Lock()
         self._stop = Event()  # set once there is no use in trying again
@@ -125,8 +125,7 @@ class _ApiJudge(Judge):
                 self._refusal = str(refusal)
                 self._count("refused")
                 return None
-            value = parse(mode, text)
-            if value is not None:
+            if (value := parse(mode, text)) is not None:
                 return value
             self._count("malformed")
             # Some endpoints take no empty message.
@@ -137,10 +136,9 @@ class _ApiJudge(Judge):
 
     def _reply(self, messages: list[dict[str, str]]) -> str:
         """The reply's text, from the journal or the endpoint."""
-        config = self.config
+        config, counted = self.config, self.usage.cached
         key = key_of(config.base_url, config.model, config.request, messages)
-        found, counted = self._journal.get(key), self.usage.cached
-        if found is None:
+        if (found := self._journal.get(key)) is None:
             found, counted = {"model": config.model, **self._ask(messages)}, self.usage.asked
             self._journal.add(key, found)
         with self._counting:
@@ -152,9 +150,10 @@ class _ApiJudge(Judge):
 
     def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         """The model's reply: `text`, `prompt_tokens`, `completion_tokens`, after some tries."""
-        for attempt in range(RETRIES + 1):
+        for attempt in count():
             try:
                 reply = self._ask_once(messages)
+                break
             except _Again as problem:
                 if attempt == RETRIES:
                     raise self._failed(
@@ -165,10 +164,8 @@ class _ApiJudge(Judge):
                 delay = BACKOFF * 2**attempt * random.uniform(0.75, 1.25)
                 if self._stop.wait(problem.wait or delay):
                     raise self._failed("was not asked again") from None
-            else:
-                self._count("retries", attempt)
-                return reply
-        raise AssertionError
+        self._count("retries", attempt)
+        return reply
 
     def _ask_once(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         body = {**self.config.request, "model": self.config.model, "messages": messages}
@@ -183,8 +180,7 @@ class _ApiJudge(Judge):
         except requests.exceptions.SSLError as error:
             raise self._failed(f"has no certificate that is trusted here: {error}") from None
         except requests.RequestException as error:
-            problem = one_line(f"the connection failed: {error}", self._key)
-            raise _Again(problem[:400]) from None
+            raise _Again(one_line(f"the connection failed: {error}", self._key)[:400]) from None
         self._check(answer)
         try:
             reply = answer.json()
@@ -192,12 +188,10 @@ class _ApiJudge(Judge):
             if not isinstance(text, str):
                 raise TypeError
             usage = reply.get("usage") or {}
-            counts = {
-                key: int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")
-            }
+            tokens = ("prompt_tokens", "completion_tokens")
+            return {"text": text, **{key: int(usage.get(key) or 0) for key in tokens}}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise _Again("its answer was no chat completion") from None
-        return {"text": text, **counts}
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         # Given even without a key: the session would look for one in ~/.netrc.
@@ -212,7 +206,7 @@ class _ApiJudge(Judge):
         words = server_words(answer, self._key)
         said = f"it answered {status}: {words}"
         if status in (408, 409, 429) or status >= 500:
-            wait = None
+            wait = None  # without the header, or with one that cannot be read
             with suppress(KeyError, InvalidHeader):
                 wait = Retry().parse_retry_after(answer.headers["Retry-After"])
             if wait is not None and wait > LONGEST_WAIT:
@@ -243,12 +237,10 @@ def _key(config: JudgeConfig) -> str:
     key = os.environ.get(config.api_key_env, "").strip()
     if key and key.isascii() and key.isprintable():
         return key
-    problem = "api_key_env names an environment variable that is not set"
-    if key:
-        problem = "api_key_env names an environment variable whose value is not printable ASCII"
+    problem = "whose value is not printable ASCII" if key else "that is not set"
     raise JudgeFailed(
-        f"{problem}. Export the key in it, or leave api_key_env out where the endpoint "
-        "takes no key."
+        f"api_key_env names an environment variable {problem}. Export the key in it, or leave "
+        "api_key_env out where the endpoint takes no key."
     )
 
 
@@ -261,9 +253,9 @@ class PairwiseJudge(_ApiJudge):
         def compare(one: Comparison) -> Verdict:
             if one.first == one.second:
                 return Verdict((0.5, 0.5))
-            show = partial(self._verdict, question=one.question)
-            first = show(answer_a=one.first, answer_b=one.second)
-            second = show(answer_a=one.second, answer_b=one.first)
+            question, a, b = one.question, one.first, one.second
+            first = self._verdict(question=question, answer_a=a, answer_b=b)
+            second = self._verdict(question=question, answer_a=b, answer_b=a)
             return Verdict((first, None if second is None else 1.0 - second))
 
         return self._each(comparisons, compare)
@@ -275,8 +267,3 @@ class RatingJudge(_ApiJudge, ScoringJudge):
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`."""
         return self._each(answers, lambda one: self._verdict(**vars(one)))
-
-
-def api_judge(config: JudgeConfig, journal: Journal) -> Judge:
-    """The judge that a configuration describes, which keeps its replies in the journal."""
-    return (RatingJudge if config.mode == "single" else PairwiseJudge)(config, journal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class RewardModelJudge(ScoringJudge):
                 "together. Set pad_token_id in its config.json."
             )
         config.pad_token_id = self._pad  # by it the model tells where a sequence ends
-        self._longest = getattr(config, "max_position_embeddings", None)
+        self._longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
 
@@ -64,17 +65,14 @@ class RewardModelJudge(ScoringJudge):
         keys = [key_of(self._identity, one.question, one.answer) for one in answers]
         tokens: dict[int, list[int]] = {}
         for index, one in enumerate(answers):
-            found = self._journal.get(keys[index])
-            if found is not None:
+            if (found := self._journal.get(keys[index])) is not None:
                 self.usage.cached.count += 1
                 yield index, found["score"]
-                continue
-            ids = self._tokens(one)
-            if self._longest is not None and len(ids) > self._longest:
+            elif len(ids := self._tokens(one)) <= self._longest:
+                tokens[index] = ids
+            else:
                 self.usage.refused += 1
                 yield index, None
-            else:
-                tokens[index] = ids
         left, lengths = list(tokens), list(map(len, tokens.values()))
         longest = max(lengths, default=0)
         planned = plan_tokens(self._device, _BYTES_PER_TOKEN, longest, _ON_CPU)
