@@ -1,15 +1,19 @@
-"""Algorithm 1 on the three pairs of three_pairs.py, where each number can be followed on paper."""
+"""Algorithm 1 on three pairs that can be followed on paper, and on 2,000 row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from zlib import crc32
 
+import numpy as np
 import pytest
 
 from sera_plugin.algorithm.method import Method
+from sera_plugin.algorithm.summary import summarize
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.rundir import tokens
 from sera_plugin.rundir.store import RunStore
 from tests.three_pairs import CANDIDATES, END, FakeSampler, Run, assert_reference_is, firsts
 
@@ -192,14 +196,6 @@ def test_nan_names_row_and_side(run, broken, said, name):
 
 def test_a_full_disk_stops_the_sampler_and_keeps_what_is_written(run, monkeypatch):
     append = RunStore.append_samples
-    closed: list[int] = []
-    sample = FakeSampler.sample
-
-    def watched(self, *args, **kwargs):
-        try:
-            yield from sample(self, *args, **kwargs)
-        finally:
-            closed.append(len(self.sampled))
 
     def full(self, iteration, table):
         if self.samples(iteration).exists():
@@ -207,12 +203,11 @@ def test_a_full_disk_stops_the_sampler_and_keeps_what_is_written(run, monkeypatc
             raise OSError(28, "No space left on device")
         append(self, iteration, table)
 
-    monkeypatch.setattr(FakeSampler, "sample", watched)
-    monkeypatch.setattr(RunStore, "append_samples", full)
-    with pytest.raises(OSError, match="No space left"):
-        run.upto(2)
-    assert closed == [2]
-    monkeypatch.setattr(RunStore, "append_samples", append)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "append_samples", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.upto(2)
+    assert (run.sampler.sampled, run.sampler.running) == ([2, 1], 0)
     run.prepare(2)
     assert run.sampler.sampled == [2, 1, 1, 0]
 
@@ -251,10 +246,9 @@ def test_a_damaged_file_is_never_read_and_its_phase_is_done_again(run, iteration
         assert run.prepare(last) == trained, what
         assert path.read_bytes() == whole, what
         assert f"{path.name} is damaged (its checksum differs) and is not used" in caplog.text
-    for before in range(1, iteration):
-        # Whatever was damaged, the run scores the offline set under no policy twice.
-        scored = [call for call in run.scorer.calls if call[:2] == (before - 1, "score_offline")]
-        assert len(scored) == 1
+    # Whatever was damaged, the run scores the offline set under no earlier policy twice.
+    scored = [policy for policy, phase, _ in run.scorer.calls if phase == "score_offline"]
+    assert [scored.count(policy) for policy in range(iteration - 1)] == [1] * (iteration - 1)
 
 
 def test_rows_of_a_damaged_chunk_are_sampled_again_and_no_others(run):
@@ -265,11 +259,82 @@ def test_rows_of_a_damaged_chunk_are_sampled_again_and_no_others(run):
     whole = first.read_bytes()
     for what, content in damages(whole):
         first.write_bytes(content)
-        found = run.store.read_samples(2)
-        assert found is not None
-        assert set(found["row"].to_pylist()) == {1}, what
+        assert set(run.store.read_samples(2)["row"].to_pylist()) == {1}, what
     resumed = Run(run.directory)
     trained = resumed.prepare(2)
     assert resumed.sampler.sampled == [2, 0]
     assert second.name.startswith("000-000001-")
     assert Run(run.directory / "clean").upto(2) == trained
+
+
+# ------------------------------------------------------------------ 2,000 pairs, row by row
+
+N, R, KEPT, SAMPLED = 2_000, 4, 1_400, 1_200
+
+
+def chance(key: str) -> int:
+    return crc32(key.encode()) * 2_654_435_761 >> 12
+
+
+def answer(key: str) -> list[int]:
+    """So short, of so few tokens, that many candidates repeat another one."""
+    number = chance(key)
+    return [number >> i & 1 for i in range(number >> 9 & 1)] + [END]
+
+
+def logp(policy: int, prompt: list[int], completion: list[int]) -> float:
+    """Quarters of a nat, few of them: many rewards are equal, and all sums are exact."""
+    return -(chance(f"{policy} {prompt} {completion}") % 3) / 4
+
+
+def scorer(policy, prompts, completions, phase):
+    pairs = zip(prompts, completions, strict=True)
+    return np.array([logp(policy, p.tolist(), c.tolist()) for p, c in pairs])
+
+
+def largest(margins: list[float], count: int) -> list[int]:
+    """Where the largest are, the first of equal ones, in order."""
+    return sorted(sorted(range(len(margins)), key=lambda i: (-margins[i], i))[:count])
+
+
+def test_what_is_vectorised_is_the_plain_algorithm(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_CHUNK", 1000)
+    prompts = [[row % 7, row] for row in range(N)]
+    chosen, rejected = ([answer(f"{side} {row}") for row in range(N)] for side in "cr")
+    candidates = {row: [answer(f"{i} of {row}") for i in range(R)] for row in range(N)}
+    columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+    config = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.6, candidates=R)
+    sampler = FakeSampler(candidates, size=512)
+    run = Run(tmp_path, config, scorer=scorer, sampler=sampler, pairs=columns)
+    trained = run.upto(2)
+
+    def reward(row: int, completion: list[int]) -> float:
+        return logp(1, prompts[row], completion) - logp(0, prompts[row], completion)
+
+    margins = [reward(row, chosen[row]) - reward(row, rejected[row]) for row in range(N)]
+    expected = [(prompts[row], chosen[row], rejected[row]) for row in largest(margins, KEPT)]
+    found, spreads, ties, duplicates = [], [], 0, 0
+    for row, group in candidates.items():
+        distinct = [ids for index, ids in enumerate(group) if ids not in group[:index]]
+        duplicates += R - len(distinct)
+        ranked = sorted(distinct, key=lambda ids: -reward(row, ids))
+        margin = reward(row, ranked[0]) - reward(row, ranked[-1])
+        if len(distinct) > 1:
+            spreads.append(margin / (sum(map(len, group)) / R))
+            ties += margin == 0
+        if margin > 0:
+            found.append((margin, (prompts[row], ranked[0], ranked[-1])))
+    assert min(len(found) - SAMPLED, ties, N - len(spreads)) > 10  # all of it occurs
+    expected += [found[place][1] for place in largest([margin for margin, _ in found], SAMPLED)]
+    got = (trained["prompt_ids"], trained["chosen_ids"], trained["rejected_ids"])
+    assert list(zip(*got, strict=True)) == expected
+    for place, side in enumerate(("chosen", "rejected"), start=1):
+        reference = [logp(1, pair[0], pair[place]) for pair in expected]
+        assert trained[f"ref_{side}_logps"] == reference
+
+    summary = summarize(run.iteration(2))
+    assert summary["pairs"]["trained"] == KEPT + SAMPLED
+    assert summary["pairs"]["bootstrapped_found"] == len(found)
+    counts = {"prompts": N, "ties": ties, "too_few": N - len(spreads), "duplicates": duplicates}
+    assert summary["samples"].items() >= counts.items()
+    assert summary["spread"]["sampled"] == pytest.approx(float(np.median(spreads)))

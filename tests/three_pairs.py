@@ -1,13 +1,10 @@
-"""Three offline pairs, and fakes of two protocols: a scorer and a candidate sampler.
-
-Every token id is a known completion; the scorer looks its log-probability up
-by policy, so each number below can be followed on paper.
-"""
+"""Three offline pairs, a scorer that looks log-probabilities up, and a sampler of known answers."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +35,13 @@ LOGPS: dict[tuple[int, int], list[float]] = {
     (3, 33): [-7, -1, -9], (3, 34): [-7, -7, -7],
 }  # fmt: skip
 END = 99
-NAMES = ("prompt", "chosen", "rejected")
-CANDIDATES = {
-    row: [[10 * prompt + 3, END], [10 * prompt + 4, END]] for row, prompt in enumerate((1, 2, 3))
-}
-
-
+CANDIDATES = {row: [[10 * row + 13, END], [10 * row + 14, END]] for row in range(3)}
 PAIRS = {
     "prompt_ids": [[1], [2, 2], [3]],
     "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
     "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
 }
+CONFIG = SeraConfig(selection_ratio=0.67, bootstrap_ratio=0.67, candidates=2)
 
 
 class FakeScorer:
@@ -63,39 +56,43 @@ class FakeScorer:
 
 
 class FakeSampler:
-    def __init__(self, fail_after: int | None = None) -> None:
+    """Last row first, in chunks of `size` rows: their order is the sampler's own business."""
+
+    def __init__(self, candidates: Mapping[int, Any] = CANDIDATES, size: int = 1) -> None:
         self.report: dict[str, Any] = {"name": "fake"}
         self.seconds = {"start_engine": 0.5}
-        self.fail_after = fail_after
+        self.candidates, self.size = candidates, size
+        self.fail_after: int | None = None
         self.sampled: list[int] = []
-        self.calls = 0
+        self.calls = self.running = 0
 
     def sample(self, prompts, settings, skip=()):
         self.calls += 1
-        # Last row first: the order of chunks is the sampler's own business.
-        for row in reversed(range(len(prompts))):
-            if row in skip:
-                continue
-            if len(self.sampled) == self.fail_after:
-                raise RuntimeError("the machine was taken away")
-            self.sampled.append(row)
-            yield [(row, [Candidate(ids, "stop") for ids in CANDIDATES[row]])]
+        self.running += 1
+        order = [row for row in reversed(range(len(prompts))) if row not in skip]
+        try:
+            for first in range(0, len(order), self.size):
+                if len(self.sampled) == self.fail_after:
+                    raise RuntimeError("the machine was taken away")
+                rows = order[first : first + self.size]
+                self.sampled += rows
+                yield [(r, [Candidate(ids, "stop") for ids in self.candidates[r]]) for r in rows]
+        finally:
+            self.running -= 1
 
 
-@dataclasses.dataclass
+@dataclass
 class Run:
     """One run directory with its fakes."""
 
     directory: Path
-    config: SeraConfig = dataclasses.field(
-        default_factory=lambda: SeraConfig(selection_ratio=0.67, bootstrap_ratio=0.67, candidates=2)
-    )
+    config: SeraConfig = CONFIG
     reference_free: bool = False
     per_token: bool = False
-    scorer: FakeScorer = dataclasses.field(default_factory=FakeScorer)
-    sampler: FakeSampler = dataclasses.field(default_factory=FakeSampler)
-    phases: Phases = dataclasses.field(default_factory=Phases)
-    pairs: dict[str, Any] = dataclasses.field(default_factory=lambda: PAIRS)
+    scorer: Any = field(default_factory=FakeScorer)
+    sampler: FakeSampler = field(default_factory=FakeSampler)
+    phases: Phases = field(default_factory=Phases)
+    pairs: dict[str, Any] = field(default_factory=lambda: PAIRS)
 
     @property
     def store(self) -> RunStore:
@@ -136,18 +133,13 @@ class Run:
         return [self.table(iteration, name)[column] for column in columns.split()]
 
 
-def firsts(columns: dict[str, list[Any]]) -> list[tuple[int, int, int]]:
+def firsts(trained: dict[str, list[Any]]) -> list[tuple[int, int, int]]:
     """Pairs as the first tokens of prompt, chosen, rejected."""
-    return [
-        (p[0], c[0], r[0])
-        for p, c, r in zip(*(columns[f"{name}_ids"] for name in NAMES), strict=True)
-    ]
+    columns = (trained[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+    return [(p[0], c[0], r[0]) for p, c, r in zip(*columns, strict=True)]
 
 
 def assert_reference_is(policy: int, trained: dict[str, list[Any]]) -> None:
-    for side in ("chosen", "rejected"):
-        expected = [
-            LOGPS[prompt[0], ids[0]][policy]
-            for prompt, ids in zip(trained["prompt_ids"], trained[f"{side}_ids"], strict=True)
-        ]
+    for place, side in enumerate(("chosen", "rejected"), start=1):
+        expected = [LOGPS[pair[0], pair[place]][policy] for pair in firsts(trained)]
         assert trained[f"ref_{side}_logps"] == expected
