@@ -195,12 +195,17 @@ def small_disk(tmp_path):
 def fill(disk: Path) -> None:
     """Leave no byte free on a disk."""
     with (disk / "filler").open("wb", buffering=0) as file:
-        with suppress(OSError):
-            while True:
-                file.write(bytes(2**16))
-        with suppress(OSError):
-            while True:
-                file.write(bytes(1))
+        for size in (2**16, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+def flip(path: Path) -> None:
+    """Change a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[Random(1).randrange(len(content))] ^= 4
+    path.write_bytes(content)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -36,15 +37,14 @@ def write(text: str):
 def test_a_file_is_whole_as_written_and_not_with_any_bit_of_it_changed(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     replace_file(path, write("what was written"))
-    assert is_whole(path)
     content = path.read_bytes()
+    wrong = [content[:length] for length in range(len(content))]
     for bit in range(8 * len(content)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
-        assert not is_whole(path)
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
+        wrong.append(bytes(flipped))
+    for found in wrong:
+        path.write_bytes(found)
         assert not is_whole(path)
     path.write_bytes(content)
     assert is_whole(path)
@@ -67,12 +67,10 @@ def test_a_file_cut_off_anywhere_is_the_old_or_the_new_one(tmp_path, monkeypatch
     """Replacing renames the list, the file and the list again; the process ends at one of them."""
     path = tmp_path / "summary.json"
     replace_file(path, write("old"))
-    calls = []
-    replace = Path.replace
+    replace, calls = Path.replace, count()
 
     def killed(self: Path, target: Path) -> Path:
-        calls.append(target)
-        if len(calls) > call:
+        if next(calls) == call:
             raise SystemExit
         return replace(self, target)
 
@@ -80,7 +78,7 @@ def test_a_file_cut_off_anywhere_is_the_old_or_the_new_one(tmp_path, monkeypatch
         patch.setattr(Path, "replace", killed)
         with pytest.raises(SystemExit) if call < 3 else nullcontext():
             replace_file(path, write("new"))
-    assert len(calls) == min(call + 1, 3)
+    assert next(calls) == min(call + 1, 3)
     assert path.read_text() == ("old" if call < 2 else "new")
     assert is_whole(path)
     replace_file(path, write("newer"))
@@ -186,61 +184,58 @@ def test_a_read_only_disk_says_so(small_disk: Path) -> None:
 # ------------------------------------------------------------------ checkpoints
 
 
-def save(output: Path, step: int, sealed: bool = True) -> Path:
+def save(output: Path, step: int, sealed: bool = True) -> None:
     path = output / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(bytes([step]) * 50)
     (path / "trainer_state.json").write_text("{}")
     if sealed:
         seal(path)
-    return path
 
 
 def names(output: Path) -> list[str]:
     return sorted(path.name for path in output.iterdir())
 
 
-def test_the_newest_whole_one_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    for step in (2, 9, 10):
-        save(tmp_path, step)
-    save(tmp_path, 12, sealed=False)
-    (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / "checkpoint-11.old").mkdir()
-    assert checkpoint_steps(tmp_path) == [2, 9, 10]
-    assert newest_checkpoint(tmp_path) == 10
-    weights = tmp_path / "checkpoint-10/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Whole checkpoints of steps 2, 9 and 10, half of one, and one of the user's."""
+    for step in (2, 9, 10, 12):
+        save(tmp_path / "out", step, sealed=step < 12)
+    (tmp_path / "out/checkpoint-best").mkdir()
+    return tmp_path / "out"
+
+
+def test_the_newest_whole_one_is_taken(output: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert newest_checkpoint(output / "empty") is None
+    (output / "checkpoint-11.old").mkdir()
+    assert checkpoint_steps(output) == [2, 9, 10]
+    assert newest_checkpoint(output) == 10
+    (output / "checkpoint-10/model.safetensors").write_bytes(b"less")
     with caplog.at_level(logging.WARNING):
-        assert newest_checkpoint(tmp_path) == 9
+        assert newest_checkpoint(output) == 9
     assert "checkpoint-10 is damaged (the checksum of model.safetensors differs)" in caplog.text
 
 
-def test_what_is_newer_is_out_of_the_hosts_way_and_nothing_finished_is_lost(tmp_path: Path) -> None:
-    for step in (2, 9, 10):
-        save(tmp_path, step)
-    save(tmp_path, 12, sealed=False)
-    (tmp_path / "checkpoint-best").mkdir()
-    set_aside(tmp_path, 9)
-    save(tmp_path, 10)
-    assert (tmp_path / "checkpoint-9").exists()
-    set_aside(tmp_path, 2)
-    assert names(tmp_path) == [
-        "checkpoint-2", "checkpoint-best", "set-aside-checkpoint-10", "set-aside-checkpoint-10.1",
-        "set-aside-checkpoint-9",
-    ]  # fmt: skip
-    set_aside(tmp_path, -1)
-    assert "checkpoint-2" not in names(tmp_path)
+def test_what_is_newer_is_out_of_the_hosts_way_and_nothing_finished_is_lost(output: Path) -> None:
+    set_aside(output, 9)
+    save(output, 10)
+    assert (output / "checkpoint-9").exists()
+    set_aside(output, 2)
+    aside = ["set-aside-checkpoint-10", "set-aside-checkpoint-10.1", "set-aside-checkpoint-9"]
+    assert names(output) == ["checkpoint-2", "checkpoint-best", *aside]
+    set_aside(output, -1)
+    assert "checkpoint-2" not in names(output)
 
 
-def test_one_that_is_asked_for_is_taken_or_refused(tmp_path: Path) -> None:
-    output, other = tmp_path / "out", tmp_path / "other"
-    save(output, 2), save(output, 9), save(output, 12, sealed=False), save(other, 9)
+def test_one_that_is_asked_for_is_taken_or_refused(output: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save(other, 9)
     assert named_checkpoint(output, str(output / "checkpoint-2")) == 2
     for asked, why in (
         (other / "checkpoint-9", "is not a checkpoint in output_dir"),
         (output / "elsewhere", "is not a checkpoint in output_dir"),
-        (output / "checkpoint-7", r"it does not exist. Whole checkpoints: 2, 9\."),
+        (output / "checkpoint-7", r"it does not exist. Whole checkpoints: 2, 9, 10\."),
         (output / "checkpoint-12", "it was not written to its end"),
     ):
         with pytest.raises(ValueError, match=why) as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from sera_plugin.rundir.store import read_json, write_json
-from tests.crash import process
+from tests.conftest import flip
 from tests.crash.compare import differences, left_behind
-from tests.crash.points import last_words
+from tests.crash.points import last_words, run
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def kill(bench, kind: str, place: tuple[str, int]) -> Path:
     if not directory.exists():
         bench.whole(kind)
         bench.prepare(kind, directory)
-        assert process.run(directory, kill=place).how == "killed"
+        assert run(directory, kill=place) == "killed"
     return directory
 
 
@@ -37,7 +37,7 @@ def kill(bench, kind: str, place: tuple[str, int]) -> Path:
 def carry_on(bench):
     """Damage a copy of a killed run and continue it; returns its directory and how it ended."""
 
-    def run(change, kind=KIND, place=KILL, **keys):
+    def continued(change=lambda output: None, kind=KIND, place=KILL, **keys):
         directory = bench.directory / "damage/copy"
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(kill(bench, kind, place), directory)
@@ -45,48 +45,49 @@ def carry_on(bench):
         sera = config["sera"] | keys.pop("sera", {})
         (directory / "config.yaml").write_text(yaml.safe_dump(config | keys | {"sera": sera}))
         change(directory / "out")
-        return directory, process.run(directory).how
+        return directory, run(directory)
 
-    return run
+    return continued
 
 
 @pytest.fixture
 def ends_alike(bench, carry_on):
     """The same, for a run that must end as one that was neither killed nor damaged."""
 
-    def run(change, kind=KIND, place=KILL, **keys):
+    def alike(change=lambda output: None, kind=KIND, place=KILL, **keys):
         directory, how = carry_on(change, kind, place, **keys)
         assert how == "finished", last_words(directory)
         assert differences(bench.whole(kind).left, left_behind(directory)) == []
         return directory
 
-    return run
+    return alike
 
 
 @pytest.fixture
 def refused(carry_on):
     """The log of a run that must not be continued."""
 
-    def run(change=lambda output: None, **keys):
-        directory, how = carry_on(change, **keys)
+    def said(*change, **keys):
+        directory, how = carry_on(*change, **keys)
         assert how == "failed"
         return log(directory)
 
-    return run
+    return said
 
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[Random(1).randrange(len(content))] ^= 4
-    path.write_bytes(content)
-
-
 def log(directory: Path) -> str:
     return (directory / "log.txt").read_text()
+
+
+def changed_files(bench) -> set[str]:
+    """Files of the killed run that are others where it was to be continued."""
+    killed, copy = kill(bench, KIND, KILL) / "out", bench.directory / "damage/copy/out"
+    files = {path.relative_to(killed) for path in killed.rglob("*") if path.is_file()}
+    return {one.name for one in files if (copy / one).read_bytes() != (killed / one).read_bytes()}
 
 
 @pytest.mark.parametrize("damage", [pytest.param(cut, marks=pytest.mark.nightly), flip])
@@ -144,8 +145,25 @@ def test_where_a_run_is_does_not_hang_on_a_file_that_can_be_damaged(bench, ends_
 
 
 def test_an_earlier_checkpoint_that_is_asked_for_is_continued_from(ends_alike):
-    directory = ends_alike(lambda output: None, resume_from_checkpoint="out/checkpoint-6")
+    directory = ends_alike(resume_from_checkpoint="out/checkpoint-6")
     assert (directory / "out/set-aside-checkpoint-7").exists()
+
+
+STOPS = {
+    "a description": (["sera/run.json"], "run.json is damaged.*set another output_dir"),
+    "an older policy that is needed": (
+        ["sera/iteration-02/policy/adapter_model.safetensors",
+         "sera/iteration-03/candidates.parquet"],
+        "theta_1 is needed from.*the checksum of adapter_model.safetensors differs. Restore it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_damage_that_cannot_be_made_good_stops_the_run(refused, what):
+    names, said = STOPS[what]
+    log = refused(lambda output: [flip(output / name) for name in names])
+    assert re.search(said, log, re.DOTALL)
 
 
 def test_remains_of_a_run_without_its_record_are_not_taken_for_a_fresh_one(refused):
@@ -153,41 +171,19 @@ def test_remains_of_a_run_without_its_record_are_not_taken_for_a_fresh_one(refus
     assert "holds remains of another training (checkpoint-6, checkpoint-7, iteration-01)" in said
 
 
-def test_an_older_policy_that_is_needed_and_damaged_stops_the_run(refused):
-    def change(output: Path) -> None:
-        flip(output / "sera/iteration-02/policy/adapter_model.safetensors")
-        flip(output / "sera/iteration-03/candidates.parquet")
-
-    said = refused(change)
-    assert "theta_1 is needed from" in said
-    assert "the checksum of adapter_model.safetensors differs. Restore it" in said
-
-
-def test_a_damaged_description_stops_the_run(refused):
-    said = refused(lambda output: flip(output / "sera/run.json"))
-    assert "run.json is damaged" in said
-    assert "set another output_dir" in said
-
-
-def test_what_makes_a_run_another_one_is_refused_by_name(bench, refused):
-    said = refused(
-        sera={"gamma": 0.5, "selection_ratio": 0.5, "loss": "ipo"},
-        seed=12,
-        sequence_len=64,
-        learning_rate=2e-3,
-        lora_r=8,
-        micro_batch_size=8,
-        rl_beta=0.1,
-        optimizer="adamw_torch_fused",
-    )
+def test_what_makes_a_run_another_one_is_refused_by_name(bench, refused, tmp_path):
+    lines = (bench.world / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[1:]))
+    config = yaml.safe_load((kill(bench, KIND, KILL) / "config.yaml").read_text())
+    keys = {"lora_r": 8, "micro_batch_size": 8, "rl_beta": 0.1, "optimizer": "adamw_torch_fused"}
+    keys["datasets"] = [{**config["datasets"][0], "path": str(tmp_path / "train.jsonl")}]
+    said = refused(sera={"gamma": 0.5, "loss": "ipo"}, seed=12, **keys)
     assert "cannot be continued, because these changed since it began" in said
     for change in (
         "sera.gamma: 0.3 -> 0.5",
-        "sera.selection_ratio: 0.7 -> 0.5",
         "the loss: 'dpo' -> 'ipo'",
         "seed: 11 -> 12",
-        "sequence_len: 48 -> 64",
-        "learning_rate: 0.001 -> 0.002",
+        "N, the number of usable pairs: 24 -> 23",
         "lora_r: 4 -> 8",
         "pairs per micro-batch, all processes together: 4 -> 8",
         "beta of the loss (rl_beta, trl.beta): 0.2 -> 0.1",
@@ -195,20 +191,11 @@ def test_what_makes_a_run_another_one_is_refused_by_name(bench, refused):
     ):
         assert change in said
     assert "To start fresh, set another output_dir" in said
-    killed = kill(bench, KIND, KILL) / "out"
-    for path in killed.rglob("*.safetensors"):
-        copy = bench.directory / "damage/copy/out" / path.relative_to(killed)
-        assert copy.read_bytes() == path.read_bytes()
+    assert changed_files(bench) <= {"debug.log", "lock"}
 
 
-def test_another_dataset_and_another_model_are_refused(bench, refused, tmp_path):
-    lines = (bench.world / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "train.jsonl").write_text("".join(lines[1:]))
-    config = yaml.safe_load((kill(bench, KIND, KILL) / "config.yaml").read_text())
-    data = {**config["datasets"][0], "path": str(tmp_path / "train.jsonl")}
-    assert "N, the number of usable pairs: 24 -> 23" in refused(datasets=[data])
-
-    # Under the same path, with the same configuration: only its log-probabilities tell.
+def test_another_model_with_the_same_configuration_is_refused(bench, refused, tmp_path):
+    """Only its log-probabilities tell."""
     other = tmp_path / "base"
     shutil.copytree(bench.world / "base", other)
     weights = load_file(other / "model.safetensors")
@@ -225,7 +212,6 @@ def test_another_dataset_and_another_model_are_refused(bench, refused, tmp_path)
 
 def test_what_does_no_harm_may_change(bench, carry_on):
     directory, how = carry_on(
-        lambda output: None,
         logging_steps=2,
         save_total_limit=5,
         evals_per_epoch=None,
@@ -235,18 +221,12 @@ def test_what_does_no_harm_may_change(bench, carry_on):
     )
     assert how == "finished", last_words(directory)
     left = left_behind(directory)
-    weights = [key for key in bench.whole(KIND).left if key.endswith(".safetensors")]
-    assert weights
-    assert all(left[key] == bench.whole(KIND).left[key] for key in weights)
+    expected = {k: v for k, v in bench.whole(KIND).left.items() if k.endswith(".safetensors")}
+    assert expected
+    assert left.items() >= expected.items()
 
 
-def test_a_fresh_run_touches_nothing_of_an_earlier_one(refused):
-    before: dict[Path, bytes] = {}
-
-    def look(output: Path) -> None:
-        before.update({path: path.read_bytes() for path in output.rglob("*") if path.is_file()})
-
-    said = refused(look, auto_resume_from_checkpoints=False)
+def test_a_fresh_run_touches_nothing_of_an_earlier_one(bench, refused):
+    said = refused(auto_resume_from_checkpoints=False)
     assert "holds an earlier run. Set another output_dir" in said
-    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
-    assert changed <= {"debug.log", "lock"}
+    assert changed_files(bench) <= {"debug.log", "lock"}

@@ -1,7 +1,7 @@
 """Which warnings hold: pure functions of the summaries (summary.json) of the iterations so far.
 
-Each alarm compares one figure with one threshold and says which key of the YAML to turn. None of
-them stops a run: they say where to look. docs/alarms.md has the same thresholds in a table.
+Each alarm compares one figure with one threshold and says which key of the YAML to turn; none stops
+a run. docs/alarms.md has the same thresholds in a table, with what each of them means.
 """
 
 from __future__ import annotations
@@ -22,28 +22,23 @@ THRESHOLDS = {
     # length of its data (Park et al. 2024, "Disentangling Length from Quality in DPO"); half of
     # that way is time to look.
     "sampled_length": 1.5,
-    # Against the first iteration that sampled. Lengths of answers scatter by about their own mean's
-    # 0.7; over 100 candidates the ratio of two means is then known to 0.1, and a growth of a
-    # quarter is not chance.
+    # Lengths of answers scatter by about their own mean's 0.7; over 100 candidates the ratio of two
+    # means is then known to 0.1, and a growth of a quarter is not chance.
     "length_growth": 1.25,
-    # How much longer chosen than rejected answers are in D_t, relative to the same in the offline
-    # pairs. The data's own taste for length is the user's; selection and ranking add little.
+    # The data's own taste for length is the user's; selection and ranking add little.
     "chosen_length": 1.25,
-    # Nats per token. At 0.5 the policy's perplexity on the offline chosen answers has changed by a
-    # factor of e^0.5 = 1.65: down, it unlearns what the data calls good; up, it learns it by heart.
+    # The policy's perplexity on the offline chosen answers has changed by a factor of e^0.5 = 1.65.
     "drift": 0.5,
     # Smallest fall worth a word, however many pairs there are.
     "held_out_accuracy": 0.03,
     "offline_accuracy": 0.03,
-    # At one half R candidates are worth R / 2: half of what sampling and scoring cost is wasted.
+    # R candidates are worth R / 2: half of what sampling and scoring cost is wasted.
     "duplicates": 0.5,
     # Those left are the prompts on which the policy is least sure, and D_t leans towards them.
     "without_pair": 0.25,
-    # With one cut candidate in four, half of all pairs of two have one (1 - C(3,2) / C(4,2)):
-    # trained as chosen they teach the policy not to stop.
+    # With one cut candidate in four, half of all pairs of two have one (1 - C(3,2) / C(4,2)).
     "unfinished": 0.25,
-    # Nats per token. What the step-0 gate allows as rounding between two computations of the same
-    # value in float32: rewards that differ by less are ranked by rounding.
+    # What the step-0 gate allows as rounding of one value in float32, in nats per token.
     "constant_rewards": 1e-3,
     "constant_margins": 1e-3,
 }

@@ -1,9 +1,8 @@
 """Algorithm 1 of the paper: what iteration t trains on, against which reference.
 
-`prepare` is the algorithm on one screen. It talks to protocols: a scorer that knows the policies by
-number, a sampler, a labeler. Every phase leaves a file in the run directory and is skipped when its
-file is there and whole, so a run that was cut off goes on where it stopped, and a damaged file is
-made again.
+`prepare` is the algorithm on one screen. Every phase leaves a file in the run directory and is
+skipped when its file is there and whole, so a run that was cut off goes on where it stopped, and a
+damaged file is made again.
 """
 
 from __future__ import annotations
@@ -79,10 +78,7 @@ def score(it: Iteration) -> dict[str, FloatArray]:
 
 
 def select(it: Iteration, logps: dict[str, FloatArray]) -> pa.Table:
-    """offline.parquet: rewards, margins and which pairs are kept (Algorithm 1, line 5).
-
-    Earlier policies have scored the pairs; `logps` is what `score` gives.
-    """
+    """offline.parquet: rewards, margins and which pairs are kept (Algorithm 1, line 5)."""
     method, pairs = it.method, it.pairs
     columns: dict[str, Any] = {"row": np.arange(len(pairs))}
     columns |= {"prompt_length": pairs.prompt_ids.lengths, **_columns(pairs, logps)}
@@ -127,8 +123,7 @@ def _kept(t: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
 def restore(it: Iteration, policies: Collection[int]) -> None:
     """Make the offline scores under earlier policies again where a file is missing or damaged.
 
-    A table's rewards need the scores of the policies before: what is needed is found newest first
-    and made oldest first.
+    A table's rewards need the policies before: found newest first and made oldest first.
     """
     needed, missing = set(policies), []
     for policy in range(it.t - 2, -1, -1):
@@ -158,9 +153,9 @@ def score_held_out(it: Iteration) -> dict[str, FloatArray]:
 
 
 def sample(it: Iteration) -> pa.Table:
-    """R candidates per prompt from theta_{t-1}, chunk by chunk; those on disk are not made again.
+    """R candidates per prompt from theta_{t-1}, in the order of (row, candidate).
 
-    They are rows of candidates.parquet before they are scored, in the order of (row, candidate).
+    Finished chunks are kept at once, and those on disk are not made again.
     """
     with it.phases.timed("sample"):
         finished = it.store.sampled_rows(it.t)
@@ -287,10 +282,9 @@ def union(
     candidates: pa.Table | None = None,
     bootstrapped: pa.Table | None = None,
 ) -> pa.Table:
-    """D_t from the run directory's tables: token ids and log-probabilities; ValueError if empty.
+    """D_t from the iteration's tables, the last two if it samples; ValueError if it is empty.
 
-    `reference` is offline.parquet of the iteration that began from the reference; the others are
-    the iteration's own, the last two if it samples.
+    `reference` is offline.parquet of the iteration that began from the reference.
     """
     rows = np.arange(len(pairs))
     if "selected" in offline.column_names:

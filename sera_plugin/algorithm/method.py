@@ -259,10 +259,9 @@ class Ranked:
 
 
 class Labeler:
-    """Ranks candidates; a subclass gives them rewards.
+    """Ranks candidates; a subclass gives them rewards. `quiet` shows no progress.
 
-    `method` and `store` are the run's, the tokenizer the host's; `quiet` shows no progress. The
-    `report` is for summary.json: `name` as in `sera.labeler`, calls, failures.
+    The `report` is for summary.json: `name` as in `sera.labeler`, calls, failures.
     """
 
     def __init__(
@@ -272,9 +271,9 @@ class Labeler:
         self.report: dict[str, Any] = {"name": method.config.labeler}
 
     def check(self) -> None:
-        """Find out now what a phase would find out after hours of sampling.
+        """ValueError or OSError if what it ranks with cannot be used, JudgeFailed without a key.
 
-        ValueError or OSError if what it ranks with cannot be used, JudgeFailed without a key.
+        Called before training: a phase would find it out after hours of sampling.
         """
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:

@@ -1,15 +1,13 @@
 """Implicit rewards, and length control of rewards: pure functions of arrays.
 
-A direct alignment loss defines a reward by the policies alone. With `log pi(y|x)` summed over the
-completion's tokens, in nats, iteration t's reward (paper Eq. 7) is
+With `log pi(y|x)` summed over the completion's tokens, in nats, iteration t's reward (Eq. 7) is
 
     t = 2 or gamma = 0:  r_t = log pi_{t-1} - log pi_{t-2}
     t >= 3:              r_t = (1 - gamma) [log pi_{t-1} - log pi_{t-2}]
                                + gamma     [log pi_{t-2} - log pi_{t-3}]
 
-without beta, which scales every margin alike. It is linear in the log-probabilities, so one row of
-weights says all of it. A reference-free loss (SimPO, Eq. 17; ORPO) has `r = log pi / |y|` and the
-same ensemble.
+without beta, which scales every margin alike: one row of weights says all of it. A reference-free
+loss (SimPO, Eq. 17; ORPO) has `r = log pi / |y|` and the same ensemble.
 
 A summed reward grows with length wherever a token's log-ratio is positive on average, and a policy
 that ranks its own samples by it drifts towards long ones (DICE, Chen et al. 2024). Length control
@@ -86,12 +84,10 @@ def equalizing_alpha(
 ) -> float:
     """The alpha with which chosen and rejected are equally long on average (DICE).
 
-    The mean difference in length falls as alpha grows, so the interval in which it passes zero is
-    halved, starting around the slope within prompts. Of the alphas tried the one with the smallest
-    mean difference is taken, the smallest among equals.
-
     Rewards and lengths are (prompts, R), nats and tokens; `pair` takes controlled rewards and gives
-    the (pairs,) differences in length, chosen less rejected.
+    the (pairs,) differences in length, chosen less rejected. Their mean falls as alpha grows, so
+    the interval in which it passes zero is halved, starting around the slope within prompts; the
+    alpha with the smallest mean is taken, the smallest among equals.
     """
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
     tried: dict[float, float] = {}

@@ -31,8 +31,7 @@ Columns = Mapping[str, Sequence[Any]]
 def select_largest(margins: npt.ArrayLike, count: int) -> BoolArray:
     """(n,) bool: the `count` pairs with the largest margin (paper Algorithm 1, lines 5 and 8).
 
-    Margins may be negative: a pair on which the policy disagrees with its label least is still
-    kept when the ratio asks for it. Equal margins are kept in row order. A margin that is not
+    Also negative ones, if so many are asked for; equal ones in row order. A margin that is not
     finite is a ValueError that names its row.
     """
     values = np.asarray(margins, dtype=np.float64)
@@ -151,12 +150,10 @@ def pair_candidates(
 ) -> CandidatePairs:
     """Pair best with worst, second with second last, and so on (paper Algorithm 1, line 7).
 
-    Equal rewards give no pair; fewer than two distinct candidates give none.
-
     Candidates are (prompts, R) numbers, equal within a prompt where the token ids are
     (`TokenColumn.numbered`); identical ones count once, the first for all. Rewards are (prompts,
     R), NaN where there is none; an infinite one is a ValueError that names its prompt. A prompt
-    gives at most `pairs_per_prompt` nested pairs; one is the paper's default.
+    gives at most `pairs_per_prompt` nested pairs (the paper: one), none of equal rewards.
     """
     answers, reward = np.asarray(candidates), np.asarray(rewards, dtype=np.float64)
     unknown = np.isnan(reward)
@@ -206,7 +203,7 @@ def annotate(
     """What the configuration's selection needs to know of the N offline pairs.
 
     `columns` are those of `score_columns`, as `swap` leaves them; `swapped` is None without noise.
-    A selection by a score that there is none of is a ValueError, naming the row that lacks it.
+    A score that a selection needs and a row lacks is a ValueError.
     """
     if not SELECTIONS[config.selection].reads_scores:
         return Annotations(swapped=swapped)
@@ -226,8 +223,8 @@ def by_side(names: Sequence[str]) -> dict[str, str]:
 def score_gap(columns: Columns, swapped: BoolArray | None = None) -> FloatArray:
     """(N,) score of chosen less that of rejected, by the first column that has numbers.
 
-    Two columns of a score have followed a swapped label to the other side; a column that is a gap
-    turns its sign there. No such column, or a row of it without a number, is a ValueError.
+    A column that is a gap turns its sign where `swapped`; two columns of a score have been swapped.
+    No such column, or a row of it without a number, is a ValueError.
     """
     rejected = by_side(list(columns))
     for name, values in columns.items():
@@ -266,8 +263,8 @@ def swapped_rows(total: int, share: float, seed: int) -> BoolArray:
 def swap(columns: Columns, swapped: BoolArray) -> dict[str, Sequence[Any]]:
     """The columns with what belongs to an answer on the other side where `swapped`, (N,)."""
     found = dict(columns)
-    for chosen, rejected in by_side(list(columns)).items():
-        pairs = zip(columns[chosen], columns[rejected], swapped, strict=True)
-        both = [(other, one) if turned else (one, other) for one, other, turned in pairs]
-        found[chosen], found[rejected] = ([pair[side] for pair in both] for side in (0, 1))
+    for pair in by_side(list(columns)).items():
+        for one, other in (pair, pair[::-1]):
+            both = zip(columns[one], columns[other], swapped, strict=True)
+            found[one] = [there if turned else here for here, there, turned in both]
     return found

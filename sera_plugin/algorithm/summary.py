@@ -50,10 +50,9 @@ def noise_found(
 ) -> dict[str, float | None] | None:
     """How well `sera.selection` found the labels that were swapped on purpose; (N,) each.
 
-    How many of the dropped pairs were swapped (`precision`), how many of the swapped ones were
-    dropped (`recall`, None where none were), and both counts. By chance precision is the share that
-    was swapped, and recall the share that is dropped. None without label noise, where all pairs are
-    kept or none, and under a curriculum, where what is not kept has had its turn or is to have it.
+    By chance `precision` (of the dropped pairs) is the share that was swapped, and `recall` (of the
+    swapped ones; None of none) the share that is dropped. None without label noise, where all pairs
+    are kept or none, and under a curriculum, where what is not kept has its turn another time.
     """
     if swapped is None or not SELECTIONS[selection].rejects or kept.all() or not kept.any():
         return None
@@ -86,11 +85,9 @@ def summarize(it: Iteration) -> dict[str, Any]:
         "seconds": dict(it.phases.seconds),
         "forwarded": {phase: dict(counts) for phase, counts in it.phases.forwarded.items()},
     }
-    noise = noise_found(method.config.selection, offline.get("swapped"), kept)
-    if noise is not None:
+    if noise := noise_found(method.config.selection, offline.get("swapped"), kept):
         summary["label_noise"] = noise
-    margin = offline.get("margin")
-    if margin is not None:
+    if (margin := offline.get("margin")) is not None:
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
         summary["margins"] = {name: quantiles(values) for name, values in parts.items()}
         summary |= accuracy("offline_accuracy", margin)

@@ -118,10 +118,7 @@ class Loop:
             sizes = read_json(checksums.checkpoint(directory, self.step) / RECORD)["pairs"]
             self.schedule = replace(planned, pairs=tuple(sizes))
         sampler = self._choose_sampler(self.schedule.locate(self.step or 0)[0])
-        if earlier is None:
-            self.store.begin(self.described, self.dataset)
-        else:
-            self.store.repair_dataset(self.dataset)
+        self.store.begin(self.described, self.dataset)
         LOG.info("%s", run.announce(self.described, self.method, planned, self.store.root, sampler))
         last = -1 if self.step is None else self.step
         self.store.ranks.on_main(lambda: checksums.set_aside(directory, last))

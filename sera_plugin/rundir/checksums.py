@@ -54,10 +54,10 @@ def digest(path: Path) -> str:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, list its checksum, and rename it into place.
+    """Write a file beside its place by `write(path)`, list its checksum, and rename it into place.
 
     Whenever the process ends, and where it cannot be written, the place holds the whole old file or
-    the whole new one, and the list knows it. `write` is called with the path to write to.
+    the whole new one, and the list knows it.
     """
     with _beside(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,8 +215,8 @@ def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
 
 # ------------------------------------------------------------------ the host's checkpoints
 
-# One counts once it is sealed: the trainer does that after the host has written all of it and
-# before an older one is removed, so there is always a whole one.
+# One counts once it is sealed, after the host has written all of it and before it removes an older
+# one: there is always a whole one.
 
 
 def checkpoint(output_dir: Path, step: int) -> Path:
@@ -247,10 +247,7 @@ def newest_checkpoint(output_dir: Path) -> int | None:
 
 
 def named_checkpoint(output_dir: Path, asked: str) -> int:
-    """The step of a checkpoint that the YAML asks for (`resume_from_checkpoint`).
-
-    A ValueError if it is none of this run's checkpoints, or not whole.
-    """
+    """The step of `resume_from_checkpoint`; ValueError if that is not this run's or not whole."""
     path = Path(asked)
     step = _step(path)
     if step is None or path.resolve().parent != output_dir.resolve():
@@ -274,8 +271,8 @@ def named_checkpoint(output_dir: Path, asked: str) -> int:
 def set_aside(output_dir: Path, last: int) -> None:
     """Put what is newer than the step a run continues from where neither run nor host looks.
 
-    A checkpoint whose saving was cut off is removed; a finished one gets another name: it is
-    damaged, or belongs to a continuation that is being trained anew.
+    Remains of one that was cut off are removed; a finished one (damaged, or of a continuation that
+    is being trained anew) gets another name.
     """
     for path in output_dir.glob("checkpoint-*"):
         step = _step(path)

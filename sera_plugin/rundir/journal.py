@@ -1,7 +1,6 @@
 """A file of JSON lines that only grows: what a killed process had finished is not done again.
 
-A process may die within a line. That line is then no JSON and is passed over; the next one starts
-on a line of its own.
+A line that a process died in is passed over, and the next one starts on a line of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ class Journal:
             content = path.read_bytes()
             self._torn = bool(content) and not content.endswith(b"\n")
             for line in content.splitlines():
-                # A line that a process died in has none.
                 with suppress(ValueError, KeyError, TypeError, AttributeError):
                     record = json.loads(line)
                     self._records[record.pop("key")] = record

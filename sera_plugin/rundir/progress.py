@@ -1,7 +1,6 @@
 """How far a long phase is: a bar on a terminal, lines in a log that goes elsewhere.
 
-The bar is tqdm's, as the host's own training bar is: the two know of each other and share the
-screen. It shows the rate and the time left.
+The bar is tqdm's, as the host's own training bar is: the two share the screen.
 """
 
 from __future__ import annotations
@@ -70,9 +69,9 @@ class _Log(TextIOBase):
 def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[Advance]:
     """A phase under way; yields what to call with the units (in the singular) that are done.
 
-    On a terminal it is a bar that stays when the phase is over. Elsewhere it is one line in the log
-    when the phase begins, one a minute while it lasts, and one at its end if it lasted that long.
-    An estimate of the total will do. Quiet where another rank shows all this.
+    On a terminal it is a bar that stays. Elsewhere it is one line in the log when the phase begins,
+    one a minute while it lasts, and one at its end if it lasted that long. An estimate of the total
+    will do. Quiet where another rank shows all this.
     """
     how: dict[str, Any] = {"desc": f"SeRA: {what}", "unit": f" {unit}", "disable": quiet}
     if not sys.stderr.isatty():

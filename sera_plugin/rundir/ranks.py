@@ -22,7 +22,7 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of some work: which of how many; a count of 0 is an empty part.
+    """Part `index` of `count` of some work; a count of 0 is an empty part.
 
     In step a piece is a collective call, in which every part takes a turn together.
     """
@@ -34,8 +34,8 @@ class Shard:
     def of(self, pieces: Sequence[T], sizes: Sequence[int]) -> list[T]:
         """The pieces (largest first) of this part, in their order. All parts must ask alike.
 
-        The largest piece left goes to the part that has the least. In step a turn takes as long as
-        its largest piece, and every `count`-th piece, largest first, makes the fewest turns.
+        The largest piece left goes to the part that has the least; in step every `count`-th piece,
+        because a turn takes as long as its largest piece.
         """
         if self.in_step or not self.count:
             return list(pieces[self.index :: self.count]) if self.count else []
@@ -65,8 +65,8 @@ class Ranks:
     rank: int = 0  # this process's number among all of the run
     world: int = 1
     local_world: int = 1  # how many of them are on this machine, numbered without a gap
-    #: A gloo group of their own for waiting and adding up: collectives of an accelerator give up
-    #: after minutes, and would keep it busy meanwhile. None in one process.
+    #: A gloo group to wait and add up in, None in one process. Collectives of an accelerator give
+    #: up after minutes, and would keep it busy meanwhile.
     group: Any = None
 
     @property
@@ -80,9 +80,9 @@ class Ranks:
         return Shard(self.rank, self.world)
 
     def engine_shard(self, size: int) -> Shard:
-        """This rank's part if every `size` ranks of a machine lend their devices to one engine.
+        """This rank's part if the first of every `size` ranks of a machine has an engine for all.
 
-        The first of them has the engine, the others have no part. ValueError if they do not divide.
+        The others have no part. ValueError if the ranks of a machine do not divide.
         """
         if self.world == 1 or size == 1:
             return self.shard

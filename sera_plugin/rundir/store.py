@@ -1,8 +1,7 @@
 """The run directory: `{output_dir}/sera/`, a public format (docs/run-directory.md).
 
-Every file is written beside its place and renamed into it, and its checksum is listed: a phase is
-complete when its file is there and whole. A file that is damaged is never read. Parquet and JSON
-only.
+A phase is complete when its file is there and whole; one that is damaged is never read. Parquet and
+JSON only.
 """
 
 from __future__ import annotations
@@ -114,8 +113,7 @@ class RunStore:
     def lock(self) -> None:
         """Keep other runs out of this directory until this process ends; ValueError if one has it.
 
-        The lock is the operating system's and goes with the process, however that ends: a lock
-        file that a killed run has left holds nobody up.
+        The lock is the operating system's: a file that a killed run has left holds nobody up.
         """
         path = self.root.absolute() / "lock"
         if not self.ranks.main or path in _LOCKS:
@@ -142,9 +140,15 @@ class RunStore:
 
     @_on_main
     def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
-        """Write what the run is and what it trains on; a run has begun once run.json is there."""
-        write_table(self.dataset_file, dataset)
-        write_json(self.run_file, description)
+        """Write what the run is and what it trains on; a run has begun once run.json is there.
+
+        Of a run that has begun, dataset.parquet is made again if it is missing or damaged.
+        """
+        begun = self.run_file.exists()
+        if not (begun and self._whole(self.dataset_file)):
+            write_table(self.dataset_file, dataset)
+        if not begun:
+            write_json(self.run_file, description)
 
     def description(self) -> dict[str, Any] | None:
         """run.json, or None where no run has begun. A ValueError if it is damaged."""
@@ -164,12 +168,6 @@ class RunStore:
                 "began it, or set another output_dir."
             )
         return content
-
-    @_on_main
-    def repair_dataset(self, dataset: pa.Table) -> None:
-        """Write dataset.parquet again if it is missing or damaged."""
-        if not self._whole(self.dataset_file):
-            write_table(self.dataset_file, dataset)
 
     def iteration(self, iteration: int) -> Path:
         """The directory of iteration t (1-based)."""

@@ -2,10 +2,9 @@
 
 Every run is the real host in a process of its own and dies of a real SIGKILL.
 
-    process   starts runs quickly: one process imports the host once and forks for each run
     child     what happens inside a run: where it is, what it does, and its death
     compare   what a run left behind, in what two runs differ, what was done twice
-    points    kinds of training, where to kill them, one point from start to verdict
+    points    kinds of training, where to kill them, one point from start to verdict; starts runs
 
 `python -m tests.crash --help` runs the long form; tests/test_crash.py a short one.
 """

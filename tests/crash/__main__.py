@@ -93,25 +93,20 @@ def _tell(verdict: Verdict, bench: Bench, number: int) -> None:
 def make_table(verdicts: Sequence[Verdict]) -> str:
     """One row per phase, the totals, and what was not killed as planned."""
     rows = [_HEAD]
-    for phase, label in LABELS.items():
-        if group := [verdict for verdict in verdicts if verdict.point.phase == phase]:
-            kinds = sorted({f"`{verdict.point.kind}`" for verdict in group})
-            rows.append(_row(label, ", ".join(kinds), group))
-    rows.append(_row("**all**", "", verdicts))
-    missed = sum(verdict.missed for verdict in verdicts)
+    for phase, label in (*LABELS.items(), (None, "**all**")):
+        if group := [one for one in verdicts if phase in (one.point.phase, None)]:
+            kinds = sorted({f"`{one.point.kind}`" for one in group}) if phase else []
+            figures = (
+                len(group),
+                sum(one.survived for one in group),
+                sum(one.sampled_twice for one in group),
+                sum(len(one.differences) for one in group),
+                max(one.repeated_steps for one in group),
+            )
+            rows.append(f"| {' | '.join([label, ', '.join(kinds), *map(str, figures)])} |")
+    missed = sum(one.missed for one in verdicts)
     rows.append(f"\nKills that came too late, after the end of the run: {missed}.")
     return "\n".join(rows)
-
-
-def _row(label: str, kinds: str, verdicts: Sequence[Verdict]) -> str:
-    figures = (
-        len(verdicts),
-        sum(verdict.survived for verdict in verdicts),
-        sum(verdict.sampled_twice for verdict in verdicts),
-        sum(len(verdict.differences) for verdict in verdicts),
-        max(verdict.repeated_steps for verdict in verdicts),
-    )
-    return f"| {' | '.join([label, kinds, *map(str, figures)])} |"
 
 
 def write_table(page: Path, table: str, points: int, seed: int, seconds: float) -> None:

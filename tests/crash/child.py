@@ -20,16 +20,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import axolotl.train
+import peft.peft_model
+import pyarrow.parquet as pq
+import torch
+import transformers.modeling_utils
+from axolotl.cli.train import do_cli
+from transformers import TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+from sera_plugin.host.loop import Loop
+from sera_plugin.host.trainer import SeraTrainer
+from sera_plugin.model import scoring
+from sera_plugin.model.forward import innermost
+from sera_plugin.rundir.store import RunStore
+from sera_plugin.sampling import samplers
+from sera_plugin.sampling.transformers import TransformersSampler
+
 #: Most tokens of a forward pass: several batches of each kind even with 24 pairs.
 TOKEN_BUDGET = 300
 
 
 def train(directory: Path, kill: tuple[str, int] | None, set_up: Callable[[], None]) -> None:
     """What `axolotl train config.yaml --launcher python` does once it is imported."""
-    from axolotl.cli.train import do_cli
-
     watch = Watch(directory, kill)
-    watch.install(set_up)
+    # Everything is wrapped; `set_up` is called once the host has set the run up.
+    watch.files()
+    watch.phases(set_up)
+    watch.training()
     sys.argv = ["axolotl"]
     do_cli(config="config.yaml")
     watch.settle()
@@ -43,8 +61,7 @@ class Watch:
         self.output = directory / "out"
         self.kill = kill
         self.counts: Counter[str] = Counter()
-        self.trained = False
-        self.iteration = 0
+        self.trained, self.iteration = False, 0
         self._step = (-1, 0)
         self._scoring = ""
         self._pending: str | None = None
@@ -72,7 +89,7 @@ class Watch:
         try:
             parts = Path(os.path.abspath(os.fsdecode(path))).relative_to(self.output).parts
         except (TypeError, ValueError):
-            return None
+            parts = ()
         if not parts:
             return None
         if "checkpoint" in parts[0]:
@@ -89,7 +106,7 @@ class Watch:
             half = os.path.getsize(path) // 2
             self.hit(f"{place}-half", lambda: os.truncate(path, half))
 
-    def settle(self) -> None:
+    def settle(self, *_: Any) -> None:
         """The file that Python opened last is complete once something else is written."""
         path, self._pending = self._pending, None
         if path is not None and os.path.exists(path):
@@ -118,53 +135,29 @@ class Watch:
 
     # -------------------------------------------------------------- wrapping
 
-    def install(self, set_up: Callable[[], None]) -> None:
-        """Wrap everything. `set_up` is called once the host has set the run up."""
-        self._watch_files()
-        self._watch_phases(set_up)
-        self._watch_training()
-
-    def _watch_files(self) -> None:
-        import peft.peft_model
-        import pyarrow.parquet as pq
-        import torch
-        import transformers.modeling_utils
-        from transformers import TrainerState
-
+    def files(self) -> None:
         sys.addaudithook(self.audit)
+
+        def renames(source: Any, target: Any) -> None:
+            self.settle()
+            self._renaming(target, "before")
+
         for name in ("rename", "replace"):
-            wrap(
-                os,
-                name,
-                before=lambda _, target: (self.settle(), self._renaming(target, "before")),
-                after=lambda _, source, target: self._renaming(target, "after"),
-            )
+            wrap(os, name, renames, lambda _, source, target: self._renaming(target, "after"))
+
+        def wrote(_: Any, what: Any, path: Any, *rest: Any) -> None:
+            self.wrote(path)
+
         # These write without Python's `open`.
-        for owner, name in (
-            (transformers.modeling_utils, "safe_save_file"),
-            (peft.peft_model, "safe_save_file"),
-            (torch, "save"),
-            (pq, "write_table"),
-        ):
-            wrap(
-                owner,
-                name,
-                before=lambda *_: self.settle(),
-                after=lambda _, what, path, *rest: self.wrote(path),
-            )
+        wrap(transformers.modeling_utils, "safe_save_file", self.settle, wrote)
+        wrap(peft.peft_model, "safe_save_file", self.settle, wrote)
+        wrap(torch, "save", self.settle, wrote)
+        wrap(pq, "write_table", self.settle, wrote)
         # The last file of a checkpoint is complete here, not when the next one is opened.
-        wrap(TrainerState, "save_to_json", after=lambda *_: self.settle())
+        wrap(TrainerState, "save_to_json", after=self.settle)
 
-    def _watch_phases(self, set_up: Callable[[], None]) -> None:
-        import sera_plugin.model.scoring
-        import sera_plugin.sampling.samplers
-        from sera_plugin.host.loop import Loop
-        from sera_plugin.model.forward import innermost
-        from sera_plugin.model.scoring import PolicyScorer
-        from sera_plugin.rundir.store import RunStore
-        from sera_plugin.sampling.transformers import TransformersSampler
-
-        for module in (sera_plugin.model.scoring, sera_plugin.sampling.samplers):
+    def phases(self, set_up: Callable[[], None]) -> None:
+        for module in (scoring, samplers):
             module.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[attr-defined]
 
         def begins(loop: Any, iteration: int, *_: Any) -> None:
@@ -172,7 +165,7 @@ class Watch:
             self.hit("boundary")
 
         def began(prepared: Any, loop: Any, iteration: int, *_: Any) -> None:
-            digest = sha(json.dumps(prepared[0].to_pydict()))
+            digest = sha(json.dumps(prepared[0].to_pydict()).encode())
             self.tell("begin", iteration=iteration, pairs=digest)
 
         def scores(scorer: Any, policy: int, prompts: Any, completions: Any, phase: str) -> None:
@@ -182,34 +175,22 @@ class Watch:
             model = innermost(sampler.model)
             self._hook = model.register_forward_pre_hook(lambda *_: self.hit("sample-token"))
 
-        def sampled(event: str, iteration: int, table: Any) -> None:
+        def sampled(store: Any, iteration: int, table: Any, event: str = "sampled") -> None:
             self.tell(event, iteration=iteration, rows=sorted(set(table["row"].to_pylist())))
 
-        def wrote_samples(_: Any, store: Any, iteration: int, table: Any) -> None:
-            sampled("kept", iteration, table)
+        def kept(_: Any, *call: Any) -> None:
+            sampled(*call, event="kept")
             self.hit("sample-chunk")
 
-        boundary = [lambda *_: self.hit("boundary")] * 2
         wrap(Loop, "open", before=lambda *_: (self.tell("open"), set_up()))
         wrap(Loop, "begin", before=begins, after=began)
-        wrap(Loop, "end", *boundary)
-        wrap(PolicyScorer, "__call__", before=scores)
-        module = sera_plugin.model.scoring
-        wrap(module, "forward_logps", before=lambda *_: self.hit(self._scoring))
+        wrap(Loop, "end", *[lambda *_: self.hit("boundary")] * 2)
+        wrap(scoring.PolicyScorer, "__call__", before=scores)
+        wrap(scoring, "forward_logps", before=lambda *_: self.hit(self._scoring))
         wrap(TransformersSampler, "_generate", sampling, lambda *_: self._hook.remove())
-        wrap(
-            RunStore,
-            "append_samples",
-            before=lambda store, iteration, table: sampled("sampled", iteration, table),
-            after=wrote_samples,
-        )
+        wrap(RunStore, "append_samples", before=sampled, after=kept)
 
-    def _watch_training(self) -> None:
-        import axolotl.train
-        from transformers.trainer_callback import CallbackHandler
-
-        from sera_plugin.host.trainer import SeraTrainer
-
+    def training(self) -> None:
         def steps(trainer: Any, model: Any, inputs: Any, *_: Any) -> None:
             self.hit("micro-batch")
             self._batch = sha(*(inputs[key].cpu().numpy().tobytes() for key in sorted(inputs)))
@@ -233,34 +214,23 @@ class Watch:
 
         wrap(SeraTrainer, "training_step", before=steps, after=stepped)
         wrap(SeraTrainer, "evaluate", after=evaluated)
-        for name, phase in (
-            ("on_pre_optimizer_step", "optimizer"),
-            ("on_optimizer_step", "optimizer"),
-            ("on_epoch_end", "boundary"),
-        ):
-            wrap(CallbackHandler, name, before=lambda *_, phase=phase: self.hit(phase))
+        for name in ("on_pre_optimizer_step", "on_optimizer_step"):
+            wrap(CallbackHandler, name, before=lambda *_: self.hit("optimizer"))
+        wrap(CallbackHandler, "on_epoch_end", before=lambda *_: self.hit("boundary"))
         wrap(CallbackHandler, "on_save", after=lambda *_: self.hit("checkpoint-after"))
         wrap(CallbackHandler, "on_train_end", after=lambda *_: self.hit("before-final"))
         wrap(axolotl.train, "save_trained_model", before=trained)
 
 
-def sha(*parts: bytes | str) -> str:
-    """A digest of everything given, in order."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()[:16]
-
-
-def nothing(*_: Any) -> None:
-    pass
+def sha(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def wrap(
     owner: Any,
     name: str,
-    before: Callable[..., object] = nothing,
-    after: Callable[..., object] = nothing,
+    before: Callable[..., object] = lambda *_: None,
+    after: Callable[..., object] = lambda *_: None,
 ) -> None:
     """Call something before a function, and after it with its result first.
 

@@ -29,13 +29,11 @@ def read_trace(directory: Path) -> list[list[Event]]:
     path = directory / "trace.jsonl"
     runs: list[list[Event]] = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(json.JSONDecodeError):  # the run was killed in the middle of this line
             event = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the run was killed in the middle of this line
-        if event["event"] == "start":
-            runs.append([])
-        runs[-1].append(event)
+            if event["event"] == "start":
+                runs.append([])
+            runs[-1].append(event)
     return runs
 
 

@@ -1,10 +1,20 @@
-"""Kinds of training, places to kill them, and one point from its start to its verdict."""
+"""Kinds of training, places to kill them, and one point from its start to its verdict.
+
+Importing the host takes longer than a whole run here. One process imports it, computes nothing, and
+forks for each run: a run is still a fresh process, and dies alone.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -13,34 +23,42 @@ import yaml
 
 from tests.conftest import adapter, make_config
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
-from tests.crash.process import run
 
-_EVERY_STEP = {"save_steps": 1, "saves_per_epoch": None}
-_EVERY_2 = {**_EVERY_STEP, "save_steps": 2}
+_CONTEXT = get_context("forkserver")
+#: What a run imports, so that none of them has to.
+_CONTEXT.set_forkserver_preload(
+    ["axolotl.cli.config", "axolotl.core.builders", "tests.crash.child", "tests.crash.points"]
+)
+#: A run takes seconds; one that takes this long hangs.
+TIME_LIMIT = 600.0
+
 _LORA = adapter()
-_QUANTISED = {"adapter": "qlora", "load_in_4bit": True}
+_QUANTISED = _LORA | {"adapter": "qlora", "load_in_4bit": True}
 _ONE_SCHEDULE = {"restart_optimizer": False}
+#: Fewer sampled pairs exist than are asked for: iterations are shorter than planned.
 _FEW_PAIRS = {"bootstrap_ratio": 2.0, "max_new_tokens": 1, "temperature": 0.2}
+
+
+def _checkpoints(kept: int, steps: int = 1, **keys: Any) -> dict[str, Any]:
+    """Save every so many steps and keep the last checkpoints, beside other keys."""
+    return {"save_steps": steps, "saves_per_epoch": None, "save_total_limit": kept, **keys}
+
 
 #: Kinds of training by name; what is said of each is what it adds to the tests' configuration.
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
-    "full-keep-1": {**_EVERY_STEP, "save_total_limit": 1},
-    "full-keep-2": {**_EVERY_STEP, "save_total_limit": 2},
-    "full-one-schedule": {**_EVERY_2, "save_total_limit": 2, "sera": _ONE_SCHEDULE},
-    # Fewer sampled pairs exist than are asked for: iterations are shorter than planned.
-    "full-short": {**_EVERY_STEP, "save_total_limit": 3, "sera": _FEW_PAIRS},
-    "full-short-one-schedule": {
-        **{**_EVERY_STEP, "save_total_limit": 3},
-        "sera": _FEW_PAIRS | _ONE_SCHEDULE,
-    },
-    "lora-simpo": {**_LORA, **_EVERY_STEP, "save_total_limit": 1, "sera": {"loss": "simpo"}},
+    "full-keep-1": _checkpoints(1),
+    "full-keep-2": _checkpoints(2),
+    "full-one-schedule": _checkpoints(2, steps=2, sera=_ONE_SCHEDULE),
+    "full-short": _checkpoints(3, sera=_FEW_PAIRS),
+    "full-short-one-schedule": _checkpoints(3, sera=_FEW_PAIRS | _ONE_SCHEDULE),
+    "lora-simpo": _checkpoints(1, **_LORA, sera={"loss": "simpo"}),
     "full-4-iterations": {"save_total_limit": 1, "num_epochs": 4},
     "lora": _LORA,
-    "lora-keep-1": {**_LORA, **_EVERY_STEP, "save_total_limit": 1},
-    "lora-continued": {**_LORA, **_EVERY_STEP, "save_total_limit": 2},
-    "qlora": {**_LORA, **_QUANTISED},
-    "qlora-keep-1": {**_LORA, **_EVERY_STEP, **_QUANTISED, "save_total_limit": 1},
+    "lora-keep-1": _checkpoints(1, **_LORA),
+    "lora-continued": _checkpoints(2, **_LORA),
+    "qlora": _QUANTISED,
+    "qlora-keep-1": _checkpoints(1, **_QUANTISED),
 }
 
 #: Places where a run kills itself. "half": with the last file cut to half of its length.
@@ -129,6 +147,42 @@ class Verdict:
         return self.survived and not self.differences and not self.sampled_twice
 
 
+def run(directory: Path, kill: tuple[str, int] | None = None, after: float | None = None) -> str:
+    """Run in a directory that holds config.yaml and gets log.txt and trace.jsonl, to whatever end.
+
+    With `kill`, (phase, n), the run kills itself when it is there for the n-th time; with `after`
+    it is killed from outside so many seconds after its set-up. It is then `finished`, `killed`,
+    `failed` or `hung`.
+    """
+    ready, set_up = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_run, args=(directory, kill, set_up))
+    process.start()
+    set_up.close()
+    if after is not None:
+        # The child closes its end once it is set up, or by dying before.
+        ready.poll(TIME_LIMIT)
+        process.join(after)
+        process.kill()
+    process.join(TIME_LIMIT)
+    ends = {None: "hung", 0: "finished", -signal.SIGKILL: "killed"}
+    how = ends.get(process.exitcode, "failed")
+    process.kill()
+    process.join()
+    return how
+
+
+def _run(directory: Path, kill: tuple[str, int] | None, set_up: Connection) -> None:
+    os.chdir(directory)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    from tests.crash import child
+
+    child.torch.set_num_threads(1)
+    child.train(directory, kill, set_up.close)
+
+
 class Whole(NamedTuple):
     """The uninterrupted run of a kind: what it left, how often it was where, and how long."""
 
@@ -149,8 +203,8 @@ class Bench:
         if kind not in self._whole:
             directory = self.prepare(kind, self.directory / "whole" / kind)
             ended = run(directory)
-            if ended.how != "finished":
-                raise RuntimeError(f"an uninterrupted run {ended.how}: {last_words(directory)}")
+            if ended != "finished":
+                raise RuntimeError(f"an uninterrupted run {ended}: {last_words(directory)}")
             (events,) = read_trace(directory)
             at = {event["event"]: event["at"] for event in events}
             seconds = at["end"] - at["open"]
@@ -168,18 +222,19 @@ class Bench:
                 share = Random(f"{self.seed} {point.kind} {kill[1]} {number}").random()
                 # A continued run has less to do.
                 after, kill = share * 0.95 * 0.5**number * whole.seconds, None
+            start = time.monotonic()
             ended = run(directory, kill, after)
-            verdict.seconds += ended.seconds
+            verdict.seconds += time.monotonic() - start
             ledger.add(read_trace(directory)[-1], directory / "out")
-            if ended.how in ("failed", "hung"):
-                verdict.notes.append(f"run {number + 1} {ended.how}: {last_words(directory)}")
+            if ended in ("failed", "hung"):
+                verdict.notes.append(f"run {number + 1} {ended}: {last_words(directory)}")
                 break
-            if number < len(point.kills) and ended.how == "finished":
+            if number < len(point.kills) and ended == "finished":
                 verdict.missed += 1
                 phase, place = point.kills[number]
                 verdict.notes.append(f"{phase}:{place} was not reached")
         else:
-            verdict.survived = ended.how == "finished"
+            verdict.survived = ended == "finished"
             verdict.differences = differences(whole.left, left_behind(directory))
         verdict.sampled_twice = len(ledger.sampled_twice)
         verdict.repeated_steps = ledger.repeated_steps
