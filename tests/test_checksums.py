@@ -17,7 +17,6 @@ from sera_plugin.rundir.checksums import (
     add_file,
     checkpoint_steps,
     damage,
-    is_named_right,
     is_whole,
     named_checkpoint,
     newest_checkpoint,
@@ -127,16 +126,6 @@ def test_what_is_cut_off_is_not_there_and_its_remains_do_no_harm(tmp_path: Path)
     replace_directory(tmp_path / "policy", lambda path: (path / "fresh").write_text("y"))
     assert {path.name for path in (tmp_path / "policy").iterdir()} == {"fresh", SUMS}
     assert damage(tmp_path / "policy") is None
-
-
-def test_a_file_whose_name_has_its_checksum(tmp_path: Path) -> None:
-    add_file(tmp_path / "samples", "000-000001.parquet", write("rows"))
-    [path] = (tmp_path / "samples").iterdir()
-    assert path.name.startswith("000-000001-")
-    assert path.suffix == ".parquet"
-    assert is_named_right(path)
-    path.write_text("row")
-    assert not is_named_right(path)
 
 
 def test_a_full_disk_says_so_and_keeps_what_is_there(small_disk: Path) -> None:

@@ -35,9 +35,11 @@ def kill(bench, kind: str, place: tuple[str, int]) -> Path:
 
 @pytest.fixture
 def carry_on(bench):
-    """Damage a copy of a killed run and continue it; returns its directory and how it ended."""
+    """Damage a copy of a killed run and continue it, to a certain end; returns its directory."""
 
-    def continued(change=lambda output: None, kind=KIND, place=KILL, **keys):
+    def continued(
+        change=lambda output: None, kind=KIND, place=KILL, ends="finished", **keys
+    ) -> Path:
         directory = bench.directory / "damage/copy"
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(kill(bench, kind, place), directory)
@@ -45,7 +47,8 @@ def carry_on(bench):
         sera = config["sera"] | keys.pop("sera", {})
         (directory / "config.yaml").write_text(yaml.safe_dump(config | keys | {"sera": sera}))
         change(directory / "out")
-        return directory, run(directory)
+        assert run(directory) == ends, last_words(directory)
+        return directory
 
     return continued
 
@@ -54,9 +57,8 @@ def carry_on(bench):
 def ends_alike(bench, carry_on):
     """The same, for a run that must end as one that was neither killed nor damaged."""
 
-    def alike(change=lambda output: None, kind=KIND, place=KILL, **keys):
-        directory, how = carry_on(change, kind, place, **keys)
-        assert how == "finished", last_words(directory)
+    def alike(*how, kind=KIND, **keys):
+        directory = carry_on(*how, kind=kind, **keys)
         assert differences(bench.whole(kind).left, left_behind(directory)) == []
         return directory
 
@@ -66,13 +68,7 @@ def ends_alike(bench, carry_on):
 @pytest.fixture
 def refused(carry_on):
     """The log of a run that must not be continued."""
-
-    def said(*change, **keys):
-        directory, how = carry_on(*change, **keys)
-        assert how == "failed"
-        return log(directory)
-
-    return said
+    return lambda *change, **keys: log(carry_on(*change, ends="failed", **keys))
 
 
 def cut(path: Path) -> None:
@@ -141,7 +137,8 @@ def test_where_a_run_is_does_not_hang_on_a_file_that_can_be_damaged(bench, ends_
     summary = bench.directory / f"whole/{kind}/out/sera/iteration-02/summary.json"
     assert json.loads(summary.read_text())["pairs"]["trained"] < planned - 8
     sums = "sera/iteration-02/SHA256SUMS"
-    ends_alike(lambda output: cut(output / sums), kind, ("micro-batch", last - 1))
+    place = ("micro-batch", last - 1)
+    ends_alike(lambda output: cut(output / sums), kind=kind, place=place)
 
 
 def test_an_earlier_checkpoint_that_is_asked_for_is_continued_from(ends_alike):
@@ -211,7 +208,7 @@ def test_another_model_with_the_same_configuration_is_refused(bench, refused, tm
 
 
 def test_what_does_no_harm_may_change(bench, carry_on):
-    directory, how = carry_on(
+    directory = carry_on(
         logging_steps=2,
         save_total_limit=5,
         evals_per_epoch=None,
@@ -219,7 +216,6 @@ def test_what_does_no_harm_may_change(bench, carry_on):
         use_tensorboard=True,
         sera={"sampler": "transformers", "keep_policies": True},
     )
-    assert how == "finished", last_words(directory)
     left = left_behind(directory)
     expected = {k: v for k, v in bench.whole(KIND).left.items() if k.endswith(".safetensors")}
     assert expected

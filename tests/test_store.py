@@ -64,13 +64,11 @@ def test_column_types_are_the_public_formats() -> None:
     expected = {name: kind for kind, names in kinds.items() for name in names.split()}
     empty = make_table({name: [] for name in expected})
     assert {field.name: field.type for field in empty.schema} == expected
-
-
-def test_token_ids_may_come_as_arrays_and_other_columns_keep_their_type() -> None:
-    columns = {"chosen_ids": [np.asarray([1, 2], dtype=np.int64), []], "score": [0.5, 1.5]}
-    table = make_table(columns)
+    # Token ids may come as arrays, and other columns keep their type.
+    lists, scores = [np.asarray([1, 2], dtype=np.int64), []], pa.array([0.5, 1.5], pa.float32())
+    table = make_table({"chosen_ids": lists, "score": scores})
     assert table["chosen_ids"].to_pylist() == [[1, 2], []]
-    assert [field.type for field in table.schema] == [LISTS, pa.float64()]
+    assert [field.type for field in table.schema] == [LISTS, pa.float32()]
 
 
 def test_chunks_are_read_in_order_counted_once_and_removed(tmp_path, monkeypatch) -> None:
