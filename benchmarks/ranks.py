@@ -15,7 +15,8 @@ import torch.distributed as dist
 from benchmarks.harness import Setup, figure, interleave, markdown, times
 from benchmarks.workload import load_model, longest_of, make_model, read_rows, vocabulary_of
 from sera_plugin.algorithm.selection import select_largest
-from sera_plugin.model.scoring import score_sequences, scoring_budget
+from sera_plugin.model.budget import scoring_budget
+from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.ranks import current_ranks
 
 TITLE = "Two ranks"

@@ -15,7 +15,8 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.harness import Setup
 from benchmarks.workload import ANSWER_FORMAT, PROMPT_FORMAT, load_model
-from sera_plugin.model.scoring import score_sequences, scoring_budget
+from sera_plugin.model.budget import scoring_budget
+from sera_plugin.model.scoring import score_sequences
 
 #: What TRL takes unless told otherwise (`precompute_ref_batch_size` unset).
 DEFAULT_BATCH = int(DPOConfig.__dataclass_fields__["per_device_train_batch_size"].default)

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 
 from sera_plugin.algorithm.method import Method, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.budget import SAMPLED_ON_CPU
+from sera_plugin.model.budget import SAMPLED_ON_CPU, scoring_budget
 from sera_plugin.model.forward import Targets, forward_logps
 from sera_plugin.model.policies import take_snapshot
-from sera_plugin.model.scoring import score_sequences, scoring_budget
+from sera_plugin.model.scoring import score_sequences
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.tools.planning.counts import lengths
 from sera_plugin.tools.planning.model import describe, state_bytes

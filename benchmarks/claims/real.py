@@ -246,7 +246,8 @@ class Responses:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from sera_plugin.model.scoring import score_sequences, scoring_budget
+        from sera_plugin.model.budget import scoring_budget
+        from sera_plugin.model.scoring import score_sequences
 
         model = AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, dtype=torch.float32

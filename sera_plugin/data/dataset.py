@@ -29,8 +29,7 @@ IntArray = npt.NDArray[np.int32]
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
 LOG = logging.getLogger("axolotl.sera")
 
-_NAMED_ROWS = 5
-_NAMED_REASONS = 20
+_NAMED_ROWS, _NAMED_REASONS = 5, 20
 _TOO_LONG = "longer than sequence_len: {}"
 
 #: Remarks on rows that are kept.
@@ -61,8 +60,7 @@ def model_end_ids(model: Any, tokenizer: Any) -> list[int]:
     generation = getattr(model, "generation_config", None)
     configured = getattr(generation, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    found = [token for token in (tokenizer.eos_token_id, *listed) if token is not None]
-    return list(dict.fromkeys(found))
+    return [token for token in (tokenizer.eos_token_id, *listed) if token is not None]
 
 
 class RowTokenizer:
@@ -99,9 +97,8 @@ class RowTokenizer:
     def completion(self, prompt: str, text: str, spelled_out: bool = False) -> list[int]:
         """The completion's ids as they follow the prompt, without an end token added yet.
 
-        Tokenised after the prompt where that leaves the prompt's own tokens alone (a
-        SentencePiece tokenizer would otherwise put a space in front); on its own where the two
-        would merge across the boundary, because sampling continues from the prompt's tokens.
+        Tokenised after the prompt (a SentencePiece tokenizer would otherwise put a space in front);
+        on its own where the two would merge, because sampling continues from the prompt's tokens.
         Special tokens that are `spelled_out` become the tokens of their spelling.
         """
         alone = self._encode(prompt, spelled_out)

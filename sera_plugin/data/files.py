@@ -21,13 +21,9 @@ from requests.exceptions import RequestException
 from sera_plugin.config.quoting import plain, quoted, without_credentials
 from sera_plugin.data.rows import encodable
 
-#: What the host says when it has looked everywhere.
-_NOT_FOUND = "The dataset could not be loaded."
 #: What the libraries below it raise about the content of a file.
 _UNREADABLE = (json.JSONDecodeError, UnicodeError, pa.ArrowException)
 _GENERATION = "DatasetGenerationError"  # of `datasets`, around any other
-#: The host tries these again, because the hub may answer the next time.
-_UNREACHABLE = (RequestException, HfHubHTTPError)
 
 
 class DataError(ValueError):
@@ -65,7 +61,9 @@ def source_name(key: str, index: int, path: str) -> str:
 
 def load_failure(key: str, path: str, error: BaseException) -> DataError:
     """Why the dataset at this path, which the YAML names under this key, cannot be loaded."""
-    if not os.path.exists(path) and str(error).startswith(_NOT_FOUND):
+    # What the host says when it has looked everywhere.
+    missing = str(error).startswith("The dataset could not be loaded.")
+    if missing and not os.path.exists(path):
         cause = (
             "there is no such file or directory here, and no such dataset could be found on the "
             "Hugging Face hub. Correct the path; relative ones start where the command is run"
@@ -78,14 +76,11 @@ def load_failure(key: str, path: str, error: BaseException) -> DataError:
 
 @contextlib.contextmanager
 def while_loading(key: str, path: str | None = None) -> Iterator[None]:
-    """Name the dataset that cannot be loaded, or without a path those that cannot be prepared.
-
-    Not where the hub may answer the next time.
-    """
+    """Name the dataset that cannot be loaded, or without a path those that cannot be prepared."""
     try:
         yield
-    except (DataError, *_UNREACHABLE):
-        raise
+    except (DataError, RequestException, HfHubHTTPError):
+        raise  # the host tries again where the hub has not answered
     except Exception as error:
         if path is not None:
             raise load_failure(key, path, error) from error
@@ -161,9 +156,8 @@ def _damaged_row(path: Path) -> str | None:
 def edited_since(entries: Sequence[Any], prepared: Path, *aside: Path) -> str:
     """The local files that are newer than what was prepared from them, with their times.
 
-    The host keeps prepared data by configuration, not by content. Where rows have been mended it
-    would go on training the old ones. Data prepared elsewhere, without its files, stays good. What
-    a run writes, to the directories `aside`, may lie in one that holds data and is no edit.
+    The host keeps prepared data by configuration, not by content, and would go on training rows
+    that have been mended since. What a run writes, to the directories `aside`, is no edit.
     """
     if not prepared.exists():
         return ""

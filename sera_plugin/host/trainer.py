@@ -35,9 +35,10 @@ from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.host.run import describe_run
 from sera_plugin.model import losses
+from sera_plugin.model.budget import scoring_budget
 from sera_plugin.model.losses import Objective, PreferenceLoss, check_step_zero
 from sera_plugin.model.policies import PolicyHistory, continue_adapter, tidy_adapters
-from sera_plugin.model.scoring import PolicyScorer, scoring_budget
+from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.ranks import current_ranks
 from sera_plugin.rundir.store import RunStore, make_table

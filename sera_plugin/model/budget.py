@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from sera_plugin.model.forward import innermost
 
 LOG = logging.getLogger("axolotl.sera")
 
 T = TypeVar("T")
 
 GIB = 2**30
-
-#: Float32 logits at a time, 64 MiB: more is slower on a CPU and saves nothing on a GPU. Of a batch
-#: with no more than 256 MiB training keeps them all for its backward pass.
-LOGITS, KEPT_LOGITS = 2**24, 2**26
 
 #: Of a GPU's memory one pass may take this part; more tokens than these are no faster.
 _SHARE, _MOST = 8, 32_768
@@ -68,11 +66,6 @@ def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu
 def scoring_bytes_per_token(hidden: int) -> int:
     """A token's activations without gradients: up to 32 hidden states of 16 bits."""
     return 64 * hidden
-
-
-def cache_bytes(layers: int, kv_heads: int, head: int, width: int) -> int:
-    """Keys and values of one token in all layers, of `width` bytes each (Kwon et al. 2023, 3)."""
-    return 2 * layers * kv_heads * head * width
 
 
 def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -139,3 +132,9 @@ class TokenBudget:
                 f"at a time; going on with {self.tokens} tokens at a time"
             )
             left.appendleft(batch)
+
+
+def scoring_budget(model: Any, device: torch.device, longest: int) -> TokenBudget:
+    """Tokens per forward pass on a device, for sequences of up to `longest` tokens."""
+    per_token = scoring_bytes_per_token(innermost(model).config.get_text_config().hidden_size)
+    return TokenBudget(plan_tokens(device, per_token, longest, on_cpu=SCORED_ON_CPU))

@@ -23,13 +23,14 @@ from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sera_plugin.model.budget import KEPT_LOGITS, LOGITS
-
 Ids = npt.NDArray[np.int32]
 
 #: Completions, by index, that follow one prompt.
 Line = tuple[int, ...]
 
+#: Float32 logits at a time, 64 MiB: more is slower on a CPU and saves nothing on a GPU. Of a batch
+#: with no more than 256 MiB training keeps them all for its backward pass.
+LOGITS, KEPT_LOGITS = 2**24, 2**26
 #: More completions than this never share a prompt: attention between them grows with the square.
 _MOST_SHARED = 8
 #: What a model may raise at inputs that it does not take.
@@ -105,10 +106,9 @@ def completion_logps(
 def forward_logps(
     model: nn.Module, inputs: Mapping[str, Any], targets: Targets, in_head: bool | None = None
 ) -> tuple[Tensor, Any]:
-    """One forward pass of a causal language model, wrapped or not.
+    """(n,) float32 log pi(completion | prompt) in nats, by one pass of a causal language model.
 
-    Returns (n,) float32 log pi(completion | prompt) in nats, and the model's output, whose logits
-    are not those of all tokens.
+    And the model's output, whose logits are not those of all tokens.
     """
     if in_head is None:  # as `abilities` finds it
         in_head = abilities(model).in_head and not is_compiled_module(model)
@@ -161,8 +161,8 @@ def _scoring_head(
 class Abilities:
     """What a model takes, beside a plain batch."""
 
-    #: Its output layer may give log-probabilities instead of logits; not where the model changes
-    #: logits afterwards (Gemma 2 caps them, Cohere and Granite scale them).
+    #: Log-probabilities from its output layer; not where it changes logits afterwards (Gemma 2
+    #: caps them, Cohere and Granite scale them).
     in_head: bool
     packed: bool  # several sequences in one line, distinguished by their positions
     shared: bool  # a mask of our own, so that completions share a prompt

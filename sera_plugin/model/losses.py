@@ -4,9 +4,8 @@ Each loss is a link function of the margin between two rewards. With `log pi(y|x
 completion's tokens, in nats, a completion's reward is `log pi - log pi_ref`, or `log pi` for the
 reference-free SimPO and ORPO; these two and averaged IPO divide it by the completion's tokens.
 
-Why these are not TRL's: TRL 1.9 ignores label smoothing in its `sigmoid` loss (so cDPO cannot be
-had), has no summed IPO, no SimPO margin, no KTO-Pair, and ORPO in a trainer of its own. The
-formulas agree with TRL's where both exist; a test holds that.
+TRL 1.9 ignores label smoothing in its `sigmoid` loss (so it has no cDPO), and has no summed IPO,
+SimPO margin or KTO-Pair, and ORPO in another trainer. Where both exist the formulas agree.
 """
 
 from __future__ import annotations
@@ -86,11 +85,7 @@ def simpo(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def kto_pair(loss: PreferenceLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """KTO (Ethayarajh et al. 2024) on pairs.
-
-    The rewards of one side, averaged over the batch, estimate the KL divergence that the other
-    side's are compared with.
-    """
+    """KTO (Ethayarajh et al. 2024) on pairs: each side's mean reward is the other's KL estimate."""
     # Constants: KTO takes no gradient through its estimate.
     chosen_kl, rejected_kl = (side.detach().mean().clamp(min=0) for side in (chosen, rejected))
     chosen_loss = 1 - torch.sigmoid(loss.beta * (chosen - rejected_kl))

@@ -12,13 +12,7 @@ import torch
 
 from sera_plugin.algorithm.method import Phases
 from sera_plugin.algorithm.rewards import FloatArray
-from sera_plugin.model.budget import (
-    SCORED_ON_CPU,
-    TokenBudget,
-    batches_by_length,
-    plan_tokens,
-    scoring_bytes_per_token,
-)
+from sera_plugin.model.budget import TokenBudget, batches_by_length
 from sera_plugin.model.forward import (
     Ids,
     Sharing,
@@ -26,7 +20,6 @@ from sera_plugin.model.forward import (
     collate,
     evaluating,
     forward_logps,
-    innermost,
     line_length,
     plan_lines,
 )
@@ -123,9 +116,3 @@ def score_sequences(
         for _ in range(shard.idle(batches)):
             score(batches[-1])  # one of the smallest: only to take part
     return scores
-
-
-def scoring_budget(model: Any, device: torch.device, longest: int) -> TokenBudget:
-    """Tokens per forward pass on a device, for sequences of up to `longest` tokens."""
-    per_token = scoring_bytes_per_token(innermost(model).config.get_text_config().hidden_size)
-    return TokenBudget(plan_tokens(device, per_token, longest, on_cpu=SCORED_ON_CPU))

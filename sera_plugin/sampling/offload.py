@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sera_plugin.model import budget
-from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SLACK, GIB
+from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SEQUENCES, ENGINE_SLACK, GIB
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 
@@ -33,15 +32,15 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
     `length` is the longest prompt + candidate in tokens, `element_size` in bytes as served.
     """
     per_token = cache_bytes_per_token(model, element_size)
-    return model.num_parameters() * element_size, budget.ENGINE_SEQUENCES * length * per_token
+    return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
 
 
 def cache_bytes_per_token(model: Any, element_size: int) -> int:
-    """Keys and values of one token in all layers."""
+    """Keys and values of one token in all layers (Kwon et al. 2023, 3)."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return budget.cache_bytes(int(text.num_hidden_layers), int(heads), int(size), element_size)
+    return int(2 * text.num_hidden_layers * heads * size * element_size)
 
 
 @contextmanager

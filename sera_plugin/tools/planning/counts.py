@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.method import Pairs
-from sera_plugin.model.budget import KEPT_LOGITS
+from sera_plugin.model.forward import KEPT_LOGITS
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.planning.run import Run
 

@@ -20,13 +20,12 @@ from sera_plugin.model.budget import (
     ENGINE_SEQUENCES,
     ENGINE_SLACK,
     GIB,
-    KEPT_LOGITS,
-    LOGITS,
     SAMPLED_ON_CPU,
     SCORED_ON_CPU,
     scoring_bytes_per_token,
     tokens_per_pass,
 )
+from sera_plugin.model.forward import KEPT_LOGITS, LOGITS
 from sera_plugin.tools.planning.model import FOREACH, Model, state_bytes
 
 #: A GPU's context, its kernels' workspaces, what lies between blocks. Assumed, not measured.
@@ -171,7 +170,7 @@ class Run:
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens of a scoring pass, as `scoring.scoring_budget` plans it."""
+        """Tokens of a scoring pass, as `budget.scoring_budget` plans it."""
         return self._pass(scoring_bytes_per_token(self.model.hidden), SCORED_ON_CPU)
 
     @property
