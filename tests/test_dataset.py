@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import (
@@ -45,8 +46,6 @@ TEXTS = [
 
 def build(add_bos: bool = False, metaspace: bool = False, lower: bool = False) -> Any:
     """A byte-level BPE (or SentencePiece-like) tokenizer as transformers wraps it."""
-    from transformers import PreTrainedTokenizerFast
-
     backend = Tokenizer(models.BPE())
     if lower:
         backend.normalizer = normalizers.Lowercase()
@@ -154,6 +153,11 @@ class Case:
 XY = ("x", "y")
 TALK = ("<|user|>x<|assistant|>", "xz", "y")  # 3 tokens, then 3 of the longer answer with its end
 CALLED, ENDS = "ab<|tool_end|>", "</s> <|im_end|> <|im_end|>"
+#: Nothing that stands before an end, or without one behind it, is lost.
+ENDED = {end: end for end in ("<|im_end|>", "</s>")}
+ENDED |= dict.fromkeys(("<|im_end|></s>", "<|im_end|><|im_end|>"), "<|im_end|>")
+ENDED |= dict.fromkeys(("<|im_end|> \n\n", "<|im_end|></s>\n", "<|im_end|>\n</s>"), "<|im_end|>")
+ENDED |= {"\n": "\n<|im_end|>", "<|im_end|>z": "<|im_end|>z<|im_end|>"}
 CASES = {
     # In the text "xa" + "bx" an a and a b would merge.
     "tokens do not merge across the boundary": Case([("xa", "bx", "x")]),
@@ -175,6 +179,12 @@ CASES = {
     "one unfinished tool call does not make its close an end": Case(
         [(f"{CALLED}</s>", f"{i}</s>") for i in range(5)] + [(CALLED, "hi</s>")],
         [(f"{CALLED}</s>", f"{i}</s>") for i in (*range(5), "hi")],
+    ),
+    "nothing behind an end": Case(
+        [(f"x{end}", "y<|im_end|>") for end in ENDED],
+        [(f"x{end}", "y<|im_end|>") for end in ENDED.values()],
+        kept={DUPLICATE: [2, 3, 4, 5, 6], SPELLED_OUT: [8]},
+        end_ids="<|im_end|> </s>",
     ),
     "an answer spells the end of a turn": Case(
         [("ab</s>hello</s>", "world</s>"), ("ab<s>", "hello")],
@@ -235,24 +245,12 @@ def test_what_becomes_of_rows(plain: Any, name: str) -> None:
         assert not {plain.bos_token_id, *result.end_ids} & set(ids[:-1].tolist())
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("hello<|im_end|>", "hello<|im_end|>"),
-        ("hello</s>", "hello</s>"),
-        ("hello<|im_end|></s>", "hello<|im_end|>"),
-        ("hello<|im_end|><|im_end|>", "hello<|im_end|>"),
-        ("hello<|im_end|> \n\n", "hello<|im_end|>"),
-        ("hello<|im_end|></s>\n", "hello<|im_end|>"),
-        ("hello<|im_end|>\n</s>", "hello<|im_end|>"),
-        # Nothing that stands before an end, or without one behind it, is lost.
-        ("hello\n", "hello\n<|im_end|>"),
-        ("hello<|im_end|>world", "hello<|im_end|>world<|im_end|>"),
-    ],
-)
-def test_exactly_one_end_token_and_nothing_behind_it(plain: Any, text: str, kept: str) -> None:
-    result = tokenize(plain, row("hi", text, "world<|im_end|>"))
-    assert spelled(plain, result.chosen_ids[0]) == kept
+def test_odd_characters_are_kept_and_counted(plain: Any) -> None:
+    odd = ["\0", "\x1b", "\u200b", "\u202e", "\u2066", "\ufeff", "\ufffd", "\u0301" * 9]
+    fine = ["\u200d", "\u200c", "é", "e\u0301", "👩‍👩‍👧", "\t", "\n", *TEXTS]
+    result = tokenize(plain, *(row("hi", f"a{character}b") for character in (*odd, *fine)))
+    assert result.dropped == {}
+    assert result.kept == {ODD: list(range(len(odd)))}
 
 
 def test_other_tokenizers_spell_out_an_end_too_and_what_they_change_is_noted() -> None:

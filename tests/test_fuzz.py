@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axolotl.utils.chat_templates import get_chat_template
 
-from sera_plugin.data.dataset import ODD, TokenizedRows
+from sera_plugin.data.dataset import TokenizedRows
 from sera_plugin.data.rows import visible
 from tests.test_dataset import build
 from tests.test_dataset import tokenize as tokenize_texts
@@ -90,18 +91,17 @@ for _family in ("chatml", "llama3"):
     }
 
 
-def tokenize(kind: str, rows: list[dict[str, Any]], template: str = "plain") -> TokenizedRows:
-    """What becomes of the rows behind a guarded strategy of the host."""
-    from axolotl.utils.chat_templates import get_chat_template
-
+def tokenize(
+    kind: str, good: dict[str, Any], bad: list[dict[str, Any]], template: str = "plain"
+) -> TokenizedRows:
+    """What becomes of bad rows, a good one before each, behind a guarded strategy of the host."""
     tokenizer = build(add_bos=True)
     if template != "plain":
         tokenizer.chat_template = get_chat_template(template)
     block = {"prompt_format": "<|user|>{system}{prompt}<|assistant|>"}
     transform = guarded(strategy(block if kind == "user_defined.default" else kind))
-    prepared = [
-        transform(copy.deepcopy(row), index, tokenizer=tokenizer) for index, row in enumerate(rows)
-    ]
+    rows = [copy.deepcopy(row) for damaged in bad for row in (good, damaged)]
+    prepared = [transform(row, index, tokenizer=tokenizer) for index, row in enumerate(rows)]
     return tokenize_texts(tokenizer, *prepared, length=LENGTH)
 
 
@@ -110,32 +110,26 @@ def test_the_documentation_has_every_reason() -> None:
     assert [phrase for phrase in REASONS.pattern.split("|") if phrase not in docs] == []
 
 
-def all_dropped(result: TokenizedRows, rows: list[dict[str, Any]], good: dict[str, Any]) -> None:
-    """All rows but the good ones are dropped, each for a reason that the documentation has."""
-    kept = [number for number, row in enumerate(rows) if row is good]
-    assert [rows[row] for row in result.rows if row not in kept] == []
-    assert result.rows == kept
-    for reason in result.dropped:
+def all_dropped(result: TokenizedRows, bad: list[dict[str, Any]], wanted: list[str]) -> None:
+    """All rows but the good ones between them are dropped, for a reason that is documented."""
+    reasons = {row: reason for reason, rows in result.dropped.items() for row in rows}
+    assert [bad[row // 2] for row in result.rows if row % 2] == []
+    assert result.rows == list(range(0, 2 * len(bad), 2))
+    for row, damaged, said in zip(sorted(reasons), bad, wanted, strict=True):
+        reason = reasons[row]
         assert reason.isascii()
         assert len(reason) < 400
         assert REASONS.search(reason), reason
-    assert sum(map(len, result.dropped.values())) == len(rows) - len(kept)
+        assert re.search(said, reason), (damaged, said, reason)
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_damaged_fields_are_dropped_by_every_strategy(kind: str) -> None:
     good, places = STRATEGIES[kind]
-    rows: list[dict[str, Any]] = []
-    wanted: list[str] = []
-    for place in places:
-        for value in BAD_TEXTS:
-            rows += [good, put(good, place, value)]
-            wanted += ["", expected(value, isinstance(at(good, place), str))]
-    result = tokenize(kind, rows)
-    all_dropped(result, rows, good)
-    for reason, dropped in result.dropped.items():
-        for row in dropped:
-            assert re.search(wanted[row], reason), (rows[row], wanted[row], reason)
+    damaged = [(place, value) for place in places for value in BAD_TEXTS]
+    bad = [put(good, place, value) for place, value in damaged]
+    wanted = [expected(value, isinstance(at(good, place), str)) for place, value in damaged]
+    all_dropped(tokenize(kind, good, bad), bad, wanted)
 
 
 def expected(value: Any, read_as_text: bool) -> str:
@@ -178,16 +172,5 @@ TALKS = {
 @pytest.mark.parametrize("kind", TALKS)
 def test_damaged_messages_are_dropped(kind: str, template: str) -> None:
     good = TALKS[kind]
-    damaged = [put(good, (field,), value) for field in good for value in BAD_TURNS]
-    rows = [row for bad in damaged for row in (bad, good)]
-    all_dropped(tokenize(kind, rows, template), rows, good)
-
-
-def test_odd_characters_are_kept_and_counted() -> None:
-    odd = ["\0", "\x1b", "\u200b", "\u202e", "\u2066", "\ufeff", "\ufffd", "\u0301" * 9]
-    fine = ["\u200d", "\u200c", "é", "e\u0301", "مرحبا", "שלום", "👩‍👩‍👧", "\t", "\n"]
-    texts = [f"a{character}b" for character in (*odd, *fine)]
-    rows = [{"prompt": "hi", "chosen": text, "rejected": "world"} for text in texts]
-    result = tokenize("passthrough.default", rows)
-    assert result.dropped == {}
-    assert result.kept == {ODD: list(range(len(odd)))}
+    bad = [put(good, (field,), value) for field in good for value in BAD_TURNS]
+    all_dropped(tokenize(kind, good, bad, template), bad, [""] * len(bad))

@@ -9,10 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
+from axolotl.loaders import load_tokenizer
+from axolotl.utils.data.shared import (
+    create_train_validation_split,
+    generate_dataset_hash_from_config,
+    merge_datasets,
+)
+from axolotl.utils.dict import DictDefault
+from datasets import load_dataset
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
 from sera_plugin.host.config import name_types
+from sera_plugin.host.datasets import load_pairs, prepared_name
 from tests.conftest import make_config, write_rows
 
 GOOD = {"question": "b a", "good": "a b", "bad": "b b"}
@@ -22,9 +33,6 @@ TYPE = {"field_prompt": "question", "field_chosen": "good", "field_rejected": "b
 @pytest.fixture(scope="module")
 def parsed(world, tmp_path_factory):
     """A configuration as the host resolves it; the tests here change what is about data."""
-    from axolotl.cli.config import load_cfg
-    from axolotl.integrations.base import PluginManager
-
     path = tmp_path_factory.mktemp("parsed") / "config.yaml"
     config = make_config(world.directory, path.parent) | {"chat_template": "tokenizer_default"}
     config |= dict.fromkeys(("test_datasets", "evals_per_epoch"))
@@ -40,11 +48,6 @@ def prepare(parsed, tmp_path):
     """What `axolotl train` does with the data before it loads a model, and the trainer then."""
 
     def run(*datasets, sera=(), **keys):
-        from axolotl.loaders import load_tokenizer
-        from axolotl.utils.dict import DictDefault
-
-        from sera_plugin.host.datasets import load_pairs
-
         keys |= {"datasets": list(datasets), "dataset_prepared_path": str(tmp_path / "prepared")}
         keys |= {"sera": {**parsed.sera, **dict(sera)}}
         # No process of its own for a few rows, neither to transform nor to save them.
@@ -97,18 +100,8 @@ ASKED = "<s><|user|>ba<|assistant|>"
 KINDS = {
     # The host searches the answer's text in the whole rendering and finds "a" in the header.
     "chat_template.default": ({"messages": "b a", "chosen": "a", "rejected": "b"}, ASKED, "a</s>"),
-    "chat_template.default, several turns": (
-        {"messages": turns("b a", "a b", "d c"), "chosen": "c d", "rejected": "d c"},
-        f"{ASKED}ab</s><|user|>dc<|assistant|>",
-        "cd</s>",
-    ),
     # This tokenizer does not know the template's end token, so its own eos follows the text.
     "chatml.intel": ({"question": "b", "chosen": "a b", "rejected": "b a"}, None, None),
-    "passthrough.default": (
-        {"prompt": "<s> <|user|> b a <|assistant|>", "chosen": " a b</s>", "rejected": " b"},
-        ASKED,
-        "ab</s>",
-    ),
     "": (TALK, ASKED, "ab</s>"),
 }
 
@@ -116,7 +109,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_strategies_of_the_host(prepare, file_of, kind):
     row, prompt, chosen = KINDS[kind]
-    found = prepare(file_of([row], kind=kind.split(",")[0]))
+    found = prepare(file_of([row], kind=kind))
     assert len(found.train.rows) == 1
     if prompt is not None:
         assert (found.spelled("prompt_ids"), found.spelled("chosen_ids")) == ({prompt}, {chosen})
@@ -159,11 +152,6 @@ def test_prepared_rows_are_taken_and_named_until_the_file_is_mended(prepare, fil
 
 def test_prepared_rows_of_another_guard_rl_or_columns_are_not_shared(prepare, file_of, monkeypatch):
     """The host names prepared data without regard to `rl`; plain DPO would train placeholders."""
-    from axolotl.utils.data.shared import generate_dataset_hash_from_config
-    from axolotl.utils.dict import DictDefault
-
-    from sera_plugin.host.datasets import prepared_name
-
     cfg = prepare(file_of([GOOD])).cfg
     scored = DictDefault({**cfg, "sera": {"score_columns": ["score"]}})
     names = [
@@ -188,9 +176,6 @@ def test_deduplication_ignores_where_rows_stand_and_keeps_bad_ones_apart(prepare
 
 
 def test_rows_are_merged_shuffled_split_and_counted_as_the_host_does(prepare, file_of):
-    from axolotl.utils.data.shared import create_train_validation_split, merge_datasets
-    from datasets import load_dataset
-
     letters = "abcdefghi"
     sets = [
         file_of([GOOD | {"question": f"{name} {one}"} for one in letters], f"{name}.jsonl")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from axolotl.prompt_strategies.dpo import load
+from axolotl.utils.data.shared import load_dataset_with_config
+from axolotl.utils.dict import DictDefault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from requests.exceptions import ReadTimeout
@@ -19,7 +21,6 @@ from sera_plugin.data.files import (
     check_loaded,
     edited_since,
     load_failure,
-    one_line,
     source_name,
     while_loading,
 )
@@ -33,9 +34,6 @@ CHANGED = "the chat template does not render the answer as it is"
 
 def strategy(kind: Any, template: str | None = None, **entry: Any) -> Any:
     """A host strategy; its dataset may name a template of its own, not the tokenizer's."""
-    from axolotl.prompt_strategies.dpo import load
-    from axolotl.utils.dict import DictDefault
-
     entry |= {"type": kind} | ({"chat_template": template} if template else {})
     cfg = DictDefault({"chat_template": "tokenizer_default", "datasets": [entry]})
     return load("user_defined.default" if isinstance(kind, dict) else kind, cfg, dataset_idx=0)
@@ -52,9 +50,8 @@ def guarded(loaded: Any, **options: Any) -> GuardedTransform:
     return GuardedTransform(transform, **{"source": "datasets[0] (x)", **options})
 
 
-def answered(tokenizer: Any, loaded: Any, chosen: Any, asked: Any = "How are you?") -> Any:
-    row = {"messages": asked, "chosen": chosen, "rejected": "Fine, thanks."}
-    return guarded(loaded)(row, 3, tokenizer=tokenizer)
+def answering(chosen: Any, asked: Any = "How are you?") -> Any:
+    return {"messages": asked, "chosen": chosen, "rejected": "Fine, thanks."}
 
 
 # ------------------------------------------------------------------ chat templates
@@ -64,14 +61,13 @@ def answered(tokenizer: Any, loaded: Any, chosen: Any, asked: Any = "How are you
 def test_answers_that_the_host_cuts_wrongly_are_cut_rightly(tokenizer: Any, template: str) -> None:
     loaded, end = strategy("chat_template.default", template), ENDS[template]
     for said in ("user", "assistant", "[[dummy_message]]", "m", ">", "|", " hi ", "hi\n", "\nhi"):
-        result = answered(tokenizer, loaded, said)
+        result = guarded(loaded)(answering(said), 0, tokenizer=tokenizer)
         assert result["sera_problem"] == ""
         assert result["chosen"] == (said if template == "chatml" else said.strip()) + end
-        nothing = answered(tokenizer, loaded, f"\n\u200b{' ' * len(said)}")
-        assert nothing["sera_problem"] == "empty prompt, chosen or rejected"
+    nothing = guarded(loaded)(answering("\n\u200b "), 0, tokenizer=tokenizer)
+    assert nothing["sera_problem"] == "empty prompt, chosen or rejected"
     # Where this fails the host was mended, and rows._recorded may go.
-    row = {"messages": "How are you?", "chosen": "user", "rejected": "Fine, thanks."}
-    assert loaded[0](row, tokenizer=tokenizer)["chosen"] != f"user{end}"
+    assert loaded[0](answering("user"), tokenizer=tokenizer)["chosen"] != f"user{end}"
 
 
 REASONING = (
@@ -103,7 +99,8 @@ PART = {"type": "text", "text": "one"}
 )
 def test_a_template_must_render_all_that_is_said(tokenizer, template, asked, said, chosen, problem):
     loaded = strategy("chat_template.default", "jinja", chat_template_jinja=template)
-    result = answered(tokenizer, loaded, said, [{"role": "user", "content": asked}])
+    row = answering(said, [{"role": "user", "content": asked}])
+    result = guarded(loaded)(row, 0, tokenizer=tokenizer)
     assert result["chosen"] == chosen
     assert problem in result["sera_problem"]
     assert bool(problem) == bool(result["sera_problem"])
@@ -150,12 +147,10 @@ def test_answers_are_checked_also_where_a_template_renders_the_prompt(tokenizer:
         texts = {key: f"{row[key][0]['content']}<|im_end|>" for key in ("chosen", "rejected")}
         return {"prompt": tokenizer.apply_chat_template(asked, tokenize=False), **texts}
 
-    templated = copy.copy(tokenizer)
-    templated.chat_template = REASONING
     cases = {"a": None, None: "null, not text", 5: "a number, not text", "": "empty"}
     for value, said in cases.items():
         row = {"q": "q", "chosen": [{"content": value}], "rejected": [{"content": "b"}]}
-        problem = guarded(own)(row, 0, tokenizer=templated)["sera_problem"]
+        problem = guarded(own)(row, 0, tokenizer=tokenizer)["sera_problem"]
         assert problem == (f"field \"chosen[0]['content']\" is {said}" if said else "")
 
 
@@ -167,7 +162,6 @@ FILES = {
     "blank": (b"\n \n\n", "the file is empty"),
     "cut off": (f'{LINE}\n{{"question": "p", "good": \n{LINE}\n'.encode(), "line 2 is not JSON"),
     "no json": (f"{LINE}\n\nhello\n".encode(), r"line 3 is not JSON .*: 'hello'. Mend"),
-    "a bare value": (f"{LINE}\n5\n".encode(), "line 2 is not an object with fields: '5'"),
     "half a surrogate pair": (
         f'{LINE}\n{{"question": "a\\ud800", "good": "b", "bad": "c"}}\n'.encode(),
         "line 2 is not valid Unicode",
@@ -178,48 +172,36 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_with_the_line(name, tmp_path):
-    from axolotl.utils.data.shared import load_dataset_with_config
-    from axolotl.utils.dict import DictDefault
-
     content, said = FILES[name]
     path = tmp_path / "pairs.jsonl"
     entry = DictDefault({"path": str(path), "ds_type": "json", "split": "train"})
     if content is not None:
         path.write_bytes(content)
-    with (
-        pytest.raises(ValueError, match=rf"^datasets\[1\]\.path: '.*' cannot be loaded: .*{said}"),
-        while_loading("datasets[1]", entry.path),
-    ):
+    said = rf"^datasets\[1\]\.path: '.*' cannot be loaded: .*{said}"
+    with pytest.raises(ValueError, match=said), while_loading("datasets[1]", entry.path):
         load_dataset_with_config(entry, False)
 
 
-JSON_ERROR = json.JSONDecodeError("no", "x", 0)
-#: What is in the file, what the host raised because of what, and what is said.
-FAILURES = [
-    ('{"a": 1}\nhello\n', RuntimeError("outer"), JSON_ERROR, "line 2 is not JSON .*"),
-    ('{"a": 1}\nhello\n', RuntimeError("outer"), pa.ArrowInvalid("no"), "line 2 is not JSON .*"),
-    ("hello", PermissionError("not yours"), None, "PermissionError: not yours"),
-    # One array of rows is what the host reads too: something else is wrong.
-    ('[{"a": 1},\n {"a": 2}]\n', pa.ArrowInvalid("too big"), None, "ArrowInvalid: too big"),
-    # A dataset is missing only where the host says so.
-    (None, ValueError("Config 'x' not found"), None, "ValueError: Config 'x' not found"),
-]
-
-
-@pytest.mark.parametrize(("content", "error", "cause", "said"), FAILURES)
-def test_a_file_is_blamed_only_where_its_content_could_not_be_read(
-    content, error, cause, said, tmp_path
-):
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        ("hello", PermissionError("not\nyours"), "PermissionError: not yours"),
+        # One array of rows is what the host reads too: something else is wrong.
+        ('[{"a": 1},\n {"a": 2}]\n', pa.ArrowInvalid("too big"), "ArrowInvalid: too big"),
+        # A dataset is missing only where the host says so.
+        (None, ValueError("Config 'x' not found"), "ValueError: Config 'x' not found"),
+    ],
+)
+def test_a_file_is_blamed_only_where_its_content_could_not_be_read(content, error, said, tmp_path):
     path = tmp_path / "pairs.jsonl"
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    error.__cause__ = cause
-    with pytest.raises(DataError, match=rf"^datasets\[2\]\.path: '.*' cannot be loaded: {said}\.$"):
-        raise load_failure("datasets[2]", str(path), error)
+    last = RuntimeError()
+    last.__cause__ = error
+    said = rf"^datasets\[2\]\.path: '.*' cannot be loaded: {said}\.$"
+    with pytest.raises(DataError, match=said), while_loading("datasets[2]", str(path)):
+        raise last
     assert "x" * 5000 not in str(load_failure("datasets[0]", "x" * 5000, OSError("too long")))
-    first, last = KeyError("it began\nhere"), RuntimeError()
-    last.__cause__ = first
-    assert one_line(last) == r"KeyError: 'it began\nhere'"
 
 
 def test_several_splits_need_a_name():
@@ -263,7 +245,7 @@ def test_an_edit_is_noticed_wherever_the_file_lies(tmp_path):
 # ------------------------------------------------------------------ words
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=50)
 @given(value=st.text() | st.binary() | st.lists(st.text()) | st.floats() | st.integers())
 def test_a_shown_value_is_short_and_plain(value: Any) -> None:
     text = quoted(value)

@@ -101,28 +101,17 @@ def test_every_kind_of_model_is_scored_right_in_the_ways_it_takes(name):
 
 
 def test_batches_hold_every_index_once_within_the_budget():
-    lengths = [5, 30, 7, 7, 2, 11]
-    batches = list(batches_by_length(lengths, 16))
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert batches[0] == [1]
-    for batch in batches[1:]:
-        assert max(lengths[i] for i in batch) * len(batch) <= 16
+    batches = list(batches_by_length([5, 30, 7, 7, 2, 11], 16))
+    assert batches == [[1], [5], [2, 3], [0, 4]]
 
 
-@pytest.mark.parametrize(
-    ("lines", "packed", "rows"),
-    [
-        ([(0,), (1,), (2,), (3,)], False, 4),
-        ([(0,), (1,), (2,), (3,)], True, 1),
-        ([(0, 1, 2), (3,)], False, 2),
-    ],
-)
-def test_every_layout_gives_the_same(lines, packed, rows):
+def test_packed_lines_are_told_apart_by_their_positions():
+    """The kernel for them needs a GPU; elsewhere transformers makes a mask of the positions."""
     model = build(LlamaConfig(**SMALL))
-    prompts, completions = ids(9, 9, 9, 4), ids(8, 5, 1, 3, seed=1)
-    prompts[1] = prompts[2] = prompts[0]
-    inputs, targets = collate(prompts, completions, lines, 0, torch.device("cpu"), packed)
-    assert len(inputs["input_ids"]) == rows
+    prompts, completions = ids(9, 7, 4), ids(8, 5, 3, seed=1)
+    lines = [(0,), (1,), (2,)]
+    inputs, targets = collate(prompts, completions, lines, 0, torch.device("cpu"), packed=True)
+    assert inputs["input_ids"].shape == (1, 36)
     with torch.no_grad():
         logps, _ = forward_logps(model, inputs, targets)
     assert logps.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=1e-3)
@@ -143,9 +132,8 @@ def test_a_shared_prompt_is_forwarded_once():
 
 
 def test_a_window_keeps_prompts_apart():
-    model = build(MistralConfig(**SMALL, sliding_window=6))
-    assert Sharing.of(model, 500).longest == 6
-    assert Sharing.of(build(LlamaConfig(**SMALL)), 500).longest == 500
+    for config, longest in (({"sliding_window": 6}, 6), ({"sliding_window": None}, 500)):
+        assert Sharing.of(build(MistralConfig(**SMALL, **config)), 500).longest == longest
 
 
 # ------------------------------------------------------------------ lines
