@@ -12,7 +12,7 @@ from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import HOST_KEYS, SeraConfig
 from sera_plugin.host.refused import REFUSALS
 from sera_plugin.tools.convert.convert import RULES
-from sera_plugin.tools.convert.names import LEFT_OUT, TEMPLATES
+from sera_plugin.tools.convert.settings import LEFT_OUT, TEMPLATES
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -121,7 +121,7 @@ def convert_tables() -> list[str]:
     keys = ["| LLaMA-Factory | Axolotl | |", "|---|---|---|"]
     same = []
     for rule in filter(None, RULES):
-        names = ", ".join(f"`{name}`" for name in rule.keys)
+        names = ", ".join(f"`{name}`" for name in rule.names)
         if names == rule.to and not rule.about:
             same.append(names)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -51,10 +52,7 @@ def demo(config: Path | None, directory: Path) -> None:
 
     shipped = Path(__file__).parent / "tools" / "demo" / "demo-cpu.yaml"
     with refusing():
-        try:
-            run_demo(directory, config or shipped)
-        except RuntimeError as error:  # training failed, and has said why
-            raise click.ClickException(str(error)) from error
+        run_demo(directory, config or shipped)
 
 
 @sera.command(
@@ -122,12 +120,11 @@ def schema(output: Path | None) -> None:
     # A library of the host's looks for kernels on the hub as soon as it is imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with refusing(), redirect_stdout(sys.stderr):  # the host may have something to say
-        from sera_plugin.tools.schema import schema_text, write_schema
+        from sera_plugin.tools.schema import config_schema, write_schema
 
-        if output is None:
-            text = schema_text()
-        else:
-            write_schema(output)
+        text = json.dumps(config_schema(), indent=2)
+        if output is not None:
+            write_schema(text, output)
     click.echo(text if output is None else output)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sera_plugin.cli import sera
 from sera_plugin.config.quoting import plain
 from sera_plugin.tools.convert.convert import KNOWN, RULE_KEYS
-from sera_plugin.tools.convert.names import LEFT_OUT
+from sera_plugin.tools.convert.settings import LEFT_OUT
 from tests.llama_factory import ALPACA, run, source, write
 
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from sera_plugin.cli import sera
 from sera_plugin.tools.convert.data import read_rows
-from sera_plugin.tools.convert.names import TEMPLATES
+from sera_plugin.tools.convert.settings import TEMPLATES
 from tests.llama_factory import ALPACA, INFO, SHAREGPT, SIDES, TALK, describe, run, source, write
 
 ROOT = Path(__file__).parents[1]

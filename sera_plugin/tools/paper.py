@@ -40,54 +40,51 @@ CONVERSATIONS = {"split": "train", "type": "chat_template.default", "field_messa
 DATASETS: dict[str, dict[str, Any]] = {
     "ultrafeedback": {
         "path": "argilla/ultrafeedback-binarized-preferences-cleaned",
-        "split": "train",
-        "type": "chat_template.argilla_chat",
+        "split": "train", "type": "chat_template.argilla_chat",
     },
     "hh-rlhf": {"path": "trl-lib/hh-rlhf-helpful-base", **CONVERSATIONS},
     "tldr": {"path": "trl-lib/tldr-preference", **CONVERSATIONS},
-}
-PAIR_SCORES = ["score_chosen", "score_rejected"]
+}  # fmt: skip
 SCORED = ["chosen-rating", "rejected-rating"]
-#: A row for every pair of a prompt's answers: docs/systems.md shows how to make it.
-RANKED = {"path": "pairs.jsonl", "ds_type": "json", **CONVERSATIONS}
 
 SELECTED = {"selection_ratio": 0.7, "bootstrap_ratio": 0.3}
 ITERATIVE = {"selection": "all", "bootstrap_ratio": 0.0}
 ONLINE = {"selection_ratio": 0.0, "bootstrap_ratio": 1.0}
+CURRICULUM = {
+    "selection": "curriculum", "bootstrap_ratio": 0.0,
+    "score_columns": ["score_chosen", "score_rejected"],
+    # A row for every pair of a prompt's answers: docs/systems.md shows how to make it.
+    "datasets": [{"path": "pairs.jsonl", "ds_type": "json", **CONVERSATIONS}],
+}  # fmt: skip
 JUDGE = {"base_url": "https://api.openai.com/v1", "model": "gpt-4", "api_key_env": "OPENAI_API_KEY"}
 
-#: What a system is: lines of `sera:`, then keys beside the block.
-SYSTEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sera-dpo": (SELECTED, {}),
-    "sera-ipo": ({**SELECTED, "loss": "ipo", "ipo_reduction": "sum"}, {"rl_beta": 1.0}),
-    "sera-slic": ({**SELECTED, "loss": "slic"}, {}),
-    "sera-simpo": ({**SELECTED, "loss": "simpo"}, {"rl_beta": 2.0}),
-    "best-sera": ({"selection_ratio": 0.7, "bootstrap_ratio": 2.0}, {}),
-    "select-irm": ({"bootstrap_ratio": 0.0}, {}),
-    "bootstrap-only": (ONLINE, {}),
-    "dpo": (ITERATIVE, {"num_epochs": 1}),
-    "dpo-3-epochs": ({**ITERATIVE, "reference": "initial", "restart_optimizer": False}, {}),
-    "iterative-dpo": (ITERATIVE, {}),
-    "iterative-cdpo": (ITERATIVE, {"dpo_label_smoothing": 0.1}),
-    "iterative-rdpo": ({**ITERATIVE, "loss": "robust"}, {"dpo_label_smoothing": 0.1}),
-    "iterative-ipo": ({**ITERATIVE, "loss": "ipo", "ipo_reduction": "sum"}, {"rl_beta": 1.0}),
-    "iterative-slic": ({**ITERATIVE, "loss": "slic"}, {}),
-    "iterative-simpo": ({**ITERATIVE, "loss": "simpo"}, {"rl_beta": 2.0}),
-    "kto-pair": ({**ITERATIVE, "loss": "kto_pair"}, {"rl_beta": 0.1}),
-    "orpo": ({**ITERATIVE, "loss": "orpo"}, {"rl_beta": 0.1}),
-    "curri-dpo": (
-        {"selection": "curriculum", "bootstrap_ratio": 0.0, "score_columns": PAIR_SCORES},
-        {"datasets": [RANKED]},
-    ),
-    "spin": ({**ONLINE, "labeler": "spin", "candidates": 1}, {}),
-    "oaif-reward-model": (
-        {**ONLINE, "labeler": "reward_model", "reward_model": "./reward-model"},
-        {},
-    ),
-    "oaif-llm": ({**ONLINE, "labeler": "judge", "judge": JUDGE, "candidates": 2}, {}),
-    "self-rewarding": ({**ONLINE, "labeler": "self_judge"}, {}),
-    "select-reference-logp": ({"selection": "reference_logp", "bootstrap_ratio": 0.0}, {}),
-    "select-score": ({"selection": "score", "bootstrap_ratio": 0.0, "score_columns": SCORED}, {}),
+#: Keys that stand beside the block; a system's other ones are lines of `sera:`.
+BESIDE = ("datasets", "dpo_label_smoothing", "num_epochs", "rl_beta")
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "sera-dpo": SELECTED,
+    "sera-ipo": {**SELECTED, "loss": "ipo", "ipo_reduction": "sum", "rl_beta": 1.0},
+    "sera-slic": {**SELECTED, "loss": "slic"},
+    "sera-simpo": {**SELECTED, "loss": "simpo", "rl_beta": 2.0},
+    "best-sera": {"selection_ratio": 0.7, "bootstrap_ratio": 2.0},
+    "select-irm": {"bootstrap_ratio": 0.0},
+    "bootstrap-only": ONLINE,
+    "dpo": {**ITERATIVE, "num_epochs": 1},
+    "dpo-3-epochs": {**ITERATIVE, "reference": "initial", "restart_optimizer": False},
+    "iterative-dpo": ITERATIVE,
+    "iterative-cdpo": {**ITERATIVE, "dpo_label_smoothing": 0.1},
+    "iterative-rdpo": {**ITERATIVE, "loss": "robust", "dpo_label_smoothing": 0.1},
+    "iterative-ipo": {**ITERATIVE, "loss": "ipo", "ipo_reduction": "sum", "rl_beta": 1.0},
+    "iterative-slic": {**ITERATIVE, "loss": "slic"},
+    "iterative-simpo": {**ITERATIVE, "loss": "simpo", "rl_beta": 2.0},
+    "kto-pair": {**ITERATIVE, "loss": "kto_pair", "rl_beta": 0.1},
+    "orpo": {**ITERATIVE, "loss": "orpo", "rl_beta": 0.1},
+    "curri-dpo": CURRICULUM,
+    "spin": {**ONLINE, "labeler": "spin", "candidates": 1},
+    "oaif-reward-model": {**ONLINE, "labeler": "reward_model", "reward_model": "./reward-model"},
+    "oaif-llm": {**ONLINE, "labeler": "judge", "judge": JUDGE, "candidates": 2},
+    "self-rewarding": {**ONLINE, "labeler": "self_judge"},
+    "select-reference-logp": {"selection": "reference_logp", "bootstrap_ratio": 0.0},
+    "select-score": {"selection": "score", "bootstrap_ratio": 0.0, "score_columns": SCORED},
 }
 #: The systems that are run on the other datasets too.
 ELSEWHERE = ("sera-dpo", "dpo", "iterative-dpo")
@@ -109,11 +106,8 @@ def yaml_text(dataset: str, model: str, system: str) -> str:
         ValueError: for an unknown name, with the one that comes closest, or for a system that the
             paper does not run on this dataset.
     """
-    for what, name, known in (
-        ("dataset", dataset, list(DATASETS)),
-        ("model", model, list(MODELS)),
-        ("system", system, list(SYSTEMS)),
-    ):
+    tables = {"dataset": DATASETS, "model": MODELS, "system": SYSTEMS}
+    for name, (what, known) in zip((dataset, model, system), tables.items(), strict=True):
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
@@ -121,17 +115,17 @@ def yaml_text(dataset: str, model: str, system: str) -> str:
     if system not in systems(dataset):
         there = ", ".join(systems(dataset))
         raise ValueError(f"{system} is not run on {dataset}. These are: {there}.")
-    block, beside = SYSTEMS[system]
+    given = SYSTEMS[system]
     keys = {
         "base_model": MODELS[model]["base_model"],
         "plugins": ["sera_plugin.SeraPlugin"],
         "rl": "sera",
-        "sera": block,
+        "sera": {key: value for key, value in given.items() if key not in BESIDE},
         "datasets": [DATASETS[dataset]],
         "output_dir": f"./outputs/{dataset}-{model}-{system}",
         **MODELS[model],
         **COMMON,
-        **beside,
+        **{key: value for key, value in given.items() if key in BESIDE},
     }
     plain = json.loads(json.dumps(keys))  # what occurs twice is written twice, without anchors
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
@@ -154,9 +148,9 @@ def listing() -> str:
     methods = {
         name: ", ".join(
             f"{key}: {'...' if isinstance(value, dict | list) else value}"
-            for key, value in (block | beside).items()
+            for key, value in keys.items()
         )
-        for name, (block, beside) in SYSTEMS.items()
+        for name, keys in SYSTEMS.items()
     }
     named = {"DATASET": datasets, "MODEL": models, "SYSTEM": methods}
     return "\n\n".join(

@@ -90,30 +90,17 @@ def _host_plugins() -> Iterator[tuple[str, type[BaseModel]]]:
     """The host's own plugins that have keys: as `plugins:` names them, and their keys' model."""
     for found in pkgutil.iter_modules(integrations.__path__, f"{integrations.__name__}."):
         try:
-            module = importlib.import_module(found.name)
+            members = list(vars(importlib.import_module(found.name)).items())
         except ImportError:  # it needs a library that is not installed
             continue
-        for name, member in list(vars(module).items()):
-            if isinstance(member, type) and issubclass(member, BasePlugin):
-                args = member().get_input_args()
-                if args is not None:
-                    where, _, args_name = args.rpartition(".")
-                    keys = getattr(importlib.import_module(where), args_name)
-                    yield f"{found.name}.{name}", keys
+        for name, member in members:
+            plugin = isinstance(member, type) and issubclass(member, BasePlugin)
+            if plugin and (args := member().get_input_args()):
+                yield f"{found.name}.{name}", pkgutil.resolve_name(args)
 
 
-def schema_text() -> str:
-    """The schema as JSON."""
-    return json.dumps(config_schema(), indent=2)
-
-
-def write_schema(path: Path) -> None:
-    """Write the schema to a file, in one piece. An earlier schema is replaced.
-
-    Raises:
-        FileExistsError: if the file holds something else.
-        OSError: if it cannot be written, with what to do about it.
-    """
+def write_schema(text: str, path: Path) -> None:
+    """Write a schema to a file; FileExistsError if that holds anything but an earlier one."""
     if path.exists():
         try:
             ours = json.loads(path.read_text(encoding="utf-8"))["$comment"] == COMMENT
@@ -123,4 +110,4 @@ def write_schema(path: Path) -> None:
             raise FileExistsError(
                 f"{path} exists and is not a schema of this command. Choose another path."
             )
-    write_text(path, schema_text() + "\n")
+    write_text(path, text + "\n")

@@ -1,16 +1,20 @@
-"""A LLaMA-Factory DPO YAML as an Axolotl YAML for `rl: sera`, and what there is to say about it."""
+"""Which of LLaMA-Factory's keys become what, and a YAML of them as an Axolotl one for `rl: sera`.
+
+Names and defaults are those of LLaMA-Factory's `hparams` and of transformers' training arguments,
+which it takes too. docs/llama-factory.md is written from `RULES`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -19,14 +23,114 @@ from sera_plugin.config.quoting import MASK, is_secret, plain
 from sera_plugin.data.rows import encodable
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.command import read_yaml
-from sera_plugin.tools.convert import model, training  # noqa: F401  their rules, in this order
-from sera_plugin.tools.convert.names import DEFAULTS, LEFT_OUT
-from sera_plugin.tools.convert.settings import RULES as RULES
-from sera_plugin.tools.convert.settings import Settings
+from sera_plugin.tools.convert import data, rules
+from sera_plugin.tools.convert.settings import DEFAULTS, LEFT_OUT, Settings
 
-RULE_KEYS = frozenset(name for rule in RULES if rule for name in rule.keys)
+
+class Rule(NamedTuple):
+    """Keys that are read together; `to` and `about` say what becomes of them.
+
+    `read` returns keys of the new YAML, where None and an empty list are nothing. It raises
+    ValueError, naming key and value, for what has nothing like it here.
+    """
+
+    keys: str
+    to: str
+    read: Callable[[Settings], dict[str, Any]]
+    about: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return self.keys.split(", ")
+
+
+def _renamed(name: str, to: str, read: Callable[[Settings, str], object]) -> Rule:
+    return Rule(name, f"`{to}`", lambda settings: {to: read(settings, name)})
+
+
+def _same(read: Callable[[Settings, str], object], names: str) -> list[Rule]:
+    return [_renamed(name, name, read) for name in names.split()]
+
+
+#: In the order of the YAML to be written; None begins a paragraph.
+RULES: list[Rule | None] = [
+    Rule("model_name_or_path, model_revision", "`base_model`, `revision_of_model`", rules.model),
+    Rule("add_tokens, add_special_tokens", "`tokens`, `special_tokens`", rules.tokens),
+    _renamed("use_fast_tokenizer", "tokenizer_use_fast", Settings.switch),
+    None,
+    Rule("stage, pref_loss, pref_beta, dpo_label_smoothing, pref_ftx, simpo_gamma",
+         "`rl: sera`, `sera.loss`, `rl_beta`, `dpo_label_smoothing`, `simpo_gamma`", rules.method,
+         "`stage: dpo` alone. `sigmoid` is `dpo`, `hinge` is `slic`, the others keep their names. "
+         "`pref_ftx` becomes `dpo_loss_type: [sigmoid, sft]` with `dpo_loss_weights`, for SimPO "
+         "`cpo_alpha`."),
+    None,
+    Rule("finetuning_type", "`adapter`", rules.adapter,
+         "`full` has no adapter; `oft` is refused."),
+    Rule("quantization_bit, quantization_method, quantization_type, double_quantization",
+         "`adapter: qlora` with `load_in_4bit`, or `load_in_8bit`; `bnb_config_kwargs`",
+         rules.quantization, "bitsandbytes' 4 and 8 bits alone."),
+    Rule("lora_rank, lora_alpha, lora_dropout, lora_target, additional_target, use_rslora, "
+         "use_dora",
+         "`lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_linear` or `lora_target_modules`, "
+         "`lora_modules_to_save`, `peft_use_rslora`, `peft_use_dora`", rules.lora,
+         "`lora_alpha` is twice the rank unless set, as there."),
+    Rule("adapter_name_or_path, create_new_adapter", "`lora_model_dir`", rules.trained_adapter,
+         "One adapter, to be continued."),
+    Rule("freeze_trainable_layers, freeze_trainable_modules, freeze_extra_modules",
+         "`unfrozen_parameters`", rules.unfrozen,
+         "Where the model is a directory, whose config.json says how many layers it has."),
+    *_same(Settings.number, "loraplus_lr_ratio loraplus_lr_embedding"),
+    None,
+    Rule("dataset, eval_dataset, dataset_dir, max_samples", "`datasets`, `test_datasets`",
+         data.datasets, "See [datasets](#datasets)."),
+    Rule("template", "`chat_template`", rules.template, "See [templates](#templates)."),
+    _renamed("cutoff_len", "sequence_len", Settings.whole),
+    _renamed("preprocessing_num_workers", "dataset_num_proc", Settings.whole),
+    Rule("val_size, eval_strategy, evaluation_strategy, eval_steps",
+         "`val_set_size`, `eval_strategy`, `eval_steps`", rules.held_out,
+         "A share; a number of pairs is left out, because the host takes none for preferences."),
+    *_same(Settings.text, "output_dir"),
+    None,
+    Rule("num_train_epochs", "`num_epochs`", rules.epochs,
+         "T, the number of iterations: see [what differs](#what-differs)."),
+    _renamed("per_device_train_batch_size", "micro_batch_size", Settings.whole),
+    _renamed("per_device_eval_batch_size", "eval_batch_size", Settings.whole),
+    *_same(Settings.whole, "gradient_accumulation_steps"),
+    Rule("learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_ratio, warmup_steps",
+         "`learning_rate`, `lr_scheduler`, `lr_scheduler_kwargs`, `warmup_ratio` or "
+         "`warmup_steps`", rules.schedule, "Of each iteration."),
+    _renamed("optim", "optimizer", Settings.text),
+    *_same(Settings.text, "optim_args"),
+    *_same(Settings.number, "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm"),
+    *_same(Settings.whole, "seed"),
+    None,
+    Rule("bf16, fp16, pure_bf16, tf32", "`bf16`, `fp16`, `tf32`", rules.precision,
+         "Neither is float32, as there."),
+    Rule("disable_gradient_checkpointing, use_reentrant_gc",
+         "`gradient_checkpointing`, `gradient_checkpointing_kwargs`", rules.checkpointing,
+         "On unless switched off, as there."),
+    Rule("flash_attn", "`attn_implementation`", rules.attention,
+         "`auto` is unset; `disabled` is `eager`."),
+    *_same(Settings.switch, "torch_compile"),
+    *_same(Settings.whole, "dataloader_num_workers dataloader_prefetch_factor"),
+    *_same(Settings.switch, "dataloader_pin_memory"),
+    *_same(Settings.whole, "ddp_timeout"),
+    None,
+    *_same(Settings.whole, "logging_steps"),
+    Rule("save_strategy, save_steps, resume_from_checkpoint, overwrite_output_dir",
+         "`save_strategy` or `save_steps`, `auto_resume_from_checkpoints`, "
+         "`resume_from_checkpoint`", rules.saving,
+         "A run that is there is continued, never overwritten."),
+    *_same(Settings.whole, "save_total_limit"),
+    Rule("report_to, run_name",
+         "`use_wandb`, `use_tensorboard`, `use_mlflow`, `use_trackio`, `wandb_name`",
+         rules.trackers),
+    *_same(Settings.text, "hub_model_id hub_strategy"),
+]  # fmt: skip
+RULE_KEYS = frozenset(name for rule in RULES if rule for name in rule.names)
+_WHYS = {pattern: why for patterns, why in LEFT_OUT.items() for pattern in patterns.split()}
 #: Every key that is known by its whole name.
-KNOWN = RULE_KEYS | {one for names in LEFT_OUT for one in names.split() if "*" not in one}
+KNOWN = RULE_KEYS | {name for name in _WHYS if "*" not in name}
 
 
 @dataclass(frozen=True)
@@ -77,7 +181,8 @@ def convert(path: Path, output: Path | None = None) -> Converted:
         if rule is None:
             ends.append(len(settings.out))
         else:
-            rule.put(settings)
+            made = rule.read(settings).items()
+            settings.out |= {key: value for key, value in made if value is not None and value != []}
     items = list(settings.out.items())
     text = f"# {path.name}, converted by `axolotl sera convert`.\n" + "\n".join(
         yaml.safe_dump(dict(items[first:last]), sort_keys=False, allow_unicode=True, width=100)
@@ -92,8 +197,7 @@ def _say(path: Path, settings: Settings) -> str:
     for name, value in settings.given.items():
         if value is None or name in settings.read or name in lost:
             continue
-        whys = [why for names, why in LEFT_OUT.items() for one in names.split()
-               if fnmatchcase(str(name), one)]  # fmt: skip
+        whys = [why for pattern, why in _WHYS.items() if fnmatchcase(str(name), pattern)]
         if name in RULE_KEYS:
             lost[name] = "it has no effect beside the other keys."
         elif whys:

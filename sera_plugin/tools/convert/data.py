@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.files import json_rows
-from sera_plugin.tools.convert.names import COLUMNS, DATASET_KEYS, TAGS
-from sera_plugin.tools.convert.settings import Settings
+from sera_plugin.tools.convert.settings import COLUMNS, DATASET_KEYS, TAGS, Settings
 
 _INFO = "dataset_info.json"
 #: File name's end -> `ds_type`.
-_KINDS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+_KINDS = {"json": "json", "jsonl": "json"} | {kind: kind for kind in ("csv", "parquet", "arrow")}
 _READERS: dict[str, Any] = {
     ".csv": pa_csv.read_csv,
     ".parquet": pq.read_table,
@@ -28,8 +27,8 @@ _TYPE = {"type": "chat_template.default"}
 _SIDES = ("chosen", "rejected")
 
 
-def put_datasets(settings: Settings) -> None:
-    """Turn what `dataset` and `eval_dataset` name into the host's, and find rows to write anew.
+def datasets(settings: Settings) -> dict[str, Any]:
+    """What `dataset` and `eval_dataset` name as the host's; rows to write anew go to `settings`.
 
     Raises:
         ValueError: if a dataset cannot be had, or is none of preference pairs in text.
@@ -38,15 +37,14 @@ def put_datasets(settings: Settings) -> None:
         raise ValueError("dataset is not set")
     given = str(settings.text("dataset_dir"))
     described = _read_info(given)
-    for key, to in (("dataset", "datasets"), ("eval_dataset", "test_datasets")):
-        entries = []
+    out: dict[str, Any] = {"datasets": [], "test_datasets": []}
+    for key, entries in zip(("dataset", "eval_dataset"), out.values(), strict=True):
         for name in settings.texts(key):
             if not isinstance(described.get(name), Mapping):
                 known = ", ".join(list(described)[:10])
                 raise ValueError(f"{key}: {quoted(name)} is not in {given}/{_INFO}; {known} are")
             entries.append(_entry(settings, name, described[name], Path(given)))
-        if entries:
-            settings.out[to] = entries
+    return out
 
 
 def _read_info(given: str) -> dict[str, Any]:
@@ -62,9 +60,7 @@ def _read_info(given: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _entry(
-    settings: Settings, name: str, info: Mapping[str, Any], directory: Path
-) -> dict[str, Any]:
+def _entry(settings: Settings, name: str, info: Mapping[str, Any], directory: Path) -> Any:
     """One of the host's `datasets:`."""
 
     def refused(why: str) -> ValueError:
@@ -148,12 +144,7 @@ def _source(info: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any], l
 
 
 def read_rows(path: Path) -> list[Any]:
-    """All rows of a .json (a list, or an object a line), .jsonl, .csv, .parquet or .arrow file.
-
-    Raises:
-        ValueError: if it holds no rows, naming the line of JSON that is none.
-        OSError: if it cannot be read.
-    """
+    """All rows of a file of one of `_KINDS`; ValueError names a line of JSON that is none."""
     try:
         if path.suffix in (".json", ".jsonl"):
             return [row for _, row in json_rows(path)]
@@ -170,31 +161,31 @@ def _as_messages(row: Any, columns: Mapping[str, Any], tags: Mapping[str, str]) 
     """
     if not isinstance(row, Mapping):
         return row
-    system = row.get(columns.get("system"))
-    messages = [] if not system else [{"role": "system", "content": system}]
+    given = {name: row.get(column) for name, column in columns.items()}
+    messages = [_message("system", given["system"])] if given.get("system") else []
     if columns.get("messages"):
-        turns = [_message(turn, tags) for turn in row.get(columns["messages"]) or ()]
+        turns = [_renamed(turn, tags) for turn in given["messages"] or ()]
         if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
             messages = []  # it stands in for the column, as LLaMA-Factory has it
-        answers = {side: _message(row.get(columns[side]), tags) for side in _SIDES}
+        answers = {side: _renamed(given[side], tags) for side in _SIDES}
         return {"messages": messages + turns, **answers}
-    for turn in row.get(columns.get("history")) or ():
+    for turn in given.get("history") or ():
         said = turn if isinstance(turn, list | tuple) else [turn]
-        messages += [
-            {"role": role, "content": one}
-            for role, one in zip(("user", "assistant"), said, strict=False)
-        ]
-    parts = [row.get(columns.get(name)) for name in ("prompt", "query")]
-    messages.append({"role": "user", "content": "\n".join(map(str, filter(None, parts)))})
-    answers = {side: {"role": "assistant", "content": row.get(columns[side])} for side in _SIDES}
-    return {"messages": messages, **answers}
+        messages += map(_message, ("user", "assistant"), said)
+    parts = filter(None, map(given.get, ("prompt", "query")))
+    messages.append(_message("user", "\n".join(map(str, parts))))
+    return {"messages": messages} | {side: _message("assistant", given[side]) for side in _SIDES}
 
 
-def _message(turn: Any, tags: Mapping[str, str]) -> Any:
+def _message(role: Any, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _renamed(turn: Any, tags: Mapping[str, str]) -> Any:
     if not isinstance(turn, Mapping):
         return turn
     role = turn.get(tags["role_tag"])
-    return {"role": _roles(tags).get(str(role), role), "content": turn.get(tags["content_tag"])}
+    return _message(_roles(tags).get(str(role), role), turn.get(tags["content_tag"]))
 
 
 def _roles(tags: Mapping[str, str]) -> dict[str, str]:

@@ -33,7 +33,7 @@ def run_demo(directory: Path, config: Path) -> None:
 
     Raises:
         ValueError: if the YAML points elsewhere, or an earlier run or prepared data is in the way.
-        RuntimeError: if training fails.
+        click.ClickException: if training fails.
     """
     base, pairs = directory / "base-model", directory / "pairs.jsonl"
     run = _check(config, base, pairs)
@@ -44,14 +44,14 @@ def run_demo(directory: Path, config: Path) -> None:
         "\nThe labels SeRA sees prefer longer responses a little, and a fifth of them is swapped."
     )
     directory.mkdir(parents=True, exist_ok=True)
-    with _step(f"a base model, trained on imperfect answers: {base}", done=base.exists()):
+    with _step(f"a base model, trained on imperfect answers: {base}", base):
         if not base.exists():
             from sera_plugin.tools.demo.base_model import train_base_model
 
             partial = directory / ".base-model.partial"
             train_base_model(partial)
             partial.rename(base)
-    with _step(f"pairs of its answers, labelled: {pairs}", done=pairs.exists()):
+    with _step(f"pairs of its answers, labelled: {pairs}", pairs):
         if not pairs.exists():
             _write_pairs(base, pairs)
     rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
@@ -65,7 +65,7 @@ def run_demo(directory: Path, config: Path) -> None:
         command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
         environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
         if subprocess.run([*command, "--launcher", "python"], env=environment).returncode:
-            raise RuntimeError(f"`axolotl train {config}` failed; its message is above")
+            raise click.ClickException(f"`axolotl train {config}` failed; its message is above")
     with _step("every policy answers the held-out prompts"):
         table = _table(base, run)
     click.echo(f"\n{table}\n")
@@ -74,8 +74,9 @@ def run_demo(directory: Path, config: Path) -> None:
 
 
 @contextmanager
-def _step(what: str, done: bool = False) -> Iterator[None]:
-    """Say what a step does, and how long it took unless it was `done` before."""
+def _step(what: str, made: Path | None = None) -> Iterator[None]:
+    """Say what a step does, and how long it took unless what it makes is there."""
+    done = made is not None and made.exists()
     click.echo(f"-> {what}{' (already there)' if done else ''}")
     start = perf_counter()
     yield
@@ -121,15 +122,11 @@ def make_pairs(
         if not one.strip() or not other.strip() or one == other:
             continue
         chosen, rejected, swapped = label(prompt, one, other, Labelling(), random)
-        row: dict[str, Any] = {
-            "prompt": prompt,
-            "chosen": chosen,
-            "rejected": rejected,
-            "swapped": swapped,
-        }
-        row["score_chosen"] = true_reward(prompt, chosen)
-        row["score_rejected"] = true_reward(prompt, rejected)
-        rows.append(row)
+        rows.append(
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected, "swapped": swapped}
+            | {"score_chosen": true_reward(prompt, chosen)}
+            | {"score_rejected": true_reward(prompt, rejected)}
+        )
     return rows
 
 
