@@ -178,17 +178,14 @@ def _layers(model: str) -> int:
 
 def template(settings: Settings) -> dict[str, Any]:
     given = settings.text("template")
-    own = "the chat template of the model's own tokenizer"
+    own = "so the chat template of the model's own tokenizer is used"
     name, differs = TEMPLATES.get(str(given), (OWN_TEMPLATE, ""))
+    note = f"{given} is the host's {name}. {differs}".rstrip()
     if given is None:
-        note = f"not set, so {own} is used, as LLaMA-Factory does."
+        note = f"not set, {own}, as LLaMA-Factory does."
     elif name == OWN_TEMPLATE:
-        note = (
-            f"{plain(given)} has no name in the host, so {own} is used. See that it renders what "
-            "you trained with; a model without one needs `chat_template` set."
-        )
-    else:
-        note = f"{given} is the host's {name}. {differs}".rstrip()
+        note = f"{plain(given)} has no name in the host, {own}. See that it renders what you "
+        note += "trained with; a model without one needs `chat_template` set."
     settings.notes.append(f"template: {note}")
     return {"chat_template": name}
 

@@ -119,15 +119,14 @@ def respond(
     """
     model.eval()
     responses: list[str] = []
-    sampling = {"temperature": temperature, "top_k": 0, "max_new_tokens": max_new_tokens}
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    how |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         starts = range(0, len(prompts), batch_size)
         for first in tqdm(starts, desc="sample", unit="batch", disable=None):
             texts = [PROMPT_FORMAT.format(prompt=p) for p in prompts[first : first + batch_size]]
             batch = _batch(tokenizer, texts, padding_side="left")
-            pad = tokenizer.pad_token_id
-            output = model.generate(**batch, do_sample=True, pad_token_id=pad, **sampling)
-            new = output[:, batch["input_ids"].shape[1] :]
+            new = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
             responses += tokenizer.batch_decode(new, skip_special_tokens=True)
     return responses
