@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from axolotl.loaders import ModelLoader, load_tokenizer
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from bitsandbytes.optim import AdamW8bit
 from peft import get_peft_model
 from torch import nn
@@ -60,12 +60,13 @@ def described(base_config, model_directory, load):
     """The host's model for a configuration, and the run that a plan makes of it: 4 pairs of 96."""
 
     def planned(kind: str, changes: dict, **model) -> SimpleNamespace:
-        cfg = load(base_config | {"base_model": str(model_directory(kind, **model))} | changes)
+        places = {"base_model": str(model_directory(kind, **model)), "sequence_len": 96}
+        cfg = load(base_config | places | changes)
         tokenizer = load_tokenizer(cfg)
         method = Method(SeraConfig(**{**cfg.sera, "bootstrap_ratio": 0}), False, False, 4)
         prompt, completion = np.array([16] * 4), np.array([80] * 4)
         found, pairs = describe(cfg, tokenizer, False), lengths(prompt, completion, completion)
-        run = Run(cfg, found, method, pairs, None, "transformers", None, lambda _: found)
+        run = Run(cfg, found, method, pairs, pairs[:0], "transformers", None, lambda _: found)
         host, lora = ModelLoader(cfg, tokenizer).load()
         if lora is not None:
             host = get_peft_model(host, lora)
@@ -131,55 +132,32 @@ def kept(found, length: int) -> int:
     ],
     ids=["full", "neox", "lora", "dora", "saved", "double", "single", "8bit", "enlarged"],
 )
-def test_weights_are_what_the_host_and_peft_make_and_activations_what_autograd_keeps(
-    kind, changes, described
-):
+def test_weights_are_those_of_the_host_and_activations_those_of_autograd(kind, changes, described):
     found = described(kind, changes)
     planned = found.run.model
     mine = [weight for weight in found.model.parameters() if weight.requires_grad]
     rest = [weight for weight in found.model.parameters() if not weight.requires_grad]
     if found.cfg.adapter:
         assert planned.adapter == sum(weight.numel() for weight in mine)
-    scales = sum(
-        4 * module.out_features
-        for module in found.model.modules()
-        if isinstance(module, Linear8bitLt) and not hasattr(module, "base_layer")
-    )
+    layers = [one for one in found.model.modules() if isinstance(one, nn.Linear)]
+    scales = sum(4 * one.out_features for one in layers if isinstance(one, Linear8bitLt))
     snapshot = take_snapshot(found.model).values()
     # Adapters in float32 whatever the base is in; `policies.tidy_adapters` sees to it.
     assert planned.trained_bytes == (4 * planned.adapter if planned.adapter else stored(snapshot))
     assert len(planned.trained) == len(snapshot)
     assert planned.weights == stored(rest if found.cfg.adapter else mine) + scales
     assert planned.width == (2 if found.cfg.bf16 else 4)
+    wide = [one.weight for one in layers if one.weight.requires_grad and one.weight.itemsize == 4]
+    quantised = [one for one in layers if isinstance(one, Linear4bit | Linear8bitLt)]
+    largest = max((one.in_features * one.out_features for one in quantised), default=0)
+    copied = largest + sum(weight.numel() for weight in wide if found.cfg.bf16)
+    assert planned.copies == planned.width * copied
     assert planned.vocabulary == found.model.get_input_embeddings().num_embeddings
     if not found.cfg.load_in_8bit:
         each, square = planned.kept
         # Copies of weights are as large at any length; they are counted apart.
         longer = 4 * (96 - 48) * each + 4 * (96**2 - 48**2) * square
         assert longer == pytest.approx(kept(found, 96) - kept(found, 48), rel=0.03)
-
-
-def test_a_known_model_in_four_bits(base_config, model_directory, load):
-    """4 layers of Mistral-7B: 4 bits and 0.127 for scales (QLoRA, section 3), the rest in 16."""
-    directory = model_directory("mistral")
-    AutoConfig.for_model("mistral", vocab_size=32_000, num_hidden_layers=4).save_pretrained(
-        directory
-    )
-    cfg = load(base_config | QLORA | LINEAR | {
-        "base_model": str(directory), "adapter": "qlora", "bf16": True, "lora_r": 16,
-    })  # fmt: skip
-    found = describe(cfg, load_tokenizer(cfg), on_gpu=True)
-    wide = 2 * 32_000 * 4096 + 9 * 4096
-    assert found.parameters + 28 * 218_112_000 == 7_241_732_096
-    assert 8 * found.adapter == 41_943_040
-    assert found.matrices == found.parameters - wide + found.adapter
-    expected = (found.parameters - wide) * 4.127 / 8 + 2 * wide
-    assert found.weights == pytest.approx(expected, rel=1e-3)
-    assert found.copies == 2 * found.adapter + 2 * 4096 * 14_336
-    full = describe(load(base_config | {"base_model": str(directory), "bf16": True}),
-                    load_tokenizer(cfg), on_gpu=True)  # fmt: skip
-    assert full.weights == full.trained_bytes == 2 * (full.parameters - wide) + 4 * wide
-    assert full.copies == 2 * 32_000 * 4096  # the output layer
 
 
 def test_a_mixture_counts_the_experts_that_a_token_passes(base_config, model_directory, load):
@@ -195,7 +173,6 @@ def test_a_mixture_counts_the_experts_that_a_token_passes(base_config, model_dir
     ("name", "make"),
     [
         ("adamw_torch", torch.optim.AdamW),
-        ("adamw_torch_fused", lambda weights: torch.optim.AdamW(weights, fused=True)),
         ("adagrad", torch.optim.Adagrad),
         ("adamw_8bit", AdamW8bit),
     ],
@@ -263,9 +240,8 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
     prompts, completions = (
         [random.integers(6, 30, size).astype(np.int32) for _ in range(48)] for size in (16, 80)
     )
-    run = found.run.changed({"sequence_len": 96})
     method = Method(SeraConfig(candidates=4, max_new_tokens=80), False, False, 4, iterations=2)
-    run = replace(run, method=method)
+    run = replace(found.run, method=method)
     budget = scoring_budget(found.model, torch.device("cpu"), 96)
 
     def score():

@@ -47,24 +47,14 @@ def lengths(*tokens: npt.NDArray[np.int64]) -> Any:
 
 
 class Work(NamedTuple):
-    """What one phase puts through the model.
+    """What one phase puts through the model. `tokens` is counted as in summary.json."""
 
-    Attributes:
-        sequences: prompts with a completion, or samples.
-        tokens: expected; in scoring and training a prompt counts with each of its completions, in
-            sampling the sampled tokens count alone. As summary.json counts them.
-        most: the most tokens that there can be; equal to `tokens` where these are exact.
-        forwarded: expected tokens with prompts that several completions share counted once.
-        scored: expected tokens of completions, for which there are logits.
-        squares: expected sum of squared sequence lengths, for attention.
-    """
-
-    sequences: int
-    tokens: int
-    most: int
-    forwarded: float
-    scored: float
-    squares: float
+    sequences: int  # prompts with a completion, or samples
+    tokens: int  # expected: in sampling the sampled ones, else a prompt with each completion
+    most: int  # the most that there can be; equal to `tokens` where these are exact
+    forwarded: float  # expected, with prompts that several completions share counted once
+    scored: float  # expected tokens of completions, for which there are logits
+    squares: float  # expected sum of squared sequence lengths, for attention
 
     def plus(self, other: Work) -> Work:
         both: Any = zip(self, other, strict=True)
@@ -93,13 +83,11 @@ class Iteration(NamedTuple):
 
 def iterations(run: Run) -> list[Iteration]:
     """All iterations of a run."""
-    method, held_out, often = run.method, run.held_out, evaluations(run)
-    found = []
+    method, known, found = run.method, {"score_offline": _scoring(run.pairs)}, []
+    if len(run.held_out):
+        known["score_evaluation"] = _scoring(run.held_out)
     for t in range(1, method.iterations + 1):
-        kept, bootstrapped = method.kept(t), method.sampled(t)
-        phases = {"score_offline": _scoring(run.pairs)}
-        if held_out is not None:
-            phases["score_evaluation"] = _scoring(held_out)
+        kept, bootstrapped, phases = method.kept(t), method.sampled(t), dict(known)
         if bootstrapped:
             phases["sample"] = sampled = _sampling(run)
             # Each under every policy that its reward needs, its prompt with it.
@@ -107,9 +95,9 @@ def iterations(run: Run) -> list[Iteration]:
             scored = sampled._replace(tokens=prompts + sampled.tokens, most=prompts + sampled.most)
             phases["score_candidates"] = scored.times(len(method.candidates_under(t)))
         phases["train"] = _training(run, kept, bootstrapped)
-        if held_out is not None and often:
+        if "score_evaluation" in known and (often := evaluations(run)):
             # Trainer.evaluate computes the prompt with each of its completions.
-            once = _scoring(held_out).times(often)
+            once = known["score_evaluation"].times(often)
             phases["evaluate"] = once._replace(forwarded=float(once.tokens))
         found.append(Iteration(t, kept, bootstrapped, run.schedule.steps(t), phases))
     return found
@@ -144,14 +132,12 @@ def _training(run: Run, kept: int, bootstrapped: int) -> Work:
     offline, prompt, total = _scoring(run.pairs), run.pairs.prompt, len(run.pairs)
     sampled = _passes(prompt, run.expected).times(2 * bootstrapped / total)
     work, padded = offline.times(kept / total).plus(sampled), padding(run)
-    most = offline.tokens
-    if kept != total or bootstrapped:
-        of_prompt = np.repeat(2 * (prompt + run.limits), run.method.config.pairs_per_prompt)
-        each = (run.pairs.both, kept), (of_prompt, bootstrapped)
-        most = sum(int(np.sort(values)[::-1][:count].sum()) for values, count in each)
+    # At most: the longest pairs are kept, and prompts with the longest samples trained.
+    of_prompt = np.repeat(2 * (prompt + run.limits), run.method.config.pairs_per_prompt)
+    each = (run.pairs.both, kept), (of_prompt, bootstrapped)
     return work._replace(
         sequences=2 * (kept + bootstrapped),
-        most=most,
+        most=sum(int(np.sort(values)[::-1][:count].sum()) for values, count in each),
         forwarded=padded * work.tokens,
         squares=padded * work.squares,
     )
@@ -163,9 +149,9 @@ def padding(run: Run) -> float:
     Both completions of a batch's pairs are padded to its longest sequence. One shuffle stands for
     all.
     """
-    seed, step = int(run.cfg.get("seed") or 0), run.cfg.get("pad_to_multiple_of") or 1
-    longer = np.random.default_rng(seed).permutation(run.pairs.longer)
-    starts = np.arange(0, len(longer), run.micro_batch)
+    step = run.cfg.pad_to_multiple_of or 1
+    longer = np.random.default_rng(run.cfg.seed or 0).permutation(run.pairs.longer)
+    starts = np.arange(0, len(longer), run.cfg.micro_batch_size)
     sizes = np.diff(starts, append=len(longer))
     padded = -(-np.maximum.reduceat(longer, starts) // step) * step
     return float(2 * (sizes * padded).sum() / run.pairs.both.sum())
@@ -173,12 +159,11 @@ def padding(run: Run) -> float:
 
 def evaluations(run: Run) -> float:
     """How often the host evaluates in an iteration; `eval_steps` below 1 are a share of all."""
-    every, steps = run.cfg.get("eval_steps"), run.schedule.total_steps
-    if every:
-        return float(
-            steps / max(1.0, every * steps if every < 1 else every) / run.method.iterations
-        )
-    return float(run.cfg.get("eval_strategy") == "epoch")
+    every, steps = run.cfg.eval_steps, run.schedule.total_steps
+    if not every:
+        return float(run.cfg.eval_strategy == "epoch")
+    between = max(1.0, every * steps if every < 1 else every)
+    return float(steps / between / run.method.iterations)
 
 
 def flops(run: Run, phase: str, work: Work) -> float:
@@ -191,7 +176,7 @@ def flops(run: Run, phase: str, work: Work) -> float:
     - Training: forward, backward for the activations, backward for the weights that are trained;
       layers again with checkpointing; logits again where a micro-batch has many.
     """
-    model = run.model
+    model, again = run.model, run.cfg.gradient_checkpointing
     attention = 2.0 * model.layers * model.queries * work.squares
     layers = 2.0 * model.matrices * work.forwarded + attention
     head = 2.0 * model.vocabulary * model.hidden * work.scored
@@ -200,28 +185,20 @@ def flops(run: Run, phase: str, work: Work) -> float:
     passes = 3 * (layers + head)
     if model.adapter:
         passes = 2 * (layers + head) + 2.0 * model.adapter * work.forwarded
-    logits = run.micro_batch * run.pairs.completions.mean() * model.vocabulary
-    return passes + (layers if run.checkpointing else 0.0) + (head if logits > KEPT_LOGITS else 0.0)
+    logits = run.cfg.micro_batch_size * run.pairs.completions.mean() * model.vocabulary
+    return passes + (layers if again else 0.0) + (head if logits > KEPT_LOGITS else 0.0)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a machine is at each kind of work.
+    """How fast a machine is at each kind of work."""
 
-    Attributes:
-        scoring, candidates, training: operations per second in scoring pairs, in scoring
-            candidates (which share prompts otherwise) and in training.
-        sampling: seconds per sampled token, all sequences of a batch together.
-        selecting: seconds per pair of an iteration.
-        engine: seconds to start and to stop an engine, 0 without one.
-    """
-
-    scoring: float
-    candidates: float
+    scoring: float  # operations per second
+    candidates: float  # the same in scoring candidates, which share prompts otherwise
     training: float
-    sampling: float
-    selecting: float = 0.0
-    engine: float = 0.0
+    sampling: float  # seconds per sampled token, all sequences of a batch together
+    selecting: float = 0.0  # seconds per pair of an iteration
+    engine: float = 0.0  # seconds to start and to stop an engine
 
     def seconds(self, iteration: Iteration, flops: dict[str, float]) -> dict[str, float]:
         """Of an iteration's phases, of their operations.
@@ -245,10 +222,9 @@ def disk_parts(run: Run, pairs: Pairs, tokenizer: int) -> dict[str, int]:
     `pairs` is the data as token ids; `tokenizer` bytes of the tokenizer's files go beside every
     model.
     """
-    cfg = run.cfg
     one = run.model.trained_bytes + tokenizer + _BESIDE
-    saves, limit = _saves(run), int(cfg.get("save_total_limit") or _LIMIT)
-    optimizer = 0 if cfg.get("save_only_model") else run.states
+    saves, limit = _saves(run), run.cfg.save_total_limit or _LIMIT
+    optimizer = 0 if run.cfg.save_only_model else run.states
     return {
         "policies": _policies(run, saves, limit) * one,
         # One more is there while a new one is written.
@@ -260,13 +236,12 @@ def disk_parts(run: Run, pairs: Pairs, tokenizer: int) -> dict[str, int]:
 
 def _saves(run: Run) -> int:
     """Checkpoints in the whole run: one at every iteration's end, whatever else is asked for."""
-    if str(run.cfg.get("save_strategy") or "").removeprefix("SaveStrategy.").lower() == "no":
+    every, within = run.cfg.save_steps, 0
+    if run.cfg.save_strategy == "no":
         return 0
-    every, iterations = run.cfg.get("save_steps"), run.method.iterations
-    if not every:
-        return iterations
-    within = round(1 / every) if every < 1 else run.schedule.total_steps // int(every)
-    return max(iterations, within)
+    if every:
+        within = round(1 / every) if every < 1 else run.schedule.total_steps // int(every)
+    return max(run.method.iterations, within)
 
 
 def _policies(run: Run, saves: int, limit: int) -> int:
@@ -274,23 +249,21 @@ def _policies(run: Run, saves: int, limit: int) -> int:
     method, iterations = run.method, run.method.iterations
     if run.model.adapter:
         return iterations
-    oldest = 1  # a base model's theta_0 is a pointer
-    if not method.config.keep_policies:
-        needed = [iterations - 1, method.oldest_policy(iterations + 1)]
-        if saves:  # those that are kept begin the next ones
-            begun = range(max(2, iterations - limit + 1), iterations + 1)
-            needed += [method.oldest_policy(t) for t in begun]
-        oldest = max(1, min(needed))
+    needed = [iterations - 1, method.oldest_policy(iterations + 1)]
+    if saves:  # those that are kept begin the next ones
+        begun = range(max(2, iterations - limit + 1), iterations + 1)
+        needed += [method.oldest_policy(t) for t in begun]
+    # A base model's theta_0 is a pointer.
+    oldest = 1 if method.config.keep_policies else max(1, min(needed))
     return max(0, iterations - oldest)
 
 
 def _tables(run: Run, pairs: Pairs) -> int:
     """Parquet files: tokens as well as this dataset's compress, and figures, which hardly do."""
-    tried = np.arange(min(len(pairs), _TRIED))
     columns = {name: getattr(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    tried = np.arange(min(len(pairs), _TRIED))
     sample = {name: column.take(tried) for name, column in columns.items()}
-    buffer = pa.BufferOutputStream()
-    pq.write_table(make_table(sample), buffer, compression="zstd")
+    pq.write_table(make_table(sample), buffer := pa.BufferOutputStream(), compression="zstd")
     tokens = sum(int(column.lengths.sum()) for column in sample.values())
     per_token = buffer.getvalue().size / tokens
     total = sum(int(each.lengths.sum(dtype=np.int64)) for each in columns.values()) * per_token

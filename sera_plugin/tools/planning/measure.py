@@ -7,7 +7,6 @@ memory is allocated, and the model's abilities are known.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import PluginManager
 from axolotl.train import setup_model_and_trainer
 from axolotl.utils.dict import DictDefault
+from torch.utils.benchmark import Timer
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import GIB
@@ -59,14 +59,10 @@ def existing(place: Path) -> Path:
 def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float | None, str]:
     """Run two iterations over some of the pairs and time them: speed, tokens of a sample, words.
 
-    `rows` says which of the host's prepared `dataset` are the run's pairs.
-
-    Raises:
-        ValueError: if it runs out of memory.
-        ValueError, RuntimeError: whatever else the run itself would raise.
+    `rows` says which of the host's prepared `dataset` are the run's pairs. A ValueError if it runs
+    out of memory; whatever else the run itself would raise.
     """
-    chosen = _chosen(run)
-    start = perf_counter()
+    chosen, start = _chosen(run), perf_counter()
     with _set_aside(run) as cfg:
         few = dataset.select([rows[index] for index in chosen])
         try:
@@ -84,10 +80,9 @@ def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float |
     mean = sampled["tokens"] / sampled["sequences"] if sampled else None
     config = SeraConfig(**cfg.sera)
     method = replace(run.method, config=config, total=len(chosen), iterations=2)
-    short = replace(run, method=method, pairs=run.pairs[chosen], held_out=None, sampled=mean)
-    said = (
-        f"Measured here in {perf_counter() - start:.0f} s, with {len(chosen)} pairs of all lengths"
-    )
+    pairs, nothing, spent = run.pairs[chosen], run.pairs[:0], perf_counter() - start
+    short = replace(run, method=method, pairs=pairs, held_out=nothing, sampled=mean)
+    said = f"Measured here in {spent:.0f} s, with {len(chosen)} pairs of all lengths"
     if mean is not None:
         said += f"; samples had {mean:.0f} tokens on average"
     if torch.cuda.is_available():
@@ -101,7 +96,7 @@ def _chosen(run: Run) -> list[int]:
 
     Their lengths are spread as all pairs' are, the longest among them.
     """
-    batch, pairs = run.micro_batch * run.accumulation, run.pairs
+    batch, pairs = run.cfg.micro_batch_size * run.cfg.gradient_accumulation_steps, run.pairs
     needed = [_STEPS * batch, run.scored_tokens / pairs.both.mean()]
     if run.sample:
         prompt = (pairs.prompt + run.limits).mean()
@@ -124,7 +119,7 @@ def _set_aside(run: Run) -> Iterator[DictDefault]:
     LOG.setLevel(logging.ERROR)
     try:
         with TemporaryDirectory(dir=place, prefix=".sera-plan-") as directory:
-            cfg = DictDefault({**copy.deepcopy(run.cfg), **_SHORT, "output_dir": directory})
+            cfg = DictDefault({**run.cfg, **_SHORT, "output_dir": directory})
             if run.method.iterations == 1:
                 cfg.sera = {**cfg.sera, "selection_ratio": 1.0, "bootstrap_ratio": 0.0}
             plugins.cfg = cfg
@@ -145,15 +140,10 @@ def fastest(run: Run) -> Speed:
     weights = torch.ones(size, size, dtype=kind, device=device)
 
     def rate(rows: int) -> float:
-        tokens = torch.ones(rows, size, dtype=kind, device=device)
-        best, until = 0.0, perf_counter() + _PROBE
-        while perf_counter() < until:
-            start = perf_counter()
-            tokens @ weights
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2.0 * rows * weights.numel() / (perf_counter() - start))
-        return best
+        both = {"tokens": torch.ones(rows, size, dtype=kind, device=device), "weights": weights}
+        timer = Timer("tokens @ weights", globals=both, num_threads=torch.get_num_threads())
+        seconds = min(timer.blocked_autorange(min_run_time=_PROBE).times)
+        return 2.0 * rows * weights.numel() / seconds
 
     many, model = rate(size), run.model
     per_token = 2.0 * (model.matrices - model.adapter + model.vocabulary * model.hidden)
@@ -165,21 +155,17 @@ def fastest(run: Run) -> Speed:
 def _speed(short: Run, summary: dict[str, Any]) -> Speed:
     """What the second iteration did in a second, counted as the plan counts it."""
     last, seconds = iterations(short)[-1], summary["seconds"]
-    rates = {
-        phase: flops(short, phase, last.phases[phase]) / seconds[phase]
-        for phase in ("score_offline", "score_candidates", "train")
-        if phase in last.phases
-    }
+
+    def rate(phase: str) -> float:
+        return flops(short, phase, last.phases[phase]) / seconds[phase]
+
+    scoring = candidates = rate("score_offline")
     sampling = engine = 0.0
     if "sample" in last.phases:
+        candidates = rate("score_candidates")
         engine = seconds.get("start_engine", 0.0) + seconds.get("stop_engine", 0.0)
         sampling = (seconds["sample"] - engine) / summary["forwarded"]["sample"]["tokens"]
-    return Speed(
-        scoring=rates["score_offline"],
-        candidates=rates.get("score_candidates", rates["score_offline"]),
-        # Fewer sampled pairs than planned may exist.
-        training=rates["train"] * summary["pairs"]["trained"] / last.pairs,
-        sampling=sampling,
-        selecting=seconds.get("select", 0.0) / last.pairs,
-        engine=engine,
-    )
+    # Fewer sampled pairs than planned may exist.
+    training = rate("train") * summary["pairs"]["trained"] / last.pairs
+    selecting = seconds.get("select", 0.0) / last.pairs
+    return Speed(scoring, candidates, training, sampling, selecting, engine)

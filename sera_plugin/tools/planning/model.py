@@ -71,45 +71,31 @@ def state_bytes(optimizer: str, weights: Sequence[tuple[int, int, bool]]) -> int
 
 @dataclass(frozen=True)
 class Model:
-    """What memory and time of a causal language model depend on.
+    """What memory and time of a causal language model depend on."""
 
-    Attributes:
-        kind: `model_type` of its config.json.
-        parameters, adapter: weights of the base model, shared ones once, and of the adapter.
-        weights: bytes of the base model as it lies on the device.
-        trained: (elements, bytes per element, whether a table of embeddings) of each weight.
-        copies: bytes of weights' copies in the type that passes compute in: autocast keeps one of
-            each float32 matrix in training, bitsandbytes makes one of a quantised layer at a time.
-        matrices: weights of the layers that each token is multiplied with, but the output layer.
-        kept: bytes per token that all layers keep for the backward pass, and what the length of its
-            sequence adds to them per token.
-        width, hidden_width: bytes per element in passes, and between layers.
-        queries: width of all query heads together.
-        cache: elements of one token's keys and values in all layers.
-        gated: whether the feed-forward part multiplies two projections (SwiGLU).
-        unserved: why vLLM would not serve it as it is trained, or None.
-        quantised_already: how its checkpoint is quantised ("gptq"), or None.
-    """
-
-    kind: str
-    parameters: int
-    adapter: int
-    weights: int
+    parameters: int  # weights of the base model, shared ones once
+    adapter: int  # weights of the adapter
+    weights: int  # bytes of the base model as it lies on the device
+    #: (elements, bytes per element, whether a table of embeddings) of each weight.
     trained: tuple[tuple[int, int, bool], ...]
+    #: Bytes of weights in the type that passes compute in: in training autocast keeps a copy of
+    #: each float32 matrix, bitsandbytes makes one of a quantised layer at a time.
     copies: int
-    matrices: int
+    matrices: int  # weights that each token is multiplied with, but for the output layer's
+    #: Bytes per token that all layers keep for the backward pass, and what the length of its
+    #: sequence adds to them per token.
     kept: tuple[float, float]
-    width: int
-    hidden_width: int
+    width: int  # bytes per element in passes
+    hidden_width: int  # the same between layers
     layers: int
     hidden: int
     intermediate: int
     vocabulary: int
-    queries: int
-    cache: int
-    gated: bool
-    unserved: str | None = None
-    quantised_already: str | None = None
+    queries: int  # width of all query heads together
+    cache: int  # elements of one token's keys and values in all layers
+    gated: bool  # whether the feed-forward part multiplies two projections (SwiGLU)
+    unserved: str | None = None  # why vLLM would not serve it as it is trained
+    quantised_already: str | None = None  # how its checkpoint is ("gptq")
 
     @property
     def trained_bytes(self) -> int:
@@ -125,11 +111,8 @@ class Model:
 def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
     """Build the model that the host's `cfg` names, and its adapter, without weights.
 
-    The host's tokenizer may enlarge the vocabulary; `on_gpu` is where the run will be.
-
-    Raises:
-        ValueError: if the model cannot be passed like a causal language model of transformers.
-        OSError: if its config.json is not there.
+    The host's tokenizer may enlarge the vocabulary; `on_gpu` is where the run will be. A ValueError
+    if it is no causal language model of transformers, an OSError without its config.json.
     """
     config = load_model_config(cfg)
     name = f"base_model: {quoted(cfg.base_model, 200)} (model_type {config.model_type})"
@@ -165,23 +148,16 @@ def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
 def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
     cfg, rows = loader.cfg, loader.model.get_input_embeddings().num_embeddings
     loader._resize_token_embeddings()
-    linears = [
-        module
-        for module in loader.model.modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not loader.model.get_output_embeddings()
-    ]
-    gated = any("gate" in name for name, _ in loader.model.named_modules())
     loader.patch_manager._apply_adapter_patches()
     loader._configure_embedding_dtypes()
-    width = cfg.torch_dtype.itemsize
-    bits = 4 if cfg.load_in_4bit else 8 if cfg.load_in_8bit else None
+    model, width, unserved = loader.model, cfg.torch_dtype.itemsize, None
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    base, linears = list(model.parameters()), [layer.weight for layer in layers]
+    bits = 4 if cfg.load_in_4bit else 8 if cfg.load_in_8bit else 0
     if bits:
-        for layer in linears:  # the host leaves alone what bitsandbytes has quantised
-            layer.weight.data = layer.weight.data.to(cfg.torch_dtype)
-    model, unserved = loader.model, None
-    table = model.get_input_embeddings()
-    base = list(model.parameters())
+        for weight in linears:  # the host leaves alone what bitsandbytes has quantised
+            weight.data = weight.data.to(cfg.torch_dtype)
     number = next((int(getattr(text, name)) for name in _EXPERTS if getattr(text, name, 0)), 0)
     experts = sum(w.numel() for w in base if w.dim() == 3 and len(w) == number)
     if cfg.adapter:
@@ -196,33 +172,27 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
             unserved = "the adapter stands on a model whose vocabulary was resized after loading"
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    frozen = {id(layer.weight): layer.weight for layer in linears} if bits else {}
+    quantised = {id(weight) for weight in linears} if bits else set()
     double = (cfg.bnb_config_kwargs or {}).get("bnb_4bit_use_double_quant", True)
     heads = int(text.num_attention_heads)
     head_width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     added = sum(weight.numel() for weight in trained) if cfg.adapter else 0
-    copies = sum(
-        m.weight.numel() * width
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and m.weight.requires_grad and m.weight.element_size() > width
-    )
-    quantised = getattr(loader.model_config, "quantization_config", None) or {}
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    wide = [w for w in matrices if w.requires_grad and w.element_size() > width]
+    already = getattr(loader.model_config, "quantization_config", None) or {}
     return Model(
-        kind=str(loader.model_config.model_type),
         parameters=sum(weight.numel() for weight in base),
         adapter=added,
         weights=sum(
-            quantised_bytes(weight.numel(), len(weight), bits, double)
-            if id(weight) in frozen and bits
-            else weight.numel() * weight.element_size()
-            for weight in base
+            _quantised_bytes(w, bits, double) if id(w) in quantised else w.nbytes for w in base
         ),
         # `policies.tidy_adapters` keeps all of an adapter in float32.
         trained=tuple(
             (w.numel(), 4 if cfg.adapter else w.element_size(), id(w) in tables) for w in trained
         ),
-        copies=copies + max((width * w.numel() for w in frozen.values()), default=0),
-        matrices=sum(layer.weight.numel() for layer in linears)
+        copies=width * sum(w.numel() for w in wide)
+        + width * max((w.numel() for w in linears if bits), default=0),
+        matrices=sum(weight.numel() for weight in linears)
         + experts * int(getattr(text, "num_experts_per_tok", None) or 1) // max(1, number)
         + added,
         kept=_kept(model, cfg, bool(experts), on_gpu),
@@ -234,13 +204,13 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         vocabulary=int(table.num_embeddings),
         queries=heads * head_width,
         cache=cache_bytes_per_token(loader.model, 1),
-        gated=gated or bool(experts),
+        gated=bool(experts) or any("gate" in name for name, _ in model.named_modules()),
         unserved=unserved,
-        quantised_already=dict(quantised).get("quant_method"),
+        quantised_already=dict(already).get("quant_method"),
     )
 
 
-def quantised_bytes(elements: int, rows: int, bits: int, double: bool) -> int:
+def _quantised_bytes(weight: torch.Tensor, bits: int, double: bool) -> int:
     """A linear layer's weight in 8 or 4 bits, with its scales.
 
     Source: bitsandbytes 0.50. 8 bits: a float32 scale per row (Dettmers et al. 2022, "LLM.int8()").
@@ -249,10 +219,10 @@ def quantised_bytes(elements: int, rows: int, bits: int, double: bool) -> int:
     section 3).
     """
     if bits == 8:
-        return elements + 4 * rows
-    blocks = math.ceil(elements / 64)
+        return weight.numel() + 4 * len(weight)
+    blocks = math.ceil(weight.numel() / 64)
     scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 if double else 4 * blocks
-    return math.ceil(elements / 2) + 4 * 16 + scales
+    return math.ceil(weight.numel() / 2) + 4 * 16 + scales
 
 
 class _Mask(nn.Module):
@@ -281,12 +251,12 @@ def _kept(model: Any, cfg: DictDefault, experts: bool, on_gpu: bool) -> tuple[fl
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
         measured = []
         for length in _LENGTHS:
-            found: dict[int, int] = {}
+            found: dict[int, torch.UntypedStorage] = {}
 
-            def pack(tensor: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
+            def pack(tensor: torch.Tensor, found: Any = found) -> torch.Tensor:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in own:
-                    found[storage._cdata] = storage.nbytes()
+                    found[storage._cdata] = storage  # held, or another takes its address
                 return tensor
 
             ids = torch.ones(_LINES, length, dtype=torch.long)
@@ -296,6 +266,6 @@ def _kept(model: Any, cfg: DictDefault, experts: bool, on_gpu: bool) -> tuple[fl
             ):
                 alive = layers(input_ids=ids, attention_mask=ids, use_cache=False)
             del alive
-            measured.append(factor * sum(found.values()) / _LINES)
+            measured.append(factor * sum(one.nbytes() for one in found.values()) / _LINES)
     square, each, _ = np.polyfit(_LENGTHS, measured, 2)
     return float(each), float(square)

@@ -6,12 +6,12 @@ import logging
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from axolotl.cli.config import load_cfg
@@ -34,7 +34,7 @@ from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.planning.counts import disk_parts, lengths
 from sera_plugin.tools.planning.measure import existing, fastest, measure
-from sera_plugin.tools.planning.model import OPTIMIZERS, Model, describe
+from sera_plugin.tools.planning.model import OPTIMIZERS, describe
 from sera_plugin.tools.planning.run import Run
 from sera_plugin.tools.planning.show import figures
 
@@ -48,41 +48,35 @@ _NO_TIME = (
 )
 #: The host's handlers that print.
 _CONSOLES = ("console", "color_console")
+_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str, Any], list[str]]:
     """The plan of a YAML as JSON has it, and remarks on its phases of memory.
 
-    It is compared with a GPU of `gpu` GiB, None for the one here; `measuring` makes a short run.
-
-    Raises:
-        ValueError, OSError: for a configuration or data that cannot be trained, with what to do.
+    It is compared with a GPU of `gpu` GiB, None for the one here; `measuring` makes a short run. A
+    ValueError or OSError if the configuration or its data cannot be trained, with what to do.
     """
     for handler in [*logging.getLogger().handlers, *logging.getLogger("axolotl").handlers]:
         if isinstance(handler, logging.StreamHandler) and handler.name in _CONSOLES:
             handler.setStream(sys.stderr)
             handler.setLevel(logging.WARNING)
     cfg = parse(path)
-    config = SeraConfig(**cfg.sera)
-    tokenizer = load_tokenizer(cfg)
+    config, tokenizer = SeraConfig(**cfg.sera), load_tokenizer(cfg)
     device, memory = _device(gpu)
-
-    def described(changed: Any) -> Model:
-        return describe(DictDefault(changed), tokenizer, memory is not None)
-
+    described = partial(describe, tokenizer=tokenizer, on_gpu=memory is not None)
     model = described(cfg)
     data = PluginManager.get_instance().load_datasets(cfg, preprocess=True)
     end_ids = model_end_ids(SimpleNamespace(generation_config=_generation(cfg)), tokenizer)
 
-    def prepared(dataset: Any, split: str) -> tuple[TokenizedRows, Any]:
+    def prepared(dataset: Any, split: str) -> tuple[TokenizedRows, Pairs, Any]:
         rows = prepare_rows(dataset, tokenizer, end_ids, cfg, config, split)
-        every = rows.prompt_ids, rows.chosen_ids, rows.rejected_ids
-        return rows, lengths(*(np.array([len(ids) for ids in column]) for column in every))
+        columns = {name: getattr(rows, name) for name in _COLUMNS}
+        pairs = Pairs.from_table(make_table(columns))
+        return rows, pairs, lengths(*(getattr(pairs, name).lengths for name in _COLUMNS))
 
-    rows, sizes = prepared(data.train_dataset, "train")
-    held_out = prepared(data.eval_dataset, "eval")[1] if data.eval_dataset else None
-    ids = {name: getattr(rows, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    pairs = Pairs.from_table(make_table(ids))
+    rows, pairs, sizes = prepared(data.train_dataset, "train")
+    held_out = prepared(data.eval_dataset, "eval")[2] if data.eval_dataset else sizes[:0]
     kept = data.train_dataset.select(rows.rows)
     columns = {name: kept[name][:] for name in config.score_columns}
     method = Method(
@@ -96,9 +90,8 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str,
     )
     choice = Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
     if gpu is None or model.unserved or config.sampler not in ("vllm", "vllm-server"):
-        choice = choose_sampler(
-            config.sampler, config.vllm_python or sys.executable, model.unserved
-        )
+        python = config.vllm_python or sys.executable
+        choice = choose_sampler(config.sampler, python, model.unserved)
     run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described)
     speed, speed_from = None, _NO_TIME
     room: tuple[int | None, int | None] = None, None
@@ -109,35 +102,22 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str,
     elif gpu is None:
         speed, speed_from = fastest(run), _AT_LEAST
     if gpu is None:
-        disk = shutil.disk_usage(existing(Path(cfg.output_dir)))
-        room = psutil.virtual_memory().available, disk.free
+        free = shutil.disk_usage(existing(Path(cfg.output_dir))).free
+        room = psutil.virtual_memory().available, free
     with TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         files = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
-    found = figures(
-        run,
-        speed,
-        _about(path, run, sum(map(len, rows.dropped.values())), choice),
-        device,
-        room,
-        disk_parts(run, pairs, files),
-        speed_from=speed_from,
-        notes=notes_of(run),
-    )
+    about = {"plan": str(path)} | _about(run, sum(map(len, rows.dropped.values())), choice)
+    disk, notes = disk_parts(run, pairs, files), notes_of(run)
+    found = figures(run, speed, about, device, room, disk, speed_from=speed_from, notes=notes)
     return found, [f"{phase.name}: {phase.note}" for phase in run.phases if phase.note]
 
 
 def parse(path: Path) -> DictDefault:
-    """The host's own parsing and checks, with nothing written into output_dir.
-
-    Raises:
-        ValueError, OSError: naming the key and what to do.
-    """
+    """The host's own parsing and checks, with nothing written into output_dir."""
     written = read_yaml(path)
-    _require_model(
-        written.get("base_model_config") or written.get("base_model"),
-        written.get("revision_of_model"),
-    )
+    base_model = written.get("base_model_config") or written.get("base_model")
+    _require_model(base_model, written.get("revision_of_model"))
     # The host begins output_dir's debug.log anew, and there may be a run there.
     with TemporaryDirectory() as scratch:
         cfg = load_cfg(str(path), output_dir=scratch)
@@ -186,22 +166,19 @@ def _device(gpu: float | None) -> tuple[str, int | None]:
     return "no GPU", None
 
 
-def _about(path: Path, run: Run, dropped: int, choice: Choice) -> dict[str, str]:
-    model, pairs = run.model, run.pairs
+def _about(run: Run, dropped: int, choice: Choice) -> dict[str, str]:
+    cfg, model, pairs = run.cfg, run.model, run.pairs
     bits = f" in {run.bits} bits" if run.bits else ""
     what = f"an adapter of {model.adapter:,} trained" if model.adapter else "all trained"
-    held_out = 0 if run.held_out is None else len(run.held_out)
-    width = "float32" if model.width == 4 else "16 bits"
+    width = "computed in float32" if model.width == 4 else "computed in 16 bits"
     prompt, answer = pairs.prompt.mean(), pairs.completions.mean() / 2
     found = {
-        "plan": str(path),
-        "model": f"{model.kind}, {model.parameters:,} parameters{bits}, {what}; computed in "
-        f"{width}",
-        "data": f"{len(pairs):,} pairs ({dropped:,} rows dropped), {held_out:,} held out; "
+        "model": f"{cfg.model_config_type}, {model.parameters:,} parameters{bits}, {what}; {width}",
+        "data": f"{len(pairs):,} pairs ({dropped:,} rows dropped), {len(run.held_out):,} held out; "
         f"prompts of {prompt:.0f} and completions of {answer:.0f} tokens on average",
         "training": f"{run.method.iterations} iterations, "
-        f"{run.micro_batch} pairs x {run.accumulation}, "
-        f"{run.optimizer}, gradient checkpointing {'on' if run.checkpointing else 'off'}",
+        f"{cfg.micro_batch_size} pairs x {cfg.gradient_accumulation_steps}, {run.optimizer}, "
+        f"gradient checkpointing {'on' if cfg.gradient_checkpointing else 'off'}",
     }
     if run.sample:
         found["sampler"] = f"{choice.name} ({choice.reason})"
@@ -221,6 +198,6 @@ def notes_of(run: Run) -> list[str]:
         f"The checkpoint is quantised with {quantised}; its weights are counted as the "
         "YAML would load them.": quantised,
         "fsdp_config shares weights, gradients and optimizer state among processes; all figures "
-        "here are for one process that holds them all.": run.cfg.get("fsdp_config"),
+        "here are for one process that holds them all.": run.cfg.fsdp_config,
     }
     return [note for note, applies in notes.items() if applies]

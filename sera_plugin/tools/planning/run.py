@@ -13,18 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from axolotl.utils.dict import DictDefault
 
 from sera_plugin.algorithm.method import Method, Schedule
-from sera_plugin.model.budget import (
-    ENGINE_OVERHEAD,
-    ENGINE_SEQUENCES,
-    ENGINE_SLACK,
-    GIB,
-    SAMPLED_ON_CPU,
-    SCORED_ON_CPU,
-    scoring_bytes_per_token,
-    tokens_per_pass,
-)
+from sera_plugin.model import budget
+from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SLACK, GIB
 from sera_plugin.model.forward import KEPT_LOGITS, LOGITS
 from sera_plugin.tools.planning.model import FOREACH, Model, state_bytes
 
@@ -34,21 +27,13 @@ DEVICE_OVERHEAD = GIB
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase takes of the device.
+    """What one phase takes of the device."""
 
-    Attributes:
-        name: `score`, `sample`, `train` or `update`, the optimizer's step.
-        parts: bytes by what they are for.
-        note: what to know about them, or "".
-        possible: false where an engine could not start, whatever the sum.
-        waiting: bytes that are in host memory meanwhile.
-    """
-
-    name: str
-    parts: dict[str, int]
-    note: str = ""
-    possible: bool = True
-    waiting: int = 0
+    name: str  # score, sample, train or update, the optimizer's step
+    parts: dict[str, int]  # bytes by what they are for
+    note: str = ""  # what to know about them
+    possible: bool = True  # false where an engine could not start, whatever the sum
+    waiting: int = 0  # bytes that are in host memory meanwhile
 
     @property
     def total(self) -> int:
@@ -60,79 +45,55 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned, for one process.
+    """What is planned, for one process."""
 
-    Attributes:
-        cfg: the host's resolved configuration.
-        model: its model; `describe` is that of a changed configuration.
-        method: the method's constants.
-        pairs, held_out: `lengths` of the data.
-        sampler: transformers, vllm or vllm-server.
-        memory: of the GPU in bytes; None on a CPU, where host memory takes its place.
-        sampled: mean tokens of a sample where that was measured.
-    """
-
-    cfg: Mapping[str, Any]
+    cfg: DictDefault  # the host's, resolved
     model: Model
     method: Method
-    pairs: Any
+    pairs: Any  # `lengths` of the data, and of what is held out of it, which may be nothing
     held_out: Any
-    sampler: str
-    memory: int | None
-    describe: Callable[[Mapping[str, Any]], Model]
-    sampled: float | None = None
+    sampler: str  # transformers, vllm or vllm-server
+    memory: int | None  # of the GPU in bytes; None on a CPU, where host memory takes its place
+    describe: Callable[[Mapping[str, Any]], Model]  # the model of a changed configuration
+    sampled: float | None = None  # mean tokens of a sample where that was measured
 
     def changed(self, keys: Mapping[str, Any]) -> Run:
         """The run with other values of some keys, `vllm.a` those of a block."""
-        cfg = dict(self.cfg)
+        cfg = DictDefault(self.cfg)
         for key, value in keys.items():
             block, _, inner = key.partition(".")
-            cfg[block] = {**(cfg.get(block) or {}), inner: value} if inner else value
-        run = replace(self, cfg=cfg, sampler=keys.get("sera.sampler", self.sampler))
-        if length := keys.get("sequence_len"):
-            pairs, held_out = (
-                each if each is None else each[each.longer <= length]
-                for each in (self.pairs, self.held_out)
-            )
-            run = replace(run, pairs=pairs, held_out=held_out)
-        return replace(run, model=self.describe(cfg)) if "adapter" in keys else run
-
-    @property
-    def micro_batch(self) -> int:
-        return int(self.cfg["micro_batch_size"])
-
-    @property
-    def accumulation(self) -> int:
-        return int(self.cfg.get("gradient_accumulation_steps") or 1)
-
-    @property
-    def checkpointing(self) -> bool:
-        return bool(self.cfg.get("gradient_checkpointing"))
+            cfg[block] = {**(cfg[block] or {}), inner: value} if inner else value
+        return replace(
+            self,
+            cfg=cfg,
+            model=self.describe(cfg) if "adapter" in keys else self.model,
+            sampler=keys.get("sera.sampler", self.sampler),
+            pairs=self.pairs[self.pairs.longer <= cfg.sequence_len],
+            held_out=self.held_out[self.held_out.longer <= cfg.sequence_len],
+        )
 
     @property
     def utilization(self) -> float | None:
-        return (self.cfg.get("vllm") or {}).get("gpu_memory_utilization")
+        return (self.cfg.vllm or {}).get("gpu_memory_utilization")
 
     @property
     def bits(self) -> int | None:
-        return 4 if self.cfg.get("load_in_4bit") else 8 if self.cfg.get("load_in_8bit") else None
+        return 4 if self.cfg.load_in_4bit else 8 if self.cfg.load_in_8bit else None
 
     @property
     def optimizer(self) -> str:
-        optimizer = self.cfg.get("optimizer") or "adamw_torch_fused"
-        return str(getattr(optimizer, "value", optimizer))
+        return str(getattr(self.cfg.optimizer, "value", self.cfg.optimizer))
 
     @cached_property
     def schedule(self) -> Schedule:
-        drop_last = bool(self.cfg.get("dataloader_drop_last"))
-        return Schedule(self.method.sizes, self.micro_batch, self.accumulation, drop_last)
+        batches = self.cfg.micro_batch_size, self.cfg.gradient_accumulation_steps
+        return Schedule(self.method.sizes, *batches, bool(self.cfg.dataloader_drop_last))
 
     @property
     def limits(self) -> npt.NDArray[np.int64]:
         """(N,) most tokens of a sample for each prompt, see `prompts.room`."""
-        most = np.full(len(self.pairs), self.method.config.max_new_tokens, dtype=np.int64)
-        length = self.cfg.get("sequence_len")
-        return np.minimum(most, length - self.pairs.prompt if length else most)
+        room = self.cfg.sequence_len - self.pairs.prompt
+        return np.minimum(self.method.config.max_new_tokens, room)
 
     @property
     def expected(self) -> npt.NDArray[np.float64]:
@@ -153,34 +114,27 @@ class Run:
     @cached_property
     def completion(self) -> int:
         """Tokens of the longest completion that there can be."""
-        every = [max(each.chosen.max(), each.rejected.max()) for each in self._data]
-        return int(max(*every, self.sample))
+        every = np.concatenate([self.pairs, self.held_out])
+        return max(int(every["chosen"].max()), int(every["rejected"].max()), self.sample)
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest prompt and completion that is scored, sampled or trained."""
-        every = [each.longer.max() for each in self._data]
-        if self.sample:
-            every.append((self.pairs.prompt + self.limits).max())
-        return int(max(every))
-
-    @property
-    def _data(self) -> list[Any]:
-        return [each for each in (self.pairs, self.held_out) if each is not None and len(each)]
+        given = np.concatenate([self.pairs, self.held_out])["longer"].max()
+        sampled = (self.pairs.prompt + self.limits).max() if self.sample else 0
+        return int(max(given, sampled))
 
     @property
     def scored_tokens(self) -> int:
         """Tokens of a scoring pass, as `budget.scoring_budget` plans it."""
-        return self._pass(scoring_bytes_per_token(self.model.hidden), SCORED_ON_CPU)
+        each, longest = budget.scoring_bytes_per_token(self.model.hidden), self.cfg.sequence_len
+        return budget.tokens_per_pass(self.memory, each, longest, budget.SCORED_ON_CPU)
 
     @property
     def sampled_tokens(self) -> int:
         """Tokens of prompts and samples in a batch of `sampling.transformers`."""
-        return self._pass(4 * self.model.cache, SAMPLED_ON_CPU)
-
-    def _pass(self, per_token: int, on_cpu: int) -> int:
-        longest = int(self.cfg.get("sequence_len") or 0)
-        return tokens_per_pass(self.memory, per_token, longest, on_cpu)
+        each, longest = 4 * self.model.cache, self.cfg.sequence_len
+        return budget.tokens_per_pass(self.memory, each, longest, budget.SAMPLED_ON_CPU)
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -223,18 +177,17 @@ class Run:
         float32, or those of one chunk at a time; behind it come the gradients of the loss and of
         the logits.
         """
-        model, layers = self.model, self._kept[0]
-        elements = 2 * self.micro_batch * self.completion * model.vocabulary
+        model, (layers, inputs), sequences = self.model, self._kept, 2 * self.cfg.micro_batch_size
+        elements = sequences * self.completion * model.vocabulary
         chunk = min(elements, LOGITS)
         logits = 4 * (elements if elements <= KEPT_LOGITS else chunk) + 8 * chunk
         one = layers / model.layers
         between = (2 if model.gated else 1) * model.intermediate
-        tokens = 2 * self.micro_batch * self.longest
-        working = tokens * model.width * (model.hidden + between) - logits
-        if self.cfg.get("activation_offloading"):
+        working = sequences * self.longest * model.width * (model.hidden + between) - logits
+        if self.cfg.activation_offloading:
             kept = 2 * one
-        elif self.checkpointing:
-            kept = self._kept[1] + max(0.0, one + working)
+        elif self.cfg.gradient_checkpointing:
+            kept = inputs + max(0.0, one + working)
         else:
             kept = layers + max(0, working)
         return {"activations": round(kept), "logits": logits}
@@ -242,7 +195,7 @@ class Run:
     @property
     def _kept(self) -> tuple[float, int]:
         """Bytes that a micro-batch's layers keep for their backward pass, and of their inputs."""
-        model, tokens = self.model, 2 * self.micro_batch * self.longest
+        model, tokens = self.model, 2 * self.cfg.micro_batch_size * self.longest
         each, square = model.kept
         layers = tokens * (each + square * self.longest)
         return layers, tokens * model.layers * model.hidden_width * model.hidden
@@ -274,8 +227,7 @@ class Run:
         """
         candidates, each = self.method.config.candidates, self.model.width * self.model.cache
         tokens = max(self.sampled_tokens, candidates * self.longest)
-        shortest = int(self.pairs.prompt.min())
-        lines = max(candidates, tokens // (shortest + self.sample))
+        lines = max(candidates, tokens // (int(self.pairs.prompt.min()) + self.sample))
         prompts = max(0, tokens - lines * self.sample)
         later = (tokens - prompts) * each
         return {
@@ -287,14 +239,16 @@ class Run:
     def _engine(self, memory: int, resident: dict[str, int]) -> Phase:
         """vLLM beside the training run or in its place, as `offload.make_room` decides."""
         utilization = self.utilization
-        devices = int((self.cfg.get("vllm") or {}).get("tensor_parallel_size") or 1)
+        devices = (self.cfg.vllm or {}).get("tensor_parallel_size") or 1
         weights = self.model.parameters * self.model.width // devices
-        cache = ENGINE_SEQUENCES * self.longest * self.model.width * self.model.cache // devices
+        lines = budget.ENGINE_SEQUENCES * self.longest
+        cache = lines * self.model.width * self.model.cache // devices
         room = memory - DEVICE_OVERHEAD
         wanted, given = weights + cache + ENGINE_OVERHEAD, room - ENGINE_SLACK
         if utilization is not None:
             wanted = given = int(utilization * memory)
-        beside = room - sum(resident.values()) >= wanted + ENGINE_SLACK
+        waiting = sum(resident.values())
+        beside = room - waiting >= wanted + ENGINE_SLACK
         note = "beside the training run" if beside else "weights and optimizer wait in host memory"
         if self.bits and weights + ENGINE_OVERHEAD > given:
             weights = self.model.weights // devices
@@ -307,7 +261,7 @@ class Run:
         parts = {"engine": taken + ENGINE_SLACK, "other": DEVICE_OVERHEAD}
         if beside:
             return Phase("sample", resident | parts, note, possible)
-        return Phase("sample", parts, note, possible, waiting=sum(resident.values()))
+        return Phase("sample", parts, note, possible, waiting)
 
     def host_parts(self) -> dict[str, int]:
         """Host memory that a run takes beside the program itself."""
@@ -320,6 +274,6 @@ class Run:
             "policies": max(1, *held) * self.model.trained_bytes,
             "dataset": 4 * int((self.pairs.prompt + self.pairs.completions).sum()),
             "while vLLM samples": max(phase.waiting for phase in self.phases),
-            "offloaded activations": round(offloaded) * bool(self.cfg.get("activation_offloading")),
+            "offloaded activations": round(offloaded) * bool(self.cfg.activation_offloading),
         }
         return {name: size for name, size in parts.items() if size}

@@ -11,7 +11,7 @@ from sera_plugin.model.budget import GIB
 from sera_plugin.tools.planning.counts import Speed, flops, iterations
 from sera_plugin.tools.planning.model import FOREACH
 from sera_plugin.tools.planning.run import Run
-from sera_plugin.tools.report.output import plain_table
+from sera_plugin.tools.report.output import fill, plain_table
 
 #: Columns of the tables of memory and of tokens, in order.
 _PARTS = (
@@ -37,9 +37,8 @@ def figures(
 ) -> dict[str, Any]:
     """The plan as JSON has it.
 
-    `about` is what the run is, for the reader: name, value. `device` and `room` are what it is
-    compared with: its name, and bytes of host memory and disk that are free here. `speed` is None
-    where it is not known how fast the machine is; `said` are `speed_from` and `notes`.
+    `about` is what the run is, for the reader. It is compared with a `device` of that name, and
+    with bytes of host memory and disk that are free. `said` are `speed_from` and `notes`.
     """
     return {
         "about": about,
@@ -55,13 +54,8 @@ def figures(
         "disk": disk,
         "disk_free": room[1],
         "changes": [
-            {
-                "keys": change.keys,
-                "remark": change.remark,
-                "fits": not change.run.failing,
-                "phases": _phases(change.run),
-            }
-            for change in advise(run)
+            {"keys": keys, "remark": remark, "fits": not then.failing, "phases": _phases(then)}
+            for keys, remark, then in advise(run)
         ],
         "speed": None if speed is None else asdict(speed),
         **said,
@@ -95,51 +89,56 @@ def _phases(run: Run) -> list[dict[str, Any]]:
 
 
 def text(found: Mapping[str, Any], remarks: Iterable[str]) -> str:
-    """A plan's JSON in tables, with remarks on its phases of memory."""
-    blocks = [
-        "\n".join(f"{name:<10} {printable(value)}" for name, value in found["about"].items()),
-        _tokens(found["iterations"]),
-        "\n".join([_memory(found["memory"]["phases"]), *remarks]),
-        "\n".join(_verdict(found["memory"], found["changes"])),
-        _elsewhere("host memory", found["memory"]["host"], found["memory"]["host_free"])
-        + "\n"
-        + _elsewhere("disk", found["disk"], found["disk_free"]),
-        _time(found["iterations"], found["speed_from"]),
-        "\n".join(found["notes"]),
-    ]
-    return "\n\n".join(filter(None, blocks))
+    """A plan's JSON in tables and sentences, with remarks on its phases of memory."""
+    every, memory = found["iterations"], found["memory"]
+    return fill(
+        "plan.txt",
+        plan=found,
+        remarks=remarks,
+        tokens=_tokens(every),
+        parts=_memory(memory["phases"]),
+        gpu=f"{(memory['bytes'] or 0) / GIB:.2f} GiB ({memory['device']})",
+        time=f"{_time(every)}\n" if found["speed"] else "",
+        operations=sum(work["flops"] for one in every for work in one["phases"].values()),
+        printable=printable,
+        size=size,
+        elsewhere=_elsewhere,
+    ).strip()
+
+
+def _table(title: str, names: list[str], rows: dict[str, Any], form: Callable[[Any], str]) -> str:
+    """A line of values by name for each label."""
+    lines = []
+    for label, values in rows.items():
+        cells = [values.get(name) for name in names]
+        lines.append([label, *("-" if cell is None else form(cell) for cell in cells)])
+    return plain_table([title, *(name.replace("_", " ") for name in names)], lines)
 
 
 def _tokens(every: list[dict[str, Any]]) -> str:
     names = [name for name in _COUNTED if any(name in one["phases"] for one in every)]
-    counted = {
-        name: {
-            key: sum(one["phases"][name][key] for one in every if name in one["phases"])
-            for key in _COUNTS
-        }
-        for name in names
-    }
 
-    def cells(phases: dict[str, Any]) -> Iterator[str]:
-        for name in names:
-            work = phases.get(name)
-            known = work and name not in _SAMPLED and work["tokens"] == work["most_tokens"]
-            yield f"{'' if known else '~'}{work['tokens']:,}" if work else "-"
+    def total(name: str, key: str) -> int:
+        return sum(one["phases"][name][key] for one in every if name in one["phases"])
 
-    rows = []
+    def cells(steps: int, phases: dict[str, Any], pairs: str = "") -> dict[str, str]:
+        found = {"pairs": pairs, "steps": f"{steps:,}"}
+        for name, work in phases.items():
+            known = name not in _SAMPLED and work["tokens"] == work["most_tokens"]
+            found[name] = f"{'' if known else '~'}{work['tokens']:,}"
+        return found
+
+    rows = {}
     for one in every:
         sampled = f" + {one['bootstrapped']:,}" if one["iteration"] > 1 else ""
-        what = f"{one['kept']:,}{sampled}"
-        rows.append([str(one["iteration"]), what, f"{one['steps']:,}", *cells(one["phases"])])
-    rows.append(["all", "", f"{sum(one['steps'] for one in every):,}", *cells(counted)])
-    most = [counted[name]["most_tokens"] for name in names]
-    if most != [counted[name]["tokens"] for name in names]:
-        rows.append(["at most", "", "", *(f"{count:,}" for count in most)])
-    return plain_table(_head("tokens", "pairs", "steps", *names), rows)
-
-
-def _head(*names: str) -> list[str]:
-    return [name.replace("_", " ") for name in names]
+        pairs = f"{one['kept']:,}{sampled}"
+        rows[str(one["iteration"])] = cells(one["steps"], one["phases"], pairs)
+    counted = {name: {key: total(name, key) for key in _COUNTS} for name in names}
+    rows["all"] = cells(sum(one["steps"] for one in every), counted)
+    if any(work["most_tokens"] != work["tokens"] for work in counted.values()):
+        most = {name: f"{work['most_tokens']:,}" for name, work in counted.items()}
+        rows["at most"] = {"pairs": "", "steps": ""} | most
+    return _table("tokens", ["pairs", "steps", *names], rows, str)
 
 
 def size(amount: float) -> str:
@@ -148,46 +147,14 @@ def size(amount: float) -> str:
 
 
 def _memory(phases: list[dict[str, Any]]) -> str:
-    parts = [name for name in _PARTS if any(phase["bytes"].get(name) for phase in phases)]
+    rows = {phase["phase"]: phase["bytes"] | {"all": phase["all"]} for phase in phases}
+    names = [name for name in (*_PARTS, "all") if any(parts.get(name) for parts in rows.values())]
     small = max(phase["all"] for phase in phases) < GIB
-    unit, name = (2**20, "MiB") if small else (GIB, "GiB")
-    rows = []
-    for phase in phases:
-        each = [phase["bytes"].get(part) for part in parts] + [phase["all"]]
-        rows.append([phase["phase"], *("-" if n is None else f"{n / unit:.2f}" for n in each)])
-    return plain_table([name, *parts, "all"], rows)
+    unit, title = (2**20, "MiB") if small else (GIB, "GiB")
+    return _table(title, names, rows, lambda amount: f"{amount / unit:.2f}")
 
 
-def _verdict(memory: dict[str, Any], changes: list[dict[str, Any]]) -> Iterator[str]:
-    def most(phases: list[dict[str, Any]], between: str = " ") -> str:
-        largest = max(phases, key=lambda phase: phase["all"])
-        return f"{size(largest['all'])}{between}in `{largest['phase']}`"
-
-    phases = memory["phases"]
-    if memory["bytes"] is None:
-        yield (
-            f"At most {most(phases, ', ')}. There is no GPU here to compare with; --gpu GIB "
-            "compares with one of that size."
-        )
-        return
-    device = f"of {memory['bytes'] / GIB:.2f} GiB ({memory['device']})"
-    if memory["fits"]:
-        yield f"Fits: at most {most(phases, f' {device}, ')}."
-        return
-    failing = ", ".join(phase["phase"] for phase in phases if not phase["fits"])
-    yield f"Does not fit: {most(phases)}, {device}. Phases that do not: {failing}."
-    if changes:
-        yield "What to change, each on top of those above it:"
-    for change in changes:
-        fits = "fits" if change["fits"] else "not yet"
-        yield f"  {change['keys']}\n    {change['remark']}; then {most(change['phases'])}: {fits}"
-    if not changes or not changes[-1]["fits"]:
-        yield (
-            "No change that is known here makes it fit. Take a smaller base_model or a larger GPU."
-        )
-
-
-def _elsewhere(name: str, parts: dict[str, int], free: int | None) -> str:
+def _elsewhere(name: str, parts: Mapping[str, int], free: int | None) -> str:
     each = ", ".join(f"{part} {size(amount)}" for part, amount in parts.items() if amount)
     needed = sum(parts.values())
     line = f"{name:<12}{size(needed)}: {each}"
@@ -205,24 +172,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _time(every: list[dict[str, Any]], speed_from: str) -> str:
-    operations = sum(sum(each["flops"] for each in one["phases"].values()) for one in every)
-    counted = f"{operations:.2e} floating-point operations. {speed_from}"
-    if every[0]["seconds"] is None:
-        return f"Time: {counted}"
-    taken = {str(one["iteration"]): one["seconds"] for one in every}
-    names = list(dict.fromkeys(name for each in taken.values() for name in each))
-    taken["all"] = {name: sum(each.get(name, 0.0) for each in taken.values()) for name in names}
-    rows = []
-    for label, each in taken.items():
-        cells = [each.get(name) for name in names] + [sum(each.values())]
-        rows.append([label, *("-" if n is None else duration(n) for n in cells)])
-    return f"{plain_table(_head('time', *names, 'all'), rows)}\n{counted}"
+def _time(every: list[dict[str, Any]]) -> str:
+    rows = {str(one["iteration"]): dict(one["seconds"]) for one in every}
+    names = list(dict.fromkeys(name for each in rows.values() for name in each))
+    rows["all"] = {name: sum(each.get(name, 0.0) for each in rows.values()) for name in names}
+    for each in rows.values():
+        each["all"] = sum(each.values())
+    return _table("time", [*names, "all"], rows, duration)
 
 
 class Change(NamedTuple):
-    """One change on top of those before it: what to write in the YAML, what else it means, and the
-    run with it."""
+    """What to write in the YAML on top of earlier changes, what else it means, the run with it."""
 
     keys: str
     remark: str
@@ -243,12 +203,10 @@ def advise(run: Run) -> list[Change]:
     trials: list[Trial] = []
     best = run
     for trial in _TRIALS:
-        if not best.failing:
-            break
-        for change in _apply([trial], best):
-            if change.run.excess < best.excess:
-                trials.append(trial)
-                best = change.run
+        found = trial(best) if best.failing else None
+        if found and (then := best.changed(found[0])).excess < best.excess:
+            trials.append(trial)
+            best = then
     for trial in trials[-2::-1]:
         fewer = [one for one in trials if one is not trial]
         if not _apply(fewer, run)[-1].run.failing:
@@ -260,11 +218,11 @@ def _apply(trials: Sequence[Trial], run: Run) -> list[Change]:
     changes: list[Change] = []
     for trial in trials:
         if (found := trial(run)) is not None:
-            run = run.changed(found[0])
-            keys = {key: "(remove)" if value is None else str(value).lower()
-                    for key, value in found[0].items()}  # fmt: skip
-            written = ", ".join(f"{key}: {value}" for key, value in keys.items())
-            changes.append(Change(written, found[1], run))
+            keys, remark = found
+            run = run.changed(keys)
+            values = ["(remove)" if one is None else str(one).lower() for one in keys.values()]
+            written = ", ".join(map("{}: {}".format, keys, values))
+            changes.append(Change(written, remark, run))
     return changes
 
 
@@ -273,23 +231,22 @@ def _set(keys: Mapping[str, Any], remark: str, when: Callable[[Run], object]) ->
 
 
 def _micro_batch(run: Run) -> tuple[Mapping[str, Any], str] | None:
-    if "train" not in run.failing:
+    before, accumulation = run.cfg.micro_batch_size, run.cfg.gradient_accumulation_steps
+    trials = [
+        {"micro_batch_size": size, "gradient_accumulation_steps": before * accumulation // size}
+        for size in range(before - 1, 0, -1)
+        if before * accumulation % size == 0
+    ]
+    if "train" not in run.failing or not trials:
         return None
-    effective, keys = run.micro_batch * run.accumulation, None
-    for size in range(run.micro_batch - 1, 0, -1):
-        if effective % size == 0:
-            keys = {"micro_batch_size": size, "gradient_accumulation_steps": effective // size}
-            if "train" not in run.changed(keys).failing:
-                break
-    return None if keys is None else (keys, "the same effective batch")
+    fitting = (keys for keys in trials if "train" not in run.changed(keys).failing)
+    return next(fitting, trials[-1]), "the same effective batch"
 
 
 def _shorter(run: Run) -> tuple[Mapping[str, Any], str] | None:
     for length in range((run.longest - 1) // _STEP * _STEP, 0, -_STEP):
         dropped = int((run.pairs.longer > length).sum())
-        if dropped == len(run.pairs):
-            return None
-        if not run.changed({"sequence_len": length}).failing:
+        if dropped < len(run.pairs) and not run.changed({"sequence_len": length}).failing:
             return {"sequence_len": length}, f"drops {dropped} longer pairs"
     return None
 
@@ -299,7 +256,7 @@ _TRIALS: tuple[Trial, ...] = (
          lambda run: run.utilization is not None and "sample" in run.failing),
     _micro_batch,
     _set({"gradient_checkpointing": True}, "one more forward pass per step",
-         lambda run: not run.checkpointing),
+         lambda run: not run.cfg.gradient_checkpointing),
     _set({"optimizer": "adamw_torch_fused"}, "the same without copies",
          lambda run: run.optimizer in FOREACH and "update" in run.failing),
     _set({"optimizer": "paged_adamw_8bit"}, "states in 8 bits",
