@@ -16,8 +16,9 @@ import yaml
 from click.testing import CliRunner
 
 from sera_plugin.cli import sera
+from sera_plugin.tools.demo.base_model import load_model
 from sera_plugin.tools.demo.world import make_prompt, true_reward
-from tests.conftest import adapter, fill, write_rows
+from tests.conftest import fill, write_rows
 from tests.judge_server import KEY, judge_server
 from tests.test_eval_figures import Engine
 from tests.test_eval_inputs import make_model
@@ -74,22 +75,17 @@ def options(prompts: Path, output: Path, judge: Path | str | None = TRUTH) -> li
     return given if judge is None else [*given, "--judge", judge]
 
 
-def test_models_are_compared_by_the_true_reward_and_a_rerun_needs_no_torch(
-    world, prompts, tmp_path
-):
-    from sera_plugin.tools.demo.base_model import train_base_model
-
+def test_models_are_compared_and_a_rerun_needs_no_torch(world, prompts, tmp_path):
+    model, tokenizer = load_model(world.base)
+    model.model.norm.weight.data *= 2  # tokens that are likely become more so
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "better")
     out = tmp_path / "eval"
-    train_base_model(tmp_path / "better", steps=80, batch_size=32, seed=1)
     arguments = [world.base, tmp_path / "better", *options(prompts, out), "--json"]
-    printed = call(*arguments)
-    found = json.loads(printed)
+    found = json.loads(printed := call(*arguments))
     assert found == json.loads((out / "results.json").read_text())
     base, better = found["models"]
     assert (base["name"], better["name"]) == ("base", "better")
-    rate = better["win_rate"]
-    assert rate["low"] < rate["rate"] < rate["high"]
-    assert rate["wins"] + rate["ties"] + rate["losses"] == 60
     assert list(better["categories"]) == ["a", "b"]
 
     # The figures are those of the answers, by the world's own reward.
@@ -100,7 +96,8 @@ def test_models_are_compared_by_the_true_reward_and_a_rerun_needs_no_torch(
         rewards[name] = np.array([true_reward(a["instruction"], a["output"]) for a in answers])
     outcomes = (np.sign(rewards["better"] - rewards["base"]) + 1) / 2
     assert better["score"]["mean"] == pytest.approx(rewards["better"].mean())
-    assert rate["rate"] == pytest.approx(outcomes.mean())
+    assert better["win_rate"]["rate"] == pytest.approx(outcomes.mean())
+    assert 0 < better["win_rate"]["wins"] == (outcomes > 0.5).sum() < 60
     assert [one["outcome"] for one in rows_of(out / "verdicts.jsonl")] == outcomes.tolist()
     assert (out / "eval.html").read_text().startswith("<!DOCTYPE html>")
     assert not list(tmp_path.rglob("*.partial"))
@@ -188,23 +185,6 @@ def test_the_docs_name_every_file_option_and_column(letters, names, prompts, tmp
                 assert f"| `{option.opts[0]}` | `{option.default}` |" in text
 
 
-@pytest.mark.slow
-def test_a_trained_run_and_its_iterations(base_config, train, prompts, tmp_path):
-    output = train(base_config | adapter() | {"num_epochs": 2}).output
-    found = figures_of(output, "--iterations", *options(prompts, tmp_path / "eval"))
-    assert [one["name"] for one in found["models"]] == ["out@0", "out@1", "out"]
-    texts = [
-        [one["output"] for one in json.loads((tmp_path / f"eval/outputs/{name}.json").read_text())]
-        for name in ("out@0", "out@1", "out")
-    ]
-    assert texts[0] != texts[1] != texts[2]
-    # theta_0 is the base model: the same seed gives the same answers.
-    alone = figures_of(base_config["base_model"], output, *options(prompts, tmp_path / "two"))
-    base = json.loads((tmp_path / "two/outputs/base.json").read_text())
-    assert [one["output"] for one in base] == texts[0]
-    assert alone["models"][1]["win_rate"] == found["models"][2]["win_rate"]
-
-
 JUDGE = """
 import pathlib
 from sera_plugin.tools.demo.world import true_reward
@@ -253,20 +233,15 @@ def test_a_full_disk(letters, names, prompts, small_disk):
     ("changes", "said"),
     [
         ({"--prompts": "{}/none.jsonl"}, "No such file or directory"),
-        ({"--prompts": "{}/empty.jsonl"}, "holds no prompts"),
         ({"--judge": "nobody"}, "'nobody' is neither a YAML file"),
         ({"--judge": "{}/judge.yaml"}, "judge.yaml: base_url is missing"),
         ({"--prompt-format": "no place"}, "--prompt-format has no {prompt}"),
-        ({"--temperature": "-1"}, "Invalid value for '--temperature'"),
         ({"--limit": "0"}, "Invalid value for '--limit'"),
         ({"--vllm-python": "/no/such"}, "--vllm-python: '/no/such' is not a program"),
         ({"--seed": "1", "{}/a.json": None}, "no row answers any of these prompts"),
     ],
 )
-def test_wrong_usage_ends_with_2_before_anything_is_sampled(
-    names, prompts, tmp_path, changes, said
-):
-    (tmp_path / "empty.jsonl").touch()
+def test_wrong_usage_ends_with_2(names, prompts, tmp_path, changes, said):
     (tmp_path / "judge.yaml").write_text("model: m")
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": "another", "output": "b"}]))
     given = dict(zip(*[iter(options(prompts, tmp_path / "eval"))] * 2, strict=True)) | changes

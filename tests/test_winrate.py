@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import re
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from sera_plugin.tools.evaluation.winrate import (
-    by_category,
-    length_controlled,
-    mean_score,
-    win_rate,
-)
+from sera_plugin.tools.evaluation.winrate import length_controlled, mean_score, win_rate
 
 NAN = float("nan")
 
@@ -54,12 +47,6 @@ def test_few_outcomes_or_none():
         none = win_rate([NAN] * missing)
         assert np.isnan([none.rate, none.error, none.low, none.high]).all()
         assert (none.wins, none.ties, none.losses, none.missing) == (0, 0, 0, missing)
-
-
-def test_categories_are_apart():
-    found = by_category([1.0, 0.0, 0.5, NAN, 1.0], ["math", "art", "math", "art", ""])
-    assert list(found) == ["math", "art", ""]
-    assert [(one.rate, one.missing) for one in found.values()] == [(0.75, 0), (0.0, 1), (1.0, 0)]
 
 
 def test_without_differences_in_length_nothing_is_controlled():
@@ -132,22 +119,14 @@ def published() -> SimpleNamespace:
     """AlpacaEval 2's verdicts on every prompt, and the leaderboard made of them."""
     if not PREFERENCES.exists():
         pytest.skip(f"AlpacaEval's verdicts are not there: {PREFERENCES}")
-    outcomes, differences = defaultdict(dict), defaultdict(dict)
-    with gzip.open(PREFERENCES, "rt", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            model, prompt = row["model"], row["prompt_id"]
-            outcomes[model][prompt] = float(row["preference"]) - 1
-            differences[model][prompt] = float(row["output_chars"]) - float(row["baseline_chars"])
-    with LEADERBOARD.open(encoding="utf-8") as file:
-        board = {row["model"]: row for row in csv.DictReader(file)}
-    prompts = list(dict.fromkeys(prompt for one in outcomes.values() for prompt in one))
-    both = [np.array([[found[model].get(prompt, NAN) for prompt in prompts] for model in board])
-            for found in (outcomes, differences)]  # fmt: skip
-    figures = {
-        name: np.array([float(row[name]) for row in board.values()])
-        for name in ("win_rate", "standard_error", "length_controlled_winrate")
-    }
-    return SimpleNamespace(outcomes=both[0], longer_by=both[1], **figures)
+    board, rows = pd.read_csv(LEADERBOARD).set_index("model"), pd.read_csv(PREFERENCES)
+    rows["longer_by"] = rows["output_chars"] - rows["baseline_chars"]
+    columns = rows.pivot(index="model", columns="prompt_id").loc[board.index]
+    return SimpleNamespace(
+        outcomes=columns["preference"].to_numpy() - 1,
+        longer_by=columns["longer_by"].to_numpy(),
+        **{name: board[name].to_numpy() for name in board},
+    )
 
 
 def test_published_win_rates_and_errors(published):

@@ -104,11 +104,8 @@ Sample = Callable[[Sequence[Conversation], Collection[int], int], Iterator[tuple
 def read_prompts(path: Path, limit: int | None = None, seed: int = 0) -> list[Prompt]:
     """The prompts of a file of JSON lines, a JSON list or parquet, in its order.
 
-    `limit` of them are drawn with the seed; a larger limit has those of a smaller one.
-
-    Raises:
-        ValueError: naming the file, the row and the field, if one cannot be used.
-        OSError: if it cannot be read.
+    `limit` of them are drawn with the seed; a larger limit has those of a smaller one. A ValueError
+    names the file, the row and the field that cannot be used.
     """
     prompts = [_prompt(path, row, content) for row, content in enumerate(_rows(path))]
     if not prompts:
@@ -161,10 +158,8 @@ def _problem(turn: Any) -> str:
 def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
     """Answers from a file in AlpacaEval's format, in the order of the prompts; None without one.
 
-    A row belongs to the prompt whose text its `instruction` is.
-
-    Raises:
-        ValueError: naming the row and the field that is wrong, or if no row belongs to a prompt.
+    A row belongs to the prompt whose text its `instruction` is. A ValueError names the row and the
+    field that is wrong, or says that no row belongs to a prompt.
     """
     outputs: dict[str, list[str]] = {}
     for row, content in enumerate(_rows(path)):
@@ -198,15 +193,11 @@ def sampled(
     What is in the journal is not sampled again, and `engine`, which loads the model, is called only
     if an answer is missing. When it raises, what was sampled is kept.
     """
-    turns: list[list[Turn]] = [[] for _ in prompts]
+    answers = {row: Answer(()) for row in range(len(prompts))}
     sample: Sample | None = None
     for number in range(max(len(prompt.turns) for prompt in prompts)):
-        rows = [
-            row
-            for row, prompt in enumerate(prompts)
-            if len(prompt.turns) > number and not _is_full(turns[row])
-        ]
-        conversations = [_conversation(prompts[row], turns[row]) for row in rows]
+        rows = [row for row in answers if len(prompts[row].turns) > number]
+        conversations = [_conversation(prompts[row], answers[row].turns) for row in rows]
         # A prompt that occurs again is answered again.
         seen: Counter[Conversation] = Counter()
         keys = []
@@ -225,12 +216,12 @@ def sampled(
                     advance(1)
         for row, key in zip(rows, keys, strict=True):
             found = journal.get(key) or {}
-            turns[row].append(Turn(found["text"], found["tokens"], found["finish_reason"]))
-    return [None if _is_full(each) else Answer(tuple(each)) for each in turns]
-
-
-def _is_full(turns: Sequence[Turn]) -> bool:
-    return any(turn.finish_reason == NO_ROOM for turn in turns)
+            turn = Turn(found["text"], found["tokens"], found["finish_reason"])
+            if turn.finish_reason == NO_ROOM:
+                del answers[row]
+            else:
+                answers[row] = Answer((*answers[row].turns, turn))
+    return [answers.get(row) for row in range(len(prompts))]
 
 
 def _conversation(prompt: Prompt, answered: Sequence[Turn]) -> Conversation:

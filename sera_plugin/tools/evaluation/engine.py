@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sera_plugin.algorithm.method import CandidateSampler, SamplingSettings
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.dataset import RowTokenizer, model_end_ids
-from sera_plugin.model.budget import plan_tokens
+from sera_plugin.model.budget import GIB, SAMPLED_ON_CPU, plan_tokens
 from sera_plugin.sampling.offload import cache_bytes_per_token
 from sera_plugin.sampling.samplers import adapter_problem
 from sera_plugin.sampling.transformers import TransformersSampler
@@ -30,7 +30,6 @@ from sera_plugin.tools.evaluation.models import Model
 
 #: Top-p that leaves one token: both engines take the likeliest one then.
 _GREEDY = 1e-9
-_GIB = 2**30
 _SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -38,10 +37,7 @@ class Engine:
     """A model, ready to answer as it is asked by its own tokenizer and template.
 
     With `vllm_python`, the interpreter of an environment with vLLM, it is served by that, which
-    prints into `log`.
-
-    Raises:
-        ValueError: if it cannot be loaded, asked this way, or served by vLLM.
+    prints into `log`. A ValueError if it cannot be loaded, asked this way, or served by vLLM.
     """
 
     def __init__(
@@ -71,10 +67,9 @@ class Engine:
             return
         weights, pad = _load(model), self._tokenizer.pad_token_id
         cached = cache_bytes_per_token(weights, element_size=4)
-        tokens = plan_tokens(weights.device, bytes_per_token=cached, longest=0, on_cpu=16_384)
-        self._sampler = TransformersSampler(
-            weights, self._end_ids[0] if pad is None else pad, tokens
-        )
+        tokens = plan_tokens(weights.device, cached, longest=0, on_cpu=SAMPLED_ON_CPU)
+        pad = self._end_ids[0] if pad is None else pad
+        self._sampler = TransformersSampler(weights, pad, tokens)
 
     def __call__(
         self, conversations: Sequence[Conversation], done: Collection[int], seed: int
@@ -142,8 +137,8 @@ def _program(name: str) -> str:
 
 
 def _load(model: Model) -> Any:
-    """The model on the GPU if there is one, read from safetensors."""
-    _free()
+    """The model on the GPU if there is one, read from safetensors, in place of the one before."""
+    clear_device_cache(garbage_collection=True)
     safe = {**_SAFE, "use_safetensors": True}
     with _named(model):
         weights = AutoModelForCausalLM.from_pretrained(model.weights, dtype="auto", **safe)
@@ -177,17 +172,10 @@ def _served(model: Model, vocabulary: int) -> ServedPolicy:
 @contextmanager
 def _room(length: int) -> Iterator[Memory]:
     """What an engine may take: nothing else of ours is on the device."""
-    _free()
+    clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        yield Memory(min(0.95, (free - _GIB) / total), whole_fits=True)
+        yield Memory(min(0.95, (free - GIB) / total), whole_fits=True)
     else:
         available = psutil.virtual_memory().available
-        yield Memory(None, whole_fits=True, cache_gib=max(1, available // 4 // _GIB))
-
-
-def _free() -> None:
-    """Give back what the model before took."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        yield Memory(None, whole_fits=True, cache_gib=max(1, available // 4 // GIB))

@@ -60,10 +60,8 @@ def find_models(specs: Sequence[str], iterations: bool = False) -> list[Model]:
     """The models that the command line names (docs/eval.md), the baseline first.
 
     A run alone is compared with the policy it started from; with `iterations`, every run has all
-    of its policies, the first of them first.
-
-    Raises:
-        ValueError: naming what is not there or damaged, or if fewer than two are left.
+    of its policies, the first of them first. A ValueError names what is not there or damaged, or
+    says that fewer than two are left.
     """
     found: list[Model] = []
     for spec in specs:
@@ -72,7 +70,7 @@ def find_models(specs: Sequence[str], iterations: bool = False) -> list[Model]:
         except ValueError:
             found.append(_other(spec))
             continue
-        last = _last(store)
+        last = int((store.description() or {})["config"]["num_epochs"])
         numbers = [last] if len(specs) > 1 else [0, last]
         if iterations:
             there = [t for t in range(1, last) if store.policy(t + 1).exists()]
@@ -151,13 +149,10 @@ def _directory(path: Path, name: str, spec: str, base: str | None = None) -> Mod
     return Model(name, spec, weights, adapter)
 
 
-def _last(store: RunStore) -> int:
-    return int((store.description() or {})["config"]["num_epochs"])
-
-
 def _policy(store: RunStore, spec: str, number: int) -> Model:
     """theta_number of a run."""
-    last, description, directory = _last(store), store.description() or {}, store.root.parent
+    description, directory = store.description() or {}, store.root.parent
+    last = int(description["config"]["num_epochs"])
     if not 0 <= number <= last:
         raise ValueError(f"{spec}@{number}: the run has the policies 0 to {last}.")
     name = shown_name(directory.resolve().name)

@@ -16,13 +16,7 @@ from sera_plugin.config.block import JudgeConfig
 from sera_plugin.labeling.judging import Judge, Verdict
 from sera_plugin.tools.evaluation.answers import Answer, Decoding, Prompt
 from sera_plugin.tools.evaluation.models import Model
-from sera_plugin.tools.evaluation.winrate import (
-    FloatArray,
-    by_category,
-    length_controlled,
-    mean_score,
-    win_rate,
-)
+from sera_plugin.tools.evaluation.winrate import FloatArray, length_controlled, mean_score, win_rate
 from sera_plugin.tools.report.output import NOTHING, Table, fill, number, shown_name
 
 FORMAT_VERSION = 1
@@ -96,7 +90,8 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
         models.append({"name": entry.model.name, "source": entry.model.source, "answers": said})
     if found.judge is None:
         return models
-    categories, seed = [prompt.category for prompt in found.prompts], found.decoding.seed
+    seed = found.decoding.seed
+    categories = np.array([prompt.category for prompt in found.prompts], dtype=object)
     lengths = np.array([[a and a.chars for a in entry.answers] for entry in found.entries], float)
     outcomes = np.array([entry.outcomes for entry in found.entries])
     controlled = [np.nan, *length_controlled(outcomes[1:], lengths[1:] - lengths[0])]
@@ -106,11 +101,13 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
         if index:
             # Verdicts that turn with the order of the answers.
             known = [one.consistent for one in entry.verdicts if one and one.consistent is not None]
-            rates = by_category(outcomes[index], categories, seed)
             facts["win_rate"] = asdict(win_rate(outcomes[index], seed))
             facts["length_controlled"] = float(controlled[index])
             facts["inconsistent"] = known.count(False) / len(known) if known else None
-            facts["categories"] = {name: asdict(rate) for name, rate in rates.items()}
+            facts["categories"] = {
+                name: asdict(win_rate(outcomes[index][categories == name], seed))
+                for name in dict.fromkeys(categories)
+            }
     return models
 
 
@@ -200,11 +197,10 @@ def _by_category(judged: Sequence[Mapping[str, Any]]) -> Table:
     for name, first in judged[0]["categories"].items():
         total = sum(first[what] for what in ("wins", "ties", "losses", "missing"))
         rates = [one["categories"][name] for one in judged]
+        shade = [None if np.isnan(rate["rate"]) else rate["rate"] for rate in rates]
         cells = [f"{number(r['rate'], '.1%')} ± {number(r['error'], '.1%')}" for r in rates]
-        known = [not np.isnan(rate["rate"]) for rate in rates]
-        shown = [cell if there else NOTHING for cell, there in zip(cells, known, strict=True)]
+        shown = [NOTHING if s is None else cell for s, cell in zip(shade, cells, strict=True)]
         rows.append([shown_name(name) or "(none)", str(total), *shown])
-        shade = [rate["rate"] if there else None for rate, there in zip(rates, known, strict=True)]
         shades.append([None, None, *shade])
     head = ["category", "prompts", *(one["name"] for one in judged)]
     return Table("Win rates by category", head, rows, "Rate and one standard error.", shades)

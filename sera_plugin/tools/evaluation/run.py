@@ -41,11 +41,9 @@ def evaluate(
     """Compare models on a set of prompts; everything that is done is kept in `output`.
 
     For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers)
-    and `Engine`. Returns the figures, which are in `output/results.json` too.
-
-    Raises:
-        ValueError: if something that is asked for is not there or cannot be used.
-        JudgeFailed, SamplingFailed, OSError: what was finished is kept.
+    and `Engine`. Returns the figures, which are in `output/results.json` too. A ValueError if
+    something that is asked for is not there or cannot be used; after JudgeFailed, SamplingFailed or
+    OSError what was finished is kept.
     """
     if "{prompt}" not in (decoding.prompt_format or "{prompt}"):
         raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
@@ -79,11 +77,7 @@ def _engine(*arguments: Any) -> Any:
 
 
 def judge_all(judge: Judge, prompts: Sequence[Prompt], entries: Sequence[Entry]) -> None:
-    """Put in what the judge says of every model's answers against those of the first one.
-
-    Raises:
-        JudgeFailed: as the judge does.
-    """
+    """Put in what the judge says of every model's answers against those of the first one."""
     texts = {
         (number, row): answer.text
         for number, entry in enumerate(entries)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,15 +56,6 @@ def win_rate(outcomes: npt.ArrayLike, seed: int = 0) -> WinRate:
     return WinRate(rate, error, low, high, wins, ties, losses, len(given) - len(seen))
 
 
-def by_category(
-    outcomes: npt.ArrayLike, categories: Sequence[str], seed: int = 0
-) -> dict[str, WinRate]:
-    """The win rate among the prompts of each category, in order of first appearance."""
-    given = np.asarray(outcomes, dtype=np.float64)
-    named = np.asarray(categories, dtype=object)
-    return {name: win_rate(given[named == name], seed) for name in dict.fromkeys(categories)}
-
-
 def mean_score(scores: npt.ArrayLike) -> tuple[float, float]:
     """Mean of (n,) scores, nan where there is none, and its standard error."""
     given = np.asarray(scores, dtype=np.float64)
@@ -101,7 +91,11 @@ def length_controlled(outcomes: npt.ArrayLike, longer_by: npt.ArrayLike) -> Floa
     models, there = len(given), ~np.isnan(given)
     weight = there.astype(np.float64)
     outcome = np.where(there, given, 0.0)
-    length = np.tanh(_standardised(np.where(there, difference, np.nan)))
+    # In units of each model's standard deviation; 0 where all are equal or missing.
+    longer = np.ma.masked_invalid(np.where(there, difference, np.nan))
+    spread, scaled = longer.std(axis=1, ddof=1, keepdims=True).filled(0.0), np.zeros_like(weight)
+    np.divide(longer.filled(0.0), spread, out=scaled, where=spread > 0)
+    length = np.tanh(scaled)
     # Log-odds at which the other models win, centred per model.
     won = (weight * outcome).sum(axis=0) - weight * outcome
     lost = (weight * (1 - outcome)).sum(axis=0) - weight * (1 - outcome)
@@ -128,12 +122,3 @@ def length_controlled(outcomes: npt.ArrayLike, longer_by: npt.ArrayLike) -> Floa
     at_equal_length = weight * expit(found.x[:models, None] + gamma)
     rates[some] = at_equal_length.sum(axis=1) / weight.sum(axis=1)
     return rates
-
-
-def _standardised(longer_by: FloatArray) -> FloatArray:
-    """Differences in units of each model's standard deviation; 0 where all are equal or missing."""
-    squares = (longer_by - np.nanmean(longer_by, axis=1, keepdims=True)) ** 2
-    freedom = np.maximum(1, (~np.isnan(longer_by)).sum(axis=1, keepdims=True) - 1)
-    spread = np.sqrt(np.nansum(squares, axis=1, keepdims=True) / freedom)
-    scaled = np.divide(longer_by, spread, out=np.zeros_like(longer_by), where=spread > 0)
-    return np.nan_to_num(scaled)
