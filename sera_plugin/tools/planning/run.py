@@ -73,10 +73,6 @@ class Run:
         )
 
     @property
-    def utilization(self) -> float | None:
-        return (self.cfg.vllm or {}).get("gpu_memory_utilization")
-
-    @property
     def bits(self) -> int | None:
         return 4 if self.cfg.load_in_4bit else 8 if self.cfg.load_in_8bit else None
 
@@ -238,7 +234,7 @@ class Run:
 
     def _engine(self, memory: int, resident: dict[str, int]) -> Phase:
         """vLLM beside the training run or in its place, as `offload.make_room` decides."""
-        utilization = self.utilization
+        utilization = (self.cfg.vllm or {}).get("gpu_memory_utilization")
         devices = (self.cfg.vllm or {}).get("tensor_parallel_size") or 1
         weights = self.model.parameters * self.model.width // devices
         lines = budget.ENGINE_SEQUENCES * self.longest
@@ -259,9 +255,8 @@ class Run:
             note += f"; it needs {needed / GIB:.1f} GiB and would get {min(given, room) / GIB:.1f}"
         taken = wanted if beside or utilization is not None else needed
         parts = {"engine": taken + ENGINE_SLACK, "other": DEVICE_OVERHEAD}
-        if beside:
-            return Phase("sample", resident | parts, note, possible)
-        return Phase("sample", parts, note, possible, waiting)
+        held, waiting = (resident, 0) if beside else ({}, waiting)
+        return Phase("sample", held | parts, note, possible, waiting)
 
     def host_parts(self) -> dict[str, int]:
         """Host memory that a run takes beside the program itself."""

@@ -253,7 +253,8 @@ def _shorter(run: Run) -> tuple[Mapping[str, Any], str] | None:
 
 _TRIALS: tuple[Trial, ...] = (
     _set({"vllm.gpu_memory_utilization": None}, "derived from what is free",
-         lambda run: run.utilization is not None and "sample" in run.failing),
+         lambda run: (run.cfg.vllm or {}).get("gpu_memory_utilization")
+         and "sample" in run.failing),
     _micro_batch,
     _set({"gradient_checkpointing": True}, "one more forward pass per step",
          lambda run: not run.cfg.gradient_checkpointing),
