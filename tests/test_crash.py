@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 
@@ -18,10 +17,8 @@ from tests.crash.points import KINDS, PHASES, Point, choose_points, run
 
 def sampled(iteration, *rows):
     """What a run tells of a chunk that it sampled and kept."""
-    return [
-        {"event": event, "iteration": iteration, "rows": list(rows)}
-        for event in ("sampled", "kept")
-    ]
+    chunk = {"iteration": iteration, "rows": list(rows)}
+    return [{"event": "sampled", **chunk}, {"event": "kept", **chunk}]
 
 
 def step(iteration, number):
@@ -75,8 +72,8 @@ def test_two_uninterrupted_runs_are_equal_and_whatever_differs_is_found(bench, t
 
     def another_rate(output):
         path = output / "checkpoint-9/trainer_state.json"
-        state = json.loads(path.read_text())
-        path.write_text(json.dumps(state | {"log_history": state["log_history"][:-3]}))
+        state = re.sub(r'"learning_rate": [\d.e-]+', '"learning_rate": 1.5', path.read_text())
+        path.write_text(state)
 
     def another_order(output):
         path = output.parent / "trace.jsonl"

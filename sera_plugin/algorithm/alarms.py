@@ -122,13 +122,10 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
             values |= {"kind": kind, "pairs": pairs["pairs" if key == "accuracy" else "offline"]}
             add(kind.replace("-", "_") + "_accuracy", fall, chance, "accuracy", **values)
     if samples := now.get("samples"):
-        for name, part, whole in (
-            ("duplicates", "duplicates", "sampled"),
-            ("without_pair", "too_few", "prompts"),
-            ("unfinished", "unfinished", "sampled"),
-        ):
-            text = "unranked" if name == "without_pair" and samples.get("unranked") else name
-            add(name, samples[part] / samples[whole], text=text, **samples)
+        unranked = "unranked" if samples.get("unranked") else ""
+        add("duplicates", samples["duplicates"] / samples["sampled"], **samples)
+        add("without_pair", samples["too_few"] / samples["prompts"], text=unranked, **samples)
+        add("unfinished", samples["unfinished"] / samples["sampled"], **samples)
     for name, of, what in (
         ("rewards", "sampled", "best and worst candidate of the middle prompt differ by"),
         ("margins", "offline", "the middle half of the offline margins lies within"),

@@ -70,16 +70,15 @@ class Journal:
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-                return file
+        except BlockingIOError:
             os.close(file)
-            if not isinstance(error, BlockingIOError):
-                raise
             raise ValueError(
                 f"{self.path} is being written by another process. Wait for it or end it, then "
                 "start the same command again."
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                raise
         return file
 
     def close(self) -> None:

@@ -19,8 +19,6 @@ LOG = logging.getLogger("axolotl.sera")
 
 #: Seconds between two lines about a phase in a log.
 EVERY = 60.0
-#: Larger numbers are shown as 12.3k.
-_COUNTED = 9_999
 #: tqdm's, without the bar.
 _LINE = "{desc}: {percentage:.0f}% of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -81,7 +79,8 @@ def progress(what: str, total: int, unit: str, quiet: bool = False) -> Iterator[
         how |= {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "position": 0}
         if not quiet:
             LOG.info("%s: %s %ss", how["desc"], f"{total:,}", unit)
-    with tqdm(total=total, unit_scale=total > _COUNTED, **how) as bar:
+    # Large numbers are shown as 12.3k.
+    with tqdm(total=total, unit_scale=total > 9_999, **how) as bar:
 
         def advance(done: int, note: str = "") -> None:
             if note:

@@ -15,17 +15,8 @@ from time import perf_counter
 
 from sera_plugin import __version__
 from tests.conftest import make_world
-from tests.crash.points import (
-    CHAIN,
-    KINDS,
-    LABELS,
-    PHASES,
-    RANDOM,
-    Bench,
-    Point,
-    Verdict,
-    choose_points,
-)
+from tests.crash import points
+from tests.crash.points import CHAIN, KINDS, LABELS, PHASES, RANDOM, Point, Verdict
 
 BEGIN, END = "<!-- crash table: begin -->", "<!-- crash table: end -->"
 _PACKAGES = ("axolotl", "trl", "transformers", "peft", "torch")
@@ -59,9 +50,9 @@ def main() -> int:
     (directory / "world").mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     verdicts: list[Verdict] = []
-    bench = Bench(directory, make_world(directory / "world").directory, arguments.seed)
+    bench = points.Bench(directory, make_world(directory / "world").directory, arguments.seed)
     # First a second uninterrupted run of each kind, which must not differ either.
-    chosen = choose_points(bench, arguments.kinds, arguments.points, arguments.seed)
+    chosen = points.choose_points(bench, arguments.kinds, arguments.points, arguments.seed)
     for point in arguments.only or chain(map(Point, arguments.kinds), chosen):
         verdicts.append(bench.try_point(point))
         _tell(verdicts[-1], bench, len(verdicts))
@@ -70,24 +61,23 @@ def main() -> int:
     table = make_table(verdicts)
     print(f"\n{table}\n\n{len(verdicts) - len(bad)} of {len(verdicts)} good, {seconds:.0f} s")
     if arguments.table:
-        write_table(arguments.table, table, arguments.points, arguments.seed, seconds)
+        write_table(arguments, table, seconds)
     if not bad and not arguments.directory:
         shutil.rmtree(directory)
     return 1 if bad else 0
 
 
-def _tell(verdict: Verdict, bench: Bench, number: int) -> None:
+def _tell(verdict: Verdict, bench: points.Bench, number: int) -> None:
     point = verdict.point
     state = "good" if verdict.good else "BAD"
     notes = f"  ({'; '.join(verdict.notes)})" if verdict.notes else ""
     print(f"{number:3d}  {state:4s} {point}  {verdict.seconds:.1f} s{notes}", flush=True)
     if not verdict.good:
-        for line in verdict.differences[:8]:
-            print(f"       {line}")
-        print(f"       {len(verdict.differences)} differences")
-        print(f"       {verdict.sampled_twice} rows sampled twice")
-        print(f"       again: python -m tests.crash --seed {bench.seed} --only '{point}'")
-        print(f"       files: {bench.place(point)}", flush=True)
+        found = [*verdict.differences[:8], f"{len(verdict.differences)} differences"]
+        found += [f"{verdict.sampled_twice} rows sampled twice"]
+        found += [f"again: python -m tests.crash --seed {bench.seed} --only '{point}'"]
+        for line in (*found, f"files: {bench.place(point)}"):
+            print(f"       {line}", flush=True)
 
 
 def make_table(verdicts: Sequence[Verdict]) -> str:
@@ -109,15 +99,16 @@ def make_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(rows)
 
 
-def write_table(page: Path, table: str, points: int, seed: int, seconds: float) -> None:
+def write_table(arguments: argparse.Namespace, table: str, seconds: float) -> None:
     """Put a table between its markers in a page."""
+    page, seed = arguments.table, arguments.seed
     before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     about = (
-        f"`python -m tests.crash --points {points} --seed {seed}` on {date.today().isoformat()} in "
-        f"{seconds / 60:.0f} minutes: sera_plugin {__version__}, {versions}, CPU, float32, seed "
-        f"{seed}."
+        f"`python -m tests.crash --points {arguments.points} --seed {seed}` on "
+        f"{date.today().isoformat()} in {seconds / 60:.0f} minutes: sera_plugin {__version__}, "
+        f"{versions}, CPU, float32, seed {seed}."
     )
     page.write_text(f"{before}{BEGIN}\n{about}\n\n{table}\n{END}{after}", encoding="utf-8")
 
