@@ -134,6 +134,16 @@ def test_the_largest_margins_are_kept(margins, count, rows):
     assert np.flatnonzero(select_largest(margins, count)).tolist() == rows
 
 
+def test_equal_values_are_ranked_in_their_order_where_there_are_many():
+    """Sorting a few values would be stable by chance."""
+    margins = np.random.default_rng(0).integers(0, 5, 2_000)
+    order = sorted(range(2_000), key=lambda row: (-margins[row], row))
+    assert np.flatnonzero(select_largest(margins, 700)).tolist() == sorted(order[:700])
+    ranked = [row for row in order if row < 64]
+    found = pair_candidates([list(range(64))], [margins[:64]], pairs_per_prompt=10)
+    assert (found.chosen.tolist(), found.rejected.tolist()) == (ranked[:10], ranked[::-1][:10])
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_margin_that_is_not_finite_is_named(broken):
     with pytest.raises(ValueError, match=r"margin in row 2 is .*\(2 such values\).*learning_rate"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,12 @@ class FakeScorer:
 class FakeSampler:
     """Last row first, in chunks of `size` rows: their order is the sampler's own business."""
 
-    def __init__(self, candidates: Mapping[int, Any] = CANDIDATES, size: int = 1) -> None:
+    size = 1
+    fail_after: int | None = None
+
+    def __init__(self) -> None:
         self.report: dict[str, Any] = {"name": "fake"}
         self.seconds = {"start_engine": 0.5}
-        self.candidates, self.size = candidates, size
-        self.fail_after: int | None = None
         self.sampled: list[int] = []
         self.calls = self.running = 0
 
@@ -76,7 +76,7 @@ class FakeSampler:
                     raise RuntimeError("the machine was taken away")
                 rows = order[first : first + self.size]
                 self.sampled += rows
-                yield [(r, [Candidate(ids, "stop") for ids in self.candidates[r]]) for r in rows]
+                yield [(row, [Candidate(ids, "stop") for ids in CANDIDATES[row]]) for row in rows]
         finally:
             self.running -= 1
 
@@ -89,10 +89,9 @@ class Run:
     config: SeraConfig = CONFIG
     reference_free: bool = False
     per_token: bool = False
-    scorer: Any = field(default_factory=FakeScorer)
+    scorer: FakeScorer = field(default_factory=FakeScorer)
     sampler: FakeSampler = field(default_factory=FakeSampler)
     phases: Phases = field(default_factory=Phases)
-    pairs: dict[str, Any] = field(default_factory=lambda: PAIRS)
 
     @property
     def store(self) -> RunStore:
@@ -100,14 +99,13 @@ class Run:
 
     @property
     def method(self) -> Method:
-        total = len(self.pairs["prompt_ids"])
-        return Method(self.config, self.reference_free, self.per_token, total)
+        return Method(self.config, self.reference_free, self.per_token, total=3)
 
     def iteration(self, t: int, labeler: Any = None) -> Iteration:
         return Iteration(
             t,
             self.method,
-            Pairs.from_table(make_table(self.pairs)),
+            Pairs.from_table(make_table(PAIRS)),
             self.store,
             self.scorer,
             self.sampler,
