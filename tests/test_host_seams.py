@@ -28,17 +28,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sera_plugin.host.refused import HOST_LOSSES
 
-RUN_EPOCH = (
-    "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial "
-    "ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained "
-    "steps_trained_in_current_epoch"
-)
-INIT = (
-    "self model ref_model args data_collator train_dataset eval_dataset processing_class "
-    "compute_metrics callbacks optimizers quantization_config peft_config"
-)
 SEAMS = {
-    Trainer._run_epoch: RUN_EPOCH,
+    Trainer._run_epoch: "self model epoch train_dataloader steps_in_epoch "
+    "num_update_steps_per_epoch trial ignore_keys_for_eval start_time resume_from_checkpoint "
+    "epochs_trained steps_trained_in_current_epoch",
     Trainer.set_initial_training_values: "self args dataloader",
     Trainer._init_training_state: "self max_steps num_update_steps_per_epoch num_train_epochs "
     "resume_from_checkpoint trial",
@@ -53,7 +46,8 @@ SEAMS = {
     DPOTrainer._precompute_ref_logps: "self dataset name batch_size",
     Trainer.compute_loss_context_manager: "self",
     DPOTrainer._compute_loss: "self model inputs return_outputs",
-    DPOTrainer.__init__: INIT,
+    DPOTrainer.__init__: "self model ref_model args data_collator train_dataset eval_dataset "
+    "processing_class compute_metrics callbacks optimizers quantization_config peft_config",
     DataCollatorForPreference: "pad_token_id max_length truncation_mode pad_to_multiple_of "
     "return_tensors",
     Accelerator.prepare_optimizer: "self optimizer device_placement",
@@ -81,10 +75,7 @@ SOURCES = {
         "save_preprocessed_dataset(cfg, dataset, dataset_hash, split)",
     ),
     "the steps that the host plans": (datasets, "len(train_dataset) * cfg.num_epochs / cfg.batch"),
-    "preprocess uses what the hook returns": (
-        preprocess,
-        "if plugin_manager.load_datasets(cfg, preprocess=True):",
-    ),
+    "preprocess uses what the hook returns": (preprocess, "if plugin_manager.load_datasets(cfg, "),
     "so does train": (train, "dataset_meta = plugin_manager.load_datasets("),
     "patches reach what is set up, and a run is opened there": (
         inspect.unwrap(host_train.setup_model_and_trainer),
@@ -99,14 +90,12 @@ SOURCES = {
         "setup_signal_handler(cfg, model)",
         "save_trained_model(cfg, trainer, model)",
     ),
-    "theta_0 is remembered once weights are sharded, and before a checkpoint is loaded": (
+    "theta_0 is remembered once weights are sharded, and before a checkpoint is loaded; "
+    "`generate` of the outermost model gathers its own weights": (
         Trainer._prepare_for_training,
         "accelerator.prepare(",
-        "self._load_from_checkpoint(",
-    ),
-    "sampling calls `generate` of the outermost model, which then gathers its own weights": (
-        Trainer._prepare_for_training,
         'register_fsdp_forward_method(self.model, "generate")',
+        "self._load_from_checkpoint(",
     ),
     "FSDP is of CUDA devices": (host_model.build_parallelism_config, 'build_device_mesh("cuda")'),
     "accelerate saves a part of a sharded adapter, so we load the checkpoint's": (

@@ -7,6 +7,7 @@ theta_0, theta_1, theta_2 stands in its table.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run, require_same_run
 from sera_plugin.rundir.store import make_table
-from tests.three_pairs import CANDIDATES, END, Run, assert_reference_is, firsts
+from tests.three_pairs import CANDIDATES, END, NAMES, Run, assert_reference_is, firsts
 
 
 @dataclasses.dataclass
@@ -253,38 +254,38 @@ def test_noise_is_recorded_per_row_and_counted_where_pairs_are_told_apart(system
     assert noise_found("irm", none, some) == found
 
 
-def described(annotations: Annotations | None = None, **block: Any) -> dict[str, Any]:
+def described(gap: float | None = None, **block: Any) -> dict[str, Any]:
     config = SeraConfig(**{"bootstrap_ratio": 0, **block})
-    method = Method(config, False, False, total=1, annotations=annotations or Annotations())
-    ids = make_table({f"{name}_ids": [[1]] for name in ("prompt", "chosen", "rejected")})
+    annotations = Annotations(score_gap=None if gap is None else np.array([gap]))
+    method = Method(config, False, False, total=1, annotations=annotations)
+    pairs = Pairs.from_table(make_table({f"{name}_ids": [[1]] for name in NAMES}))
     cfg = {"sera": config.model_dump(mode="json")}
-    pairs, schedule = Pairs.from_table(ids), Schedule((1,), 1, 1)
-    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, (END,))
+    return describe_run(cfg, "dpo", 0.1, method, Schedule((1,), 1, 1), pairs, None, (END,))
 
 
-def test_what_makes_a_run_another_one_is_named_and_what_does_no_harm_may_change():
+def test_whatever_a_run_is_known_by_makes_it_another_one():
     one = described()
     for key in one.keys() - {"format_version", "versions", "config", "evaluation_pairs"}:
         with pytest.raises(ValueError, match="cannot be continued"):
             require_same_run(one, one | {key: "other"}, Path("run"))
-    # Columns that are only kept for reading may be others.
-    require_same_run(one, described(score_columns=["gap"]), Path("run"))
-    by_score = {"selection": "score", "score_columns": ["gap"]}
-    one, other = (
-        described(Annotations(score_gap=np.array([gap])), **by_score) for gap in (1.0, 2.0)
-    )
-    require_same_run(one, one, Path("run"))
-    with pytest.raises(ValueError, match="the scores that select"):
-        require_same_run(one, other, Path("run"))
 
 
-def test_a_judge_that_did_not_answer_in_time_may_be_given_more():
-    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
-    online = {"labeler": "judge", "bootstrap_ratio": 1}
-    one, slow, other = (
-        described(**online, judge=judge | change)
-        for change in ({}, {"timeout": 900, "concurrency": 1, "api_key_env": "K"}, {"model": "n"})
-    )
-    require_same_run(one, slow, Path("run"))
-    with pytest.raises(ValueError, match=r"sera\.judge\.model: 'm' -> 'n'"):
-        require_same_run(one, other, Path("run"))
+SCORE = {"selection": "score", "score_columns": ["gap"]}
+JUDGE = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
+SLOWER = JUDGE | {"timeout": 900, "concurrency": 1, "api_key_env": "K", "prompt_price": 1}
+ONLINE = {"labeler": "judge", "bootstrap_ratio": 1, "judge": JUDGE}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ({}, {"score_columns": ["gap"]}, None),  # kept for reading alone
+        (SCORE | {"gap": 1.0}, SCORE | {"gap": 1.0}, None),
+        (SCORE | {"gap": 1.0}, SCORE | {"gap": 2.0}, "the scores that select"),
+        (ONLINE, ONLINE | {"judge": SLOWER}, None),
+        (ONLINE, ONLINE | {"judge": JUDGE | {"model": "n"}}, r"sera\.judge\.model: 'm' -> 'n'"),
+    ],
+)
+def test_what_makes_another_run_is_named_and_the_rest_may_change(before, after, changed):
+    with pytest.raises(ValueError, match=changed) if changed else nullcontext():
+        require_same_run(described(**before), described(**after), Path("run"))

@@ -67,13 +67,8 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
     if "--debug" in sys.argv:  # the hook is not given the command's arguments
         parser = HfArgumentParser(PreprocessCliArgs)
         args, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-        check_dataset_labels(
-            dataset=sample_dataset(train, args.debug_num_examples),
-            tokenizer=tokenizer,
-            num_examples=args.debug_num_examples,
-            text_only=args.debug_text_only,
-            rl_mode=True,
-        )
+        few, count = sample_dataset(train, args.debug_num_examples), args.debug_num_examples
+        check_dataset_labels(few, tokenizer, count, args.debug_text_only, rl_mode=True)
     steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
     return TrainDatasetMeta(train_dataset=train, eval_dataset=held_out, total_num_steps=steps)
 
@@ -156,14 +151,12 @@ def _transformed(
     if options.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
         dataset = _mapped(cfg, dataset, transform, tokenizer, options)
         transform, options = as_it_is, {}
-    columns = dataset.features
-    kept = tuple(name for name in cfg.sera["score_columns"] if name in columns)
-    named = block.get("field_system")
+    kept = tuple(name for name in cfg.sera["score_columns"] if name in dataset.features)
     source = source_name(key, index, str(entry.path))
-    optional = (*SYSTEM, named) if named else SYSTEM
+    optional = (*SYSTEM, *filter(None, [block.get("field_system")]))
     guarded = GuardedTransform(transform, source=source, kept=kept, optional=optional)
     types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE)}
-    types |= {ROW: Value("int64")} | {name: columns[name] for name in kept}
+    types |= {ROW: Value("int64")} | {name: dataset.features[name] for name in kept}
     # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
     # one of mixed types is read as JSON. Columns that nobody asked for could keep two datasets
     # from being merged.

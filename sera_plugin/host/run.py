@@ -45,12 +45,10 @@ HARMLESS = (
     *("dataloader_*", "device", "device_map", "max_memory", "low_cpu_mem_usage", "*capabilities"),
     *("experimental_skip_move_to_device", "gpu_memory_limit", "use_ray", "ray_*"),
     *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),
-    # who samples, and what is kept for reading
+    # who samples, what is kept for reading, how a judge is reached, and what it costs
     *("sera.sampler", "sera.vllm_python", "sera.keep_policies", "sera.score_columns"),
-    *("sera.bad_rows",),
-    # how a judge is reached, and what it costs
-    *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
-    *("sera.judge.prompt_price", "sera.judge.completion_price"),
+    *("sera.bad_rows", "sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
+    "sera.judge.*_price",
     # compared as what they come to: a micro-batch of all processes, beta of the loss
     *("batch_size", "rl_beta"),
 )
@@ -84,16 +82,12 @@ def describe_run(
         "accumulation": schedule.accumulation,
         "pairs": len(pairs),
         "evaluation_pairs": len(held_out) if held_out else 0,
-        "dataset_fingerprint": _fingerprint(pairs),
-        "evaluation_fingerprint": _fingerprint(held_out) if held_out else None,
+        "dataset_fingerprint": fingerprint(vars(pairs).values()),
+        "evaluation_fingerprint": fingerprint(vars(held_out).values()) if held_out else None,
         "score_fingerprint": None if gap is None else hashlib.sha256(gap.tobytes()).hexdigest(),
         "end_ids": [int(token) for token in end_ids],
         "seed": method.seed,
     }
-
-
-def _fingerprint(pairs: Pairs) -> str:
-    return fingerprint((pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids))
 
 
 def announce(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,7 +85,6 @@ class SeraTrainer(UnequalEpochs):
         if not self.store.ranks.main:
             LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
         self._quiet = bool(args.disable_tqdm) or not self.store.ranks.main
-        self._columns: Mapping[str, Sequence[Any]] = {}
         self._swapped: np.ndarray[Any, Any] | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
@@ -149,6 +147,7 @@ class SeraTrainer(UnequalEpochs):
         args, ours, table = self.args, self.loss, self.train_dataset.data.table
         host_losses = args.loss_type if ours is None else []
         pairs = Pairs.from_table(table)
+        columns = {name: table[name].to_pylist() for name in self.config.score_columns}
         method = Method(
             config=self.config,
             reference_free=ours is not None and ours.reference_free,
@@ -156,7 +155,7 @@ class SeraTrainer(UnequalEpochs):
             total=len(pairs),
             iterations=int(args.num_train_epochs),
             seed=int(args.seed),
-            annotations=annotate(self.config, pairs.prompt_ids, self._columns, self._swapped),
+            annotations=annotate(self.config, pairs.prompt_ids, columns, self._swapped),
         )
         schedule = Schedule(
             method.sizes,
@@ -175,8 +174,6 @@ class SeraTrainer(UnequalEpochs):
         low = args.bf16 or args.fp16 or losses.low_precision(self.model)
         held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
         loss, ends = ours.name if ours else " + ".join(host_losses), tuple(self._end_ids)
-        for name, values in self._columns.items():
-            table = table.append_column(name, pa.array(values))
         return Loop(
             cfg=self.cfg,
             described=describe_run(
@@ -208,13 +205,14 @@ class SeraTrainer(UnequalEpochs):
         columns: dict[str, Any] = {"row": np.arange(len(result.rows))}
         columns |= {name: getattr(result, name) for name in ID_COLUMNS}
         if dataset_name == "train":
-            kept = dataset.select(result.rows)
-            self._columns = {name: kept[name][:] for name in self.config.score_columns}
             self._end_ids = result.end_ids
+            kept, names = dataset.select(result.rows), self.config.score_columns
+            columns |= {name: kept[name][:] for name in names}
             if self.config.label_noise:
                 self._swapped = swapped_rows(len(result.rows), self.config.label_noise, args.seed)
                 columns = swap(columns, self._swapped)
-                self._columns = swap(self._columns, self._swapped)
+            # Of types of their own, whatever their names.
+            columns |= {name: pa.array(columns[name]) for name in names}
         return Dataset(InMemoryTable(make_table(columns)))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Dataset:
