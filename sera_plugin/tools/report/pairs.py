@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.algorithm import SIDES
+from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.rundir.checksums import write_file, write_text
 from sera_plugin.tools.report.output import (
@@ -22,25 +23,32 @@ from sera_plugin.tools.report.output import (
     shown_name,
     shown_text,
 )
-from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
+from sera_plugin.tools.report.reading import Iteration, Run, Texts
 
 SUFFIXES = (".jsonl", ".parquet")
 #: A report stays small, and a screen readable: `inspect --row` shows the whole of a pair.
 _FEW, _SUSPECTS = 8, 25
+_FIGURES = [f"{side}_{what}" for what in ("logp", "reward") for side in SIDES]
+#: What is said of an answer, and by which column of the candidates.
+_FACTS = {"cut at the longest length": "unfinished", "the dataset's": "given"}
 
 Pair = dict[str, Any]
+Rows = npt.NDArray[np.intp]
 
 
-def _offline(run: Run, one: Iteration, row: int) -> Pair:
-    """A pair of the dataset, and what each policy up to the newest thought of it."""
+def _offline(run: Run, one: Iteration, rows: Rows) -> list[Pair]:
+    """Pairs of the dataset, and what each policy up to the newest thought of them."""
     margins = {each.number: each.margin for each in run.iterations if each.margin is not None}
-    return {
-        "row": row,
-        "margins": {iteration: float(margin[row]) for iteration, margin in margins.items()},
-        "selected": bool(one.offline["selected"][row]),
-        **_known(run, row),
-        **{name: column[row] for name, column in run.tokens.items()},
-    }
+    return [
+        {
+            "row": row,
+            "margins": {iteration: float(margin[row]) for iteration, margin in margins.items()},
+            "selected": bool(one.offline["selected"][row]),
+            **_known(run, row),
+            **{name: column[row] for name, column in run.tokens.items()},
+        }
+        for row in rows.tolist()
+    ]
 
 
 def _known(run: Run, row: int) -> Pair:
@@ -50,24 +58,25 @@ def _known(run: Run, row: int) -> Pair:
     return {"columns": columns} | ({"label": "swapped on purpose"} if swapped else {})
 
 
-def _sampled(run: Run, one: Iteration, places: list[int]) -> list[Pair]:
+def _sampled(run: Run, one: Iteration, places: Rows) -> list[Pair]:
     """Bootstrapped pairs, by their places in bootstrapped.parquet."""
     pairs, samples, tokens, answers = one.bootstrapped, one.candidates, one.tokens(), one.places()
-    facts = {"cut at the longest length": "unfinished", "the dataset's": "given"}
-
-    def pair(place: int) -> Pair:
-        of = {name: [side for side, at in answers.items() if samples[key][at[place]]]
-              for name, key in facts.items()}  # fmt: skip
-        return {
-            "row": int(pairs["row"][place]),
+    found = []
+    for place in places.tolist():
+        row, at = int(pairs["row"][place]), {side: answers[side][place] for side in SIDES}
+        facts = {
+            fact: " and ".join(side for side in SIDES if samples[name][at[side]])
+            for fact, name in _FACTS.items()
+        }
+        found.append({
+            "row": row,
             "margins": {one.number: float(pairs["margin"][place])},
             "selected": bool(pairs["selected"][place]),
-            "columns": {name: " and ".join(sides) for name, sides in of.items() if sides},
-            "prompt": run.tokens["prompt"][pairs["row"][place]],
-            **{side: tokens[at[place]] for side, at in answers.items()},
-        }
-
-    return list(map(pair, places))
+            "columns": {fact: sides for fact, sides in facts.items() if sides},
+            "prompt": run.tokens["prompt"][row],
+            **{side: tokens[at[side]] for side in SIDES},
+        })  # fmt: skip
+    return found
 
 
 def facts_of(pair: Pair) -> dict[str, str]:
@@ -79,46 +88,36 @@ def facts_of(pair: Pair) -> dict[str, str]:
     return shown | ({"label": pair["label"]} if "label" in pair else {})
 
 
-def _doubted(run: Run) -> tuple[Iteration, npt.NDArray[np.intp]]:
-    """The newest iteration with margins, and its rows of negative margin, lowest first."""
-    for one in reversed(run.iterations):
-        if one.margin is not None:
-            order = np.argsort(one.margin, kind="stable")
-            return one, order[one.margin[order] < 0]
-    raise ValueError(
-        f"{run.root} has no margins yet: they exist from iteration 2 on, once its offline pairs "
-        "are scored."
-    )
+def _doubted(margin: FloatArray) -> Rows:
+    """The rows of negative margin, lowest first."""
+    order = np.argsort(margin, kind="stable")
+    return order[margin[order] < 0]
 
 
 def examples(run: Run) -> list[dict[str, Any]]:
     """The pairs of the newest iterations that say most about run and data, in groups by name."""
-    if not run.tokens:
-        return []
-    groups: list[tuple[str, Iteration, list[Pair]]] = []
-    if any(one.margin is not None for one in run.iterations):
-        one, doubted = _doubted(run)
+    groups: dict[str, tuple[Iteration, list[Pair]]] = {}
+    one = run.with_margins
+    if run.tokens and one is not None:
         margin = one.offline["margin"]
         for name, rows in (
-            ("mislabelled", doubted[:_SUSPECTS]),
+            ("mislabelled", _doubted(margin)[:_SUSPECTS]),
             ("decided", np.argsort(margin, kind="stable")[::-1][:_FEW]),
             ("undecided", np.argsort(np.abs(margin), kind="stable")[:_FEW]),
         ):
-            groups.append((name, one, [_offline(run, one, row) for row in rows.tolist()]))
+            groups[name] = one, _offline(run, one, rows)
     sampled = [one for one in run.iterations if one.bootstrapped and one.candidates]
-    if sampled:
-        made = sampled[-1].bootstrapped
+    if run.tokens and sampled:
+        one, made = sampled[-1], sampled[-1].bootstrapped
         kept = np.flatnonzero(made["selected"])
-        order = kept[np.argsort(-made["margin"][kept], kind="stable")].tolist()
+        order = kept[np.argsort(-made["margin"][kept], kind="stable")]
         parts = {"best-bootstrapped": order[:_FEW], "worst-bootstrapped": order[_FEW:][::-1][:_FEW]}
         if LABELERS[run.labeler].adds_dataset_answer:
             parts = {"bootstrapped": order[:_FEW]}
-        groups += [
-            (name, sampled[-1], _sampled(run, sampled[-1], at)) for name, at in parts.items()
-        ]
+        groups |= {name: (one, _sampled(run, one, places)) for name, places in parts.items()}
     return [
         {"name": name, "t": one.number, "by_margin": one.by_margin, "pairs": pairs}
-        for name, one, pairs in groups
+        for name, (one, pairs) in groups.items()
         if pairs
     ]
 
@@ -142,9 +141,8 @@ def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
     thought: dict[str, Any] = {"iteration": one.number}
     samples, pairs = one.candidates, one.bootstrapped
     if one.offline:
-        for name in (f"{side}_{what}" for what in ("logp", "reward") for side in SIDES):
-            if name in one.offline:
-                thought[name] = float(one.offline[name][row])
+        names = [name for name in _FIGURES if name in one.offline]
+        thought |= {name: float(one.offline[name][row]) for name in names}
         thought["margin"] = None if one.margin is None else float(one.margin[row])
         thought["selected"] = bool(one.offline["selected"][row])
     if samples:
@@ -173,25 +171,30 @@ def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
 
 def show_pair(pair: Pair, texts: Texts) -> str:
     """`describe_pair` for a terminal."""
-    names = [f"{side} {what}" for what in ("logp", "reward") for side in SIDES] + ["margin"]
+    names = [*_FIGURES, "margin"]
     kept = {True: "kept", False: "dropped", None: NOTHING}
     rows = [
         [
             str(one["iteration"]),
-            *(number(one.get(name.replace(" ", "_")), ".3f") for name in names),
+            *(number(one.get(name), ".3f") for name in names),
             kept[one.get("selected")],
         ]
         for one in pair["iterations"]
     ]
-    table = plain_table(["iteration", *names, "pair"], rows)
+    table = plain_table(["iteration", *(name.replace("_", " ") for name in names), "pair"], rows)
     implicit = LABELERS[pair["labeler"]].implicit
     return fill("pair.txt", pair=pair, texts=texts, table=table, implicit=implicit)[:-1]
 
 
 def suspects(run: Run, most: int, texts: Texts) -> list[Pair]:
     """Pairs on which the newest policy disagrees with the label, the most negative margin first."""
-    one, rows = _doubted(run)
-    pairs = [_offline(run, one, row) for row in rows[:most].tolist()]
+    one = run.with_margins
+    if one is None:
+        raise ValueError(
+            f"{run.root} has no margins yet: they exist from iteration 2 on, once its offline "
+            "pairs are scored."
+        )
+    pairs = _offline(run, one, _doubted(one.offline["margin"])[:most])
     return [pair | {name: texts.exact(pair[name]) for name in run.tokens} for pair in pairs]
 
 
@@ -223,12 +226,8 @@ def export(
     Of a run with `label_noise`, offline pairs have `swapped` too: their answers are as trained.
     Of the newest iteration that has such pairs unless one is given.
 
-    Returns:
-        (pairs written, iteration).
-
-    Raises:
-        ValueError: if there is nothing to write, or nowhere to write it.
-        OSError: if the file cannot be written, with what to do about it.
+    Returns how many pairs are written, and of which iteration. A ValueError if there is nothing to
+    write, or nowhere to write it; an OSError if the file cannot be written.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--export: {path} must end in {' or '.join(SUFFIXES)}")
@@ -239,26 +238,22 @@ def export(
     if not run.tokens:
         raise ValueError(f"--export: {run.root / 'dataset.parquet'} is missing or damaged")
     one, pairs = _pairs(run, which, iteration)
-    kinds = dict.fromkeys(TEXTS, pa.string()) | {"row": pa.int64(), "margin": pa.float64()}
+    columns = {
+        "prompt": pa.array([texts.prompt(pair["prompt"]) for pair in pairs], pa.string()),
+        **{side: pa.array([texts.completion(pair[side]) for pair in pairs], pa.string())
+           for side in SIDES},
+        "row": pa.array([pair["row"] for pair in pairs], pa.int64()),
+        "margin": pa.array([pair["margins"].get(one.number) for pair in pairs], pa.float64()),
+    }  # fmt: skip
     if run.swapped is not None and which != "bootstrapped":
-        kinds["swapped"] = pa.bool_()
-    rows = [
-        {
-            "prompt": texts.prompt(pair["prompt"]),
-            **{side: texts.completion(pair[side]) for side in SIDES},
-            "row": pair["row"],
-            "margin": pair["margins"].get(one.number),
-            "swapped": "label" in pair,
-        }
-        for pair in pairs
-    ]
-    table = pa.Table.from_pylist(rows, pa.schema(kinds))
+        columns["swapped"] = pa.array(["label" in pair for pair in pairs], pa.bool_())
+    table = pa.table(columns)
     if path.suffix == ".jsonl":
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
         write_text(path, "".join(lines))
     else:
         write_file(path, lambda partial: pq.write_table(table, partial))
-    return len(rows), one.number
+    return len(pairs), one.number
 
 
 def _pairs(run: Run, which: str, iteration: int | None) -> tuple[Iteration, list[Pair]]:
@@ -267,13 +262,11 @@ def _pairs(run: Run, which: str, iteration: int | None) -> tuple[Iteration, list
         begun = ", ".join(map(str, run.begun)) or "none"
         raise ValueError(f"iteration {iteration} is not in {run.root} (begun: {begun})")
     for one in reversed(run.iterations) if iteration is None else [run.begun[iteration]]:
-        if which == "bootstrapped":
-            if one.bootstrapped and one.candidates:
-                kept = np.flatnonzero(one.bootstrapped["selected"]).tolist()
-                return one, _sampled(run, one, kept)
-        elif one.offline:
-            rows = np.flatnonzero(one.offline["selected"] == (which == "kept")).tolist()
-            return one, [_offline(run, one, row) for row in rows]
+        if which == "bootstrapped" and one.bootstrapped and one.candidates:
+            return one, _sampled(run, one, np.flatnonzero(one.bootstrapped["selected"]))
+        if which != "bootstrapped" and one.offline:
+            rows = np.flatnonzero(one.offline["selected"] == (which == "kept"))
+            return one, _offline(run, one, rows)
     if iteration is None:
         raise ValueError(f"--which: {run.root} has no {which} pairs yet")
     what = "bootstrapped pairs" if which == "bootstrapped" else "whole offline.parquet"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,19 @@ Columns = dict[str, npt.NDArray[Any]]
 TEXTS = ("prompt", *SIDES)
 _TOKENS = [f"{name}_ids" for name in TEXTS]
 _SCORED = ("row", "chosen_length", "rejected_length", "chosen_logp", "rejected_logp")
-_RANKED = ("margin", "selected")
-_CANDIDATES = ("row", "candidate", "token_ids", "finish_reason", "logps", "reward")
-_BOOTSTRAPPED = ("row", "chosen_candidate", "rejected_candidate", "margin", "selected")
+_RANKED = (*_SCORED, "margin", "selected")
+#: The columns that a table must have to be read.
+_TABLES = {
+    "offline": _SCORED,
+    "evaluation": _SCORED,
+    "candidates": ("row", "candidate", "token_ids", "finish_reason", "logps", "reward"),
+    "bootstrapped": ("row", "chosen_candidate", "rejected_candidate", "margin", "selected"),
+}
 _TOKENIZER = "tokenizer.json"
 
 
 def find_run(path: Path) -> RunStore:
-    """The run in `output_dir`, or in the run directory itself.
-
-    Raises:
-        ValueError: if there is none, naming what is missing.
-    """
+    """The run in `output_dir`, or in the run directory itself; a ValueError if there is none."""
     output_dir = path.parent if path.name == "sera" and (path / "run.json").exists() else path
     store = RunStore(output_dir)
     if store.run_file.exists():
@@ -55,48 +56,25 @@ def find_run(path: Path) -> RunStore:
 class Iteration:
     """What is on disk of iteration t = `number`: columns of its tables, empty without.
 
-    `offline` has `selected`, and `margin` from t = 2. `candidates` are in the order of (row,
-    candidate), with `length` in tokens, (n, policies) `logps` in nats, newest policy first, whether
-    each was cut (`unfinished`) or is the dataset's (`given`, SPIN), and `reward`: what
+    `offline` has `selected`, and from t = 2 the `margin` of each pair, which is None before it is
+    known. Pairs are kept `by_margin` unless they have a priority. `candidates` are in the order of
+    (row, candidate), with `length` in tokens, (n, policies) `logps` in nats, newest policy first,
+    whether each was cut (`unfinished`) or is the dataset's (`given`, SPIN), and `reward`: what
     `sera.labeler` ranked by, NaN where it could not.
     """
 
     def __init__(self, run: Run, store: RunStore, number: int) -> None:
-        def columns(name: str, *needed: str) -> Columns:
-            table = run.table(store.table_file(number, name), needed)
-            if table is None:
-                return {}
-            found: Columns = {"selected": np.ones(len(table), dtype=bool)}
-            if name == "candidates":
-                tokens, logps = TokenColumn(table["token_ids"]), table["logps"].combine_chunks()
-                shape = len(logps), -1 if len(logps) else 0
-                found = {
-                    "length": tokens.lengths,
-                    "logps": logps.flatten().to_numpy().reshape(shape),
-                }
-                for key, reason in (("unfinished", "length"), ("given", DATASET)):
-                    found[key] = np.asarray(pc.equal(table["finish_reason"], reason))
-                table = table.drop_columns(["token_ids", "finish_reason", "logps"])
-            names = table.column_names
-            return found | {one: table[one].to_numpy(zero_copy_only=False) for one in names}
-
-        self.number = number
-        self.offline = columns("offline", *_SCORED, *(_RANKED if number > 1 else ()))
-        self.evaluation = columns("evaluation", *_SCORED)
-        self.candidates = columns("candidates", *_CANDIDATES)
-        self.bootstrapped = columns("bootstrapped", *_BOOTSTRAPPED)
+        self.number, self._candidates_file = number, store.table_file(number, "candidates")
+        tables = _TABLES | ({"offline": _RANKED} if number > 1 else {})
+        self.offline, self.evaluation, self.candidates, self.bootstrapped = (
+            _arrays(run.columns(store.table_file(number, name), needed))
+            for name, needed in tables.items()
+        )
+        if self.offline:
+            self.offline.setdefault("selected", np.ones(len(self.offline["row"]), dtype=bool))
+        self.margin: FloatArray | None = self.offline.get("margin")
+        self.by_margin = "priority" not in self.offline
         self.summary = run.json(store.iteration(number) / "summary.json")
-        self._candidates_file = store.table_file(number, "candidates")
-
-    @property
-    def margin(self) -> FloatArray | None:
-        """(N,) margins of the offline pairs, None before they are known."""
-        return self.offline.get("margin")
-
-    @property
-    def by_margin(self) -> bool:
-        """Whether pairs are kept by their margin: with a priority they are not."""
-        return "priority" not in self.offline
 
     def places(self) -> dict[str, npt.NDArray[np.intp]]:
         """By side, where in `candidates` the answer of each bootstrapped pair is."""
@@ -108,8 +86,24 @@ class Iteration:
         return TokenColumn(pq.read_table(self._candidates_file, columns=["token_ids"])["token_ids"])
 
 
+def _arrays(columns: Mapping[str, pa.ChunkedArray]) -> Columns:
+    found: Columns = {}
+    for name, values in columns.items():
+        if name == "token_ids":
+            found["length"] = TokenColumn(values).lengths
+        elif name == "finish_reason":
+            found["unfinished"] = np.asarray(pc.equal(values, "length"))
+            found["given"] = np.asarray(pc.equal(values, DATASET))
+        elif name == "logps":
+            flat = values.combine_chunks().flatten().to_numpy()
+            found[name] = flat.reshape(len(values), -1 if len(values) else 0)
+        else:
+            found[name] = values.to_numpy()
+    return found
+
+
 class Run:
-    """A run, as far as it can be read.
+    """A run, as far as it can be read; a ValueError if this version does not read its format.
 
     Attributes:
         description, config, settings: run.json, its configuration and that one's `sera:` block,
@@ -117,14 +111,12 @@ class Run:
         tokens: `prompt`, `chosen`, `rejected` of the offline pairs; empty if they cannot be read.
         scores: the columns of `sera.score_columns`, as the dataset had them.
         iterations, begun: those that have begun, in order, and by their number.
+        with_margins: the newest of them whose offline pairs have margins, if any.
         swapped: (N,) which labels were swapped on purpose; None where none were, or it is unknown.
         total, unit: N, the number of offline pairs; what rewards and margins are measured in.
         history: `log_history` of the newest checkpoint, empty without.
         state: `finished`, `going on`, or `stopped`.
         notes: one sentence for everything that is missing or damaged.
-
-    Raises:
-        ValueError: if it has a format that this version does not read.
     """
 
     def __init__(self, store: RunStore) -> None:
@@ -140,18 +132,17 @@ class Run:
         self.config: dict[str, Any] = self.description.get("config", {})
         self.settings: dict[str, Any] = self.config.get("sera", {})
         self.labeler = str(self.settings.get("labeler", "implicit"))
-        dataset = self.table(store.dataset_file, _TOKENS)
-        if dataset is None and not store.dataset_file.exists():
+        columns = self.columns(store.dataset_file, _TOKENS)
+        if not store.dataset_file.exists():
             self._note(store.dataset_file, "is missing: there are no texts to show")
-        columns = {} if dataset is None else {n: dataset[n] for n in dataset.column_names}
-        self.tokens = {n: TokenColumn(columns[f"{n}_ids"]) for n in TEXTS if columns}
-        self.scores: dict[str, pa.ChunkedArray] = {
-            name: values for name, values in columns.items() if name not in ("row", *_TOKENS)
-        }
+        self.tokens = {name: TokenColumn(columns[f"{name}_ids"]) for name in TEXTS if columns}
+        self.scores = {n: values for n, values in columns.items() if n not in ("row", *_TOKENS)}
         names = [path.name for path in store.root.glob("iteration-*")]
         numbers = sorted(int(n[10:]) for n in names if re.fullmatch(r"iteration-[0-9]{2,6}", n))
         self.begun = {number: Iteration(self, store, number) for number in numbers}
         self.iterations = list(self.begun.values())
+        margins = [one for one in self.iterations if one.margin is not None]
+        self.with_margins = margins[-1] if margins else None
         offline = next((one.offline for one in self.iterations if one.offline), {})
         self.swapped: npt.NDArray[np.bool_] | None = offline.get("swapped")
         self.total = self.description.get("pairs", len(offline["row"]) if offline else None)
@@ -200,15 +191,13 @@ class Run:
         """A JSON file, empty where it is missing or damaged, which is noted."""
         return read_json(path) if self._whole(path) else {}
 
-    def table(self, path: Path, needed: Sequence[str]) -> pa.Table | None:
-        """A table, None where it is missing, damaged or lacks a column, which is noted."""
-        if not self._whole(path):
-            return None
-        table = pq.read_table(path)
+    def columns(self, path: Path, needed: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+        """A table, empty where it is missing, damaged or lacks a column, which is noted."""
+        table = pq.read_table(path) if self._whole(path) else pa.table({})
         missing = [name for name in needed if name not in table.column_names]
-        if missing:
+        if missing and table.num_columns:
             self._note(path, f"has no column {', '.join(missing)} and is left out")
-        return None if missing else table
+        return {} if missing else {name: table[name] for name in table.column_names}
 
     def _name_what_is_missing(self) -> None:
         """A file that others were made from must have been there; one at the end is not due yet."""
