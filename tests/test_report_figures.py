@@ -9,7 +9,7 @@ import pytest
 
 from sera_plugin.algorithm.method import Labeler
 from sera_plugin.algorithm.selection import Annotations
-from sera_plugin.tools.report.figures import figures, r_squared, score_columns
+from sera_plugin.tools.report.figures import dataset_scores, figures, r_squared
 from sera_plugin.tools.report.page import curve, render
 from sera_plugin.tools.report.pairs import describe_pair, show_pair, show_suspects, suspects
 from sera_plugin.tools.report.reading import Run, Texts
@@ -116,9 +116,11 @@ def test_length_and_scores_explain_rewards(tmp_path):
 )
 def test_scores_are_found_and_told_apart(tmp_path, found):
     found = {name: columns or (name,) for name, columns in found.items()}
-    scores = {column: [1.0, 2.0, 3.0, 4.0] for both in found.values() for column in both}
+    names = [column for both in found.values() for column in both]
+    scores = {name: [number, None, 3.0, 4.0] for number, name in enumerate(names)}
     run = Run(make_run(tmp_path, pairs=4, scores=scores | {"note": ["x"] * 4}))
-    assert score_columns(run) == found
+    read = {name: [values[0] for values in both] for name, both in dataset_scores(run).items()}
+    assert read == {name: [names.index(one) for one in both] for name, both in found.items()}
 
 
 def test_samples_lengths_and_held_out_pairs(tmp_path):
@@ -133,7 +135,6 @@ def test_samples_lengths_and_held_out_pairs(tmp_path):
     assert (found[1]["lengths"]["chosen"], found[1]["lengths"]["rejected"]) == (4, 2)
     assert found[0]["held_out"] is None
     for one, figure in zip(run.iterations[1:], found[1:], strict=True):
-        assert run.implicit_margin(one.number) == about(one.margin)  # as recorded
         assert figure["held_out"]["accuracy"] == one.summary["evaluation"]["accuracy"]
         assert figure["held_out"]["pairs"] == 9
 

@@ -14,15 +14,13 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sera_plugin.algorithm.rewards import FloatArray
-
-Bools = npt.NDArray[np.bool_]
+from sera_plugin.algorithm.selection import BoolArray
 
 #: The page's variables.
 _NAMES = ("ink", "muted", "rule", "kept", "dropped", "sampled", "other")
@@ -84,8 +82,6 @@ def _draw(
     """Axes with what is plotted named `above` them; `labels` are those of the last one's x and y.
 
     Where axes are is left, bottom and top, as shares of the figure, whose height is in inches.
-
-    The SVG is without its XML frame, ids and fixed size, in the page's colours.
     """
     buffer = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
@@ -120,7 +116,7 @@ def _draw(
 
 
 def margins(
-    title: str, note: str, unit: str, panels: Mapping[str, tuple[FloatArray, Bools]]
+    title: str, note: str, unit: str, panels: Mapping[str, tuple[FloatArray, BoolArray]]
 ) -> Chart:
     """Histograms by name, one above the other: (n,) margins, and which are kept."""
     # All but the outermost 0.2% of the values, and 0.
@@ -160,9 +156,9 @@ def scatter(
     labels: tuple[str, str],
     x: FloatArray,
     y: FloatArray,
-    marks: Mapping[str, Bools],
+    marks: Mapping[str, BoolArray],
     cuts: tuple[float, float] | None = None,
-    around: Bools | None = None,
+    around: BoolArray | None = None,
 ) -> Chart:
     """Points (n,) in groups by name, which may be ""; a few hundred of each, chosen evenly.
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sera_plugin.algorithm.selection import BoolArray
 from sera_plugin.algorithm.summary import jaccard
 from sera_plugin.host.run import flat
 from sera_plugin.rundir.checksums import write_text
-from sera_plugin.tools.report.figures import figures, spent
+from sera_plugin.tools.report.figures import figure, figures, spent
 from sera_plugin.tools.report.output import Table, fill, number, plain_table, shown_name
 from sera_plugin.tools.report.reading import Run
 
@@ -47,11 +48,11 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     ]
     keys = sorted({key for one in settings for key in one})
     values = {key: [one.get(key) for one in settings] for key in keys}
-    every = [_figures(run) for run in runs]
+    every = [{one["iteration"]: one for one in figures(run)["iterations"]} for run in runs]
     iterations = sorted({number for found in every for number in found})
     metrics: list[dict[str, Any]] = [
         {"iteration": number, "name": name, "form": form,
-         "values": [_value(found.get(number, {}), where) for found in every]}
+         "values": [_measured(found.get(number, {}), where) for found in every]}
         for number in iterations
         for name, form, where in _METRICS
     ]  # fmt: skip
@@ -73,33 +74,24 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _figures(run: Run) -> dict[int, dict[str, Any]]:
-    """The figures by iteration, with the seconds of all phases among them."""
-    found = figures(run)["iterations"]
-    return {one["iteration"]: one | {"spent": spent(one["seconds"]) or None} for one in found}
-
-
-def _value(figures: dict[str, Any], where: str) -> Any:
-    """A figure, or a share of two, by where it is; None where a level of that is missing."""
+def _measured(figures: dict[str, Any], where: str) -> Any:
+    """A figure, or a share of two, by where it is; None where it is unknown."""
+    if where == "spent":
+        return spent(figures.get("seconds", {})) or None
     part, _, whole = where.partition(" / ")
-    value: Any = figures
-    for key in part.split("."):
-        value = (value or {}).get(key)
-    return value / max(1, _value(figures, whole)) if whole and value is not None else value
+    value = figure(figures, part)
+    return value / max(1, figure(figures, whole)) if whole and value is not None else value
 
 
 def _alike(runs: Sequence[Run], number: int) -> list[list[float | None]] | None:
     """The Jaccard index of each two runs' kept pairs; None of other data, and of no two."""
-    kept: list[tuple[str, Any] | None] = []
+    kept: list[tuple[str, BoolArray] | None] = []
     for run in runs:
         one, data = run.begun.get(number), run.description.get("dataset_fingerprint")
         known = one is not None and one.margin is not None and data is not None
         kept.append((str(data), one.offline["selected"]) if known and one is not None else None)
-    matrix = [
-        [jaccard(a[1], b[1]) if a is not None and b is not None and a[0] == b[0] else None
-         for b in kept]
-        for a in kept
-    ]  # fmt: skip
+    matrix = [[jaccard(a[1], b[1]) if a and b and a[0] == b[0] else None for b in kept]
+              for a in kept]  # fmt: skip
     pairs = (matrix[i][j] for i in range(len(runs)) for j in range(i))
     return matrix if any(value is not None for value in pairs) else None
 
@@ -139,10 +131,6 @@ def show(compared: dict[str, Any]) -> str:
 
 
 def write(compared: dict[str, Any], path: Path) -> None:
-    """The comparison as a page.
-
-    Raises:
-        OSError: if it cannot be written, with what to do about it.
-    """
+    """The comparison as a page; an OSError if it cannot be written."""
     title = f"{len(compared['runs'])} runs compared"
     write_text(path, fill("compare.html", title=title, compared=compared, tables=_tables(compared)))

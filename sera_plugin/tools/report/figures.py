@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,13 +13,15 @@ import pyarrow as pa
 from sera_plugin.algorithm.alarms import judge
 from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.algorithm.selection import by_side, pair_candidates, select_largest
+from sera_plugin.algorithm.selection import BoolArray, by_side, pair_candidates, select_largest
 from sera_plugin.algorithm.summary import accuracy, jaccard, noise_found, quantiles
 from sera_plugin.config.kinds import LABELERS, is_reference_free
 from sera_plugin.tools.report.reading import Columns, Iteration, Run
 
 #: A column with more different values than this is not broken down by value.
 _MOST_GROUPS = 12
+_COUNTED = ("prompts", "sampled", "unfinished", "duplicates", "ties", "too_few", "unranked")
+_HELD_OUT = ("pairs", "accuracy", "accuracy_error")
 _DESCRIBED = ("loss", "beta", "per_token", "evaluation_pairs", "seed", "dataset_fingerprint")
 
 
@@ -51,17 +53,18 @@ def figures(run: Run) -> dict[str, Any]:
 
 
 def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
-    offline, margin, pairs = one.offline, one.margin, one.bootstrapped
+    offline, margin, pairs, counted = one.offline, one.margin, one.bootstrapped, one.summary
+    samples, held_out = counted.get("samples"), counted.get("evaluation")
     found: dict[str, Any] = {
         "iteration": one.number,
-        "pairs": one.summary.get("pairs"),
-        "seconds": one.summary.get("seconds", {}),
-        "forwarded": one.summary.get("forwarded", {}),
-        "step_zero": one.summary.get("step_zero"),
+        "pairs": counted.get("pairs"),
+        "seconds": counted.get("seconds", {}),
+        "forwarded": counted.get("forwarded", {}),
+        "step_zero": counted.get("step_zero"),
         "drift": _drift(run, one),
         "lengths": _lengths(one),
-        "samples": _samples(one),
-        "held_out": _held_out(run, one),
+        "samples": samples and {key: samples.get(key) for key in _COUNTED},
+        "held_out": held_out and {key: held_out[key] for key in _HELD_OUT},
     }
     if margin is not None:
         kept = offline["selected"]
@@ -95,35 +98,39 @@ def spent(seconds: Mapping[str, float]) -> float:
     return sum(value for phase, value in seconds.items() if not phase.endswith("_engine"))
 
 
+def figure(figures: Mapping[str, Any], where: str) -> Any:
+    """A figure of an iteration by where it is (`lengths.chosen`); None where it is unknown."""
+    value: Any = figures
+    for key in where.split("."):
+        value = (value or {}).get(key)
+    return value
+
+
 def _selections(run: Run) -> dict[str, Any] | None:
     """Jaccard index of every two iterations' kept sets (Fig. 6), and what chance would give.
 
     `by_chance` is k / (2 N - k), the index of two random choices of k out of N with the overlap
     that is expected of them. None before a selection.
     """
-    masks = {
-        one.number: one.offline["selected"] for one in run.iterations if one.margin is not None
-    }
-    if not masks:
+    selecting = [one for one in run.iterations if one.margin is not None]
+    if not selecting:
         return None
-    every = list(masks.values())
-    kept, total = int(every[-1].sum()), len(every[-1])
+    masks = [one.offline["selected"] for one in selecting]
+    kept, total = int(masks[-1].sum()), len(masks[-1])
     return {
-        "iterations": list(masks),
-        "matrix": [[jaccard(one, other) for other in every] for one in every],
+        "iterations": [one.number for one in selecting],
+        "matrix": [[jaccard(one, other) for other in masks] for one in masks],
         "by_chance": kept / (2 * total - kept) if kept else None,
     }
 
 
 def _drift(run: Run, one: Iteration) -> dict[str, float] | None:
     """Mean log pi_{t-1} - log pi_0 of the offline completions, in nats per completion."""
-    first = run.iterations[0]
-    if first.number != 1 or not first.offline or not one.offline:
+    first = run.begun[1].offline if 1 in run.begun else {}
+    if not first or not one.offline:
         return None
-    return {
-        side: float((one.offline[f"{side}_logp"] - first.offline[f"{side}_logp"]).mean())
-        for side in SIDES
-    }
+    logps = {side: f"{side}_logp" for side in SIDES}
+    return {side: float((one.offline[key] - first[key]).mean()) for side, key in logps.items()}
 
 
 def _lengths(one: Iteration) -> dict[str, float]:
@@ -142,27 +149,6 @@ def _lengths(one: Iteration) -> dict[str, float]:
                 kept = places[pairs["selected"]]
                 found[f"bootstrapped_{side}"] = float(samples["length"][kept].mean())
     return found
-
-
-def _samples(one: Iteration) -> dict[str, Any] | None:
-    counted = one.summary.get("samples")
-    if not one.candidates:
-        return counted
-    names = ("duplicates", "ties", "too_few", "unranked")
-    return {
-        "prompts": len(np.unique(one.candidates["row"])),
-        "sampled": int((~one.candidates["given"]).sum()),
-        "unfinished": int(one.candidates["unfinished"].sum()),
-        **{name: (counted or {}).get(name) for name in names},
-    }
-
-
-def _held_out(run: Run, one: Iteration) -> dict[str, Any] | None:
-    """Accuracy of the implicit reward on the held-out pairs."""
-    margin = run.implicit_margin(one.number, "evaluation") if one.number > 1 else None
-    if margin is None or not len(margin):
-        return None
-    return {"pairs": len(margin), **accuracy("accuracy", margin)}
 
 
 def r_squared(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:
@@ -195,41 +181,35 @@ def _length_r2(one: Iteration, margin: FloatArray) -> dict[str, float | None]:
     return found
 
 
-def score_columns(run: Run) -> dict[str, tuple[str, ...]]:
-    """Numeric score columns by what to call them: the two of a score per completion, or one."""
-    numeric = [name for name, values in run.scores.items() if _is_numeric(values)]
-    sides = by_side(numeric)
-    alone = [name for name in numeric if name not in {*sides, *sides.values()}]
-    found: dict[str, tuple[str, ...]] = {}
+def dataset_scores(run: Run) -> dict[str, list[FloatArray]]:
+    """Numeric columns of the dataset by what to call them; (N,) each, nan where there is none.
+
+    Of a score per completion those of the chosen and of the rejected ones, else the pair's own.
+    """
+    numeric = {
+        name: values.to_numpy().astype(np.float64)
+        for name, values in run.scores.items()
+        if pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
+        if values.null_count < len(values)
+    }
+    sides = by_side(list(numeric))
+    alone = numeric.keys() - sides.keys() - set(sides.values())
+    found: dict[str, list[FloatArray]] = {}
     for chosen, rejected in sides.items():
         short = chosen.replace("chosen", "").strip("_-. ")
         named = bool(short) and short not in found and short not in alone
-        found[short if named else chosen] = (chosen, rejected)
-    return found | {name: (name,) for name in alone}
-
-
-def _is_numeric(values: pa.ChunkedArray) -> bool:
-    numeric = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
-    return numeric and values.null_count < len(values)
-
-
-def scores_of(run: Run, columns: Sequence[str]) -> tuple[FloatArray, FloatArray]:
-    """All of these columns' scores, one column after the other, and what is compared with margins.
-
-    That is the chosen completion's score less the rejected one's, or the pair's own figure. What
-    is missing is not a number.
-    """
-    each = [run.scores[name].to_numpy().astype(np.float64) for name in columns]
-    return np.concatenate(each), each[0] - each[1] if len(each) > 1 else each[0]
+        found[short if named else chosen] = [numeric[chosen], numeric[rejected]]
+    return found | {name: [values] for name, values in numeric.items() if name in alone}
 
 
 def _score_r2(run: Run, offline: Columns, margin: FloatArray) -> dict[str, Any]:
     """R^2 of rewards and margins with the dataset's own scores (Fig. 2, Fig. 11)."""
-    found = {}
-    for name, columns in score_columns(run).items():
-        scores, difference = scores_of(run, columns)
+    found: dict[str, Any] = {}
+    for name, (score, *rejected) in dataset_scores(run).items():
+        difference = score - rejected[0] if rejected else score
         found[name] = {"margin": r_squared(difference, margin)}
-        if len(columns) > 1:
+        if rejected:
+            scores = np.concatenate([score, *rejected])
             found[name]["reward"] = r_squared(scores, pooled(offline, "reward"))
             differs = np.isfinite(difference) & (difference != 0)
             agree = (np.sign(difference) == np.sign(margin))[differs]
@@ -237,9 +217,7 @@ def _score_r2(run: Run, offline: Columns, margin: FloatArray) -> dict[str, Any]:
     return found
 
 
-def _groups(
-    run: Run, margin: FloatArray, kept: npt.NDArray[np.bool_]
-) -> dict[str, list[dict[str, Any]]]:
+def _groups(run: Run, margin: FloatArray, kept: BoolArray) -> dict[str, list[dict[str, Any]]]:
     """Columns with few different values (a source, a flag): what was kept of each."""
     found = {}
     for name, values in run.scores.items():
@@ -249,37 +227,52 @@ def _groups(
         distinct, of = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
         plain = all(isinstance(value, bool | str | int | None) for value in distinct)
         if plain and 2 <= len(distinct) <= _MOST_GROUPS:
-            groups = [
+            order = sorted(enumerate(distinct), key=lambda one: (str(type(one[1])), str(one[1])))
+            found[name] = [
                 {
                     "value": value,
                     "pairs": int((of == index).sum()),
                     "kept": float(kept[of == index].mean()),
                     "median_margin": float(np.median(margin[of == index])),
                 }
-                for index, value in enumerate(distinct)
+                for index, value in order
             ]
-            found[name] = sorted(
-                groups, key=lambda one: (str(type(one["value"])), str(one["value"]))
-            )
     return found
 
 
-def margin_without_ensemble(run: Run, one: Iteration) -> FloatArray | None:
-    """Iteration t's offline margins with gamma = 0; None where the ensemble plays no part."""
-    if one.number < 3 or not run.settings.get("gamma") or one.margin is None or not one.by_margin:
+def without_ensemble(run: Run, one: Iteration) -> tuple[FloatArray, BoolArray] | None:
+    """Iteration t's offline margins with gamma = 0, and which pairs would be kept; (N,) each.
+
+    None where the ensemble plays no part.
+    """
+    previous, gamma = run.begun.get(one.number - 1), run.settings.get("gamma")
+    if one.number < 3 or not gamma or one.margin is None or not one.by_margin:
         return None
-    return run.implicit_margin(one.number, gamma=0.0)
+    kept = int(one.offline["selected"].sum())
+    if previous is None or not previous.offline or not kept:
+        return None
+    chosen, rejected = (
+        _newest_reward(run, one, [each.offline[f"{side}_logp"] for each in (one, previous)],
+                       one.offline[f"{side}_length"])
+        for side in SIDES
+    )  # fmt: skip
+    return chosen - rejected, select_largest(chosen - rejected, kept)
+
+
+def _newest_reward(run: Run, one: Iteration, logps: Any, lengths: Any) -> FloatArray:
+    """(n,) rewards with gamma = 0; (policies, n) log-probabilities, newest policy first."""
+    weights = reward_weights(one.number, 0.0, is_reference_free(run.description["loss"]))
+    per_token = lengths if run.description["per_token"] else None
+    return implicit_reward(logps[: len(weights)], weights, per_token)
 
 
 def _ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     """How many offline pairs the ensemble has exchanged for others."""
-    margin, selected = margin_without_ensemble(run, one), one.offline["selected"]
-    kept = int(selected.sum())
-    if margin is None or not kept:
+    found, kept = without_ensemble(run, one), one.offline["selected"]
+    if found is None:
         return None
-    without = select_largest(margin, kept)
-    changed = int((selected & ~without).sum())
-    return {"exchanged": changed, "kept": kept, "jaccard": jaccard(selected, without)}
+    changed = {"exchanged": int((kept & ~found[1]).sum()), "kept": int(kept.sum())}
+    return changed | {"jaccard": jaccard(kept, found[1])}
 
 
 def _bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
@@ -290,9 +283,7 @@ def _bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     if not LABELERS[run.labeler].implicit or settings.get("length_control", "none") != "none":
         return None  # the pairs were ranked by something else
     count, kept = int(settings["candidates"]), pairs["selected"]
-    weights = reward_weights(one.number, 0.0, is_reference_free(run.description["loss"]))
-    lengths = samples["length"] if run.description["per_token"] else None
-    reward = implicit_reward(samples["logps"].T[: len(weights)], weights, lengths)
+    reward = _newest_reward(run, one, samples["logps"].T, samples["length"])
     nested = max(1, int(np.ceil(settings["bootstrap_ratio"])))
     found = pair_candidates(one.tokens().numbered(count), reward.reshape(-1, count), nested)
     best = select_largest(found.margin, int(kept.sum()))

@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 
 from sera_plugin.algorithm.rewards import FloatArray
-from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
 from sera_plugin.rundir.checksums import COMMAND, write_text
 from sera_plugin.tools.report import charts
 from sera_plugin.tools.report.charts import Chart, Lines
 from sera_plugin.tools.report.figures import (
+    dataset_scores,
+    figure,
     figures,
-    margin_without_ensemble,
     pooled,
-    score_columns,
-    scores_of,
     spent,
+    without_ensemble,
 )
 from sera_plugin.tools.report.output import Table, fill, number, shown_name, shown_text
 from sera_plugin.tools.report.pairs import examples, facts_of
@@ -35,9 +34,7 @@ _SHOWN = ("learning_rate", "lr_scheduler", "num_epochs", "micro_batch_size", "ad
 def write_report(output_dir: Path, path: Path | None = None) -> Path:
     """Read the run in `output_dir` and write its report, to `report.html` there unless told.
 
-    Raises:
-        ValueError: if no run is there.
-        OSError: if the file cannot be written, with what to do about it.
+    A ValueError if no run is there, an OSError if the file cannot be written.
     """
     run = Run(find_run(output_dir))
     path = path or run.root / "report.html"
@@ -66,10 +63,7 @@ def render(run: Run) -> str:
         facts_of=facts_of,
         texts=Texts(run),
         by_margin=any(one.get("threshold") is not None for one in found["iterations"]),
-        selection=SELECTIONS.get(settings.get("selection", "")),
-        keeps=SELECTIONS[settings.get("selection", "irm")].keeps.format(
-            ratio=settings.get("selection_ratio", 1)
-        ),
+        selection=SELECTIONS[settings.get("selection", "irm")],
         labeler=LABELERS[run.labeler],
         reference_free=is_reference_free(run.description.get("loss", "dpo")),
         settings=shown,
@@ -87,20 +81,15 @@ def _charts(run: Run, found: Figures) -> dict[str, list[Chart]]:
     return made | {"samples": [], "cost": [], "training": _training(run)}
 
 
-def _series(iterations: Sequence[Figures], **named: str) -> Lines:
+def _series(iterations: Sequence[Figures], **places: str) -> Lines:
     """Figures by where they are, over the iterations that have them, with standard errors."""
     found = {}
-    for name, path in named.items():
-        place, _, key = path.rpartition(".")
-        levels = {one["iteration"]: (one[place] if place else one) or {} for one in iterations}
-        have = {x: one for x, one in levels.items() if one.get(key) is not None}
-        errors = [one[f"{key}_error"] for one in have.values() if f"{key}_error" in one]
+    for name, where in places.items():
+        have = {one["iteration"]: one for one in iterations if figure(one, where) is not None}
+        values = [figure(one, where) for one in have.values()]
+        errors = [figure(one, f"{where}_error") for one in have.values()]
         if have:
-            found[name.replace("_", " ")] = (
-                list(have),
-                [one[key] for one in have.values()],
-                errors,
-            )
+            found[name.replace("_", " ")] = list(have), values, [e for e in errors if e is not None]
     return found
 
 
@@ -120,10 +109,11 @@ def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
 
 
 def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
-    without, changed = margin_without_ensemble(run, one), figures.get("ensemble")
-    if without is None or changed is None or one.margin is None:
+    found = without_ensemble(run, one)
+    if found is None:
         return []
-    kept, kept_without = one.offline["selected"], select_largest(without, changed["kept"])
+    (without, kept_without), changed = found, figures["ensemble"]
+    margin, kept = one.offline["margin"], one.offline["selected"]
     title = (
         f"Iteration {one.number}: the ensemble exchanged {changed['exchanged']:,} of "
         f"{changed['kept']:,} kept pairs"
@@ -136,8 +126,8 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     axes = (f"margin with gamma = 0, {run.unit}", f"margin with gamma = {run.settings['gamma']:g}")
     around = kept != kept_without
     marks = {"same choice": ~around, "kept by it": kept & around, "dropped by it": ~kept & around}
-    cuts = (float(without[kept_without].min()), float(one.margin[kept].min()))
-    return [charts.scatter(title, note, axes, without, one.margin, marks, cuts, around)]
+    cuts = (float(without[kept_without].min()), float(margin[kept].min()))
+    return [charts.scatter(title, note, axes, without, margin, marks, cuts, around)]
 
 
 def _lengths(iterations: Sequence[Figures]) -> list[Chart]:
@@ -160,46 +150,41 @@ def _length_r2(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     r2 = figures.get("length_r2")
     if not r2:
         return []
-    note = f"of margins with the difference in length {number(r2['margin'], '.3f')}"
+    note = f"; of margins with the difference in length {number(r2['margin'], '.3f')}"
     if "sampled" in r2:
         note += f"; of sampled answers {number(r2['sampled'], '.3f')}"
     tokens = pooled(one.offline, "length")
-    return [_rewards(run, one, "length", r2["reward"], tokens, "tokens", f"{note}.")]
-
-
-def _explains(one: Iteration, name: str, r2: float | None, what: str) -> str:
-    share = number(r2, ".0%")
-    return f"Iteration {one.number}: {name} explains {share} of the variance of {what}"
-
-
-def _rewards(
-    run: Run, one: Iteration, name: str, r2: float | None, x: FloatArray, axis: str, note: str
-) -> Chart:
-    """Rewards of all answers over something else that is known of them."""
-    of_chosen = np.arange(len(x)) < len(x) // 2
-    axes = (axis, f"implicit reward, {run.unit}")
-    marks = {"chosen": of_chosen, "rejected": ~of_chosen}
-    title, note = _explains(one, name, r2, "rewards"), f"R² {number(r2, '.3f')}; {note}"
-    return charts.scatter(title, note, axes, x, pooled(one.offline, "reward"), marks)
+    return [_explained(run, one, "reward", r2, "length", "tokens", tokens, note)]
 
 
 def _scores(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
-    found: list[Chart] = []
+    found, scores = [], dataset_scores(run)
     for column, r2 in figures.get("scores", {}).items():
-        values, difference = scores_of(run, score_columns(run)[column])
-        name, of_margins = shown_name(column), number(r2["margin"], ".3f")
+        what, name, note = "margin", shown_name(column), ""
+        axis = name
         if "reward" in r2:
-            note = (
-                f"of margins with the difference {of_margins}. Where {name} differs, the policy "
-                f"agrees with it on {number(r2['agreement'], '.0%')} of the pairs."
-            )
-            axis = f"{name} of the answer"
-            found.append(_rewards(run, one, name, r2["reward"], values, axis, note))
-        elif one.margin is not None:
-            title, note = _explains(one, name, r2["margin"], "margins"), f"R² {of_margins}."
-            marks, axes = {"": np.isfinite(difference)}, (name, f"margin, {run.unit}")
-            found.append(charts.scatter(title, note, axes, difference, one.margin, marks))
+            what, axis = "reward", f"{name} of the answer"
+            margins, agreement = number(r2["margin"], ".3f"), number(r2["agreement"], ".0%")
+            note = f"; of margins with the difference {margins}. Where {name} differs, the policy"
+            note += f" agrees with it on {agreement} of the pairs"
+        values = np.concatenate(scores[column])
+        found.append(_explained(run, one, what, r2, name, axis, values, note))
     return found
+
+
+def _explained(
+    run: Run, one: Iteration, what: str, r2: Figures, name: str, axis: str, x: FloatArray, note: str
+) -> Chart:
+    """The reward of all answers, or the margin of all pairs, over what else is known of them."""
+    y, marks, measured = one.offline["margin"], {"": np.isfinite(x)}, "margin"
+    if what == "reward":
+        of_chosen = np.arange(len(x)) < len(x) // 2
+        marks = {"chosen": of_chosen, "rejected": ~of_chosen}
+        y, measured = pooled(one.offline, "reward"), "implicit reward"
+    share = number(r2[what], ".0%")
+    title = f"Iteration {one.number}: {name} explains {share} of the variance of {what}s"
+    note = f"R² {number(r2[what], '.3f')}{note}."
+    return charts.scatter(title, note, (axis, f"{measured}, {run.unit}"), x, y, marks)
 
 
 def _accuracy(iterations: Sequence[Figures]) -> list[Chart]:
@@ -233,11 +218,8 @@ def _drift(drifted: Sequence[Figures]) -> list[Chart]:
 def _training(run: Run) -> list[Chart]:
     found: list[Chart] = []
     # Where each iteration's own figures are in the log, it starts.
-    boundaries = {
-        int(entry["sera/iteration"]): int(entry["step"])
-        for entry in run.history
-        if "sera/iteration" in entry
-    }
+    boundaries = {int(one["sera/iteration"]): int(one["step"])
+                  for one in run.history if "sera/iteration" in one}  # fmt: skip
     against = "of rewards against the iteration's reference"
     for title, ylabel, key in (
         ("Loss", "loss", "loss"),
@@ -253,14 +235,15 @@ def _training(run: Run) -> list[Chart]:
 
 def curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """A figure of the log over steps, with a gap where an iteration starts."""
-    points: list[tuple[float, float]] = []
+    x: list[float] = []
+    y: list[float] = []
     started = False
     for entry in history:
         started |= entry.get("sera/iteration", 1) != 1  # nothing is before the first
         value = entry.get(key)
         if isinstance(value, int | float) and isfinite(value):
-            if started and points:
-                points.append((entry["step"], nan))
+            gap = [nan] if started and x else []
+            x += [entry["step"]] * (1 + len(gap))
+            y += [*gap, value]
             started = False
-            points.append((entry["step"], value))
-    return [x for x, _ in points], [y for _, y in points]
+    return x, y

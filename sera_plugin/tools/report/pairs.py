@@ -15,14 +15,7 @@ from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.rundir.checksums import write_file, write_text
-from sera_plugin.tools.report.output import (
-    NOTHING,
-    fill,
-    number,
-    plain_table,
-    shown_name,
-    shown_text,
-)
+from sera_plugin.tools.report.output import fill, number, plain_table, shown_name, shown_text
 from sera_plugin.tools.report.reading import Iteration, Run, Texts
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -96,16 +89,15 @@ def _doubted(margin: FloatArray) -> Rows:
 
 def examples(run: Run) -> list[dict[str, Any]]:
     """The pairs of the newest iterations that say most about run and data, in groups by name."""
-    groups: dict[str, tuple[Iteration, list[Pair]]] = {}
-    one = run.with_margins
-    if run.tokens and one is not None:
+    groups: list[tuple[str, Iteration, list[Pair]]] = []
+    if run.tokens and (one := run.with_margins) is not None:
         margin = one.offline["margin"]
-        for name, rows in (
-            ("mislabelled", _doubted(margin)[:_SUSPECTS]),
-            ("decided", np.argsort(margin, kind="stable")[::-1][:_FEW]),
-            ("undecided", np.argsort(np.abs(margin), kind="stable")[:_FEW]),
-        ):
-            groups[name] = one, _offline(run, one, rows)
+        parts = {
+            "mislabelled": _doubted(margin)[:_SUSPECTS],
+            "decided": np.argsort(margin, kind="stable")[::-1][:_FEW],
+            "undecided": np.argsort(np.abs(margin), kind="stable")[:_FEW],
+        }
+        groups += [(name, one, _offline(run, one, rows)) for name, rows in parts.items()]
     sampled = [one for one in run.iterations if one.bootstrapped and one.candidates]
     if run.tokens and sampled:
         one, made = sampled[-1], sampled[-1].bootstrapped
@@ -114,10 +106,10 @@ def examples(run: Run) -> list[dict[str, Any]]:
         parts = {"best-bootstrapped": order[:_FEW], "worst-bootstrapped": order[_FEW:][::-1][:_FEW]}
         if LABELERS[run.labeler].adds_dataset_answer:
             parts = {"bootstrapped": order[:_FEW]}
-        groups |= {name: (one, _sampled(run, one, places)) for name, places in parts.items()}
+        groups += [(name, one, _sampled(run, one, places)) for name, places in parts.items()]
     return [
         {"name": name, "t": one.number, "by_margin": one.by_margin, "pairs": pairs}
-        for name, (one, pairs) in groups.items()
+        for name, one, pairs in groups
         if pairs
     ]
 
@@ -172,7 +164,7 @@ def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
 def show_pair(pair: Pair, texts: Texts) -> str:
     """`describe_pair` for a terminal."""
     names = [*_FIGURES, "margin"]
-    kept = {True: "kept", False: "dropped", None: NOTHING}
+    kept = {True: "kept", False: "dropped", None: number(None)}
     rows = [
         [
             str(one["iteration"]),

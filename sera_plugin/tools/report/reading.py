@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.method import DATASET
-from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
-from sera_plugin.config.kinds import LABELERS, is_reference_free
+from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.checksums import is_whole
@@ -66,7 +66,8 @@ class Iteration:
     def __init__(self, run: Run, store: RunStore, number: int) -> None:
         self.number, self._candidates_file = number, store.table_file(number, "candidates")
         tables = _TABLES | ({"offline": _RANKED} if number > 1 else {})
-        self.offline, self.evaluation, self.candidates, self.bootstrapped = (
+        # Of the held-out pairs the summary has all that is shown.
+        self.offline, _, self.candidates, self.bootstrapped = (
             _arrays(run.columns(store.table_file(number, name), needed))
             for name, needed in tables.items()
         )
@@ -152,32 +153,6 @@ class Run:
         self.history = self._read_history()
         self.state = self._read_state()
 
-    def implicit_margin(
-        self, iteration: int, table: str = "offline", gamma: float | None = None
-    ) -> FloatArray | None:
-        """(n,) margins of `offline` or `evaluation`, from the recorded log-probabilities.
-
-        With the run's own gamma unless one is given; None where what it needs cannot be read.
-        """
-        if not self.description:
-            return None
-        gamma = self.settings["gamma"] if gamma is None else gamma
-        weights = reward_weights(iteration, gamma, is_reference_free(self.description["loss"]))
-        needed = [self.begun.get(iteration - back) for back in range(len(weights))]
-        tables: list[Any] = [getattr(one, table, None) for one in needed]
-        if not all(tables):
-            return None
-        per_token = self.description["per_token"]
-        chosen, rejected = (
-            implicit_reward(
-                [one[f"{side}_logp"] for one in tables],
-                weights,
-                tables[0][f"{side}_length"] if per_token else None,
-            )
-            for side in SIDES
-        )
-        return chosen - rejected
-
     def _note(self, path: Path, what: str) -> None:
         self.notes.append(f"{path.relative_to(self.root.parent)} {what}")
 
@@ -202,23 +177,22 @@ class Run:
     def _name_what_is_missing(self) -> None:
         """A file that others were made from must have been there; one at the end is not due yet."""
         first = LABELERS[self.labeler].first_iteration(self.settings.get("selection_ratio", 1))
-        newest = max((one.number for one in self.iterations), default=0)
-        for one in self.iterations:
-            past = bool(one.summary) or one.number < newest
+        newest = max(self.begun, default=0)
+        for number, one in self.begun.items():
+            past = bool(one.summary) or number < newest
             paired = past or bool(one.bootstrapped)
-            sampled = self.settings.get("bootstrap_ratio", 0) > 0 and one.number >= first
+            sampled = self.settings.get("bootstrap_ratio", 0) > 0 and number >= first
             due = {
                 "offline.parquet": paired or one.candidates,
                 "candidates.parquet": sampled and paired,
                 "bootstrapped.parquet": sampled and past,
                 "evaluation.parquet": self.description.get("evaluation_pairs") and past,
-                "summary.json": one.number < newest,
+                "summary.json": number < newest,
             }
-            for name, expected in due.items():
-                path = self._store.iteration(one.number) / name
-                if expected and not path.exists():
+            for path in (self._store.iteration(number) / name for name in due if due[name]):
+                if not path.exists():
                     self._note(path, "is missing")
-        for number in sorted(set(range(1, newest)) - {one.number for one in self.iterations}):
+        for number in sorted(set(range(1, newest)) - set(self.begun)):
             self._note(self._store.iteration(number), "is missing")
 
     def _read_history(self) -> list[dict[str, Any]]:
