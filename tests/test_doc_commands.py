@@ -28,7 +28,7 @@ NOT_RUN = {
     r"CUDA_VISIBLE_DEVICES=1 .* ~/vllm/bin/vllm serve .*": "needs a GPU and a model from the hub",
     r"axolotl sera convert my_dpo\.yaml .*|axolotl (preprocess|train) sera\.yaml": "needs other "
     "files of a LLaMA-Factory user; tests/test_convert.py converts such files and trains",
-    r"_AXOLOTL_COMPLETE=.*|echo \"source .*": "changes a shell; tests/test_terminal.py completes",
+    r"_AXOLOTL_COMPLETE=.*|echo \"source .*": "changes a shell; test_report_commands.py completes",
     r"axolotl sera eval .* alpaca_eval\.json .*": "needs AlpacaEval's prompts and a judge",
     r".* \| jq .*": "needs jq; --json is tested in test_report_commands.py",
     r"axolotl train example_yamls/\S+\.yaml --launcher python": "needs a GPU and a model from the "

@@ -1,16 +1,21 @@
-"""`axolotl sera report`, `inspect` and `compare`, as a user types them."""
+"""Commands as a user types them: `report`, `inspect`, `compare`, and what all have in common."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from click.shell_completion import BashComplete
 from click.testing import CliRunner
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -18,16 +23,20 @@ from tokenizers.processors import TemplateProcessing
 
 from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.cli import sera
-from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.store import RunStore, read_json, write_json
+from sera_plugin.tools.command import refusing
+from tests.conftest import fill, write_rows
 from tests.report_run import WORDS, make_run
 
 ROOT = Path(__file__).parents[1]
 
 
-def call(*arguments, fails=False):
-    result = CliRunner().invoke(sera, [str(one) for one in arguments])
-    assert result.exit_code == (2 if fails else 0), result.output
-    return result.output if fails else result.stdout
+def call(*arguments, command=sera, code=0):
+    """What a command prints: on standard error where it does not end with 0."""
+    result = CliRunner().invoke(command, [str(one) for one in arguments])
+    assert result.exit_code == code, result.output
+    assert code != 2 or not result.stdout
+    return result.stderr if code else result.stdout
 
 
 @pytest.fixture
@@ -37,19 +46,30 @@ def run(tmp_path):
 
 
 def test_report_goes_into_the_run_or_where_it_is_told(run, tmp_path):
-    found = json.loads(call("report", run, "--json"))
-    assert [one["iteration"] for one in found["iterations"]] == [1, 2, 3]
-    assert not (run / "sera/report.html").exists()
     assert call("report", run).strip() == str(run / "sera/report.html")
     assert call("report", run / "sera", "--output", tmp_path / "mine.html").strip().endswith("html")
     assert (tmp_path / "mine.html").read_text().startswith("<!DOCTYPE html>")
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_the_commands_run_without_the_host_and_its_banner(run):
-    command = [sys.executable, "-m", "sera_plugin", "report", run, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert json.loads(done.stdout)["run"]["pairs"] == 12
+def test_the_commands_are_quick_and_need_no_host(run):
+    """Neither the host and its banner nor torch; of libraries only what they draw and read with."""
+
+    def imported(*arguments):
+        command = [sys.executable, "-X", "importtime", "-m", "sera_plugin", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        return done.stdout, {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+
+    _, names = imported("report", "--help")
+    assert "click" in names
+    assert not names & {"numpy", "pyarrow", "matplotlib"}
+    figures, _ = imported("report", run, "--json")
+    assert json.loads(figures)["run"]["pairs"] == 12
+    assert not (run / "sera/report.html").exists()
+    page, names = imported("report", run)
+    assert page == f"{run / 'sera/report.html'}\n"
+    assert "matplotlib" in names
+    assert not names & {"torch", "transformers", "trl", "axolotl", "matplotlib.pyplot"}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +77,7 @@ def test_the_commands_run_without_the_host_and_its_banner(run):
     [
         ("report {}/nowhere", "no SeRA run there, no such directory"),
         ("report {}/empty", "empty/sera/run.json does not exist"),
+        ("report {}/newer", "format version 2; this sera_plugin reads 1"),
         ("report {}/run --output {}/no/such/place.html", "No such file or directory"),
         ("report {}/run --json --output x", "leave --output out"),
         ("inspect {}/run", "give one of --row, --mislabelled and --export"),
@@ -79,9 +100,10 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(run, tmp_path, command, 
     (tmp_path / "empty").mkdir()
     if "bare" in command:
         make_run(tmp_path / "bare", words=None)
-    output = call(*(one.format(tmp_path) for one in command.split()), fails=True)
-    assert said in output
-    assert "Traceback" not in output
+    if "newer" in command:
+        file = make_run(tmp_path / "newer", iterations=1).run_file
+        write_json(file, read_json(file) | {"format_version": 2})
+    assert said in call(*command.replace("{}", str(tmp_path)).split(), code=2)
 
 
 def test_inspect_shows_a_pair_under_every_policy(run):
@@ -146,7 +168,7 @@ def test_exports_are_preference_datasets(tmp_path, suffix, read, which):
         assert one["chosen"] == " ".join([f"w{first}"] * first if first else [word] * 3)
         assert one.get("swapped") == (None if first else swapped[one["row"]])
     assert len(rows) == 6
-    assert "exists. Remove it" in call(*arguments, fails=True)
+    assert "exists. Remove it" in call(*arguments, code=2)
 
 
 def test_an_exported_prompt_gives_its_token_ids_again(run, tmp_path):
@@ -193,15 +215,12 @@ def test_compare_says_what_differs_and_how_alike_selections_are(tmp_path):
     assert f"{tmp_path}/deep/one nats" in call("compare", tmp_path / "deep/one", runs[2], runs[0])
 
 
-OLDER = Path(__file__).parent / "run_of_format_1"
+OLDER = ROOT / "tests/run_of_format_1"
 
 
 def test_a_run_of_the_released_format_is_read_as_it_was(tmp_path):
     """A run directory of format 1 as it was first written, with the figures it had then."""
-    figures, then = (
-        json.loads(text)
-        for text in (call("report", OLDER, "--json"), (OLDER / "figures.json").read_text())
-    )
+    figures, then = json.loads(call("report", OLDER, "--json")), read_json(OLDER / "figures.json")
     assert figures | {"run": None} == then | {"run": None}
     assert (figures["run"]["state"], figures["notes"]) == ("finished", [])
     call("report", OLDER, "--output", tmp_path / "report.html")
@@ -210,3 +229,96 @@ def test_a_run_of_the_released_format_is_read_as_it_was(tmp_path):
     make_run(tmp_path / "new", pairs=4)
     assert "Jaccard index of the pairs kept" in call("compare", OLDER, tmp_path / "new")
     assert RunStore(OLDER).description()["end_ids"] == [0]  # what `eval` reads
+
+
+# ------------------------------------------------------------------ docs/terminal.md
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("a key"), 2),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2),
+        (FileExistsError("it is there"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_2_and_what_fails_is_1(error, code):
+    @click.command()
+    def command():
+        with refusing():
+            raise error
+
+    assert call(command=command, code=code) == f"Error: {error}\n"
+
+
+@pytest.mark.parametrize("command", sorted(sera.commands))
+def test_every_command_has_examples_and_refuses_an_option_that_is_not_there(command):
+    assert "No such option" in call(command, "--no-such-option", code=2)
+    examples = call(command, "--help").partition("Examples:\n")[2]
+    assert f"  axolotl sera {command}" in examples
+    assert f"  {command} " in call(code=2)  # no command shows help
+
+
+@pytest.mark.parametrize("text", ["a: [", "base_model: x", "[]", "datasets: [{path: 1}]"])
+def test_a_wrong_yaml_for_the_demo_is_2(text, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(text)
+    said = call("demo", "--config", config, "--directory", tmp_path / "demo", code=2)
+    assert "has to be a YAML with base_model, datasets and output_dir" in said
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_training_that_fails_is_1(tmp_path, monkeypatch):
+    """The host is started for real, and refuses the YAML."""
+    monkeypatch.chdir(tmp_path)
+    demo, config = tmp_path / "demo", tmp_path / "mine.yaml"
+    (demo / "base-model").mkdir(parents=True)
+    write_rows(demo / "pairs.jsonl", [{"score_chosen": 1, "score_rejected": 0}])
+    keys = {"base_model": str(demo / "base-model"), "output_dir": "out", "rl": "seraa"}
+    keys |= {"datasets": [{"path": str(demo / "pairs.jsonl")}]}
+    config.write_text(yaml.safe_dump(keys | {"plugins": ["sera_plugin.SeraPlugin"]}))
+    said = call("demo", "--config", config, "--directory", demo, code=1)
+    assert "its message is above" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "again"),
+    [
+        ("report {}/run --output {}/disk/page.html", "run `axolotl sera report` again"),
+        ("compare {}/run {}/run --html {}/disk/page.html", "start the same command again"),
+        ("convert {}/llama.yaml --output {}/disk/sera.yaml", "start the same command again"),
+    ],
+)
+def test_a_full_disk_is_1_and_the_remedy_is_the_commands(arguments, again, tmp_path, small_disk):
+    make_run(tmp_path / "run", pairs=4, iterations=2)
+    write_rows(tmp_path / "data.jsonl", [{"instruction": "a", "chosen": "b", "rejected": "c"}])
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    info = {"file_name": "data.jsonl", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": info}))
+    keys = {"model_name_or_path": "x", "stage": "dpo", "dataset": "mine", "template": "chatml"}
+    (tmp_path / "llama.yaml").write_text(yaml.safe_dump(keys | {"dataset_dir": str(tmp_path)}))
+    fill(small_disk)
+    said = call(*arguments.replace("{}", str(tmp_path)).split(), code=1)
+    full = f"{small_disk} takes no more files: No space left on device. Free some space, then "
+    assert f"{full}{again}." in said
+    assert "auto_resume" not in said
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_commands_options_and_choices_are_completed():
+    def complete(words, begun):
+        found = BashComplete(sera, {}, "axolotl sera", "_X").get_completions(words, begun)
+        return [one.value if one.type == "plain" else one.type for one in found]
+
+    assert complete([], "rep") == ["report"]
+    assert "--mislabelled" in complete(["inspect", "out"], "--mis")
+    assert complete(["inspect", "out", "--which"], "k") == ["kept"]
+    assert complete(["report"], "out") == ["file"]
+    # The host passes it on; its banner on standard output would be taken for a completion.
+    words = {"COMP_WORDS": "axolotl sera rep", "COMP_CWORD": "2"}
+    environment = os.environ | words | {"_AXOLOTL_COMPLETE": "bash_complete"}
+    axolotl = Path(sys.executable).with_name("axolotl")
+    done = subprocess.run([axolotl], capture_output=True, text=True, env=environment)
+    assert done.stdout == "plain,report\n"

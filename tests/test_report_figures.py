@@ -181,6 +181,16 @@ def shown(run: Run, row: int) -> str:
 @pytest.mark.parametrize(
     ("block", "keys", "said", "unsaid"),
     [
+        ({}, {"iterations": 1}, "Sampled answers", "margin, nats"),
+        ({}, {"iterations": 2}, "margin, nats<", "the ensemble exchanged"),
+        ({"gamma": 0}, {"iterations": 7}, "Iteration 7: offline pairs", "the ensemble exchanged"),
+        ({"bootstrap_ratio": 0}, {}, "<dd>nothing</dd>", '<section id="samples">'),
+        ({"selection_ratio": 0}, {}, "Iteration 3: sampled pairs", "offline pairs above"),
+        ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "1 (100%)", "0.5 N"),
+        ({}, {"held_out": 0}, "of offline pairs, ", "are held out"),
+        ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 N, of 6 answers", "per token"),
+        ({"loss": "ipo"}, {"loss": "ipo", "per_token": True}, "nats per token<", "nats<"),
+        ({"loss": "simpo"}, {"loss": "simpo", "per_token": True}, "<dd>none</dd>", "nats<"),
         ({"selection": "reference_logp"}, {}, "<dd>0.5 N by reference_logp</dd>", _FIRST),
         ({"selection": "random"}, {}, "<dd>0.5 N by random</dd>", _FIRST),
         ({"length_control": "auto", "offline_length_control": 0.5}, {}, "<dd>0.5 N</dd>",
@@ -197,14 +207,17 @@ def shown(run: Run, row: int) -> str:
           "scores": {"gap": list(range(12))}},
          "<dd>each prompt&#39;s t-th easiest pair</dd>", "never influence"),
     ],
-    ids=lambda one: " ".join(one) if isinstance(one, dict) else "",
+    ids=lambda one: " ".join(one) if isinstance(one, dict) else None,
 )  # fmt: skip
 def test_every_system_has_a_report(tmp_path, block, keys, said, unsaid):
     run = Run(make_run(tmp_path, sera={"bootstrap_ratio": 0.5, **block}, **keys))
     page, found = render(run), figures(run)["iterations"]
+    assert "SeRA run, <strong>finished</strong>" in page
+    assert not run.notes
     assert said in page
     assert unsaid not in page
-    assert (found[-1]["threshold"] is None) == bool(block.keys() & {"selection", "length_control"})
+    if block.keys() & {"selection", "length_control"}:
+        assert found[-1]["threshold"] is None
     assert ("<dd>theta_0</dd>" in page) == ("reference" in block)
     if "length_control" in block:
         assert found[-1]["bootstrapped_ensemble"] is None

@@ -9,8 +9,6 @@ import html
 import os
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -20,10 +18,9 @@ import pyarrow as pa
 import pytest
 
 from sera_plugin.rundir.checksums import seal
-from sera_plugin.rundir.store import make_table, read_json, write_json
+from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.report import page
 from sera_plugin.tools.report.page import write_report
-from sera_plugin.tools.report.reading import Run, find_run
 from tests.report_run import WORDS, make_run, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -61,9 +58,19 @@ class Page(HTMLParser):
         self.text += data
 
 
-def make(output_dir, **keys):
-    make_run(output_dir, **keys)
-    return Page(output_dir)
+def hostile_run(output_dir: Path) -> Path:
+    """Everything that has a name or a text there tries to be more than text."""
+    make_run(
+        output_dir,
+        scores={
+            "$\\frac{$<b onclick=x>_chosen": np.arange(12.0).tolist(),
+            "$\\frac{$<b onclick=x>_rejected": [1.0] * 12,
+            HOSTILE[0]: [*HOSTILE, "x"],
+        },
+        words=["</s>", *HOSTILE, *WORDS[1:]],
+        config={"base_model": "</title><script>alert(1)</script>", "optimizer": HOSTILE[0] * 20},
+    )
+    return output_dir
 
 
 def damage(path: Path) -> None:
@@ -74,7 +81,8 @@ def damage(path: Path) -> None:
 
 def test_the_page_has_a_chart_or_table_for_each_question_and_asks_nobody(tmp_path):
     scores = {"score_chosen": np.arange(12.0).tolist(), "score_rejected": [3.0] * 12}
-    found = make(tmp_path, scores=scores)
+    make_run(tmp_path, scores=scores)
+    found = Page(tmp_path)
     sections = "margins selection lengths scores accuracy samples cost training"
     for section in [*sections.split(), "alarms", "examples", "settings"]:
         assert f'<section id="{section}">' in found.html
@@ -108,16 +116,7 @@ def test_the_page_has_a_chart_or_table_for_each_question_and_asks_nobody(tmp_pat
 
 
 def test_hostile_text_stays_text(tmp_path):
-    found = make(
-        tmp_path / "<img src=x>",
-        scores={
-            "$\\frac{$<b onclick=x>_chosen": np.arange(12.0).tolist(),
-            "$\\frac{$<b onclick=x>_rejected": [1.0] * 12,
-            "$\\frac{": [*HOSTILE, "x"],
-        },
-        words=["</s>", *HOSTILE, *WORDS[1:]],
-        config={"base_model": "</title><script>alert(1)</script>", "optimizer": HOSTILE[0]},
-    )
+    found = Page(hostile_run(tmp_path / "<img src=x>"))
     assert (found.tags.count("script"), found.tags.count("style")) == (1, 1)
     assert not {"img", "iframe", "object", "link", "b"} & set(found.tags)
     assert not [name for name, _ in found.attributes if name.startswith("on")]
@@ -125,32 +124,6 @@ def test_hostile_text_stays_text(tmp_path):
     assert all(one.isprintable() for one in shown), {o for o in shown if not o.isprintable()}
     escaped = (r"\u202egnp.exe \u200b\u2066", r"red\x08\x00\x9b\r")
     assert not [word for word in (*HOSTILE[:7], HOSTILE[9], *escaped) if word not in found.text]
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"iterations": 2},
-        {"iterations": 1},
-        {"sera": {"bootstrap_ratio": 0}},
-        {"sera": {"selection_ratio": 0}},
-        {"pairs": 1, "sera": {"selection_ratio": 1, "bootstrap_ratio": 1}},
-        {"held_out": 0},
-        {"sera": {"gamma": 0}},
-        {"iterations": 7},
-        {"sera": {"candidates": 6, "bootstrap_ratio": 2.5}},
-        {"loss": "ipo", "sera": {"loss": "ipo"}, "per_token": True},
-        {"loss": "simpo", "sera": {"loss": "simpo"}, "per_token": True},
-    ],
-    ids=str,
-)
-def test_runs_of_every_kind_have_a_report(tmp_path, keys):
-    found = make(tmp_path, **keys)
-    assert "SeRA run, finished" in found.text
-    assert "Missing or damaged" not in found.text
-    units = {unit: f"margin, {unit}<" in found.html for unit in ("nats", "nats per token")}
-    margins, per_token = keys.get("iterations") != 1, "per_token" in keys
-    assert units == {"nats": margins and not per_token, "nats per token": per_token}
 
 
 def test_a_run_at_every_moment_of_its_making_has_a_report(tmp_path):
@@ -250,22 +223,6 @@ def test_sixty_thousand_pairs_are_a_small_page(tmp_path):
     assert len(found.encode()) < 5_000_000
 
 
-def test_the_report_needs_no_torch(tmp_path):
-    make_run(tmp_path)
-    code = (
-        "import sys\n"
-        "from sera_plugin.cli import sera\n"
-        "heavy = lambda *names: sorted(set(names) & set(sys.modules))\n"
-        "assert not heavy('numpy', 'pyarrow', 'matplotlib')\n"
-        "try: sera(['report', sys.argv[1]])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "print(heavy('torch', 'transformers', 'trl', 'axolotl', 'matplotlib.pyplot'))"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
-
-
 def test_the_first_process_writes_it_at_the_end_of_training(tmp_path, monkeypatch, caplog):
     """`post_train_unload`, which the host calls last of all; a failure is a warning."""
     from axolotl.utils.dict import DictDefault
@@ -290,10 +247,3 @@ def test_the_first_process_writes_it_at_the_end_of_training(tmp_path, monkeypatc
     assert "no more ink" in caplog.text
     assert f"axolotl sera report {tmp_path}" in caplog.text
     assert end()
-
-
-def test_a_newer_format_is_refused(tmp_path):
-    store = make_run(tmp_path, iterations=1)
-    write_json(store.run_file, read_json(store.run_file) | {"format_version": 2})
-    with pytest.raises(ValueError, match="format version 2; this sera_plugin reads 1"):
-        Run(find_run(tmp_path))

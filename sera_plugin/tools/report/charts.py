@@ -124,21 +124,20 @@ def margins(
     low, high = np.quantile(every, [0.002, 0.998]).tolist()
     low, high = min(low, 0.0), max(high, 0.0)
     room = (high - low or 1.0) * 0.02
-    low, high = low - room, high + room
-    edges = np.linspace(low, high, _BINS + 1)
+    edges = np.linspace(low - room, high + room, _BINS + 1)
 
     def plot(name: str, axes: Any) -> dict[str, str]:
         (margin, kept), names, base = panels[name], {}, np.zeros(_BINS)
         for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, COLOURS[name])):
             if which.any():
                 names[f"{int(which.sum()):,} {name} {what}"] = ink
-                top = base + np.histogram(np.clip(margin[which], low, high), edges)[0]
+                top = base + np.histogram(np.clip(margin[which], *edges[[0, -1]]), edges)[0]
                 axes.stairs(top, edges, baseline=base, fill=True, color=ink, alpha=0.8)
                 base = top
         axes.axvline(0, color=INK, linewidth=0.8)
         if len(names) > 1:
             axes.axvline(float(margin[kept].min()), **_DASHED)
-        axes.set_xlim(low, high)
+        axes.set_xlim(*edges[[0, -1]])
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.tick_params(labelbottom=name == list(panels)[-1])
         return names

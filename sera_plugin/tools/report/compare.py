@@ -46,8 +46,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         | {key: run.description.get(key) for key in _BESIDE}
         for run in runs
     ]
-    keys = sorted({key for one in settings for key in one})
-    values = {key: [one.get(key) for one in settings] for key in keys}
+    values = {key: [one.get(key) for one in settings] for key in sorted(set().union(*settings))}
     every = [{one["iteration"]: one for one in figures(run)["iterations"]} for run in runs]
     iterations = sorted({number for found in every for number in found})
     metrics: list[dict[str, Any]] = [

@@ -135,20 +135,17 @@ def _drift(run: Run, one: Iteration) -> dict[str, float] | None:
 
 def _lengths(one: Iteration) -> dict[str, float]:
     """Mean tokens: of the offline pairs, of those kept, of samples, of sampled pairs kept."""
-    found: dict[str, float] = {}
+    lengths: dict[str, Any] = {}
     samples, pairs = one.candidates, one.bootstrapped
     for side in SIDES if one.offline else ():
-        lengths, kept = one.offline[f"{side}_length"], one.offline["selected"]
-        found[side] = float(lengths.mean())
-        if one.margin is not None and kept.any():
-            found[f"kept_{side}"] = float(lengths[kept].mean())
-    if samples and len(samples["row"]):
-        found["sampled"] = float(samples["length"][~samples["given"]].mean())
-        if pairs and pairs["selected"].any():
-            for side, places in one.places().items():
-                kept = places[pairs["selected"]]
-                found[f"bootstrapped_{side}"] = float(samples["length"][kept].mean())
-    return found
+        lengths[side] = one.offline[f"{side}_length"]
+        if one.margin is not None:
+            lengths[f"kept_{side}"] = lengths[side][one.offline["selected"]]
+    if samples:
+        lengths["sampled"] = samples["length"][~samples["given"]]
+    for side, places in one.places().items() if samples and pairs else ():
+        lengths[f"bootstrapped_{side}"] = samples["length"][places[pairs["selected"]]]
+    return {name: float(values.mean()) for name, values in lengths.items() if len(values)}
 
 
 def r_squared(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:

@@ -264,8 +264,7 @@ def cached_file(model: str, name: str) -> Path | None:
     """A file of a hub model in the local cache, None where it is not there; asks no server."""
     from huggingface_hub import try_to_load_from_cache
 
-    try:
+    with suppress(ValueError):  # a path is not a name on the hub
         found = try_to_load_from_cache(model, name)
-    except ValueError:  # a path is not a name on the hub
-        return None
-    return Path(found) if isinstance(found, str) else None
+        return Path(found) if isinstance(found, str) else None
+    return None
