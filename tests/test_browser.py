@@ -19,8 +19,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 from sera_plugin.tools.report.compare import compare, write
 from sera_plugin.tools.report.page import write_report
 from sera_plugin.tools.report.reading import Run, find_run
-from tests.report_run import WORDS, make_run
-from tests.test_report_page import HOSTILE
+from tests.report_run import make_run
+from tests.test_report_page import HOSTILE, hostile_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -39,8 +39,6 @@ class Browser:
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self.driver = driver
-        self.driver.get("about:blank")
-        self.driver.get_log("browser")
 
     def open(self, url: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
         width, height = size
@@ -48,6 +46,8 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        self.driver.get("about:blank")
+        self.driver.get_log("browser")
         self.driver.get(url)
         self.wait("document.documentElement.clientWidth > 0")
 
@@ -67,16 +67,8 @@ class Browser:
 
     def is_fine(self, where: object = "") -> None:
         """Nothing is wider than the window, and the console has no errors or refused requests."""
-        wide = self.ask(
-            """(() => {
-              const room = document.documentElement.clientWidth;
-              if (document.documentElement.scrollWidth <= room) return [];
-              return [...document.querySelectorAll("body *")].filter(
-                one => one.getBoundingClientRect().right > room + 1
-              ).map(one => one.tagName + "." + one.className).slice(0, 5).concat("page");
-            })()"""
-        )
-        assert wide == [], where
+        page = "document.documentElement"
+        assert self.ask(f"{page}.scrollWidth <= {page}.clientWidth"), where
         assert self.driver.get_log("browser") == [], where
 
     def contrast(self, selector: str) -> float:
@@ -100,26 +92,20 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+def browser(tmp_path_factory) -> Iterator[Browser]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ARGUMENTS:
+    for argument in (*ARGUMENTS, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(f"--{argument}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with pytest.MonkeyPatch.context() as environment:
         for name in os.environ:
             if name.lower().endswith("_proxy"):
                 environment.delenv(name)
         # With the path of the driver, so that Selenium looks for none and downloads none.
-        started = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-        yield started
-        started.quit()
-
-
-@pytest.fixture
-def browser(driver) -> Browser:
-    return Browser(driver)
+        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        yield Browser(driver)
+        driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +118,15 @@ def pages(tmp_path_factory) -> dict[str, str]:
         "score_rejected": random.uniform(0, 0.8, 60).tolist(),
         "source": ["web", "book", "forum"] * 20,
     }
-    make_run(directory / "my-run", pairs=60, iterations=4, scores=scores)
-    hostile = directory / "<img src=x onerror=alert(1)>"
-    make_run(
-        hostile,
-        words=["</s>", *HOSTILE, *WORDS[1:]],
-        scores={HOSTILE[0]: [*HOSTILE, "x"], f"{HOSTILE[1]}_chosen": [1.0, 2.0] * 6},
-        config={"base_model": "</title><script>alert(1)</script>", "optimizer": "x" * 300},
-    )
-    runs = [Run(find_run(path)) for path in (directory / "my-run", hostile)]
-    write(compare(runs), directory / "comparison.html")
-    paths = {"report": write_report(directory / "my-run"), "hostile": write_report(hostile)}
-    paths["comparison"] = directory / "comparison.html"
+    run, comparison = directory / "my-run", directory / "comparison.html"
+    make_run(run, pairs=60, iterations=4, scores=scores)
+    hostile = hostile_run(directory / "<img src=x onerror=alert(1)>")
+    write(compare([Run(find_run(path)) for path in (run, hostile)]), comparison)
+    paths = {
+        "report": write_report(run),
+        "hostile": write_report(hostile),
+        "comparison": comparison,
+    }
     return {name: path.as_uri() for name, path in paths.items()}
 
 
