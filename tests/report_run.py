@@ -85,17 +85,13 @@ def make_run(
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
     notes = annotations or Annotations()
     method = Method(block, loss == "simpo", per_token, pairs, iterations, 7, notes)
-    resolved = {
-        "base_model": "org/none-such",
-        "num_epochs": iterations,
-        "output_dir": str(output_dir),
-        "sera": block.model_dump(mode="json"),
-        **(config or {}),
-    }
+    resolved = {"base_model": "org/none-such", "num_epochs": iterations}
+    resolved |= {"output_dir": str(output_dir), "sera": block.model_dump(mode="json")}
     store, data = RunStore(output_dir), _pairs(pairs)
     loaded = Pairs.from_table(data)
     other = Pairs.from_table(_pairs(held_out)) if held_out else None
     schedule = Schedule(method.sizes, 4, 1)
+    resolved |= config or {}
     run = describe_run(resolved, loss, 0.1, method, schedule, loaded, other, (END,))
     for name, values in (scores or {}).items():
         data = data.append_column(name, [list(values)])
