@@ -71,8 +71,6 @@ def make_run(
     pairs: int = 12,
     iterations: int = 3,
     sera: Mapping[str, Any] | None = None,
-    loss: str = "dpo",
-    per_token: bool = False,
     words: Sequence[str] | None = tuple(WORDS),
     scores: Mapping[str, Sequence[Any]] | None = None,
     held_out: int = 4,
@@ -84,7 +82,7 @@ def make_run(
     """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
     block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
     notes = annotations or Annotations()
-    method = Method(block, loss == "simpo", per_token, pairs, iterations, 7, notes)
+    method = Method(block, block.loss == "simpo", block.per_token, pairs, iterations, 7, notes)
     resolved = {"base_model": "org/none-such", "num_epochs": iterations}
     resolved |= {"output_dir": str(output_dir), "sera": block.model_dump(mode="json")}
     store, data = RunStore(output_dir), _pairs(pairs)
@@ -92,7 +90,7 @@ def make_run(
     other = Pairs.from_table(_pairs(held_out)) if held_out else None
     schedule = Schedule(method.sizes, 4, 1)
     resolved |= config or {}
-    run = describe_run(resolved, loss, 0.1, method, schedule, loaded, other, (END,))
+    run = describe_run(resolved, block.loss, 0.1, method, schedule, loaded, other, (END,))
     for name, values in (scores or {}).items():
         data = data.append_column(name, [list(values)])
     store.begin(run, data)

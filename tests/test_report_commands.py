@@ -189,7 +189,7 @@ def test_compare_says_what_differs_and_how_alike_selections_are(tmp_path):
     for name, logps, gamma in (("one", [-5, -6, -7, -8], 0.3), ("two", [-8, -6, -7, -5], 0.1)):
         both = {0: ([-9] * 4, [-9] * 4), 1: (logps, [-9] * 4)}
         make_run(tmp_path / name, logps=both, sera={"gamma": gamma}, pairs=4, iterations=2)
-    make_run(tmp_path / "other", pairs=8, iterations=2, loss="ipo", per_token=True)
+    make_run(tmp_path / "other", pairs=8, iterations=2, sera={"loss": "ipo"})
     runs = [tmp_path / name for name in ("one", "two", "other")]
     found = json.loads(call("compare", *runs, "--json"))
     assert [one["name"] for one in found["runs"]] == ["one", "two", "other"]

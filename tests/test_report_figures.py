@@ -70,7 +70,7 @@ def test_margins_selections_and_drift(tmp_path):
 
 def test_simpo_is_per_token_and_has_no_reference(tmp_path):
     # Chosen answers have 4 tokens and rejected ones 2: -6 / 4 - -5 / 2 = 1 and so on.
-    found = of_four(tmp_path, {"loss": "simpo"}, loss="simpo", per_token=True)
+    found = of_four(tmp_path, {"loss": "simpo"})
     assert found["run"]["unit"] == "nats per token"
     assert found["iterations"][1]["margins"]["offline"]["1.0"] == about(1)
     # Row 0 is -1.5 and -1.5, row 2 -9 / 4 and -7 / 4; both policies weigh in, and both are kept.
@@ -188,8 +188,8 @@ def shown(run: Run, row: int) -> str:
         ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "1 (100%)", "0.5 N"),
         ({}, {"held_out": 0}, "of offline pairs, ", "are held out"),
         ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 N, of 6 answers", "per token"),
-        ({"loss": "ipo"}, {"loss": "ipo", "per_token": True}, "nats per token<", "nats<"),
-        ({"loss": "simpo"}, {"loss": "simpo", "per_token": True}, "<dd>none</dd>", "nats<"),
+        ({"loss": "ipo"}, {}, "nats per token<", "nats<"),
+        ({"loss": "simpo"}, {}, "<dd>none</dd>", "nats<"),
         ({"selection": "reference_logp"}, {}, "<dd>0.5 N by reference_logp</dd>", _FIRST),
         ({"selection": "random"}, {}, "<dd>0.5 N by random</dd>", _FIRST),
         ({"length_control": "auto", "offline_length_control": 0.5}, {}, "<dd>0.5 N</dd>",

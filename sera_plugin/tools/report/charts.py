@@ -198,13 +198,12 @@ def lines(
     """Figures over iterations, each line named with its last value."""
 
     def plot(axes: Any) -> dict[str, str]:
+        names = {}
         for name, (x, y, error) in series.items():
             axes.plot(x, y, "o-", color=COLOURS[name], markersize=4)
             if error:
-                bars: Any = {"fmt": "none", "ecolor": COLOURS[name], "elinewidth": 0.9}
-                axes.errorbar(x, y, yerr=error, **bars)
-        last = {name: f"{y[-1]:.{decimals}f}" for name, (_, y, _) in series.items()}
-        names = {f"{name} {value}": COLOURS[name] for name, value in last.items()}
+                axes.errorbar(x, y, yerr=error, fmt="none", ecolor=COLOURS[name], elinewidth=0.9)
+            names[f"{name} {y[-1]:.{decimals}f}"] = COLOURS[name]
         if reference is not None:
             axes.axhline(reference[0], **_DASHED)
             names[reference[1]] = MUTED

@@ -11,11 +11,10 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sera_plugin import __version__
 from sera_plugin.config.quoting import printable
@@ -42,8 +41,7 @@ def shown_name(name: object, limit: int = 60) -> str:
     return printable(name[:limit]) + ("..." if len(name) > limit else "")
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Cells as text; `shades` are 0 to 1 per cell, for a matrix."""
 
     title: str

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
 from sera_plugin.rundir.checksums import COMMAND, write_text
@@ -114,10 +115,8 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
         return []
     (without, kept_without), changed = found, figures["ensemble"]
     margin, kept = one.offline["margin"], one.offline["selected"]
-    title = (
-        f"Iteration {one.number}: the ensemble exchanged {changed['exchanged']:,} of "
-        f"{changed['kept']:,} kept pairs"
-    )
+    title = f"Iteration {one.number}: the ensemble exchanged {changed['exchanged']:,} of "
+    title += f"{changed['kept']:,} kept pairs"
     note = "Dashed: the margin from which pairs are kept"
     note += ", zoomed in on the pairs that changed." if changed["exchanged"] else "."
     sampled = figures.get("bootstrapped_ensemble")
@@ -131,18 +130,15 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
 
 
 def _lengths(iterations: Sequence[Figures]) -> list[Chart]:
-    sides = {"chosen": "lengths.chosen", "rejected": "lengths.rejected"}
-    own = {"sampled": "lengths.sampled", "its_best": "lengths.bootstrapped_chosen"}
-    series = _series(iterations, **sides, **own)
-    title, note = "Mean length of answers in tokens", ""
+    places = {name: f"lengths.{name}" for name in (*SIDES, "sampled")}
+    series = _series(iterations, **places, its_best="lengths.bootstrapped_chosen")
     sampled = [one["lengths"] for one in iterations if "sampled" in one["lengths"]]
-    if sampled:
-        note = "Its best: the chosen answers of sampled pairs that are kept."
-        if "chosen" in sampled[-1]:
-            title = (
-                f"Sampled answers have {sampled[-1]['sampled']:,.1f} tokens on average, chosen "
-                f"ones {sampled[-1]['chosen']:,.1f}"
-            )
+    last: Figures = sampled[-1] if sampled else {}
+    note = "Its best: the chosen answers of sampled pairs that are kept." if last else ""
+    title = "Mean length of answers in tokens"
+    if "chosen" in last:
+        title = f"Sampled answers have {last['sampled']:,.1f} tokens on average, "
+        title += f"chosen ones {last['chosen']:,.1f}"
     return [charts.lines(title, note, "mean tokens", series, decimals=1)] if series else []
 
 
@@ -205,10 +201,8 @@ def _drift(drifted: Sequence[Figures]) -> list[Chart]:
     if len(drifted) < 2:
         return []
     last = drifted[-1]["drift"]
-    title = (
-        f"Iteration {drifted[-1]['iteration']} began {last['chosen']:+.1f} nats (chosen) and "
-        f"{last['rejected']:+.1f} (rejected) per answer from theta_0"
-    )
+    title = f"Iteration {drifted[-1]['iteration']} began {last['chosen']:+.1f} nats (chosen) and "
+    title += f"{last['rejected']:+.1f} (rejected) per answer from theta_0"
     note = "Mean change in log-probability of the offline answers since the initial policy."
     series = _series(drifted, chosen="drift.chosen", rejected="drift.rejected")
     zero = (0.0, "theta_0")

@@ -195,9 +195,8 @@ def show_suspects(run: Run, found: list[Pair]) -> str:
     if not found:
         return "No pair has a negative margin."
     margins = [f"margin t={iteration}" for iteration in found[0]["margins"]]
-    head = ["row", *margins, "pair", *map(shown_name, run.scores)]
-    head += [] if run.swapped is None else ["label"]
     given = {} if run.swapped is None else {"label": "as given"}
+    head = ["row", *margins, "pair", *map(shown_name, run.scores), *given]
     rows = [
         [
             str(one["row"]),
@@ -216,10 +215,8 @@ def export(
     """Write pairs with `prompt`, `chosen`, `rejected`, and `row` and `margin` for the curious.
 
     Of a run with `label_noise`, offline pairs have `swapped` too: their answers are as trained.
-    Of the newest iteration that has such pairs unless one is given.
-
-    Returns how many pairs are written, and of which iteration. A ValueError if there is nothing to
-    write, or nowhere to write it; an OSError if the file cannot be written.
+    Returns how many pairs are written, and of which iteration: the newest with any unless one is
+    given. A ValueError if there is nothing to write, or nowhere to write it.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--export: {path} must end in {' or '.join(SUFFIXES)}")
