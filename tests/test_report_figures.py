@@ -185,7 +185,7 @@ def shown(run: Run, row: int) -> str:
         ({"gamma": 0}, {"iterations": 7}, "Iteration 7: offline pairs", "the ensemble exchanged"),
         ({"bootstrap_ratio": 0}, {}, "<dd>nothing</dd>", '<section id="samples">'),
         ({"selection_ratio": 0}, {}, "Iteration 3: sampled pairs", "offline pairs above"),
-        ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "1 (100%)", "0.5 N"),
+        ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "<dd>1 N</dd>", "per token"),
         ({}, {"held_out": 0}, "of offline pairs, ", "are held out"),
         ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 N, of 6 answers", "per token"),
         ({"loss": "ipo"}, {}, "nats per token<", "nats<"),
@@ -206,7 +206,7 @@ def shown(run: Run, row: int) -> str:
           "scores": {"gap": list(range(12))}},
          "<dd>each prompt&#39;s t-th easiest pair</dd>", "never influence"),
     ],
-    ids=lambda one: " ".join(one) if isinstance(one, dict) else None,
+    ids=lambda one: " ".join(one) if isinstance(one, dict) else "",
 )  # fmt: skip
 def test_every_system_has_a_report(tmp_path, block, keys, said, unsaid):
     run = Run(make_run(tmp_path, sera={"bootstrap_ratio": 0.5, **block}, **keys))
