@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from sera_plugin.algorithm.alarms import judge, records
 from sera_plugin.algorithm.algorithm import prepare, score_held_out
 from sera_plugin.algorithm.method import (
     Candidate,
-    Chunk,
     Iteration,
     Labeler,
     Method,
@@ -50,19 +50,11 @@ def make_scorer(logps: Logps) -> Any:
     return score
 
 
-class Sampler:
-    """Distinct answers of 2 and more tokens; every seventh is cut off."""
-
-    report: dict[str, Any] = {"name": "transformers"}  # noqa: RUF012
-    seconds: dict[str, float] = {}  # noqa: RUF012
-
-    def sample(
-        self, prompts: Sequence[Any], settings: SamplingSettings, skip: Collection[int] = ()
-    ) -> Generator[Chunk, None, None]:
-        answers = [[1 + one] * (1 + one) + [END] for one in range(settings.candidates)]
-        ends = ["stop" if row % 7 else "length" for row in range(len(prompts))]
-        yield [(row, [Candidate(answer, end) for answer in answers])
-               for row, end in enumerate(ends) if row not in skip]  # fmt: skip
+def sample(prompts: Sequence[Any], settings: SamplingSettings, skip: Any = ()) -> Any:
+    """Distinct answers of 2 and more tokens; every seventh prompt's are cut off."""
+    answers = [[1 + one] * (1 + one) + [END] for one in range(settings.candidates)]
+    ends = ["stop" if row % 7 else "length" for row in range(len(prompts))]
+    yield [(row, [Candidate(one, end) for one in answers]) for row, end in enumerate(ends)]
 
 
 def make_run(
@@ -96,7 +88,8 @@ def make_run(
     store.begin(run, data)
     settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
     kind = labeler or LABELERS[block.labeler].load()
-    tools = (make_scorer(logps or {}), Sampler(), settings, kind(method))
+    sampler = SimpleNamespace(report={"name": "transformers"}, seconds={}, sample=sample)
+    tools = (make_scorer(logps or {}), sampler, settings, kind(method))
     summaries: list[dict[str, Any]] = []
     for iteration in range(1, iterations + 1):
         phases = Phases()

@@ -18,7 +18,6 @@ import yaml
 from click.shell_completion import BashComplete
 from click.testing import CliRunner
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from sera_plugin.algorithm.selection import Annotations
@@ -174,7 +173,6 @@ def test_an_exported_prompt_gives_its_token_ids_again(run, tmp_path):
     """A tokenizer that puts a token in front by itself would put it there twice."""
     tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(single="w4 $A", special_tokens=[("w4", 4)])
-    tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(run / "tokenizer.json"))
     path = tmp_path / "kept.jsonl"
     said = call("inspect", run, "--export", path, "--which", "kept", "--iteration", 1)
