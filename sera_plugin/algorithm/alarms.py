@@ -87,10 +87,9 @@ class Alarm:
 
 
 def judge(summaries: Sequence[Summary]) -> list[Alarm]:
-    """Every alarm, raised or not, that can be judged after the last of the summaries.
+    """Every alarm, raised or not, that can be judged after the summaries of iterations 1 to t.
 
-    One whose figures are missing (nothing sampled, nothing held out, no earlier iteration) is left
-    out. `summaries` are those of iterations 1 to t, at least one.
+    One whose figures are missing (nothing sampled, nothing held out, no earlier iteration) is not.
     """
     now, found = summaries[-1], []
 

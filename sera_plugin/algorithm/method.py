@@ -279,8 +279,8 @@ class Labeler:
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
         """Add candidates that are not sampled: the dataset's chosen answers, marked `DATASET`.
 
-        Takes rows of candidates.parquet before they are scored, as many per prompt, and (N,) chosen
-        answers; gives the same columns in the order of (row, candidate), as many per prompt.
+        From rows of candidates.parquet before they are scored and (N,) chosen answers to the same
+        columns in the order of (row, candidate); before and after as many per prompt.
         """
         return samples
 

@@ -36,8 +36,8 @@ def jaccard(one: BoolArray, other: BoolArray) -> float:
 def accuracy(name: str, margin: FloatArray) -> dict[str, float]:
     """The share of margins above 0, and its standard error as `<name>_error`.
 
-    For the error two pairs of either kind are added (Agresti and Coull, 1998): a small set that is
-    all right or all wrong would seem to be without any.
+    For the error two pairs of either kind are added (Agresti and Coull, 1998), lest a small set
+    that is all right or all wrong seem to be without any.
     """
     right, total = int((margin > 0).sum()), len(margin)
     share = (right + 2) / (total + 4)

@@ -34,10 +34,7 @@ def above_bars() -> AbstractContextManager[None]:
 
 @contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """SeRA's log on standard error, for a command whose answer goes to standard output.
-
-    The host would print it there too, and without the host nobody would.
-    """
+    """SeRA's log on standard error alone, for a command whose answer goes to standard output."""
     handler = logging.StreamHandler(sys.stderr)
     # The host's own, so that a run's lines and a command's look the same.
     handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [%(name)s] %(message)s"))

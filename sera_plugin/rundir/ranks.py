@@ -1,7 +1,4 @@
-"""The processes of one run: who writes, who waits, who does which part of the work.
-
-Every rank goes through a phase in the same order and holds the same tables; rank 0 writes them.
-"""
+"""The processes of one run: all hold the same tables, rank 0 writes, each does part of the work."""
 
 from __future__ import annotations
 

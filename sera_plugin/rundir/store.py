@@ -96,7 +96,7 @@ def _on_main(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class RunStore:
-    """One run's directory, below the host's `output_dir`, on a file system that all ranks share.
+    """One run's directory below `output_dir`, on a file system that all ranks share.
 
     Only chunks of samples are each rank's own; all else that writes is called by all ranks.
     """

@@ -21,8 +21,8 @@ _CHUNK = 2**24
 class TokenColumn(Sequence[IntArray]):
     """A list<int32> column without nulls, whose lists stay in the flat arrays that they came in.
 
-    Picking rows and joining columns copies no tokens. Positions are counted within each array, so
-    that all of them together may have more than 2^31 tokens. `lengths` is (n,) tokens per list.
+    Picking and joining copies no tokens, and all arrays together may have more than 2^31 of them:
+    positions are counted within each. `lengths` is (n,) tokens per list.
     """
 
     def __init__(self, column: pa.ChunkedArray | pa.ListArray) -> None:
