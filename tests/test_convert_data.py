@@ -137,10 +137,10 @@ def test_files_of_every_kind_are_read(tmp_path):
     pa_csv.write_csv(table.select(["a"]), tmp_path / "x.csv")
     with pa_ipc.new_stream(tmp_path / "x.arrow", table.schema) as writer:
         writer.write_table(table)
-    (tmp_path / "x.json").write_text(json.dumps(rows))
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "marked.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    lines = "\n".join(map(json.dumps, rows))
+    texts = {"x.json": json.dumps(rows), "x.jsonl": f"{lines}\n\n", "lines.json": lines}
+    for name, text in (texts | {"marked.json": "\ufeff" + json.dumps(rows)}).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     for path in tmp_path.iterdir():
         assert [str(row["a"]) for row in read_rows(path)] == ["1", "2"], path
 
@@ -160,10 +160,8 @@ def test_a_damaged_file_is_named(content, said, place):
         run(source())
 
 
-#: What LLaMA-Factory renders of one conversation, by its own description of the template.
-TURNS = ("user", "One"), ("assistant", "Two"), ("user", "Three")
-MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
-#: What stands before all, a turn of the user and one of the assistant.
+#: What LLaMA-Factory renders, by its own description of each template: what stands before all, a
+#: turn of the user and one of the assistant.
 CHATML = ("", "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n")
 QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 LLAMA = ("<bos>", "{0}user{1}\n\n{{}}{2}", "{0}assistant{1}\n\n{{}}{2}")
@@ -190,8 +188,10 @@ def test_a_template_renders_what_llama_factory_renders(template):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     marks = {"bos_token": "<bos>", "eos_token": "<eos>", "add_generation_prompt": True}
-    template_text = get_chat_template(TEMPLATES[template][0])
-    (text,), _ = render_jinja_template([MESSAGES], chat_template=template_text, **marks)
+    marks["chat_template"] = get_chat_template(TEMPLATES[template][0])
+    said = ("user", "One"), ("assistant", "Two"), ("user", "Three")
+    messages = [{"role": role, "content": content} for role, content in said]
+    (text,), _ = render_jinja_template([messages], **marks)
     start, user, assistant = RENDERED[template]
     turns = user.format("One") + assistant.format("Two") + user.format("Three")
     assert text == start + turns + assistant.partition("{}")[0].rstrip(" ")
@@ -206,25 +206,27 @@ def test_another_template_is_the_models_own_and_said_to_be(template, said, place
     assert f"template: {said}" in told
 
 
-COMMAND = ["convert", "llama.yaml", "--output", "sera.yaml"]
+def command(*arguments: str, **keys):
+    Path("llama.yaml").write_text(yaml.safe_dump(source(**keys)))
+    return CliRunner().invoke(sera, ["convert", "llama.yaml", *arguments])
 
 
 def test_the_yaml_goes_to_standard_output_or_a_new_file_and_the_rest_does_not(place):
-    Path("llama.yaml").write_text(yaml.safe_dump(source(plot_loss=True)))
-    result = CliRunner().invoke(sera, COMMAND[:2])
+    result = command(plot_loss=True)
     assert result.exit_code == 0
     assert yaml.safe_load(result.stdout)["rl"] == "sera"
     assert "plot_loss: true" in result.stderr
     Path("sera.yaml").write_text("mine")
-    refused = CliRunner().invoke(sera, COMMAND)
+    refused = command("--output=sera.yaml")
     assert refused.exit_code == 2
     assert "sera.yaml is there, and nothing is overwritten" in refused.output
     assert Path("sera.yaml").read_text() == "mine"
+    refused = command(stage="sft")
+    assert (refused.exit_code, refused.stdout) == (2, "")
 
 
 def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
     describe("odd", [ALPACA | {"input": "in"}], **INFO["plain"] | {"file_name": "odd.jsonl"})
-    Path("llama.yaml").write_text(yaml.safe_dump(source(dataset="odd")))
     replace = Path.replace
 
     def full(self: Path, target: Path) -> Path:
@@ -234,11 +236,11 @@ def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        failed = CliRunner().invoke(sera, COMMAND)
+        failed = command("--output=sera.yaml", dataset="odd")
     assert failed.exit_code == 1
     assert "then start the same command again" in failed.stderr
     assert not list(place.glob("sera*"))
-    assert CliRunner().invoke(sera, COMMAND).exit_code == 0
+    assert command("--output=sera.yaml", dataset="odd").exit_code == 0
     assert {path.name for path in place.glob("sera*")} == {"sera.yaml", "sera.odd.jsonl"}
 
 

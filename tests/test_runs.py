@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -21,14 +19,12 @@ from tests.conftest import adapter, make_config, summary, table, train_config, w
 
 pytestmark = pytest.mark.slow
 KINDS = {"full": {}, "lora": adapter()}
+LINEAR = {"num_epochs": 2, "lr_scheduler": "linear", "warmup_steps": 0}
 
 
-def files(run: Path) -> dict[str, str]:
-    """Content hashes of the files whose content is ours."""
-    return {
-        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in run.rglob("*.parquet")
-    }
+def files(run: Path) -> dict[str, bytes]:
+    """The files whose content is ours."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.parquet")}
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -36,11 +32,10 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def assert_same(mine: Path, theirs: Path, tolerance: float = 0.0) -> None:
-    mine, theirs = weights(mine), weights(theirs)
+def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert mine.keys() == theirs.keys()
     for name, weight in mine.items():
-        np.testing.assert_allclose(weight, theirs[name], atol=tolerance, err_msg=name)
+        assert torch.equal(weight, theirs[name]), name
 
 
 # ------------------------------------------------------------------ one run, of each kind
@@ -80,14 +75,11 @@ def whole(request, world, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(config=config, loads=loads, forwards=forwards, **vars(result))
 
 
-def test_one_model_is_loaded_and_a_training_step_is_one_forward_pass(whole):
+def test_one_model_is_loaded_and_each_iteration_has_a_reference_of_its_own(whole):
     assert len(whole.loads) == 1
     assert whole.trainer.ref_model is None
-    # 24 pairs in micro-batches of 4, three iterations.
+    # A step is one forward pass: 24 pairs in micro-batches of 4, three iterations.
     assert whole.forwards == [1] * 18
-
-
-def test_evaluation_refers_to_the_iterations_own_reference(whole):
     evaluated = [table(whole.run, t, "evaluation")["chosen_logp"] for t in (1, 2, 3)]
     assert whole.trainer.eval_dataset["ref_chosen_logps"][:] == evaluated[2]
     assert evaluated[0] != evaluated[1] != evaluated[2]
@@ -113,7 +105,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, train, tmp_path):
         resumed = train(whole.config | resume)
         assert resumed.trainer.state.global_step == whole.trainer.state.global_step
         assert files(resumed.run) == files(whole.run)
-        assert_same(resumed.output, whole.output)
+        assert_equal(weights(resumed.output), weights(whole.output))
 
 
 @pytest.mark.parametrize("whole", ["lora"], indirect=True)
@@ -162,8 +154,7 @@ def test_rewards_are_those_of_the_loss_and_epochs_of_unequal_length_have_right_t
 ):
     """Per token, with a reference and without; test_losses.py has the other losses."""
     base_config["sera"] |= {"loss": loss, "bootstrap_ratio": 2.0}
-    base_config |= {"num_epochs": 2, "lr_scheduler": "linear", "warmup_steps": 0}
-    result = train(base_config | keys)
+    result = train(base_config | LINEAR | keys)
     for iteration in (1, 2):
         step_zero = summary(result.run, iteration)["step_zero"]
         assert step_zero["loss"] == pytest.approx(step_zero["expected_loss"], abs=1e-4)
@@ -184,8 +175,7 @@ def test_rewards_are_those_of_the_loss_and_epochs_of_unequal_length_have_right_t
 
 def test_a_loss_of_the_hosts_and_one_schedule_over_all_iterations(base_config, train):
     base_config["sera"] |= {"restart_optimizer": False, "bootstrap_ratio": 0.0}
-    base_config |= {"num_epochs": 2, "lr_scheduler": "linear", "warmup_steps": 0}
-    result = train(base_config | {"dpo_loss_type": ["apo_zero"]})
+    result = train(base_config | LINEAR | {"dpo_loss_type": ["apo_zero"]})
     assert summary(result.run, 2)["step_zero"]["nats_per_token"] < 1e-4
     # At zero margin: 1 - sigmoid(0) + sigmoid(0) = 1.
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
@@ -238,11 +228,8 @@ def test_duplicate_pairs_train_and_ratios_that_come_to_no_pair_are_told_before(
 
 @pytest.mark.parametrize("whole", ["lora"], indirect=True)
 def test_a_continued_adapter_starts_where_it_ended(whole, base_config, train):
-    trained = weights(whole.output)
     second = train(base_config | adapter(lora_model_dir=str(whole.output), num_epochs=2))
-    start = weights(second.run / "iteration-01/policy")
-    assert start.keys() == trained.keys()
-    assert all(torch.equal(start[name], trained[name]) for name in trained)
+    assert_equal(weights(second.run / "iteration-01/policy"), weights(whole.output))
     assert list(second.model.peft_config) == ["default"]
     assert summary(second.run, 2)["step_zero"]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
@@ -257,8 +244,8 @@ def test_an_adapter_with_tied_embeddings_is_saved_and_nothing_else(base_config, 
     assert base.config.tie_word_embeddings
     loaded = take_snapshot(PeftModel.from_pretrained(base, result.output, is_trainable=True))
     trained = take_snapshot(result.model)
-    assert len([name for name in trained if "modules_to_save" in name]) > 0
-    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+    assert any("modules_to_save" in name for name in trained)
+    assert_equal(loaded, trained)
 
 
 def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there(
