@@ -17,8 +17,6 @@ _PARSER = MarkdownIt("commonmark").enable("table")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where it stands, what its fence says, what is in it."""
-
     page: Path
     line: int
     language: str

@@ -28,18 +28,13 @@ OPENAI = {
 SIDES = {"chosen": "chosen", "rejected": "rejected"}
 TALKS = {"ranking": True, "formatting": "sharegpt"}
 TAGS = {"role_tag": "role", "content_tag": "content"}
+TAGS |= {f"{role}_tag": role for role in ("user", "assistant", "system")}
+GOOD = {"messages": "messages", "chosen": "good", "rejected": "bad"}
 INFO = {
     "talks": TALKS | {"file_name": "talks.json", "columns": {"messages": "conversations", **SIDES}},
-    "plain": {
-        "file_name": "plain.jsonl", "ranking": True,
-        "columns": {"prompt": "instruction", "query": "input", **SIDES},
-    },
-    "openai": TALKS | {
-        "file_name": "openai.jsonl",
-        "columns": {"messages": "messages", "chosen": "good", "rejected": "bad"},
-        "tags": TAGS | {f"{role}_tag": role for role in ("user", "assistant", "system")},
-    },
-    "hub": {"hf_hub_url": "some/pairs", "subset": "en", "ranking": True, "columns": SIDES},
+    "plain": {"file_name": "plain.jsonl", "ranking": True,
+              "columns": {"prompt": "instruction", "query": "input", **SIDES}},
+    "openai": TALKS | {"file_name": "openai.jsonl", "columns": GOOD, "tags": TAGS},
     "answers": {"file_name": "answers.json"},
 }  # fmt: skip
 

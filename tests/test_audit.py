@@ -41,22 +41,18 @@ def test_what_is_reviewed_needs_a_reason_and_is_no_finding_and_what_is_gone_is_s
 @pytest.mark.parametrize(
     ("known", "installed", "code", "said"),
     [
-        (True, PACKAGES, 1, "one 1.0: PYSEC-1 (fixed in 1.1, 2.0)"),
-        (True, PACKAGES[1:], 0, "0 packages audited, 0 findings"),
+        ([{"vulns": [{}]}], PACKAGES, 1, "one 1.0: PYSEC-1 (fixed in 1.1, 2.0)"),
+        ([{"vulns": [{}]}], PACKAGES[1:], 0, "0 packages audited, 0 findings"),
         # A database that answers and knows nothing, or that does not answer.
-        (False, [], 0, "pip-audit could not reach the advisory database: not audited"),
+        ([{"vulns": []}], [], 0, "pip-audit could not reach the advisory database: not audited"),
         (None, None, 0, "pip-audit could not reach the advisory database: not audited"),
     ],
 )
 def test_findings_fail_and_silence_does_not(
     audit, monkeypatch, capsys, known, installed, code, said
 ):
-    def ask(*arguments):
-        if "--requirement" in arguments:
-            return known if known is None else [{"vulns": [{}] if known else []}]
-        return installed
-
-    monkeypatch.setattr(audit, "ask", ask)
+    answers = {True: known, False: installed}
+    monkeypatch.setattr(audit, "ask", lambda *given: answers["--requirement" in given])
     monkeypatch.setattr(audit.importlib.util, "find_spec", lambda name: True)
     assert audit.main() == code
     assert said in capsys.readouterr().out.splitlines()
@@ -70,8 +66,7 @@ def test_the_page_lists_every_exception_of_ruff():
     for path, rules in lint["per-file-ignores"].items():
         for rule in rules if path.startswith("sera_plugin/") else ():
             expected.setdefault(rule, set()).add(path.removeprefix("sera_plugin/"))
-    assert {
-        rule: set(where.replace("`", "").split(", ")) for rule, where in rows.items()
-    } == expected
+    shown = {rule: set(where.replace("`", "").split(", ")) for rule, where in rows.items()}
+    assert shown == expected
     for path in (ROOT / "sera_plugin").rglob("*.py"):
         assert not re.search(r"noqa: *S\d|nosec", path.read_text()), path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,8 +19,6 @@ from sera_plugin.cli import sera
 from sera_plugin.tools.convert.data import read_rows
 from sera_plugin.tools.convert.settings import TEMPLATES
 from tests.llama_factory import ALPACA, INFO, SHAREGPT, SIDES, TALK, describe, run, source, write
-
-ROOT = Path(__file__).parents[1]
 
 
 def entry(name: str, **keys) -> dict:
@@ -242,9 +239,3 @@ def test_rows_stay_only_where_the_yaml_could_be_written_too(place, monkeypatch):
     assert not list(place.glob("sera*"))
     assert command("--output=sera.yaml", dataset="odd").exit_code == 0
     assert {path.name for path in place.glob("sera*")} == {"sera.yaml", "sera.odd.jsonl"}
-
-
-def test_the_table_in_the_docs_is_the_codes():
-    page = (ROOT / "docs/llama-factory.md").read_text()
-    for table in runpy.run_path(str(ROOT / "docs/generate.py"))["convert_tables"]():
-        assert table in page, "run `make docs`"

@@ -8,23 +8,11 @@ import pytest
 import torch
 import yaml
 
-from sera_plugin.tools.demo.base_model import (
-    PROMPT_FORMAT,
-    build_tokenizer,
-    load_model,
-    respond,
-    train_base_model,
-)
+from sera_plugin.tools.demo import base_model
+from sera_plugin.tools.demo import world as demo_world
+from sera_plugin.tools.demo.base_model import load_model, respond
 from sera_plugin.tools.demo.run import make_pairs, run_demo
-from sera_plugin.tools.demo.world import (
-    FILLERS,
-    LETTERS,
-    Labelling,
-    demonstrate,
-    label,
-    make_prompt,
-    true_reward,
-)
+from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
 
 PROMPT, BEST = "f b d a e c", "a b c d e f"
 DRAWS = 4_000
@@ -62,15 +50,15 @@ def test_true_reward_by_hand(response, reward):
 def test_prompts_are_six_letters_and_demonstrations_of_every_quality():
     random = Random(0)
     prompts = [make_prompt(random) for _ in range(2_000)]
-    assert all(len(set(prompt.split()) & set(LETTERS)) == 6 for prompt in prompts)
+    letters, fillers = set(demo_world.LETTERS), set(demo_world.FILLERS)
+    assert all(len(set(prompt.split()) & letters) == 6 for prompt in prompts)
     assert make_prompt(Random(3)) == make_prompt(Random(3)) != make_prompt(Random(4))
-    responses = [demonstrate(prompt, random) for prompt in prompts]
+    responses = [demo_world.demonstrate(prompt, random) for prompt in prompts]
     rewards = [true_reward(p, r) for p, r in zip(prompts, responses, strict=True)]
     # Some perfect, some poor, and most between: preference data needs answers that differ.
     assert 0.05 < sum(r == 1 for r in rewards) / len(rewards) < 0.5
     assert 0.05 < sum(r < 0.6 for r in rewards) / len(rewards) < 0.5
-    spoken = {word for response in responses for word in response.split()}
-    assert spoken == set(LETTERS) | set(FILLERS)
+    assert {word for response in responses for word in response.split()} == letters | fillers
     assert all(response.strip() for response in responses)
 
 
@@ -104,8 +92,7 @@ def test_noise_swaps_its_share_of_labels_and_says_which():
 
 def test_pairs_leave_out_equal_and_empty_responses_and_carry_the_truth():
     rows = make_pairs([PROMPT] * 4, [BEST, BEST, " ", "a"], ["a", BEST, "a", "f"])
-    assert len(rows) == 2
-    assert {rows[0]["chosen"], rows[0]["rejected"]} == {BEST, "a"}
+    assert [{row["chosen"], row["rejected"]} for row in rows] == [{BEST, "a"}, {"a", "f"}]
     for row in rows:
         for side in ("chosen", "rejected"):
             assert row[f"score_{side}"] == true_reward(PROMPT, row[side])
@@ -114,7 +101,7 @@ def test_pairs_leave_out_equal_and_empty_responses_and_carry_the_truth():
 def test_a_tiny_base_model_trains_and_samples_reproducibly(tmp_path):
     weights = []
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        train_base_model(tmp_path / name, steps=3, batch_size=8, seed=seed)
+        base_model.train_base_model(tmp_path / name, steps=3, batch_size=8, seed=seed)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
@@ -140,17 +127,17 @@ def test_shorter_prompts_are_padded_on_the_left(world):
 
 
 def test_template_and_prompt_format_are_the_same_tokens():
-    tokenizer = build_tokenizer()
+    tokenizer = base_model.build_tokenizer()
     turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": BEST}]
     how = {"tokenize": True, "return_dict": False}
-    prompt = tokenizer(PROMPT_FORMAT.format(prompt=PROMPT), add_special_tokens=False)["input_ids"]
+    text = base_model.PROMPT_FORMAT.format(prompt=PROMPT)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(prompt) == 3 + 6
     assert tokenizer.unk_token_id not in prompt
     asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **how)
     assert asked == prompt
-    answer = tokenizer(f" {BEST}", add_special_tokens=False)["input_ids"]
-    whole = tokenizer.apply_chat_template(turns, **how)
-    assert whole == [*prompt, *answer, tokenizer.eos_token_id]
+    whole = [*prompt, *tokenizer.convert_tokens_to_ids(BEST.split()), tokenizer.eos_token_id]
+    assert tokenizer.apply_chat_template(turns, **how) == whole
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,8 @@ NOT_RUN = {
 }
 #: Run once, before any page, because other pages need what it makes.
 MADE_BEFORE = "axolotl sera demo"
-
-SHOWN = [
-    (block, line) for page in PAGES for block in blocks(page, "sh") for line in commands(block)
-]
+SHOWN = [(block, line) for page in PAGES for block in blocks(page, "sh")
+         for line in commands(block)]  # fmt: skip
 
 
 def reason(line: str) -> str | None:
@@ -49,13 +47,11 @@ def reason(line: str) -> str | None:
 def test_every_block_says_what_it_is():
     """A command could hide in a block that is not marked as one."""
     known = {"sh", "yaml", "diff", "python", "json", "text", "{toctree}"}
-    for page in PAGES:
-        for block in blocks(page):
-            assert block.language in known, block.place
-            if block.language == "text":
-                assert not re.search(
-                    r"^\s*(\$ *)?(axolotl|make|pip|python3?) ", block.text, re.M
-                ), f"{block.place} holds a command: mark it as sh"
+    command = re.compile(r"^\s*(\$ *)?(axolotl|make|pip|python3?) ", re.M)
+    for block in (block for page in PAGES for block in blocks(page)):
+        assert block.language in known, block.place
+        hidden = block.language == "text" and command.search(block.text)
+        assert not hidden, f"{block.place} holds a command: mark it as sh"
 
 
 def test_what_is_not_run_is_shown_and_exists():
@@ -75,9 +71,8 @@ def test_commands_have_the_options_that_they_name():
     """Those in sentences and those in blocks: cheap beside running them, which a release does."""
     from sera_plugin.cli import sera
 
-    found = [(block.page, line) for block, line in SHOWN]
-    found += [(page, code) for page in PAGES for code in inline_code(page)]
-    for where, code in found:
+    inline = [(page, code) for page in PAGES for code in inline_code(page)]
+    for where, code in [(block.page, line) for block, line in SHOWN] + inline:
         words = code.split()
         if words[:2] == ["axolotl", "sera"] and re.fullmatch("[a-z]+", "".join(words[2:3])):
             known = {option for one in sera.commands[words[2]].params for option in one.opts}
@@ -124,26 +119,21 @@ def run(here: Path, command: str | list[str]) -> None:
             'exec python -m axolotl.cli.main "$@"\n'
         )
         (programs / "axolotl").chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "HOME": str(here),
-    }
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(here)}
     line = ["bash", "-euo", "pipefail", "-c", command] if isinstance(command, str) else command
     how = {"cwd": here, "env": environment, "stdin": subprocess.DEVNULL, "timeout": 600}
     done = subprocess.run(line, capture_output=True, text=True, **how)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
-def runs(page: Path) -> bool:
-    return bool(blocks(page, "python")) or any(
-        reason(line) is None for block in blocks(page, "sh") for line in commands(block)
-    )
+RUNNING = {block.page for block, line in SHOWN if reason(line) is None}
+RUNNING |= {page for page in PAGES if blocks(page, "python")}
 
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.parametrize("page", filter(runs, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted(RUNNING), ids=lambda page: page.name)
 def test_what_a_page_shows_runs(page, playground, tmp_path):
     here = tmp_path / "here"
     shutil.copytree(playground, here)

@@ -24,9 +24,8 @@ from tests.conftest import DATA_TYPE, adapter, write_rows
 pytestmark = pytest.mark.slow
 SHARED = Path(__file__).parents[2] / "shared"
 GAMMA = 0.3
-FULL: dict = {}
-LORA = adapter()
 QLORA = adapter(adapter="qlora", load_in_4bit=True)
+KINDS = {"full": {}, "lora": adapter(), "qlora": QLORA}
 
 
 def load_policy(run: Path, base: Path, iteration: int, four_bit: bool):
@@ -166,46 +165,31 @@ def check_candidates(run, t, data, policies, sampled, tolerance):
     ]
 
 
-@pytest.mark.parametrize(
-    ("keys", "four_bit"),
-    [(FULL, False), (LORA, False), (QLORA, True)],
-    ids=["full", "lora", "qlora"],
-)
-def test_run_is_what_it_says(world, base_config, train, keys, four_bit):
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_is_what_it_says(world, base_config, train, kind):
     base_config["sera"]["keep_policies"] = True
-    result = train(base_config | keys)
-    check_run(result, world.base, kept=17, sampled=7, four_bit=four_bit)
+    result = train(base_config | KINDS[kind])
+    check_run(result, world.base, kept=17, sampled=7, four_bit=kind == "qlora")
     assert result.trainer.ref_model is None
-    assert result.trainer.state.global_step == 9
-    assert result.trainer.state.max_steps == 9
+    assert result.trainer.state.global_step == result.trainer.state.max_steps == 9
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the larger model and real data are not here")
 @pytest.mark.parametrize(
-    ("keys", "four_bit"),
-    [
-        pytest.param(FULL, False, marks=pytest.mark.nightly),
-        pytest.param(LORA, False, marks=pytest.mark.nightly),
-        (QLORA, True),
-    ],
-    ids=["full", "lora", "qlora"],
+    "kind", [*(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("full", "lora")), "qlora"]
 )
-def test_run_on_real_preferences(base_config, tmp_path, train, keys, four_bit):
+def test_run_on_real_preferences(base_config, tmp_path, train, kind):
     with gzip.open(SHARED / "data/alpacaeval_prefs_train.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     short = [r for r in rows if len(r["chosen"]) + len(r["rejected"]) + len(r["prompt"]) < 700]
     write_rows(tmp_path / "real.jsonl", short[:10])
-    kind = {**DATA_TYPE, "prompt_format": "<s><|user|>{prompt}<|assistant|>"}
-    kind |= {"chosen_format": "{chosen}", "rejected_format": "{rejected}"}
-    data = {"path": str(tmp_path / "real.jsonl"), "ds_type": "json", "split": "train", "type": kind}
+    formats = {"prompt_format": "<s><|user|>{prompt}<|assistant|>"}
+    formats |= {"chosen_format": "{chosen}", "rejected_format": "{rejected}"}
+    data = {"path": str(tmp_path / "real.jsonl"), "type": DATA_TYPE | formats}
+    base_config["datasets"][0] |= data
     base = SHARED / "models/tiny-lm"
-    base_config |= {
-        "base_model": str(base),
-        "datasets": [data],
-        "test_datasets": None,
-        "sequence_len": 512,
-        "evals_per_epoch": None,
-    }
+    base_config |= {"base_model": str(base), "sequence_len": 512}
+    base_config |= {"test_datasets": None, "evals_per_epoch": None}
     base_config["sera"] |= {"keep_policies": True, "max_new_tokens": 24}
-    result = train(base_config | keys)
-    check_run(result, base, kept=7, sampled=3, four_bit=four_bit)
+    result = train(base_config | KINDS[kind])
+    check_run(result, base, kept=7, sampled=3, four_bit=kind == "qlora")
