@@ -69,7 +69,3 @@ def run(keys: dict, output: Path | None = None):
     if output is not None:
         converted.write(output)
     return yaml.safe_load(converted.text), converted.said
-
-
-def write(keys: dict):
-    return run(keys, Path("sera.yaml"))

@@ -30,13 +30,9 @@ from sera_plugin.rundir.journal import Journal
 SYSTEMS = (*systems.CORE, *(one for sweep in systems.SWEEPS.values() for one in sweep))
 
 
-def record(system: str, seed: int, rewards: list[float], noise: float = 0.2, **more: str) -> dict:
+def record(system: str, seed: int, rewards: list[float], noise: float = 0.2) -> dict:
     policies = [{"true_reward": value, "win_rate": value, "words": 6.0} for value in rewards]
-    found = {"system": system, "noise": noise, "seed": seed, "policies": policies, "iterations": []}
-    return found | more
-
-
-# ------------------------------------------------------------------ the page
+    return {"system": system, "noise": noise, "seed": seed, "policies": policies, "iterations": []}
 
 
 def test_the_pages_have_what_the_results_say():
@@ -112,9 +108,6 @@ def test_every_figure_in_the_prose_is_that_of_the_results():
     assert not re.findall(r"\d\.\d{2,}", others)
 
 
-# ------------------------------------------------------------------ figures
-
-
 def test_an_interval_is_students_and_a_verdict_is_where_it_lies():
     # Mean 2, standard deviation 1, three values: t(0.975, 2) = 4.302653, error 1 / sqrt 3.
     found = Estimate.over([1.0, 2.0, 3.0])
@@ -162,9 +155,6 @@ def test_criteria_look_at_baselines_only():
     assert [one.holds for one in criteria.check([base], [run])] == [True, True, True, False, False]
 
 
-# ------------------------------------------------------------------ world and systems
-
-
 def test_a_judges_scores_are_bradley_terry():
     # Equal true reward, two words more: log-odds 2 x 0.2 of being preferred.
     random = Random(0)
@@ -185,25 +175,19 @@ def test_a_pair_has_the_higher_score_chosen_and_equal_answers_none():
     assert world.pair("b a", low, low) is None
 
 
-def test_a_systems_lines_are_a_sera_block(tmp_path):
+def test_a_systems_lines_are_a_sera_block_and_comparisons_are_of_those_that_are_run(tmp_path):
     for system in SYSTEMS:
         run = runs.Run(system, 0.2, 0, world.WORLD)
         assert SeraConfig(**runs.config(run, tmp_path, tmp_path)["sera"]).label_noise == 0.2
         assert run.key != runs.Run(system, 0.4, 0, world.WORLD).key
     assert len({one.name for one in SYSTEMS}) == len(SYSTEMS)
-
-
-def test_comparisons_are_of_systems_that_are_run():
     with pytest.raises(SystemExit, match="no system is called 'SERA'"):
         command.chosen(systems.CORE, ["SERA"])
     known = {(one.name, noise) for one in SYSTEMS for noise in one.noises}
-    for claim in (*claims.CLAIMS, *claims.OURS):
-        for one in claim.comparisons:
-            for side in (one.more, one.less):
-                assert side.system is None or (side.system, one.noise) in known, one.label
-
-
-# ------------------------------------------------------------------ runs
+    compared = [one for claim in (*claims.CLAIMS, *claims.OURS) for one in claim.comparisons]
+    for one in compared:
+        for side in (one.more, one.less):
+            assert side.system is None or (side.system, one.noise) in known, one.label
 
 
 @pytest.mark.slow

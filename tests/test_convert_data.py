@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from sera_plugin.cli import sera
 from sera_plugin.tools.convert.data import read_rows
 from sera_plugin.tools.convert.settings import TEMPLATES
-from tests.llama_factory import ALPACA, INFO, SHAREGPT, SIDES, TALK, describe, run, source, write
+from tests.llama_factory import ALPACA, INFO, SHAREGPT, SIDES, TALK, describe, run, source
 
 
 def entry(name: str, **keys) -> dict:
@@ -71,7 +71,7 @@ def test_rows_with_more_are_written_as_messages(row, columns, messages, place):
     escaped = "\ud800" in row.get("input", "")
     rows = [json.dumps(one, ensure_ascii=escaped) for one in (row, row | {"chosen": None})]
     describe("more", rows, file_name="more.json", columns={**columns, **SIDES}, **talks)
-    written, said = write(source(dataset="more"))
+    written, said = run(source(dataset="more"), Path("sera.yaml"))
     place_of_rows = {"path": "sera.more.jsonl", "ds_type": "json", "split": "train"}
     assert written["datasets"] == [place_of_rows | {"type": "chat_template.default"}]
     lines = Path("sera.more.jsonl").read_text().removesuffix("\n").split("\n")

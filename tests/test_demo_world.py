@@ -26,18 +26,12 @@ TOLERANCE = 5 * 0.5 / DRAWS**0.5
         (BEST, 1.0),
         ("", 0.0),
         ("x y z", 0.0),
-        # One letter is right: 2 * 1 / (1 + 6).
-        ("a", 2 / 7),
-        # One letter is missing: 2 * 5 / (5 + 6).
-        ("a b c d e", 10 / 11),
-        # One letter is said twice: 2 * 6 / (7 + 6).
-        ("a a b c d e f", 12 / 13),
-        # Two neighbours changed places, so five are in order: 2 * 5 / (6 + 6).
-        ("b a c d e f", 10 / 12),
-        # Backwards, any one letter is in order: 2 * 1 / (6 + 6).
-        ("f e d c b a", 2 / 12),
-        # The prompt as it is: a e, a c, b d e and others; the longest has 3. 2 * 3 / (6 + 6).
-        (PROMPT, 6 / 12),
+        ("a", 2 / 7),  # one letter is right: 2 * 1 / (1 + 6)
+        ("a b c d e", 10 / 11),  # one letter is missing: 2 * 5 / (5 + 6)
+        ("a a b c d e f", 12 / 13),  # one letter is said twice: 2 * 6 / (7 + 6)
+        ("b a c d e f", 10 / 12),  # two neighbours changed places, so five are in order
+        ("f e d c b a", 2 / 12),  # backwards, any one letter is in order: 2 * 1 / (6 + 6)
+        (PROMPT, 6 / 12),  # a e, a c, b d e and others; the longest has 3
         # Two wrong letters and three fillers, of which only the letters count: 2 * 5 / (7 + 6).
         ("um a x b so c y d like e", 10 / 13),
         (f"well {BEST} um", 1.0),

@@ -82,14 +82,7 @@ def test_commands_have_the_options_that_they_name():
 
 @pytest.fixture(scope="session")
 def playground(world, tmp_path_factory) -> Path:
-    """A directory as the pages find it.
-
-    - `sera-demo/`: what `axolotl sera demo` makes, with few pairs
-    - `outputs/my-run`, `outputs/other-run`: two finished runs
-    - `config.yaml`: a YAML that trains
-    - `scored.jsonl`: a prompt with two scored answers
-    - `example_yamls/`, and an empty `.venv/bin/activate`
-    """
+    """A directory as the pages find it: a demo and two other runs, YAMLs, a scored prompt."""
     here = tmp_path_factory.mktemp("playground")
     (here / "sera-demo").mkdir()
     shutil.copytree(world.base, here / "sera-demo/base-model")

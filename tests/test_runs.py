@@ -39,9 +39,6 @@ def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         assert torch.equal(weight, theirs[name]), name
 
 
-# ------------------------------------------------------------------ one run, of each kind
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def whole(request, world, tmp_path_factory) -> SimpleNamespace:
     """A run that saves and evaluates at every step, and counts what it loads and forwards."""
@@ -136,9 +133,6 @@ def test_a_finished_run_that_begins_again_chooses_a_sampler_and_counts_its_own_t
     assert {path: path.stat().st_mtime_ns for path in saved.iterdir()} == before
 
 
-# ------------------------------------------------------------------ losses and ratios
-
-
 def rates(result) -> list[float]:
     return [entry["learning_rate"] for entry in result.history if "learning_rate" in entry]
 
@@ -220,9 +214,6 @@ def test_duplicate_pairs_train_and_ratios_that_come_to_no_pair_are_told_before(
     assert train(base_config).training_pairs[1].num_rows == 2
 
 
-# ------------------------------------------------------------------ adapters, and what is kept
-
-
 @of_lora
 def test_a_continued_adapter_starts_where_it_ended(whole, base_config, train):
     second = train(base_config | adapter(lora_model_dir=str(whole.output), num_epochs=2))
@@ -243,33 +234,6 @@ def test_an_adapter_with_tied_embeddings_is_saved_and_nothing_else(base_config, 
     trained = take_snapshot(result.model)
     assert any("modules_to_save" in name for name in trained)
     assert_equal(loaded, trained)
-
-
-def test_a_run_that_stopped_before_any_checkpoint_starts_over_with_what_is_there(
-    base_config, train, monkeypatch
-):
-    from sera_plugin.model.budget import TokenBudget
-    from sera_plugin.sampling.transformers import TransformersSampler
-
-    base_config |= {"save_strategy": "no", "saves_per_epoch": None}
-    sample = TransformersSampler.sample
-
-    def interrupted(self, *args, **kwargs):
-        self.budget = TokenBudget(200)
-        for number, chunk in enumerate(sample(self, *args, **kwargs)):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield chunk
-
-    monkeypatch.setattr(TransformersSampler, "sample", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(base_config)
-    monkeypatch.undo()
-    run = Path(base_config["output_dir"]) / "sera"
-    assert len(list((run / "iteration-02/samples").iterdir())) == 2
-    result = train(base_config | {"auto_resume_from_checkpoints": True})
-    assert result.trainer.state.global_step == 9
-    assert not (run / "iteration-02/samples").exists()
 
 
 def test_old_weights_are_removed_and_trackers_get_sera_metrics(base_config, train):
