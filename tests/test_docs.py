@@ -70,6 +70,16 @@ def test_yaml_blocks_are_what_the_host_and_the_plugin_read(page, tmp_path, monke
         SeraConfig.model_validate(yaml.safe_load(text)["sera"])
 
 
+def test_every_page_of_the_site_is_built_and_loads_nothing_from_a_network(site):
+    """A link that leads nowhere is a warning there, and an error."""
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
+    assert pages.keys() - {"search"} == {page.stem for page in DOCS.glob("*.md")}
+    for name, text in pages.items():
+        loaded = re.findall(r'<(?:link|script|img|iframe)\b[^>]*?\s(?:href|src)="([^"]*)"', text)
+        assert loaded
+        assert not [link for link in loaded if "//" in link], name
+
+
 def test_what_the_architecture_names_exists():
     """Files by their path in the package, functions and classes as `room/file.py:name`."""
     package = ROOT / "sera_plugin"
