@@ -146,12 +146,8 @@ def test_template_and_prompt_format_are_the_same_tokens():
 )
 def test_a_demo_that_would_mix_things_up_is_refused(tmp_path, keys, there, message):
     demo, path = tmp_path / "demo", tmp_path / "config.yaml"
-    settings = {
-        "base_model": str(demo / "base-model"),
-        "datasets": [{"path": str(demo / "pairs.jsonl")}],
-        "dataset_prepared_path": str(demo / "prepared"),
-        "output_dir": str(demo / "run"),
-    }
+    settings = {"base_model": f"{demo}/base-model", "dataset_prepared_path": f"{demo}/prepared"}
+    settings |= {"datasets": [{"path": f"{demo}/pairs.jsonl"}], "output_dir": f"{demo}/run"}
     path.write_text(yaml.safe_dump(settings | keys), encoding="utf-8")
     if there:
         (demo / there).mkdir(parents=True)

@@ -24,8 +24,7 @@ from tests.conftest import DATA_TYPE, adapter, write_rows
 pytestmark = pytest.mark.slow
 SHARED = Path(__file__).parents[2] / "shared"
 GAMMA = 0.3
-QLORA = adapter(adapter="qlora", load_in_4bit=True)
-KINDS = {"full": {}, "lora": adapter(), "qlora": QLORA}
+KINDS = {"full": {}, "lora": adapter(), "qlora": adapter(adapter="qlora", load_in_4bit=True)}
 
 
 def load_policy(run: Path, base: Path, iteration: int, four_bit: bool):
