@@ -11,19 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import (
-    claims,
-    criteria,
-    measure,
-    page,
-    real,
-    real_tables,
-    runs,
-    systems,
-    tables,
-    world,
-)
+from benchmarks.claims import claims, criteria, measure, page, real, runs, systems, tables, world
 from benchmarks.claims.estimates import Comparison, Estimate, Results, Side, after, during, final
+from benchmarks.claims.real_tables import real_table
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.journal import Journal
 
@@ -238,7 +228,7 @@ def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
     assert answers["answers"] == 2 * answers["prompts"] > 0
     assert len(answers["policies"]) == 3
     assert all(0 <= one["r2_score"] <= 1 and 0 <= one["order"] <= 1 for one in answers["policies"])
-    table = real_tables.real_table([selected])
+    table = real_table([selected])
     assert "| selection by irm | 2 |" in table
     assert f"on {answers['answers']} scored answers to {answers['prompts']} other" in table
     few = real.Settings(tokens=40, batch=4, judged=4)

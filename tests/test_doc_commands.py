@@ -94,6 +94,14 @@ def playground(world, tmp_path_factory) -> Path:
     (here / "config.yaml").write_text(config.replace("./sera-demo/run", "./outputs/config"))
     (here / ".venv/bin").mkdir(parents=True)
     (here / ".venv/bin/activate").touch()
+    (here / ".programs").mkdir()
+    # The group without the host, which takes ten seconds to start; that the host has it is tested
+    # in test_commands.py.
+    (here / ".programs/axolotl").write_text(
+        '#!/bin/sh\n[ "$1" = sera ] && { shift; exec python -m sera_plugin "$@"; }\n'
+        'exec python -m axolotl.cli.main "$@"\n'
+    )
+    (here / ".programs/axolotl").chmod(0o755)
     run(here, MADE_BEFORE)
     for name in ("my-run", "other-run"):
         shutil.copytree(here / "sera-demo/run", here / "outputs" / name)
@@ -102,17 +110,7 @@ def playground(world, tmp_path_factory) -> Path:
 
 def run(here: Path, command: str | list[str]) -> None:
     """Run a shell line, with `axolotl` and `python` of this environment, or a program."""
-    programs = here / ".programs"
-    if not programs.exists():
-        programs.mkdir()
-        # The group without the host, which takes ten seconds to start; that the host has it is
-        # tested in test_commands.py.
-        (programs / "axolotl").write_text(
-            '#!/bin/sh\n[ "$1" = sera ] && { shift; exec python -m sera_plugin "$@"; }\n'
-            'exec python -m axolotl.cli.main "$@"\n'
-        )
-        (programs / "axolotl").chmod(0o755)
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{here}/.programs:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(here)}
     line = ["bash", "-euo", "pipefail", "-c", command] if isinstance(command, str) else command
     how = {"cwd": here, "env": environment, "stdin": subprocess.DEVNULL, "timeout": 600}
