@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import product
 
 import pytest
 from axolotl.utils.chat_templates import get_chat_template
 
 from sera_plugin.data.rows import SYSTEM
 from tests.test_dataset import TEXTS, build, tokenize
+from tests.test_fuzz import STRATEGIES, at, put
 from tests.test_rows import guarded, strategy
 
 #: What else may stand in a row: nothing, and every kind of it.
@@ -60,50 +62,34 @@ def check(loaded, rows, tokenizer, expect=None, **options):
     assert tokenize(tokenizer, *found).dropped == {}
 
 
-def in_fields():
-    """Every text as prompt, chosen and rejected, alone and beside all that may be empty."""
-    for text in TEXTS:
-        for prompt, chosen, rejected in ((text, text, "no"), ("q", "yes", text)):
-            row = pair(prompt, chosen, rejected) | {"input": prompt, "question": prompt}
-            row |= {"persona": ""}
-            yield from (row, row | ASIDE, row | ASIDE | {"system": text}, row | {"system": ""})
+def beside_what_may_be_empty(row, text):
+    """The row alone, and with all that else may stand in it and in its messages."""
+    blank = {"name": "", "tool_calls": [], "model": None, "reasoning_content": "", "arguments": {}}
+    filled = {
+        key: [one | blank for one in value] if isinstance(value, list) else value
+        for key, value in row.items()
+    }
+    return row, row | {"system": ""}, filled | ASIDE, filled | ASIDE | {"system": text}
 
 
-def in_messages():
-    blank = {"name": "", "tool_calls": [], "reasoning_content": "", "arguments": {}}
-    for text in TEXTS:
-        for more in ({}, blank, {"name": None, "tool_calls": None}):
-            yield pair("q", *([user("q", **more), answer(said, **more)] for said in (text, "no")))
-
-
-def in_ranked_answers():
-    first, last = {"answer": "", "rank": 0, "model": None}, {"answer": "no", "rank": 1}
-    for text in TEXTS:
-        answers = [first, {"answer": text, "rank": 2, "model": ""}, last]
-        yield {"prompt": text, "answers": answers}
-
-
-FORMATTED = {
-    f"{family}.{name}": in_fields
-    for family in ("chatml", "llama3")
-    for name in ("default", "icr", "intel", "prompt_pairs")
-}
-FORMATTED |= dict.fromkeys(("chatml.ultra", "chatml.argilla_chat"), in_messages)
-FORMATTED |= {"llama3.argilla_chat": in_messages, "zephyr.nectar": in_ranked_answers}
 BLOCKS = [
     {"prompt_format": "{system}|{prompt}|", "chosen_format": "{chosen}!"},
     {"field_system": "persona", "prompt_format": "{system}|{prompt}|"},
     {},
 ]
+FORMATTED = [kind for kind in STRATEGIES if kind.startswith(("chatml.", "llama3.", "zephyr."))]
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows"),
-    [*FORMATTED.items(), *((block, in_fields) for block in BLOCKS)],
-    ids=lambda one: getattr(one, "__name__", str(one)),
-)
-def test_text_that_is_formatted(kind, rows):
-    check(strategy(kind), rows(), build(), optional=(*SYSTEM, "persona"))
+@pytest.mark.parametrize("kind", [*FORMATTED, *BLOCKS], ids=str)
+def test_text_that_is_formatted(kind):
+    good, places = STRATEGIES[kind if isinstance(kind, str) else "user_defined.default"]
+    rows = [
+        row | {"persona": ""}
+        for place, text in product(places, TEXTS)
+        if isinstance(at(good, place), str)
+        for row in beside_what_may_be_empty(put(good, place, text), text)
+    ]
+    check(strategy(kind), rows, build(), optional=(*SYSTEM, "persona"))
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "qwen_25", "phi_35", "gemma3", "qwen3"])

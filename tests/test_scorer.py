@@ -123,11 +123,10 @@ def test_a_shared_prompt_is_forwarded_once():
     prompts = [ids(30)[0]] * 4
     completions = ids(3, 4, 5, 6, seed=2)
     sizes = []
-    handle = model.register_forward_pre_hook(
+    model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(500))
-    handle.remove()
     assert sizes == [30 + 3 + 4 + 5 + 6]
 
 
@@ -158,8 +157,7 @@ def test_lines_hold_every_completion_once_after_its_own_prompt(pairs, attention,
 
 
 def test_a_prompt_is_shared_when_that_costs_less():
-    long, short = [np.zeros(100, np.int32)] * 2, [np.zeros(10, np.int32)] * 2
-    answers = [np.zeros(50, np.int32)] * 2
+    long, short, answers = ([np.zeros(size, np.int32)] * 2 for size in (100, 10, 50))
     # Shared: 200 tokens and 40,000 pairs. Apart: 300 tokens and 2 x 22,500 / 2 pairs.
     assert plan_lines(long, answers, Sharing(0.005, 999)) == [(0, 1)]
     assert plan_lines(long, answers, Sharing(0.006, 999)) == [(0,), (1,)]

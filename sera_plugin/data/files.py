@@ -109,8 +109,8 @@ def one_line(error: BaseException) -> str:
     # A worker process sends its whole traceback along as an exception of its own.
     said = [x for x in _chain(error) if str(x).strip() and type(x).__name__ != "RemoteTraceback"]
     first = said[-1] if said else error
-    text = " ".join(str(first).split())
-    return f"{type(first).__name__}: {plain(text, 300)}" if text else type(first).__name__
+    text = plain(" ".join(str(first).split()), 300)
+    return type(first).__name__ + (f": {text}" if text else "")
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -126,9 +126,8 @@ class GuardedTransform:
 
 def _cause(error: Exception, row: Mapping[str, Any]) -> str:
     """Why a strategy could not transform a row, in one line."""
-    names = [quoted(key) for key in row]
     if isinstance(error, KeyError) and error.args and error.args[0] not in row:
-        fields = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        fields = ", ".join(map(quoted, list(row)[:8])) + (", ..." if len(row) > 8 else "")
         return f"no field or role {quoted(error.args[0])}; its fields are {fields}"
     null = [quoted(key) for key, value in row.items() if value is None]
     aside = f" (null: {', '.join(null[:5])})" if null else ""

@@ -53,8 +53,7 @@ class PolicyScorer:
         tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         self.phases.count(phase, len(prompts), tokens)
         what = f"{phase.replace('_', ' ')} under theta_{policy}"
-        # An equal part of all ranks'; the last batches are not equal.
-        mine = tokens // self.ranks.world
+        mine = tokens // self.ranks.world  # about: the last batches are not equal
         with self.policies.at(policy), progress(what, mine, "token", self.quiet) as advance:
             scores = score_sequences(
                 self.policies.model,
