@@ -96,7 +96,7 @@ def playground(world, tmp_path_factory) -> Path:
     (here / ".venv/bin/activate").touch()
     (here / ".programs").mkdir()
     # The group without the host, which takes ten seconds to start; that the host has it is tested
-    # in test_commands.py.
+    # in test_example_yamls.py.
     (here / ".programs/axolotl").write_text(
         '#!/bin/sh\n[ "$1" = sera ] && { shift; exec python -m sera_plugin "$@"; }\n'
         'exec python -m axolotl.cli.main "$@"\n'

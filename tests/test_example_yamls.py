@@ -1,17 +1,27 @@
-"""Every shipped YAML, and every whole YAML in the docs, is parsed by the real host."""
+"""Every shipped YAML, and every whole one in the docs, is one that the host's commands take."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from itertools import product
 
 import pytest
 import yaml
+from axolotl.cli.config import prepare_plugins
+from axolotl.cli.main import cli
+from axolotl.integrations.base import PluginManager
+from axolotl.prompt_strategies.dpo import load
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from sera_plugin.cli import sera
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.tools import paper
+from tests.conftest import adapter
 from tests.doc_pages import PAGES, ROOT, blocks
 
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))
@@ -34,43 +44,30 @@ EXPECTED = dict.fromkeys((path.stem for path in FILES), (0.7, 0.3, "dpo", 0.2)) 
 @pytest.fixture
 def parse(monkeypatch):
     """The host's own parsing as `load_cfg` does it, short of what needs a hub or a GPU."""
-    from axolotl.integrations.base import PluginManager
+    gpu = {"bf16": True, "tf32": True, "fp8": False, "n_gpu": 1, "compute_capability": "sm_86"}
 
-    monkeypatch.setattr(PluginManager, "_instance", None)
-
-    def run(text: str):
-        from axolotl.cli.config import prepare_plugins
-        from axolotl.utils.config import validate_config
-        from axolotl.utils.dict import DictDefault
-
-        cfg = DictDefault(yaml.safe_load(text))
+    def parse(text: str):
+        monkeypatch.setattr(PluginManager, "_instance", None)
+        written = yaml.safe_load(text)
+        cfg = DictDefault(written)
         prepare_plugins(cfg)
-        gpu = {"bf16": True, "tf32": True, "fp8": False, "n_gpu": 1, "compute_capability": "sm_86"}
-        return validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
+        cfg = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
+        assert (cfg.rl, cfg.trainer_cls) == ("dpo", "sera_plugin.host.trainer.SeraTrainer")
+        assert SeraConfig(**cfg.sera) == SeraConfig(**(written.get("sera") or {}))
+        # The host drops keys that it does not know.
+        assert set(written) - set(cfg.keys()) == set()
+        for index, dataset in enumerate(cfg.datasets):
+            kind = dataset["type"]
+            name = kind if isinstance(kind, str) else "user_defined.default"
+            assert load(name, cfg, dataset_idx=index) is not None
+        return cfg
 
-    return run
-
-
-def check(text: str, parse):
-    from axolotl.prompt_strategies.dpo import load
-
-    written = yaml.safe_load(text)
-    cfg = parse(text)
-    assert cfg.rl == "dpo"
-    assert cfg.trainer_cls == "sera_plugin.host.trainer.SeraTrainer"
-    assert SeraConfig(**cfg.sera) == SeraConfig(**(written.get("sera") or {}))
-    # The host drops keys that it does not know.
-    assert set(written) - set(cfg.keys()) == set()
-    for index, dataset in enumerate(cfg.datasets):
-        kind = dataset["type"]
-        name = kind if isinstance(kind, str) else "user_defined.default"
-        assert load(name, cfg, dataset_idx=index) is not None
-    return cfg
+    return parse
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_yaml_is_what_it_says(path, parse):
-    cfg = check(path.read_text(), parse)
+    cfg = parse(path.read_text())
     selection, bootstrap, loss, beta = EXPECTED[path.stem]
     assert (cfg.sera["selection_ratio"], cfg.sera["bootstrap_ratio"]) == (selection, bootstrap)
     assert (cfg.sera["loss"], cfg.rl_beta, cfg.num_epochs) == (loss, beta, 3)
@@ -80,11 +77,10 @@ def test_shipped_yaml_is_what_it_says(path, parse):
 
 # A configuration is its dataset's keys, its model's and its system's. The host checks most of them
 # with an adapter, so every system is parsed with that model, and every other pair once.
-PARSED = [("ultrafeedback", "mistral-7b", system) for system in paper.SYSTEMS] + [
-    (*names, "sera-dpo")
-    for names in product(paper.DATASETS, paper.MODELS)
-    if names != ("ultrafeedback", "mistral-7b")
-]
+PARSED = {
+    *product(["ultrafeedback"], ["mistral-7b"], paper.SYSTEMS),
+    *product(paper.DATASETS, paper.MODELS, ["sera-dpo"]),
+}
 
 
 def test_the_papers_configurations_are_parsed_by_the_host(parse, monkeypatch):
@@ -95,7 +91,7 @@ def test_the_papers_configurations_are_parsed_by_the_host(parse, monkeypatch):
         text = paper.yaml_text(*names)
         keys = yaml.safe_load(text)
         assert (keys["sera"] | keys).items() >= paper.SYSTEMS[names[2]].items()
-        cfg = check(text, parse)
+        cfg = parse(text)
         assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16, names
 
 
@@ -138,7 +134,7 @@ def test_the_quickstart_turns_a_dpo_yaml_into_a_sera_one(parse):
     for key in ("plugins", "rl", "sera", "rl_beta", "base_model", "num_epochs"):
         del rest[key]
     after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
-    cfg = check(after + "\n" + yaml.safe_dump(rest), parse)
+    cfg = parse(after + "\n" + yaml.safe_dump(rest))
     assert (cfg.num_epochs, cfg.rl_beta) == (3, 0.2)
     before = yaml.safe_load("\n".join(line[1:] for line in lines if not line.startswith("+")))
     assert before["rl"] == "dpo"
@@ -149,7 +145,7 @@ def test_whole_yamls_of_the_pages_are_read(parse):
         for block in blocks(page, "yaml"):
             keys = yaml.safe_load(block.text)
             if "base_model" in keys and keys.get("rl") == "sera":
-                check(block.text, parse)
+                parse(block.text)
 
 
 def test_readme_and_package_have_the_shipped_yamls():
@@ -159,3 +155,58 @@ def test_readme_and_package_have_the_shipped_yamls():
     assert len(FILES) <= 16
     packaged = ROOT / "sera_plugin/tools/demo/demo-cpu.yaml"
     assert packaged.read_text() == (ROOT / "example_yamls/demo-cpu.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, tmp_path):
+    def axolotl(*arguments, stdin=None, fails=False):
+        command = [sys.executable, "-m", "axolotl.cli.main", *map(str, arguments)]
+        if arguments[0] not in ("sera", "merge-lora", "preprocess"):
+            command += ["--launcher", "python"]
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, timeout=300, input=stdin
+        )
+        output = result.stdout + result.stderr
+        assert bool(result.returncode) == fails, output[-3000:]
+        return output
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(base_config | adapter() | {"num_epochs": 2}))
+    # The host prints an example's tokens in colours, each with its id.
+    assert "<|user|>" in axolotl("preprocess", config, "--debug")
+    log = axolotl("train", config)
+    assert "Loading prepared dataset from disk" in log
+    assert "Mapping RL Dataset" not in log
+    assert "SeRA run" in log
+    assert "SeRA iteration 2: trains on 24 pairs" in log
+    assert "SeRA iteration 2 is trained" in log
+    # Standard error is no terminal: a line a phase, no bar, and no figures that trackers get.
+    assert log.count("SeRA: sample: 24 prompts\n") == 1
+    assert "sera/iteration" not in log
+    out = tmp_path / "out"
+    # The report comes by itself, with the texts of the world's own tokenizer.
+    assert f"SeRA report: {out / 'sera/report.html'}" in log
+    assert "&lt;|assistant|&gt;" in (out / "sera/report.html").read_text()
+    assert "  <s> <|user|>" in axolotl("sera", "inspect", out, "--row", 0)
+    assert "Use `axolotl sera eval" in axolotl("evaluate", config, fails=True)
+    said = axolotl("inference", config, "--lora-model-dir", out, stdin="b a")
+    assert "<|user|>" in said or "b a" in said
+    axolotl("merge-lora", config, "--lora-model-dir", out)
+    assert load_file(out / "merged/model.safetensors")
+
+
+def test_the_host_has_the_commands_and_ends_at_a_mistake_before_any_model_is_loaded(
+    base_config, tmp_path
+):
+    assert "demo" in CliRunner().invoke(cli, ["sera", "--help"]).output
+    PluginManager._instance = PluginManager._cfg = None
+    base_config["base_model"] = str(tmp_path / "no-such-model")
+    base_config["sera"]["selecton_ratio"] = 0.5
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(base_config))
+    done = CliRunner().invoke(cli, ["train", str(config), "--launcher", "python"])
+    assert done.exit_code == 1
+    assert "sera.selecton_ratio is not a key. Did you mean `selection_ratio`?" in str(
+        done.exception
+    )

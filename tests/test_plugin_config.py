@@ -244,7 +244,7 @@ datasets: [{path: a, type: {field_chosen: 5}}] => datasets[0].type.field_chosen:
 test_datasets: [{path: a, type: 5}] => test_datasets[0].type: 5 | chat_template.default
 datasets: [{path: a, name: [x, y]}] => datasets[0].name: ['x', 'y'] | an entry of its own
 dpo_use_weighting: true => dpo_use_weighting: true | dpo_loss_type
-sera: {ipo_reduction: sum} => sera.ipo_reduction: sum | loss: dpo | Set loss: ipo
+sera: {ipo_reduction: sum} => sera.ipo_reduction: sum | loss: dpo | or set loss to ipo
 sera: {selection: all, selection_ratio: 0.5} => selection_ratio: 0.5 | Remove selection_ratio
 sera: {selection: score} => selection: score | none is named | score_columns: [score_chosen
 sera: {labeler: spin, bootstrap_ratio: 2.0} => bootstrap_ratio: 2.0 | Set bootstrap_ratio to 1
@@ -255,7 +255,7 @@ sera: {length_control: true} => sera.length_control: True is not a number
 sera: {length_control: some} => sera.length_control | 'some'
 sera: {length_control: 0.1, labeler: spin} => length_control: 0.1 | labeler: spin | Remove
 sera: {offline_length_control: auto, selection: random}
-    => offline_length_control: auto has no effect | selection: random | Remove it
+    => offline_length_control: auto has no effect | selection: random | selection to irm
 sera: {reference: initial, loss: orpo} => reference: initial | loss: orpo | Remove reference
 sera: {score_columns: [a, row]} => score_columns: 'row' is what the pairs | Rename
 sera: {score_columns: [chosen_ids, sera_row]} => score_columns: 'chosen_ids', 'sera_row' is what

@@ -186,11 +186,19 @@ class SeraConfig(Block):
                 f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
                 f"{self.labeler} has one chosen answer for each. Set bootstrap_ratio to 1."
             )
-        if not selection.reads_ratio and self.selection_ratio != 1:
-            raise ValueError(
-                f"selection_ratio: {self.selection_ratio} has no effect with selection: "
-                f"{self.selection}. Remove selection_ratio, or set selection to irm."
-            )
+        # A key, the value that does nothing, whether another is read, and what would read it.
+        in_vain = (
+            ("selection_ratio", 1, selection.reads_ratio, "selection", "irm"),
+            ("offline_length_control", "none", selection.by_margin, "selection", "irm"),
+            ("reference", "previous", not is_reference_free(self.loss), "loss", "dpo"),
+            ("ipo_reduction", "mean", LOSSES[self.loss].per_token == "by_reduction", "loss", "ipo"),
+        )
+        for key, neutral, is_read, other, reads in in_vain:
+            if not is_read and getattr(self, key) != neutral:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} has no effect with {other}: "
+                    f"{getattr(self, other)}. Remove {key}, or set {other} to {reads}."
+                )
         if selection.reads_scores and not self.score_columns:
             raise ValueError(
                 f"selection: {self.selection} ranks by a score of the dataset's, and none is "
@@ -214,17 +222,6 @@ class SeraConfig(Block):
                 "samples before the dataset's answers, because there are no rewards to take it "
                 "off. Remove length_control, or set another labeler."
             )
-        if self.offline_length_control != "none" and not selection.by_margin:
-            raise ValueError(
-                f"offline_length_control: {self.offline_length_control} has no effect with "
-                f"selection: {self.selection}, which ranks by no reward. Remove it, or set "
-                "selection to irm."
-            )
-        if self.reference == "initial" and is_reference_free(self.loss):
-            raise ValueError(
-                f"reference: initial has no effect with loss: {self.loss}, which has no reference. "
-                "Remove reference."
-            )
         if self.selection_ratio == 0 and ratio == 0:
             raise ValueError(
                 "selection_ratio: 0 with bootstrap_ratio: 0 leaves nothing to train on from "
@@ -235,11 +232,6 @@ class SeraConfig(Block):
             raise ValueError(
                 f"score_columns: {', '.join(map(quoted, taken))} is what the pairs themselves are "
                 "kept as. Rename it in the dataset or leave it out."
-            )
-        if self.ipo_reduction == "sum" and LOSSES[self.loss].per_token != "by_reduction":
-            raise ValueError(
-                f"ipo_reduction: {self.ipo_reduction} has no effect with loss: {self.loss}. Set "
-                "loss: ipo or remove ipo_reduction."
             )
         return self
 

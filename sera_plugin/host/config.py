@@ -136,15 +136,18 @@ def _refuse_misplaced(cfg: Mapping[str, Any]) -> None:
                 f"`{key}` stands beside the `sera:` block. Move it inside: `sera: {{{key}: ...}}`."
             )
         name = key.lower().replace("-", "_")
-        prefixed = name.startswith("sera_")
-        if key in known and not prefixed:
+        if name.startswith("sera_"):
+            close = closest(name.removeprefix("sera_"), ours, 0.6)
+            meant = f"`sera: {{{close}: ...}}`" if close else "the `sera:` block"
+        elif key in known:
             continue
-        close = closest(name.removeprefix("sera_"), ours, 0.6 if prefixed else 0.9)
-        meant = f"`sera: {{{close}: ...}}`" if close else "the `sera:` block" if prefixed else ""
-        if not prefixed and closest(name, ["sera"], 0.75):
+        elif closest(name, ["sera"], 0.75):
             meant = "`sera`"
-        if meant:
-            raise ValueError(f"`{as_written(key)}` is not a key. Did you mean {meant}?")
+        elif close := closest(name, ours, 0.9):
+            meant = f"`sera: {{{close}: ...}}`"
+        else:
+            continue
+        raise ValueError(f"`{as_written(key)}` is not a key. Did you mean {meant}?")
 
 
 def _require_writable(output_dir: Any) -> None:

@@ -94,14 +94,6 @@ def _not_of_host(value: Any, given: Given) -> bool:
     return value is not None and not (losses and all(one in HOST_LOSSES for one in losses))
 
 
-def _is_no_list(value: Any, given: Given) -> bool:
-    return not (isinstance(value, (list, tuple)) and value)
-
-
-_LIST = (
-    "is not a list of datasets: name preference pairs, for example `datasets: [{{path: "
-    "pairs.jsonl, type: chat_template.default}}]`"
-)
 #: What is wrong by itself, or beside something else.
 MISTAKES = (
     Refusal(
@@ -181,8 +173,15 @@ MISTAKES = (
         "needs one of the host's own losses: set dpo_loss_type, for example [sigmoid], beside it",
         lambda value, given: value and given.loss,
     ),
-    Refusal("datasets", _LIST, _is_no_list),
-    Refusal("test_datasets", _LIST, lambda value, _: value is not None and _is_no_list(value, _)),
+    Refusal(
+        "datasets, test_datasets",
+        "is not a list of datasets: name preference pairs, for example `datasets: [{{path: "
+        "pairs.jsonl, type: chat_template.default}}]`",
+        lambda value, given: (
+            not (isinstance(value, (list, tuple)) and value)
+            and not (value is None and given.get("datasets"))
+        ),
+    ),
 )
 _SEVERAL = (
     "makes several datasets of one, which the host cannot do for preference pairs: give each an "
