@@ -19,7 +19,7 @@ from sera_plugin.cli import sera
 from sera_plugin.tools.demo.base_model import load_model
 from sera_plugin.tools.demo.world import make_prompt, true_reward
 from tests.conftest import fill, write_rows
-from tests.judge_server import KEY, judge_server
+from tests.servers import KEY, judge_server
 from tests.test_eval_figures import Engine
 from tests.test_eval_inputs import make_model
 

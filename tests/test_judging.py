@@ -77,19 +77,12 @@ def test_shipped_prompts_ask_for_what_is_parsed(kind):
     assert parse(kind, prompt.splitlines()[-1]) is not None
 
 
-def test_braces_in_answers_stay_what_they_are():
-    hostile = "{answer_b} {question} {0} {} {{answer_a}} {answer_a.__class__} %s $x \\1 \\g<0>"
-    values = {"question": hostile, "answer_a": hostile, "answer_b": "the truth"}
-    filled = fill(read_template("pairwise"), values)
-    assert filled.count(hostile) == 2
-    assert filled.count("the truth") == 1
-
-
-def test_a_template_of_ones_own(tmp_path):
+def test_a_template_of_ones_own_and_braces_that_stay_what_they_are(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text('{question} {"json": 1} {answer_a} ü {answer_b} {answer_a}\n')
-    values = {"question": "Q", "answer_a": "1", "answer_b": "2"}
-    assert fill(read_template("pairwise", path), values) == 'Q {"json": 1} 1 ü 2 1'
+    hostile = "{answer_b} {question} {0} {} {{answer_a}} {answer_a.__class__} %s $x \\1 \\g<0>"
+    values = {"question": hostile, "answer_a": "1", "answer_b": "2"}
+    assert fill(read_template("pairwise", path), values) == hostile + ' {"json": 1} 1 ü 2 1'
     for content, said in (
         (b"{question} {answer_a}", r"mine.txt has no {answer_b}. A pairwise template holds"),
         (b"\xff\xfe\x00", r"mine.txt is not UTF-8"),
@@ -226,10 +219,7 @@ def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, s
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (
-            "nowhere.py:f",
-            r"nowhere.py cannot be imported: FileNotFound.*in the working dir",
-        ),
+        ("nowhere.py:f", r"nowhere.py cannot be imported: FileNotFound.*in the working dir"),
         ("no.such.module:f", r"no.such.module cannot be imported: .*file\.py:function"),
         ("sera_plugin.data.rows:nothing", r"sera_plugin.data.rows has no function 'nothing'"),
         ("sera_plugin.data.rows:_PROBE", r"has no function '_PROBE'"),

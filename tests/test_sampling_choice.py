@@ -1,4 +1,4 @@
-"""Which sampler a run takes: by what can be imported, by what the adapter is, by the YAML."""
+"""Which sampler a run takes and why; what a server answers is checked before it is stored."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import SamplingSettings
+from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling import client, samplers, vllm
 from sera_plugin.sampling.child import SamplingFailed, find_vllm
+from sera_plugin.sampling.client import read_candidates, sampling_fields
 from sera_plugin.sampling.samplers import Choice, Samplers, adapter_problem, choose_sampler
-from tests.vllm_server import vllm_server
+from tests.servers import vllm_server
 
 MODEL = SimpleNamespace(
     get_input_embeddings=lambda: SimpleNamespace(weight=np.zeros((16, 2), dtype=np.float32))
 )
+SETTINGS = SamplingSettings(2, 0.7, 0.95, 8, 16, (9, 7), seed=5)
 PLAIN = {"peft_type": "PeftType.LORA", "r": 16, "bias": "none"}
 
 
@@ -40,18 +42,16 @@ def test_what_is_wrong_with_an_interpreter_is_said():
             find_vllm(python)
 
 
-def test_vllm_is_taken_where_it_is(with_vllm):
-    choice = choose_sampler("auto", "python", None)
-    assert choice == Choice("vllm", "0.30.0, found in python; starts for each sampling phase")
-
-
-def test_without_vllm_transformers_is_taken_or_an_error_says_why():
+def test_vllm_is_taken_where_it_is_and_without_it_transformers_or_an_error_says_why(monkeypatch):
     assert choose_sampler("transformers", "/no-such-python", None).name == "transformers"
     choice = choose_sampler("auto", sys.executable, None)
     assert choice.name == "transformers"
     assert "vLLM is not installed" in choice.reason
     with pytest.raises(ValueError, match=r"sera\.sampler: vllm, but.*Set sera\.vllm_python"):
         choose_sampler("vllm", sys.executable, None)
+    monkeypatch.setattr(samplers, "find_vllm", lambda python: "0.30.0")
+    choice = choose_sampler("auto", "python", None)
+    assert choice == Choice("vllm", "0.30.0, found in python; starts for each sampling phase")
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,16 @@ def test_without_vllm_transformers_is_taken_or_an_error_says_why():
     ],
 )
 @pytest.mark.parametrize("asked", ["auto", "vllm", "vllm-server"])
-def test_what_vllm_does_not_serve_falls_back_and_says_so(with_vllm, change, words, asked):
-    choice = choose_sampler(asked, "python", adapter_problem(PLAIN | change))
+def test_what_vllm_does_not_serve_falls_back_and_says_so(
+    with_vllm, tmp_path, monkeypatch, caplog, change, words, asked
+):
+    assert adapter_problem(PLAIN) is None
+    problem = adapter_problem(PLAIN | change)
+    monkeypatch.setattr(Samplers, "_unserved", lambda self: problem)
+    choice = chosen({}, 38, tmp_path, sampler=asked).choice
     assert choice.name == "transformers"
     assert words in choice.reason
-    assert adapter_problem(PLAIN) is None
+    assert (f"sera.sampler: {asked} is not used" in caplog.text) == (asked != "auto")
 
 
 def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_model(tmp_path):
@@ -186,12 +191,9 @@ def test_a_server_that_is_not_there_is_said_so(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = server_at(port)
-    settings = SamplingSettings(2, 0.7, 0.95, 8, 16, (9,), seed=5)
-    with pytest.raises(
-        SamplingFailed, match=rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
-    ):
-        list(server.sample([np.array([1], dtype=np.int32)], settings))
+    said = rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
+    with pytest.raises(SamplingFailed, match=said):
+        next(server_at(port).sample([np.array([1], dtype=np.int32)], SETTINGS))
 
 
 @pytest.mark.parametrize("content", [b"<html>It works</html>", b"[]", b'{"object": "list"}'])
@@ -201,3 +203,61 @@ def test_a_server_of_another_kind_is_said_so(content):
     said = str(failure.value)
     assert f"{other.port} answers /v1/models as no vLLM does: {content.decode()}." in said
     assert "Set vllm.host and vllm.port" in said
+
+
+# ------------------------------------------------------------------ what a server answers
+
+STOPPED = {"index": 1, "token_ids": [3, 9], "finish_reason": "stop"}
+CUT = {"index": 0, "token_ids": [3, 4, 5], "finish_reason": "length"}
+
+WRONG = {
+    "no list": (None, "choices is None"),
+    "no objects": (["text"], "choices.0 is 'text'"),
+    "one missing": ([CUT], r"2 choices .* index \[0\]"),
+    "one too many": ([CUT, STOPPED, STOPPED | {"index": 2}], r"index \[0, 1, 2\]"),
+    "one twice": ([CUT, STOPPED | {"index": 0}], r"index \[0, 0\]"),
+    "no index": ([CUT, {**STOPPED, "index": None}], "choices.1.index is None"),
+    "no ids": ([CUT, {**STOPPED, "token_ids": None}], "choices.1.token_ids is None"),
+    "text for ids": ([CUT, {**STOPPED, "token_ids": ["3", "9"]}], "ids.0 is '3'"),
+    "truth for ids": ([CUT, {**STOPPED, "token_ids": [True, 9]}], "ids.0 is True"),
+    "no token": ([CUT | {"token_ids": []}, STOPPED], "1 to 4 tokens .* 0 came back"),
+    "too long": ([CUT | {"token_ids": [3] * 5}, STOPPED], "1 to 4 tokens .* 5 came back"),
+    "outside": ([CUT | {"token_ids": [3, 16]}, STOPPED], "3 to 16, .* has 16 tokens"),
+    "negative": ([CUT | {"token_ids": [-1, 3]}, STOPPED], "-1 to 3"),
+    "aborted": ([CUT | {"finish_reason": "abort"}, STOPPED], "is 'abort': input should be 'st"),
+    "unfinished": ([CUT | {"finish_reason": None}, STOPPED], "finish_reason is None"),
+    "stopped by nothing": ([CUT, STOPPED | {"token_ids": [3, 4]}], r"end tokens at \[\]"),
+    "went on": ([CUT, STOPPED | {"token_ids": [7, 9]}], r"end tokens at \[0, 1\]"),
+    "cut at its end": ([CUT | {"token_ids": [3, 9]}, STOPPED], r"'length' has end tokens at \[1\]"),
+}
+
+
+def test_a_request_has_every_end_token_and_what_is_asked_for():
+    asked = {"n": 2, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
+    ends = {"ignore_eos": True, "stop_token_ids": [9, 7]}
+    assert sampling_fields(SETTINGS).items() >= (asked | ends).items()
+
+
+def test_choices_come_back_in_the_order_of_their_index():
+    found = read_candidates([STOPPED, CUT], SETTINGS, 4, 16)
+    assert found == [Candidate([3, 4, 5], "length"), Candidate([3, 9], "stop")]
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_answer_is_refused_and_said(case):
+    choices, words = WRONG[case]
+    with pytest.raises(ValueError, match=words):
+        read_candidates(choices, SETTINGS, 4, 16)
+
+
+def test_nothing_of_a_servers_wrong_answer_is_handed_on(world):
+    """Its tokens, 5 to 34 and the end token 2, are no tokens of a smaller vocabulary."""
+    how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
+    prompts = [np.array([1, 5], dtype=np.int32)]
+    with vllm_server(world.base) as server:
+        sampler = server_at(server.port, world.base, server.tokenizer)
+        assert len(list(sampler.sample(prompts, how))) == 1
+        sampler.vocabulary = 5
+        wrong = sampler.sample(prompts, how)
+        with pytest.raises(SamplingFailed, match=r"prompt of row 0 wrongly.*vocabulary has 5"):
+            next(wrong)

@@ -13,7 +13,7 @@ import torch
 
 from sera_plugin.labeling.judging import Answered
 from tests.conftest import adapter, summary, table
-from tests.judge_server import KEY, judge_server
+from tests.servers import KEY, judge_server
 from tests.test_reward_model import alone, save
 from tests.test_runs import KINDS, assert_same, rates
 
