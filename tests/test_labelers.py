@@ -208,17 +208,17 @@ def test_a_judge_reads_the_question_and_not_the_template_around_it():
 
 
 def test_what_will_rank_is_looked_for_before_anything_is_sampled(make, tmp_path, monkeypatch):
-    model = {"labeler": "reward_model", "reward_model": str(tmp_path)}
+    model = make(None, labeler="reward_model", reward_model=str(tmp_path))
     with pytest.raises(ValueError, match=r"sera.reward_model: .* has no config\.json"):
-        make(None, **model).check()
+        model.check()
     (tmp_path / "config.json").write_text("{}")
-    make(None, **model).check()
+    model.check()
     judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "SERA_TEST_KEY"}
-    monkeypatch.delenv("SERA_TEST_KEY", raising=False)
+    labeler = make(None, labeler="judge", judge=judge)
     with pytest.raises(JudgeFailed, match="environment variable that is not set"):
-        make(None, labeler="judge", judge=judge).check()
+        labeler.check()
     monkeypatch.setenv("SERA_TEST_KEY", "k")
-    make(None, labeler="judge", judge=judge).check()
+    labeler.check()
     make(None).check()
     assert not list(tmp_path.rglob("judgements.jsonl"))
 

@@ -11,14 +11,9 @@ from bitsandbytes.nn import Linear4bit
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling import offload
 from sera_plugin.sampling.offload import engine_needs, make_room, resident_tensors
-from sera_plugin.tools.demo.base_model import load_model
+from sera_plugin.sampling.vllm import Memory
 
 GIB = 2**30
-
-
-@pytest.fixture
-def model(world):
-    return load_model(world.base)[0]
 
 
 def test_what_an_engine_needs_by_hand(model):
@@ -36,10 +31,7 @@ def test_on_a_cpu_ranks_share_the_hosts_memory(model, monkeypatch, available, ra
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: found)
     monkeypatch.setattr(offload, "engine_needs", lambda *_: (2 * GIB, 2 * GIB))
     with make_room(model, None, 2, {}, Ranks(0, ranks, ranks), 48) as memory:
-        assert memory.utilization is None
-        assert memory.devices == ()
-        assert memory.cache_gib == cache
-        assert memory.whole_fits == fits
+        assert memory == Memory(None, fits, cache_gib=cache)
 
 
 def test_everything_that_lies_on_the_device_is_found_once_but_what_moves_by_itself(model):

@@ -101,36 +101,25 @@ def test_a_padding_token_may_be_the_tokenizers(judge, tmp_path, reward_model):
     assert scores == pytest.approx(dict(enumerate(alone(reward_model, ANSWERS))), abs=1e-5)
 
 
-def no_template(directory: Path) -> None:
-    (directory / "chat_template.jinja").unlink()
-
-
-def pickled(directory: Path) -> None:
-    model = LlamaForSequenceClassification.from_pretrained(directory)
-    torch.save(model.state_dict(), directory / "pytorch_model.bin")
-    (directory / "model.safetensors").unlink()
-
-
-def damaged(directory: Path) -> None:
-    model = LlamaForSequenceClassification.from_pretrained(directory)
-    model.score.weight.data[:] = float("nan")
-    model.save_pretrained(directory)
-
-
 @pytest.mark.parametrize(
-    ("breaking", "labels", "said"),
+    ("broken", "said"),
     [
-        (no_template, 1, "cannot be loaded .*chat_template is not set"),
-        (lambda directory: None, 2, "has 2 outputs. A reward model has one"),
-        (pickled, 1, "model cannot be loaded as a reward model: .*safetensors"),
-        (lambda path: (path / "config.json").unlink(), 1, "model cannot be loaded as a reward "),
-        (damaged, 1, r"scores an answer nan. .* too large for torch.float32"),
+        ("chat_template.jinja", "cannot be loaded .*chat_template is not set"),
+        ("config.json", "model cannot be loaded as a reward model: "),
+        ("model.safetensors", "model cannot be loaded as a reward model: .*safetensors"),
+        ("outputs", "has 2 outputs. A reward model has one"),
+        ("weights", r"scores an answer nan. .* too large for torch.float32"),
     ],
 )
 def test_a_model_that_is_none_is_refused_and_damaged_weights_stop_the_judging(
-    judge, tmp_path, breaking, labels, said
+    judge, tmp_path, broken, said
 ):
-    directory = save(tmp_path / "model", labels)
-    breaking(directory)
+    directory = save(tmp_path / "model", labels=2 if broken == "outputs" else 1)
+    model = LlamaForSequenceClassification.from_pretrained(directory)
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")  # which nobody reads
+    if broken == "weights":
+        model.score.weight.data[:] = float("nan")
+        model.save_pretrained(directory)
+    (directory / broken).unlink(missing_ok=True)
     with pytest.raises((ValueError, JudgeFailed), match=said):
         list(judge(directory).score(ANSWERS))

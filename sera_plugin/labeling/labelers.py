@@ -59,11 +59,9 @@ class Spin(Labeler):
 
     def complete(self, samples: pa.Table, chosen: TokenColumn) -> pa.Table:
         """See `Labeler.complete`: one more per prompt, with `finish_reason` `dataset`."""
-        added = np.arange(len(chosen)), np.full(len(chosen), len(samples) // len(chosen))
-        row, candidate = (
-            np.concatenate([samples[name].to_numpy(), more])
-            for name, more in zip(("row", "candidate"), added, strict=True)
-        )
+        last = np.full(len(chosen), len(samples) // len(chosen))
+        row = np.concatenate([samples["row"].to_numpy(), np.arange(len(chosen))])
+        candidate = np.concatenate([samples["candidate"].to_numpy(), last])
         order = np.lexsort((candidate, row))
         reasons = [*samples["finish_reason"].to_pylist(), *[DATASET] * len(chosen)]
         return make_table(

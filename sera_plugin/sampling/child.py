@@ -33,7 +33,6 @@ _OURS = re.compile(
     r"|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF)$"
     r"|GROUP_|ROLE_|TORCHELASTIC_|ACCELERATE_|FSDP_|DEEPSPEED_"
 )
-_VERSION = "import vllm; print(); print('vllm', vllm.__version__)"
 _FOUR_BIT = """
 import importlib.util
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
@@ -48,7 +47,7 @@ print('vllm', 'bitsandbytes' in QUANTIZATION_METHODS and current_platform.is_cud
 
 def find_vllm(python: str) -> str:
     """The version of vLLM that an interpreter imports; a RuntimeError says why it has none."""
-    return _answer(python, _VERSION)
+    return _answer(python, "import vllm; print(); print('vllm', vllm.__version__)")
 
 
 @lru_cache
@@ -58,14 +57,10 @@ def serves_four_bit(python: str) -> bool:
 
 
 def _answer(python: str, code: str) -> str:
-    try:
-        # No shell; the interpreter that the YAML names.
+    command, environment = [python, "-c", code], child_environment(python)
+    try:  # no shell; the interpreter that the YAML names
         result = subprocess.run(
-            [python, "-c", code],
-            env=child_environment(python),
-            capture_output=True,
-            text=True,
-            timeout=300,
+            command, env=environment, capture_output=True, text=True, timeout=300
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{python} does not run: {error}") from None
@@ -144,14 +139,14 @@ class Child:
 
     def ended(self, within: float) -> str | None:
         """How it ended, None if it has not within some seconds."""
-        with suppress(subprocess.TimeoutExpired):
+        try:
             code = self._process.wait(within)
-            if code >= 0:
-                return f"it ended with exit code {code}"
-            killer = " (often the operating system, out of memory)"
-            name = signal.Signals(-code).name
-            return f"it was killed by {name}{killer if name == 'SIGKILL' else ''}"
-        return None
+        except subprocess.TimeoutExpired:
+            return None
+        if code >= 0:
+            return f"it ended with exit code {code}"
+        killer = " (often the operating system, out of memory)" if -code == signal.SIGKILL else ""
+        return f"it was killed by {signal.Signals(-code).name}{killer}"
 
     def log_size(self) -> int:
         """Bytes in its log: loading and compiling answer nothing for minutes, but they log."""
@@ -159,11 +154,8 @@ class Child:
 
     def failed(self, reason: str) -> ChildFailed:
         """What to raise, with the end of what this child has printed."""
-        with self.log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, size - 65_536))
-            printed = file.read().decode("utf-8", "replace")
-        return ChildFailed(explain(reason, printed, self.log))
+        printed = self.log.read_bytes()[self._log_start :][-65_536:]
+        return ChildFailed(explain(reason, printed.decode("utf-8", "replace"), self.log))
 
     def close(self) -> None:
         """End the child and every process it has started; returns when they are gone."""

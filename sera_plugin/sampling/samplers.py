@@ -126,9 +126,8 @@ class Samplers:
                     f"vllm.max_model_len: {context} leaves no room to sample after the longest "
                     f"prompt, which has {longest} tokens. Raise it, or leave it out."
                 )
-        # All ranks sample alike, whatever their own environments could do.
-        mine = _SAMPLERS.index(choice.name) if ranks.main else 0
-        name = _SAMPLERS[int(ranks.sum(np.array([mine], float))[0])]
+        # All ranks sample alike, whatever their own environments could do: theirs is number 0.
+        name = _SAMPLERS[int(ranks.sum(np.array([_SAMPLERS.index(choice.name)], float))[0])]
         if name == "vllm":
             ranks.engine_shard(self._vllm_options.get("tensor_parallel_size") or 1)
         self.choice = replace(choice, name=name)

@@ -268,8 +268,7 @@ class VllmServerSampler(EngineSampler):
         client, name = self.client, f"sera-{uuid4().hex}"
         self.report["version"] = client.version()
         path = str(self.adapter.resolve())
-        wanted = {"lora_name": name, "lora_path": path}
-        answer = client.send("/v1/load_lora_adapter", wanted)
+        answer = client.send("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         if not answer.ok:
             raise client.wrong(
                 f"did not load {path}: {client.words(answer)}. It must see this "
