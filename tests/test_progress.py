@@ -104,7 +104,7 @@ def test_another_rank_shows_nothing(log, clock, monkeypatch, stream):
 
 def test_sampling_tells_samples_and_tokens_per_second(log, clock):
     sample = Candidate([5, 6, 7], "stop")
-    with sampling_progress(quiet=False)(4, "sample") as advance:
+    with sampling_progress(4, "sample", quiet=False) as advance:
         clock[0] += 60
         advance([(0, [sample] * 4), (1, [sample] * 4)])
         clock[0] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -211,7 +212,7 @@ class Loop:
             settings=settings,
             labeler=self._labeler(),
             phases=phases,
-            progress=sampling_progress(self.scorer.quiet),
+            progress=partial(sampling_progress, quiet=self.scorer.quiet),
             held_out=self.held_out,
         )
         pairs = prepare(it)

@@ -195,9 +195,9 @@ class SelfJudge(Labeler):
             index for index, prompt in prompts.items() if longest is None or len(prompt) < longest
         ]
         chunks = sampler.sample([prompts[index] for index in asked], settings)
-        start = sampling_progress(self.quiet)
         points, counted, said = np.zeros((3, total))
-        with start(len(asked) // ranks.world, "self-judge") as advance, closing(chunks):
+        bar = sampling_progress(len(asked) // ranks.world, "self-judge", self.quiet)
+        with bar as advance, closing(chunks):
             for chunk in chunks:
                 for row, replies in chunk:
                     texts = (conversation.answer(np.array(one.token_ids)) for one in replies)

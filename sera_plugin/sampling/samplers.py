@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.method import CandidateSampler, Chunk, Progress
+from sera_plugin.algorithm.method import CandidateSampler, Chunk
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import SAMPLED_ON_CPU, plan_tokens
 from sera_plugin.model.scoring import PolicyScorer
@@ -229,22 +229,18 @@ class Samplers:
         )
 
 
-def sampling_progress(quiet: bool) -> Progress:
-    """Progress over prompts with samples and tokens per second, as the algorithm wants it."""
+@contextmanager
+def sampling_progress(total: int, phase: str, quiet: bool) -> Iterator[Callable[[Chunk], None]]:
+    """Progress over prompts with samples and tokens per second: see `Progress`."""
+    samples = tokens = 0
+    began = monotonic()
 
-    @contextmanager
-    def start(total: int, phase: str) -> Iterator[Callable[[Chunk], None]]:
-        samples = tokens = 0
-        began = monotonic()
+    def take(chunk: Chunk) -> None:
+        nonlocal samples, tokens
+        samples += sum(len(found) for _, found in chunk)
+        tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
+        spent = max(monotonic() - began, 1e-9)
+        advance(len(chunk), f"{samples / spent:,.1f} samples/s, {tokens / spent:,.0f} tok/s")
 
-        def take(chunk: Chunk) -> None:
-            nonlocal samples, tokens
-            samples += sum(len(found) for _, found in chunk)
-            tokens += sum(len(one.token_ids) for _, found in chunk for one in found)
-            spent = max(monotonic() - began, 1e-9)
-            advance(len(chunk), f"{samples / spent:,.1f} samples/s, {tokens / spent:,.0f} tok/s")
-
-        with progress(phase, total, "prompt", quiet) as advance:
-            yield take
-
-    return start
+    with progress(phase, total, "prompt", quiet) as advance:
+        yield take

@@ -1,4 +1,5 @@
-"""Which sampler a run takes and why; what a server answers is checked before it is stored."""
+"""Sampling but for the child process: which sampler a run takes and why, what of a server's answers
+is stored, and room for an engine (nothing moves on a CPU)."""
 
 from __future__ import annotations
 
@@ -9,21 +10,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit
 
 from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.checksums import replace_directory
+from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling import client, samplers, vllm
+from sera_plugin.sampling import client, offload, samplers, vllm
 from sera_plugin.sampling.child import SamplingFailed, find_vllm
 from sera_plugin.sampling.client import read_candidates, sampling_fields
+from sera_plugin.sampling.offload import engine_needs, make_room, resident_tensors
 from sera_plugin.sampling.samplers import Choice, Samplers, adapter_problem, choose_sampler
+from sera_plugin.sampling.vllm import Memory
 from tests.servers import vllm_server
 
 MODEL = SimpleNamespace(
     get_input_embeddings=lambda: SimpleNamespace(weight=np.zeros((16, 2), dtype=np.float32))
 )
 SETTINGS = SamplingSettings(2, 0.7, 0.95, 8, 16, (9, 7), seed=5)
+GIB = 2**30
 PLAIN = {"peft_type": "PeftType.LORA", "r": 16, "bias": "none"}
 
 
@@ -98,29 +106,26 @@ def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_m
 @pytest.mark.parametrize("revision", [None, "v2"])
 def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, revision):
     """vLLM loads the base model as it is on the disk, or on the hub at that revision."""
-    from transformers import LlamaConfig
-
     asked = []
 
-    class Config(LlamaConfig):
+    class Config:
+        vocab_size = 16
+
         @classmethod
         def from_pretrained(cls, name, revision):
             asked.append((name, revision))
-            return cls(vocab_size=16)
+            return SimpleNamespace(get_text_config=cls)
 
-    def unserved(tokens: int) -> str | None:
+    lora = SimpleNamespace(to_dict=lambda: PLAIN)
+    samplers = made({"base_model": "org/name", "revision_of_model": revision}, tmp_path)
+    samplers.scorer.policies.is_adapter = True
+    for tokens, said in ((16, "None"), (17, "vocabulary was resized")):
         embeddings = SimpleNamespace(weight=np.zeros((tokens, 2)))
-        config = SimpleNamespace(to_dict=lambda: PLAIN)
-        model = SimpleNamespace(
-            config=Config(vocab_size=tokens), get_input_embeddings=lambda: embeddings,
-            peft_config={"default": config}, active_adapter="default",
+        samplers.scorer.policies.model = SimpleNamespace(
+            config=Config(), get_input_embeddings=lambda found=embeddings: found,
+            peft_config={"default": lora}, active_adapter="default",
         )  # fmt: skip
-        scorer = SimpleNamespace(policies=SimpleNamespace(model=model, is_adapter=True))
-        cfg = {"base_model": "org/name", "revision_of_model": revision}
-        return Samplers(cfg, SeraConfig(), RunStore(tmp_path), scorer, None)._unserved()
-
-    assert unserved(16) is None
-    assert "vocabulary was resized" in (unserved(17) or "")
+        assert said in str(samplers._unserved())
     assert asked == [("org/name", revision or "main")] * 2
 
 
@@ -261,3 +266,59 @@ def test_nothing_of_a_servers_wrong_answer_is_handed_on(world):
         wrong = sampler.sample(prompts, how)
         with pytest.raises(SamplingFailed, match=r"prompt of row 0 wrongly.*vocabulary has 5"):
             next(wrong)
+
+
+# ------------------------------------------------------------------ room for an engine
+
+
+def test_what_an_engine_needs_by_hand(model):
+    text = model.config
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2
+    assert engine_needs(model, 48, 2) == (2 * model.num_parameters(), 32 * 48 * per_token)
+
+
+@pytest.mark.parametrize(
+    ("available", "ranks", "cache", "fits"),
+    [(64 * GIB, 1, 16, True), (64 * GIB, 4, 4, True), (6 * GIB, 2, 1, False)],
+)
+def test_on_a_cpu_ranks_share_the_hosts_memory(model, monkeypatch, available, ranks, cache, fits):
+    found = type("Found", (), {"available": available})
+    monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: found)
+    monkeypatch.setattr(offload, "engine_needs", lambda *_: (2 * GIB, 2 * GIB))
+    with make_room(model, None, 2, {}, Ranks(0, ranks, ranks), 48) as memory:
+        assert memory == Memory(None, fits, cache_gib=cache)
+
+
+def test_everything_that_lies_on_the_device_is_found_once_but_what_moves_by_itself(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    first = next(model.parameters())
+    model(input_ids=torch.tensor([[1, 5, 7]])).logits.sum().backward()
+    optimizer.step()
+    wanted = [first, first.grad, *optimizer.state[first].values(), *model.buffers()]
+    paged = optimizer.state[first]["paged"] = torch.zeros(2)
+    paged.is_paged = True
+    found = {id(tensor) for tensor in resident_tensors(model, optimizer)}
+    assert len(found) == len(resident_tensors(model, optimizer))
+    assert found.issuperset(map(id, wanted))
+    assert id(paged) not in found
+
+
+def test_scales_of_four_bit_weights_are_found():
+    layer = Linear4bit(64, 64, quant_type="nf4", compress_statistics=True)
+    layer.load_state_dict(torch.nn.Linear(64, 64).state_dict())
+    layer = layer.to("cpu")
+    state = layer.weight.quant_state
+    assert isinstance(state, QuantState)
+    found = {id(tensor) for tensor in resident_tensors(layer, None)}
+    for tensor in (layer.weight, state.absmax, state.code, state.state2.absmax, state.state2.code):
+        assert id(tensor) in found
+
+
+def test_an_engine_gets_what_all_of_its_devices_have():
+    class Four(Ranks):
+        def sum(self, values):
+            return values + np.where(values == 0, np.array([9.0, 7.0, 5.0, 8.0]), 0)
+
+    frees = [offload._least_free(100, 2, Four(rank, 4, 4)) for rank in range(4)]
+    assert frees == [7, 9, 8, 5]
+    assert offload._least_free(100, 2, Ranks()) == 100
