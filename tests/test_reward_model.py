@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from sera_plugin.labeling.judging import Answered, JudgeFailed, make_judge
 from sera_plugin.rundir.journal import Journal
+from sera_plugin.tools.demo.base_model import build_tokenizer
 
 PROMPT = "f b d a e c"
 ANSWERS = [Answered(PROMPT, " ".join("abcdefghijklmnopqrst"[:n])) for n in (6, 1, 20, 0, 13, 6)]
 
 
 def save(directory: Path, labels: int = 1, **keys) -> Path:
-    from sera_plugin.tools.demo.base_model import build_tokenizer
-
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
@@ -57,17 +57,11 @@ def judge(tmp_path):
 
 def alone(directory: Path, answers) -> list[float]:
     """Each answer's logit by itself, without padding."""
-    from sera_plugin.tools.demo.base_model import build_tokenizer
-
     model = LlamaForSequenceClassification.from_pretrained(directory).eval()
-    tokenizer = build_tokenizer()
-    found = []
-    for one in answers:
-        text = f"<s> <|user|> {one.question} <|assistant|> {one.answer}</s>"
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            found.append(model(ids).logits.item())
-    return found
+    texts = (f"<s> <|user|> {one.question} <|assistant|> {one.answer}</s>" for one in answers)
+    ask = partial(build_tokenizer(), add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        return [model(ask(text)["input_ids"]).logits.item() for text in texts]
 
 
 def test_scores_are_the_models_logits_however_they_are_batched(reward_model, judge):

@@ -67,11 +67,9 @@ def settings(**changes) -> SamplingSettings:
     return SamplingSettings(**(keys | changes))
 
 
-def engine(model: Path, directory: Path, policy: Path | None = None, fits=True, **keys):
-    options = {"dtype": "float32", "quantized": None} | keys
-    quantized, dtype = options.pop("quantized"), options.pop("dtype")
+def engine(model, directory, policy=None, fits=True, quantized=None, **options):
     path = str(policy) if policy else None
-    served = ServedPolicy(str(model), path, 4, dtype, quantized, {}, 99)
+    served = ServedPolicy(str(model), path, 4, "float32", quantized, {}, 99)
     log = directory / "vllm.log"
     return VllmSampler(PYTHON, served, options, log, lambda _: nullcontext(Memory(None, fits)))
 

@@ -5,7 +5,7 @@ What an engine answers is checked here, once, before anything of it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -164,6 +164,19 @@ class Client:
                 "vllm.host and vllm.port to where `vllm serve` runs"
             ) from None
 
+    def candidates(
+        self, row: int, request: Mapping[str, Any], settings: SamplingSettings, vocabulary: int
+    ) -> list[Candidate]:
+        """What is sampled for a row's prompt; SamplingFailed if it is wrong."""
+        choices = self.ask("choices", "/v1/completions", request)
+        try:
+            return read_candidates(choices, settings, request["max_tokens"], vocabulary)
+        except ValueError as error:
+            raise self.wrong(
+                f"answers the prompt of row {row} wrongly: {error}. Nothing of it is stored. Use "
+                "a vLLM that docs/sampling.md lists"
+            ) from None
+
     def words(self, answer: requests.Response) -> str:
         """The server's own words."""
         return server_words(answer, self.key)
@@ -209,14 +222,7 @@ class EngineSampler:
                 def ask(row: int) -> list[Candidate]:
                     asked = {"prompt": prompts[row].tolist(), "seed": settings.stream(row)}
                     request = fields | asked | {"max_tokens": limits[row]}
-                    choices = client.ask("choices", "/v1/completions", request)
-                    try:
-                        return read_candidates(choices, settings, limits[row], self.vocabulary)
-                    except ValueError as error:
-                        raise client.wrong(
-                            f"answers the prompt of row {row} wrongly: {error}. Nothing of it is "
-                            "stored. Use a vLLM that docs/sampling.md lists"
-                        ) from None
+                    return client.candidates(row, request, settings, self.vocabulary)
 
                 yield from _in_chunks(mine, ask, watch)
 
