@@ -6,8 +6,6 @@ a release whose vulnerability is long known. Where it does not know that one, no
 and this says so.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

@@ -5,8 +5,6 @@ make bench ARGS="--only scoring"    one of them
 make bench-gpu                      the same on one CUDA GPU
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

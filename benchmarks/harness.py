@@ -1,8 +1,6 @@
 """What all parts share: one setup, interleaved sides, medians with their spread, fresh processes,
 and what a figure needs beside it to be worth anything: machine, versions, date."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import platform

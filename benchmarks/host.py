@@ -1,7 +1,5 @@
 """Configurations and commands of the host, for parts that train."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

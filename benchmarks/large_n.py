@@ -6,8 +6,6 @@ that its peak memory is its own. Time is counted where it is spent: what the sim
 a line of its own and in no other figure.
 """
 
-from __future__ import annotations
-
 import resource
 import shutil
 import statistics

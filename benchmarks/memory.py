@@ -1,7 +1,5 @@
 """Peak memory of scoring at several vocabularies, each side in a process of its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

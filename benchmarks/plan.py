@@ -1,7 +1,5 @@
 """What `axolotl sera plan` says before a run, against what the run then takes."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

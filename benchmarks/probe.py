@@ -4,8 +4,6 @@ how much memory training takes.
 It writes `probe.json` into output_dir and changes nothing.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scoring and selection with two gloo ranks against one process, a thread each."""
 
-from __future__ import annotations
-
 import multiprocessing
 import socket
 import time

@@ -1,7 +1,5 @@
 """Tables between the markers of pages, made of benchmarks/results alone."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

@@ -5,8 +5,6 @@ engines run in each round, in turn; figures are medians over rounds, and speeds 
 relative to transformers. The result is a table in Markdown with the machine and versions in it.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import json

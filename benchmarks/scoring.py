@@ -1,7 +1,5 @@
 """Scoring speed: useful tokens per second, ours against TRL's precomputed reference values."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

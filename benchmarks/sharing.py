@@ -1,7 +1,5 @@
 """Candidates of one prompt: the prompt computed once against once for each of them."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The two ways to get log-probabilities of offline pairs: TRL's and ours, on the same rows."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

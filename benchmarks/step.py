@@ -1,7 +1,5 @@
 """Optimizer steps per second inside the training loop: `rl: sera` against the host's `rl: dpo`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from typing import Any

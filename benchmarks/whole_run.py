@@ -4,8 +4,6 @@ The host ignores `lora_model_dir` for DPO (axolotl 0.19: a second run starts fro
 iterative DPO merges the adapter after each run but the last and goes on from the merged model.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

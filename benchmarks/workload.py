@@ -1,7 +1,5 @@
 """Models and preference pairs to measure on, built here: nothing is downloaded."""
 
-from __future__ import annotations
-
 import json
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write docs/configuration.md and the tables of docs/llama-factory.md: `make docs`."""
 
-from __future__ import annotations
-
 import typing
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`axolotl sera ...`: the plugin's commands, found by the host through an entry point."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """A small world to train in, and the real host to train with."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """What the pages show, as a Markdown parser sees them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ accelerators alone. Everything behind these two, from torch's `fully_shard` to t
 the host, is the real thing over gloo.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """A user's files for LLaMA-Factory: rows, their descriptions, and a YAML that trains on them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run directories for the report's tests: the real phases, with a scorer and a sampler made up."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

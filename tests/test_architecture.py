@@ -1,7 +1,5 @@
 """A room imports only rooms above it (docs/architecture.md), and the pure ones no heavy library."""
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

@@ -1,7 +1,5 @@
 """`make audit`: findings fail and silence does not; and the reviewed exceptions."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import tomllib

@@ -1,7 +1,5 @@
 """What a machine does to a run: full disks, no memory, numbers that are none, another run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

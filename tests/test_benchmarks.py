@@ -1,7 +1,5 @@
 """The benchmark harness at toy size, and the page in step with the results."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from random import Random

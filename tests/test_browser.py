@@ -1,7 +1,5 @@
 """What a reader sees in a browser: the run report and the docs, in light, in dark, on a phone."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading

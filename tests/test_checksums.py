@@ -1,7 +1,5 @@
 """Files, directories and checkpoints that are whole or are not there; disks that take no more."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

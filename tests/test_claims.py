@@ -1,7 +1,5 @@
 """The claims harness at toy size, its statistics by hand, and the page in step with the results."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

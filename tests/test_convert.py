@@ -1,7 +1,5 @@
 """`axolotl sera convert`: LLaMA-Factory's DPO YAMLs, as the host and SeRA read them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

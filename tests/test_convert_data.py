@@ -1,7 +1,5 @@
 """`axolotl sera convert`: datasets, templates, and files that are written."""
 
-from __future__ import annotations
-
 import errno
 import json
 import re

@@ -1,7 +1,5 @@
 """Killed runs, continued, against uninterrupted ones; `make test-crash` tries many more points."""
 
-from __future__ import annotations
-
 import re
 import shutil
 

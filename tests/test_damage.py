@@ -1,7 +1,5 @@
 """Real runs that are killed, lose a file while they are down, and are continued."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

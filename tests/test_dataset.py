@@ -1,7 +1,5 @@
 """From texts to exact token ids, with real tokenizers built here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The demo's world: its reward, its demonstrations, its labels, and a model that speaks in it."""
 
-from __future__ import annotations
-
 from random import Random
 
 import pytest

@@ -5,8 +5,6 @@ A page's blocks are followed in order, in a directory of its own: `yaml` blocks 
 blocks are run. What lies in that directory beforehand is said at `playground`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ The check shares no code with the package: plain transformers and PEFT in float3
 selections and pairs from the parquet files.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

@@ -1,7 +1,5 @@
 """`axolotl sera eval`: with real models and a true reward, and with answers made up."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Answers that are kept, what a judge says of them, and the figures that are made of it."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

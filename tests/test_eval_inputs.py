@@ -1,7 +1,5 @@
 """What an evaluation reads: prompt sets as published, what is compared, and what models answer."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

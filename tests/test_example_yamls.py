@@ -1,7 +1,5 @@
 """Every shipped YAML, and every whole one in the docs, is one that the host's commands take."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

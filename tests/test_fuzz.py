@@ -4,8 +4,6 @@ Every row here is wrong in a known way, so that a pass in silence is seen too. N
 an exception.
 """
 
-from __future__ import annotations
-
 import copy
 import datetime
 import math

@@ -3,8 +3,6 @@
 What is accepted must be what an oracle allows; nothing but our `ValueError` may escape.
 """
 
-from __future__ import annotations
-
 import copy
 import datetime
 import json

@@ -1,7 +1,5 @@
 """Good rows of every shape: none is dropped, and none of their texts is changed."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from itertools import product

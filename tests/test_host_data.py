@@ -1,7 +1,5 @@
 """Every way the host prepares preference data ends in the right tokens, or in a named reason."""
 
-from __future__ import annotations
-
 import os
 import time
 from functools import partial

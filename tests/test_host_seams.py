@@ -4,8 +4,6 @@ A host upgrade that changes one of these fails here. Look at the new source, ada
 the pin.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Algorithm 1 on the three pairs of three_pairs.py, where each number can be followed on paper."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random

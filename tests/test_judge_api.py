@@ -1,7 +1,5 @@
 """API judges against a server on its good days and its bad ones."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Judges without an endpoint: prompts, verdicts, configuration, Python functions."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

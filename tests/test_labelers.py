@@ -1,7 +1,5 @@
 """Judges and a policy that judges itself, on answers made by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The direct alignment losses, against hand-derived values and TRL's formulas."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Sampling, snapshots and the gate on a small real model."""
 
-from __future__ import annotations
-
 import math
 import signal
 from dataclasses import replace

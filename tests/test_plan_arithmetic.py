@@ -1,7 +1,5 @@
 """A plan's arithmetic, by hand: counts, operations, states, what to change, how it is shown."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """`axolotl sera plan` as a user types it, and against runs that then really happen."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A plan's sizes against what torch, PEFT, bitsandbytes and the host's own loader really hold."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from types import SimpleNamespace

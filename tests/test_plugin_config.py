@@ -3,8 +3,6 @@
 Misuse is refused in `register`, before the host validates or loads anything.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re

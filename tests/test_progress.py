@@ -1,7 +1,5 @@
 """Bars on a terminal, lines in a log, and nothing from other ranks."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re

@@ -1,7 +1,5 @@
 """Several processes: who does what, waiting, and a real run on two gloo ranks."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """Commands as a user types them: `report`, `inspect`, `compare`, and what all have in common."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

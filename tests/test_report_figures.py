@@ -1,7 +1,5 @@
 """The report's figures against values derived by hand, and what it says of other systems."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

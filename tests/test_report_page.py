@@ -1,7 +1,5 @@
 """The page: harmless whatever is in it, of runs in any state, and small."""
 
-from __future__ import annotations
-
 import base64
 import fcntl
 import hashlib

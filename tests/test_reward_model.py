@@ -1,7 +1,5 @@
 """A reward model as a judge, with a model made up on the spot."""
 
-from __future__ import annotations
-
 import shutil
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The method's arithmetic by hand: rewards (Eq. 7), length control, steps, selection, pairing."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

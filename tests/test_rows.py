@@ -1,7 +1,5 @@
 """Bad rows and files: what the guard around the host's transforms keeps, mends, and says."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any

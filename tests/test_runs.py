@@ -1,7 +1,5 @@
 """Short runs through the real host: losses, ratios, adapters, resuming, errors."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Sampling but for the child process: which sampler a run takes and why, what of a server's answers
 is stored, and room for an engine (nothing moves on a CPU)."""
 
-from __future__ import annotations
-
 import socket
 import sys
 from pathlib import Path

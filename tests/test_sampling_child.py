@@ -1,7 +1,5 @@
 """A child process that cannot outlive us, and sampling from a stand-in for vLLM that is one."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`axolotl sera schema`: what an editor is told of a YAML."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import partial

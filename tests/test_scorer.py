@@ -1,7 +1,5 @@
 """The scorer: every way to put sequences into a forward pass gives the same log-probabilities."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What docs/security.md promises."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

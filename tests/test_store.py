@@ -1,7 +1,5 @@
 """The run directory's tables and chunks, and journals that only grow while processes die."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """An iteration in figures, on three pairs, and its alarms: both sides of every threshold."""
 
-from __future__ import annotations
-
 import re
 from math import sqrt
 from pathlib import Path

@@ -4,8 +4,6 @@ The world is three_pairs.py's: every token id is a known completion whose log-pr
 theta_0, theta_1, theta_2 stands in its table.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path

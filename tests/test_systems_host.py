@@ -1,7 +1,5 @@
 """Systems and the host's features through the real host: each does what makes it that one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Token columns: exact tokens however they are stored, picked, joined and cut into chunks."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 from typing import Any

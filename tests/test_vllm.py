@@ -1,7 +1,5 @@
 """Real vLLM, in an environment of its own: `make test-slow`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Win rates: by hand, and against published figures."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from types import SimpleNamespace

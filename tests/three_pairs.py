@@ -1,7 +1,5 @@
 """Three offline pairs, a scorer that looks log-probabilities up, and a sampler of known answers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -9,8 +9,6 @@ make claims ARGS="--smoke"           one seed of a toy, to see that it works; no
 make claims ARGS="--data FILE --model DIR"   ways to select on a dataset with scores and a model
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -1,7 +1,5 @@
 """Pictures of the results, as SVG that is the same for the same results."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Each claim as differences of two figures, paired by seed. estimates.py has the rule."""
 
-from __future__ import annotations
-
 from benchmarks.claims.estimates import Claim, Comparison, Side, after, during, versus
 
 REWARD, SHARE = "true reward", "share"

@@ -3,8 +3,6 @@
 The base model and plain DPO alone, on seeds that no comparison uses. How SeRA does is no part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean

@@ -1,7 +1,5 @@
 """docs/claims*.md: what stands between their markers, made of the kept results alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

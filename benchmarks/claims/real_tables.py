@@ -1,7 +1,5 @@
 """The tables of runs on a dataset, each a function of kept records alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from statistics import mean

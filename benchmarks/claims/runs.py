@@ -4,8 +4,6 @@ Importing the host takes longer than a run here. A server process imports it onc
 is still a fresh process with one thread, and dies alone.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

@@ -4,8 +4,6 @@ All start from the same base model, pairs and seed; what a system does not say i
 Iteration 1 of most of them is one epoch of plain DPO: its policy is kept, and is DPO's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

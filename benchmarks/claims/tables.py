@@ -1,7 +1,5 @@
 """The tables of docs/claims*.md, each a function of kept records alone."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

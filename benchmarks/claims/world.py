@@ -5,8 +5,6 @@ model and at plain DPO alone, before any other system was run. The others vary o
 were added after its first results were seen.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

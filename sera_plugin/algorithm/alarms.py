@@ -4,8 +4,6 @@ Each alarm compares one figure with one threshold and says which key of the YAML
 a run. docs/alarms.md has the same thresholds in a table, with what each of them means.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ skipped when its file is there and whole, so a run that was cut off goes on wher
 damaged file is made again.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Collection, Sequence

@@ -14,8 +14,6 @@ that ranks its own samples by it drifts towards long ones (DICE, Chen et al. 202
 takes alpha nats per token off.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What an iteration did, in figures: summary.json and the `sera/*` metrics."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 What is wrong with a block is said in a sentence for each key.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Mapping

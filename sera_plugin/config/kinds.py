@@ -5,8 +5,6 @@ special about it stands in the line, so that nothing else compares names. The im
 imported on first use: reading a configuration loads no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What may be shown and kept: text from elsewhere made printable, secrets left out."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -4,8 +4,6 @@ The host and the libraries below it answer a damaged file with a chain of except
 often says nothing ("An error occurred while generating the dataset", an empty StopIteration).
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -15,8 +15,6 @@ answer such as "user" is found in the turn's header first, and one that the temp
 all. They are cut out by place here.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import unicodedata

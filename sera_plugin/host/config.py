@@ -4,8 +4,6 @@ Every check, loader and dataset path that the host has for DPO then holds. Keys 
 drop without a word, or stumble over, are looked for here; `refused` has the table of the others.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import os

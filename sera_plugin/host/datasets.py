@@ -11,8 +11,6 @@ host's own public function. What differs from the host's loading:
 - Prepared data is not taken for that of another `rl`, of a file edited since, or of an older guard.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys

@@ -4,8 +4,6 @@ Nothing here is private to the host; the plugin calls `open` once, the trainer `
 around every epoch.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

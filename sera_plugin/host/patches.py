@@ -4,8 +4,6 @@ Nothing else patches the host. Facts are of axolotl 0.19; each patch has the con
 it goes, and the closest request upstream.
 """
 
-from __future__ import annotations
-
 from functools import wraps
 from typing import Any
 

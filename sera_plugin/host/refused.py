@@ -5,8 +5,6 @@ loaded, with the key, its value and what to do. Facts about the host are those o
 trl 1.9. Keys inside `sera:` are checked by its own model (config/sera.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping

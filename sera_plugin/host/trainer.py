@@ -5,8 +5,6 @@ call. tests/test_host_seams.py pins the signature of every private seam of the h
 overridden, so that a host upgrade fails there and not in the middle of somebody's run.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Who can rank: the implicit reward, the dataset (SPIN), a judge, the policy in words."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace

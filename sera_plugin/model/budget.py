@@ -1,7 +1,5 @@
 """How much of anything is done at a time: planned by the device, less once memory has run out."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

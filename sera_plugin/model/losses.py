@@ -8,8 +8,6 @@ TRL 1.9 ignores label smoothing in its `sigmoid` loss (so it has no cDPO), and h
 SimPO margin or KTO-Pair, and ORPO in another trainer. Where both exist the formulas agree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -8,8 +8,6 @@ FSDP2 shards a model in place. Between two forward passes a module's parameters 
 parts (DTensors) or, where they were not given back, whole tensors that the next pass throws away.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The scorer: log pi(y|x), summed over the completion's tokens, in nats, under any policy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace

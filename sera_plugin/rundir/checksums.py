@@ -5,8 +5,6 @@ check a run with `sha256sum -c`. A file is listed before it gets its name, and a
 written as a whole (a policy, a checkpoint) is listed last of all: what is not listed was cut off.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import logging

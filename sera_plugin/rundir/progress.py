@@ -3,8 +3,6 @@
 The bar is tqdm's, as the host's own training bar is: the two share the screen.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The processes of one run: all hold the same tables, rank 0 writes, each does part of the work."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Everything that a child prints goes to a log file, which tells what went wrong. 
 other end of its standard input.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Room on the accelerator for an engine beside a training run, and everything back afterwards."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import os

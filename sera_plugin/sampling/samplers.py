@@ -1,7 +1,5 @@
 """Which sampler a run takes and why; the samplers of one run, from the host's configuration."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping

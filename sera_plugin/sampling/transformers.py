@@ -1,7 +1,5 @@
 """Sampling inside the training process with transformers' own `generate`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial

@@ -3,8 +3,6 @@
 Ours is a child process on loopback. A running one has the adapter loaded into it over HTTP.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

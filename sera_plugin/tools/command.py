@@ -4,8 +4,6 @@ Wrong usage is for the reader to fix: an option, a YAML, a run that is not there
 file that is. Everything else that fails is a failure: training stopped, a disk was full.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ Source: Ko et al. 2025, section 4 (datasets, models, learning rates, beta) and i
 docs/systems.md says what each system is and how it differs from its own paper.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ The host's own `axolotl config-schema` knows no plugin's keys, gives up on one o
 leaves out the names by which its YAMLs mostly call four keys.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import pkgutil

@@ -1,7 +1,5 @@
 """`python -m tests.crash`: the long form of the crash test, and its table in the documentation."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

@@ -6,8 +6,6 @@ What the run does goes to trace.jsonl, line by line past all buffers: the kernel
 process wrote before it was killed.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

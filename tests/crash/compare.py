@@ -1,7 +1,5 @@
 """What a run left behind, in what two runs differ, and what was done twice."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress

@@ -10,8 +10,6 @@ self-rewarding language models (Yuan et al. 2024).
 Nothing here but `reward_model` knows torch, and nothing the host.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import re

@@ -1,7 +1,5 @@
 """A reward model as a judge: a sequence-classification model on this machine, with one output."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ Names and defaults are those of LLaMA-Factory's `hparams` and of transformers' t
 which it takes too. docs/llama-factory.md is written from `RULES`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """`dataset`, `eval_dataset` and `dataset_info.json` as the host's `datasets:`, and their rows."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

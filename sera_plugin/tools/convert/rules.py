@@ -4,8 +4,6 @@ Each rule returns keys of the new YAML; None and an empty list are nothing. It r
 naming key and value, for what has nothing like it here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A LLaMA-Factory YAML: its values, and LLaMA-Factory's own names, of which some become nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The demo's language model: a word-level tokenizer and a small Llama trained from scratch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random

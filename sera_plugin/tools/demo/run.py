@@ -1,7 +1,5 @@
 """`axolotl sera demo`: the main job on a CPU, with a table at the end."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ response is can be computed, and filler words make it longer without making it b
 functions; every random choice comes from the generator that is passed in.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What models are asked, and what they answer: sampled once, kept, and taken from there after."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """A model loaded to answer prompts: in this process, or by a vLLM in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

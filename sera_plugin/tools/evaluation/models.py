@@ -1,7 +1,5 @@
 """What is compared: policies of a run, other models, and answers from a file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """An evaluation in figures, as `--json` prints them, in a terminal and on the page."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

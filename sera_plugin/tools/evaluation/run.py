@@ -1,7 +1,5 @@
 """One evaluation: answers, verdicts, figures, and the files they are kept in."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Win rates against a baseline, as they are and with the length of answers held equal."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

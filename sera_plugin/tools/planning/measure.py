@@ -5,8 +5,6 @@ directory that is removed afterwards. What the second iteration takes is warm: k
 memory is allocated, and the model's abilities are known.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Sequence

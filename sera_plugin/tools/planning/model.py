@@ -4,8 +4,6 @@ It is the class that the run trains, with the host's own types and PEFT's adapte
 meta device and fake ones have shapes and types alone: a 7B model takes seconds and no memory.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

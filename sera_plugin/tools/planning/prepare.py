@@ -1,7 +1,5 @@
 """A plan from a YAML: parsed, checked and its data prepared by the host, as `train` does."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """A plan for people and for machines, and what to change where a run does not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple

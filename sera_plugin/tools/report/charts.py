@@ -4,8 +4,6 @@ Colours are drawn as stand-ins that no chart would use and replaced by the page'
 that one SVG serves light and dark.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence

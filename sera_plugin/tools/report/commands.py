@@ -1,7 +1,5 @@
 """`axolotl sera report`, `inspect` and `compare`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

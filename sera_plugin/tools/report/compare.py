@@ -1,7 +1,5 @@
 """Runs side by side: settings that differ, metrics, and how alike their selections are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The numbers of a report: plain values, as `--json` prints them. Pure functions of a `Run`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """The report on a run: one HTML page of charts, tables and pairs; its words are in page.html."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pairs of a run one by one: to read on a page or in a terminal, and to take away as a dataset."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
