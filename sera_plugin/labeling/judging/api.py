@@ -4,8 +4,6 @@ Every reply goes into a journal under a key of all that determines it, before it
 that was cut off or is done again asks for nothing twice.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -237,10 +235,11 @@ def _key(config: JudgeConfig) -> str:
     key = os.environ.get(config.api_key_env, "").strip()
     if key and key.isascii() and key.isprintable():
         return key
-    problem = "whose value is not printable ASCII" if key else "that is not set"
+    problem = "api_key_env names an environment variable that is not set"
+    if key:
+        problem = "the key that api_key_env names is not printable ASCII"
     raise JudgeFailed(
-        f"api_key_env names an environment variable {problem}. Export the key in it, or leave "
-        "api_key_env out where the endpoint takes no key."
+        f"{problem}. Export the key in it, or leave api_key_env out where the endpoint takes no key."
     )
 
 
