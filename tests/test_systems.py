@@ -19,7 +19,7 @@ from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run, require_same_run
 from sera_plugin.rundir.store import make_table
-from tests.three_pairs import CANDIDATES, END, NAMES, Run, assert_reference_is, firsts
+from tests.three_pairs import CANDIDATES, END, PAIRS, Run, assert_reference_is, firsts
 
 
 @dataclasses.dataclass
@@ -256,7 +256,7 @@ def described(gap: float | None = None, **block: Any) -> dict[str, Any]:
     config = SeraConfig(**{"bootstrap_ratio": 0, **block})
     annotations = Annotations(score_gap=None if gap is None else np.array([gap]))
     method = Method(config, False, False, total=1, annotations=annotations)
-    pairs = Pairs.from_table(make_table({f"{name}_ids": [[1]] for name in NAMES}))
+    pairs = Pairs.from_table(make_table({name: [[1]] for name in PAIRS}))
     cfg = {"sera": config.model_dump(mode="json")}
     return describe_run(cfg, "dpo", 0.1, method, Schedule((1,), 1, 1), pairs, None, (END,))
 

@@ -239,7 +239,8 @@ def _key(config: JudgeConfig) -> str:
     if key:
         problem = "the key that api_key_env names is not printable ASCII"
     raise JudgeFailed(
-        f"{problem}. Export the key in it, or leave api_key_env out where the endpoint takes no key."
+        f"{problem}. Export the key in it, or leave api_key_env out where the endpoint takes no "
+        "key."
     )
 
 
