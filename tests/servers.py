@@ -46,9 +46,6 @@ def serving(server: ThreadingHTTPServer) -> Iterator[None]:
         server.shutdown()
 
 
-# ------------------------------------------------------------------ a judge
-
-
 class JudgeHandler(Handler):
     server: JudgeServer
 
@@ -113,9 +110,6 @@ def judge_server(counted: str = "*") -> Iterator[JudgeServer]:
     server = JudgeServer(counted)
     with serving(server):
         yield server
-
-
-# ------------------------------------------------------------------ vLLM
 
 
 def choices(request: dict[str, Any]) -> Any:

@@ -22,8 +22,6 @@ from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.transformers import TransformersSampler
 from tests.conftest import adapter, fill, ids
 
-# ------------------------------------------------------------------ disks
-
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_at_a_checkpoint_stops_the_run_and_nothing_is_lost(
@@ -59,8 +57,6 @@ def test_a_read_only_output_directory_is_refused_before_anything_is_loaded(
     with pytest.raises(ValueError, match=r"output_dir: .*not/there/yet' cannot be written"):
         load(base_config)
 
-
-# ------------------------------------------------------------------ another run
 
 HOLD = """
 import sys, time
@@ -112,9 +108,6 @@ def test_a_second_run_changes_nothing_of_the_first(base_config, train, monkeypat
     # The host writes debug.log before it asks a plugin, once a process: here or in an earlier test.
     files = {path.name for path in output.rglob("*") if path.is_file()}
     assert files - {"debug.log"} == {"lock"}
-
-
-# ------------------------------------------------------------------ memory
 
 
 @contextmanager
@@ -175,9 +168,6 @@ def test_another_error_is_not_taken_for_memory(model):
 
     with limited(model, 0, broken), pytest.raises(RuntimeError, match="illegal memory access"):
         score_sequences(model, ids(4, 4), ids(8, 8), pad_id=0, budget=TokenBudget(99))
-
-
-# ------------------------------------------------------------------ numbers
 
 
 @pytest.mark.slow

@@ -168,9 +168,6 @@ def test_a_read_only_disk_says_so(small_disk: Path) -> None:
     assert not os.access(small_disk, os.W_OK)
 
 
-# ------------------------------------------------------------------ checkpoints
-
-
 def save(output: Path, step: int, sealed: bool = True) -> None:
     path = output / f"checkpoint-{step}"
     path.mkdir(parents=True)

@@ -10,8 +10,6 @@ from tests.conftest import flip
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
 from tests.crash.points import KINDS, PHASES, Point, choose_points, run
 
-# ------------------------------------------------------------------ the harness itself
-
 
 def sampled(iteration, *rows):
     """What a run tells of a chunk that it sampled and kept."""
@@ -45,9 +43,6 @@ def test_rows_on_disk_count_as_sampled(tmp_path):
     ledger.add([], tmp_path)
     ledger.add([*sampled(2, 4, 6), *sampled(3, 5)], tmp_path)
     assert ledger.sampled_twice == [(2, 4), (3, 5)]
-
-
-# ------------------------------------------------------------------ real runs
 
 
 @pytest.mark.slow

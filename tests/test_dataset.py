@@ -103,9 +103,6 @@ def spelled(tokenizer: Any, ids: Any) -> str:
     return text
 
 
-# ------------------------------------------------------------------ beginnings
-
-
 @pytest.mark.parametrize("text", ["hi", "<s>hi", "<s><s>hi", "<s><s><s>hi"])
 @pytest.mark.parametrize("adds", [True, False])
 def test_one_bos_where_the_tokenizer_adds_one_and_never_two(adds: bool, text: str) -> None:
@@ -126,8 +123,6 @@ def test_prompt_and_completion_spell_the_text(metaspace: bool, chosen: str) -> N
     assert both.tolist() == expected
     assert both.dtype == np.int32
 
-
-# ------------------------------------------------------------------ rows and their ends
 
 EQUAL = "chosen equals rejected, which prefers nothing"
 NO_TOKENS = "prompt, chosen or rejected without tokens"
@@ -271,9 +266,6 @@ def test_nothing_usable_is_an_error_with_the_counts(plain: Any) -> None:
         tokenize(plain)
     with pytest.raises(ValueError, match=r"special_tokens: \{eos_token"):
         tokenize(plain, row("hi"), ends="")
-
-
-# ------------------------------------------------------------------ what is said about them
 
 
 @pytest.mark.parametrize(

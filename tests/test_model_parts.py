@@ -28,8 +28,6 @@ def tokenizer(world):
     return load_model(world.base)[1]
 
 
-# ------------------------------------------------------------------ sampling
-
 SETTINGS = SamplingSettings(4, 1.0, 0.95, 10, 48, (2,), seed=3)
 
 
@@ -81,9 +79,6 @@ def test_the_models_own_generation_config_does_not_leak_in(model):
     expected = sampled(model, ids(7, 9))
     model.generation_config.update(top_k=1, repetition_penalty=5.0, min_new_tokens=9)
     assert sampled(model, ids(7, 9)) == expected
-
-
-# ------------------------------------------------------------------ policies
 
 
 @pytest.fixture
@@ -160,8 +155,6 @@ def test_a_policy_read_from_disk_is_the_one_that_was_kept(model, tokenizer, tmp_
     with pytest.raises(ValueError, match="extra"):
         restore_snapshot(model, kept | {"extra": torch.zeros(1)})
 
-
-# ------------------------------------------------------------------ the gate
 
 NONE = (0.0, 0.0, 0.0, 0.0)
 DPO, IPO = PreferenceLoss("dpo", 0.2), PreferenceLoss("ipo", 1.0)

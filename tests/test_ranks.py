@@ -87,9 +87,6 @@ def test_ranks_share_engines(world, local_world, size, expected):
         Ranks(0, 4, 4).engine_shard(3)
 
 
-# ------------------------------------------------------------------ real processes
-
-
 def join(rank: int, port: int, **options: Any) -> Ranks:
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     place = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": 2}

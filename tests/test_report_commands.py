@@ -226,9 +226,6 @@ def test_a_run_of_the_released_format_is_read_as_it_was(tmp_path):
     assert RunStore(OLDER).description()["end_ids"] == [0]  # what `eval` reads
 
 
-# ------------------------------------------------------------------ docs/terminal.md
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [

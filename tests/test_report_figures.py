@@ -164,8 +164,6 @@ def test_curves_have_a_gap_where_an_iteration_starts():
     assert curve(history, "eval_loss") == ([], [])
 
 
-# ------------------------------------------------------------------ other systems
-
 _FIRST = "selection keeps them first"
 SWAPPED = np.arange(12) % 4 == 0
 

@@ -116,9 +116,6 @@ def test_fewer_pairs_than_planned_change_only_their_iteration():
     assert (known.batches(2), known.total_steps) == (3, 13)
 
 
-# ------------------------------------------------------------------ kept pairs
-
-
 @pytest.mark.parametrize(
     ("margins", "count", "rows"),
     [
@@ -146,9 +143,6 @@ def test_equal_values_are_ranked_in_their_order_where_there_are_many():
 def test_a_margin_that_is_not_finite_is_named(broken):
     with pytest.raises(ValueError, match=r"margin in row 2 is .*\(2 such values\).*learning_rate"):
         select_largest([1.0, 2.0, broken, np.nan], 1)
-
-
-# ------------------------------------------------------------------ pairs of candidates
 
 
 def pairs(candidates, rewards, pairs_per_prompt=1):

@@ -52,9 +52,6 @@ def answering(chosen: Any, asked: Any = "How are you?") -> Any:
     return {"messages": asked, "chosen": chosen, "rejected": "Fine, thanks."}
 
 
-# ------------------------------------------------------------------ chat templates
-
-
 @pytest.mark.parametrize("template", ENDS)
 def test_answers_that_the_host_cuts_wrongly_are_cut_rightly(tokenizer: Any, template: str) -> None:
     loaded, end = strategy("chat_template.default", template), ENDS[template]
@@ -104,9 +101,6 @@ def test_a_template_must_render_all_that_is_said(tokenizer, template, asked, sai
     assert bool(problem) == bool(result["sera_problem"])
 
 
-# ------------------------------------------------------------------ the guard
-
-
 def raises(row: Any) -> Any:
     raise StopIteration
 
@@ -151,8 +145,6 @@ def test_answers_are_checked_also_where_a_template_renders_the_prompt(tokenizer:
         problem = guarded(own)(row, 0, tokenizer=tokenizer)["sera_problem"]
         assert problem == (f"field \"chosen[0]['content']\" is {said}" if said else "")
 
-
-# ------------------------------------------------------------------ files
 
 LINE = json.dumps({"question": "hi", "good": "hello", "bad": "world"})
 FILES = {
@@ -238,9 +230,6 @@ def test_an_edit_is_noticed_wherever_the_file_lies(tmp_path):
     assert edited_since([entries[0] | {"data_files": "other.jsonl"}], prepared) == ""
     path.rename(folder / "cache-1.arrow")
     assert edited_since(entries, prepared) == ""
-
-
-# ------------------------------------------------------------------ words
 
 
 @settings(deadline=None, max_examples=50)

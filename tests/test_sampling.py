@@ -208,8 +208,6 @@ def test_a_server_of_another_kind_is_said_so(content):
     assert "Set vllm.host and vllm.port" in said
 
 
-# ------------------------------------------------------------------ what a server answers
-
 STOPPED = {"index": 1, "token_ids": [3, 9], "finish_reason": "stop"}
 CUT = {"index": 0, "token_ids": [3, 4, 5], "finish_reason": "length"}
 
@@ -264,9 +262,6 @@ def test_nothing_of_a_servers_wrong_answer_is_handed_on(world):
         wrong = sampler.sample(prompts, how)
         with pytest.raises(SamplingFailed, match=r"prompt of row 0 wrongly.*vocabulary has 5"):
             next(wrong)
-
-
-# ------------------------------------------------------------------ room for an engine
 
 
 def test_what_an_engine_needs_by_hand(model):

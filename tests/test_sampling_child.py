@@ -101,8 +101,6 @@ def test_killing_the_parent_ends_the_child_and_its_descendants(tmp_path):
     assert gone(*family)
 
 
-# ------------------------------------------------------------------ sampling from a child
-
 STAND_IN = """
 import os, subprocess, sys, time
 from http.server import ThreadingHTTPServer

@@ -133,9 +133,6 @@ def test_a_window_keeps_prompts_apart():
         assert Sharing.of(build(MistralConfig(**SMALL, **config)), 500).longest == longest
 
 
-# ------------------------------------------------------------------ lines
-
-
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=30),
     st.floats(0, 0.2),
@@ -163,9 +160,6 @@ def test_a_prompt_is_shared_when_that_costs_less():
     assert plan_lines(short, answers, Sharing(0.001, 999)) == [(0, 1)]
     assert plan_lines(short, answers, Sharing(0.002, 999)) == [(0,), (1,)]
     assert plan_lines(long, answers, Sharing(0.0, 199)) == [(0,), (1,)]
-
-
-# ------------------------------------------------------------------ logits
 
 
 def targets_of(labels: list[list[int]]) -> Targets:

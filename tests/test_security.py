@@ -82,9 +82,6 @@ def test_nothing_in_the_package_runs_what_it_reads():
         assert not UNSAFE.search(path.read_text()), path
 
 
-# ------------------------------------------------------------------ checkpoints
-
-
 class Bomb:
     """Leaves a file behind when it is unpickled."""
 
@@ -130,8 +127,6 @@ def test_a_policy_is_read_from_safetensors_only_and_runs_nothing(world, tmp_path
         history._load(1)
     assert not mark.exists()
 
-
-# ------------------------------------------------------------------ secrets
 
 SECRET_KEYS = """
     api_key apiKey comet_api_key X-Api-Key WANDB_API_KEY openai_key key
@@ -280,9 +275,6 @@ def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
         assert path.is_dir() or b"planted" not in path.read_bytes(), path
 
 
-# ------------------------------------------------------------------ text from elsewhere
-
-
 def test_control_characters_are_shown_and_not_obeyed():
     assert printable("\x1b[31mred\x1b[0m plain") == "red plain"
     assert printable("\x1b[2Jclear \x1b]0;title\x07") == "\\x1b[2Jclear \\x1b]0;title\\x07"
@@ -306,9 +298,6 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
     path.chmod(0o755)
     with pytest.raises(RuntimeError, match=r"\\x1b\[2Jbroken\\x07$"):
         child.find_vllm(str(path))
-
-
-# ------------------------------------------------------------------ paths
 
 
 def test_only_iterations_are_discarded_and_what_a_link_leads_to_stays(tmp_path):

@@ -104,9 +104,6 @@ def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: P
     assert store.summary(1) == {"kept": 2}
 
 
-# ------------------------------------------------------------------ journals
-
-
 def test_what_was_added_is_there_again(tmp_path):
     with Journal(tmp_path / "deep/down/journal.jsonl") as journal:
         journal.add("one", {"text": "ünïcode 🙂 \n\u2028 \ud800"})

@@ -15,8 +15,6 @@ from sera_plugin.model.losses import FLOAT32_LIMIT
 from sera_plugin.rundir.store import make_table
 from tests.three_pairs import CANDIDATES, CONFIG, Run
 
-# ------------------------------------------------------------------ the summary
-
 
 def summary(run: Run, t: int) -> dict:
     run.upto(t)
@@ -86,8 +84,6 @@ def test_a_small_held_out_set_is_never_without_error(tmp_path):
     assert found["accuracy"] == 1.0
     assert found["accuracy_error"] == pytest.approx(sqrt(5 / 7 * 2 / 7 / 7))
 
-
-# ------------------------------------------------------------------ alarms
 
 ROOT = Path(__file__).parents[1]
 NAMES = [

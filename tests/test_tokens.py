@@ -33,9 +33,6 @@ def _small_pieces(request: pytest.FixtureRequest) -> Any:
         yield
 
 
-# ------------------------------------------------------------------ token columns
-
-
 @given(chunks=st.lists(token_lists, max_size=4), data=st.data())
 def test_token_column_of_sliced_chunks(chunks: list[list[list[int]]], data: Any) -> None:
     arrays = [pa.array(lists, type=LISTS) for lists in chunks]
@@ -101,8 +98,6 @@ def test_more_tokens_than_int32_counts(tmp_path: Path) -> None:
     assert doubled[11][-1] == 7
     assert doubled.take(np.array([10, 0])).to_arrow().to_pylist() == [[0] * 5] * 2
 
-
-# ------------------------------------------------------------------ fingerprint
 
 PROMPTS, CHOSEN, REJECTED = [[1, 2], [3]], [[4], [5, 6]], [[7], [8]]
 

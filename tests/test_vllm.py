@@ -249,9 +249,6 @@ def test_neither_ctrl_c_nor_a_killed_trainer_leaves_a_process(config, tmp_path, 
         assert mine["token_ids"] == table(runs["lora"], 2, "candidates")["token_ids"]
 
 
-# ------------------------------------------------------------------ a running server
-
-
 @contextmanager
 def serving(model: Path, directory: Path, *arguments: str, **environment: str):
     """The port of a server."""
