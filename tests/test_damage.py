@@ -206,15 +206,9 @@ def test_another_model_with_the_same_configuration_is_refused(bench, refused, tm
 
 
 def test_what_does_no_harm_may_change(bench, carry_on):
-    directory = carry_on(
-        logging_steps=2,
-        save_total_limit=5,
-        evals_per_epoch=None,
-        eval_strategy="no",
-        use_tensorboard=True,
-        sera={"sampler": "transformers", "keep_policies": True},
-    )
-    left = left_behind(directory)
+    keys = {"logging_steps": 2, "save_total_limit": 5, "evals_per_epoch": None}
+    keys |= {"eval_strategy": "no", "use_tensorboard": True}
+    left = left_behind(carry_on(**keys, sera={"sampler": "transformers", "keep_policies": True}))
     expected = {k: v for k, v in bench.whole(KIND).left.items() if k.endswith(".safetensors")}
     assert expected
     assert left.items() >= expected.items()

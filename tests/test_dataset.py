@@ -10,14 +10,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.dataset import (
-    DUPLICATE,
-    INEXACT,
-    LOG,
-    ODD,
-    SPELLED_OUT,
-    prepare_rows,
-)
+from sera_plugin.data.dataset import DUPLICATE, INEXACT, LOG, ODD, SPELLED_OUT, prepare_rows
 
 _NAMES = "user assistant im_start im_end start_header_id end_header_id eot_id tool_end"
 SPECIAL = ["<pad>", "<s>", "</s>", *(f"<|{name}|>" for name in _NAMES.split())]

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 
-import axolotl.evaluate
 import axolotl.train as host_train
 import pytest
 from accelerate import Accelerator
@@ -115,10 +114,6 @@ def test_the_host_does_what_we_rely_on(why):
     source = inspect.getsource(where)
     places = [source.index(piece) for piece in pieces]
     assert places == sorted(places)
-
-
-def test_evaluation_alone_opens_no_run():
-    assert "post_trainer_create" not in inspect.getsource(axolotl.evaluate)
 
 
 def test_every_loss_that_a_configuration_may_name_is_the_hosts():

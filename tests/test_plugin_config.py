@@ -338,9 +338,10 @@ def test_evaluating_the_base_model_is_refused(tiny, tmp_path):
 
 
 def test_configuration_files_and_method_load_no_heavy_library():
-    modules = "config.sera, sera_plugin.cli, sera_plugin.tools.demo, sera_plugin.rundir.store"
+    names = "cli config.sera tools.demo rundir.store labeling.judging.api algorithm.algorithm"
+    modules = ", ".join(f"sera_plugin.{name}" for name in names.split())
     code = (
-        f"import sys, sera_plugin.{modules}, sera_plugin.algorithm.algorithm\n"
+        f"import sys, {modules}\n"
         "print(sorted({'torch', 'trl', 'transformers', 'axolotl', 'vllm'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -19,16 +19,9 @@ ANSWERS = [Answered(PROMPT, " ".join("abcdefghijklmnopqrst"[:n])) for n in (6, 1
 def save(directory: Path, labels: int = 1, **keys) -> Path:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        num_labels=labels,
-        **{"pad_token_id": tokenizer.pad_token_id, **keys},
-    )
+    keys = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **keys}
+    keys |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_labels=labels, **keys)
     LlamaForSequenceClassification(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -9,11 +9,8 @@ import pytest
 from axolotl.prompt_strategies.dpo import load
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from requests.exceptions import ReadTimeout
 
-from sera_plugin.config.quoting import quoted
 from sera_plugin.data.files import (
     DataError,
     check_loaded,
@@ -230,15 +227,6 @@ def test_an_edit_is_noticed_wherever_the_file_lies(tmp_path):
     assert edited_since([entries[0] | {"data_files": "other.jsonl"}], prepared) == ""
     path.rename(folder / "cache-1.arrow")
     assert edited_since(entries, prepared) == ""
-
-
-@settings(deadline=None, max_examples=50)
-@given(value=st.text() | st.binary() | st.lists(st.text()) | st.floats() | st.integers())
-def test_a_shown_value_is_short_and_plain(value: Any) -> None:
-    text = quoted(value)
-    assert text.isascii()
-    assert text.isprintable()
-    assert len(text) <= 63
 
 
 def test_a_source_is_named_by_its_file() -> None:

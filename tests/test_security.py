@@ -214,6 +214,9 @@ def test_what_is_no_secret_is_shown_as_it_is_and_plain_text_with_its_escapes():
     assert quoted({"api_key": "planted", "a": 1, 2: ("x",)}) == "{'a': 1, 2: ('x',)}"
     assert plain('it\'s \\ "fine"\n\u202e\ud800é') == 'it\'s \\ "fine"\\n\\u202e\\ud800\\xe9'
     assert plain("x" * 100) == "x" * 60 + "..."
+    for value in ("x" * 100, b"\xff" * 100, [["\u202e"] * 100], {"a": 10**100}):
+        assert len(quoted(value)) <= 63
+        assert quoted(value).isascii()
 
 
 def test_a_secret_is_found_however_it_is_quoted():

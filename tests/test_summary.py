@@ -242,16 +242,10 @@ def test_records_are_what_summary_json_keeps():
 def test_every_text_is_one_sentence_that_names_a_key_of_the_yaml():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    bad = later(
-        3,
-        lengths__sampled=900.0,
-        lengths__trained_chosen=900.0,
-        drift__chosen=-900.0,
-        samples={"prompts": 4, "sampled": 16, "duplicates": 15, "too_few": 4, "unfinished": 16},
-        spread={"offline": 0.0, "sampled": 0.0},
-        evaluation__accuracy=0.0,
-        offline_accuracy=0.0,
-    )
+    samples = {"prompts": 4, "sampled": 16, "duplicates": 15, "too_few": 4, "unfinished": 16}
+    keys = {"lengths__sampled": 900.0, "lengths__trained_chosen": 900.0, "drift__chosen": -900.0}
+    keys |= {"evaluation__accuracy": 0.0, "offline_accuracy": 0.0, "samples": samples}
+    bad = later(3, spread={"offline": 0.0, "sampled": 0.0}, **keys)
     judged = judge([first(), later(2), bad])
     assert raised(first(), later(2), bad) == NAMES
     for alarm in judged:

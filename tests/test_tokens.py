@@ -47,13 +47,6 @@ def test_token_column_of_sliced_chunks(chunks: list[list[list[int]]], data: Any)
     assert fingerprint([tokens]) == fingerprint([column(chunked.to_pylist())])
 
 
-def test_token_column_counts_from_the_end_as_a_sequence_does() -> None:
-    tokens = column([[1], [2, 3], [4]])
-    assert (tokens[-1].tolist(), tokens[-2].tolist()) == ([4], [2, 3])
-    with pytest.raises(IndexError):
-        tokens[3]
-
-
 @given(lists=token_lists, cut=st.integers(0, 8), data=st.data())
 def test_picked_and_joined_rows_are_what_lists_would_give(lists, cut, data):
     rows = data.draw(st.lists(st.integers(0, len(lists) - 1))) if lists else []
@@ -63,7 +56,10 @@ def test_picked_and_joined_rows_are_what_lists_would_give(lists, cut, data):
     joined = picked.joined(column(lists)).joined(picked)
     expected = [*expected, *lists, *expected]
     assert [ids.tolist() for ids in joined] == expected
-    assert [joined[index].tolist() for index in range(len(joined))] == expected
+    places = range(-len(joined), len(joined))  # it counts from the end as a sequence does
+    assert [joined[index].tolist() for index in places] == 2 * expected
+    with pytest.raises(IndexError):
+        joined[len(joined)]
     assert joined.lengths.tolist() == [len(ids) for ids in expected]
     copied = joined.to_arrow()
     assert copied.to_pylist() == expected

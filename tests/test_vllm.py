@@ -207,15 +207,11 @@ def test_a_hung_engine_is_ended_with_its_shared_memory(world, prompts, tmp_path,
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (
-            {"quantized": "nf4", "fits": False},
-            ("cannot load the base model in nf4, and in float32 it does not fit",
-             "sera.sampler to transformers or vllm-server"),
-        ),
-        (
-            {"an_option_of_tomorrow": True},
-            ("unrecognized arguments: --an-option-of-tomorrow", "docs/sampling.md lists versions"),
-        ),
+        ({"quantized": "nf4", "fits": False},
+         ("cannot load the base model in nf4, and in float32 it does not fit",
+          "sera.sampler to transformers or vllm-server")),
+        ({"an_option_of_tomorrow": True},
+         ("unrecognized arguments: --an-option-of-tomorrow", "docs/sampling.md lists versions")),
         ({"max_model_len": 4096}, ("do not fit into the model's own context: lower sequence_len",)),
     ],
 )  # fmt: skip

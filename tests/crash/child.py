@@ -80,8 +80,6 @@ class Watch:
             just_before()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    # -------------------------------------------------------------- files
-
     def place(self, path: Any) -> str | None:
         """What part of the output a path belongs to."""
         try:
@@ -130,8 +128,6 @@ class Watch:
             self.hit("checkpoint-file")
         elif place in ("run", "policy"):
             self.hit(f"rename-{when}")
-
-    # -------------------------------------------------------------- wrapping
 
     def files(self) -> None:
         sys.addaudithook(self.audit)

@@ -90,12 +90,8 @@ PHASES: dict[str, str] = {
 RANDOM = "random"
 CHAIN = "twice"
 UNKILLED = "never"
-LABELS = {
-    UNKILLED: "not killed, a second run",
-    **PHASES,
-    RANDOM: "at a random instant",
-    CHAIN: "killed again after continuing",
-}
+LABELS = {UNKILLED: "not killed, a second run", **PHASES, RANDOM: "at a random instant"}
+LABELS[CHAIN] = "killed again after continuing"
 
 
 @dataclass(frozen=True)
@@ -253,15 +249,12 @@ class Bench:
         keys = dict(KINDS[kind])
         config["sera"] = config["sera"] | keys.pop("sera", {})
         # Warm-up and decay: a schedule that is continued wrongly shows in the weights.
-        config |= {"lr_scheduler": "linear", "warmup_steps": 2} | keys
+        config |= {"lr_scheduler": "linear", "warmup_steps": 2, "output_dir": "out"} | keys
+        config["dataset_prepared_path"] = str(self.directory / "prepared")
+        config["auto_resume_from_checkpoints"] = True
         if kind == "lora-continued":
             self.whole("lora")
             config["lora_model_dir"] = str(self.directory / "whole/lora/out")
-        config |= {
-            "output_dir": "out",
-            "dataset_prepared_path": str(self.directory / "prepared"),
-            "auto_resume_from_checkpoints": True,
-        }
         (directory / "config.yaml").write_text(yaml.safe_dump(config))
         return directory
 
