@@ -29,10 +29,12 @@ $(READY): setup.cfg pyproject.toml
 demo: $(READY)
 	$(BIN)/axolotl sera demo
 
-# One worker a core; more only where memory allows it, about 3 GB each.
+# One worker a core; more only where memory allows it, about 3 GB each. Files in their order: by
+# number of tests the long runs would come last, and one worker would wait for the other.
 WORKERS ?= 2
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not nightly and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not nightly and not vllm"
 
 # Before a release: what `make test` leaves out, with a real vLLM.
 test-slow: $(READY) $(VLLM_READY)
