@@ -87,7 +87,7 @@ class Run:
 
     @property
     def limits(self) -> npt.NDArray[np.int64]:
-        """(N,) most tokens of a sample for each prompt, see `prompts.room`."""
+        """(N,) most tokens of a sample for each prompt, see `client.room`."""
         room = self.cfg.sequence_len - self.pairs.prompt
         return np.minimum(self.method.config.max_new_tokens, room)
 
