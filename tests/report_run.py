@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from sera_plugin.algorithm.alarms import judge, records
-from sera_plugin.algorithm.algorithm import prepare, score_held_out
+from sera_plugin.algorithm.algorithm import prepare
 from sera_plugin.algorithm.method import (
     Candidate,
     Iteration,
@@ -24,6 +24,7 @@ from sera_plugin.algorithm.method import (
 )
 from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.algorithm.summary import summarize
+from sera_plugin.algorithm.trust import score_held_out
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.method import DATASET, Chunk, Iteration, Method, Pairs, Ranked, Scorer
+from sera_plugin.algorithm.fit import Reward
+from sera_plugin.algorithm.method import DATASET, Chunk, Iteration, Method, Pairs, Ranked
 from sera_plugin.algorithm.rewards import (
     FloatArray,
     equalizing_alpha,
@@ -25,11 +27,22 @@ from sera_plugin.algorithm.rewards import (
     require_finite,
 )
 from sera_plugin.algorithm.selection import pair_candidates, select_largest
+from sera_plugin.algorithm.trust import (
+    SIDES,
+    acts,
+    held_out_reward,
+    outranked,
+    outranking,
+    reward_of,
+    score_columns,
+    score_pairs,
+    supported,
+    wanted,
+)
+from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import TokenColumn
 
-#: The two answers of a pair.
-SIDES = ("chosen", "rejected")
 #: What `pair` has counted: metadata of bootstrapped.parquet.
 COUNTS = ("duplicates", "ties", "too_few", "unranked")
 
@@ -45,28 +58,14 @@ def prepare(it: Iteration) -> pa.Table:
     restore(it, {*it.method.reward_policies(it.t), it.method.reference(it.t)})
     offline = it.once("offline", lambda: select(it, score(it)))  # lines 4 and 5
     reference = it.scores(it.method.reference(it.t))
-    if not it.method.sampled(it.t):
+    if not wanted(it):
         return union(it.pairs, offline, reference)
     candidates = it.once("candidates", lambda: rank(it, sample(it)))  # lines 6 and 7
     it.store.remove_samples(it.t)
     paired = it.once("bootstrapped", lambda: pair(it, candidates))  # lines 7 and 8
+    if outranked(it, paired):
+        offline = it.keep("offline", keep_all(it, offline))
     return union(it.pairs, offline, reference, candidates, paired)  # line 9
-
-
-def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[str, FloatArray]:
-    """log pi_policy of the chosen and rejected completions, (N,) each, in finite nats."""
-    prompts = pairs.prompt_ids.joined(pairs.prompt_ids)
-    both = scorer(policy, prompts, pairs.chosen_ids.joined(pairs.rejected_ids), phase)
-    logps = {"chosen": both[: len(pairs)], "rejected": both[len(pairs) :]}
-    for side, values in logps.items():
-        require_finite(values, f"log-probability of {side}", np.arange(len(pairs)))
-    return logps
-
-
-def _columns(pairs: Pairs, logps: dict[str, FloatArray]) -> dict[str, Any]:
-    lengths = {"chosen": pairs.chosen_ids.lengths, "rejected": pairs.rejected_ids.lengths}
-    named = {f"{side}_length": values for side, values in lengths.items()}
-    return named | {f"{side}_logp": values for side, values in logps.items()}
 
 
 def score(it: Iteration) -> dict[str, FloatArray]:
@@ -79,24 +78,41 @@ def select(it: Iteration, logps: dict[str, FloatArray]) -> pa.Table:
     """offline.parquet: rewards, margins and which pairs are kept (Algorithm 1, line 5)."""
     method, pairs = it.method, it.pairs
     columns: dict[str, Any] = {"row": np.arange(len(pairs))}
-    columns |= {"prompt_length": pairs.prompt_ids.lengths, **_columns(pairs, logps)}
+    columns |= {"prompt_length": pairs.prompt_ids.lengths, **score_columns(pairs, logps)}
+    reward = held_out_reward(it) if it.t > 1 else None
     with it.phases.timed("select"):
-        if it.t > 1:
+        if reward is not None:
             earlier = [it.scores(policy) for policy in method.reward_policies(it.t)[1:]]
-            chosen, rejected = rewards(it, [columns, *earlier])
+            chosen, rejected = rewards(it, reward, [columns, *earlier])
             columns |= {"chosen_reward": chosen, "rejected_reward": rejected}
             columns["margin"] = chosen - rejected
         columns |= _kept(it.t, method, columns)
     if method.annotations.swapped is not None:
         columns["swapped"] = method.annotations.swapped
-    return make_table(columns)
+    table = make_table(columns)
+    if reward is None:
+        return table
+    table = table.replace_schema_metadata({"reward": json.dumps(asdict(reward))})
+    return keep_all(it, table) if acts(it) and not reward.beats_coin else table
 
 
-def rewards(it: Iteration, scores: Sequence[Any]) -> list[FloatArray]:
+def rewards(it: Iteration, reward: Reward, scores: Sequence[Any]) -> list[FloatArray]:
     """Implicit rewards of chosen and rejected, (N,) each, from scores, newest policy first."""
     logps = [[np.asarray(one[f"{side}_logp"]) for one in scores] for side in SIDES]
     lengths = [np.asarray(scores[0][f"{side}_length"]) for side in SIDES]
-    return [it.method.reward(logps[side], it.t, lengths[side]) for side in (0, 1)]
+    return [reward(logps[side], lengths[side], it.method.per_token) for side in (0, 1)]
+
+
+def keep_all(it: Iteration, offline: pa.Table) -> pa.Table:
+    """offline.parquet with every pair selected, as in iterative DPO, where margins select."""
+    by_margin = SELECTIONS[it.method.config.selection].by_margin
+    return select_rows(offline, True) if by_margin else offline
+
+
+def select_rows(table: pa.Table, whether: bool) -> pa.Table:
+    """A table with all its rows `selected`, or none."""
+    place = table.column_names.index("selected")
+    return table.set_column(place, "selected", pa.array([whether] * len(table)))
 
 
 def _kept(t: int, method: Method, columns: dict[str, Any]) -> dict[str, Any]:
@@ -131,23 +147,6 @@ def restore(it: Iteration, policies: Collection[int]) -> None:
     for policy in reversed(missing):
         earlier = it.at(policy + 1)
         earlier.keep("offline", select(earlier, score(earlier)))
-
-
-def score_held_out(it: Iteration) -> dict[str, FloatArray]:
-    """The held-out pairs' log-probabilities under iteration t's reference, (M,) each.
-
-    Every policy that the iteration's reward needs scores them once (evaluation.parquet).
-    """
-    pairs, method = it.held_out, it.method
-    assert pairs is not None
-    for t in range(max(1, method.oldest_policy(it.t) + 1), it.t + 1):
-        if it.at(t).read("evaluation") is None:
-            with it.phases.timed("score_evaluation"):
-                logps = score_pairs(pairs, t - 1, it.scorer, "score_evaluation")
-            columns = {"row": np.arange(len(pairs)), **_columns(pairs, logps)}
-            it.at(t).keep("evaluation", make_table(columns))
-    reference = it.at(method.reference(it.t) + 1).table("evaluation")
-    return {side: reference[f"{side}_logp"].to_numpy() for side in SIDES}
 
 
 def sample(it: Iteration) -> pa.Table:
@@ -219,8 +218,13 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
     ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
     per_prompt, why = len(samples) // len(it.pairs), samples["finish_reason"].to_pylist()
     with it.phases.timed("label"):
-        ranked = Ranked(it.t, per_prompt, prompts, token_ids, why, ranking, it.sampler, it.settings)
+        by = reward_of(it) if it.t > 1 else None
+        ranked = Ranked(
+            it.t, per_prompt, prompts, token_ids, why, ranking, by, it.sampler, it.settings
+        )
         reward = it.labeler.rewards(ranked)
+        if LABELERS[it.method.config.labeler].implicit and it.method.config.reward == "fitted":
+            reward[~supported(it, token_ids.lengths, ranking[-1])] = np.nan
     by_candidate = np.stack(ranking, axis=1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1]
     lists = pa.ListArray.from_arrays(offsets, by_candidate.ravel())
@@ -262,7 +266,10 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
             }
         )
     report = {name: str(getattr(found, name)) for name in COUNTS} | {"alpha": str(alpha)}
-    return table.replace_schema_metadata(report)
+    if (gap := outranking(it, candidates)) is not None:
+        report["outranking"] = str(gap)
+    table = table.replace_schema_metadata(report)
+    return select_rows(table, False) if outranked(it, table) else table
 
 
 def candidate_places(

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
+from sera_plugin.algorithm.fit import Reward
+from sera_plugin.algorithm.rewards import FloatArray, reward_weights
 from sera_plugin.algorithm.selection import Annotations, Selection
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.sera import SeraConfig
@@ -93,7 +94,7 @@ class Method:
 
     def reward_policies(self, iteration: int) -> tuple[int, ...]:
         """The policies that iteration t's reward weighs, theta_{t-1} first; in iteration 1 it."""
-        count = len(self._weights(iteration)) if iteration > 1 else 1
+        count = len(self.paper_weights(iteration)) if iteration > 1 else 1
         return tuple(range(iteration - 1, iteration - 1 - count, -1))
 
     def ranking_policies(self, iteration: int) -> tuple[int, ...]:
@@ -110,14 +111,8 @@ class Method:
         """The oldest policy that iteration t's phases may score under."""
         return min(*self.reward_policies(iteration), self.reference(iteration))
 
-    def reward(
-        self, logps: Sequence[npt.ArrayLike], iteration: int, lengths: npt.ArrayLike
-    ) -> FloatArray:
-        """(n,) rewards in `unit` of completions of (n,) tokens; (n,) nats per reward policy."""
-        per = lengths if self.per_token else None
-        return implicit_reward(np.stack(logps), self._weights(iteration), per)
-
-    def _weights(self, iteration: int) -> tuple[float, ...]:
+    def paper_weights(self, iteration: int) -> tuple[float, ...]:
+        """Eq. 7's of `reward_policies`."""
         return reward_weights(iteration, self.config.gamma, self.reference_free)
 
 
@@ -254,6 +249,7 @@ class Ranked:
     answers: TokenColumn  # (n,) token ids, the end token included
     finish_reasons: Sequence[str]  # (n,)
     logps: Sequence[FloatArray]  # (n,) nats under each policy asked for, newest first
+    reward: Reward | None  # the implicit one, None in iteration 1
     sampler: CandidateSampler  # of theta_{t-1}
     settings: SamplingSettings  # how it has sampled them
 

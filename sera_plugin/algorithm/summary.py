@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.algorithm import COUNTS, SIDES, candidate_places, rewards
+from sera_plugin.algorithm.algorithm import COUNTS, candidate_places, rewards
 from sera_plugin.algorithm.method import DATASET, Iteration
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
+from sera_plugin.algorithm.trust import SIDES, reward_of, wanted
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.rundir.tokens import TokenColumn
 
@@ -31,13 +32,15 @@ def jaccard(one: BoolArray, other: BoolArray) -> float:
     return 1.0 if union == 0 else int((one & other).sum()) / union
 
 
-def accuracy(name: str, margin: FloatArray) -> dict[str, float]:
+def accuracy(name: str, margin: FloatArray, right: float | None = None) -> dict[str, float]:
     """The share of margins above 0, and its standard error as `<name>_error`.
 
-    For the error two pairs of either kind are added (Agresti and Coull, 1998), lest a small set
-    that is all right or all wrong seem to be without any.
+    `right` says how many are right where the margins' own signs do not. For the error two pairs of
+    either kind are added (Agresti and Coull, 1998), lest a small set that is all right or all wrong
+    seem to be without any.
     """
-    right, total = int((margin > 0).sum()), len(margin)
+    total = len(margin)
+    right = float((margin > 0).sum()) if right is None else right
     share = (right + 2) / (total + 4)
     error = float(np.sqrt(share * (1 - share) / (total + 4)))
     return {name: right / total, f"{name}_error": error}
@@ -69,7 +72,7 @@ def summarize(it: Iteration) -> dict[str, Any]:
     offline = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     kept = offline.get("selected", np.ones(len(table), dtype=bool))
     pairs = {"offline": len(table), "kept": int(kept.sum()), "dropped": int((~kept).sum())}
-    pairs |= {"bootstrapped_wanted": method.sampled(it.t)}
+    pairs |= {"bootstrapped_wanted": wanted(it)}
     pairs |= {"bootstrapped_found": 0, "bootstrapped_kept": 0, "trained": pairs["kept"]}
     initial = it.scores(0)
     summary: dict[str, Any] = {
@@ -96,16 +99,20 @@ def summarize(it: Iteration) -> dict[str, Any]:
         previous = it.scores(it.t - 2)["selected"].to_numpy(zero_copy_only=False)
         summary["jaccard_with_previous"] = jaccard(kept, previous)
     trained = {side: offline[f"{side}_length"][kept] for side in SIDES}
-    if method.sampled(it.t):
+    if wanted(it):
         for side, lengths in _add_samples(summary, it).items():
             trained[side] = np.concatenate([trained[side], lengths])
     for side, lengths in trained.items():
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
-    if it.t > 1 and it.read("evaluation") is not None:
-        scores = [it.at(policy + 1).table("evaluation") for policy in method.reward_policies(it.t)]
-        margin = np.subtract(*rewards(it, scores))
-        summary["evaluation"] = {"pairs": len(margin), **accuracy("accuracy", margin)}
-        summary["evaluation"]["margin"] = quantiles(margin)
+    if it.t > 1:
+        policies, reward = method.reward_policies(it.t), reward_of(it)
+        summary["reward"] = reward.record(policies)
+        if it.read("evaluation") is not None:
+            scores = [it.at(policy + 1).table("evaluation") for policy in policies]
+            margin = np.subtract(*rewards(it, reward, scores))
+            right = None if reward.accuracy is None else reward.accuracy * len(margin)
+            found = accuracy("accuracy", margin, right)
+            summary["evaluation"] = {"pairs": len(margin), **found, "margin": quantiles(margin)}
     return summary
 
 
@@ -120,6 +127,8 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
     for who in ("sampler", "labeler"):
         summary[who] = json.loads((candidates.schema.metadata or {}).get(who.encode(), b"{}"))
     metadata = bootstrapped.schema.metadata or {}
+    if b"outranking" in metadata:
+        summary["outranking"] = float(metadata[b"outranking"])
     reasons = candidates["finish_reason"]
     sampled = pc.not_equal(reasons, DATASET).to_numpy()
     summary["samples"] = {
@@ -137,7 +146,8 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
     margins["bootstrapped"] = quantiles(selected["margin"].to_numpy())
     summary["lengths"]["sampled"] = float(lengths[sampled].mean())
     if LABELERS[it.method.config.labeler].implicit:
-        spread = np.ptp(candidates["reward"].to_numpy().reshape(-1, count), axis=1)
+        reward = np.ma.masked_invalid(candidates["reward"].to_numpy().reshape(-1, count))
+        spread = np.ma.ptp(reward, axis=1).filled(0)
         if not it.method.per_token:
             spread = spread / lengths.reshape(-1, count).mean(axis=1)
         # Only where candidates differ: equal ones say nothing about the reward.

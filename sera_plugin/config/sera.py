@@ -75,6 +75,18 @@ class SeraConfig(Block):
     gamma: float = Field(0.3, ge=0.0, le=1.0)
     """Reward ensemble (Eq. 7): the weight of the previous iteration's implicit reward, from
     iteration 3 on. 0 turns the ensemble off."""
+    reward: Literal["fitted", "paper"] = "paper"
+    """What offline pairs and samples are ranked by. `paper` is Eq. 7. `fitted` gives the policies'
+    log-probabilities and the answer's length the weights that the labels of the held-out pairs
+    fit, and leaves samples unranked that are longer or less likely than the data's answers."""
+    held_out: float | None = Field(None, ge=0)
+    """Pairs that `reward: fitted` is fitted to and no iteration trains on, drawn by `seed`: a
+    number, or a share below 1. Unset: those of `val_set_size` or `test_datasets`, else 5 %, at
+    least 100, at most 2,000 and never more than a tenth of the pairs."""
+    trust: Literal["act", "warn"] = "warn"
+    """What becomes of an iteration whose reward ranks held-out pairs no better than a coin, or
+    ranks the policy's own samples above the good answers of the data. `act` keeps all offline pairs
+    and takes no samples, as iterative DPO does; `warn` only says so."""
     loss: LossName = "dpo"
     """The direct alignment loss. `dpo` with `dpo_label_smoothing` is cDPO; `robust` (rDPO) needs
     `dpo_label_smoothing`; `simpo` reads `simpo_gamma` and `cpo_alpha`, both 0 unless set; `orpo`
@@ -133,6 +145,13 @@ class SeraConfig(Block):
     def pairs_per_prompt(self) -> int:
         """Pairs a prompt must be able to give so that bootstrap_ratio x N pairs can exist."""
         return max(1, math.ceil(self.bootstrap_ratio))
+
+    def pairs_held_out(self, total: int) -> int:
+        """How many of the dataset's pairs are set aside; see `held_out`."""
+        asked = self.held_out
+        if asked is None:
+            asked = min(max(100, total // 20), 2_000, total // 10) if self.reward == "fitted" else 0
+        return round(asked * total) if asked < 1 else min(int(asked), total)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from axolotl.cli.args import PreprocessCliArgs
 from axolotl.common.datasets import TrainDatasetMeta, sample_dataset
 from axolotl.loaders import load_tokenizer
@@ -41,6 +42,7 @@ from datasets import Dataset, Features, Value
 from transformers import HfArgumentParser
 
 from sera_plugin.config.quoting import quoted
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.files import DataError, check_loaded, edited_since, source_name, while_loading
 from sera_plugin.data.rows import (
     GUARD_VERSION,
@@ -81,7 +83,7 @@ def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
             return train, _prepared(cfg, "test_datasets", tokenizer)
         if cfg.val_set_size:
             return create_train_validation_split(train, cfg, cfg.val_set_size)
-        return train, None
+        return hold_out(train, SeraConfig(**cfg.sera).pairs_held_out(len(train)), cfg.seed)
 
     loader = FileLockLoader(cfg)
     try:
@@ -89,6 +91,14 @@ def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
     finally:
         loader.cleanup()
     return without_repeats(cfg, train, held_out)
+
+
+def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Set `count` rows aside, drawn by `seed`; both parts keep the dataset's order."""
+    if not count:
+        return train, None
+    aside = np.random.default_rng((seed, len(train))).permutation(len(train)) < count
+    return train.select(np.flatnonzero(~aside)), train.select(np.flatnonzero(aside))
 
 
 def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:

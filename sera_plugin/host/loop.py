@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
-from sera_plugin.algorithm.algorithm import prepare, restore, score_held_out, score_pairs
+from sera_plugin.algorithm.algorithm import prepare, restore
 from sera_plugin.algorithm.method import (
     Iteration,
     Labeler,
@@ -26,6 +26,7 @@ from sera_plugin.algorithm.method import (
 )
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize
+from sera_plugin.algorithm.trust import score_held_out, score_pairs
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run
 from sera_plugin.model.losses import deviation

@@ -21,9 +21,9 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, set_seed
 
-from sera_plugin.algorithm.algorithm import SIDES, score_pairs
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
+from sera_plugin.algorithm.trust import SIDES, score_pairs
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows

@@ -44,7 +44,8 @@ class ImplicitReward(Labeler):
 
     def rewards(self, ranked: Ranked) -> FloatArray:
         """See `Labeler.rewards`: (n,) nats, per token where the loss is."""
-        return self.method.reward(ranked.logps, ranked.iteration, ranked.answers.lengths)
+        assert ranked.reward is not None
+        return ranked.reward(ranked.logps, ranked.answers.lengths, self.method.per_token)
 
 
 class Spin(Labeler):

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sera_plugin.algorithm.alarms import judge
-from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_weights
 from sera_plugin.algorithm.selection import BoolArray, by_side, pair_candidates, select_largest
 from sera_plugin.algorithm.summary import accuracy, jaccard, noise_found, quantiles
+from sera_plugin.algorithm.trust import SIDES
 from sera_plugin.config.kinds import LABELERS, is_reference_free
 from sera_plugin.tools.report.reading import Columns, Iteration, Run
 

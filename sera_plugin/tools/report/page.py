@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.algorithm.trust import SIDES
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
 from sera_plugin.rundir.checksums import COMMAND, write_text
 from sera_plugin.tools.report import charts

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.algorithm.trust import SIDES
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.rundir.checksums import write_file, write_text
 from sera_plugin.tools.report.output import fill, number, plain_table, shown_name, shown_text

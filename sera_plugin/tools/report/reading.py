@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.algorithm import SIDES
 from sera_plugin.algorithm.method import DATASET
 from sera_plugin.algorithm.rewards import FloatArray
+from sera_plugin.algorithm.trust import SIDES
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir import checksums

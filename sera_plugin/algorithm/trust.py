@@ -1,0 +1,124 @@
+"""Iteration t's reward on held-out pairs, and whether samples are ranked by it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sera_plugin.algorithm.fit import Reward, judged, within_support
+from sera_plugin.algorithm.method import Iteration, Pairs, Scorer
+from sera_plugin.algorithm.rewards import FloatArray, require_finite
+from sera_plugin.config.kinds import LABELERS
+from sera_plugin.rundir.store import make_table
+from sera_plugin.rundir.tokens import TokenColumn
+
+#: The two answers of a pair.
+SIDES = ("chosen", "rejected")
+#: A policy's own samples outrank the data's good answers by so much (nats per token) where it no
+#: longer ranks them: docs/claims.md has how it was found.
+OUTRANKING = 0.1
+
+
+def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[str, FloatArray]:
+    """log pi_policy of the chosen and rejected completions, (N,) each, in finite nats."""
+    prompts = pairs.prompt_ids.joined(pairs.prompt_ids)
+    both = scorer(policy, prompts, pairs.chosen_ids.joined(pairs.rejected_ids), phase)
+    logps = {"chosen": both[: len(pairs)], "rejected": both[len(pairs) :]}
+    for side, values in logps.items():
+        require_finite(values, f"log-probability of {side}", np.arange(len(pairs)))
+    return logps
+
+
+def score_columns(pairs: Pairs, logps: dict[str, FloatArray]) -> dict[str, Any]:
+    lengths = {"chosen": pairs.chosen_ids.lengths, "rejected": pairs.rejected_ids.lengths}
+    named = {f"{side}_length": values for side, values in lengths.items()}
+    return named | {f"{side}_logp": values for side, values in logps.items()}
+
+
+def score_held_out(it: Iteration) -> dict[str, FloatArray]:
+    """The held-out pairs' log-probabilities under iteration t's reference, (M,) each.
+
+    Every policy that the iteration's reward needs scores them once (evaluation.parquet).
+    """
+    pairs, method = it.held_out, it.method
+    assert pairs is not None
+    for t in range(max(1, method.oldest_policy(it.t) + 1), it.t + 1):
+        if it.at(t).read("evaluation") is None:
+            with it.phases.timed("score_evaluation"):
+                logps = score_pairs(pairs, t - 1, it.scorer, "score_evaluation")
+            columns = {"row": np.arange(len(pairs)), **score_columns(pairs, logps)}
+            it.at(t).keep("evaluation", make_table(columns))
+    reference = it.at(method.reference(it.t) + 1).table("evaluation")
+    return {side: reference[f"{side}_logp"].to_numpy() for side in SIDES}
+
+
+def held_out_reward(it: Iteration) -> Reward:
+    """Iteration t's reward, t >= 2, fitted to the held-out pairs' labels or judged by them."""
+    method = it.method
+    paper = method.paper_weights(it.t)
+    if it.held_out is None:
+        return Reward(paper)
+    score_held_out(it)
+    scores = [it.at(policy + 1).table("evaluation") for policy in method.reward_policies(it.t)]
+    chosen, rejected = (_features(scores, side, method.per_token) for side in SIDES)
+    return judged(paper, chosen - rejected, method.config.reward == "fitted")
+
+
+def _features(scores: Sequence[pa.Table], side: str, per_token: bool) -> FloatArray:
+    """(M, policies + 1): log-probabilities as the loss reduces them, and tokens, of one side."""
+    length = scores[0][f"{side}_length"].to_numpy().astype(np.float64)
+    logps = [one[f"{side}_logp"].to_numpy() for one in scores]
+    return np.stack([*(one / length if per_token else one for one in logps), length], axis=1)
+
+
+def reward_of(it: Iteration) -> Reward:
+    """Iteration t's reward, t >= 2, as `select` has recorded it."""
+    recorded = (it.table("offline").schema.metadata or {}).get(b"reward")
+    return Reward(**json.loads(recorded)) if recorded else Reward(it.method.paper_weights(it.t))
+
+
+def acts(it: Iteration) -> bool:
+    """Whether a reward that is not to be trusted is not followed."""
+    return it.method.config.trust == "act"
+
+
+def wanted(it: Iteration) -> int:
+    """How many sampled pairs iteration t asks for: none by a reward that ranks like a coin."""
+    follows = it.t > 1 and LABELERS[it.method.config.labeler].implicit
+    wrong = follows and acts(it) and not reward_of(it).beats_coin
+    return 0 if wrong else it.method.sampled(it.t)
+
+
+def outranked(it: Iteration, bootstrapped: pa.Table) -> bool:
+    """Whether sampled pairs are not taken because samples outrank the data's good answers."""
+    found = (bootstrapped.schema.metadata or {}).get(b"outranking")
+    return found is not None and acts(it) and float(found) > OUTRANKING
+
+
+def outranking(it: Iteration, candidates: pa.Table) -> float | None:
+    """By how much theta_{t-1}'s samples outrank the offline chosen answers, in nats per token.
+
+    The mean of (log pi_{t-1} - log pi_{t-2}) / |y| over the samples less that over the chosen
+    answers; None where candidates are not scored under both.
+    """
+    if len(it.method.ranking_policies(it.t)) < 2:
+        return None
+    newest, before = (pc.list_element(candidates["logps"], at).to_numpy() for at in (0, 1))
+    ours = (newest - before) / TokenColumn(candidates["token_ids"]).lengths
+    newest, before = (it.scores(it.t - back)["chosen_logp"].to_numpy() for back in (1, 2))
+    theirs = (newest - before) / it.pairs.chosen_ids.lengths
+    return float(ours.mean() - theirs.mean())
+
+
+def supported(it: Iteration, lengths: Any, logps: FloatArray) -> npt.NDArray[np.bool_]:
+    """Which candidates the fit need not extrapolate for; nats under the reward's oldest policy."""
+    offline = it.scores(it.method.reward_policies(it.t)[-1])
+    both = [
+        np.concatenate([offline[f"{side}_{what}"].to_numpy() for side in SIDES])
+        for what in ("length", "logp")
+    ]
+    return within_support(lengths, logps, *both)
