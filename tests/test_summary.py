@@ -88,8 +88,8 @@ def test_a_small_held_out_set_is_never_without_error(tmp_path):
 ROOT = Path(__file__).parents[1]
 NAMES = [
     "sampled_length", "length_growth", "chosen_length", "drift", "held_out_accuracy",
-    "offline_accuracy", "duplicates", "without_pair", "unfinished", "constant_rewards",
-    "constant_margins",
+    "offline_accuracy", "coin", "outranking", "duplicates", "without_pair", "unfinished",
+    "constant_rewards", "constant_margins",
 ]  # fmt: skip
 
 
@@ -111,6 +111,8 @@ def later(iteration: int = 2, **changes) -> dict:
         "offline_accuracy": 0.7,
         "offline_accuracy_error": 0.0,
         "evaluation": {"pairs": 100, "accuracy": 0.7, "accuracy_error": 0.0, "margin": None},
+        "reward": {"pairs": 100, "accuracy": 0.7, "by_chance": 0.0},
+        "outranking": 0.0,
     }
     summary["lengths"] |= {"sampled": 100.0, "bootstrapped_chosen": None}
     for path, value in changes.items():
@@ -219,7 +221,7 @@ def test_what_has_no_figures_is_not_judged():
     assert raised(first()) == []
     # bootstrap_ratio: 0 and no held-out set.
     alone = later(spread={"offline": 0.1})
-    for key in ("samples", "evaluation", "offline_accuracy_error"):
+    for key in ("samples", "evaluation", "reward", "outranking", "offline_accuracy_error"):
         del alone[key]
     del alone["lengths"]["sampled"]
     names = ["chosen_length", "drift", "constant_margins"]
@@ -245,6 +247,7 @@ def test_every_text_is_one_sentence_that_names_a_key_of_the_yaml():
     samples = {"prompts": 4, "sampled": 16, "duplicates": 15, "too_few": 4, "unfinished": 16}
     keys = {"lengths__sampled": 900.0, "lengths__trained_chosen": 900.0, "drift__chosen": -900.0}
     keys |= {"evaluation__accuracy": 0.0, "offline_accuracy": 0.0, "samples": samples}
+    keys |= {"reward__by_chance": 0.9, "outranking": 9.0}
     bad = later(3, spread={"offline": 0.0, "sampled": 0.0}, **keys)
     judged = judge([first(), later(2), bad])
     assert raised(first(), later(2), bad) == NAMES

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sera_plugin.algorithm.fit import CHANCE, OUTRANKING
+
 Summary = Mapping[str, Any]
 
 #: The fall in accuracy, in standard errors, that chance would give in one of 40 comparisons. The
@@ -36,10 +38,15 @@ THRESHOLDS = {
     "without_pair": 0.25,
     # With one cut candidate in four, half of all pairs of two have one (1 - C(3,2) / C(4,2)).
     "unfinished": 0.25,
+    # One-sided 95 %: what a coin seldom does.
+    "coin": CHANCE,
+    "outranking": OUTRANKING,
     # What the step-0 gate allows as rounding of one value in float32, in nats per token.
     "constant_rewards": 1e-3,
     "constant_margins": 1e-3,
 }
+_NOT_TRUSTED = "this iteration takes no sampled pair and keeps all offline ones."
+_TRUSTED = "set sera.trust: act to take no sampled pair then, and to keep all offline ones."
 _TEXTS = {
     "sampled_length": "sampled answers have {sampled:.1f} tokens on average, {figure:.2f} times "
     "the {chosen:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
@@ -58,6 +65,12 @@ _TEXTS = {
     "accuracy": "the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
     "{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier iteration "
     "with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise rl_beta.",
+    "coin": "the reward ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin as "
+    "many {figure:.0%} of the time: {done} If the policy has hardly moved, raise learning_rate or "
+    "lower rl_beta; else hold out more pairs (sera.held_out).",
+    "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} nats "
+    "per token, so its reward does not rank them any more: {done} Lower learning_rate or raise "
+    "rl_beta for samples that can be used.",
     "duplicates": "{figure:.0%} of {sampled} candidates repeat another one of their prompt: raise "
     "sera.temperature or sera.top_p, or lower sera.candidates.",
     "without_pair": "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates "
@@ -118,6 +131,12 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
             fall, chance, values = _fall(known, key)
             values |= {"kind": kind, "pairs": pairs["pairs" if key == "accuracy" else "offline"]}
             add(kind.replace("-", "_") + "_accuracy", fall, chance, "accuracy", **values)
+    reward = now.get("reward", {})
+    done = _TRUSTED if reward.get("followed", True) else _NOT_TRUSTED
+    if "by_chance" in reward:
+        add("coin", reward["by_chance"], done=done, **reward)
+    if now.get("outranking") is not None:
+        add("outranking", now["outranking"], done=done)
     if samples := now.get("samples"):
         unranked = "unranked" if samples.get("unranked") else ""
         add("duplicates", samples["duplicates"] / samples["sampled"], **samples)

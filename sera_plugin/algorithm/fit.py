@@ -33,13 +33,16 @@ from sera_plugin.algorithm.rewards import FloatArray, implicit_reward
 
 #: Of a fit's accuracy: each fold of pairs is ranked by the weights that the others give.
 _FOLDS = 10
-#: Newton's steps are few: features are four, and every step at least halves what is left.
-_STEPS, _CLOSE = 100, 1e-10
+#: Newton's method: most steps, and what a step would gain where it is close and where it ends.
+_STEPS, _NEAR, _CLOSE = 100, 1e-6, 1e-20
 #: Candidates are ranked within these quantiles of the offline answers' length, and of their
 #: likelihood per token: beyond, a fit extrapolates.
 LONGEST, UNLIKELIEST = 0.95, 0.05
-#: A reward ranks better than a coin if a coin would do as well less often than this.
-_CHANCE = 0.05
+#: A reward ranks better than a coin if a coin does as well less often than this.
+CHANCE = 0.05
+#: A policy's own samples outrank the data's good answers by so much (nats per token) where it no
+#: longer ranks them: docs/claims.md has how it was found.
+OUTRANKING = 0.1
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Reward:
     @property
     def beats_coin(self) -> bool:
         """Whether it ranks held-out pairs better than a coin; True where nothing is held out."""
-        return self.accuracy is None or better_than_a_coin(self.accuracy, self.pairs)
+        return self.accuracy is None or by_chance(self.accuracy, self.pairs) < CHANCE
 
     def record(self, policies: Sequence[int]) -> dict[str, Any]:
         """As summary.json has it, with a name for each weight."""
@@ -75,6 +78,7 @@ class Reward:
             found["errors"] = dict(zip(names, self.errors, strict=True))
         if self.accuracy is not None:
             found |= {"accuracy": self.accuracy, "paper_accuracy": self.paper_accuracy}
+            found["by_chance"] = by_chance(self.accuracy, self.pairs)
         return found
 
 
@@ -131,11 +135,13 @@ def _mode(features: FloatArray, mean: FloatArray) -> tuple[FloatArray, FloatArra
         gradient = weights - mean - features.T @ wrong
         hessian = np.eye(len(mean)) + (features.T * (wrong * (1 - wrong))) @ features
         step = np.linalg.solve(hessian, gradient)
-        if float(gradient @ step) < _CLOSE:
+        gain = float(gradient @ step)
+        if gain < _CLOSE:
             break
-        # Halved until the loss falls, as it must for a small enough step.
+        # Halved until the loss falls as it should; close to the mode a whole step is right, and
+        # the loss too coarse to tell.
         size = 1.0
-        while loss(weights - size * step) > loss(weights) - size * float(gradient @ step) / 4:
+        while gain > _NEAR and loss(weights - size * step) > loss(weights) - size * gain / 4:
             size /= 2
         weights = weights - size * step
     return weights, np.linalg.inv(hessian).astype(np.float64)
@@ -159,8 +165,7 @@ def within_support(
     return found
 
 
-def better_than_a_coin(accuracy: float, pairs: int) -> bool:
-    """Whether a coin would get so many of the pairs right less than once in twenty times."""
-    right = math.floor(accuracy * pairs + 1e-9)
-    as_good = sum(math.comb(pairs, one) for one in range(right, pairs + 1))
-    return as_good < _CHANCE * 2**pairs
+def by_chance(accuracy: float, pairs: int) -> float:
+    """How often a coin gets so many of the pairs right, or more (as a normal distribution says)."""
+    right = accuracy * pairs - 0.5
+    return 0.5 * math.erfc((right - pairs / 2) / math.sqrt(pairs / 2))

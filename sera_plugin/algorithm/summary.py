@@ -12,7 +12,7 @@ from sera_plugin.algorithm.algorithm import COUNTS, candidate_places, rewards
 from sera_plugin.algorithm.method import DATASET, Iteration
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
-from sera_plugin.algorithm.trust import SIDES, reward_of, wanted
+from sera_plugin.algorithm.trust import SIDES, follows, reward_of, wanted
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.rundir.tokens import TokenColumn
 
@@ -106,7 +106,7 @@ def summarize(it: Iteration) -> dict[str, Any]:
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
     if it.t > 1:
         policies, reward = method.reward_policies(it.t), reward_of(it)
-        summary["reward"] = reward.record(policies)
+        summary["reward"] = reward.record(policies) | {"followed": follows(it)}
         if it.read("evaluation") is not None:
             scores = [it.at(policy + 1).table("evaluation") for policy in policies]
             margin = np.subtract(*rewards(it, reward, scores))

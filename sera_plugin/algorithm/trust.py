@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.fit import Reward, judged, within_support
+from sera_plugin.algorithm.fit import OUTRANKING, Reward, judged, within_support
 from sera_plugin.algorithm.method import Iteration, Pairs, Scorer
 from sera_plugin.algorithm.rewards import FloatArray, require_finite
 from sera_plugin.config.kinds import LABELERS
@@ -18,9 +18,6 @@ from sera_plugin.rundir.tokens import TokenColumn
 
 #: The two answers of a pair.
 SIDES = ("chosen", "rejected")
-#: A policy's own samples outrank the data's good answers by so much (nats per token) where it no
-#: longer ranks them: docs/claims.md has how it was found.
-OUTRANKING = 0.1
 
 
 def score_pairs(pairs: Pairs, policy: int, scorer: Scorer, phase: str) -> dict[str, FloatArray]:
@@ -88,9 +85,16 @@ def acts(it: Iteration) -> bool:
 
 def wanted(it: Iteration) -> int:
     """How many sampled pairs iteration t asks for: none by a reward that ranks like a coin."""
-    follows = it.t > 1 and LABELERS[it.method.config.labeler].implicit
-    wrong = follows and acts(it) and not reward_of(it).beats_coin
-    return 0 if wrong else it.method.sampled(it.t)
+    by_reward = it.t > 1 and LABELERS[it.method.config.labeler].implicit
+    like_a_coin = by_reward and acts(it) and not reward_of(it).beats_coin
+    return 0 if like_a_coin else it.method.sampled(it.t)
+
+
+def follows(it: Iteration) -> bool:
+    """Whether iteration t, which is prepared, trains on what its reward has ranked."""
+    paired = it.read("bootstrapped") if wanted(it) else None
+    like_a_coin = acts(it) and not reward_of(it).beats_coin
+    return not like_a_coin and (paired is None or not outranked(it, paired))
 
 
 def outranked(it: Iteration, bootstrapped: pa.Table) -> bool:

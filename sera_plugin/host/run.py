@@ -47,7 +47,13 @@ HARMLESS = (
     *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),
     # who samples, what is kept for reading, how a judge is reached, and what it costs
     *("sera.sampler", "sera.vllm_python", "sera.keep_policies", "sera.score_columns"),
-    *("sera.bad_rows", "sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
+    *(
+        "sera.held_out",
+        "sera.bad_rows",
+        "sera.judge.api_key_env",
+        "sera.judge.concurrency",
+        "sera.judge.timeout",
+    ),
     "sera.judge.*_price",
     # compared as what they come to: a micro-batch of all processes, beta of the loss
     *("batch_size", "rl_beta"),
@@ -163,6 +169,14 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         )
     if "evaluation" in summary:
         lines.append(f"  held out: {summary['evaluation']['accuracy']:.0%} agree with their label")
+    if "errors" in (reward := summary.get("reward", {})):
+        lines[-1] += f" ({reward['paper_accuracy']:.0%} by the paper's reward)"
+        weights = [
+            f"{'length' if name == 'length' else f'likelihood under {name}'} counts {weight:+.2f}"
+            f" +- {reward['errors'][name]:.2f}" + " a token" * (name == "length")
+            for name, weight in reward["weights"].items()
+        ]
+        lines.append(f"  reward: {', '.join(weights)}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,135 @@
+"""What becomes of an iteration whose reward is not to be trusted, and which samples it ranks."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from sera_plugin.algorithm.algorithm import prepare, select_rows
+from sera_plugin.algorithm.fit import OUTRANKING
+from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.summary import summarize
+from sera_plugin.algorithm.trust import follows
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.datasets import hold_out
+from sera_plugin.rundir.store import make_table
+from tests.three_pairs import CONFIG, PAIRS, Run, firsts
+
+#: Iteration 2's samples have moved by (2 - 1 + 0 + 1 + 6 + 0) / 2 tokens / 6 = 0.667 nats a token,
+#: the chosen answers by (1 / 2 - 1 / 4 + 2 / 2) / 3 = 0.417.
+GAP = 2 / 3 - 1.25 / 3
+EVERY = [(1, 11, 12), (2, 21, 22), (3, 31, 32)]
+
+
+def changed(**keys) -> SeraConfig:
+    return SeraConfig(**CONFIG.model_dump(exclude_unset=True), **keys)
+
+
+def test_samples_that_outrank_the_data_are_not_taken(tmp_path):
+    run = Run(tmp_path, changed(trust="act"))
+    assert firsts(run.upto(2)) == EVERY
+    assert GAP > OUTRANKING
+    assert run.offline(2)["selected"] == [True] * 3
+    assert run.table(2, "bootstrapped")["selected"] == [False] * 3
+    found = summarize(run.iteration(2))
+    assert found["outranking"] == pytest.approx(GAP)
+    assert found["reward"]["followed"] is False
+    assert found["pairs"]["bootstrapped_kept"] == 0
+    assert found["pairs"]["trained"] == 3
+
+
+def test_a_run_killed_before_all_pairs_are_kept_keeps_them_when_it_goes_on(tmp_path):
+    run = Run(tmp_path, changed(trust="act"))
+    run.upto(2)
+    offline = run.store.read(2, "offline")
+    run.store.write(2, "offline", select_rows(offline, False))
+    assert firsts(run.prepare(2)) == EVERY
+    assert run.offline(2)["selected"] == [True] * 3
+
+
+def test_a_warning_changes_nothing(tmp_path):
+    plain, warned = Run(tmp_path / "1"), Run(tmp_path / "2", changed(trust="warn", reward="paper"))
+    assert plain.upto(3) == warned.upto(3)
+    assert follows(warned.iteration(2))
+
+
+@pytest.mark.parametrize("trust", ["act", "warn"])
+def test_a_reward_that_ranks_like_a_coin_samples_nothing(tmp_path, trust):
+    """Of the three pairs, here held out as well, theta_1 - theta_0 ranks two as labelled."""
+    run = Run(tmp_path, changed(trust=trust))
+    held_out = Pairs.from_table(make_table(PAIRS))
+    for t in (1, 2):
+        it = replace(run.iteration(t), held_out=held_out)
+        trained = firsts(prepare(it).to_pydict())
+    found = summarize(it)
+    assert found["reward"]["accuracy"] == found["reward"]["paper_accuracy"] == 2 / 3
+    assert found["reward"]["followed"] is (trust == "warn")
+    if trust == "act":
+        assert trained == EVERY
+        assert run.sampler.calls == 0
+        assert found["pairs"]["bootstrapped_wanted"] == 0
+    else:
+        assert len(trained) == 4
+        assert run.sampler.calls == 1
+
+
+def test_a_fitted_reward_is_kept_and_ranks_all_that_an_iteration_ranks(tmp_path):
+    run = Run(tmp_path, changed(reward="fitted"))
+    for t in (1, 2):
+        prepare(replace(run.iteration(t), held_out=Pairs.from_table(make_table(PAIRS))))
+    table = run.store.read(2, "offline")
+    reward = json.loads(table.schema.metadata[b"reward"])
+    assert list(reward["weights"]) != [1.0, -1.0]
+    newest, before = [run.offline(t)["chosen_logp"][0] for t in (2, 1)]
+    expected = np.dot(reward["weights"], [newest, before]) + reward["length"] * 2
+    assert table["chosen_reward"].to_pylist()[0] == pytest.approx(expected)
+    # Another process, without the held-out pairs at hand, ranks by the same weights.
+    assert summarize(run.iteration(2))["reward"]["weights"]["theta_1"] == reward["weights"][0]
+
+
+def test_candidates_outside_the_support_are_unranked(tmp_path):
+    """Offline answers have 2 to 4 tokens at -5 to -15 nats a token under theta_0; the samples, at
+    -2.5 to -3.5 nats, are likelier: all are ranked until they are longer."""
+    run = Run(tmp_path, changed(reward="fitted", length_control=0.0))
+    run.upto(2)
+    assert np.isfinite(run.table(2, "candidates")["reward"]).all()
+    short = Run(tmp_path / "short", changed(reward="fitted"))
+    pairs = make_table({**PAIRS, **dict.fromkeys(["chosen_ids", "rejected_ids"])} | {
+        "chosen_ids": [[11], [21], [31]], "rejected_ids": [[12], [22], [32]],
+    })  # fmt: skip
+    for t in (1, 2):
+        prepare(replace(short.iteration(t), pairs=Pairs.from_table(pairs)))
+    assert np.isnan(short.table(2, "candidates")["reward"]).all()
+    metadata = short.store.read(2, "bootstrapped").schema.metadata
+    assert metadata[b"unranked"] == b"6"
+
+
+@pytest.mark.parametrize(
+    ("keys", "total", "expected"),
+    [
+        ({}, 5_000, 0),
+        ({"reward": "fitted"}, 500, 50),
+        ({"reward": "fitted"}, 1_500, 100),
+        ({"reward": "fitted"}, 10_000, 500),
+        ({"reward": "fitted"}, 100_000, 2_000),
+        ({"reward": "fitted"}, 9, 0),
+        ({"held_out": 0.2}, 50, 10),
+        ({"held_out": 7}, 50, 7),
+        ({"held_out": 0, "reward": "fitted"}, 5_000, 0),
+    ],
+)
+def test_how_many_pairs_are_held_out(keys, total, expected):
+    assert SeraConfig(**keys).pairs_held_out(total) == expected
+
+
+def test_held_out_rows_are_drawn_by_the_seed_and_trained_on_by_nobody():
+    rows = Dataset.from_dict({"row": list(range(50))})
+    train, aside = hold_out(rows, 10, seed=1)
+    assert len(aside["row"]) == 10
+    assert sorted([*train["row"], *aside["row"]]) == rows["row"][:]
+    assert train["row"][:] == sorted(train["row"])
+    assert hold_out(rows, 10, seed=1)[1]["row"][:] == aside["row"][:]
+    assert hold_out(rows, 10, seed=2)[1]["row"][:] != aside["row"][:]
+    assert hold_out(rows, 0, seed=1) == (rows, None)
