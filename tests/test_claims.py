@@ -14,6 +14,7 @@ from benchmarks.claims.estimates import Comparison, Estimate, Results, Side, aft
 from benchmarks.claims.real_tables import real_table
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.journal import Journal
+from sera_plugin.tools.demo.world import true_reward
 
 SYSTEMS = (*systems.CORE, *(one for sweep in systems.SWEEPS.values() for one in sweep))
 
@@ -149,7 +150,10 @@ def test_a_judges_scores_are_bradley_terry():
     prompt, short, long = "c b a d e f", "a b c", "um a b c um"
     wins = 0
     for _ in range(4000):
-        one, other = (world.judged(prompt, t, world.LABELLING, random) for t in (long, short))
+        one, other = (
+            world.judged(true_reward(prompt, text), text, world.LABELLING, random)
+            for text in (long, short)
+        )
         wins += one.score > other.score
     expected = 1 / (1 + math.exp(-0.4))
     error = math.sqrt(expected * (1 - expected) / 4000)

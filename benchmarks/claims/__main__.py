@@ -6,6 +6,7 @@ make claims ARGS="--world small-steps"       the same in a world with one thing 
 make claims ARGS="--criteria"        what the world's parameters were fixed by
 make claims ARGS="--again"           once more from nothing: are the kept figures found again?
 make claims ARGS="--smoke"           one seed of a toy, to see that it works; nothing is kept
+make claims ARGS="--compare --world fillers"  systems with the same held-out pairs, in one world
 make claims ARGS="--data FILE --model DIR"   ways to select on a dataset with scores and a model
 """
 
@@ -17,17 +18,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import criteria, real
-from benchmarks.claims.page import REAL, RESULTS, update_pages
+from benchmarks.claims.page import COMPARISON, REAL, RESULTS, update_pages
 from benchmarks.claims.runs import Job, Run, build, perform, perform_all
-from benchmarks.claims.systems import CORE, SEEDS, SWEEPS, System
-from benchmarks.claims.world import SMOKE, WORLD, WORLDS, World
+from benchmarks.claims.systems import COMPARED, CORE, SEEDS, SWEEPS, System
+from benchmarks.claims.world import COMPARED as COMPARED_WORLDS
+from benchmarks.claims.world import SMALL, SMOKE, WORLD, WORLDS, World
 from benchmarks.harness import commit, cpu_name
 from sera_plugin.rundir.journal import Journal, key_of
 
@@ -40,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="systems by name")
-    parser.add_argument("--world", choices=WORLDS, default="fixed", help="see world.py")
+    names = {**WORLDS, **COMPARED_WORLDS}
+    parser.add_argument("--world", choices=names, help="see world.py; fixed, or letters")
+    parser.add_argument("--compare", action="store_true", help="systems with held-out pairs")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates, for --compare")
+    parser.add_argument("--keep", type=Path, help="a directory for the runs' own, for --compare")
     parser.add_argument("--sweeps", action="store_true", help="the sweeps beside the core table")
     parser.add_argument("--criteria", action="store_true", help="check the world's parameters only")
     parser.add_argument("--again", action="store_true", help="compare with what is kept")
@@ -49,11 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--render", action="store_true", help="only write the pages' tables again")
     parser.add_argument("--directory", type=Path, help="where worlds are made, and kept")
     parser.add_argument("--data", type=Path, help="JSONL with answers and scores, see real.py")
-    parser.add_argument("--model", type=Path, help="a directory, for --data")
+    parser.add_argument("--model", type=Path, help="a directory, for --data or language")
     parser.add_argument("--held-out", type=Path, help="JSONL with scored answers, for --data")
     options = parser.parse_args(arguments)
-    if (options.data is None) != (options.model is None):
+    if not options.compare and (options.data is None) != (options.model is None):
         parser.error("--data and --model go together")
+    worlds = COMPARED_WORLDS if options.compare else WORLDS
+    options.world = options.world or next(iter(worlds))
+    if options.world not in worlds:
+        parser.error(f"--world {options.world} is not among {', '.join(worlds)}")
     if options.held_out and options.data is None:
         parser.error("--held-out goes with --data")
     if options.render:
@@ -63,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="sera-claims-") as temporary:
         directory = (options.directory or Path(temporary)).resolve()
-        if options.smoke:
+        if options.smoke and not options.compare:
             systems = chosen(CORE, options.only)
             with Journal(directory / "smoke.jsonl") as journal:
                 run_all(plan(systems, [0], SMOKE), directory, journal, options.cores)
@@ -72,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with Journal(REAL) as journal:
                 run_real(options, directory, journal)
             update_pages()
+            return
+        if options.compare:
+            compare(options, directory)
             return
         sweeps = [one for sweep in SWEEPS.values() for one in sweep]
         systems = chosen((*CORE, *sweeps * options.sweeps), options.only)
@@ -84,6 +97,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 run_all(runs, directory, journal, options.cores)
     update_pages()
+
+
+def compare(options: argparse.Namespace, directory: Path) -> None:
+    """Run the compared systems in one of their worlds."""
+    world, rates = COMPARED_WORLDS[options.world]
+    if options.smoke:
+        world = replace(world, **SMALL)
+    systems = chosen(COMPARED, options.only)
+    runs = [
+        run
+        for rate in options.rates or rates
+        for run in plan(systems, options.seeds, replace(world, learning_rate=rate))
+    ]
+    how = {"model": options.model, "keep": options.keep and options.keep.resolve()}
+    with Journal(directory / "smoke.jsonl" if options.smoke else COMPARISON) as journal:
+        start = run_again if options.again else run_all
+        start(runs, directory, journal, options.cores, **how)
 
 
 def chosen(systems: Sequence[System], names: Sequence[str] | None) -> list[System]:
@@ -114,12 +144,14 @@ def check_criteria(directory: Path, journal: Journal, cores: int) -> None:
     run_all(runs, directory, journal, cores)
 
 
-def run_again(runs: Sequence[Run], directory: Path, journal: Journal, cores: int) -> None:
+def run_again(
+    runs: Sequence[Run], directory: Path, journal: Journal, cores: int, **how: Path | None
+) -> None:
     """Run what is kept once more, from nothing, and keep how many runs gave other figures."""
     kept = {run.key: found for run in runs if (found := journal.get(run.key))}
     start = time.perf_counter()
     with Journal(directory / f"again-{os.getpid()}.jsonl") as fresh:
-        run_all([run for run in runs if run.key in kept], directory, fresh, cores)
+        run_all([run for run in runs if run.key in kept], directory, fresh, cores, **how)
         differ = [key for key in kept if timeless(fresh.get(key)) != timeless(kept[key])]
     seconds = round(time.perf_counter() - start)
     found = {"runs": len(kept), "differ": len(differ), "seconds": seconds, "at_a_time": cores}
@@ -135,30 +167,43 @@ def timeless(value: Any) -> Any:
     return [timeless(one) for one in value] if isinstance(value, list) else value
 
 
-def run_all(runs: Sequence[Run], directory: Path, journal: Journal, cores: int) -> None:
-    """Make the worlds, then perform what the journal does not have yet."""
+def run_all(
+    runs: Sequence[Run],
+    directory: Path,
+    journal: Journal,
+    cores: int,
+    model: Path | None = None,
+    keep: Path | None = None,
+) -> None:
+    """Make the worlds, then perform what the journal does not have yet.
+
+    `model` is the base model of a world that does not make one, `keep` gets the runs' output.
+    """
     left = [run for run in runs if run.key not in journal]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them done before", flush=True)
     if not left:
         return
-    about = {**machine(), "world": asdict(left[0].world)}
+    about = {**machine(), "world": left[0].world.record}
     journal.add(key_of("about", about)[:16], {"about": about})
     start = time.perf_counter()
     places = {(run.world, run.seed): place(directory, run.world, run.seed) for run in left}
+    # Worlds that differ in how is trained are made once.
+    made = {at: world_and_seed for world_and_seed, at in places.items()}
     worlds = [
-        Job(f"world {seed}", build, (world, seed, at), directory / "scratch" / at.name)
-        for (world, seed), at in places.items()
+        Job(f"world {seed}", build, (world, seed, at, model), directory / "scratch" / at.name)
+        for at, (world, seed) in made.items()
     ]
     for job, figures in perform_all(worlds, cores):
-        world, seed, _ = job.arguments
-        key = key_of("base", asdict(world), seed)[:16]
-        if key not in journal:
-            journal.add(key, {"system": "base model", "seed": seed, **figures, **origin(world)})
+        for (world, seed), at in places.items():
+            key = key_of("base", world.record, seed)[:16]
+            if at == job.arguments[2] and key not in journal:
+                base = {"system": "base model", "seed": seed, **figures, **origin(world)}
+                journal.add(key, base)
     jobs = {
         run.key: Job(
             f"{run.system.name}, noise {run.noise:g}, seed {run.seed}",
             perform,
-            (run, places[run.world, run.seed]),
+            (run, places[run.world, run.seed], keep),
             directory / "scratch" / run.key,
         )
         for run in left
@@ -199,7 +244,9 @@ def told(number: int, total: int, job: Job, record: dict[str, Any], spent: float
 
 
 def place(directory: Path, world: World, seed: int) -> Path:
-    return directory / f"world-{world.key}-{seed}"
+    """Where it is made: without what only training reads."""
+    alike = replace(world, learning_rate=0.0, batch=0, beta=0.0)
+    return directory / f"world-{alike.key}-{seed}"
 
 
 def origin(world: World) -> dict[str, Any]:

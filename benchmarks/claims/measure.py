@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from benchmarks.claims.world import World, answer
+from benchmarks.claims.tasks import FloatArray, Letters, task_of
+from benchmarks.claims.world import World
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.algorithm.summary import jaccard
-from sera_plugin.tools.demo.world import true_reward
 from sera_plugin.tools.evaluation.winrate import win_rate
 from sera_plugin.tools.report.figures import r_squared
 
-FloatArray = npt.NDArray[np.float64]
 #: Figures are kept with this many digits: more than any conclusion needs.
 DIGITS = 5
 
@@ -38,37 +37,53 @@ def measure(directory: Path, place: Path, world: World, seed: int) -> dict[str, 
     root = directory / "sera"
     found = sorted(root.glob("iteration-*"))
     policies = [one / "policy" for one in found[1:]] + [directory]
-    held_out = HeldOut.read(place)
+    task = task_of(world.task)
+    held_out = HeldOut.read(place, world)
+    figures = labelled_figures if world.test_pairs else policy_figures
     return rounded(
         {
-            "policies": [policy_figures(policy, held_out, world, seed) for policy in policies],
-            "iterations": [iteration_figures(root, number) for number in range(1, len(found) + 1)],
+            "policies": [figures(policy, held_out, world, seed) for policy in policies],
+            "iterations": [
+                iteration_figures(root, number, task) for number in range(1, len(found) + 1)
+            ],
         }
     )
 
 
-def base_figures(place: Path) -> dict[str, Any]:
-    """The base model's answers to the held-out prompts."""
-    held_out = HeldOut.read(place)
-    by_sample = held_out.rewards.reshape(-1, held_out.count)
-    return rounded(
-        {
-            "true_reward": float(held_out.rewards.mean()),
-            "spread": float(by_sample.std(axis=0, ddof=1).mean()),
-            "words": mean_words(held_out.answers),
-        }
-    )
+def base_figures(place: Path, world: World) -> dict[str, Any]:
+    """The base model's answers to the held-out prompts, and how two answers to one differ."""
+    held_out = HeldOut.read(place, world)
+    figures = {
+        "true_reward": float(held_out.rewards.mean()),
+        "words": mean_words(held_out.answers),
+    }
+    if world.samples > 1:
+        by_sample = held_out.rewards.reshape(-1, held_out.count)
+        figures["spread"] = float(by_sample.std(axis=0, ddof=1).mean())
+    if world.test_pairs:
+        pairs = read_rows(place / "pairs.jsonl")
+        gaps = [abs(row["true_chosen"] - row["true_rejected"]) for row in pairs]
+        # Of two values the standard deviation is their distance / sqrt 2.
+        figures["spread"] = float(np.mean(gaps)) / 2**0.5
+        figures["pairs"] = len(pairs)
+        figures |= mean_parts(task_of(world.task), held_out.prompts, held_out.answers)
+    return rounded(figures)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The base model's answers to the held-out prompts, (n,) each; prompts repeat for every sample.
+    """What no policy was trained on.
 
     Attributes:
-        prompts, answers: texts.
-        rewards: true rewards.
-        logps: log pi_0 of the answers.
+        prompts, answers: texts, the base model's answers; prompts repeat for every sample.
+        rewards: (n,) their true rewards.
+        logps: (n,) log pi_0 of the answers, or (2, m) of the labelled pairs' chosen and rejected.
         count: how many different prompts there are.
+        pairs: the m labelled pairs, if there are any.
     """
 
     prompts: Sequence[str]
@@ -76,16 +91,68 @@ class HeldOut:
     rewards: FloatArray
     logps: FloatArray
     count: int
+    pairs: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def read(cls, place: Path) -> HeldOut:
-        from sera_plugin.tools.demo.base_model import load_model
-
+    def read(cls, place: Path, world: World) -> HeldOut:
+        task = task_of(world.task)
         texts = json.loads((place / "held-out.json").read_text(encoding="utf-8"))
         prompts, answers = texts["prompts"], texts["answers"]
-        rewards = true_rewards(prompts, answers)
-        before = logps(*load_model(place / "base-model"), prompts, answers)
-        return cls(prompts, answers, rewards, before, len(set(prompts)))
+        pairs = read_rows(place / "test.jsonl") if world.test_pairs else []
+        base = task.load(place / "base-model")
+        before = pair_logps(task, *base, pairs) if pairs else task.logps(*base, prompts, answers)
+        rewards = true_rewards(task, prompts, answers)
+        return cls(prompts, answers, rewards, before, len(set(prompts)), pairs)
+
+
+def pair_logps(
+    task: Letters, model: Any, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]
+) -> FloatArray:
+    """(2, m) log pi of chosen and rejected."""
+    prompts = [row["prompt"] for row in pairs]
+    sides = [[row[side] for row in pairs] for side in ("chosen", "rejected")]
+    both = task.logps(model, tokenizer, prompts * 2, sides[0] + sides[1])
+    return both.reshape(2, len(pairs))
+
+
+def labelled_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> dict[str, Any]:
+    """A policy's answers, and what it makes of the labelled pairs that it was not trained on.
+
+    Returns:
+        `true_reward`, its parts and `words` of its answers; of the pairs `chosen_logp`,
+        `rejected_logp` (means, nats), `drift` (log pi - log pi_0 of chosen answers, nats per
+        token), `accuracy` and `loss` (DPO's, with the world's beta) of log pi - log pi_0 against
+        the labels, `likelihood_accuracy` of log pi per token, and `order`: how often log pi -
+        log pi_0 is in true order.
+    """
+    task = task_of(world.task)
+    model, tokenizer = task.load(policy)
+    ours = task.answer(model, tokenizer, held_out.prompts, world, 100 * seed + 99)
+    logps = pair_logps(task, model, tokenizer, held_out.pairs)
+    gained = logps - held_out.logps
+    margin = gained[0] - gained[1]
+    texts = [[row[side] for row in held_out.pairs] for side in ("chosen", "rejected")]
+    tokens = np.array([task.tokens(tokenizer, side) for side in texts])
+    true = [[row[f"true_{side}"] for row in held_out.pairs] for side in ("chosen", "rejected")]
+    each = logps / tokens
+    return {
+        "true_reward": float(true_rewards(task, held_out.prompts, ours).mean()),
+        **mean_parts(task, held_out.prompts, ours),
+        "words": mean_words(ours),
+        "chosen_logp": float(logps[0].mean()),
+        "rejected_logp": float(logps[1].mean()),
+        "drift": float((gained[0] / tokens[0]).mean()),
+        "accuracy": in_order(margin, np.ones(len(margin))),
+        "loss": float(np.logaddexp(0.0, -world.beta * margin).mean()),
+        "likelihood_accuracy": in_order(each[0] - each[1], np.ones(len(margin))),
+        "order": in_order(margin, np.subtract(*true)),
+    }
+
+
+def mean_parts(task: Letters, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
+    """The mean of each part of the true reward, by name."""
+    parts = [task.parts(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return {name: float(np.mean([one[name] for one in parts])) for name in parts[0]}
 
 
 def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> dict[str, Any]:
@@ -97,13 +164,12 @@ def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> 
         reward (`r2_true`) and with words (`r2_words`), and `order`: of two answers of the base
         model to one prompt that differ in true reward, how often it prefers the better.
     """
-    from sera_plugin.tools.demo.base_model import load_model
-
-    model, tokenizer = load_model(policy)
+    task = task_of(world.task)
+    model, tokenizer = task.load(policy)
     prompts, theirs = held_out.prompts, held_out.rewards
-    ours = answer(model, tokenizer, prompts, world, 100 * seed + 99)
-    rewards = true_rewards(prompts, ours)
-    implicit = logps(model, tokenizer, prompts, held_out.answers) - held_out.logps
+    ours = task.answer(model, tokenizer, prompts, world, 100 * seed + 99)
+    rewards = true_rewards(task, prompts, ours)
+    implicit = task.logps(model, tokenizer, prompts, held_out.answers) - held_out.logps
     first, second = slice(0, held_out.count), slice(held_out.count, 2 * held_out.count)
     return {
         "true_reward": float(rewards.mean()),
@@ -115,7 +181,7 @@ def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> 
     }
 
 
-def iteration_figures(root: Path, number: int) -> dict[str, Any]:
+def iteration_figures(root: Path, number: int, task: Letters) -> dict[str, Any]:
     """What an iteration kept, sampled and cost.
 
     Returns:
@@ -153,7 +219,7 @@ def iteration_figures(root: Path, number: int) -> dict[str, Any]:
         kept = offline["selected"].to_numpy(zero_copy_only=False)
         figures |= about_selection(kept, true["chosen"] - true["rejected"], dataset, offline)
     if pairs["bootstrapped_found"]:
-        figures |= about_samples(root, place, dataset, number)
+        figures |= about_samples(root, place, dataset, number, task)
     return figures
 
 
@@ -172,7 +238,9 @@ def about_selection(
     }
 
 
-def about_samples(root: Path, place: Path, dataset: Any, number: int) -> dict[str, Any]:
+def about_samples(
+    root: Path, place: Path, dataset: Any, number: int, task: Letters
+) -> dict[str, Any]:
     """Sampled pairs against the true reward of their answers."""
     from transformers import PreTrainedTokenizerFast
 
@@ -182,10 +250,11 @@ def about_samples(root: Path, place: Path, dataset: Any, number: int) -> dict[st
     )
     texts = tokenizer.batch_decode(candidates["token_ids"].to_pylist(), skip_special_tokens=True)
     prompts = tokenizer.batch_decode(dataset["prompt_ids"].to_pylist(), skip_special_tokens=True)
+    prompts = [task.prompt_of(text) for text in prompts]
     prompt_of = dict(zip(dataset["row"].to_pylist(), prompts, strict=True))
     at = zip(candidates["row"].to_pylist(), candidates["candidate"].to_pylist(), strict=True)
     rewards = {
-        (row, candidate): true_reward(prompt_of[row], text)
+        (row, candidate): task.reward(prompt_of[row], text.strip())
         for (row, candidate), text in zip(at, texts, strict=True)
     }
     found = pq.read_table(place / "bootstrapped.parquet").to_pydict()
@@ -223,35 +292,14 @@ def extremes(reward: FloatArray, true: FloatArray) -> FloatArray:
     return gaps[:, 0]
 
 
-def logps(model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> FloatArray:
-    """(n,) log pi of each answer, its end included, in nats."""
-    import torch
-
-    from sera_plugin.tools.demo.base_model import PROMPT_FORMAT
-
-    whole = [
-        f"{PROMPT_FORMAT.format(prompt=prompt)} {text}{tokenizer.eos_token}"
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    batch = tokenizer(whole, return_tensors="pt", padding=True, add_special_tokens=False)
-    ids, mask = batch["input_ids"], batch["attention_mask"].clone()
-    # Prompts are equally long.
-    mask[:, : len(PROMPT_FORMAT.format(prompt=prompts[0]).split())] = 0
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
-    each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    summed: FloatArray = (each * mask[:, 1:]).sum(-1).double().numpy()
-    return summed
-
-
 def in_order(gap: FloatArray, true_gap: FloatArray) -> float | None:
     """How often two gaps have the same sign, where neither is 0; None where one always is."""
     differ = (gap != 0) & (true_gap != 0)
     return float((gap[differ] * true_gap[differ] > 0).mean()) if differ.any() else None
 
 
-def true_rewards(prompts: Sequence[str], texts: Sequence[str]) -> FloatArray:
-    return np.array([true_reward(p, text) for p, text in zip(prompts, texts, strict=True)])
+def true_rewards(task: Letters, prompts: Sequence[str], texts: Sequence[str]) -> FloatArray:
+    return np.array([task.reward(p, text) for p, text in zip(prompts, texts, strict=True)])
 
 
 def mean_words(texts: Sequence[str]) -> float:

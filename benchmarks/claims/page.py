@@ -15,6 +15,7 @@ from benchmarks.harness import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "runs.jsonl"
 REAL = RESULTS.with_name("real.jsonl")
+COMPARISON = RESULTS.with_name("comparison.jsonl")
 #: What was found, how it was measured, and the tables.
 PAGES = tuple(ROOT / "docs" / f"claims{name}.md" for name in ("", "-method", "-tables"))
 PICTURES = ROOT / "docs" / "_static" / "claims"

@@ -4,6 +4,7 @@ Importing the host takes longer than a run here. A server process imports it onc
 is still a fresh process with one thread, and dies alone.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import yaml
 
 from benchmarks.claims.systems import System
+from benchmarks.claims.tasks import task_of
 from benchmarks.claims.world import COLUMNS, World, make_world
 from sera_plugin.rundir.journal import key_of
 
@@ -73,20 +75,28 @@ class Run:
 
     @property
     def key(self) -> str:
-        return key_of(self.record, asdict(self.world))[:16]
+        return key_of(self.record, self.world.record)[:16]
 
 
 def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
     """The YAML of a run."""
-    from sera_plugin.tools.demo.base_model import PROMPT_FORMAT
-
     world = run.world
+    task = task_of(world.task)
+
+    def dataset(name: str) -> list[dict[str, Any]]:
+        how = {f"field_{column}": column for column in ("prompt", "chosen", "rejected")}
+        how["prompt_format"] = task.prompt_format
+        how |= {f"{side}_format": task.answer_format % side for side in ("chosen", "rejected")}
+        path = str(place / f"{name}.jsonl")
+        return [{"path": path, "ds_type": "json", "split": "train", "type": how}]
+
     return {
         "base_model": str(place / "base-model"),
         **HOST,
+        **task.host,
         "sera": {
             "temperature": world.temperature,
-            "top_p": 1.0,
+            "top_p": world.top_p,
             "max_new_tokens": world.new_tokens,
             "sampler": "transformers",
             "keep_policies": True,
@@ -95,25 +105,11 @@ def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
             **run.system.sera,
         },
         "rl_beta": world.beta,
-        "datasets": [
-            {
-                "path": str(place / f"{run.system.data}.jsonl"),
-                "ds_type": "json",
-                "split": "train",
-                "type": {
-                    "field_prompt": "prompt",
-                    "field_chosen": "chosen",
-                    "field_rejected": "rejected",
-                    "prompt_format": PROMPT_FORMAT,
-                    "chosen_format": " {chosen}",
-                    "rejected_format": " {rejected}",
-                },
-            }
-        ],
+        "datasets": dataset(run.system.data),
+        **({"test_datasets": dataset("test")} if world.test_pairs else {}),
         "dataset_prepared_path": str(place / "prepared"),
         "dataset_num_proc": 1,
         "output_dir": str(output),
-        "sequence_len": 64,
         "num_epochs": 3,
         "micro_batch_size": world.batch,
         "learning_rate": world.learning_rate,
@@ -122,8 +118,8 @@ def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
     }
 
 
-def perform(run: Run, place: Path, scratch: Path) -> dict[str, Any]:
-    """Train and measure; the record that is kept."""
+def perform(run: Run, place: Path, keep: Path | None, scratch: Path) -> dict[str, Any]:
+    """Train and measure; the record that is kept. `keep` gets the whole output directory."""
     from axolotl.cli.train import do_cli
 
     from benchmarks.claims.measure import measure
@@ -134,7 +130,15 @@ def perform(run: Run, place: Path, scratch: Path) -> dict[str, Any]:
     start = time.perf_counter()
     do_cli(config=str(path))
     seconds = round(time.perf_counter() - start, 2)
-    return {**run.record, "seconds": seconds, **measure(output, place, run.world, run.seed)}
+    record = {**run.record, "seconds": seconds, **measure(output, place, run.world, run.seed)}
+    if keep:
+        (output / "config.yaml").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+        (output / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        name = f"{run.world.key}-{run.seed}-{run.system.name}".replace(" ", "-").replace(",", "")
+        keep.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(keep / name, ignore_errors=True)
+        shutil.move(output, keep / name)
+    return record
 
 
 # ------------------------------------------------------------------ processes
@@ -227,10 +231,12 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def build(world: World, seed: int, place: Path, scratch: Path) -> dict[str, Any]:
+def build(
+    world: World, seed: int, place: Path, model: Path | None, scratch: Path
+) -> dict[str, Any]:
     """Make a world; figures of its base model."""
     from benchmarks.claims.measure import base_figures
 
     if not place.exists():
-        make_world(place, world, seed)
-    return base_figures(place)
+        make_world(place, world, seed, model)
+    return base_figures(place, world)

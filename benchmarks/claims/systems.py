@@ -73,6 +73,13 @@ CORE = (
     System("Curri-DPO", {"selection": "curriculum", "bootstrap_ratio": 0}, data="curriculum"),
 )
 
+#: What is compared where labels are swapped by the world, and not by `label_noise`. Each keeps its
+#: last policy: the best by a held-out figure is one of those on disk, and needs no run of its own.
+COMPARED = (
+    System("iterative DPO", _ITERATIVE, noises=(0.0,)),
+    System("SeRA", noises=(0.0,)),
+)
+
 #: What is run in every world, and shown in every table that has no room for all.
 MAIN = ("DPO, 3 epochs", "iterative DPO", "SeRA, selection only", "SeRA", "SeRA, length control")
 
