@@ -68,8 +68,8 @@ _TEXTS = {
     "coin": "the reward ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin as "
     "many {figure:.0%} of the time: {done} If the policy has hardly moved, raise learning_rate or "
     "lower rl_beta; else hold out more pairs (sera.held_out).",
-    "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} nats "
-    "per token, so its reward does not rank them any more: {done} Lower learning_rate or raise "
+    "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} nats a "
+    "token, so its reward does not rank them any more: {done} Lower learning_rate or raise "
     "rl_beta for samples that can be used.",
     "duplicates": "{figure:.0%} of {sampled} candidates repeat another one of their prompt: raise "
     "sera.temperature or sera.top_p, or lower sera.candidates.",
@@ -80,9 +80,9 @@ _TEXTS = {
     "constant": "{what} {figure:.2g} nats per token, no more than rounding: the last iteration has "
     "hardly changed the policy. Raise learning_rate, or lower rl_beta.",
     "unranked": "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates with a "
-    "reward and give no pair, and {unranked} candidates have none: `labeler` in summary.json "
-    "says what became of them. Where they are few, raise sera.temperature, sera.top_p or "
-    "sera.candidates.",
+    "reward and give no pair, and {unranked} candidates have none: with sera.reward: fitted "
+    "they are unlike the data's answers, else `labeler` in summary.json says why. Where they "
+    "are few, raise sera.temperature, sera.top_p or sera.candidates.",
 }
 
 

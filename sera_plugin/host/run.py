@@ -153,7 +153,7 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
             f"dropped (recall {noise['recall']:.0%}, precision {noise['precision']:.0%})"
         )
     if samples := summary.get("samples"):
-        unranked = f", {samples['unranked']} without a verdict" if samples["unranked"] else ""
+        unranked = f", {samples['unranked']} unranked" if samples["unranked"] else ""
         lines.append(
             f"  sampled: {pairs['bootstrapped_kept']} of {pairs['bootstrapped_found']} pairs kept, "
             f"from {samples['sampled']} samples of {summary['sampler'].get('name')} "
@@ -162,7 +162,9 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         )
         if "length_control" in samples:
             lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
-    if pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
+    if not summary.get("reward", {}).get("followed", True):
+        lines.append("  the reward is not followed: all offline pairs are kept, no samples taken")
+    elif pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
         lines.append(
             f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "
             "sera.candidates or sera.temperature, or lower sera.bootstrap_ratio"

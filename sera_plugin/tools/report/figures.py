@@ -64,6 +64,7 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         "samples": samples and {key: samples.get(key) for key in _COUNTED},
         "held_out": held_out and {key: held_out[key] for key in _HELD_OUT},
     }
+    found |= {key: counted[key] for key in ("reward", "outranking") if key in counted}
     if margin is not None:
         kept = offline["selected"]
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
@@ -243,6 +244,8 @@ def without_ensemble(run: Run, one: Iteration) -> tuple[FloatArray, BoolArray] |
     previous, gamma = run.begun.get(one.number - 1), run.settings.get("gamma")
     if one.number < 3 or not gamma or one.margin is None or not one.by_margin:
         return None
+    if run.settings.get("reward") == "fitted":
+        return None  # the labels weigh the policies
     kept = int(one.offline["selected"].sum())
     if previous is None or not previous.offline or not kept:
         return None
@@ -275,7 +278,8 @@ def _bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     samples, pairs, settings = one.candidates, one.bootstrapped, run.settings
     if not samples or one.number < 3 or not settings.get("gamma"):
         return None
-    if not LABELERS[run.labeler].implicit or settings.get("length_control", "none") != "none":
+    others = settings.get("length_control", "none") != "none", settings.get("reward") == "fitted"
+    if not LABELERS[run.labeler].implicit or any(others):
         return None  # the pairs were ranked by something else
     count, kept = int(settings["candidates"]), pairs["selected"]
     reward = _newest_reward(run, one, samples["logps"].T, samples["length"])
