@@ -278,8 +278,8 @@ def _bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     samples, pairs, settings = one.candidates, one.bootstrapped, run.settings
     if not samples or one.number < 3 or not settings.get("gamma"):
         return None
-    others = settings.get("length_control", "none") != "none", settings.get("reward") == "fitted"
-    if not LABELERS[run.labeler].implicit or any(others):
+    controlled = settings.get("length_control", "none") != "none"
+    if not LABELERS[run.labeler].implicit or controlled or settings.get("reward") == "fitted":
         return None  # the pairs were ranked by something else
     count, kept = int(settings["candidates"]), pairs["selected"]
     reward = _newest_reward(run, one, samples["logps"].T, samples["length"])
