@@ -77,7 +77,9 @@ CORE = (
 #: last policy: the best by a held-out figure is one of those on disk, and needs no run of its own.
 COMPARED = (
     System("iterative DPO", _ITERATIVE, noises=(0.0,)),
-    System("SeRA", noises=(0.0,)),
+    System("SeRA", {"reward": "paper", "trust": "warn"}, noises=(0.0,)),
+    System("SeRA, fitted", {"reward": "fitted", "trust": "warn"}, noises=(0.0,)),
+    System("SeRA, fitted and trusted", {"reward": "fitted", "trust": "act"}, noises=(0.0,)),
 )
 
 #: What is run in every world, and shown in every table that has no room for all.
