@@ -87,7 +87,7 @@ _LETTERS = replace(WORLD, labelling=replace(LABELLING, noise=0.2), test_pairs=10
 #: A real model; fixed by `criteria` too.
 _LANGUAGE = World(
     task="language",
-    pairs=340,
+    pairs=440,
     test_pairs=100,
     held_out=300,
     samples=1,
