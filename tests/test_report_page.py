@@ -82,8 +82,8 @@ def test_the_page_has_a_chart_or_table_for_each_question_and_asks_nobody(tmp_pat
     for section in [*sections.split(), "alarms", "examples", "settings"]:
         assert f'<section id="{section}">' in found.html
     # Margins, lengths and scores of two iterations, the ensemble of one, mean lengths, accuracy,
-    # drift, and three training curves.
-    assert found.tags.count("svg") == 2 * 3 + 1 + 3 + 3
+    # drift, drift among published runs, and three training curves.
+    assert found.tags.count("svg") == 2 * 3 + 1 + 4 + 3
     assert "Iteration 3: the ensemble exchanged" in found.text
     assert "The last two selections have a Jaccard index of" in found.text
     # All colours follow light and dark.

@@ -31,6 +31,8 @@ COLOURS = {
     **dict.fromkeys(("sampled", "held out"), SAMPLED),
     "its best": OTHER,
     "same choice": MUTED,
+    "this run": KEPT,
+    "published runs": MUTED,
 }
 #: Labels carry names of the dataset's columns: nothing in them is a formula.
 _STYLE: Any = {
@@ -212,6 +214,32 @@ def lines(
         return names
 
     return _draw(title, note, ("iteration", ylabel), 2.6, [((0.14, 0.18, 0.89), plot)])
+
+
+def strips(
+    title: str,
+    note: str,
+    xlabel: str,
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    band: tuple[float, float],
+) -> Chart:
+    """Values in rows by label, from the top, in groups by name; from the `band` a grey ground."""
+    labels = [label for rows in groups.values() for label in rows]
+
+    def plot(axes: Any) -> dict[str, str]:
+        axes.axvspan(*band, color=RULE, alpha=0.6, linewidth=0)
+        axes.axvline(0, **_DASHED)
+        for name, rows in groups.items():
+            for label, values in rows.items():
+                row = [labels.index(label)] * len(values)
+                axes.plot(values, row, "o", color=COLOURS[name], markersize=5, alpha=0.8)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        return {name: COLOURS[name] for name in groups}
+
+    height = 0.75 + 0.2 * len(labels)
+    box = (0.18, 0.5 / height, 1 - 0.25 / height)
+    return _draw(title, note, (xlabel, ""), height, [(box, plot)])
 
 
 def curves(title: str, ylabel: str, series: Lines, boundaries: Mapping[int, int]) -> Chart:

@@ -1,5 +1,6 @@
 """The report on a run: one HTML page of charts, tables and pairs; its words are in page.html."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from pathlib import Path
@@ -76,7 +77,8 @@ def _charts(run: Run, found: Figures) -> dict[str, list[Chart]]:
     each = {"margins": _margins, "selection": _ensemble, "lengths": _length_r2, "scores": _scores}
     made = {name: [one for two in both for one in make(run, *two)] for name, make in each.items()}
     made["lengths"] = _lengths(iterations) + made["lengths"]
-    made["accuracy"] = _accuracy(iterations) + _drift([one for one in iterations if one["drift"]])
+    drifted = [one for one in iterations if one["drift"]]
+    made["accuracy"] = _accuracy(iterations) + _drift(drifted) + _among_published(drifted)
     return made | {"samples": [], "cost": [], "training": _training(run)}
 
 
@@ -205,6 +207,34 @@ def _drift(drifted: Sequence[Figures]) -> list[Chart]:
     series = _series(drifted, chosen="drift.chosen", rejected="drift.rejected")
     zero = (0.0, "theta_0")
     return [charts.lines(title, note, "nats per answer", series, zero, decimals=1)]
+
+
+def published_runs() -> list[dict[str, str]]:
+    """DPO runs whose model cards say how far they moved: docs/drift.md has how it is known."""
+    with Path(__file__).with_name("drift.csv").open(encoding="utf-8", newline="") as rows:
+        return list(csv.DictReader(rows))
+
+
+def _among_published(drifted: Sequence[Figures]) -> list[Chart]:
+    """Drift of the run, per token, beside that of published runs."""
+    run = {f"t = {one['iteration']}": [one["drift"]["chosen"] / one["lengths"]["chosen"]]
+           for one in drifted if one["iteration"] > 1}  # fmt: skip
+    if not run:
+        return []
+    published: dict[str, list[float]] = {}
+    for one in published_runs():
+        by_beta = published.setdefault(f"beta {one['beta']}", [])
+        by_beta.append(float(one["nats_per_token"]))
+    every = [value for values in published.values() for value in values]
+    low, first, third, high = np.quantile(every, (0, 0.25, 0.75, 1)).tolist()
+    label, (last,) = list(run.items())[-1]
+    title = f"Iteration {label[4:]} began {last:+.2f} nats per token from theta_0. Of {len(every)} "
+    title += f"published DPO runs half ended between {first:.2f} and {third:.2f}, all between "
+    title += f"{low:.2f} and {high:.2f}"
+    note = "Chosen answers of the data. Grey ground: the middle half of the published runs, which "
+    note += "the page on drift in the docs names. How far a policy has moved is not how good it is."
+    groups = {"this run": run, "published runs": published}
+    return [charts.strips(title, note, "nats per token from theta_0", groups, (first, third))]
 
 
 def _training(run: Run) -> list[Chart]:
