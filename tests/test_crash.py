@@ -98,12 +98,23 @@ def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
 
 
 @pytest.mark.slow
+def test_training_ends_early_with_the_best_policy(bench):
+    left = bench.whole("lora-best").left
+    ending = left["sera/last/summary.json"]
+    assert (ending["policies"], ending["kept"]) == (3, 1)
+    assert "sera/iteration-03/summary.json" in left
+    assert not [name for name in left if name.startswith("sera/iteration-04")]
+    assert left["adapter_model.safetensors"] in left["sera/iteration-02/policy"].values()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "point",
     [
         "rename-before:22:full",
         "micro-batch:10:full-one-schedule",
         "checkpoint-half:55+sample-chunk:3:lora-keep-1",
+        "before-final:2:lora-best",  # chosen and not yet saved
         *(
             pytest.param(point, marks=pytest.mark.nightly)
             for point in (
@@ -118,6 +129,7 @@ def test_the_kill_is_real_and_where_it_is_said_to_be(bench):
                 "boundary:7:full",
                 "clean:3:full",
                 "final-half:3:full",
+                "policy-half:20:full-best",  # theta_3, which is not kept
                 "random:1:full",
             )
         ),

@@ -73,6 +73,21 @@ def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer(case):
     assert register(**change).items() >= made.items()
 
 
+@pytest.mark.parametrize(
+    ("keys", "keep"),
+    [
+        ({"load_best_model_at_end": True}, "best"),
+        ({"load_best_model_at_end": False}, "last"),
+        ({"early_stopping_patience": 3}, "best"),
+        ({"early_stopping_patience": 3, "load_best_model_at_end": True}, "best"),
+        ({"load_best_model_at_end": True, "sera": {"keep": "best"}}, "best"),
+        ({"early_stopping_patience": 0, "sera": {"keep": "last"}}, "last"),
+    ],
+)
+def test_the_hosts_keys_say_which_policy_is_kept(keys, keep):
+    assert register(**keys)["sera"]["keep"] == keep
+
+
 #: Changes of the YAML that the plugin takes as they are.
 WORKS = """
 sera: {bootstrap_ratio: 2, score_columns: [score]}
@@ -203,11 +218,18 @@ fsdp_config: {fsdp_version: 1} => fsdp_version: 1 does | Set fsdp_version: 2
     => fsdp_config.state_dict_type: SHARDED_STATE_DICT | FULL_STATE_DICT
 {fsdp_version: 2, fsdp_config: {offload_params: true}, load_in_4bit: true}
     => load_in_4bit: true | Remove load_in_4bit
-load_best_model_at_end: true => load_best_model_at_end: true | Remove it | axolotl sera eval
-metric_for_best_model: eval_loss => metric_for_best_model: eval_loss
+metric_for_best_model: eval_loss => metric_for_best_model: eval_loss | sera.keep: best
 greater_is_better: false => greater_is_better: false | Remove it
 save_strategy: best => save_strategy: best | save_strategy: epoch
-early_stopping_patience: 2 => early_stopping_patience: 2 | Remove it | axolotl sera eval
+{load_best_model_at_end: true, sera: {keep: last}}
+    => load_best_model_at_end: true contradicts sera.keep: last | Remove one
+{load_best_model_at_end: false, sera: {keep: best}}
+    => load_best_model_at_end: false contradicts sera.keep: best
+{early_stopping_patience: 3, sera: {keep: last}}
+    => early_stopping_patience: 3 | sera.keep: last | Set sera.keep: best
+{early_stopping_patience: 3, load_best_model_at_end: false}
+    => early_stopping_patience: 3 | load_best_model_at_end: false | Set sera.keep: best
+early_stopping_patience: 1.5 => early_stopping_patience: 1.5 is not a number of iterations
 sera: {bootstrap_ratio: 3, candidates: 4}
     => bootstrap_ratio: 3.0 needs 3 pairs | candidates: 4 | candidates to 6 or lower | ratio to 2
 sera: {selection_ratio: 0, bootstrap_ratio: 0}

@@ -1,5 +1,6 @@
 """Several processes: who does what, waiting, and a real run on two gloo ranks."""
 
+import json
 import os
 import shutil
 import socket
@@ -30,7 +31,7 @@ from sera_plugin.model.policies import (
 )
 from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard, current_ranks
 from sera_plugin.rundir.store import RunStore, make_table, read_json
-from tests.conftest import adapter, summary, table
+from tests.conftest import adapter, summary, table, write_rows
 
 
 def free_port() -> int:
@@ -215,7 +216,7 @@ def assert_weights_are_close(one: Path, other: Path, atol: float = 1e-4) -> None
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = base_config | {"num_epochs": 2} | (adapter() if kind == "lora" else {})
-    config["sera"]["sampler"] = "transformers"
+    config = with_an_early_best(config, kind, tmp_path)
     two = config | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
     result = launch(two, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -225,11 +226,29 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
     assert_alike(one, other, 2)
     weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
     assert_weights_are_close(one.parent / weights, other.parent / weights)
+    assert_theta_1_is_kept(other, weights)
     first, second = summary(one, 2), summary(other, 2)
     assert first["forwarded"] == second["forwarded"]
     assert first["pairs"] == second["pairs"]
     states = [read_json(run.parent / "checkpoint-6/trainer_state.json") for run in (one, other)]
     assert states[0]["global_step"] == states[1]["global_step"] == states[1]["max_steps"]
+
+
+def with_an_early_best(config: dict, kind: str, directory: Path) -> dict:
+    """The policy that is kept is theta_1: by other labels of the held-out pairs for adapters."""
+    config["sera"] |= {"sampler": "transformers", "keep": "best"}
+    if kind == "lora":
+        [held_out] = config["test_datasets"]
+        rows = map(json.loads, Path(held_out["path"]).read_text().splitlines())
+        turned = [one | {"chosen": one["rejected"], "rejected": one["chosen"]} for one in rows]
+        held_out["path"] = str(directory / "turned.jsonl")
+        write_rows(directory / "turned.jsonl", turned)
+    return config
+
+
+def assert_theta_1_is_kept(run: Path, weights: str) -> None:
+    assert read_json(run / "last/summary.json")["kept"] == 1
+    assert_weights_are_close(run / f"iteration-02/policy/{weights}", run.parent / weights, atol=0)
 
 
 def fsdp(**keys) -> dict:
@@ -252,8 +271,7 @@ def test_no_rank_goes_on_in_smaller_batches_alone():
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
-    config = base_config | (adapter() if kind == "lora" else {})
-    config["sera"]["sampler"] = "transformers"
+    config = with_an_early_best(base_config | (adapter() if kind == "lora" else {}), kind, tmp_path)
     # With Adam's 1e-8 a gradient of that size takes a whole step in the direction of its rounding.
     config["adam_epsilon"] = 1e-6
     two = config | fsdp() | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
@@ -267,6 +285,7 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
     policy, final = other / f"iteration-03/policy/{weights}", other.parent / weights
     assert_weights_are_close(one / f"iteration-03/policy/{weights}", policy)
     assert_weights_are_close(one.parent / weights, final)
+    assert_theta_1_is_kept(other, weights)
     assert_weights_are_close(policy, other.parent / f"checkpoint-6/{weights}", atol=0)
 
     # Cut off after one step of iteration 3, with theta_2 scored anew and theta_1 read back.
@@ -281,6 +300,7 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
     for name, before in tables.items():
         assert table(other, 3, name) == before
     assert_weights_are_close(Path(whole), final, atol=0)
+    assert_theta_1_is_kept(other, weights)
 
 
 @pytest.mark.slow

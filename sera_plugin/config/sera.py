@@ -119,6 +119,11 @@ class SeraConfig(Block):
     keep_policies: bool = False
     """Full fine-tuning only: keep the weights of every policy in the run directory. Otherwise those
     that no later iteration needs are removed. Adapters are small and always kept."""
+    keep: Literal["best", "last"] = "last"
+    """Which policy training leaves in `output_dir`: that of the last iteration, or `best`: the one
+    that tells chosen from rejected best on the held-out pairs (method.md), found anew after each
+    iteration. Training then ends when two iterations in a row have brought no better one. Without
+    held-out pairs `best` is `last`."""
     bad_rows: Literal["drop", "raise"] = "drop"
     """Rows that cannot be used (empty or null fields, wrong types, chosen equal to rejected, ...;
     see data.md): `drop` leaves them out, with a warning that counts and names them; `raise` stops
@@ -289,6 +294,10 @@ HOST_KEYS = {
     "reentrant or not, 8-bit and paged optimizers too.",
     "activation_offloading": "`true` keeps activations in host memory (TRL's offloader, for "
     "accelerators only); `hidden_states` with reentrant checkpointing is the host's own.",
+    "load_best_model_at_end, early_stopping_patience": "`true` is `sera.keep: best`, `false` is "
+    "`last`. The patience is how many iterations in a row may bring no better policy before "
+    "training ends: 2 unless set, 0 for no such end; a number implies `keep: best`. The host asks "
+    "for `save_steps` and `eval_steps` beside it.",
     "lora_model_dir": "An adapter to continue; theta_0 is the base model with it.",
     "auto_resume_from_checkpoints, resume_from_checkpoint": "Continue the run in `output_dir` "
     "where it stopped.",

@@ -63,7 +63,7 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     name_types(cfg)
     entries = {key: copy.deepcopy(cfg.get(key)) for key in DATASETS}
     cfg |= {"rl": "dpo", "trainer_cls": TRAINER, "vllm": vllm}
-    cfg["sera"] = sera.model_dump(mode="json")
+    cfg["sera"] = sera.model_dump(mode="json") | _kept(cfg, sera)
     for key, value in _DEFAULTS.items():
         if cfg.get(key) is None:
             cfg[key] = value
@@ -74,6 +74,14 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
         cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
     _warn(cfg, sera)
     return entries
+
+
+def _kept(cfg: Mapping[str, Any], sera: SeraConfig) -> dict[str, str]:
+    """`sera.keep` as the host's keys say it, where the block does not."""
+    best = cfg.get("load_best_model_at_end")
+    if "keep" in sera.model_fields_set or (best is None and not cfg.get("early_stopping_patience")):
+        return {}
+    return {"keep": "last" if best is False else "best"}
 
 
 def _warn(cfg: Mapping[str, Any], sera: SeraConfig) -> None:

@@ -47,6 +47,10 @@ class EndOfIteration(TrainerCallback):
         if args.save_strategy != SaveStrategy.NO and self.trainer.saved_step != state.global_step:
             control.should_save = True
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The host saves the model next, as it is then."""
+        self.trainer.loop.finish()
+
 
 class TrainingBar(ProgressCallback):
     """The host's bar, without SeRA's figures: they are for trackers, and the log has a summary."""
@@ -56,6 +60,11 @@ class TrainingBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.total = state.max_steps
             self.training_bar.refresh()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training may end before its last iteration."""
+        self.on_epoch_begin(args, state, control)
+        super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not any(name.startswith("sera/") for name in logs):
@@ -134,6 +143,10 @@ class UnequalEpochs(AxolotlDPOTrainer):
         loop.recall()
         planned = loop.schedule.steps(iteration)
         pairs, held_out = loop.begin(iteration, resumed, self.optimizer)
+        if pairs is None:
+            self.state.max_steps = loop.schedule.total_steps
+            self.control.should_training_stop = True
+            return
         steps = loop.schedule.steps(iteration)
         if held_out is not None:
             self.refer_held_out_to(held_out)

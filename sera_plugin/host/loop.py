@@ -29,6 +29,7 @@ from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.algorithm.trust import score_held_out, score_pairs
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run
+from sera_plugin.host.keeping import Keeping
 from sera_plugin.model.losses import deviation
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
@@ -75,6 +76,15 @@ class Loop:
         #: Steps as planned, which one learning-rate schedule over all iterations spans.
         self.planned_steps = self.schedule.total_steps
         self._output_dir = self.store.root.parent
+        self.keeping = Keeping(
+            self.method,
+            self.store,
+            self.scorer,
+            self.held_out,
+            float(self.described["beta"]),
+            self.cfg["early_stopping_patience"],
+        )
+        self.store.end = len(self.schedule.pairs) + 1
 
     def open(self, sharded_later: bool = False) -> None:
         """Start the run's record, or continue it; nothing is recorded before all checks are passed.
@@ -174,14 +184,15 @@ class Loop:
 
     def begin(
         self, iteration: int, resumed: bool, optimizer: Any
-    ) -> tuple[pa.Table, dict[str, FloatArray] | None]:
+    ) -> tuple[pa.Table | None, dict[str, FloatArray] | None]:
         """Everything before the first step of iteration t (1-based).
 
         The optimizer may wait in host memory while an engine samples.
 
         Returns:
-            D_t, see `algorithm.prepare`, and the held-out pairs' chosen and rejected
-            log-probabilities under the reference, None without any.
+            D_t, see `algorithm.prepare`, or None where training ends before this iteration; and
+            the held-out pairs' chosen and rejected log-probabilities under the reference, None
+            without any.
         """
         self.store.discard_after(iteration)
         summary = self.store.summary(iteration)
@@ -194,6 +205,11 @@ class Loop:
             policies.keep_current(iteration - 1)
         else:
             policies.current = None
+        figures = self.keeping.figures(iteration - 1) if iteration > 1 else {}
+        if not resumed and self.keeping.ends(figures):
+            self.store.end_before(iteration)
+            self.schedule = replace(self.schedule, pairs=self.schedule.pairs[: iteration - 1])
+            return None, None
         names = {"candidates", "temperature", "top_p", "max_new_tokens"}
         settings = SamplingSettings(
             **self.method.config.model_dump(include=names),
@@ -219,6 +235,8 @@ class Loop:
         if not summary:
             restore(it, {0, max(0, iteration - 2)})  # what drift and Jaccard compare with
             summary = summarize(it)
+            if figures:
+                summary["held_out_figure"] = figures[iteration - 1]
         alarms = judge([*filter(None, map(self.store.summary, range(1, iteration))), summary])
         if not resumed:  # the log and the trackers know it
             with above_bars():
@@ -229,7 +247,10 @@ class Loop:
             self.log(metrics(summary) | alarm_metrics(alarms))
         self._summary = summary
         self.record(alarms=records(alarms))
-        policies.forget_before(*self._oldest_needed(iteration))
+        begun = [iteration, *self._begun()]
+        policies.forget_before(
+            *self._oldest_needed(iteration), but=self.keeping.needed(figures, begun)
+        )
         self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
         policies.current = None  # from the first step on
         self._began = perf_counter()
@@ -244,10 +265,12 @@ class Loop:
         oldest = min(iteration - 1, method.oldest_policy(iteration + 1))
         if method.config.keep_policies:
             return oldest, 0
-        begun = [
-            self.schedule.locate(step)[0] for step in checksums.checkpoint_steps(self._output_dir)
-        ]
-        return oldest, min([oldest, *map(method.oldest_policy, begun)])
+        return oldest, min([oldest, *map(method.oldest_policy, self._begun())])
+
+    def _begun(self) -> list[int]:
+        """The iterations that a run would continue in from a checkpoint that is there."""
+        steps = checksums.checkpoint_steps(self._output_dir)
+        return [self.schedule.locate(step)[0] for step in steps]
 
     def record(self, **found: Any) -> None:
         """Add to the iteration's summary."""
@@ -262,3 +285,8 @@ class Loop:
         self.log({"sera/seconds/train": phases.seconds["train"]})
         with above_bars():
             LOG.info("%s", run.describe_end(self._summary))
+
+    def finish(self) -> None:
+        """After all iterations: the model becomes the policy that is kept."""
+        with above_bars():
+            self.keeping.finish(len(self.schedule.pairs))

@@ -49,6 +49,7 @@ class Given:
         self.loss = LOSSES[sera.loss] if cfg.get("dpo_loss_type") is None else None
         self.smooths = self.loss.label_smoothing if self.loss else None
         self.smoothing = number(cfg.get("dpo_label_smoothing")) or 0.0
+        self.says_keep = "keep" in sera.model_fields_set
 
     def get(self, key: str) -> Any:
         """The value of a key; `block.key` is one inside a block, where that is one."""
@@ -67,7 +68,7 @@ class Refusal:
     """A line of a table, about one or more keys, separated by commas."""
 
     keys: str
-    #: Why, and what to do instead. `{key}` is the key, `{loss}` is `sera.loss`.
+    #: Why, and what to do instead. `{key}` is the key, `{loss}` and `{keep}` are `sera`'s.
     remedy: str
     #: Of the value and all that is given. Unless set: whatever is not off, or one of `values`.
     when: Callable[[Any, Given], object] | None = None
@@ -83,7 +84,7 @@ class Refusal:
             else:
                 refused = as_written(value) in self.values.split(", ") if self.values else value
             if refused:
-                remedy = self.remedy.format(key=key, loss=given.sera.loss)
+                remedy = self.remedy.format(key=key, loss=given.sera.loss, keep=given.sera.keep)
                 raise ValueError(f"{given.where}{key}: {as_written(value)} {problem}{remedy}.")
 
 
@@ -167,6 +168,32 @@ MISTAKES = (
         lambda value, given: value is not None and given.loss and not given.loss.target_margin,
     ),
     Refusal(
+        "load_best_model_at_end",
+        "contradicts sera.keep: {keep}. Remove one of them",
+        lambda value, given: (
+            value is not None and given.says_keep and bool(value) != (given.sera.keep == "best")
+        ),
+    ),
+    Refusal(
+        "early_stopping_patience",
+        "is not a number of iterations: set a whole number from 0",
+        lambda value, _: value is not None and number(value) not in range(_MOST_EPOCHS),
+    ),
+    Refusal(
+        "early_stopping_patience",
+        "ends training where no better policy comes, but what is to be kept is the last one "
+        "(sera.keep: last, or load_best_model_at_end: false). Set sera.keep: best, or remove "
+        "early_stopping_patience",
+        lambda value, given: (
+            value
+            and (
+                given.sera.keep == "last"
+                if given.says_keep
+                else given.get("load_best_model_at_end") is False
+            )
+        ),
+    ),
+    Refusal(
         "dpo_use_weighting",
         "needs one of the host's own losses: set dpo_loss_type, for example [sigmoid], beside it",
         lambda value, given: value and given.loss,
@@ -206,9 +233,8 @@ ENTRY_MISTAKES = (
 )
 
 _BEST = (
-    "the host ignores it in preference training. Remove it: every iteration's policy is kept (of "
-    "full fine-tuning with sera.keep_policies: true), and `axolotl sera eval OUTPUT_DIR "
-    "--iterations` compares them"
+    "the host ignores it in preference training. Remove it; sera.keep: best leaves the policy that "
+    "is best on the held-out pairs"
 )
 _OFFLOADING = (
     "under DPO the host has one offloader, to host memory. Set gradient_checkpointing: true and "
@@ -225,7 +251,7 @@ _NEVER = {
     "rl_adapter_ref_model": "rl: sera keeps no reference model; remove {key}",
     "neftune_noise_alpha": "noise makes the policy differ from its own reference; remove {key}",
     "relora": "rl: sera snapshots one adapter per iteration; remove relora",
-    "load_best_model_at_end, metric_for_best_model, early_stopping_patience": _BEST,
+    "metric_for_best_model": _BEST,
     "use_liger_kernel": "it is not a key of the host, which would drop it. Remove it; for Liger's "
     "layers use the plugin axolotl.integrations.liger.LigerPlugin with liger_rope, liger_rms_norm "
     "and liger_glu_activation",

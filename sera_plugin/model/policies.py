@@ -10,7 +10,7 @@ parts (DTensors) or, where they were not given back, whole tensors that the next
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,15 +228,20 @@ class PolicyHistory:
         finally:
             restore_snapshot(self.model, here)
 
-    def forget_before(self, policy: int, on_disk: int) -> None:
+    def become(self, policy: int) -> None:
+        """The model is theta_policy, which is read from its directory, from now on."""
+        restore_snapshot(self.model, self._load(policy))
+        self.current = policy
+
+    def forget_before(self, policy: int, on_disk: int, but: Collection[int] = ()) -> None:
         """Drop the snapshots of older policies, and whole weights older than `on_disk` there.
 
-        Adapters are small and stay on disk.
+        Adapters are small and stay on disk; so do the policies `but`.
         """
         self._snapshots = {n: kept for n, kept in self._snapshots.items() if n >= policy}
 
         def remove() -> None:
-            for old in range(1, on_disk):
+            for old in sorted({*range(1, on_disk)} - {*but}):
                 if self.store.policy(old + 1).exists():
                     shutil.rmtree(self.store.policy(old + 1))
 

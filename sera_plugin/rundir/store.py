@@ -105,6 +105,9 @@ class RunStore:
         self.root = Path(output_dir) / "sera"
         #: What the run is (`description` reads it), and the offline pairs as token ids.
         self.run_file, self.dataset_file = self.root / "run.json", self.root / "dataset.parquet"
+        #: theta_T's own, where it is not in `output_dir`: what an iteration T + 1 would begin with.
+        self.last = self.root / "last"
+        self.end: int | None = None  # T + 1, while training knows it
         self.ranks = ranks or Ranks()
         self._reported: set[Path] = set()
         #: Chunks of samples by iteration: counting files again for each would take N^2 steps.
@@ -170,16 +173,34 @@ class RunStore:
         return content
 
     def iteration(self, iteration: int) -> Path:
-        """The directory of iteration t (1-based)."""
-        return self.root / f"iteration-{iteration:02d}"
+        """The directory of iteration t (1-based); of T + 1, where none comes, it is `last`."""
+        return self.last if iteration == self.end else self.root / f"iteration-{iteration:02d}"
+
+    def end_before(self, iteration: int) -> None:
+        """Training ends before iteration t, which has not trained: what it has becomes `last`."""
+        begun, self.end = self.iteration(iteration), iteration
+        self.ranks.on_main(lambda: begun.rename(self.last))
+
+    def policies(self) -> list[Path]:
+        """Where theta_0, theta_1, ..., theta_T of a finished run are.
+
+        That is `output_dir` for the one that was kept, and `last/policy` for theta_T if it was not.
+        """
+        path = self.last / "summary.json"
+        ending = read_json(path) if self._whole(path) else {}
+        planned = int((self.description() or {})["config"]["num_epochs"])
+        last = ending.get("policies", planned)
+        found = [*(self.policy(policy + 1) for policy in range(last)), self.last / "policy"]
+        found[ending.get("kept", last)] = self.root.parent
+        return found
 
     @_on_main
     def discard_after(self, iteration: int) -> None:
-        """Remove later iterations: they began from a policy that is trained anew."""
-        for path in self.root.glob("iteration-*"):
+        """Remove later iterations and `last`: they began from a policy that is trained anew."""
+        for path in (*self.root.glob("iteration-*"), self.last):
             # Only what is named as ours; of a link the link, never what it leads to.
             match = re.fullmatch(r"iteration-([0-9]{2,})", path.name)
-            if match and int(match[1]) > iteration:
+            if path == self.last or (match and int(match[1]) > iteration):
                 if path.is_symlink():
                     path.unlink()
                 elif path.is_dir():

@@ -159,8 +159,9 @@ class Watch:
             self.hit("boundary")
 
         def began(prepared: Any, loop: Any, iteration: int, *_: Any) -> None:
-            digest = sha(json.dumps(prepared[0].to_pydict()).encode())
-            self.tell("begin", iteration=iteration, pairs=digest)
+            if prepared[0] is not None:  # training ends before this iteration
+                digest = sha(json.dumps(prepared[0].to_pydict()).encode())
+                self.tell("begin", iteration=iteration, pairs=digest)
 
         def scores(scorer: Any, policy: int, prompts: Any, completions: Any, phase: str) -> None:
             self._scoring = phase.replace("_", "-")

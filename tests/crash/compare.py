@@ -40,11 +40,11 @@ def left_behind(directory: Path) -> dict[str, Any]:
     output = directory / "out"
     run = output / "sera"
     found = {f"sera/{path.relative_to(run)}": digest(path) for path in run.rglob("*.parquet")}
-    for path in (*run.glob("*.json"), *run.glob("iteration-*/*.json")):
+    for path in (*run.glob("*.json"), *run.glob("*/*.json")):
         content = json.loads(path.read_text())
         kept = {key: value for key, value in content.items() if key not in _MAY_DIFFER}
         found[f"sera/{path.relative_to(run)}"] = kept
-    for policy in run.glob("iteration-*/policy"):
+    for policy in run.glob("*/policy"):
         weights = [*policy.glob("*.safetensors"), *policy.glob("base_model.json")]
         found[f"sera/{policy.relative_to(run)}"] = {path.name: digest(path) for path in weights}
     found |= {path.name: digest(path) for path in output.glob("*.safetensors")}

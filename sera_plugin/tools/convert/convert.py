@@ -120,6 +120,7 @@ RULES: list[Rule | None] = [
          "`resume_from_checkpoint`", rules.saving,
          "A run that is there is continued, never overwritten."),
     *_same(Settings.whole, "save_total_limit"),
+    *_same(Settings.switch, "load_best_model_at_end"),
     Rule("report_to, run_name",
          "`use_wandb`, `use_tensorboard`, `use_mlflow`, `use_trackio`, `wandb_name`",
          rules.trackers),

@@ -79,9 +79,9 @@ LEFT_OUT: dict[str, str] = {
     "tokenized_path": "the host keeps what it has prepared in `dataset_prepared_path`.",
     "plot_loss": "`axolotl sera report` has the curves.",
     "cache_dir": "set HF_HOME instead.",
-    "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps":
-        "the host has it for supervised fine-tuning only; the policy of every iteration can be "
-        "kept, and `axolotl sera eval` compares them.",
+    "metric_for_best_model greater_is_better early_stopping_steps":
+        "the host has it for supervised fine-tuning only; `keep: best` in `sera:` leaves the "
+        "policy that is best on the held-out pairs.",
     "save_only_model": "a run that is cut off continues from whole checkpoints.",
     "ref_model*":
         "the reference is the policy that an iteration starts from, or with `reference: initial` "

@@ -16,6 +16,7 @@ import yaml
 
 from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.checksums import write_text
+from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
 from sera_plugin.tools.report.output import plain_table
 
@@ -142,8 +143,8 @@ def _table(base: Path, run: Path) -> str:
     """True reward, win rate against the base model and length, policy by policy."""
     from sera_plugin.tools.demo.base_model import load_model, respond
 
-    _, *earlier = sorted((run / "sera").glob("iteration-*/policy"))  # the first is the base
-    after = [(f"after iteration {t}", path) for t, path in enumerate([*earlier, run], start=1)]
+    _, *trained = RunStore(run).policies()  # the first is the base
+    after = [(f"after iteration {t}", path) for t, path in enumerate(trained, start=1)]
     random = Random(3)
     prompts = [make_prompt(random) for _ in range(HELD_OUT)]
     rows: list[list[str]] = []

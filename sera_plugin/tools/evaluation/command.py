@@ -73,8 +73,8 @@ def evaluate(
 ) -> None:
     """Win rates of models on a set of prompts, against the first one.
 
-    A model is a run's output_dir (its last policy), RUN@t (its policy after t iterations; 0 is what
-    it started from), the directory of a model or adapter, a model in the local hub cache, or a
+    A model is a run's output_dir (the policy in it), RUN@t (its policy after t iterations; 0 is
+    what it started from), the directory of a model or adapter, a model in the local hub cache, or a
     file of answers in AlpacaEval's format. A run alone is compared with what it started from.
     """
     from sera_plugin.labeling.judging import JudgeFailed

@@ -68,11 +68,11 @@ def find_models(specs: Sequence[str], iterations: bool = False) -> list[Model]:
         except ValueError:
             found.append(_other(spec))
             continue
-        last = int((store.description() or {})["config"]["num_epochs"])
-        numbers = [last] if len(specs) > 1 else [0, last]
+        places = store.policies()
+        kept = places.index(store.root.parent)
+        numbers = [kept] if len(specs) > 1 else [0, kept]
         if iterations:
-            there = [t for t in range(1, last) if store.policy(t + 1).exists()]
-            numbers = [0, *there, last]
+            numbers = [0, *(p for p, place in enumerate(places) if p and place.exists())]
         found += [_policy(store, spec, number) for number in numbers]
     distinct = {(one.weights, one.adapter, one.answers): one for one in found}.values()
     if len(distinct) < 2:
@@ -149,14 +149,13 @@ def _directory(path: Path, name: str, spec: str, base: str | None = None) -> Mod
 
 def _policy(store: RunStore, spec: str, number: int) -> Model:
     """theta_number of a run."""
-    description, directory = store.description() or {}, store.root.parent
-    last = int(description["config"]["num_epochs"])
+    description, places = store.description() or {}, store.policies()
+    output_dir, last = store.root.parent, len(places) - 1
     if not 0 <= number <= last:
         raise ValueError(f"{spec}@{number}: the run has the policies 0 to {last}.")
-    name = shown_name(directory.resolve().name)
-    if number == last:
-        # Ctrl-C has the host save a policy that is still in training; early stopping ends it before
-        # the last iteration.
+    name, directory = shown_name(output_dir.resolve().name), places[number]
+    if directory == output_dir:
+        # Ctrl-C has the host save a policy that is still in training.
         begun = max((t for t in range(1, last + 1) if store.iteration(t).is_dir()), default=1)
         trained = "train" in store.summary(begun).get("seconds", {})
         if not trained or not any(directory.glob("*.safetensors")):
@@ -165,7 +164,7 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
                 f"{directory} has no weights. {spec}@t is its policy after t iterations."
             )
     else:
-        name, directory = f"{name}@{number}", store.policy(number + 1)
+        name = f"{name}@{number}"
         problem = damage(directory)
         if problem is not None:
             raise ValueError(

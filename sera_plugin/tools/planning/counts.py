@@ -247,15 +247,17 @@ def _saves(run: Run) -> int:
 def _policies(run: Run, saves: int, limit: int) -> int:
     """How many `policy` directories with weights there are at once; see `Loop._oldest_needed`."""
     method, iterations = run.method, run.method.iterations
+    judged = method.config.keep == "best" and len(run.held_out) > 0
     if run.model.adapter:
-        return iterations
+        return iterations + judged  # the last one, where another is kept
     needed = [iterations - 1, method.oldest_policy(iterations + 1)]
     if saves:  # those that are kept begin the next ones
         begun = range(max(2, iterations - limit + 1), iterations + 1)
         needed += [method.oldest_policy(t) for t in begun]
     # A base model's theta_0 is a pointer.
     oldest = 1 if method.config.keep_policies else max(1, min(needed))
-    return max(0, iterations - oldest)
+    # An older one that is the best so far, and the last one.
+    return max(0, iterations - oldest) + 2 * judged
 
 
 def _tables(run: Run, pairs: Pairs) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_plugin.algorithm.best import FIGURE
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
@@ -56,6 +57,7 @@ def render(run: Run) -> str:
         run=run,
         title=shown_text(run.root.parent.resolve().name or "SeRA run", 120),
         figures=found,
+        figure_is=FIGURE,
         charts=_charts(run, found),
         square=Table.square,
         spent=spent,

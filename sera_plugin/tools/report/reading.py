@@ -115,6 +115,7 @@ class Run:
         with_margins: the newest of them whose offline pairs have margins, if any.
         swapped: (N,) which labels were swapped on purpose; None where none were, or it is unknown.
         total, unit: N, the number of offline pairs; what rewards and margins are measured in.
+        ending: last/summary.json; empty before the end of training and with `keep: last`.
         history: `log_history` of the newest checkpoint, empty without.
         state: `finished`, `going on`, or `stopped`.
         notes: one sentence for everything that is missing or damaged.
@@ -142,6 +143,7 @@ class Run:
         numbers = sorted(int(n[10:]) for n in names if re.fullmatch(r"iteration-[0-9]{2,6}", n))
         self.begun = {number: Iteration(self, store, number) for number in numbers}
         self.iterations = list(self.begun.values())
+        self.ending = self.json(store.last / "summary.json")
         margins = [one for one in self.iterations if one.margin is not None]
         self.with_margins = margins[-1] if margins else None
         offline = next((one.offline for one in self.iterations if one.offline), {})
@@ -205,7 +207,7 @@ class Run:
         return []
 
     def _read_state(self) -> str:
-        planned = int(self.config.get("num_epochs") or 0)
+        planned = int(self.ending.get("policies") or self.config.get("num_epochs") or 0)
         trained = self.iterations and "train" in self.iterations[-1].summary.get("seconds", {})
         if planned and len(self.iterations) >= planned and trained:
             return "finished"
