@@ -246,6 +246,7 @@ vllm: {gpu_memory_utilisation: 0.5}
 trl: {beta: strong} => trl.beta: strong is not a number
 trainer_cls: a.b => trainer_cls: a.b | remove trainer_cls
 sera: {sampler: vllm-server} => sera.sampler: vllm-server | needs an adapter | adapter: lora
+{val_set_size: 0.1, sera: {held_out: 20}} => sera.held_out: 20.0 | val_set_size | Keep one
 sera: {gamma: true} => sera.gamma: True is not a number
 dpo_loss_type: [sigmoyd] => dpo_loss_type: ['sigmoyd'] | sigmoid, hinge | dpo_loss_type: [sigmoid]
 dpo_loss_type: ipo => dpo_loss_type: ipo | list

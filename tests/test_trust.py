@@ -115,6 +115,7 @@ def test_candidates_outside_the_support_are_unranked(tmp_path):
         ({"reward": "fitted"}, 10_000, 500),
         ({"reward": "fitted"}, 100_000, 2_000),
         ({"reward": "fitted"}, 9, 0),
+        ({"reward": "fitted", "selection": "all", "bootstrap_ratio": 0}, 5_000, 0),
         ({"held_out": 0.2}, 50, 10),
         ({"held_out": 7}, 50, 7),
         ({"held_out": 0, "reward": "fitted"}, 5_000, 0),

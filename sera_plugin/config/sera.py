@@ -142,6 +142,12 @@ class SeraConfig(Block):
         return kind == "always" or (kind == "by_reduction" and self.ipo_reduction == "mean")
 
     @property
+    def ranks_by_reward(self) -> bool:
+        """Whether pairs are selected or samples ranked by the implicit reward."""
+        selects = SELECTIONS[self.selection].by_margin and self.selection_ratio < 1
+        return selects or (LABELERS[self.labeler].implicit and self.bootstrap_ratio > 0)
+
+    @property
     def first_iteration(self) -> int:
         """The iteration from which pairs are selected and sampled."""
         return LABELERS[self.labeler].first_iteration(self.selection_ratio)
@@ -155,7 +161,8 @@ class SeraConfig(Block):
         """How many of the dataset's pairs are set aside; see `held_out`."""
         asked = self.held_out
         if asked is None:
-            asked = min(max(100, total // 20), 2_000, total // 10) if self.reward == "fitted" else 0
+            fits = self.reward == "fitted" and self.ranks_by_reward
+            asked = min(max(100, total // 20), 2_000, total // 10) if fits else 0
         return round(asked * total) if asked < 1 else min(int(asked), total)
 
     @field_validator("*", mode="before")

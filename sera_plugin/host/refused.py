@@ -108,6 +108,13 @@ MISTAKES = (
         lambda value, given: value == "vllm-server" and not given.get("adapter"),
     ),
     Refusal(
+        "sera.held_out",
+        "beside val_set_size or test_datasets: those pairs are the held-out ones. Keep one of them",
+        lambda value, given: (
+            value is not None and (given.get("val_set_size") or given.get("test_datasets"))
+        ),
+    ),
+    Refusal(
         "fsdp_config",
         "is not a block of keys: write `fsdp_version: 2` and `fsdp_config:` with its keys indented "
         "(docs/many-gpus.md)",
