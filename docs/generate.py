@@ -1,4 +1,4 @@
-"""Write docs/configuration.md and the tables of docs/llama-factory.md: `make docs`."""
+"""Write docs/configuration.md and tables of llama-factory.md and drift.md: `make docs`."""
 
 import typing
 from pathlib import Path
@@ -11,6 +11,7 @@ from sera_plugin.config.sera import HOST_KEYS, SeraConfig
 from sera_plugin.host.refused import REFUSALS
 from sera_plugin.tools.convert.convert import RULES
 from sera_plugin.tools.convert.settings import LEFT_OUT, TEMPLATES
+from sera_plugin.tools.report.page import published_runs
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -133,6 +134,17 @@ def convert_tables() -> list[str]:
     return ["\n".join(table) for table in (keys, lost, templates)]
 
 
+def drift_table() -> str:
+    """The table of docs/drift.md, of the figures that reports draw."""
+    head = "run, parameters, method, beta, beta from, learning rate"
+    head += ", nats per answer, tokens, nats per token"
+    lines = [f"| {' | '.join(head.split(', '))} |", "|---" * 6 + "|---:" * 3 + "|"]
+    for one in published_runs():
+        name, *cells, source = one.values()
+        lines.append(f"| [{name}]({source}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def fill(page: str, tables: list[str]) -> str:
     """A page with tables put in place of those that begin with the same line."""
     for table in tables:
@@ -145,6 +157,6 @@ def fill(page: str, tables: list[str]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
-    converting = PAGE.with_name("llama-factory.md")
-    filled = fill(converting.read_text(encoding="utf-8"), convert_tables())
-    converting.write_text(filled, encoding="utf-8")
+    for name, tables in (("llama-factory", convert_tables()), ("drift", [drift_table()])):
+        page = PAGE.with_name(f"{name}.md")
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 from sera_plugin.algorithm.method import Labeler
 from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.tools.report.figures import dataset_scores, figures, r_squared
-from sera_plugin.tools.report.page import curve, render
+from sera_plugin.tools.report.page import curve, published_runs, render
 from sera_plugin.tools.report.pairs import describe_pair, show_pair, show_suspects, suspects
 from sera_plugin.tools.report.reading import Run, Texts
 from tests.report_run import make_run
@@ -64,6 +64,33 @@ def test_margins_selections_and_drift(tmp_path):
     # From the initial policy.
     assert [one["drift"]["chosen"] for one in found["iterations"]] == about([0, 1.25, 2.125])
     assert third["drift"]["rejected"] == 0
+
+
+def test_a_run_lies_among_published_ones(tmp_path):
+    page = render(Run(make_run(tmp_path, pairs=4, logps=FOUR, held_out=0)))
+    # Chosen answers have four tokens and are up by (4 + 1 + 3 + 1/2) / 4 nats on average.
+    said = "Iteration 3 began +0.53 nats per token from theta_0. Of 25 published DPO runs half"
+    assert f"{said} ended between -0.41 and -0.09, all between -0.91 and 0.00" in page
+    for one in published_runs():
+        assert f">beta {one['beta']}<" in page
+        each = float(one["nats_per_answer"]) / float(one["tokens"])
+        assert float(one["nats_per_token"]) == about(each, abs=3e-4)
+
+
+def test_weights_are_told_by_how_far_back_a_policy_is(tmp_path):
+    settings = {"reward": "fitted", "trust": "warn"}
+    run = Run(make_run(tmp_path, iterations=4, sera=settings, held_out=40))
+    page = render(run)
+    assert '">theta_{t-1}</th><th scope="col">theta_{t-2}</th><th scope="col">theta_{t-3}<' in page
+    table = page[page.index("What the reward counts") :]
+    for one in run.iterations[1:]:
+        found = one.summary["reward"]
+        names = [*(f"theta_{one.number - back}" for back in (1, 2, 3)), "length"]
+        both = [(found["weights"].get(name), found["errors"].get(name)) for name in names]
+        cells = [
+            "-" if weight is None else f"{weight:+.2f} ± {error:.2f}" for weight, error in both
+        ]
+        assert f"<td>{'</td><td>'.join(cells)}</td>" in table
 
 
 def test_simpo_is_per_token_and_has_no_reference(tmp_path):
@@ -183,7 +210,8 @@ def shown(run: Run, row: int) -> str:
         ({"selection_ratio": 0}, {}, "Iteration 3: sampled pairs", "offline pairs above"),
         ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "<dd>1 N</dd>", "0.5 N"),
         ({}, {"held_out": 0}, "of offline pairs, ", "pairs are held out"),
-        ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 N, of 6 answers", "per token"),
+        ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 N, of 6 answers",
+         "nats per token<"),
         ({"loss": "ipo"}, {}, "nats per token<", "nats<"),
         ({"loss": "simpo"}, {}, "<dd>none</dd>", "nats<"),
         ({"selection": "reference_logp"}, {}, "<dd>0.5 N by reference_logp</dd>", _FIRST),
