@@ -7,6 +7,7 @@ make claims ARGS="--criteria"        what the world's parameters were fixed by
 make claims ARGS="--again"           once more from nothing: are the kept figures found again?
 make claims ARGS="--smoke"           one seed of a toy, to see that it works; nothing is kept
 make claims ARGS="--compare --world fillers"  systems with the same held-out pairs, in one world
+make claims ARGS="--compare --world language --model DIR --criteria"     what that was fixed by
 make claims ARGS="--data FILE --model DIR"   ways to select on a dataset with scores and a model
 """
 
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.world = options.world or next(iter(worlds))
     if options.world not in worlds:
         parser.error(f"--world {options.world} is not among {', '.join(worlds)}")
+    if options.compare and options.criteria and options.world != "language":
+        parser.error("with --compare there are --criteria for --world language")
     if options.held_out and options.data is None:
         parser.error("--held-out goes with --data")
     if options.render:
@@ -104,16 +107,25 @@ def compare(options: argparse.Namespace, directory: Path) -> None:
     world, rates = COMPARED_WORLDS[options.world]
     if options.smoke:
         world = replace(world, **SMALL)
-    systems = chosen(COMPARED, options.only)
-    runs = [
-        run
-        for rate in options.rates or rates
-        for run in plan(systems, options.seeds, replace(world, learning_rate=rate))
+    systems, seeds = chosen(COMPARED, options.only), options.seeds
+    if options.criteria:
+        systems, seeds = chosen(COMPARED, [criteria.ITERATIVE]), criteria.LANGUAGE_SEEDS
+    by_rate = [
+        plan(systems, seeds, replace(world, learning_rate=rate))
+        for rate in sorted(options.rates or rates)
     ]
+    # Seed by seed, too.
+    runs = [run for seed in seeds for rate in by_rate for run in rate if run.seed == seed]
     how = {"model": options.model, "keep": options.keep and options.keep.resolve()}
     with Journal(directory / "smoke.jsonl" if options.smoke else COMPARISON) as journal:
         start = run_again if options.again else run_all
         start(runs, directory, journal, options.cores, **how)
+        if options.criteria:
+            bases = [journal.get(base_key(run.world, run.seed)) or {} for run in by_rate[0]]
+            records = [[journal.get(run.key) or {} for run in rate] for rate in by_rate]
+            for one in criteria.check_language(bases, records):
+                says = "holds" if one.holds else "does not hold"
+                print(f"{one.says}: {one.figure:.3f}, {one.least:g} to {one.most:g}: {says}")
 
 
 def chosen(systems: Sequence[System], names: Sequence[str] | None) -> list[System]:
@@ -150,8 +162,9 @@ def run_again(
     """Run what is kept once more, from nothing, and keep how many runs gave other figures."""
     kept = {run.key: found for run in runs if (found := journal.get(run.key))}
     start = time.perf_counter()
-    with Journal(directory / f"again-{os.getpid()}.jsonl") as fresh:
-        run_all([run for run in runs if run.key in kept], directory, fresh, cores, **how)
+    scratch = directory / f"again-{os.getpid()}"
+    with Journal(scratch / "runs.jsonl") as fresh:
+        run_all([run for run in runs if run.key in kept], scratch, fresh, cores, **how)
         differ = [key for key in kept if timeless(fresh.get(key)) != timeless(kept[key])]
     seconds = round(time.perf_counter() - start)
     found = {"runs": len(kept), "differ": len(differ), "seconds": seconds, "at_a_time": cores}
@@ -195,7 +208,7 @@ def run_all(
     ]
     for job, figures in perform_all(worlds, cores):
         for (world, seed), at in places.items():
-            key = key_of("base", world.record, seed)[:16]
+            key = base_key(world, seed)
             if at == job.arguments[2] and key not in journal:
                 base = {"system": "base model", "seed": seed, **figures, **origin(world)}
                 journal.add(key, base)
@@ -247,6 +260,11 @@ def place(directory: Path, world: World, seed: int) -> Path:
     """Where it is made: without what only training reads."""
     alike = replace(world, learning_rate=0.0, batch=0, beta=0.0)
     return directory / f"world-{alike.key}-{seed}"
+
+
+def base_key(world: World, seed: int) -> str:
+    """What the record of a world's base model is found by."""
+    return key_of("base", world.record, seed)[:16]
 
 
 def origin(world: World) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from benchmarks.claims.tasks import FloatArray, Letters
 if TYPE_CHECKING:
     from benchmarks.claims.world import World
 
-#: Answers with fewer tokens than this are what the model is fine-tuned on.
-SHORT = 20
+#: Answers with fewer tokens than this, their end included, are what the model is fine-tuned on.
+SHORT = 16
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 #: Pleasant, unpleasant and neither.
@@ -45,16 +45,17 @@ TOPICS = (
     *("an empty street", "swimming", "a cheap hotel", "tea", "thunder", "a long meeting"),
     *("market day", "a flat tire", "painting", "crowded buses", "horses", "a job interview"),
     *("the desert", "ice cream", "a hospital", "dancing", "burnt toast", "fog", "a wedding"),
+    *("a cracked window", "honey", "the gym", "a rude waiter", "sunsets", "a hangover", "kites"),
+    *("a power cut", "strawberries", "the flu", "a puppy", "a parking ticket", "autumn leaves"),
+    *("a lost suitcase", "a warm blanket", "mold", "street music", "a delayed flight", "frogs"),
+    *("a rusty car", "candles", "a noisy fridge", "picnics", "a tax form", "the library card"),
+    *("a broken promise", "fresh paint", "a cold shower", "old friends", "wasps", "a good nap"),
+    *("a leaking roof", "pancakes", "the last bus", "a thank-you note"),
 )
 
 
 def words_of(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text.lower())
-
-
-def sentences_of(text: str) -> int:
-    """How many sentences end in it; 0 of one that breaks off."""
-    return len(re.findall(r"[.!?]+(?=[\s\"')]|$)", text.strip()))
 
 
 def at_most(words: int, text: str) -> float:
@@ -66,7 +67,7 @@ def exactly(words: int, text: str) -> float:
 
 
 def one_sentence(text: str) -> float:
-    return float(sentences_of(text) == 1)
+    return float(bool(re.fullmatch(r"[^.!?]+[.!?]+[\"')]*", text.strip())))
 
 
 def a_question(text: str) -> float:
@@ -165,7 +166,7 @@ class Language(Letters):
             end_ids=(tokenizer.eos_token_id,),
             seed=seed,
         )
-        sampler = TransformersSampler(model, tokenizer.pad_token_id, token_budget=8_192)
+        sampler = TransformersSampler(model, tokenizer.pad_token_id, token_budget=32_768)
         texts = [""] * len(prompts)
         for chunk in sampler.sample(self.prompt_ids(tokenizer, prompts), settings):
             for row, (candidate,) in chunk:
@@ -224,40 +225,53 @@ def unpack(wheel: Path, directory: Path) -> None:
 
 
 def shorten(directory: Path, out: Path) -> None:
-    """Fine-tune the model on those of its own answers that end early.
+    """Fine-tune the model, twice, on those of its own answers that end early.
 
     It hardly keeps to a length that it is asked for, and a run's cost is in the tokens. Nobody
     has judged the answers: how good they are is for preferences to teach.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
 
     from benchmarks.claims.world import COMPARED
-    from sera_plugin.model.forward import collate, forward_logps
 
     task = Language()
     model, tokenizer = task.load(directory)
     prompts = list(PROMPTS)
     world = replace(COMPARED["language"][0], new_tokens=SHORT)
-    texts = task.answer(model, tokenizer, prompts, world, seed=0)
-    short = [
-        (prompt, text)
-        for prompt, text in zip(prompts, texts, strict=True)
-        if text and len(ids_of(tokenizer, [text])[0]) < SHORT - 1
-    ]
-    asked = task.prompt_ids(tokenizer, [prompt for prompt, _ in short])
-    given = ids_of(tokenizer, [f"{text}{tokenizer.eos_token}" for _, text in short])
-    print(f"{len(short)} of {len(texts)} answers are short", flush=True)
     torch.manual_seed(0)
+    for seed in (0, 1):
+        texts = task.answer(model, tokenizer, prompts, world, seed)
+        ended = [
+            one
+            for one in zip(prompts, texts, strict=True)
+            if task.is_whole(tokenizer, one[1], world)
+        ]
+        print(f"{len(ended)} of {len(texts)} answers end early", flush=True)
+        chosen = Random(seed).sample(ended, min(len(ended), 200))
+        model = fine_tuned(task, model, tokenizer, chosen, Random(seed))
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def fine_tuned(
+    task: Language, model: Any, tokenizer: Any, answers: Sequence[tuple[str, str]], random: Random
+) -> Any:
+    """The model after three epochs on prompts with their answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from sera_plugin.model.forward import collate, forward_logps
+
+    asked = task.prompt_ids(tokenizer, [prompt for prompt, _ in answers])
+    given = ids_of(tokenizer, [f"{text}{tokenizer.eos_token}" for _, text in answers])
     model = get_peft_model(
         model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-4, weight_decay=0.0)
-    random = Random(0)
     for epoch in range(3):
         losses = []
-        order = random.sample(range(len(short)), len(short))
+        order = random.sample(range(len(answers)), len(answers))
         for start in range(0, len(order), 16):
             lines = [(index,) for index in order[start : start + 16]]
             inputs, targets = collate(asked, given, lines, 0, torch.device("cpu"))
@@ -268,8 +282,7 @@ def shorten(directory: Path, out: Path) -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
         print(f"epoch {epoch + 1}: {np.mean(losses):.3f} nats per token", flush=True)
-    model.merge_and_unload().to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    return model.merge_and_unload()
 
 
 if __name__ == "__main__":

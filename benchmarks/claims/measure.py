@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from benchmarks.claims import labelled
+from benchmarks.claims.labelled import in_order, mean_words, true_rewards
 from benchmarks.claims.tasks import FloatArray, Letters, task_of
 from benchmarks.claims.world import World
 from sera_plugin.algorithm.selection import select_largest
@@ -32,26 +34,27 @@ def measure(directory: Path, place: Path, world: World, seed: int) -> dict[str, 
         world, seed: what it was made from.
 
     Returns:
-        `policies`, one per iteration (theta_1, ..., theta_T), and `iterations` (t = 1, ..., T).
+        `policies`, one per iteration (theta_1, ..., theta_T), and `iterations` (t = 1, ..., T);
+        where pairs are held out, `base` too, see `labelled`.
     """
-    root = directory / "sera"
-    found = sorted(root.glob("iteration-*"))
-    policies = [one / "policy" for one in found[1:]] + [directory]
+    places = sorted((directory / "sera").glob("iteration-*"))
+    policies = [one / "policy" for one in places[1:]] + [directory]
     task = task_of(world.task)
-    held_out = HeldOut.read(place, world)
-    figures = labelled_figures if world.test_pairs else policy_figures
-    return rounded(
-        {
-            "policies": [figures(policy, held_out, world, seed) for policy in policies],
-            "iterations": [
-                iteration_figures(root, number, task) for number in range(1, len(found) + 1)
-            ],
-        }
-    )
+    iterations = [iteration_figures(one, number, task) for number, one in enumerate(places, 1)]
+    if world.test_pairs:
+        figures = labelled.figures(directory, place, world, seed)
+        judged = map(labelled.reward_figures, places)
+        iterations = [one | other for one, other in zip(iterations, judged, strict=True)]
+    else:
+        held_out = HeldOut.read(place, world)
+        figures = {"policies": [policy_figures(one, held_out, world, seed) for one in policies]}
+    return rounded({**figures, "iterations": iterations})
 
 
 def base_figures(place: Path, world: World) -> dict[str, Any]:
     """The base model's answers to the held-out prompts, and how two answers to one differ."""
+    if world.test_pairs:
+        return rounded(labelled.base_figures(place, world))
     held_out = HeldOut.read(place, world)
     figures = {
         "true_reward": float(held_out.rewards.mean()),
@@ -60,18 +63,7 @@ def base_figures(place: Path, world: World) -> dict[str, Any]:
     if world.samples > 1:
         by_sample = held_out.rewards.reshape(-1, held_out.count)
         figures["spread"] = float(by_sample.std(axis=0, ddof=1).mean())
-    if world.test_pairs:
-        pairs = read_rows(place / "pairs.jsonl")
-        gaps = [abs(row["true_chosen"] - row["true_rejected"]) for row in pairs]
-        # Of two values the standard deviation is their distance / sqrt 2.
-        figures["spread"] = float(np.mean(gaps)) / 2**0.5
-        figures["pairs"] = len(pairs)
-        figures |= mean_parts(task_of(world.task), held_out.prompts, held_out.answers)
     return rounded(figures)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass(frozen=True)
@@ -81,9 +73,8 @@ class HeldOut:
     Attributes:
         prompts, answers: texts, the base model's answers; prompts repeat for every sample.
         rewards: (n,) their true rewards.
-        logps: (n,) log pi_0 of the answers, or (2, m) of the labelled pairs' chosen and rejected.
+        logps: (n,) log pi_0 of the answers.
         count: how many different prompts there are.
-        pairs: the m labelled pairs, if there are any.
     """
 
     prompts: Sequence[str]
@@ -91,68 +82,15 @@ class HeldOut:
     rewards: FloatArray
     logps: FloatArray
     count: int
-    pairs: Sequence[Mapping[str, Any]]
 
     @classmethod
     def read(cls, place: Path, world: World) -> HeldOut:
         task = task_of(world.task)
         texts = json.loads((place / "held-out.json").read_text(encoding="utf-8"))
         prompts, answers = texts["prompts"], texts["answers"]
-        pairs = read_rows(place / "test.jsonl") if world.test_pairs else []
-        base = task.load(place / "base-model")
-        before = pair_logps(task, *base, pairs) if pairs else task.logps(*base, prompts, answers)
+        logps = task.logps(*task.load(place / "base-model"), prompts, answers)
         rewards = true_rewards(task, prompts, answers)
-        return cls(prompts, answers, rewards, before, len(set(prompts)), pairs)
-
-
-def pair_logps(
-    task: Letters, model: Any, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]
-) -> FloatArray:
-    """(2, m) log pi of chosen and rejected."""
-    prompts = [row["prompt"] for row in pairs]
-    sides = [[row[side] for row in pairs] for side in ("chosen", "rejected")]
-    both = task.logps(model, tokenizer, prompts * 2, sides[0] + sides[1])
-    return both.reshape(2, len(pairs))
-
-
-def labelled_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> dict[str, Any]:
-    """A policy's answers, and what it makes of the labelled pairs that it was not trained on.
-
-    Returns:
-        `true_reward`, its parts and `words` of its answers; of the pairs `chosen_logp`,
-        `rejected_logp` (means, nats), `drift` (log pi - log pi_0 of chosen answers, nats per
-        token), `accuracy` and `loss` (DPO's, with the world's beta) of log pi - log pi_0 against
-        the labels, `likelihood_accuracy` of log pi per token, and `order`: how often log pi -
-        log pi_0 is in true order.
-    """
-    task = task_of(world.task)
-    model, tokenizer = task.load(policy)
-    ours = task.answer(model, tokenizer, held_out.prompts, world, 100 * seed + 99)
-    logps = pair_logps(task, model, tokenizer, held_out.pairs)
-    gained = logps - held_out.logps
-    margin = gained[0] - gained[1]
-    texts = [[row[side] for row in held_out.pairs] for side in ("chosen", "rejected")]
-    tokens = np.array([task.tokens(tokenizer, side) for side in texts])
-    true = [[row[f"true_{side}"] for row in held_out.pairs] for side in ("chosen", "rejected")]
-    each = logps / tokens
-    return {
-        "true_reward": float(true_rewards(task, held_out.prompts, ours).mean()),
-        **mean_parts(task, held_out.prompts, ours),
-        "words": mean_words(ours),
-        "chosen_logp": float(logps[0].mean()),
-        "rejected_logp": float(logps[1].mean()),
-        "drift": float((gained[0] / tokens[0]).mean()),
-        "accuracy": in_order(margin, np.ones(len(margin))),
-        "loss": float(np.logaddexp(0.0, -world.beta * margin).mean()),
-        "likelihood_accuracy": in_order(each[0] - each[1], np.ones(len(margin))),
-        "order": in_order(margin, np.subtract(*true)),
-    }
-
-
-def mean_parts(task: Letters, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
-    """The mean of each part of the true reward, by name."""
-    parts = [task.parts(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    return {name: float(np.mean([one[name] for one in parts])) for name in parts[0]}
+        return cls(prompts, answers, rewards, logps, len(set(prompts)))
 
 
 def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> dict[str, Any]:
@@ -181,7 +119,7 @@ def policy_figures(policy: Path, held_out: HeldOut, world: World, seed: int) -> 
     }
 
 
-def iteration_figures(root: Path, number: int, task: Letters) -> dict[str, Any]:
+def iteration_figures(place: Path, number: int, task: Letters) -> dict[str, Any]:
     """What an iteration kept, sampled and cost.
 
     Returns:
@@ -195,9 +133,8 @@ def iteration_figures(root: Path, number: int, task: Letters) -> dict[str, Any]:
         `order_since_initial`: the same for the best and worst of each prompt if they were ranked
         by log pi_{t-1} per token, or by log pi_{t-1} - log pi_0.
     """
-    place = root / f"iteration-{number:02}"
     summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
-    dataset = pq.read_table(root / "dataset.parquet")
+    dataset = pq.read_table(place.parent / "dataset.parquet")
     offline = pq.read_table(place / "offline.parquet")
     pairs, noise = summary["pairs"], summary.get("label_noise", {})
     figures: dict[str, Any] = {
@@ -219,7 +156,7 @@ def iteration_figures(root: Path, number: int, task: Letters) -> dict[str, Any]:
         kept = offline["selected"].to_numpy(zero_copy_only=False)
         figures |= about_selection(kept, true["chosen"] - true["rejected"], dataset, offline)
     if pairs["bootstrapped_found"]:
-        figures |= about_samples(root, place, dataset, number, task)
+        figures |= about_samples(place, dataset, number, task)
     return figures
 
 
@@ -238,13 +175,11 @@ def about_selection(
     }
 
 
-def about_samples(
-    root: Path, place: Path, dataset: Any, number: int, task: Letters
-) -> dict[str, Any]:
+def about_samples(place: Path, dataset: Any, number: int, task: Letters) -> dict[str, Any]:
     """Sampled pairs against the true reward of their answers."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root.parent, local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place.parents[1], local_files_only=True)
     candidates = pq.read_table(
         place / "candidates.parquet", columns=["row", "candidate", "token_ids", "logps"]
     )
@@ -290,20 +225,6 @@ def extremes(reward: FloatArray, true: FloatArray) -> FloatArray:
     first, last = (pick(reward, axis=1)[:, None] for pick in (np.argmax, np.argmin))
     gaps = np.take_along_axis(true, first, 1) - np.take_along_axis(true, last, 1)
     return gaps[:, 0]
-
-
-def in_order(gap: FloatArray, true_gap: FloatArray) -> float | None:
-    """How often two gaps have the same sign, where neither is 0; None where one always is."""
-    differ = (gap != 0) & (true_gap != 0)
-    return float((gap[differ] * true_gap[differ] > 0).mean()) if differ.any() else None
-
-
-def true_rewards(task: Letters, prompts: Sequence[str], texts: Sequence[str]) -> FloatArray:
-    return np.array([task.reward(p, text) for p, text in zip(prompts, texts, strict=True)])
-
-
-def mean_words(texts: Sequence[str]) -> float:
-    return float(np.mean([len(text.split()) for text in texts]))
 
 
 def numbers(table: Any, column: str) -> FloatArray:

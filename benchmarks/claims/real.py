@@ -20,9 +20,11 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.claims.measure import FloatArray, in_order, numbers, rounded
+from benchmarks.claims.labelled import in_order
+from benchmarks.claims.measure import numbers, rounded
 from benchmarks.claims.runs import HOST
 from benchmarks.claims.systems import System
+from benchmarks.claims.tasks import FloatArray
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.algorithm.summary import jaccard
 from sera_plugin.rundir.journal import key_of

@@ -20,6 +20,7 @@ from sera_plugin.tools.demo.world import Labelling
 #: Most answers to a labelled prompt.
 ANSWERS = 4
 #: Columns of the pairs, for `sera.score_columns`; the first two are what selection by score reads.
+SIDES = ("chosen", "rejected")
 COLUMNS = ("score_chosen", "score_rejected", "true_chosen", "true_rejected")
 #: Labels are swapped by the plugin (`label_noise`), not here.
 LABELLING = Labelling(temperature=0.15, length_bonus=0.2, noise=0.0)
@@ -87,7 +88,7 @@ _LETTERS = replace(WORLD, labelling=replace(LABELLING, noise=0.2), test_pairs=10
 #: A real model; fixed by `criteria` too.
 _LANGUAGE = World(
     task="language",
-    pairs=440,
+    pairs=500,
     test_pairs=100,
     held_out=300,
     samples=1,
@@ -97,8 +98,7 @@ _LANGUAGE = World(
     batch=8,
     beta=0.1,
     temperature=0.7,
-    top_p=0.95,
-    new_tokens=24,
+    new_tokens=16,
 )
 #: By name, with the learning rates that systems are compared at.
 COMPARED: Mapping[str, tuple[World, Sequence[float]]] = {
@@ -157,6 +157,11 @@ def pair(prompt: str, one: Answer, other: Answer) -> dict[str, Any] | None:
     }
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def swap(rows: Sequence[dict[str, Any]], share: float, random: Random) -> list[dict[str, Any]]:
     """The rows, in exactly that share of them chosen and rejected the other way round."""
     swapped = set(random.sample(range(len(rows)), round(share * len(rows))))
@@ -205,6 +210,11 @@ def make_world(directory: Path, world: World, seed: int, model_directory: Path |
         curriculum += [pair(prompt, best, other) for other in others]
     found = [row for row in pairs if row]
     split = len(found) - world.test_pairs
+    if split < 1:
+        raise ValueError(
+            f"test_pairs: {world.test_pairs} are to be held out of {len(found)} pairs, which "
+            f"leaves none to train on; `pairs` ({world.pairs}) has to be larger"
+        )
     files = {
         "pairs": found[:split],
         "test": found[split:],
