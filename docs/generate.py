@@ -136,12 +136,12 @@ def convert_tables() -> list[str]:
 
 def drift_table() -> str:
     """The table of docs/drift.md, of the figures that reports draw."""
-    head = "run, parameters, method, beta, beta from, learning rate"
-    head += ", nats per answer, tokens, nats per token"
-    lines = [f"| {' | '.join(head.split(', '))} |", "|---" * 6 + "|---:" * 3 + "|"]
-    for one in published_runs():
-        name, *cells, source = one.values()
-        lines.append(f"| [{name}]({source}) | {' | '.join(cells)} |")
+    runs = published_runs()
+    names = [name.replace("_", " ") for name in runs[0] if name != "source"]
+    lines = [f"| {' | '.join(names)} |", "|---|---" + "|---:" * 3 + "|---" * 4 + "|"]
+    for one in runs:
+        run, *cells, source = one.values()
+        lines.append(f"| [{run}]({source}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
