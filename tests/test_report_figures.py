@@ -208,6 +208,7 @@ def shown(run: Run, row: int) -> str:
         ({"gamma": 0}, {"iterations": 7}, "Iteration 7: offline pairs", "the ensemble exchanged"),
         ({"bootstrap_ratio": 0}, {}, "<dd>nothing</dd>", '<section id="samples">'),
         ({"selection_ratio": 0}, {}, "Iteration 3: sampled pairs", "offline pairs above"),
+        ({"selection_ratio": 1}, {}, "Iteration 3: all offline pairs are kept", "pairs above"),
         ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "<dd>1 N</dd>", "0.5 N"),
         ({}, {"held_out": 0}, "of offline pairs, ", "pairs are held out"),
         ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 N, of 6 answers",

@@ -71,9 +71,10 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
     if margin is not None:
         kept = offline["selected"]
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
+        chosen = one.by_margin and 0 < kept.sum() < len(kept)
         found |= accuracy("offline_accuracy", margin) | {
             "margins": {name: quantiles(values) for name, values in parts.items()},
-            "threshold": float(margin[kept].min()) if kept.any() and one.by_margin else None,
+            "threshold": float(margin[kept].min()) if chosen else None,
             "length_r2": _length_r2(one, margin),
             "scores": _score_r2(run, offline, margin),
             "groups": _groups(run, margin, kept),

@@ -105,6 +105,9 @@ def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
         panels["sampled"] = pairs["margin"], pairs["selected"]
     if figures.get("threshold") is not None:
         said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")
+    elif "offline" in panels and one.offline["selected"].all():
+        said.append("all offline pairs are kept")
+    if said:
         said.append(f"{1 - figures['offline_accuracy']:.0%} of all lie at or below 0")
     title = f"Iteration {one.number}: {', '.join(said) or 'sampled pairs'}"
     note = "The end bars hold what lies beyond (0.2%)."
