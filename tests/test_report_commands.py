@@ -216,7 +216,7 @@ OLDER = ROOT / "tests/run_of_format_1"
 def test_a_run_of_the_released_format_is_read_as_it_was(tmp_path):
     """A run directory of format 1 as it was first written, with the figures it had then."""
     figures, then = json.loads(call("report", OLDER, "--json")), read_json(OLDER / "figures.json")
-    assert figures | {"run": None} == then | {"run": None}
+    assert figures | {"run": None} == then | {"run": None, "ending": None}
     assert (figures["run"]["state"], figures["notes"]) == ("finished", [])
     call("report", OLDER, "--output", tmp_path / "report.html")
     assert "w2 w2 w2 </s>" in call("inspect", OLDER, "--row", 1)
