@@ -106,5 +106,5 @@ def test_without_held_out_pairs_the_last_policy_is_kept(base_config, train, capl
     base_config |= {"num_epochs": 1, "test_datasets": None, "evals_per_epoch": None}
     base_config["sera"]["keep"] = "best"
     result = train(base_config)
-    assert "SeRA keeps theta_1, the last policy (sera.keep: best needs held-out" in caplog.text
+    assert "best needs held-out pairs: set val_set_size or test_datasets" in caplog.text
     assert not (result.run / "last").exists()

@@ -229,7 +229,6 @@ save_strategy: best => save_strategy: best | save_strategy: epoch
     => early_stopping_patience: 3 | sera.keep: last | Set sera.keep: best
 {early_stopping_patience: 3, load_best_model_at_end: false}
     => early_stopping_patience: 3 | load_best_model_at_end: false | Set sera.keep: best
-early_stopping_patience: 1.5 => early_stopping_patience: 1.5 is not a number of iterations
 sera: {bootstrap_ratio: 3, candidates: 4}
     => bootstrap_ratio: 3.0 needs 3 pairs | candidates: 4 | candidates to 6 or lower | ratio to 2
 sera: {selection_ratio: 0, bootstrap_ratio: 0}

@@ -65,26 +65,30 @@ class Keeping:
     def ends(self, figures: Mapping[int, float]) -> bool:
         """Whether so many iterations in a row have brought no better policy that training ends."""
         patience = PATIENCE if self.patience is None else self.patience
-        ends = bool(patience and figures) and max(figures) - best_policy(figures) >= patience
-        if ends:
-            LOG.info("%s", run.describe_early_end(figures, patience))
-        return ends
+        if patience <= 0 or not figures or max(figures) - best_policy(figures) < patience:
+            return False
+        LOG.info(
+            f"SeRA: training ends after iteration {max(figures)}: the last {patience} brought no "
+            f"policy better than theta_{best_policy(figures)} on the held-out pairs"
+        )
+        return True
 
     def needed(self, figures: Mapping[int, float], iterations: Collection[int]) -> set[int]:
         """The best policies that there were when any of these iterations began."""
         earlier = [{p: each for p, each in figures.items() if p < t} for t in iterations]
         return {best_policy(each) for each in earlier if any(each)}
 
-    def finish(self, last: int) -> None:
+    def finish(self, last: int) -> dict[str, float]:
         """Make the model, which is theta_last, the policy that the host is to save.
 
-        theta_last stays loadable in `last/policy`, and why is in `last/summary.json`.
+        theta_last stays loadable in `last/policy`, and why is in `last/summary.json`. Returns
+        figures for the trackers.
         """
-        output_dir, policies = self.store.root.parent, self.scorer.policies
+        keep, policies = self.method.config.keep, self.scorer.policies
         if not self.judges:
             self.store.discard_after(last)  # what an earlier end, with another `keep`, has left
-            LOG.info("%s", run.describe_last(self.method.config.keep, last, output_dir))
-            return
+            LOG.info("%s", run.describe_kept(keep, last, last, {}, self.store.root))
+            return {}
         policies.current = last
         before = self.store.summary(last + 1)
         phases = Phases(before.get("seconds", {}), before.get("forwarded", {}))
@@ -102,4 +106,5 @@ class Keeping:
             "forwarded": phases.forwarded,
         }
         self.store.write_summary(last + 1, ending)
-        LOG.info("%s", run.describe_kept(figures, kept, self.store.last, output_dir))
+        LOG.info("%s", run.describe_kept(keep, kept, last, figures, self.store.root))
+        return {"sera/held_out_figure": figures[last], "sera/kept": float(kept)}

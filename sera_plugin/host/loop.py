@@ -289,4 +289,6 @@ class Loop:
     def finish(self) -> None:
         """After all iterations: the model becomes the policy that is kept."""
         with above_bars():
-            self.keeping.finish(len(self.schedule.pairs))
+            figures = self.keeping.finish(len(self.schedule.pairs))
+        if figures:
+            self.log(figures)

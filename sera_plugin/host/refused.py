@@ -183,11 +183,6 @@ MISTAKES = (
     ),
     Refusal(
         "early_stopping_patience",
-        "is not a number of iterations: set a whole number from 0",
-        lambda value, _: value is not None and number(value) not in range(_MOST_EPOCHS),
-    ),
-    Refusal(
-        "early_stopping_patience",
         "ends training where no better policy comes, but what is to be kept is the last one "
         "(sera.keep: last, or load_best_model_at_end: false). Set sera.keep: best, or remove "
         "early_stopping_patience",

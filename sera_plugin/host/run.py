@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sera_plugin import __version__
-from sera_plugin.algorithm.best import FIGURE, best_policy
+from sera_plugin.algorithm.best import FIGURE
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.quoting import public, quoted
@@ -128,40 +128,24 @@ def announce(
     return "\n".join([*lines, f"  {schedule.total_steps} steps in all; files go to {root}"])
 
 
-def describe_early_end(figures: Mapping[int, float], patience: int) -> str:
-    """The log's line where training ends before its last iteration, by `held_out_figure`s."""
-    return (
-        f"SeRA: training ends after iteration {max(figures)}: the last {patience} of them brought "
-        f"no policy better than theta_{best_policy(figures)} on the held-out pairs"
-    )
-
-
-def describe_last(keep: str, last: int, output_dir: Path) -> str:
-    """The log block at the end of training where the last policy is kept."""
-    why = "sera.keep: last"
-    if keep == "best":
-        why = "sera.keep: best needs held-out pairs: set val_set_size or test_datasets"
-    return f"SeRA keeps theta_{last}, the last policy ({why})\n{_next(output_dir)}"
-
-
-def describe_kept(figures: Mapping[int, float], kept: int, last: Path, output_dir: Path) -> str:
-    """The log block at the end of training where a policy is kept by its `held_out_figure`."""
-    newest = max(figures)
-    listed = ", ".join(f"theta_{policy} {figure:.4g}" for policy, figure in figures.items())
-    lines = [
-        f"SeRA keeps theta_{kept}: of {newest} policies it is the best on the held-out pairs",
-        f"  by {FIGURE}: {listed}",
-    ]
-    if figures[kept] <= figures[0]:
-        lines.append("  none is better than theta_0, the policy that the run started from")
-    if kept != newest:
-        lines.append(f"  theta_{newest}, the last one, is in {last / 'policy'}")
-    return "\n".join([*lines, _next(output_dir)])
-
-
-def _next(output_dir: Path) -> str:
-    ask = f"axolotl sera eval {output_dir} --iterations --prompts FILE"
-    return f"  it goes to {output_dir}; to compare the policies' answers: {ask}"
+def describe_kept(keep: str, kept: int, last: int, figures: Mapping[int, float], root: Path) -> str:
+    """The log block at the end of training; `figures` by policy, where they have decided."""
+    lines = [f"SeRA keeps theta_{kept}, the last policy (sera.keep: {keep})"]
+    if figures:
+        lines = [
+            f"SeRA keeps theta_{kept}, the best of {last} policies on the held-out pairs",
+            f"  by {FIGURE}: "
+            + ", ".join(f"theta_{policy} {figure:.4g}" for policy, figure in figures.items()),
+        ]
+        if figures[kept] <= figures[0]:
+            lines.append("  none is better than theta_0, the policy that the run started from")
+        if kept != last:
+            lines.append(f"  theta_{last}, the last one, is in {root / 'last/policy'}")
+    elif keep == "best":
+        lines.append("  best needs held-out pairs: set val_set_size or test_datasets")
+    compare = f"axolotl sera eval {root.parent} --iterations --prompts FILE"
+    lines.append(f"  it goes to {root.parent}; to compare the policies' answers: {compare}")
+    return "\n".join(lines)
 
 
 def describe_start(summary: Mapping[str, Any], unit: str) -> str:
