@@ -232,9 +232,6 @@ class PolicyHistory:
         """The model is theta_policy, which is read from its directory, from now on."""
         restore_snapshot(self.model, self._load(policy))
         self.current = policy
-        if isinstance(self.model, FSDPModule):
-            # As a forward pass leaves it: in parts, the host would save tied weights twice.
-            self.model.unshard()
 
     def forget_before(self, policy: int, on_disk: int, but: Collection[int] = ()) -> None:
         """Drop the snapshots of older policies, and whole weights older than `on_disk` there.
