@@ -52,6 +52,10 @@ HOST = {
 }
 
 
+#: SeRA as the paper has it, whatever the plugin's own settings are where a system does not say.
+AS_PUBLISHED = {"reward": "paper", "trust": "warn", "keep": "last"}
+
+
 @dataclass(frozen=True)
 class Run:
     """One run: a system in a world, with a share of labels swapped."""
@@ -102,6 +106,7 @@ def config(run: Run, place: Path, output: Path) -> dict[str, Any]:
             "keep_policies": True,
             "score_columns": list(COLUMNS),
             "label_noise": run.noise,
+            **AS_PUBLISHED,
             **run.system.sera,
         },
         "rl_beta": world.beta,
