@@ -68,9 +68,9 @@ _TEXTS = {
     "coin": "the reward ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin as "
     "many {figure:.0%} of the time: {done} If the policy has hardly moved, raise learning_rate or "
     "lower rl_beta; else hold out more pairs (sera.held_out).",
-    "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} nats a "
-    "token, so its reward does not rank them any more: {done} Lower learning_rate or raise "
-    "rl_beta for samples that can be used.",
+    "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} "
+    "standard deviations, so its reward does not rank them any more: {done} Lower learning_rate or "
+    "raise rl_beta for samples that can be used.",
     "duplicates": "{figure:.0%} of {sampled} candidates repeat another one of their prompt: raise "
     "sera.temperature or sera.top_p, or lower sera.candidates.",
     "without_pair": "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates "

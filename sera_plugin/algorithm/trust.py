@@ -104,18 +104,23 @@ def outranked(it: Iteration, bootstrapped: pa.Table) -> bool:
 
 
 def outranking(it: Iteration, candidates: pa.Table) -> float | None:
-    """By how much theta_{t-1}'s samples outrank the offline chosen answers, in nats per token.
+    """By how much theta_{t-1}'s samples outrank the offline chosen answers, in standard deviations.
 
     The mean of (log pi_{t-1} - log pi_{t-2}) / |y| over the samples less that over the chosen
-    answers; None where candidates are not scored under both.
+    answers, by the deviation over all offline answers: so it has no unit that steps, lengths or
+    models would change. None where candidates are not scored under both policies.
     """
     if len(it.method.ranking_policies(it.t)) < 2:
         return None
     newest, before = (pc.list_element(candidates["logps"], at).to_numpy() for at in (0, 1))
     ours = (newest - before) / TokenColumn(candidates["token_ids"]).lengths
-    newest, before = (it.scores(it.t - back)["chosen_logp"].to_numpy() for back in (1, 2))
-    theirs = (newest - before) / it.pairs.chosen_ids.lengths
-    return float(ours.mean() - theirs.mean())
+    offline = [it.scores(it.t - back) for back in (1, 2)]
+    gained = {}
+    for side in SIDES:
+        newest, before = (one[f"{side}_logp"].to_numpy() for one in offline)
+        gained[side] = (newest - before) / offline[0][f"{side}_length"].to_numpy()
+    deviation = float(np.std([gained[side] for side in SIDES]))
+    return float(ours.mean() - gained["chosen"].mean()) / deviation if deviation else 0.0
 
 
 def supported(it: Iteration, lengths: Any, logps: FloatArray) -> npt.NDArray[np.bool_]:
