@@ -129,7 +129,7 @@ def test_training_ends_early_with_the_best_policy(bench):
                 "boundary:7:full",
                 "clean:3:full",
                 "final-half:3:full",
-                "policy-half:20:full-best",  # theta_3, which is not kept
+                "policy-half:13:full-best",  # theta_3, which is not kept
                 "random:1:full",
             )
         ),
