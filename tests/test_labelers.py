@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sera_plugin.algorithm.fit import Reward
 from sera_plugin.algorithm.method import Candidate, Method, Ranked, SamplingSettings
 from sera_plugin.algorithm.selection import pair_candidates
 from sera_plugin.config.kinds import LABELERS
@@ -232,6 +233,7 @@ def test_whoever_reads_no_text_asks_nothing_of_a_chat_template(make, name):
             raise ValueError("a system message is needed")
 
     labeler = make(Refusing(), labeler=name)
-    given = replace(ranked([3], [4], per_prompt=2), logps=[np.zeros(2)] * 2)
+    given = ranked([3], [4], per_prompt=2)
+    given = replace(given, logps=[np.zeros(2)] * 2, reward=Reward((1.0, -1.0)))
     assert labeler.rewards(given).shape == (2,)
     assert labeler.report == {"name": name}

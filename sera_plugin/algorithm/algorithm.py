@@ -220,7 +220,7 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
     with it.phases.timed("label"):
         by = reward_of(it) if it.t > 1 else None
         ranked = Ranked(
-            it.t, per_prompt, prompts, token_ids, why, ranking, by, it.sampler, it.settings
+            it.t, per_prompt, prompts, token_ids, why, ranking, it.sampler, it.settings, by
         )
         reward = it.labeler.rewards(ranked)
         if LABELERS[it.method.config.labeler].implicit and it.method.config.reward == "fitted":

@@ -249,9 +249,9 @@ class Ranked:
     answers: TokenColumn  # (n,) token ids, the end token included
     finish_reasons: Sequence[str]  # (n,)
     logps: Sequence[FloatArray]  # (n,) nats under each policy asked for, newest first
-    reward: Reward | None  # the implicit one, None in iteration 1
     sampler: CandidateSampler  # of theta_{t-1}
     settings: SamplingSettings  # how it has sampled them
+    reward: Reward | None = None  # the implicit one; there is none in iteration 1
 
 
 class Labeler:
