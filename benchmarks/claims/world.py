@@ -88,7 +88,7 @@ _LETTERS = replace(WORLD, labelling=replace(LABELLING, noise=0.2), test_pairs=10
 #: A real model; fixed by `criteria` too.
 _LANGUAGE = World(
     task="language",
-    pairs=500,
+    pairs=700,
     test_pairs=100,
     held_out=300,
     samples=1,
@@ -104,7 +104,7 @@ _LANGUAGE = World(
 COMPARED: Mapping[str, tuple[World, Sequence[float]]] = {
     "letters": (_LETTERS, (1e-5, 3e-5, 1e-4)),
     "fillers": (replace(_LETTERS, task="fillers"), (3e-5, 1e-4)),
-    "language": (_LANGUAGE, (1e-4, 3e-4, 1e-3)),
+    "language": (_LANGUAGE, (3e-5, 1e-4, 3e-4)),
 }
 #: For trying the harness out: nothing can be learnt from its figures.
 SMOKE = World(pairs=48, held_out=24, base_steps=30)
