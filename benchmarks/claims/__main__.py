@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.claims import criteria, real
 from benchmarks.claims.page import COMPARISON, REAL, RESULTS, update_pages
-from benchmarks.claims.runs import Job, Run, build, perform, perform_all
+from benchmarks.claims.runs import DEVICES, Job, Run, build, perform, perform_all
 from benchmarks.claims.systems import COMPARED, CORE, SEEDS, SWEEPS, System
 from benchmarks.claims.world import COMPARED as COMPARED_WORLDS
 from benchmarks.claims.world import SMALL, SMOKE, WORLD, WORLDS, World
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="compare with what is kept")
     parser.add_argument("--smoke", action="store_true", help="one seed of a toy; nothing is kept")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="for language: cuda too")
     parser.add_argument("--render", action="store_true", help="only write the pages' tables again")
     parser.add_argument("--directory", type=Path, help="where worlds are made, and kept")
     parser.add_argument("--data", type=Path, help="JSONL with answers and scores, see real.py")
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--world {options.world} is not among {', '.join(worlds)}")
     if options.compare and options.criteria and options.world != "language":
         parser.error("with --compare there are --criteria for --world language")
+    if options.device == "cuda" and options.world != "language":
+        parser.error("--device cuda goes with --world language: smaller models are no faster there")
     if options.held_out and options.data is None:
         parser.error("--held-out goes with --data")
     if options.render:
@@ -116,7 +119,8 @@ def compare(options: argparse.Namespace, directory: Path) -> None:
     ]
     # Seed by seed, too.
     runs = [run for seed in seeds for rate in by_rate for run in rate if run.seed == seed]
-    how = {"model": options.model, "keep": options.keep and options.keep.resolve()}
+    keep = options.keep and options.keep.resolve()
+    how = {"model": options.model, "keep": keep, "device": options.device}
     with Journal(directory / "smoke.jsonl" if options.smoke else COMPARISON) as journal:
         start = run_again if options.again else run_all
         start(runs, directory, journal, options.cores, **how)
@@ -157,7 +161,7 @@ def check_criteria(directory: Path, journal: Journal, cores: int) -> None:
 
 
 def run_again(
-    runs: Sequence[Run], directory: Path, journal: Journal, cores: int, **how: Path | None
+    runs: Sequence[Run], directory: Path, journal: Journal, cores: int, **how: Any
 ) -> None:
     """Run what is kept once more, from nothing, and keep how many runs gave other figures."""
     kept = {run.key: found for run in runs if (found := journal.get(run.key))}
@@ -187,6 +191,7 @@ def run_all(
     cores: int,
     model: Path | None = None,
     keep: Path | None = None,
+    device: str = "cpu",
 ) -> None:
     """Make the worlds, then perform what the journal does not have yet.
 
@@ -196,7 +201,7 @@ def run_all(
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them done before", flush=True)
     if not left:
         return
-    about = {**machine(), "world": left[0].world.record}
+    about = {**machine(), "device": device, "world": left[0].world.record}
     journal.add(key_of("about", about)[:16], {"about": about})
     start = time.perf_counter()
     places = {(run.world, run.seed): place(directory, run.world, run.seed) for run in left}
@@ -206,7 +211,7 @@ def run_all(
         Job(f"world {seed}", build, (world, seed, at, model), directory / "scratch" / at.name)
         for at, (world, seed) in made.items()
     ]
-    for job, figures in perform_all(worlds, cores):
+    for job, figures in perform_all(worlds, cores, device):
         for (world, seed), at in places.items():
             key = base_key(world, seed)
             if at == job.arguments[2] and key not in journal:
@@ -221,7 +226,8 @@ def run_all(
         )
         for run in left
     }
-    for number, (job, record) in enumerate(perform_all(list(jobs.values()), cores), start=1):
+    performed = perform_all(list(jobs.values()), cores, device)
+    for number, (job, record) in enumerate(performed, start=1):
         run = job.arguments[0]
         journal.add(run.key, {**record, **origin(run.world)})
         told(number, len(left), job, record, time.perf_counter() - start)

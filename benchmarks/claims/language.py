@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.claims.tasks import FloatArray, Letters
 
 if TYPE_CHECKING:
-    from benchmarks.claims.world import World
+    from benchmarks.claims.world import Answer, World
 
 #: Answers with fewer tokens than this, their end included, are what the model is fine-tuned on.
 SHORT = 16
@@ -108,7 +108,6 @@ def _analyzer() -> Any:
 class Language(Letters):
     """Answer in a few words: half of the truth is sentiment, half keeping to what was asked for."""
 
-    answers = 2
     prompt_format = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
     answer_format = "{%s}"
     host: Mapping[str, Any] = {
@@ -145,10 +144,12 @@ class Language(Letters):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        if not (directory / "adapter_config.json").exists():
-            return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), tokenizer
-        model = AutoPeftModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        return model.merge_and_unload(), tokenizer
+        if (directory / "adapter_config.json").exists():
+            model = AutoPeftModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            model = model.merge_and_unload()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
     def answer(
         self, model: Any, tokenizer: Any, prompts: Sequence[str], world: World, seed: int
@@ -178,6 +179,11 @@ class Language(Letters):
 
     def is_whole(self, tokenizer: Any, text: str, world: World) -> bool:
         return bool(text) and self.tokens(tokenizer, [text])[0] < world.new_tokens
+
+    def compared(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """The first two that ended by themselves and differ; two alike where there are none."""
+        different = list({one.text: one for one in answers if one.text}.values())
+        return (different + list(answers))[:2]
 
     def logps(
         self, model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]
@@ -274,7 +280,7 @@ def fine_tuned(
         order = random.sample(range(len(answers)), len(answers))
         for start in range(0, len(order), 16):
             lines = [(index,) for index in order[start : start + 16]]
-            inputs, targets = collate(asked, given, lines, 0, torch.device("cpu"))
+            inputs, targets = collate(asked, given, lines, 0, model.device)
             logps, _ = forward_logps(model, inputs, targets)
             loss = -logps.sum() / sum(targets.lengths)
             loss.backward()

@@ -31,10 +31,11 @@ ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_DISABLED": "true",
     "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
 }
+#: By what runs compute on; several share a GPU, and give the same figures again.
+DEVICES = {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
 
-#: What the YAML of every run has: float32 on a CPU, one learning rate, no checkpoints.
+#: What the YAML of every run has: float32, one learning rate, no checkpoints.
 HOST = {
     "plugins": ["sera_plugin.SeraPlugin"],
     "rl": "sera",
@@ -159,16 +160,17 @@ class Job:
     scratch: Path
 
 
-def perform_all(jobs: Sequence[Job], cores: int) -> Iterator[tuple[Job, Any]]:
+def perform_all(jobs: Sequence[Job], cores: int, device: str = "cpu") -> Iterator[tuple[Job, Any]]:
     """Run jobs in order, `cores` at a time, and yield each with what it returned as it ends.
 
     Raises:
         RuntimeError: if one fails; the others are ended.
     """
-    context = multiprocessing.get_context("forkserver")
+    # CUDA does not survive a fork, so there each run imports the host for itself.
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     context.set_forkserver_preload(["benchmarks.claims.preload"])
     waiting, running = list(reversed(jobs)), dict[Connection, tuple[Job, Any]]()
-    with environment(ONE_THREAD):
+    with environment(ONE_THREAD | DEVICES[device]):
         try:
             while waiting or running:
                 while waiting and len(running) < cores:
@@ -203,6 +205,9 @@ def _inside(job: Job, connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     # Whatever the host starts in turn it starts as in any other process.
     multiprocessing.set_start_method(None, force=True)
     shutil.rmtree(job.scratch, ignore_errors=True)

@@ -35,6 +35,7 @@ class System:
 
 
 _ITERATIVE = {"selection": "all", "bootstrap_ratio": 0}
+_DPO = {**_ITERATIVE, "reference": "initial", "restart_optimizer": False}
 _LENGTH = {"length_control": "auto", "offline_length_control": "auto"}
 #: The paper's Eq. 9 sums over tokens.
 _IPO = {"loss": "ipo", "ipo_reduction": "sum"}
@@ -56,7 +57,7 @@ CORE = (
     System("SeRA, length control", _LENGTH, noises=NOISES),
     System(
         "DPO, 3 epochs",
-        {**_ITERATIVE, "reference": "initial", "restart_optimizer": False},
+        _DPO,
         noises=NOISES,
     ),
     System("SeRA, bootstrap only", {"selection_ratio": 0, "bootstrap_ratio": 1}, noises=NOISES),
@@ -76,6 +77,7 @@ CORE = (
 #: What is compared where labels are swapped by the world, and not by `label_noise`. Each keeps its
 #: last policy: the best by a held-out figure is one of those on disk, and needs no run of its own.
 COMPARED = (
+    System("DPO, 3 epochs", _DPO, noises=(0.0,)),
     System("iterative DPO", _ITERATIVE, noises=(0.0,)),
     System("SeRA", {"reward": "paper", "trust": "warn"}, noises=(0.0,)),
     System("SeRA, fitted", {"reward": "fitted", "trust": "warn"}, noises=(0.0,)),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sera_plugin.tools.demo.world import FILLERS, make_prompt, true_reward
 
 if TYPE_CHECKING:
-    from benchmarks.claims.world import World
+    from benchmarks.claims.world import Answer, World
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -72,6 +72,10 @@ class Letters:
     def is_whole(self, tokenizer: Any, text: str, world: World) -> bool:
         """Whether an answer ended by itself and can be shown to somebody who judges."""
         return True
+
+    def compared(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """The two of the answers to one prompt that make its pair."""
+        return answers[:2]
 
     def logps(
         self, model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]

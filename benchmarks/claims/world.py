@@ -89,16 +89,16 @@ _LETTERS = replace(WORLD, labelling=replace(LABELLING, noise=0.2), test_pairs=10
 _LANGUAGE = World(
     task="language",
     pairs=700,
-    test_pairs=100,
+    test_pairs=200,
     held_out=300,
     samples=1,
     base_steps=0,
     labelling=Labelling(temperature=0.1, length_bonus=0.1, noise=0.2),
-    learning_rate=3e-4,
-    batch=8,
+    learning_rate=1e-4,
+    batch=16,
     beta=0.1,
-    temperature=0.7,
-    new_tokens=16,
+    temperature=1.0,
+    new_tokens=32,
 )
 #: By name, with the learning rates that systems are compared at.
 COMPARED: Mapping[str, tuple[World, Sequence[float]]] = {
@@ -205,7 +205,7 @@ def make_world(directory: Path, world: World, seed: int, model_directory: Path |
         # One that does not end by itself cannot be shown, and makes no pair.
         shown = [text if task.is_whole(tokenizer, text, world) else "" for text in given]
         answers = [judged(task.reward(prompt, t), t, world.labelling, random) for t in shown]
-        pairs.append(pair(prompt, answers[0], answers[1]))
+        pairs.append(pair(prompt, *task.compared(answers)))
         best, *others = sorted(answers, key=lambda one: -one.score)
         curriculum += [pair(prompt, best, other) for other in others]
     found = [row for row in pairs if row]
