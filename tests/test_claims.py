@@ -364,7 +364,7 @@ def test_a_dataset_with_scores_and_a_model_take_the_same_questions(tmp_path):
     """The world's own files, as a dataset and a model that somebody brings."""
     place, held_out = tmp_path / "world", tmp_path / "held-out.jsonl"
     pairs, base = place / "pairs.jsonl", place / "base-model"
-    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place), tmp_path / "scratch-world")
+    toy = runs.Job("world", runs.build, (world.SMOKE, 0, place, None), tmp_path / "scratch-world")
     list(runs.perform_all([toy], 1))
     with held_out.open("w") as file:
         for row in real.read_pairs(pairs)[32:]:
