@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, help="default: each part's own number")
     parser.add_argument("--model", type=Path, help="a directory, instead of random weights")
     parser.add_argument("--data", type=Path, help="JSONL with prompt, chosen, rejected")
+    parser.add_argument("--save", type=Path, help="a directory for figures, kept or not")
     parser.add_argument("--render", action="store_true", help="only write the pages' tables again")
     options = parser.parse_args(arguments)
     if options.data and not options.model:
@@ -57,23 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             for part in options.only:
                 if setup.device in PARTS[part]:
-                    run(part, setup)
+                    run(part, setup, options.save)
 
 
-def run(part: str, setup: Setup) -> None:
-    """Measure one part, show its table, and keep its figures where they are worth keeping."""
+def run(part: str, setup: Setup, save: Path | None = None) -> None:
+    """Measure one part, show its table, and keep its figures where they are worth keeping.
+
+    And in the directory `save` in any case.
+    """
     module = importlib.import_module(f"benchmarks.{part}")
     about = provenance(setup)
     result = module.measure(setup)
     print(f"\n{module.TITLE}\n\n{module.table(result)}\n", flush=True)
+    name = f"{setup.device}-{setup.model.name if setup.model else setup.shape}.json"
+    kept = json.dumps({"about": about, "result": result}, indent=1) + "\n"
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        (save / f"{part}-{name}").write_text(kept, encoding="utf-8")
     if setup.rounds < FEWEST_ROUNDS or (setup.shape == "toy" and setup.model is None):
         print(f"{part}: not kept ({setup.rounds} rounds, shape {setup.shape})", flush=True)
         return
-    name = setup.model.name if setup.model else setup.shape
-    path = RESULTS / part / f"{setup.device}-{name}.json"
+    path = RESULTS / part / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"about": about, "result": result}
-    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    path.write_text(kept, encoding="utf-8")
     update_pages()
 
 

@@ -4,6 +4,7 @@ and what a figure needs beside it to be worth anything: machine, versions, date.
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+
+from sera_plugin import __version__
 
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
@@ -114,7 +117,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
     """Where and on what figures were taken."""
     memory = psutil.virtual_memory().total / 2**30
     cuda = setup.device == "cuda"
-    packages = ("torch", "transformers", "trl", "axolotl", "peft", "sera_plugin")
+    packages = ("torch", "transformers", "trl", "axolotl", "peft")
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "cpu": cpu_name(),
@@ -126,7 +129,8 @@ def provenance(setup: Setup) -> dict[str, Any]:
         ),
         "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        # The plugin itself may be no more than a folder on the path.
+        "versions": {name: version(name) for name in packages} | {"sera_plugin": __version__},
         "commit": commit(),
         "device": setup.device,
         "dtype": str(setup.dtype).removeprefix("torch."),
@@ -156,6 +160,8 @@ def cpu_name() -> str:
 
 def commit() -> str:
     """The commit that is measured, marked where files differ from it."""
+    if shutil.which("git") is None:
+        return "an unknown commit"
     commands = ["git", "-C", str(ROOT)]
     head = subprocess.run(
         [*commands, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True

@@ -90,7 +90,8 @@ def axolotl(*arguments: str) -> str:
     Raises:
         RuntimeError: if it fails, with the end of what it printed.
     """
-    command = [str(Path(sys.executable).with_name("axolotl")), *arguments]
+    # As a module: where packages lie in a folder on the path, there is no program `axolotl`.
+    command = [sys.executable, "-m", "axolotl.cli.main", *arguments]
     result = subprocess.run(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -1,0 +1,194 @@
+"""Whole `rl: sera` runs through the real host: to the end, killed and continued, every kind."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from benchmarks.harness import Setup
+from benchmarks.host import SERA, host_config, write_config, write_rows
+from benchmarks.workload import make_model, make_rows, vocabulary_of
+
+#: Of the demo's world; a test or a run adds what it is about.
+BASE = """
+{rl: sera, rl_beta: 0.2, sera: {max_new_tokens: 16, temperature: 1.0, sampler: transformers},
+sequence_len: 48, num_epochs: 3, micro_batch_size: 16, gradient_accumulation_steps: 1,
+learning_rate: 1.0e-4, lr_scheduler: constant, optimizer: adamw_torch, seed: 11, bf16: true,
+fp16: false, tf32: false, attn_implementation: sdpa, gradient_checkpointing: false,
+logging_steps: 4, saves_per_epoch: 1, save_total_limit: 1, val_set_size: 0}
+"""
+LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+FORMATS = {
+    **{f"field_{name}": name for name in ("prompt", "chosen", "rejected")},
+    "prompt_format": "<s> <|user|> {prompt} <|assistant|>",
+    "chosen_format": " {chosen}",
+    "rejected_format": " {rejected}",
+}
+#: The host asks a GPU whether it has bf16; a CPU has it too.
+_ON_CPU = """
+import sys, transformers.training_args as arguments
+arguments.is_torch_bf16_gpu_available = lambda: True
+from axolotl.cli.train import do_cli
+do_cli(sys.argv[1])
+"""
+
+
+def world(setup: Setup) -> dict[str, Any]:
+    """The demo's model, trained a little, and pairs of its own answers."""
+    from sera_plugin.tools.demo.base_model import load_model, respond, train_base_model
+    from sera_plugin.tools.demo.run import make_pairs
+    from sera_plugin.tools.demo.world import make_prompt
+
+    smoke = setup.shape == "toy"
+    base = setup.directory / "base"
+    train_base_model(base, steps=40 if smoke else 200, batch_size=32 if smoke else 64)
+    random = Random(5)
+    prompts = [make_prompt(random) for _ in range(40 if smoke else 400)]
+    answers = [respond(*load_model(base), prompts, seed=seed) for seed in (1, 2)]
+    rows = make_pairs(prompts, *answers)
+    write_rows(setup.directory / "world.jsonl", rows)
+    return {"pairs": len(rows)}
+
+
+def world_config(setup: Setup, name: str, **changes: Any) -> dict[str, Any]:
+    """A run of the demo's world, with its output below the scratch directory."""
+    path, place = setup.directory / "world.jsonl", setup.directory / name
+    data = {"path": str(path), "ds_type": "json", "split": "train", "type": FORMATS}
+    config: dict[str, Any] = copy.deepcopy(yaml.safe_load(BASE) | changes)
+    return config | {
+        "plugins": [SERA],
+        "base_model": str(setup.directory / "base"),
+        "datasets": [data],
+        "dataset_prepared_path": str(place / "prepared"),
+        "output_dir": str(place / "out"),
+    }
+
+
+def start(
+    setup: Setup, config: dict[str, Any], launcher: str = "python"
+) -> subprocess.Popen[bytes]:
+    """Begin to train in a process of its own, which prints where this one does."""
+    output = Path(config["output_dir"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = str(write_config(output.with_suffix(".yaml"), config))
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", path, "--launcher", launcher]
+    command += ["--", "--nproc_per_node", "1"] if launcher == "torchrun" else []
+    if setup.device == "cpu" and config["bf16"]:
+        command = [sys.executable, "-c", _ON_CPU, path]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def finish(child: subprocess.Popen[bytes], config: dict[str, Any]) -> dict[str, Any]:
+    """Wait for a run to end well; figures of each iteration from its summaries."""
+    if code := child.wait():
+        raise RuntimeError(f"training ended with exit status {code}; its own message is above")
+    run = Path(config["output_dir"]) / "sera"
+    found = [json.loads(path.read_text()) for path in sorted(run.glob("iteration-*/summary.json"))]
+    if len(found) != config["num_epochs"]:
+        raise RuntimeError(f"{len(found)} of {config['num_epochs']} iterations are recorded")
+    return {
+        "phases": [one["seconds"] for one in found],
+        # Absent in an iteration that was continued after its first step.
+        "step_zero": [one.get("step_zero", {}).get("nats_per_root_token") for one in found],
+        "pairs": [[one["pairs"][key] for key in ("kept", "trained")] for one in found],
+        "alarms": [[alarm["name"] for alarm in one["alarms"]] for one in found],
+    }
+
+
+def trained(setup: Setup, config: dict[str, Any], launcher: str = "python") -> dict[str, Any]:
+    begun = time.perf_counter()
+    found = finish(start(setup, config, launcher), config)
+    return {"command_seconds": round(time.perf_counter() - begun, 1), **found}
+
+
+def full(setup: Setup) -> dict[str, Any]:
+    return trained(setup, world_config(setup, "full"))
+
+
+def lora_bf16(setup: Setup) -> dict[str, Any]:
+    return trained(setup, world_config(setup, "lora_bf16", num_epochs=2, **LORA))
+
+
+def lora_fp16(setup: Setup) -> dict[str, Any]:
+    if setup.device == "cpu":
+        return {"left_out": "a CPU has no fp16"}
+    kind = {"bf16": False, "fp16": True}
+    return trained(setup, world_config(setup, "lora_fp16", num_epochs=2, **LORA, **kind))
+
+
+def torchrun(setup: Setup) -> dict[str, Any]:
+    low = setup.device == "cuda"
+    return trained(setup, world_config(setup, "torchrun", num_epochs=2, bf16=low), "torchrun")
+
+
+def killed(setup: Setup) -> dict[str, Any]:
+    """Equal to the run that was not killed? Waits for that one to end."""
+    found = killed_once(setup, world_config(setup, "killed"))
+    while not (setup.directory / "full.json").exists():
+        time.sleep(0.5)
+    runs = [setup.directory / name / "out" / "sera" for name in ("full", "killed")]
+    return found | {"against_full": [compared(*runs, number) for number in (1, 2, 3)]}
+
+
+def evaluate(setup: Setup) -> dict[str, Any]:
+    """With held-out pairs, evaluated by the host as well, and killed once."""
+    held_out = {"val_set_size": 0.2, "evals_per_epoch": 2}
+    return killed_once(setup, world_config(setup, "evaluate", **held_out))
+
+
+def killed_once(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
+    """SIGKILL once iteration 2 has samples, then the same command to its end."""
+    run, child = Path(config["output_dir"]) / "sera" / "iteration-02", start(setup, config)
+    patterns = ("samples/*.parquet", "candidates.parquet")
+    while child.poll() is None and not any(any(run.glob(each)) for each in patterns):
+        time.sleep(0.002)
+    if child.poll() is not None:
+        raise RuntimeError(f"the run ended with {child.returncode} before it could be killed")
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    there = sorted(path.name for path in run.iterdir())
+    again = trained(setup, config | {"auto_resume_from_checkpoints": True})
+    return {"there_when_killed": there, **again}
+
+
+def compared(one: Path, other: Path, number: int) -> dict[str, Any]:
+    """How many kept pairs two runs do not share in an iteration, and how far scores differ."""
+    offline = [
+        pq.read_table(run / f"iteration-{number:02d}/offline.parquet") for run in (one, other)
+    ]
+    scores = [np.array([table["chosen_logp"], table["rejected_logp"]]) for table in offline]
+    kept = []
+    for run, table in zip((one, other), offline, strict=True):
+        rows = {("offline", row) for row in np.flatnonzero(table["selected"]).tolist()}
+        path = run / f"iteration-{number:02d}/bootstrapped.parquet"
+        sampled = pq.read_table(path).to_pylist() if path.exists() else []
+        names = ("row", "chosen_candidate", "rejected_candidate")
+        kept.append(rows | {tuple(pair[n] for n in names) for pair in sampled if pair["selected"]})
+    return {
+        "kept": len(kept[0]),
+        "not_shared": len(kept[0] ^ kept[1]),
+        "greatest_difference_nats": float(np.abs(scores[0] - scores[1]).max()),
+    }
+
+
+def qlora(setup: Setup) -> dict[str, Any]:
+    """A random model of 1.1 billion weights in nf4, with all that keeps memory low."""
+    model, path = make_model(setup), setup.directory / "qlora.jsonl"
+    config = host_config(setup, model, path) | {"num_epochs": 2, "rl": "sera", "plugins": [SERA]}
+    config["sequence_len"] = min(512, config["sequence_len"])
+    write_rows(path, make_rows(setup.pairs or 48, vocabulary_of(model), config["sequence_len"]))
+    config |= {"adapter": "qlora", "load_in_4bit": True, "gradient_checkpointing": True}
+    config |= {"sera": {"max_new_tokens": 48, "temperature": 1.0, "sampler": "transformers"}}
+    if setup.device == "cuda":
+        config["optimizer"] = "paged_adamw_8bit"
+    return trained(setup, config | {"output_dir": str(setup.directory / "qlora" / "out")})
