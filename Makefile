@@ -17,7 +17,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-crash bench claims bench-gpu bench-sampling lint types audit docs wheel clean
+.PHONY: demo test test-slow test-crash bench claims bench-gpu gpu bench-sampling lint types audit docs wheel clean
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,10 @@ claims: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks --device cuda --shape tinyllama-1.1b mistral-7b $(ARGS)
+
+# Whether one CUDA GPU gives the right figures in bf16, and how quickly: minutes. docs/benchmarks.md.
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --out $(or $(OUT),gpu-figures) $(ARGS)
 
 # ARGS="--model ... --prompts ..." measures another model; VLLM_PYTHON=... another vLLM.
 VLLM_PYTHON ?= $(VLLM_VENV)/bin/python

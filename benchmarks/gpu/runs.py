@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import yaml
 
@@ -74,9 +73,7 @@ def world_config(setup: Setup, name: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def start(
-    setup: Setup, config: dict[str, Any], launcher: str = "python"
-) -> subprocess.Popen[bytes]:
+def start(setup: Setup, config: dict[str, Any], launcher: str) -> subprocess.Popen[bytes]:
     """Begin to train in a process of its own, which prints where this one does."""
     output = Path(config["output_dir"])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +82,7 @@ def start(
     command += ["--", "--nproc_per_node", "1"] if launcher == "torchrun" else []
     if setup.device == "cpu" and config["bf16"]:
         command = [sys.executable, "-c", _ON_CPU, path]
-    return subprocess.Popen(command, start_new_session=True)
+    return subprocess.Popen(command)
 
 
 def finish(child: subprocess.Popen[bytes], config: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +131,10 @@ def torchrun(setup: Setup) -> dict[str, Any]:
 def killed(setup: Setup) -> dict[str, Any]:
     """Equal to the run that was not killed? Waits for that one to end."""
     found = killed_once(setup, world_config(setup, "killed"))
+    end = time.monotonic() + 60
     while not (setup.directory / "full.json").exists():
+        if time.monotonic() > end:
+            return found | {"against_full": "not ended"}
         time.sleep(0.5)
     runs = [setup.directory / name / "out" / "sera" for name in ("full", "killed")]
     return found | {"against_full": [compared(*runs, number) for number in (1, 2, 3)]}
@@ -148,13 +148,17 @@ def evaluate(setup: Setup) -> dict[str, Any]:
 
 def killed_once(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
     """SIGKILL once iteration 2 has samples, then the same command to its end."""
-    run, child = Path(config["output_dir"]) / "sera" / "iteration-02", start(setup, config)
+    run, child = (
+        Path(config["output_dir"]) / "sera" / "iteration-02",
+        start(setup, config, "python"),
+    )
     patterns = ("samples/*.parquet", "candidates.parquet")
     while child.poll() is None and not any(any(run.glob(each)) for each in patterns):
         time.sleep(0.002)
     if child.poll() is not None:
         raise RuntimeError(f"the run ended with {child.returncode} before it could be killed")
-    os.killpg(child.pid, signal.SIGKILL)
+    for process in (*psutil.Process(child.pid).children(recursive=True), child):
+        process.kill()
     child.wait()
     there = sorted(path.name for path in run.iterdir())
     again = trained(setup, config | {"auto_resume_from_checkpoints": True})
