@@ -18,7 +18,7 @@ from benchmarks.harness import Setup
 from benchmarks.host import SERA, host_config, write_config, write_rows
 from benchmarks.workload import make_model, make_rows, vocabulary_of
 
-#: Of the demo's world; a test or a run adds what it is about.
+#: Short runs of the demo's world; each step adds what it is about.
 BASE = """
 {rl: sera, rl_beta: 0.2, sera: {max_new_tokens: 16, temperature: 1.0, sampler: transformers},
 sequence_len: 48, num_epochs: 3, micro_batch_size: 16, gradient_accumulation_steps: 1,
