@@ -45,10 +45,10 @@ STEPS = {
     "world": Step("runs", 60, "first"),
     "large": Step("precision", 60, "first"),
     "quantised": Step("precision", 60, "first"),
-    # The slowest first, so that none of them is left alone at the end.
+    # The slowest first, so that none of them is left alone at the end; `killed` waits for `full`.
+    "full": Step("runs", 150, "checks", ("world",)),
     "killed": Step("runs", 200, "checks", ("world", "full")),
     "evaluate": Step("runs", 200, "checks", ("world",)),
-    "full": Step("runs", 150, "checks", ("world",)),
     "qlora": Step("runs", 150, "checks", ("large",)),
     "scorer": Step("precision", 90, "checks", ("large",)),
     "margins": Step("precision", 90, "checks", ("large",)),
@@ -58,7 +58,7 @@ STEPS = {
     "sampling": Step("speed", 60, "sampling", ("large",)),
     "scoring": Step("speed", 120, "scoring"),
     "step": Step("speed", 150, "step"),
-    "whole_run": Step("speed", 300, "whole_run"),
+    "whole_run": Step("speed", 480, "whole_run"),
 }
 #: What an exception's last line begins with.
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Refused)\b")
