@@ -96,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start, log = time.monotonic(), work / f"{name}.log"
         limit = STEPS[name].limit * (4 if options.device == "cpu" else 1)
         code = in_time(command, log, min(limit, max(0.0, end - start)))
-        found = {"step": name, "ok": code == 0, "seconds": round(time.monotonic() - start, 1)}
-        said = log.read_text(encoding="utf-8", errors="replace")
-        path = work / f"{name}.json"
-        found |= json.loads(path.read_text(encoding="utf-8")) if code == 0 else failure(code, said)
+        said, path = log.read_text(encoding="utf-8", errors="replace"), work / f"{name}.json"
+        ok = code == 0 and path.exists()
+        found = {"step": name, "ok": ok, "seconds": round(time.monotonic() - start, 1)}
+        found |= json.loads(path.read_text(encoding="utf-8")) if ok else failure(code, said)
         with lock:
-            failed.extend([name] if code != 0 else [])
+            failed.extend([] if ok else [name])
             print(json.dumps(found), flush=True)
             with (options.out / "steps.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")

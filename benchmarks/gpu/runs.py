@@ -193,6 +193,7 @@ def qlora(setup: Setup) -> dict[str, Any]:
     config["sequence_len"] = min(512, config["sequence_len"])
     write_rows(path, make_rows(setup.pairs or 48, vocabulary_of(model), config["sequence_len"]))
     config |= {"adapter": "qlora", "load_in_4bit": True, "gradient_checkpointing": True}
+    config |= {"bf16": True, "learning_rate": 1e-4}
     config |= {"sera": {"max_new_tokens": 48, "temperature": 1.0, "sampler": "transformers"}}
     if setup.device == "cuda":
         config["optimizer"] = "paged_adamw_8bit"
