@@ -1,9 +1,15 @@
 """The script for one GPU, tried out on a CPU: one quick step, and steps that go wrong."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks.gpu import __main__ as script
+from benchmarks.gpu.runs import compared
 
 
 def test_a_step_leaves_its_figures_and_its_log(tmp_path, capsys):
@@ -40,3 +46,18 @@ def test_what_a_step_needs_is_a_step_before_it():
         assert set(step.needs) <= set(names)
         for other in step.needs:
             assert groups.index(script.STEPS[other].group) <= groups.index(step.group)
+
+
+def test_runs_are_compared_by_the_pairs_that_they_kept(tmp_path):
+    one, other = Path(__file__).with_name("run_of_format_1") / "sera", tmp_path / "sera"
+    shutil.copytree(one, other)
+    for number in (1, 2):
+        found = compared(one, other, number)
+        assert found["kept"] > 0
+        assert (found["not_shared"], found["greatest_difference_nats"]) == (0, 0.0)
+    path = other / "iteration-02/offline.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("selected")
+    others = pa.array([not kept for kept in table["selected"].to_pylist()])
+    pq.write_table(table.set_column(at, "selected", others), path)
+    assert compared(one, other, 2)["not_shared"] == len(table)

@@ -174,7 +174,9 @@ def compared(one: Path, other: Path, number: int) -> dict[str, Any]:
     scores = [np.array([table["chosen_logp"], table["rejected_logp"]]) for table in offline]
     kept = []
     for run, table in zip((one, other), offline, strict=True):
-        rows = {("offline", row) for row in np.flatnonzero(table["selected"]).tolist()}
+        chosen = "selected" in table.column_names  # iteration 1 takes all
+        kept_rows = np.flatnonzero(table["selected"]) if chosen else np.arange(len(table))
+        rows = {("offline", row) for row in kept_rows.tolist()}
         path = run / f"iteration-{number:02d}/bootstrapped.parquet"
         sampled = pq.read_table(path).to_pylist() if path.exists() else []
         names = ("row", "chosen_candidate", "rejected_candidate")
