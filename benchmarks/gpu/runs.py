@@ -99,6 +99,7 @@ def finish(child: subprocess.Popen[bytes], config: dict[str, Any]) -> dict[str, 
         # Absent in an iteration that was continued after its first step.
         "step_zero": [one.get("step_zero", {}).get("nats_per_root_token") for one in found],
         "pairs": [[one["pairs"][key] for key in ("kept", "trained")] for one in found],
+        "drift": [one.get("drift") for one in found],  # nats an answer, from the initial policy
         "alarms": [[alarm["name"] for alarm in one["alarms"]] for one in found],
     }
 
@@ -195,7 +196,7 @@ def qlora(setup: Setup) -> dict[str, Any]:
     config["sequence_len"] = min(512, config["sequence_len"])
     write_rows(path, make_rows(setup.pairs or 48, vocabulary_of(model), config["sequence_len"]))
     config |= {"adapter": "qlora", "load_in_4bit": True, "gradient_checkpointing": True}
-    config |= {"bf16": True, "learning_rate": 1e-4}
+    config |= {"bf16": True, "learning_rate": 1e-3}
     config |= {"sera": {"max_new_tokens": 48, "temperature": 1.0, "sampler": "transformers"}}
     if setup.device == "cuda":
         config["optimizer"] = "paged_adamw_8bit"
