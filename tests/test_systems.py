@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from sera_plugin.algorithm.method import Labeler, Method, Pairs, Ranked, Schedule
 from sera_plugin.algorithm.rewards import FloatArray
@@ -19,6 +20,7 @@ from sera_plugin.algorithm.summary import noise_found, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_run, require_same_run
 from sera_plugin.rundir.store import make_table
+from tests.doc_pages import ROOT, blocks
 from tests.three_pairs import CANDIDATES, END, PAIRS, Run, assert_reference_is, firsts
 
 
@@ -236,6 +238,24 @@ def test_a_fixed_alpha_is_taken_off_every_token(system):
     table = run.store.read(2, "bootstrapped")
     assert float(table.schema.metadata[b"alpha"]) == 2.0
     assert table["margin"].to_pylist() == [3, 1, 6]
+
+
+def test_dice_is_what_its_yaml_says():
+    """Its reward is log pi_{t-1} - log pi_{t-2} in every round; half of its pairs are sampled."""
+    (yaml_block,) = (b for b in blocks(ROOT / "docs/systems.md", "yaml") if "gamma: 0" in b.text)
+    keys = yaml.safe_load(yaml_block.text)
+    config = SeraConfig(**keys["sera"])
+    method = Method(config, False, False, total=40, iterations=keys["num_epochs"])
+    assert (config.reward, config.length_control, config.candidates) == ("paper", "auto", 16)
+    assert method.sizes == (40, 40, 40)
+    for t in (2, 3):
+        assert method.reward_policies(t) == (t - 1, t - 2)
+        assert method.paper_weights(t) == (1, -1)
+        assert (method.reference(t), method.kept(t), method.sampled(t)) == (t - 1, 20, 20)
+        with_margins, without = (
+            method.selection.priority(t, margin, np.zeros(40)) for margin in (np.arange(40.0), None)
+        )
+        assert with_margins.tolist() == without.tolist()
 
 
 def test_noise_is_recorded_per_row_and_counted_where_pairs_are_told_apart(system):
