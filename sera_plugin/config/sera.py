@@ -120,9 +120,9 @@ class SeraConfig(Block):
     """Full fine-tuning only: keep the weights of every policy in the run directory. Otherwise those
     that no later iteration needs are removed. Adapters are small and always kept."""
     keep: Literal["best", "last"] = "last"
-    """Which policy training leaves in `output_dir`: that of the last iteration, or `best`: the one
-    that tells chosen from rejected best on the held-out pairs (method.md), found anew after each
-    iteration. Training then ends when two iterations in a row have brought no better one. Without
+    """Which policy training leaves in `output_dir`: that of the last iteration, or `best`: an
+    earlier one if it is clearly better on the held-out pairs (method.md), decided after each
+    iteration. Training then ends when two iterations in a row have brought only worse ones. Without
     held-out pairs `best` is `last`."""
     bad_rows: Literal["drop", "raise"] = "drop"
     """Rows that cannot be used (empty or null fields, wrong types, chosen equal to rejected, ...;

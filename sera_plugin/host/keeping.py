@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.best import best_policy, held_out_figure
+from sera_plugin.algorithm.best import best_policy, held_out_losses
 from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import score_columns, score_pairs
 from sera_plugin.host import run
 from sera_plugin.model.scoring import PolicyScorer
@@ -36,8 +37,8 @@ class Keeping:
     def judges(self) -> bool:
         return self.method.config.keep == "best" and self.held_out is not None
 
-    def figures(self, last: int) -> dict[int, float]:
-        """`held_out_figure` of theta_0 to theta_last; scores those that have none on disk yet.
+    def losses(self, last: int) -> dict[int, FloatArray]:
+        """`held_out_losses` of theta_0 to theta_last; scores those that have none on disk yet.
 
         Left out is one that cannot be scored any more: of a full fine-tune, with its table damaged
         and its weights removed, because it was not the best.
@@ -51,7 +52,7 @@ class Keeping:
             if table is not None:
                 tables[policy] = table
         kind = self.method.per_token, self.method.reference_free
-        return {p: held_out_figure(tables[0], each, self.beta, *kind) for p, each in tables.items()}
+        return {p: held_out_losses(tables[0], each, self.beta, *kind) for p, each in tables.items()}
 
     def _score(self, policy: int) -> Any:
         pairs = self.held_out
@@ -62,20 +63,20 @@ class Keeping:
         self.store.write(policy + 1, "evaluation", table)
         return table
 
-    def ends(self, figures: Mapping[int, float]) -> bool:
+    def ends(self, losses: Mapping[int, FloatArray]) -> bool:
         """Whether so many iterations in a row have brought no better policy that training ends."""
         patience = PATIENCE if self.patience is None else self.patience
-        if patience <= 0 or not figures or max(figures) - best_policy(figures) < patience:
+        if patience <= 0 or not losses or max(losses) - best_policy(losses) < patience:
             return False
         LOG.info(
-            f"SeRA: training ends after iteration {max(figures)}: the last {patience} brought no "
-            f"policy better than theta_{best_policy(figures)} on the held-out pairs"
+            f"SeRA: training ends after iteration {max(losses)}: theta_{best_policy(losses)} is "
+            f"clearly better on the held-out pairs than what the last {patience} brought"
         )
         return True
 
-    def needed(self, figures: Mapping[int, float], iterations: Collection[int]) -> set[int]:
+    def needed(self, losses: Mapping[int, FloatArray], iterations: Collection[int]) -> set[int]:
         """The best policies that there were when any of these iterations began."""
-        earlier = [{p: each for p, each in figures.items() if p < t} for t in iterations]
+        earlier = [{p: each for p, each in losses.items() if p < t} for t in iterations]
         return {best_policy(each) for each in earlier if any(each)}
 
     def finish(self, last: int) -> dict[str, float]:
@@ -93,18 +94,19 @@ class Keeping:
         before = self.store.summary(last + 1)
         phases = Phases(before.get("seconds", {}), before.get("forwarded", {}))
         self.scorer.phases = phases
-        figures = self.figures(last)
-        kept = best_policy(figures)
+        losses = self.losses(last)
+        kept = best_policy(losses)
+        means = {policy: float(each.mean()) for policy, each in losses.items()}
         if kept != last:
             policies.keep_current(last)
             policies.become(kept)
         ending = {
             "policies": last,
             "kept": kept,
-            "figures": [figures.get(policy) for policy in range(last + 1)],
+            "held_out_losses": [means.get(policy) for policy in range(last + 1)],
             "seconds": phases.seconds,
             "forwarded": phases.forwarded,
         }
         self.store.write_summary(last + 1, ending)
-        LOG.info("%s", run.describe_kept(keep, kept, last, figures, self.store.root))
-        return {"sera/held_out_figure": figures[last], "sera/kept": float(kept)}
+        LOG.info("%s", run.describe_kept(keep, kept, last, means, self.store.root))
+        return {"sera/held_out_loss": means[last], "sera/kept": float(kept)}

@@ -205,8 +205,8 @@ class Loop:
             policies.keep_current(iteration - 1)
         else:
             policies.current = None
-        figures = self.keeping.figures(iteration - 1) if iteration > 1 else {}
-        if not resumed and self.keeping.ends(figures):
+        losses = self.keeping.losses(iteration - 1) if iteration > 1 else {}
+        if not resumed and self.keeping.ends(losses):
             self.store.end_before(iteration)
             self.schedule = replace(self.schedule, pairs=self.schedule.pairs[: iteration - 1])
             return None, None
@@ -235,8 +235,8 @@ class Loop:
         if not summary:
             restore(it, {0, max(0, iteration - 2)})  # what drift and Jaccard compare with
             summary = summarize(it)
-            if figures:
-                summary["held_out_figure"] = figures[iteration - 1]
+            if losses:
+                summary["held_out_loss"] = float(losses[iteration - 1].mean())
         alarms = judge([*filter(None, map(self.store.summary, range(1, iteration))), summary])
         if not resumed:  # the log and the trackers know it
             with above_bars():
@@ -249,7 +249,7 @@ class Loop:
         self.record(alarms=records(alarms))
         begun = [iteration, *self._begun()]
         policies.forget_before(
-            *self._oldest_needed(iteration), but=self.keeping.needed(figures, begun)
+            *self._oldest_needed(iteration), but=self.keeping.needed(losses, begun)
         )
         self.schedule = self.schedule.with_pairs(iteration, pairs.num_rows)
         policies.current = None  # from the first step on

@@ -128,17 +128,17 @@ def announce(
     return "\n".join([*lines, f"  {schedule.total_steps} steps in all; files go to {root}"])
 
 
-def describe_kept(keep: str, kept: int, last: int, figures: Mapping[int, float], root: Path) -> str:
-    """The log block at the end of training; `figures` by policy, where they have decided."""
+def describe_kept(keep: str, kept: int, last: int, losses: Mapping[int, float], root: Path) -> str:
+    """The log block at the end of training; `losses` by policy, where they have decided."""
     lines = [f"SeRA keeps theta_{kept}, the last policy (sera.keep: {keep})"]
-    if figures:
+    if losses:
         lines = [
-            f"SeRA keeps theta_{kept}, the best of {last} policies on the held-out pairs",
+            f"SeRA keeps theta_{kept}, "
+            + ("the last policy: none" if kept == last else "the last policy that none")
+            + " before it is clearly better",
             f"  by {FIGURE}: "
-            + ", ".join(f"theta_{policy} {figure:.4g}" for policy, figure in figures.items()),
+            + ", ".join(f"theta_{policy} {loss:.4g}" for policy, loss in losses.items()),
         ]
-        if figures[kept] <= figures[0]:
-            lines.append("  none is better than theta_0, the policy that the run started from")
         if kept != last:
             lines.append(f"  theta_{last}, the last one, is in {root / 'last/policy'}")
     elif keep == "best":

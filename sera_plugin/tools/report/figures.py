@@ -20,7 +20,7 @@ from sera_plugin.tools.report.reading import Columns, Iteration, Run
 _MOST_GROUPS = 12
 _COUNTED = ("prompts", "sampled", "unfinished", "duplicates", "ties", "too_few", "unranked")
 _HELD_OUT = ("pairs", "accuracy", "accuracy_error")
-_ENDING = ("policies", "kept", "figures")
+_ENDING = ("policies", "kept", "held_out_losses")
 _DESCRIBED = ("loss", "beta", "per_token", "evaluation_pairs", "seed", "dataset_fingerprint")
 
 
@@ -40,7 +40,7 @@ def figures(run: Run) -> dict[str, Any]:
             "unit": run.unit,
         },
         "iterations": [_iteration(run, one) for one in run.iterations],
-        # Which policy was kept, by whose figures.
+        # Which policy was kept, by whose losses.
         "ending": {key: run.ending.get(key) for key in _ENDING} if run.ending else None,
         "jaccard": _selections(run),
         # Every alarm that could be judged, raised or not.
