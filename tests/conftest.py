@@ -85,6 +85,12 @@ def make_config(world: Path, directory: Path) -> dict:
     )
 
 
+def with_an_early_best(config: dict) -> dict:
+    """theta_1 is the best policy: the pairs are held out too, and learnt the wrong way round."""
+    config["sera"] |= {"keep": "best", "label_noise": 1.0}
+    return config | {"test_datasets": config["datasets"], "learning_rate": 1e-2}
+
+
 def adapter(**keys) -> dict:
     """The keys that make a configuration a LoRA one."""
     modules = ["q_proj", "v_proj", "down_proj"]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from benchmarks.claims import __main__ as command
 from benchmarks.claims import (
     claims,
+    comparison,
     criteria,
     labelled,
     language,
@@ -56,6 +58,56 @@ def test_kept_results_are_of_systems_and_worlds_that_exist():
     assert len({one["key"] for one in kept}) == len(kept)
     assert "| no |" not in tables.criteria_table(page.read())
     assert not set(criteria.SEEDS) & {*systems.SEEDS, *systems.FRESH}
+
+
+def test_kept_comparisons_are_of_systems_and_worlds_that_exist():
+    records = [one for one in page.read(page.COMPARISON) if "policies" in one]
+    assert records
+    known = {one.name: one for one in systems.COMPARED}
+    worlds = {
+        at.key: at
+        for of_task, rates in world.COMPARED.values()
+        for at in (replace(of_task, learning_rate=rate) for rate in rates)
+    }
+    for one in records:
+        run = runs.Run(known[one["system"]], one["noise"], one["seed"], worlds[one["world"]])
+        assert run.key == one["key"], f"{one['system']} is another system now"
+        assert one["kept"] in range(1, len(one["policies"]) + 1)
+        assert one["seed"] in systems.COMPARED_SEEDS
+    assert len({one["key"] for one in records}) == len(records)
+
+
+def compared_records(gains: dict[str, list[float]]) -> list[dict]:
+    """Three seeds of two systems, whose kept policy differs by this at every rate of a world."""
+    records = []
+    for name, (of_task, rates) in world.COMPARED.items():
+        for rate in rates:
+            key = replace(of_task, learning_rate=rate).key
+            for seed, gain in enumerate(gains[name]):
+                iterative = record(comparison.BASELINE, seed, [0.1, 0.5], noise=0.0)
+                new = record(
+                    comparison.SIDES[comparison.NEW][0], seed, [0.5 + gain, 0.0], noise=0.0
+                )
+                records += [
+                    one | {"world": key, "kept": kept} for one, kept in ((iterative, 2), (new, 1))
+                ]
+    return records
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [
+        ({"fillers": [0.1, 0.11, 0.12], "language": [0.1, 0.11, 0.12]}, "`reward: fitted`"),
+        ({"fillers": [-0.1, 0.11, 0.12], "language": [0.1, 0.11, 0.12]}, "`reward: fitted`"),
+        ({"fillers": [-0.1, 0.11, 0.12], "language": [-0.1, 0.11, 0.12]}, "stay the paper's"),
+        ({"fillers": [-0.1, -0.11, -0.12], "language": [0.1, 0.11, 0.12]}, "stay the paper's"),
+        ({"fillers": [0.1, 0.11], "language": [0.1, 0.11, 0.12]}, "Not decided"),
+    ],
+)
+def test_the_rule_for_the_defaults(gains, says):
+    found = comparison.decision(compared_records({"letters": [0.1, 0.11, 0.12], **gains}))
+    assert says in found.splitlines()[-1]
+    assert "- letters, mean over rates: +0.110 (+0.085 to +0.135), 3 seeds" in found
 
 
 #: A sentence's words, and where its figures come from: learning rate, system, figure, swapped.
@@ -260,6 +312,15 @@ def test_figures_of_held_out_pairs_by_hand():
     assert labelled.pair_figures(base, base, pairs, beta=0.5)["accuracy"] is None
 
 
+def test_a_language_pair_is_of_the_first_two_whole_answers_that_differ():
+    one, two, empty = (world.Answer(text, 0.5, 0.0) for text in ("A dog.", "A cat.", ""))
+    compared = language.Language().compared
+    assert compared([empty, one, one, two]) == [one, two]
+    # None is made of these.
+    assert world.pair("prompt", *compared([one, one, empty, one])) is None
+    assert world.pair("prompt", *compared([empty] * 4)) is None
+
+
 def test_a_judges_scores_are_bradley_terry():
     # Equal true reward, two words more: log-odds 2 x 0.2 of being preferred.
     random = Random(0)
@@ -333,6 +394,7 @@ def test_systems_are_compared_by_pairs_that_are_held_out_and_found_again(tmp_pat
     # One epoch on the same pairs: theta_1 is the same, and is asked once.
     assert iterative["policies"][0] == fitted["policies"][0]
     assert len(list((place / "answers").glob("*.json"))) == 5
+    assert fitted["kept"] in (1, 2, 3)
     assert fitted["base"]["accuracy"] is None
     assert fitted["base"]["chosen_logp"] != fitted["policies"][0]["chosen_logp"]
     for one in fitted["iterations"][1:]:

@@ -13,7 +13,7 @@ from sera_plugin.algorithm.best import best_policy, held_out_losses
 from sera_plugin.rundir.store import RunStore, read_json
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.report.page import write_report
-from tests.conftest import make_config, table, train_config
+from tests.conftest import make_config, table, train_config, with_an_early_best
 
 
 def scores(chosen, rejected, chosen_length=(2, 4), rejected_length=(1, 2)):
@@ -65,10 +65,10 @@ def whole(world, tmp_path_factory):
     directory = tmp_path_factory.mktemp("keep")
     config = make_config(world.directory, directory)
     config |= {"num_epochs": 5, "save_total_limit": 1, "early_stopping_patience": 4}
-    # The pairs themselves, as they were labelled: each one is learnt the other way round.
-    config |= {"test_datasets": config["datasets"]}
     config |= {"evals_per_epoch": None, "eval_steps": 3, "saves_per_epoch": None, "save_steps": 3}
-    config["sera"] |= {"gamma": 0.0, "label_noise": 1.0}
+    config["sera"]["gamma"] = 0.0
+    config = with_an_early_best(config)
+    del config["sera"]["keep"]  # which the patience implies
     return config, train_config(config, directory)
 
 

@@ -1,6 +1,5 @@
 """Several processes: who does what, waiting, and a real run on two gloo ranks."""
 
-import json
 import os
 import shutil
 import socket
@@ -31,7 +30,7 @@ from sera_plugin.model.policies import (
 )
 from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard, current_ranks
 from sera_plugin.rundir.store import RunStore, make_table, read_json
-from tests.conftest import adapter, summary, table, write_rows
+from tests.conftest import adapter, summary, table, with_an_early_best
 
 
 def free_port() -> int:
@@ -217,7 +216,8 @@ def assert_weights_are_close(one: Path, other: Path, atol: float = 1e-4) -> None
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = base_config | {"num_epochs": 2} | (adapter() if kind == "lora" else {})
-    config = with_an_early_best(config, kind, tmp_path)
+    config = with_an_early_best(config)
+    config["sera"]["sampler"] = "transformers"
     two = config | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
     result = launch(two, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -233,18 +233,6 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
     assert first["pairs"] == second["pairs"]
     states = [read_json(run.parent / "checkpoint-6/trainer_state.json") for run in (one, other)]
     assert states[0]["global_step"] == states[1]["global_step"] == states[1]["max_steps"]
-
-
-def with_an_early_best(config: dict, kind: str, directory: Path) -> dict:
-    """The policy that is kept is theta_1: by other labels of the held-out pairs for adapters."""
-    config["sera"] |= {"sampler": "transformers", "keep": "best"}
-    if kind == "lora":
-        [held_out] = config["test_datasets"]
-        rows = map(json.loads, Path(held_out["path"]).read_text().splitlines())
-        turned = [one | {"chosen": one["rejected"], "rejected": one["chosen"]} for one in rows]
-        held_out["path"] = str(directory / "turned.jsonl")
-        write_rows(directory / "turned.jsonl", turned)
-    return config
 
 
 def assert_theta_1_is_kept(run: Path, weights: str) -> None:
@@ -272,7 +260,8 @@ def test_no_rank_goes_on_in_smaller_batches_alone():
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
-    config = with_an_early_best(base_config | (adapter() if kind == "lora" else {}), kind, tmp_path)
+    config = with_an_early_best(base_config | (adapter() if kind == "lora" else {}))
+    config["sera"]["sampler"] = "transformers"
     # With Adam's 1e-8 a gradient of that size takes a whole step in the direction of its rounding.
     config["adam_epsilon"] = 1e-6
     two = config | fsdp() | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.claims.tasks import FloatArray, Letters, task_of
 from benchmarks.claims.world import SIDES, World, read_rows
+from sera_plugin.algorithm.best import best_policy, held_out_losses
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -27,7 +28,8 @@ EVALUATION = "evaluation.parquet"
 def figures(directory: Path, place: Path, world: World, seed: int) -> dict[str, Any]:
     """What theta_0 makes of the pairs (`base`); that and answers of theta_1, ... (`policies`).
 
-    Leaves the last policy's log-probabilities in the run's `directory`. See `measure.measure`.
+    Which of them is `kept`, too. Leaves the last policy's log-probabilities in the run's
+    `directory`. See `measure.measure`.
     """
     task = task_of(world.task)
     iterations = sorted((directory / "sera").glob("iteration-*"))
@@ -39,11 +41,20 @@ def figures(directory: Path, place: Path, world: World, seed: int) -> dict[str, 
     base, *made_of_pairs = (pair_figures(one, tables[0], pairs, world.beta) for one in tables)
     return {
         "base": base,
+        "kept": kept(tables, world.beta),
         "policies": [
             answer_figures(task, *answers_of(policy, place, world, seed)) | figures
             for policy, figures in zip(policies, made_of_pairs, strict=True)
         ],
     }
+
+
+def kept(tables: Sequence[pa.Table], beta: float) -> int:
+    """The policy that `sera.keep: best` leaves, from the tables of theta_0, ..., theta_T."""
+    initial, *policies = (table.to_pydict() for table in tables)
+    return best_policy(
+        {number: held_out_losses(initial, one, beta) for number, one in enumerate(policies, 1)}
+    )
 
 
 def base_figures(place: Path, world: World) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.claims import real_tables, tables
+from benchmarks.claims import comparison, real_tables, tables
 from benchmarks.claims.claims import CLAIMS, OURS
 from benchmarks.claims.estimates import Record
 from benchmarks.claims.systems import FRESH
@@ -17,7 +17,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "claims" / "runs.jsonl"
 REAL = RESULTS.with_name("real.jsonl")
 COMPARISON = RESULTS.with_name("comparison.jsonl")
 #: What was found, how it was measured, and the tables.
-PAGES = tuple(ROOT / "docs" / f"claims{name}.md" for name in ("", "-method", "-tables"))
+PAGES = tuple(
+    ROOT / "docs" / f"{name}.md" for name in ("claims", "claims-method", "claims-tables", "drift")
+)
 PICTURES = ROOT / "docs" / "_static" / "claims"
 #: The worlds in which every system is run.
 TESTED = ("fixed", "small-steps", "smaller-steps")
@@ -32,7 +34,9 @@ def read(path: Path = RESULTS) -> list[Record]:
     return records
 
 
-def texts(records: Sequence[Record], real: Sequence[Record]) -> dict[str, str]:
+def texts(
+    records: Sequence[Record], real: Sequence[Record], held_out: Sequence[Record]
+) -> dict[str, str]:
     """What stands between each pair of markers."""
     worlds = {
         tables.step_size(WORLDS[name]): tables.compared(records, WORLDS[name]) for name in TESTED
@@ -57,6 +61,10 @@ def texts(records: Sequence[Record], real: Sequence[Record]) -> dict[str, str]:
         "ours": tables.claim_table(OURS, worlds),
         "sweeps": tables.sweep_table(worlds),
         "real": real_tables.real_table(real),
+        "comparison": comparison.reward_table(held_out),
+        "gains": comparison.gain_table(held_out),
+        "decision": comparison.decision(held_out),
+        "drifts": comparison.drift_table(held_out),
     }
 
 
@@ -67,7 +75,7 @@ def render() -> dict[Path, str]:
         ValueError: if the markers of a table are not there once.
     """
     pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
-    for name, text in texts(read(), read(REAL)).items():
+    for name, text in texts(read(), read(REAL), read(COMPARISON)).items():
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         places = 0
         for path, page in pages.items():

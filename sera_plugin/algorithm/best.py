@@ -9,8 +9,8 @@ from sera_plugin.algorithm.rewards import FloatArray
 
 #: What policies are compared by, for a reader.
 FIGURE = "the mean DPO loss on the held-out pairs, against theta_0"
-#: Standard errors by which an earlier policy has to be better: one-sided 95 %.
-CLEARLY = 1.645
+#: Standard errors by which an earlier policy has to be better: one-sided 99 %.
+CLEARLY = 2.326
 
 
 def held_out_losses(
@@ -45,7 +45,7 @@ def best_policy(losses: Mapping[int, FloatArray]) -> int:
     """The last trained policy (any but theta_0), unless an earlier one is clearly better.
 
     That is, unless its (M,) losses are lower than the last one's by more than chance: a paired
-    one-sided test at 95 %. The last one's mean is often slightly higher although its answers are
+    one-sided test at 99 %. The last one's mean is often slightly higher although its answers are
     better, because preference tuning makes margins large, wrong ones too. If an earlier one is, the
     question is asked again of the one before the last, and so on.
     """

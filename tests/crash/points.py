@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.conftest import adapter, make_config
+from tests.conftest import adapter, make_config, with_an_early_best
 from tests.crash.compare import Ledger, differences, left_behind, read_trace
 
 _CONTEXT = get_context("forkserver")
@@ -34,8 +34,6 @@ TIME_LIMIT = 600.0
 
 _LORA = adapter()
 _QUANTISED = _LORA | {"adapter": "qlora", "load_in_4bit": True}
-#: Trained against their labels: policies get worse, and theta_1 is the best.
-_BEST = {"keep": "best", "label_noise": 1.0}
 _ONE_SCHEDULE = {"restart_optimizer": False}
 #: Fewer sampled pairs exist than are asked for: iterations are shorter than planned.
 _FEW_PAIRS = {"bootstrap_ratio": 2.0, "max_new_tokens": 1, "temperature": 0.2}
@@ -55,9 +53,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "full-short": _checkpoints(3, sera=_FEW_PAIRS),
     "full-short-one-schedule": _checkpoints(3, sera=_FEW_PAIRS | _ONE_SCHEDULE),
     "lora-simpo": _checkpoints(1, **_LORA, sera={"loss": "simpo"}),
-    "full-best": {"sera": _BEST, "learning_rate": 1e-2},
+    "full-best": {},
     # Ends after iteration 3.
-    "lora-best": {**_LORA, "sera": _BEST, "learning_rate": 1e-2, "num_epochs": 4},
+    "lora-best": {**_LORA, "num_epochs": 4},
     "full-4-iterations": {"save_total_limit": 1, "num_epochs": 4},
     "lora": _LORA,
     "lora-keep-1": _checkpoints(1, **_LORA),
@@ -255,6 +253,8 @@ class Bench:
         config["sera"] = config["sera"] | keys.pop("sera", {})
         # Warm-up and decay: a schedule that is continued wrongly shows in the weights.
         config |= {"lr_scheduler": "linear", "warmup_steps": 2, "output_dir": "out"} | keys
+        if kind.endswith("-best"):
+            config = with_an_early_best(config)
         config["dataset_prepared_path"] = str(self.directory / "prepared")
         config["auto_resume_from_checkpoints"] = True
         if kind == "lora-continued":
