@@ -2,6 +2,7 @@
 
 from random import Random
 
+import click
 import pytest
 import torch
 import yaml
@@ -9,8 +10,9 @@ import yaml
 from sera_plugin.tools.demo import base_model
 from sera_plugin.tools.demo import world as demo_world
 from sera_plugin.tools.demo.base_model import load_model, respond
-from sera_plugin.tools.demo.run import make_pairs, run_demo
+from sera_plugin.tools.demo.run import compared_with, make_pairs, run_demo, trained
 from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
+from tests.conftest import make_config
 
 PROMPT, BEST = "f b d a e c", "a b c d e f"
 DRAWS = 4_000
@@ -153,3 +155,21 @@ def test_a_demo_that_would_mix_things_up_is_refused(tmp_path, keys, there, messa
         run_demo(demo, path)
     assert demo.exists() == bool(there)
     assert not (demo / "base-model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_what_a_demo_is_compared_with_is_trained_once(world, tmp_path):
+    settings = make_config(world.directory, tmp_path) | {"num_epochs": 1, "test_datasets": None}
+    others = compared_with(settings, tmp_path)
+    for _ in range(2):
+        with trained(others, tmp_path):
+            pass
+    times = {path: path.stat().st_mtime for path in tmp_path.glob("*/model.safetensors")}
+    assert sorted(path.parent.name for path in times) == ["paper-sera", "plain-dpo"]
+    (tmp_path / "plain-dpo/model.safetensors").unlink()
+    others["plain DPO, 1 epochs"][1]["learning_rate"] = "much"
+    said = r"plain-dpo.yaml` failed; see .*plain-dpo.log"
+    with pytest.raises(click.ClickException, match=said), trained(others, tmp_path):
+        pass
+    assert "much" in (tmp_path / "plain-dpo.log").read_text()

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from sera_plugin.cli import sera
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.tools import paper
+from sera_plugin.tools.demo.run import compared_with
 from tests.conftest import adapter
 from tests.doc_pages import PAGES, ROOT, blocks
 
@@ -71,6 +73,20 @@ def test_shipped_yaml_is_what_it_says(path, parse):
     assert (cfg.sera["loss"], cfg.rl_beta, cfg.num_epochs) == (loss, beta, 3)
     if path.stem != "demo-cpu":
         assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16
+
+
+def test_the_demo_is_compared_with_plain_dpo_and_with_the_papers_reward(parse):
+    lines = yaml.safe_load((ROOT / "example_yamls/demo-cpu.yaml").read_text())
+    others = compared_with(lines, Path("sera-demo"))
+    assert list(others) == ["plain DPO, 3 epochs", "SeRA with the paper's reward"]
+    plain, published = (each for _, each in others.values())
+    assert plain["rl"] == "dpo"
+    assert not {"plugins", "sera"} & plain.keys()
+    ours = {"reward": "paper", "trust": "warn", "keep": "last"}
+    assert parse(yaml.safe_dump(published)).sera.items() >= ours.items()
+    changed = {"rl", "plugins", "sera", "output_dir", "dataset_prepared_path"}
+    for keys in (plain, published):
+        assert {key for key in lines if keys.get(key) != lines[key]} <= changed
 
 
 # A configuration is its dataset's keys, its model's and its system's. The host checks most of them

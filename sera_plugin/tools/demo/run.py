@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -27,8 +28,10 @@ HELD_OUT = 1_000
 def run_demo(directory: Path, config: Path) -> None:
     """Make the world's model and data in `directory`, train with the YAML, and show what it did.
 
-    What is there from an earlier demo is used again. The YAML's base_model and dataset must be the
-    ones in `directory`; its paths are relative to the working directory, as the host reads them.
+    Plain DPO and SeRA with the paper's reward are trained on the same pairs at the same time, for
+    the table. What is there from an earlier demo is used again. The YAML's base_model and dataset
+    must be the ones in `directory`; its paths are relative to the working directory, as the host
+    reads them.
 
     Raises:
         ValueError: if the YAML points elsewhere, or an earlier run or prepared data is in the way.
@@ -59,17 +62,82 @@ def run_demo(directory: Path, config: Path) -> None:
     click.echo(
         f"{len(rows)} pairs; of those that differ in true reward {right:.0%} are labelled right"
     )
-    with _step(f"axolotl train {config}"):
-        # In a process of its own, as a user would start it: this interpreter, and no shell.
-        command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
-        environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-        if subprocess.run([*command, "--launcher", "python"], env=environment).returncode:
+    others = compared_with(yaml.safe_load(config.read_text(encoding="utf-8")), directory)
+    with _step(f"axolotl train {config}"), trained(others, directory):
+        if subprocess.run(_command(config), env=_environment()).returncode:
             raise click.ClickException(f"`axolotl train {config}` failed; its message is above")
     with _step("every policy answers the held-out prompts"):
-        table = _table(base, run)
+        table = _table(base, {name: directory / place for name, (place, _) in others.items()}, run)
     click.echo(f"\n{table}\n")
     click.echo(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
     click.echo(f"Open {run / 'sera/report.html'} to see what it did to the data.")
+
+
+def _command(config: Path) -> list[str]:
+    """A process of its own, as a user would start it: this interpreter, and no shell."""
+    train = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
+    return [*train, "--launcher", "python"]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def compared_with(
+    settings: Mapping[str, Any], directory: Path
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """What the YAML is compared with, by what the table calls it: its place and its own YAML."""
+    plain_dpo = {key: settings[key] for key in settings if key not in ("plugins", "sera")}
+    published = {"reward": "paper", "trust": "warn", "keep": "last"}
+    found = {
+        f"plain DPO, {settings.get('num_epochs', 1)} epochs": (
+            "plain-dpo",
+            plain_dpo | {"rl": "dpo"},
+        ),
+        "SeRA with the paper's reward": (
+            "paper-sera",
+            {**settings, "sera": {**settings.get("sera", {}), **published}},
+        ),
+    }
+    return {
+        name: (
+            place,
+            {
+                **lines,
+                "output_dir": str(directory / place),
+                "dataset_prepared_path": str(directory / f"{place}-prepared"),
+            },
+        )
+        for name, (place, lines) in found.items()
+    }
+
+
+@contextmanager
+def trained(others: Mapping[str, tuple[str, Mapping[str, Any]]], directory: Path) -> Iterator[None]:
+    """Trains those that are not there yet, beside what is done inside; their output goes to files.
+
+    Raises:
+        click.ClickException: if one fails.
+    """
+    running = {}
+    for place, lines in others.values():
+        if (directory / place / "model.safetensors").exists():
+            continue
+        shutil.rmtree(directory / place, ignore_errors=True)  # of a demo that was stopped
+        config, log = directory / f"{place}.yaml", directory / f"{place}.log"
+        config.write_text(yaml.safe_dump(dict(lines)), encoding="utf-8")
+        with log.open("wb") as file:
+            running[config, log] = subprocess.Popen(
+                _command(config), env=_environment(), stdout=file, stderr=subprocess.STDOUT
+            )
+    try:
+        yield
+        for (config, log), process in running.items():
+            if process.wait():
+                raise click.ClickException(f"`axolotl train {config}` failed; see {log}")
+    finally:
+        for process in running.values():
+            process.terminate()
 
 
 @contextmanager
@@ -139,17 +207,20 @@ def _write_pairs(base: Path, path: Path) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _table(base: Path, run: Path) -> str:
+def _table(base: Path, others: Mapping[str, Path], run: Path) -> str:
     """True reward, win rate against the base model and length, policy by policy."""
     from sera_plugin.tools.demo.base_model import load_model, respond
 
     _, *trained = RunStore(run).policies()  # the first is the base
-    after = [(f"after iteration {t}", path) for t, path in enumerate(trained, start=1)]
+    after = [
+        (f"after iteration {t}{' (kept)' if path == run else ''}", path)
+        for t, path in enumerate(trained, start=1)
+    ]
     random = Random(3)
     prompts = [make_prompt(random) for _ in range(HELD_OUT)]
     rows: list[list[str]] = []
     reference: list[float] = []
-    for name, directory in [("base model", base), *after]:
+    for name, directory in [("base model", base), *others.items(), *after]:
         responses = respond(*load_model(directory), prompts)
         rewards = [true_reward(p, r) for p, r in zip(prompts, responses, strict=True)]
         reference = reference or rewards
