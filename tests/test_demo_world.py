@@ -162,14 +162,20 @@ def test_a_demo_that_would_mix_things_up_is_refused(tmp_path, keys, there, messa
 def test_what_a_demo_is_compared_with_is_trained_once(world, tmp_path):
     settings = make_config(world.directory, tmp_path) | {"num_epochs": 1, "test_datasets": None}
     others = compared_with(settings, tmp_path)
-    for _ in range(2):
-        with trained(others, tmp_path):
-            pass
-    times = {path: path.stat().st_mtime for path in tmp_path.glob("*/model.safetensors")}
-    assert sorted(path.parent.name for path in times) == ["paper-sera", "plain-dpo"]
-    (tmp_path / "plain-dpo/model.safetensors").unlink()
-    others["plain DPO, 1 epochs"][1]["learning_rate"] = "much"
+
+    def times():
+        for _ in range(2):
+            with trained(others.values()):
+                pass
+            yield {path: path.stat().st_mtime for path in tmp_path.glob("*/model.safetensors")}
+
+    first, second = times()
+    assert sorted(path.parent.name for path in first) == ["paper-sera", "plain-dpo"]
+    assert first == second
+    # By another YAML it is trained again, which fails here.
+    others["plain DPO, 1 epochs"]["learning_rate"] = "much"
     said = r"plain-dpo.yaml` failed; see .*plain-dpo.log"
-    with pytest.raises(click.ClickException, match=said), trained(others, tmp_path):
+    with pytest.raises(click.ClickException, match=said), trained(others.values()):
         pass
     assert "much" in (tmp_path / "plain-dpo.log").read_text()
+    assert (tmp_path / "paper-sera/model.safetensors").stat().st_mtime in first.values()

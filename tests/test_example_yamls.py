@@ -79,7 +79,7 @@ def test_the_demo_is_compared_with_plain_dpo_and_with_the_papers_reward(parse):
     lines = yaml.safe_load((ROOT / "example_yamls/demo-cpu.yaml").read_text())
     others = compared_with(lines, Path("sera-demo"))
     assert list(others) == ["plain DPO, 3 epochs", "SeRA with the paper's reward"]
-    plain, published = (each for _, each in others.values())
+    plain, published = others.values()
     assert plain["rl"] == "dpo"
     assert not {"plugins", "sera"} & plain.keys()
     ours = {"reward": "paper", "trust": "warn", "keep": "last"}

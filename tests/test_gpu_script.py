@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu.runs import compared
+from benchmarks.harness import ROOT
 
 
 def test_a_step_leaves_its_figures_and_its_log(tmp_path, capsys):
@@ -61,3 +62,27 @@ def test_runs_are_compared_by_the_pairs_that_they_kept(tmp_path):
     others = pa.array([not kept for kept in table["selected"].to_pylist()])
     pq.write_table(table.set_column(at, "selected", others), path)
     assert compared(one, other, 2)["not_shared"] == len(table)
+
+
+def test_the_page_says_what_was_measured():
+    lines = (ROOT / "benchmarks/results/gpu/h200.jsonl").read_text().splitlines()
+    steps = {one.get("step"): one for one in map(json.loads, lines)}
+    said = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
+    failed = {name for name, one in steps.items() if name and not one["ok"]}
+    assert failed == {"scoring", "step"}
+    assert "speed of scoring and training (time ran out)" in said
+    for one in steps["killed"]["against_full"]:
+        assert (one["not_shared"], one["greatest_difference_nats"]) == (0, 0.0)
+    low = steps["scorer"]["bfloat16"]
+    alone, shared = (low[name]["against_naive"] for name in ("one_a_line", "shared"))
+    assert f"is {alone['mean']:.3f} nats a sequence" in said
+    assert f"(at most {alone['max']:.2f}), shared prompts {shared['mean']:.2f} (at most" in said
+    assert f"shared prompts {shared['mean']:.2f} (at most {shared['max']:.1f})" in said
+    naive = low["naive_against_float32"]
+    assert f"in bf16 is {naive['mean']:.2f} (at most {naive['max']:.2f}) from float32" in said
+    tokens = steps["scorer"]["tokens"] / steps["scorer"]["sequences"]
+    assert f"Answers have {tokens:.0f} tokens on average" in said
+    speed = {n: steps["sampling"][f"batch_{n}"]["tokens_per_second"] for n in (8, 32, 128)}
+    assert f"{speed[8]:.0f} tokens a second for 8 prompts, {speed[32]:.0f} for 32" in said
+    assert f"{speed[128]:,.0f} for 128" in said
+    assert f"moved by {steps['margins']['deviation']:.0f} nats" in said

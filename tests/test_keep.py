@@ -51,6 +51,11 @@ def test_an_earlier_policy_is_kept_only_if_it_is_clearly_better():
     assert best_policy({0: first, 1: first, 2: last(0)}) == 1
     assert best_policy({1: first, 2: last(-5)}) == 2
     assert best_policy({1: first, 2: last(9)}) == 2
+    # Mean 1 of 0, 0, 2, 2 is 1.73 standard errors: beyond 95 %, and not beyond 99 %.
+    assert best_policy({1: first, 2: np.array([0.0, 0.0, 2.0, 2.0])}) == 2
+    # A policy that has diverged is not kept if there is another.
+    assert best_policy({1: last(0), 2: first + np.nan, 3: first + np.inf}) == 1
+    assert best_policy({1: first + np.nan}) == 1
     # theta_0 is never kept, and one pair shows nothing.
     assert best_policy({0: first, 1: last(0)}) == 1
     assert best_policy({1: first[:1], 2: last(0)[:1]}) == 2

@@ -4,7 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import mean
 
-from benchmarks.claims.estimates import TRUE_REWARD, Estimate, Figure, Record, Results, final
+from benchmarks.claims.estimates import (
+    TRUE_REWARD,
+    Estimate,
+    Figure,
+    Record,
+    Results,
+    after,
+    final,
+)
 from benchmarks.claims.systems import COMPARED as SYSTEMS
 from benchmarks.claims.systems import COMPARED_SEEDS as SEEDS
 from benchmarks.claims.tables import MISSING, compared, shown
@@ -18,8 +26,7 @@ BETTER_IN = 2
 
 def kept(record: Record) -> float | None:
     """True reward of the policy that `sera.keep: best` leaves."""
-    reward: float = record["policies"][record["kept"] - 1]["true_reward"]
-    return reward
+    return after(record["kept"], "true_reward")(record)
 
 
 #: Whose policies are compared, by what a table calls them.
@@ -40,9 +47,9 @@ def by_seed(results: Results, side: str) -> dict[int, float]:
     return results.of(system, 0.0, figure)
 
 
-def gain(results: Results, side: str, other: str = BASELINE) -> dict[int, float]:
-    """By seed, how much higher one side's true reward is."""
-    one, two = by_seed(results, side), by_seed(results, other)
+def gain(results: Results, side: str) -> dict[int, float]:
+    """By seed, how much higher one side's true reward is than that of the baseline."""
+    one, two = by_seed(results, side), by_seed(results, BASELINE)
     return {seed: one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())}
 
 

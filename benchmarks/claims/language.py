@@ -243,7 +243,7 @@ def shorten(directory: Path, out: Path) -> None:
     task = Language()
     model, tokenizer = task.load(directory)
     prompts = list(PROMPTS)
-    world = replace(COMPARED["language"][0], new_tokens=SHORT)
+    world = replace(COMPARED["language"][0], new_tokens=SHORT, temperature=0.7)
     torch.manual_seed(0)
     for seed in (0, 1):
         texts = task.answer(model, tokenizer, prompts, world, seed)

@@ -1,6 +1,5 @@
 """Whole `rl: sera` runs through the real host: to the end, killed and continued, every kind."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -64,14 +63,18 @@ def world_config(setup: Setup, name: str, **changes: Any) -> dict[str, Any]:
     """A run of the demo's world, with its output below the scratch directory."""
     path, place = setup.directory / "world.jsonl", setup.directory / name
     data = {"path": str(path), "ds_type": "json", "split": "train", "type": FORMATS}
-    config: dict[str, Any] = copy.deepcopy(yaml.safe_load(BASE) | changes)
-    return config | {
-        "plugins": [SERA],
-        "base_model": str(setup.directory / "base"),
-        "datasets": [data],
-        "dataset_prepared_path": str(place / "prepared"),
-        "output_dir": str(place / "out"),
-    }
+    config: dict[str, Any] = yaml.safe_load(BASE)
+    return (
+        config
+        | changes
+        | {
+            "plugins": [SERA],
+            "base_model": str(setup.directory / "base"),
+            "datasets": [data],
+            "dataset_prepared_path": str(place / "prepared"),
+            "output_dir": str(place / "out"),
+        }
+    )
 
 
 def start(setup: Setup, config: dict[str, Any], launcher: str) -> subprocess.Popen[bytes]:

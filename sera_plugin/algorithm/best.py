@@ -47,7 +47,8 @@ def best_policy(losses: Mapping[int, FloatArray]) -> int:
     That is, unless its (M,) losses are lower than the last one's by more than chance: a paired
     one-sided test at 99 %. The last one's mean is often slightly higher although its answers are
     better, because preference tuning makes margins large, wrong ones too. If an earlier one is, the
-    question is asked again of the one before the last, and so on.
+    question is asked again of the one before the last, and so on. One with a loss that is not
+    finite has diverged, and any other is better.
     """
     trained = sorted(policy for policy in losses if policy)
     return next(
@@ -58,6 +59,8 @@ def best_policy(losses: Mapping[int, FloatArray]) -> int:
 
 
 def _clearly_lower(one: FloatArray, other: FloatArray) -> bool:
+    if not np.isfinite(other).all():
+        return bool(np.isfinite(one).all())
     gain = other - one
     if len(gain) < 2:
         return False

@@ -69,8 +69,8 @@ class Keeping:
         if patience <= 0 or not losses or max(losses) - best_policy(losses) < patience:
             return False
         LOG.info(
-            f"SeRA: training ends after iteration {max(losses)}: theta_{best_policy(losses)} is "
-            f"clearly better on the held-out pairs than what the last {patience} brought"
+            f"SeRA: training ends after iteration {max(losses)}: on the held-out pairs every "
+            f"policy after theta_{best_policy(losses)} is clearly worse than an earlier one"
         )
         return True
 

@@ -133,12 +133,17 @@ def describe_kept(keep: str, kept: int, last: int, losses: Mapping[int, float], 
     lines = [f"SeRA keeps theta_{kept}, the last policy (sera.keep: {keep})"]
     if losses:
         lines = [
-            f"SeRA keeps theta_{kept}, "
-            + ("the last policy: none" if kept == last else "the last policy that none")
-            + " before it is clearly better",
+            f"SeRA keeps theta_{kept}"
+            + (
+                ", the last policy: none before it is clearly better"
+                if kept == last
+                else ": every later policy is clearly worse than an earlier one"
+            ),
             f"  by {FIGURE}: "
             + ", ".join(f"theta_{policy} {loss:.4g}" for policy, loss in losses.items()),
         ]
+        if losses[kept] >= losses[0]:
+            lines.append("  which is no lower than that of theta_0, where the run started")
         if kept != last:
             lines.append(f"  theta_{last}, the last one, is in {root / 'last/policy'}")
     elif keep == "best":

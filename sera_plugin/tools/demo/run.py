@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -63,11 +63,11 @@ def run_demo(directory: Path, config: Path) -> None:
         f"{len(rows)} pairs; of those that differ in true reward {right:.0%} are labelled right"
     )
     others = compared_with(yaml.safe_load(config.read_text(encoding="utf-8")), directory)
-    with _step(f"axolotl train {config}"), trained(others, directory):
+    with _step(f"axolotl train {config}"), trained(others.values()):
         if subprocess.run(_command(config), env=_environment()).returncode:
             raise click.ClickException(f"`axolotl train {config}` failed; its message is above")
     with _step("every policy answers the held-out prompts"):
-        table = _table(base, {name: directory / place for name, (place, _) in others.items()}, run)
+        table = _table(base, {name: Path(one["output_dir"]) for name, one in others.items()}, run)
     click.echo(f"\n{table}\n")
     click.echo(f"The run's own record is in {run / 'sera'} (docs/run-directory.md).")
     click.echo(f"Open {run / 'sera/report.html'} to see what it did to the data.")
@@ -83,49 +83,44 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def compared_with(
-    settings: Mapping[str, Any], directory: Path
-) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """What the YAML is compared with, by what the table calls it: its place and its own YAML."""
+def compared_with(settings: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Any]]:
+    """The YAMLs that the demo's is compared with, by what the table calls them."""
     plain_dpo = {key: settings[key] for key in settings if key not in ("plugins", "sera")}
     published = {"reward": "paper", "trust": "warn", "keep": "last"}
-    found = {
-        f"plain DPO, {settings.get('num_epochs', 1)} epochs": (
-            "plain-dpo",
-            plain_dpo | {"rl": "dpo"},
-        ),
-        "SeRA with the paper's reward": (
-            "paper-sera",
-            {**settings, "sera": {**settings.get("sera", {}), **published}},
-        ),
-    }
+    sera = {**(settings.get("sera") or {}), **published}
+
+    def beside(place: str) -> dict[str, str]:
+        return {
+            "output_dir": str(directory / place),
+            "dataset_prepared_path": str(directory / f"{place}-prepared"),
+        }
+
     return {
-        name: (
-            place,
-            {
-                **lines,
-                "output_dir": str(directory / place),
-                "dataset_prepared_path": str(directory / f"{place}-prepared"),
-            },
-        )
-        for name, (place, lines) in found.items()
+        f"plain DPO, {settings.get('num_epochs', 1)} epochs": (
+            plain_dpo | {"rl": "dpo"} | beside("plain-dpo")
+        ),
+        "SeRA with the paper's reward": {**settings, "sera": sera} | beside("paper-sera"),
     }
 
 
 @contextmanager
-def trained(others: Mapping[str, tuple[str, Mapping[str, Any]]], directory: Path) -> Iterator[None]:
-    """Trains those that are not there yet, beside what is done inside; their output goes to files.
+def trained(configs: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+    """Train what was not trained yet by the same YAML, beside what is done inside.
+
+    The YAML is left beside `output_dir`, and so is what the host prints.
 
     Raises:
         click.ClickException: if one fails.
     """
     running = {}
-    for place, lines in others.values():
-        if (directory / place / "model.safetensors").exists():
+    for lines in configs:
+        output, text = Path(lines["output_dir"]), yaml.safe_dump(dict(lines))
+        config, log = output.with_suffix(".yaml"), output.with_suffix(".log")
+        done = (output / "model.safetensors").exists() and config.exists()
+        if done and config.read_text(encoding="utf-8") == text:
             continue
-        shutil.rmtree(directory / place, ignore_errors=True)  # of a demo that was stopped
-        config, log = directory / f"{place}.yaml", directory / f"{place}.log"
-        config.write_text(yaml.safe_dump(dict(lines)), encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)  # of a demo that was stopped, or of another YAML
+        config.write_text(text, encoding="utf-8")
         with log.open("wb") as file:
             running[config, log] = subprocess.Popen(
                 _command(config), env=_environment(), stdout=file, stderr=subprocess.STDOUT
@@ -211,10 +206,10 @@ def _table(base: Path, others: Mapping[str, Path], run: Path) -> str:
     """True reward, win rate against the base model and length, policy by policy."""
     from sera_plugin.tools.demo.base_model import load_model, respond
 
-    _, *trained = RunStore(run).policies()  # the first is the base
+    _, *policies = RunStore(run).policies()  # the first is the base
     after = [
         (f"after iteration {t}{' (kept)' if path == run else ''}", path)
-        for t, path in enumerate(trained, start=1)
+        for t, path in enumerate(policies, start=1)
     ]
     random = Random(3)
     prompts = [make_prompt(random) for _ in range(HELD_OUT)]
