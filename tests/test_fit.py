@@ -115,11 +115,28 @@ def test_a_reward_per_token_and_with_a_weight_of_length():
     ("right", "pairs", "beats"), [(58, 100, False), (59, 100, True), (9, 10, True), (7, 10, False)]
 )
 def test_better_than_a_coin(right, pairs, beats):
-    """P(59 or more of 100) = 0.0443, P(58 or more) = 0.0666; of 10: 9 are 0.0107, 7 are 0.172."""
+    """Equal margins, of which k too many of n are right: z = k / sqrt(n), 1.6, 1.8, 2.53, 1.26."""
     features = np.ones((pairs, 3)) * [1, 0, 0]
     features[right:] *= -1
     assert judged((1.0, -1.0), features, fitted=False).beats_coin is beats
-    assert by_chance(0.59, 100) == pytest.approx(0.0443, abs=2e-3)
+
+
+def test_what_a_coin_does_by_margins():
+    """Half of the pairs are right, by margins of 3 nats, and wrong by 1: the mean is 1, the root
+    mean square sqrt(5), z = 1 / sqrt(5 / 20) = 2 of 20 pairs, and P(Z > 2) = 0.02275."""
+    margins = np.array([3.0, -1.0] * 10)
+    assert by_chance(margins) == pytest.approx(0.02275, abs=1e-5)
+    assert by_chance(-margins) == pytest.approx(1 - 0.02275, abs=1e-5)
+    assert by_chance(1e6 * margins) == by_chance(margins)  # no unit
+    assert by_chance(np.zeros(20)) == by_chance(np.array([])) == 0.5
+
+
+def test_large_margins_count_for_more_than_small_ones():
+    """53 of 100 are right, which a coin often does; all the decided ones are among them."""
+    margins = np.concatenate([np.full(30, 2.0), np.full(23, 0.1), np.full(47, -0.1)])
+    features = np.stack([margins, 0 * margins, 0 * margins], axis=1)
+    assert judged((1.0, -1.0), features, fitted=False).accuracy == 0.53
+    assert judged((1.0, -1.0), features, fitted=False).beats_coin
 
 
 def test_support_is_where_the_offline_answers_mostly_are():

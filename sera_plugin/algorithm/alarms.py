@@ -65,9 +65,9 @@ _TEXTS = {
     "accuracy": "the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
     "{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier iteration "
     "with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise rl_beta.",
-    "coin": "the reward ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin as "
-    "many {figure:.0%} of the time: {done} If the policy has hardly moved, raise learning_rate or "
-    "lower rl_beta; else hold out more pairs (sera.held_out).",
+    "coin": "the reward ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin's "
+    "margins would be as good {figure:.0%} of the time: {done} If the policy has hardly moved, "
+    "raise learning_rate or lower rl_beta; else hold out more pairs (sera.held_out).",
     "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} "
     "standard deviations, so its reward does not rank them any more: {done} Lower learning_rate or "
     "raise rl_beta for samples that can be used.",

@@ -38,7 +38,7 @@ _STEPS, _NEAR, _CLOSE = 100, 1e-6, 1e-20
 #: Candidates are ranked within these quantiles of the offline answers' length, and of their
 #: likelihood per token: beyond, a fit extrapolates.
 LONGEST, UNLIKELIEST = 0.95, 0.05
-#: A reward ranks better than a coin if a coin does as well less often than this.
+#: A reward ranks better than a coin if a coin's margins would be as high less often than this.
 CHANCE = 0.05
 #: Where a policy no longer ranks its own samples, they outrank the data's good answers by more than
 #: this many standard deviations. In two worlds whose truth is known it was 1.2 to 2.0 in iterations
@@ -56,6 +56,7 @@ class Reward:
     pairs: int = 0  # how many were held out
     accuracy: float | None = None  # of these weights, each pair ranked by a fit to others
     paper_accuracy: float | None = None  # of Eq. 7
+    by_chance: float | None = None  # how often a coin is as good, see `by_chance`
 
     def __call__(
         self, logps: Sequence[npt.ArrayLike], lengths: npt.ArrayLike, per_token: bool
@@ -68,7 +69,7 @@ class Reward:
     @property
     def beats_coin(self) -> bool:
         """Whether it ranks held-out pairs better than a coin; True where nothing is held out."""
-        return self.accuracy is None or by_chance(self.accuracy, self.pairs) < CHANCE
+        return self.by_chance is None or self.by_chance < CHANCE
 
     def record(self, policies: Sequence[int]) -> dict[str, Any]:
         """As summary.json has it, with a name for each weight."""
@@ -79,7 +80,7 @@ class Reward:
             found["errors"] = dict(zip(names, self.errors, strict=True))
         if self.accuracy is not None:
             found |= {"accuracy": self.accuracy, "paper_accuracy": self.paper_accuracy}
-            found["by_chance"] = by_chance(self.accuracy, self.pairs)
+            found["by_chance"] = self.by_chance
         return found
 
 
@@ -90,15 +91,16 @@ def judged(paper: tuple[float, ...], differences: FloatArray, fitted: bool) -> R
     of rejected, log-probabilities newest policy first (nats), then lengths (tokens).
     """
     direction, pairs = np.array([*paper, 0.0]), len(differences)
-    by_paper = _accuracy(differences @ direction)
+    margin = differences @ direction
+    by_paper = _accuracy(margin)
     if not fitted:
-        return Reward(paper, pairs=pairs, accuracy=by_paper, paper_accuracy=by_paper)
+        return Reward(paper, 0.0, (), pairs, by_paper, by_paper, by_chance(margin))
     (*weights, length), errors = (one.tolist() for one in fit_weights(differences, direction))
     margin, fold = np.empty(pairs), np.arange(pairs) % _FOLDS
     for one in range(min(_FOLDS, pairs)):
         others, _ = fit_weights(differences[fold != one], direction)
         margin[fold == one] = differences[fold == one] @ others
-    return Reward(weights, length, errors, pairs, _accuracy(margin), by_paper)
+    return Reward(weights, length, errors, pairs, _accuracy(margin), by_paper, by_chance(margin))
 
 
 def fit_weights(differences: FloatArray, paper: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -166,7 +168,11 @@ def within_support(
     return found
 
 
-def by_chance(accuracy: float, pairs: int) -> float:
-    """How often a coin gets so many of the pairs right, or more (as a normal distribution says)."""
-    right = accuracy * pairs - 0.5
-    return 0.5 * math.erfc((right - pairs / 2) / math.sqrt(pairs / 2))
+def by_chance(margin: FloatArray) -> float:
+    """How often (n,) margins of random sign would be as high on average, as a normal says.
+
+    Margins and not signs alone: labels are wrong most where margins are small, so these tell a
+    good reward from a coin with fewer pairs.
+    """
+    error = math.sqrt(float(np.mean(margin**2)) / len(margin)) if len(margin) else 0.0
+    return 0.5 * math.erfc(float(margin.mean()) / error / math.sqrt(2)) if error else 0.5
