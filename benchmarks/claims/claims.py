@@ -9,7 +9,7 @@ _LOSSES = ("cDPO", "rDPO", "IPO", "SLiC", "SimPO")
 CLAIMS = (
     Claim(
         "SeRA trains better policies than plain DPO",
-        "main comparison",
+        "Table 1: 73.1 to 59.8 %",
         REWARD,
         (
             *versus("SeRA", "DPO, 3 epochs", *_ALL),
@@ -26,37 +26,37 @@ CLAIMS = (
     ),
     Claim(
         "SeRA trains better policies than iterative DPO",
-        "main comparison",
+        "Table 1: 73.1 to 64.4 %; Tables 7, 8: 71.1 to 63.5, 68.3 to 56.2",
         REWARD,
         versus("SeRA", "iterative DPO", *_ALL),
     ),
     Claim(
         "SeRA wins more often against the base model than iterative DPO",
-        "main comparison",
+        "the same",
         "win rate",
         versus("SeRA", "iterative DPO", *_ALL, figure="win_rate"),
     ),
     Claim(
         "selection alone helps",
-        "ablation",
+        "Table 3, HH-RLHF: 65.4 to 63.0 %",
         REWARD,
         versus("SeRA, selection only", "iterative DPO", *_ALL),
     ),
     Claim(
         "sampled pairs help beyond selection",
-        "ablation",
+        "Table 3, HH-RLHF: 66.1 to 65.4 %",
         REWARD,
         versus("SeRA", "SeRA, selection only", *_ALL),
     ),
     Claim(
         "offline pairs help beyond sampled ones",
-        "ablation",
+        "no table",
         REWARD,
         versus("SeRA", "SeRA, bootstrap only", *_ALL),
     ),
     Claim(
         "selection drops swapped labels more often than chance (0.3)",
-        "robustness to noise",
+        "no table",
         SHARE,
         tuple(
             Comparison(
@@ -71,13 +71,13 @@ CLAIMS = (
     ),
     Claim(
         "SeRA is robust to noise: better than losses made for it",
-        "robustness to noise",
+        "Table 7: 71.1 to 53.5 (cDPO), 70.6 (rDPO); Table 8: 68.3 to 52.6, 61.0 %",
         REWARD,
         (*versus("SeRA", "iterative cDPO", 0.2), *versus("SeRA", "iterative rDPO", 0.2)),
     ),
     Claim(
         "implicit reward margins select better than other criteria",
-        "comparison of selections",
+        "no table",
         REWARD,
         (
             *versus("SeRA, selection only", "selection by score", 0.0, 0.2),
@@ -87,13 +87,13 @@ CLAIMS = (
     ),
     Claim(
         "SeRA helps other direct alignment losses",
-        "main comparison",
+        "Table 2: IPO 70.5 to 64.7, SLiC 72.8 to 69.1 %; Table 9: SimPO 71.6 to 66.8",
         REWARD,
         tuple(one for loss in _LOSSES for one in versus(f"SeRA, {loss}", f"iterative {loss}", 0.2)),
     ),
     Claim(
         "SeRA is better than other ways to choose pairs",
-        "main comparison",
+        "Table 1: Curri-DPO 73.1 to 66.8 %; Mistral, SPIN 84.4 to 61.0",
         REWARD,
         (*versus("SeRA", "SPIN", 0.2), *versus("SeRA", "Curri-DPO", 0.2)),
     ),
@@ -111,7 +111,7 @@ CLAIMS = (
     ),
     Claim(
         "the implicit reward ranks the policy's own samples in true order",
-        "Table 6",
+        "Table 6, Mistral: 0.74 with Claude 3",
         SHARE,
         tuple(
             Comparison(
@@ -126,7 +126,7 @@ CLAIMS = (
     ),
     Claim(
         "every iteration helps",
-        "iterations",
+        "Table 13: 70.2, 73.1, 74.5, 74.8 % after iterations 2 to 5",
         REWARD,
         tuple(
             Comparison(
@@ -141,13 +141,13 @@ CLAIMS = (
     ),
     Claim(
         "the reward ensemble helps",
-        "gamma",
+        "Fig. 5",
         REWARD,
         versus("SeRA", "SeRA, gamma 0", 0.2),
     ),
     Claim(
         "more sampled pairs help (best-SeRA)",
-        "ratios",
+        "Table 1: 79.5 to 73.1 %; Fig. 7",
         REWARD,
         versus("SeRA, k~ = 2 N", "SeRA", 0.2),
     ),

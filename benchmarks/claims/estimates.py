@@ -128,7 +128,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, where, and the comparisons that test it."""
+    """What the paper says and where, with its figures, and the comparisons that test it.
+
+    Win rates are of TinyLlama-1.1B against its SFT model on UltraFeedback unless it says more.
+    """
 
     says: str
     where: str

@@ -107,7 +107,7 @@ def verdict_table(claims: Sequence[Claim], worlds: ByRate) -> str:
             found = Counter(one.estimate(results).verdict for one in claim.comparisons)
             cells.append(", ".join(f"{found[name]} {name}" for name in VERDICTS if found[name]))
         rows.append([claim.says, claim.where, *cells])
-    return markdown(("claim", "where", *worlds), rows)
+    return markdown(("claim", "in the paper", *worlds), rows)
 
 
 def _seeds(found: Sequence[Estimate]) -> str:
