@@ -215,9 +215,7 @@ def assert_weights_are_close(one: Path, other: Path, atol: float = 1e-4) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kind):
-    config = base_config | {"num_epochs": 2} | (adapter() if kind == "lora" else {})
-    config = with_an_early_best(config)
-    config["sera"]["sampler"] = "transformers"
+    config = of_kind(base_config | {"num_epochs": 2}, kind)
     two = config | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
     result = launch(two, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -227,12 +225,33 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
     assert_alike(one, other, 2)
     weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
     assert_weights_are_close(one.parent / weights, other.parent / weights)
-    assert_theta_1_is_kept(other, weights)
     first, second = summary(one, 2), summary(other, 2)
+    if kind == "lora":
+        assert_theta_1_is_kept(other, weights)
+    else:
+        assert_fitted_alike(first, second)
     assert first["forwarded"] == second["forwarded"]
     assert first["pairs"] == second["pairs"]
     states = [read_json(run.parent / "checkpoint-6/trainer_state.json") for run in (one, other)]
     assert states[0]["global_step"] == states[1]["global_step"] == states[1]["max_steps"]
+
+
+def of_kind(config: dict, kind: str) -> dict:
+    """An adapter whose first policy is kept, or a whole model with a reward that is fitted."""
+    if kind == "lora":
+        config = with_an_early_best(config | adapter())
+    else:
+        config["sera"]["reward"] = "fitted"
+    config["sera"]["sampler"] = "transformers"
+    return config
+
+
+def assert_fitted_alike(one: dict, other: dict) -> None:
+    mine, theirs = (summary["reward"] for summary in (one, other))
+    assert mine["errors"].keys() == mine["weights"].keys() > {"theta_0", "length"}
+    assert mine["accuracy"] == theirs["accuracy"]
+    for name in ("weights", "errors"):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-2)
 
 
 def assert_theta_1_is_kept(run: Path, weights: str) -> None:
@@ -260,8 +279,7 @@ def test_no_rank_goes_on_in_smaller_batches_alone():
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
-    config = with_an_early_best(base_config | (adapter() if kind == "lora" else {}))
-    config["sera"]["sampler"] = "transformers"
+    config = of_kind(base_config, kind)
     # With Adam's 1e-8 a gradient of that size takes a whole step in the direction of its rounding.
     config["adam_epsilon"] = 1e-6
     two = config | fsdp() | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
@@ -275,7 +293,11 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
     policy, final = other / f"iteration-03/policy/{weights}", other.parent / weights
     assert_weights_are_close(one / f"iteration-03/policy/{weights}", policy)
     assert_weights_are_close(one.parent / weights, final)
-    assert_theta_1_is_kept(other, weights)
+    fitted = summary(other, 3)["reward"]
+    if kind == "lora":
+        assert_theta_1_is_kept(other, weights)
+    else:
+        assert_fitted_alike(summary(one, 3), summary(other, 3))
     assert_weights_are_close(policy, other.parent / f"checkpoint-6/{weights}", atol=0)
 
     # Cut off after one step of iteration 3, with theta_2 scored anew and theta_1 read back.
@@ -290,7 +312,9 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
     for name, before in tables.items():
         assert table(other, 3, name) == before
     assert_weights_are_close(Path(whole), final, atol=0)
-    assert_theta_1_is_kept(other, weights)
+    assert summary(other, 3)["reward"] == fitted
+    if kind == "lora":
+        assert_theta_1_is_kept(other, weights)
 
 
 @pytest.mark.slow
