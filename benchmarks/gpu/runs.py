@@ -19,7 +19,8 @@ from benchmarks.workload import make_model, make_rows, vocabulary_of
 
 #: Short runs of the demo's world; each step adds what it is about.
 BASE = """
-{rl: sera, rl_beta: 0.2, sera: {max_new_tokens: 16, temperature: 1.0, sampler: transformers},
+{rl: sera, rl_beta: 0.2, sera: {max_new_tokens: 16, temperature: 1.0, sampler: transformers,
+reward: fitted, trust: act},
 sequence_len: 48, num_epochs: 3, micro_batch_size: 16, gradient_accumulation_steps: 1,
 learning_rate: 1.0e-4, lr_scheduler: constant, optimizer: adamw_torch, seed: 11, bf16: true,
 fp16: false, tf32: false, attn_implementation: sdpa, gradient_checkpointing: false,
@@ -102,6 +103,7 @@ def finish(child: subprocess.Popen[bytes], config: dict[str, Any]) -> dict[str, 
         # Absent in an iteration that was continued after its first step.
         "step_zero": [one.get("step_zero", {}).get("nats_per_root_token") for one in found],
         "pairs": [[one["pairs"][key] for key in ("kept", "trained")] for one in found],
+        "reward": [one.get("reward") for one in found],
         "drift": [one.get("drift") for one in found],  # nats an answer, from the initial policy
         "alarms": [[alarm["name"] for alarm in one["alarms"]] for one in found],
     }
