@@ -38,11 +38,12 @@ def test_kept_comparisons_are_of_systems_and_worlds_that_exist():
         for of_task, rates in world.COMPARED.values()
         for at in (replace(of_task, learning_rate=rate) for rate in rates)
     }
+    assert systems.COMPARED_SEEDS.keys() == world.COMPARED.keys()
     for one in records:
         run = runs.Run(known[one["system"]], one["noise"], one["seed"], worlds[one["world"]])
         assert run.key == one["key"], f"{one['system']} is another system now"
         assert one["kept"] in range(1, len(one["policies"]) + 1)
-        assert one["seed"] in systems.COMPARED_SEEDS
+        assert one["seed"] in systems.COMPARED_SEEDS[worlds[one["world"]].task]
     assert len({one["key"] for one in records}) == len(records)
 
 
@@ -52,7 +53,7 @@ def compared_records(gains: dict[str, list[float]]) -> list[dict]:
     for name, (of_task, rates) in world.COMPARED.items():
         for rate in rates:
             key = replace(of_task, learning_rate=rate).key
-            for seed, gain in enumerate(gains[name]):
+            for seed, gain in zip(systems.COMPARED_SEEDS[name], gains[name], strict=False):
                 iterative = record(comparison.BASELINE, seed, [0.1, 0.5], noise=0.0)
                 new = record(
                     comparison.SIDES[comparison.NEW][0], seed, [0.5 + gain, 0.0], noise=0.0
@@ -92,6 +93,7 @@ def test_the_language_worlds_criteria_look_at_iterative_dpo_only():
     assert not criteria.check_language([base], [[slow], [slow], [fast]])[1].holds
     seeds = {*criteria.SEEDS, *criteria.LANGUAGE_SEEDS}
     assert not seeds & {*systems.SEEDS, *systems.FRESH}
+    assert not seeds & {seed for seeds in systems.COMPARED_SEEDS.values() for seed in seeds}
 
 
 def test_forms_of_the_language_world_can_be_kept_to():
@@ -233,18 +235,34 @@ def test_a_world_without_pairs_to_train_on_is_refused(tmp_path):
 
 def test_what_the_readme_and_the_findings_say_is_in_the_results():
     records = page.read(page.COMPARISON)
-    gains = {}
-    for name, (_, rates) in world.COMPARED.items():
-        for rate in rates:
-            found = comparison.gain(comparison.results_at(records, name, rate), comparison.NEW)
-            gains[name, rate] = Estimate.over(list(found.values()))
-    small = [one for (name, _), one in gains.items() if name != "language"]
-    least, most = min(one.mean for one in small), max(one.mean for one in small)
-    assert f"by {least + 0:.2f} to {most:.2f} in true reward".replace("-0", "0") in README
-    assert {one.seeds for one in small} == {3}
-    assert "on average over\nthree seeds" in README
-    of_language = [one for (name, _), one in gains.items() if name == "language"]
-    assert [one.mean > 0 for one in of_language] == [True, False, True]
-    assert "has one seed so far, and is twice above\nand once below" in README
-    assert sum(one.mean > -5e-4 for one in gains.values()) == 7
-    assert "In seven of the eight rows" in page.PAGES[0].read_text()
+    readme, findings = (" ".join(text.split()) for text in (README, page.PAGES[0].read_text()))
+    decided = comparison.decision(records)
+    assert "- Worse than iterative DPO by the interval: nowhere." in decided
+    assert "- Better in: letters, language." in decided
+    assert "95 % interval, and better in two" in readme
+    means = []
+    for name in ("letters", "fillers"):
+        for rate in world.COMPARED[name][1]:
+            results = comparison.results_at(records, name, rate)
+            found = comparison.gain(results, comparison.NEW)
+            means.append(Estimate.over(list(found.values())).mean)
+    assert f"it gains {min(means):.2f} to {max(means):.2f} in true reward" in readme
+
+    # In language trust lets sampled pairs into two runs of fifteen, and `keep` does the rest.
+    keys = {
+        replace(world.COMPARED["language"][0], learning_rate=rate).key
+        for rate in world.COMPARED["language"][1]
+    }
+    of = {name: {} for name in ("iterative DPO", "SeRA, fitted and trusted")}
+    for one in records:
+        if one.get("system") in of and one["world"] in keys:
+            of[one["system"]][one["world"], one["seed"]] = one
+    iterative, trusted = of.values()
+    sampled = [
+        key for key, one in trusted.items() if any(it["sampled"] for it in one["iterations"])
+    ]
+    assert len(trusted) == 15
+    assert len(sampled) == 2
+    assert "sampled pairs into two of fifteen runs" in findings
+    last = {key for key in trusted if trusted[key]["policies"] == iterative[key]["policies"]}
+    assert last == trusted.keys() - set(sampled)

@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.claims import criteria, real
 from benchmarks.claims.page import COMPARISON, REAL, RESULTS, update_pages
 from benchmarks.claims.runs import DEVICES, Job, Run, build, perform, perform_all
-from benchmarks.claims.systems import COMPARED, CORE, SEEDS, SWEEPS, System
+from benchmarks.claims.systems import COMPARED, COMPARED_SEEDS, CORE, SEEDS, SWEEPS, System
 from benchmarks.claims.world import COMPARED as COMPARED_WORLDS
 from benchmarks.claims.world import SMALL, SMOKE, WORLD, WORLDS, World
 from benchmarks.harness import commit, cpu_name
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.claims", description="Run the paper's claims again."
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="those of the tables unless given")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="systems by name")
     names = {**WORLDS, **COMPARED_WORLDS}
     parser.add_argument("--world", choices=names, help="see world.py; fixed, or letters")
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--data and --model go together")
     worlds = COMPARED_WORLDS if options.compare else WORLDS
     options.world = options.world or next(iter(worlds))
+    options.seeds = options.seeds or (COMPARED_SEEDS[options.world] if options.compare else SEEDS)
     if options.world not in worlds:
         parser.error(f"--world {options.world} is not among {', '.join(worlds)}")
     if options.compare and options.criteria and options.world != "language":

@@ -39,7 +39,7 @@ SIDES: dict[str, tuple[str, Figure]] = {
 
 def results_at(records: Sequence[Record], name: str, rate: float) -> Results:
     world, _ = WORLDS[name]
-    return compared(records, replace(world, learning_rate=rate), SEEDS)
+    return compared(records, replace(world, learning_rate=rate), SEEDS[name])
 
 
 def by_seed(results: Results, side: str) -> dict[int, float]:
@@ -80,8 +80,13 @@ def _table(
     for name, (_, rates) in WORLDS.items():
         for rate in rates:
             found = [estimate(results_at(records, name, rate), side) for side in sides]
+            most = max(one.seeds for one in found)
             cells = [shown(one, sign=sign) for one in found]
-            rows.append([name, f"{rate:g}", *cells, str(max(one.seeds for one in found))])
+            cells = [
+                f"{cell}, {one.seeds} of the seeds" if 0 < one.seeds < most else cell
+                for cell, one in zip(cells, found, strict=True)
+            ]
+            rows.append([name, f"{rate:g}", *cells, str(most)])
     return markdown(["world", "learning rate", *sides, "seeds"], rows)
 
 
