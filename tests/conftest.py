@@ -29,7 +29,8 @@ DATA_TYPE = {
 }
 #: A YAML that trains in seconds on a CPU in float32.
 SHORT = """
-{plugins: [sera_plugin.SeraPlugin], rl: sera, sera: {max_new_tokens: 12, temperature: 1.0},
+{plugins: [sera_plugin.SeraPlugin], rl: sera, sera: {max_new_tokens: 12, temperature: 1.0,
+reward: paper, trust: warn, keep: last},
 sequence_len: 48, num_epochs: 3, micro_batch_size: 4, gradient_accumulation_steps: 2,
 learning_rate: 1.0e-3, lr_scheduler: constant, optimizer: adamw_torch, seed: 11, bf16: false,
 fp16: false, tf32: false, attn_implementation: sdpa, gradient_checkpointing: false,

@@ -26,7 +26,7 @@ from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.algorithm.trust import score_held_out
 from sera_plugin.config.kinds import LABELERS
-from sera_plugin.config.sera import SeraConfig
+from sera_plugin.config.sera import AS_PUBLISHED, SeraConfig
 from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
@@ -71,7 +71,9 @@ def make_run(
     labeler: type[Labeler] | None = None,
 ) -> RunStore:
     """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
-    block = SeraConfig(**{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **(sera or {})})
+    block = SeraConfig(
+        **{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **AS_PUBLISHED, **(sera or {})}
+    )
     notes = annotations or Annotations()
     method = Method(block, block.loss == "simpo", block.per_token, pairs, iterations, 7, notes)
     resolved = {"base_model": "org/none-such", "num_epochs": iterations}

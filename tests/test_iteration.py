@@ -132,7 +132,7 @@ def test_fewer_pairs_than_asked_for_are_all_used_down_to_none(tmp_path, monkeypa
     run = Run(tmp_path / "none")
     assert firsts(run.upto(2)) == [(1, 11, 12), (3, 31, 32)]
     assert run.table(2, "bootstrapped")["row"] == []
-    config = SeraConfig(selection_ratio=0, bootstrap_ratio=1, candidates=2)
+    config = SeraConfig(selection_ratio=0, bootstrap_ratio=1, candidates=2, trust="warn")
     run = Run(tmp_path / "nothing", config)
     with pytest.raises(ValueError, match=r"nothing is left to train on.*sera\.temperature"):
         run.upto(2)

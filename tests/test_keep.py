@@ -119,6 +119,7 @@ def test_a_finished_run_that_begins_again_keeps_what_the_key_says(whole, train, 
     train(again)
     assert_close(weights(output), weights(result.output), rtol=0, atol=0)
     del again["early_stopping_patience"]
+    again["sera"] = config["sera"] | {"keep": "last"}
     train(again)
     assert_close(weights(output), weights(output / "checkpoint-15"), rtol=0, atol=0)
     assert not (output / "sera/last").exists()
@@ -128,7 +129,9 @@ def test_a_finished_run_that_begins_again_keeps_what_the_key_says(whole, train, 
 @pytest.mark.slow
 def test_without_held_out_pairs_the_last_policy_is_kept(base_config, train, caplog):
     base_config |= {"num_epochs": 1, "test_datasets": None, "evals_per_epoch": None}
-    base_config["sera"]["keep"] = "best"
+    base_config["sera"] |= {"keep": "best", "held_out": 0}
     result = train(base_config)
-    assert "best needs held-out pairs: set val_set_size or test_datasets" in caplog.text
+    assert (
+        "best needs held-out pairs: set val_set_size, test_datasets or sera.held_out" in caplog.text
+    )
     assert not (result.run / "last").exists()

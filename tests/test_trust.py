@@ -24,7 +24,7 @@ EVERY = [(1, 11, 12), (2, 21, 22), (3, 31, 32)]
 
 
 def changed(**keys) -> SeraConfig:
-    return SeraConfig(**CONFIG.model_dump(exclude_unset=True), **keys)
+    return SeraConfig(**CONFIG.model_dump(exclude_unset=True) | keys)
 
 
 @pytest.fixture
@@ -117,13 +117,15 @@ def test_candidates_outside_the_support_are_unranked(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "total", "expected"),
     [
-        ({}, 5_000, 0),
+        ({}, 5_000, 250),
+        ({"reward": "paper"}, 5_000, 250),
+        ({"reward": "paper", "keep": "last"}, 5_000, 0),
         ({"reward": "fitted"}, 500, 50),
         ({"reward": "fitted"}, 1_500, 100),
         ({"reward": "fitted"}, 10_000, 500),
         ({"reward": "fitted"}, 100_000, 2_000),
         ({"reward": "fitted"}, 9, 0),
-        ({"reward": "fitted", "selection": "all", "bootstrap_ratio": 0}, 5_000, 0),
+        ({"keep": "last", "selection": "all", "bootstrap_ratio": 0}, 5_000, 0),
         ({"held_out": 0.2}, 50, 10),
         ({"held_out": 7}, 50, 7),
         ({"held_out": 0, "reward": "fitted"}, 5_000, 0),

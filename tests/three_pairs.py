@@ -17,7 +17,7 @@ from sera_plugin.algorithm.method import (
     SamplingSettings,
 )
 from sera_plugin.config.kinds import LABELERS
-from sera_plugin.config.sera import SeraConfig
+from sera_plugin.config.sera import AS_PUBLISHED, SeraConfig
 from sera_plugin.rundir.store import RunStore, make_table
 
 # log pi of (prompt token, completion's first token) under theta_0, theta_1, theta_2, in nats.
@@ -38,7 +38,7 @@ PAIRS = {
     "chosen_ids": [[11, END], [21, 0, 0, END], [31, END]],
     "rejected_ids": [[12, END], [22, END], [32, 0, 0, END]],
 }
-CONFIG = SeraConfig(selection_ratio=0.67, bootstrap_ratio=0.67, candidates=2)
+CONFIG = SeraConfig(selection_ratio=0.67, bootstrap_ratio=0.67, candidates=2, **AS_PUBLISHED)
 
 
 class FakeScorer:

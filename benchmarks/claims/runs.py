@@ -23,6 +23,7 @@ import yaml
 from benchmarks.claims.systems import System
 from benchmarks.claims.tasks import task_of
 from benchmarks.claims.world import COLUMNS, World, make_world
+from sera_plugin.config.sera import AS_PUBLISHED
 from sera_plugin.rundir.journal import key_of
 
 ONE_THREAD = {
@@ -51,10 +52,6 @@ HOST = {
     "logging_steps": 1_000,
     "save_strategy": "no",
 }
-
-
-#: SeRA as the paper has it, whatever the plugin's own settings are where a system does not say.
-AS_PUBLISHED = {"reward": "paper", "trust": "warn", "keep": "last"}
 
 
 @dataclass(frozen=True)

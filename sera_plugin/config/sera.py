@@ -17,6 +17,8 @@ from sera_plugin.config.block import Block, JudgeConfig
 from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
 from sera_plugin.config.quoting import quoted
 
+#: SeRA as its paper has it: Eq. 7, every sampled pair, the last policy.
+AS_PUBLISHED = {"reward": "paper", "trust": "warn", "keep": "last"}
 #: Loss types of the host's DPO trainer whose reward is averaged over the completion's tokens.
 PER_TOKEN_HOST_LOSSES = frozenset({"ipo", "sigmoid_norm"})
 
@@ -75,15 +77,15 @@ class SeraConfig(Block):
     gamma: float = Field(0.3, ge=0.0, le=1.0)
     """Reward ensemble (Eq. 7): the weight of the previous iteration's implicit reward, from
     iteration 3 on. 0 turns the ensemble off."""
-    reward: Literal["fitted", "paper"] = "paper"
-    """What offline pairs and samples are ranked by. `paper` is Eq. 7. `fitted` gives the policies'
-    log-probabilities and the answer's length the weights that the labels of the held-out pairs
-    fit, and leaves samples unranked that are longer or less likely than the data's answers."""
+    reward: Literal["fitted", "paper"] = "fitted"
+    """What offline pairs and samples are ranked by. `fitted` gives the policies' log-probabilities
+    and the answer's length the weights that the labels of the held-out pairs fit, and leaves
+    samples unranked that are longer or less likely than the data's answers. `paper` is Eq. 7."""
     held_out: float | None = Field(None, ge=0)
-    """Pairs that `reward: fitted` is fitted to and no iteration trains on, drawn by `seed`: a
+    """Pairs that no iteration trains on, drawn by `seed`, for `reward: fitted` and `keep: best`: a
     number, or a share below 1. Unset: those of `val_set_size` or `test_datasets`, else 5 %, at
     least 100, at most 2,000 and never more than a tenth of the pairs."""
-    trust: Literal["act", "warn"] = "warn"
+    trust: Literal["act", "warn"] = "act"
     """What becomes of an iteration whose reward ranks held-out pairs no better than a coin, or
     ranks the policy's own samples above the good answers of the data. `act` keeps all offline pairs
     and takes no samples, as iterative DPO does; `warn` only says so."""
@@ -119,9 +121,9 @@ class SeraConfig(Block):
     keep_policies: bool = False
     """Full fine-tuning only: keep the weights of every policy in the run directory. Otherwise those
     that no later iteration needs are removed. Adapters are small and always kept."""
-    keep: Literal["best", "last"] = "last"
-    """Which policy training leaves in `output_dir`: that of the last iteration, or `best`: an
-    earlier one if it is clearly better on the held-out pairs (method.md), decided after each
+    keep: Literal["best", "last"] = "best"
+    """Which policy training leaves in `output_dir`: `last`, that of the last iteration, or `best`:
+    an earlier one if it is clearly better on the held-out pairs (method.md), decided after each
     iteration. Training then ends when two iterations in a row have brought only worse ones. Without
     held-out pairs `best` is `last`."""
     bad_rows: Literal["drop", "raise"] = "drop"
@@ -162,7 +164,8 @@ class SeraConfig(Block):
         asked = self.held_out
         if asked is None:
             fits = self.reward == "fitted" and self.ranks_by_reward
-            asked = min(max(100, total // 20), 2_000, total // 10) if fits else 0
+            used = fits or self.keep == "best"
+            asked = min(max(100, total // 20), 2_000, total // 10) if used else 0
         return round(asked * total) if asked < 1 else min(int(asked), total)
 
     @field_validator("*", mode="before")

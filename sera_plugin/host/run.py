@@ -147,7 +147,9 @@ def describe_kept(keep: str, kept: int, last: int, losses: Mapping[int, float], 
         if kept != last:
             lines.append(f"  theta_{last}, the last one, is in {root / 'last/policy'}")
     elif keep == "best":
-        lines.append("  best needs held-out pairs: set val_set_size or test_datasets")
+        lines.append(
+            "  best needs held-out pairs: set val_set_size, test_datasets or sera.held_out"
+        )
     compare = f"axolotl sera eval {root.parent} --iterations --prompts FILE"
     lines.append(f"  it goes to {root.parent}; to compare the policies' answers: {compare}")
     return "\n".join(lines)

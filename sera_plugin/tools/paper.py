@@ -13,6 +13,7 @@ import click
 import yaml
 
 from sera_plugin.config.quoting import quoted
+from sera_plugin.config.sera import AS_PUBLISHED
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.command import refusing
 
@@ -118,7 +119,7 @@ def yaml_text(dataset: str, model: str, system: str) -> str:
         "base_model": MODELS[model]["base_model"],
         "plugins": ["sera_plugin.SeraPlugin"],
         "rl": "sera",
-        "sera": {key: value for key, value in given.items() if key not in BESIDE},
+        "sera": {k: v for k, v in given.items() if k not in BESIDE} | AS_PUBLISHED,
         "datasets": [DATASETS[dataset]],
         "output_dir": f"./outputs/{dataset}-{model}-{system}",
         **MODELS[model],

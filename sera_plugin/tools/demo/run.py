@@ -16,6 +16,7 @@ import click
 import yaml
 
 from sera_plugin.config.quoting import plain
+from sera_plugin.config.sera import AS_PUBLISHED
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
@@ -88,8 +89,7 @@ def _environment() -> dict[str, str]:
 def compared_with(settings: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Any]]:
     """The YAMLs that the demo's is compared with, by what the table calls them."""
     plain_dpo = {key: settings[key] for key in settings if key not in ("plugins", "sera")}
-    published = {"reward": "paper", "trust": "warn", "keep": "last"}
-    sera = {**(settings.get("sera") or {}), **published}
+    sera = {**(settings.get("sera") or {}), **AS_PUBLISHED}
 
     def beside(place: str) -> dict[str, str]:
         return {
