@@ -26,15 +26,21 @@ from benchmarks.claims.world import COLUMNS, World, make_world
 from sera_plugin.config.sera import AS_PUBLISHED
 from sera_plugin.rundir.journal import key_of
 
-ONE_THREAD = {
+#: Of the server and all it forks. CUDA does not survive a fork, so the server sees no GPU, and NVML
+#: tells it so without starting CUDA.
+SERVER = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_DISABLED": "true",
     "OMP_NUM_THREADS": "1",
 }
-#: By what runs compute on; several share a GPU, and give the same figures again.
-DEVICES = {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
+#: What runs compute on. Several share a GPU, and give the same figures again.
+DEVICES = ("cpu", "cuda")
+#: Of a run that sees the GPU.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 #: What the YAML of every run has: float32, one learning rate, no checkpoints.
 HOST = {
@@ -163,17 +169,17 @@ def perform_all(jobs: Sequence[Job], cores: int, device: str = "cpu") -> Iterato
     Raises:
         RuntimeError: if one fails; the others are ended.
     """
-    # CUDA does not survive a fork, so there each run imports the host for itself.
-    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.claims.preload"])
     waiting, running = list(reversed(jobs)), dict[Connection, tuple[Job, Any]]()
-    with environment(ONE_THREAD | DEVICES[device]):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if device == "cuda" else None
+    with environment(SERVER):
         try:
             while waiting or running:
                 while waiting and len(running) < cores:
                     job = waiting.pop()
                     ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_inside, args=(job, theirs))
+                    process = context.Process(target=_inside, args=(job, theirs, visible))
                     process.start()
                     theirs.close()
                     running[ours] = job, process
@@ -198,11 +204,12 @@ def _received(connection: Any, job: Job) -> Any:
     return value
 
 
-def _inside(job: Job, connection: Connection) -> None:
+def _inside(job: Job, connection: Connection, visible: str | None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
+    if visible is not None:
+        os.environ.update(DETERMINISTIC, CUDA_VISIBLE_DEVICES=visible)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     # Whatever the host starts in turn it starts as in any other process.
