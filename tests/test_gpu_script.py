@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu.runs import compared
@@ -86,3 +87,17 @@ def test_the_page_says_what_was_measured():
     assert f"{speed[8]:.0f} tokens a second for 8 prompts, {speed[32]:.0f} for 32" in said
     assert f"{speed[128]:,.0f} for 128" in said
     assert f"moved by {steps['margins']['deviation']:.0f} nats" in said
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_run_in_bf16_that_was_killed_fits_the_same_reward_and_keeps_the_same_pairs(tmp_path):
+    arguments = ["--device", "cpu", "--smoke", "--only", "killed", "--at-once", "1"]
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 0
+    steps = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
+    found = {one["step"]: one for one in steps}
+    assert found["killed"]["there_when_killed"]
+    assert [one["not_shared"] for one in found["killed"]["against_full"]] == [0, 0, 0]
+    whole, killed = (found[name]["reward"] for name in ("full", "killed"))
+    assert killed == whole
+    assert all(one["errors"] for one in whole[1:])

@@ -20,7 +20,7 @@ from benchmarks.workload import make_model, make_rows, vocabulary_of
 #: Short runs of the demo's world; each step adds what it is about.
 BASE = """
 {rl: sera, rl_beta: 0.2, sera: {max_new_tokens: 16, temperature: 1.0, sampler: transformers,
-reward: fitted, trust: act},
+reward: fitted, trust: warn},
 sequence_len: 48, num_epochs: 3, micro_batch_size: 16, gradient_accumulation_steps: 1,
 learning_rate: 1.0e-4, lr_scheduler: constant, optimizer: adamw_torch, seed: 11, bf16: true,
 fp16: false, tf32: false, attn_implementation: sdpa, gradient_checkpointing: false,
