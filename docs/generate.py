@@ -1,5 +1,6 @@
 """Write docs/configuration.md and tables of llama-factory.md and drift.md: `make docs`."""
 
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ def _kinds(annotation: Any) -> list[str]:
     }
     if annotation in names:
         return [names[annotation]]
-    if typing.get_origin(annotation) is typing.Union:
-        return [kind for one in typing.get_args(annotation) for kind in _kinds(one)]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        given = [one for one in typing.get_args(annotation) if one is not types.NoneType]
+        return [kind for one in given for kind in _kinds(one)]
     return ["list of names"]
 
 
@@ -66,7 +68,7 @@ def render() -> str:
         "",
         "## Inside `sera:`",
         "",
-        "Unknown keys are errors. Every key has a default; `rl: sera` alone runs the paper's SeRA.",
+        "Unknown keys are errors. Every key has a default; `rl: sera` alone runs SeRA.",
         "",
         "| key | default | allowed | meaning |",
         "|---|---|---|---|",

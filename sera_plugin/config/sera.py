@@ -1,7 +1,8 @@
 """The `sera:` block of an Axolotl configuration, and what SeRA does with keys that are the host's.
 
-The block is parsed once, into a frozen type. The defaults are the paper's values. The configuration
-reference (docs/configuration.md) and the schema for editors are generated from this file.
+The block is parsed once, into a frozen type. The defaults are the paper's values but for those of
+`AS_PUBLISHED`. The configuration reference (docs/configuration.md) and the schema for editors are
+generated from this file.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class SeraConfig(Block):
     orders. What it said is kept in the run directory and not asked again."""
     gamma: float = Field(0.3, ge=0.0, le=1.0)
     """Reward ensemble (Eq. 7): the weight of the previous iteration's implicit reward, from
-    iteration 3 on. 0 turns the ensemble off."""
+    iteration 3 on. 0 turns the ensemble off. A fitted reward stays near this mixture only as far as
+    the labels leave it open."""
     reward: Literal["fitted", "paper"] = "fitted"
     """What offline pairs and samples are ranked by. `fitted` gives the policies' log-probabilities
     and the answer's length the weights that the labels of the held-out pairs fit, and leaves
@@ -84,7 +86,7 @@ class SeraConfig(Block):
     held_out: float | None = Field(None, ge=0)
     """Pairs that no iteration trains on, drawn by `seed`, for `reward: fitted` and `keep: best`: a
     number, or a share below 1. Unset: those of `val_set_size` or `test_datasets`, else 5 %, at
-    least 100, at most 2,000 and never more than a tenth of the pairs."""
+    least 100 and at most 2,000, but no more than a tenth of the pairs."""
     trust: Literal["act", "warn"] = "act"
     """What becomes of an iteration whose reward ranks held-out pairs no better than a coin, or
     ranks the policy's own samples above the good answers of the data. `act` keeps all offline pairs
