@@ -24,6 +24,7 @@ from benchmarks.claims import (
 )
 from benchmarks.claims.estimates import Estimate
 from benchmarks.harness import ROOT
+from sera_plugin.config.sera import SeraConfig
 from tests.test_claims import record
 
 README = (ROOT / "README.md").read_text()
@@ -239,6 +240,9 @@ def test_what_the_readme_and_the_findings_say_is_in_the_results():
     decided = comparison.decision(records)
     assert "- Worse than iterative DPO by the interval: nowhere." in decided
     assert "- Better in: letters, language." in decided
+    ours = SeraConfig()
+    says = f"`reward: {ours.reward}`, `trust: {ours.trust}` and `keep: {ours.keep}`."
+    assert decided.endswith(f"So the defaults are {says}")
     assert "95 % interval, and better in two" in readme
     means = []
     for name in ("letters", "fillers"):
@@ -266,3 +270,9 @@ def test_what_the_readme_and_the_findings_say_is_in_the_results():
     assert "sampled pairs into two of fifteen runs" in findings
     last = {key for key in trusted if trusted[key]["policies"] == iterative[key]["policies"]}
     assert last == trusted.keys() - set(sampled)
+
+
+def test_a_world_that_is_not_compared_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--compare", "--world", "fixed"])
+    assert "--world fixed is not among letters, fillers, language" in capsys.readouterr().err

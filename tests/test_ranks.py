@@ -213,7 +213,9 @@ def assert_weights_are_close(one: Path, other: Path, atol: float = 1e-4) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("full", "fitted"))]
+)
 def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = of_kind(base_config | {"num_epochs": 2}, kind)
     two = config | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
@@ -226,10 +228,10 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
     weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
     assert_weights_are_close(one.parent / weights, other.parent / weights)
     first, second = summary(one, 2), summary(other, 2)
-    if kind == "lora":
-        assert_theta_1_is_kept(other, weights)
-    else:
+    if kind == "fitted":
         assert_fitted_alike(first, second)
+    else:
+        assert_theta_1_is_kept(other, weights)
     assert first["forwarded"] == second["forwarded"]
     assert first["pairs"] == second["pairs"]
     states = [read_json(run.parent / "checkpoint-6/trainer_state.json") for run in (one, other)]
@@ -237,11 +239,11 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
 
 
 def of_kind(config: dict, kind: str) -> dict:
-    """An adapter whose first policy is kept, or a whole model with a reward that is fitted."""
-    if kind == "lora":
-        config = with_an_early_best(config | adapter())
-    else:
+    """An adapter or a whole model whose first policy is kept, or one with a fitted reward."""
+    if kind == "fitted":
         config["sera"]["reward"] = "fitted"
+    else:
+        config = with_an_early_best(config | (adapter() if kind == "lora" else {}))
     config["sera"]["sampler"] = "transformers"
     return config
 
@@ -277,7 +279,7 @@ def test_no_rank_goes_on_in_smaller_batches_alone():
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "fitted"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = of_kind(base_config, kind)
     # With Adam's 1e-8 a gradient of that size takes a whole step in the direction of its rounding.
@@ -294,10 +296,10 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
     assert_weights_are_close(one / f"iteration-03/policy/{weights}", policy)
     assert_weights_are_close(one.parent / weights, final)
     fitted = summary(other, 3)["reward"]
-    if kind == "lora":
-        assert_theta_1_is_kept(other, weights)
-    else:
+    if kind == "fitted":
         assert_fitted_alike(summary(one, 3), summary(other, 3))
+    else:
+        assert_theta_1_is_kept(other, weights)
     assert_weights_are_close(policy, other.parent / f"checkpoint-6/{weights}", atol=0)
 
     # Cut off after one step of iteration 3, with theta_2 scored anew and theta_1 read back.
@@ -313,7 +315,7 @@ def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_pat
         np.testing.assert_equal(table(other, 3, name), before)  # nan is equal to nan
     assert_weights_are_close(Path(whole), final, atol=0)
     assert summary(other, 3)["reward"] == fitted
-    if kind == "lora":
+    if kind != "fitted":
         assert_theta_1_is_kept(other, weights)
 
 

@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--data and --model go together")
     worlds = COMPARED_WORLDS if options.compare else WORLDS
     options.world = options.world or next(iter(worlds))
-    options.seeds = options.seeds or (COMPARED_SEEDS[options.world] if options.compare else SEEDS)
     if options.world not in worlds:
         parser.error(f"--world {options.world} is not among {', '.join(worlds)}")
+    options.seeds = options.seeds or (COMPARED_SEEDS[options.world] if options.compare else SEEDS)
     if options.compare and options.criteria and options.world != "language":
         parser.error("with --compare there are --criteria for --world language")
     if options.device == "cuda" and options.world != "language":

@@ -81,10 +81,10 @@ def _table(
         for rate in rates:
             found = [estimate(results_at(records, name, rate), side) for side in sides]
             most = max(one.seeds for one in found)
-            cells = [shown(one, sign=sign) for one in found]
             cells = [
-                f"{cell}, {one.seeds} of the seeds" if 0 < one.seeds < most else cell
-                for cell, one in zip(cells, found, strict=True)
+                shown(one, sign=sign)
+                + (f", {one.seeds} of the seeds" if 0 < one.seeds < most else "")
+                for one in found
             ]
             rows.append([name, f"{rate:g}", *cells, str(most)])
     return markdown(["world", "learning rate", *sides, "seeds"], rows)
