@@ -67,7 +67,7 @@ def run(gib, cfg, longest=640, sampler="transformers", **sera) -> Run:
 
 
 def test_what_is_known_is_counted_exactly():
-    first, second, third = iterations(few(held_out=FOUR, gamma=0.3))
+    first, second, third = iterations(few(held_out=FOUR, gamma=0.3, keep="last"))
     # 2 (3 + 5 + 2 + 4) + (6 + 2 + 4 + 8) + (1 + 7 + 4 + 4) = 28 + 20 + 16
     for one in (first, second, third):
         offline = one.phases["score_offline"]
@@ -83,6 +83,11 @@ def test_what_is_known_is_counted_exactly():
     assert second.phases["score_candidates"].sequences == 2 * 16
     assert third.phases["score_candidates"].sequences == 3 * 16
     assert third.phases["sample"].sequences == 16
+    # `keep: best` compares theta_3 too, which no reward needs.
+    end = iterations(few(held_out=FOUR, gamma=0.3))[-1].phases
+    assert end["score_evaluation"] == offline.times(2)
+    assert end == third.phases | {"score_evaluation": offline.times(2)}
+    assert "score_evaluation" not in iterations(few())[-1].phases
 
 
 def test_samples_are_bounded_and_expected_at_a_length():

@@ -10,12 +10,14 @@ import yaml
 from click.testing import CliRunner
 
 from sera_plugin.cli import sera
+from sera_plugin.config.sera import AS_PUBLISHED
+from sera_plugin.rundir.store import read_json
 from tests.conftest import adapter, summary, write_rows
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
-SHORT = {"max_new_tokens": 12, "temperature": 1.0}
+SHORT = AS_PUBLISHED | {"max_new_tokens": 12, "temperature": 1.0}
 SPIN = SHORT | {"labeler": "spin", "candidates": 1, "selection_ratio": 0.0, "bootstrap_ratio": 1.0}
 
 
@@ -49,9 +51,10 @@ def planned(plan):
     # `test_plan_arithmetic.py` counts the same by hand; a run of each kind is for a release.
     [
         adapter(),
-        release({"num_epochs": 4, "sera": SHORT | {"max_new_tokens": 6, "gamma": 0.0}}),
+        release({"num_epochs": 4,
+                 "sera": SHORT | {"max_new_tokens": 6, "gamma": 0.0, "keep": "best"}}),
         release({"num_epochs": 1, "micro_batch_size": 5, "gradient_accumulation_steps": 3}),
-        release({"num_epochs": 2, "sera": {"bootstrap_ratio": 0.0},
+        release({"num_epochs": 2, "sera": AS_PUBLISHED | {"bootstrap_ratio": 0.0},
                  "test_datasets": None, "val_set_size": 0.2}),
         release({"num_epochs": 2, "sera": SPIN}),
     ],
@@ -63,6 +66,11 @@ def test_the_run_counts_what_was_planned(changes, base_config, planned, train):
     assert len(found["iterations"]) == config["num_epochs"]
     for one in found["iterations"]:
         made, phases = summary(result.run, one["iteration"]), one["phases"]
+        if one["iteration"] == config["num_epochs"] and (end := result.run / "last").is_dir():
+            ending = read_json(end / "summary.json")["forwarded"]
+            for count in ("sequences", "tokens"):
+                of_last = ending["score_evaluation"][count]
+                made["forwarded"]["score_evaluation"][count] += of_last
         assert made["forwarded"].keys() == phases.keys() - {"train", "evaluate"}
         for name, real in made["forwarded"].items():
             assert phases[name]["sequences"] == real["sequences"]

@@ -82,7 +82,7 @@ class Iteration(NamedTuple):
 
 
 def iterations(run: Run) -> list[Iteration]:
-    """All iterations of a run."""
+    """All iterations of a run; the last one's work has that of the end of training with it."""
     method, known, found = run.method, {"score_offline": _scoring(run.pairs)}, []
     if len(run.held_out):
         known["score_evaluation"] = _scoring(run.held_out)
@@ -99,6 +99,8 @@ def iterations(run: Run) -> list[Iteration]:
             # Trainer.evaluate computes the prompt with each of its completions.
             once = known["score_evaluation"].times(often)
             phases["evaluate"] = once._replace(forwarded=float(once.tokens))
+        if t == method.iterations and run.judges:  # theta_T, which no iteration's reward needs
+            phases["score_evaluation"] = known["score_evaluation"].times(2)
         found.append(Iteration(t, kept, bootstrapped, run.schedule.steps(t), phases))
     return found
 
@@ -247,9 +249,8 @@ def _saves(run: Run) -> int:
 def _policies(run: Run, saves: int, limit: int) -> int:
     """How many `policy` directories with weights there are at once; see `Loop._oldest_needed`."""
     method, iterations = run.method, run.method.iterations
-    judged = method.config.keep == "best" and len(run.held_out) > 0
     if run.model.adapter:
-        return iterations + judged  # the last one, where another is kept
+        return iterations + run.judges  # the last one, where another is kept
     needed = [iterations - 1, method.oldest_policy(iterations + 1)]
     if saves:  # those that are kept begin the next ones
         begun = range(max(2, iterations - limit + 1), iterations + 1)
@@ -257,7 +258,7 @@ def _policies(run: Run, saves: int, limit: int) -> int:
     # A base model's theta_0 is a pointer.
     oldest = 1 if method.config.keep_policies else max(1, min(needed))
     # An older one that is the best so far, and the last one.
-    return max(0, iterations - oldest) + 2 * judged
+    return max(0, iterations - oldest) + 2 * run.judges
 
 
 def _tables(run: Run, pairs: Pairs) -> int:

@@ -73,6 +73,11 @@ class Run:
         )
 
     @property
+    def judges(self) -> bool:
+        """Whether the end of training compares the policies; see `Keeping.judges`."""
+        return self.method.config.keep == "best" and len(self.held_out) > 0
+
+    @property
     def bits(self) -> int | None:
         return 4 if self.cfg.load_in_4bit else 8 if self.cfg.load_in_8bit else None
 
