@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.harness import Setup, figure, interleave, markdown
 from benchmarks.host import PROBE, SERA, environment, host_config, write_config, write_rows
 from benchmarks.workload import make_model, read_rows, vocabulary_of
+from sera_plugin.config.sera import AS_PUBLISHED
 
 TITLE = "A plan against the run"
 ITERATIONS = 3
@@ -34,7 +35,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     config |= {
         "rl": "sera",
         "plugins": [SERA, PROBE],
-        "sera": {"max_new_tokens": new_tokens, "sampler": "transformers"},
+        "sera": AS_PUBLISHED | {"max_new_tokens": new_tokens, "sampler": "transformers"},
         "num_epochs": ITERATIONS,
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 4,

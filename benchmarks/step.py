@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.harness import Setup, figure, in_fresh_process, interleave, markdown, times
 from benchmarks.host import PROBE, SERA, host_config, train_here, write_config, write_rows
 from benchmarks.workload import make_model, read_rows, vocabulary_of
+from sera_plugin.config.sera import AS_PUBLISHED
 
 TITLE = "Training step"
 SIDES: dict[str, dict[str, Any]] = {
@@ -14,7 +15,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "sera": {
         "rl": "sera",
         "plugins": [SERA, PROBE],
-        "sera": {"selection_ratio": 1.0, "bootstrap_ratio": 0.0},
+        "sera": AS_PUBLISHED | {"selection_ratio": 1.0, "bootstrap_ratio": 0.0},
     },
     "dpo": {"rl": "dpo", "plugins": [PROBE]},
     "dpo_precomputed": {"rl": "dpo", "plugins": [PROBE], "precompute_ref_log_probs": True},

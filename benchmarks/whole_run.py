@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.harness import Setup, figure, interleave, markdown, times
 from benchmarks.host import PROBE, SERA, axolotl, host_config, write_config, write_rows
 from benchmarks.workload import make_model, read_rows, vocabulary_of
+from sera_plugin.config.sera import AS_PUBLISHED
 
 TITLE = "Whole runs"
 ITERATIONS = 3
@@ -40,7 +41,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     def sera(name: str, probe: bool = False) -> dict[str, Any]:
         output = fresh(setup.directory / name)
         selection, bootstrap = RATIOS[name]
-        block = {"selection_ratio": selection, "bootstrap_ratio": bootstrap}
+        block = AS_PUBLISHED | {"selection_ratio": selection, "bootstrap_ratio": bootstrap}
         block |= {"max_new_tokens": new_tokens, "sampler": "transformers"}
         changes = {
             "rl": "sera",

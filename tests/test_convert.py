@@ -119,7 +119,8 @@ def test_the_host_trains_on_every_kind_of_dataset_and_on_some_layers(place, worl
     keys = {"dataset": "talks,plain,openai", "max_samples": 4, "cutoff_len": 64}
     keys |= {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "num_train_epochs": 1}
     keys |= {"model_name_or_path": str(world.base), "learning_rate": 1e-3}
-    done = train(run(source(**keys), Path("sera.yaml"))[0])
+    written, _ = run(source(**keys), Path("sera.yaml"))
+    done = train(written | {"sera": written["sera"] | {"held_out": 0}})
     assert done.training_pairs[1].num_rows == 3 * 4
     before, after = load_file(world.base / "model.safetensors"), done.model.state_dict()
     moved = {name for name, weights in before.items() if not torch.equal(weights, after[name])}

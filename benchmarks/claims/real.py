@@ -27,6 +27,7 @@ from benchmarks.claims.systems import System
 from benchmarks.claims.tasks import FloatArray
 from sera_plugin.algorithm.selection import select_largest
 from sera_plugin.algorithm.summary import jaccard
+from sera_plugin.config.sera import AS_PUBLISHED
 from sera_plugin.rundir.journal import key_of
 from sera_plugin.rundir.tokens import IntArray
 from sera_plugin.tools.report.figures import r_squared
@@ -288,6 +289,7 @@ def config(
         "base_model": str(model),
         **HOST,
         "sera": {
+            **AS_PUBLISHED,
             "score_columns": list(COLUMNS),
             "sampler": "transformers",
             "keep_policies": True,

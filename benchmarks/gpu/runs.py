@@ -16,6 +16,7 @@ import yaml
 from benchmarks.harness import Setup
 from benchmarks.host import SERA, host_config, write_config, write_rows
 from benchmarks.workload import make_model, make_rows, vocabulary_of
+from sera_plugin.config.sera import AS_PUBLISHED
 
 #: Short runs of the demo's world; each step adds what it is about.
 BASE = """
@@ -202,7 +203,8 @@ def qlora(setup: Setup) -> dict[str, Any]:
     write_rows(path, make_rows(setup.pairs or 48, vocabulary_of(model), config["sequence_len"]))
     config |= {"adapter": "qlora", "load_in_4bit": True, "gradient_checkpointing": True}
     config |= {"bf16": True, "learning_rate": 1e-3}
-    config |= {"sera": {"max_new_tokens": 48, "temperature": 1.0, "sampler": "transformers"}}
+    sera = {"max_new_tokens": 48, "temperature": 1.0, "sampler": "transformers"}
+    config |= {"sera": AS_PUBLISHED | sera}
     if setup.device == "cuda":
         config["optimizer"] = "paged_adamw_8bit"
     return trained(setup, config | {"output_dir": str(setup.directory / "qlora" / "out")})
