@@ -255,6 +255,9 @@ def _pairs(run: Run, which: str, iteration: int | None) -> tuple[Iteration, list
             rows = np.flatnonzero(one.offline["selected"] == (which == "kept"))
             return one, _offline(run, one, rows)
     if iteration is None:
-        raise ValueError(f"--which: {run.root} has no {which} pairs yet")
+        raise ValueError(
+            f"--which: no iteration in {run.root} has {which} pairs; its report says what each "
+            "trained on"
+        )
     what = "bootstrapped pairs" if which == "bootstrapped" else "whole offline.parquet"
     raise ValueError(f"--iteration: {iteration} has no {what}")
