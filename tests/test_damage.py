@@ -100,7 +100,7 @@ def changed_files(bench) -> set[str]:
             "sera/iteration-03/summary.json",
         ],
         ["sera/dataset.parquet", "sera/iteration-03/SHA256SUMS"],
-        ["checkpoint-7/adapter_model.safetensors"],
+        pytest.param(["checkpoint-7/adapter_model.safetensors"], marks=pytest.mark.nightly),
         ["checkpoint-7/optimizer.pt", "checkpoint-6/trainer_state.json"],
     ],
     ids=lambda names: names[0].replace("sera/iteration-", "") if isinstance(names, list) else None,
@@ -125,9 +125,8 @@ def test_tables_of_iterations_before_are_made_again_while_this_one_samples(bench
     ends_alike(change, place=("sample-chunk", chunks))
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("full-short", marks=pytest.mark.nightly), "full-short-one-schedule"]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["full-short", "full-short-one-schedule"])
 def test_where_a_run_is_does_not_hang_on_a_file_that_can_be_damaged(bench, ends_alike, kind):
     """Iteration 2 was shorter than planned; the checkpoint knows, whatever became of its files."""
     planned = 17 + 48

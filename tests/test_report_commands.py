@@ -261,6 +261,7 @@ def test_a_wrong_yaml_for_the_demo_is_2(text, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.nightly
 def test_a_training_that_fails_is_1(tmp_path, monkeypatch):
     """The host is started for real, and refuses the YAML."""
     monkeypatch.chdir(tmp_path)
