@@ -194,6 +194,7 @@ def test_a_language_pair_is_of_the_first_two_whole_answers_that_differ():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_systems_are_compared_by_pairs_that_are_held_out_and_found_again(tmp_path, capsys):
     arguments = ["--compare", "--smoke", "--seeds", "50", "--rates", "1e-4", "--cores", "1"]
     arguments += ["--directory", str(tmp_path), "--only", "SeRA, fitted"]
