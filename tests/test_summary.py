@@ -111,7 +111,7 @@ def later(iteration: int = 2, **changes) -> dict:
         "offline_accuracy": 0.7,
         "offline_accuracy_error": 0.0,
         "evaluation": {"pairs": 100, "accuracy": 0.7, "accuracy_error": 0.0, "margin": None},
-        "reward": {"pairs": 100, "accuracy": 0.7, "by_chance": 0.0},
+        "reward": {"pairs": 100, "accuracy": 0.7, "by_chance": 0.0, "followed": True},
         "outranking": 0.0,
     }
     summary["lengths"] |= {"sampled": 100.0, "bootstrapped_chosen": None}
@@ -230,6 +230,10 @@ def test_what_has_no_figures_is_not_judged():
     judged = alarm_metrics(judge([first(), later(spread__sampled=None)]))
     assert "sera/alarm/constant_rewards" not in judged
     assert "sera/alarm/constant_margins" in judged
+    # A reward that nothing is ranked by need not be better than a coin.
+    unused = later(reward={"pairs": 100, "accuracy": 0.5, "by_chance": 0.5})
+    assert "coin" not in [alarm.name for alarm in judge([first(), unused])]
+    assert raised(first(), later(reward=unused["reward"] | {"followed": False})) == ["coin"]
     # An earlier accuracy without its error is left out.
     old = later(2, evaluation={"pairs": 100, "accuracy": 0.9})
     assert raised(first(), old, later(3)) == []

@@ -14,6 +14,7 @@ from sera_plugin.algorithm.summary import summarize
 from sera_plugin.algorithm.trust import follows
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.datasets import hold_out
+from sera_plugin.host.run import describe_start
 from sera_plugin.rundir.store import make_table
 from tests.three_pairs import CONFIG, PAIRS, Run, firsts
 
@@ -61,6 +62,36 @@ def test_a_warning_changes_nothing(tmp_path):
     assert follows(warned.iteration(2))
     acting = Run(tmp_path / "3", changed(trust="act"))
     assert plain.prepare(2) == acting.upto(2)  # where nothing is wrong
+
+
+SPIN = {"labeler": "spin", "bootstrap_ratio": 1.0}
+SPUN = [(1, 11, 14), (2, 21, 24), (3, 31, 34)]
+LIKE_A_COIN = "the reward is not followed: "
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected", "said"),
+    [
+        # The labeler ranks the samples, and no margin an offline pair.
+        (SPIN | {"selection_ratio": 0.0}, SPUN, ""),
+        (SPIN, EVERY + SPUN, LIKE_A_COIN + "all offline pairs are kept\n"),
+        # The rest of D_t would be empty.
+        ({"selection": "random", "selection_ratio": 0.0}, EVERY,
+         LIKE_A_COIN + "all offline pairs are kept, no samples taken\n"),
+        ({"selection": "reference_logp"}, [EVERY[0], EVERY[2]], LIKE_A_COIN + "no samples taken\n"),
+    ],
+)  # fmt: skip
+def test_what_a_coin_has_not_ranked_stays_as_it_is(tmp_path, keys, expected, said):
+    run = Run(tmp_path, changed(trust="act", **keys))
+    for t in (1, 2):
+        it = replace(run.iteration(t), held_out=Pairs.from_table(make_table(PAIRS)))
+        trained = firsts(prepare(it).to_pydict())
+    assert trained == expected
+    found = summarize(it)
+    assert found["reward"].get("followed") is (False if said else None)
+    told = describe_start(found, "nats")
+    assert said in told
+    assert (LIKE_A_COIN in told) is bool(said)
 
 
 @pytest.mark.parametrize("trust", ["act", "warn"])

@@ -45,8 +45,8 @@ THRESHOLDS = {
     "constant_rewards": 1e-3,
     "constant_margins": 1e-3,
 }
-_NOT_TRUSTED = "this iteration takes no sampled pair and keeps all offline ones."
-_TRUSTED = "set sera.trust: act to take no sampled pair then, and to keep all offline ones."
+_NOT_TRUSTED = "this iteration does not follow it (sera.trust: act)."
+_TRUSTED = "set sera.trust: act, and such an iteration does not follow it."
 _TEXTS = {
     "sampled_length": "sampled answers have {sampled:.1f} tokens on average, {figure:.2f} times "
     "the {chosen:.1f} of the offline chosen ones: lower sera.bootstrap_ratio or "
@@ -132,8 +132,8 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
             values |= {"kind": kind, "pairs": pairs["pairs" if key == "accuracy" else "offline"]}
             add(kind.replace("-", "_") + "_accuracy", fall, chance, "accuracy", **values)
     reward = now.get("reward", {})
-    done = _TRUSTED if reward.get("followed", True) else _NOT_TRUSTED
-    if "by_chance" in reward:
+    done = _TRUSTED if reward.get("followed") else _NOT_TRUSTED
+    if {"by_chance", "followed"} <= reward.keys():  # else nothing is ranked by it
         add("coin", reward["by_chance"], done=done, **reward)
     if now.get("outranking") is not None:
         add("outranking", now["outranking"], done=done)

@@ -104,9 +104,10 @@ def rewards(it: Iteration, reward: Reward, scores: Sequence[Any]) -> list[FloatA
 
 
 def keep_all(it: Iteration, offline: pa.Table) -> pa.Table:
-    """offline.parquet with every pair selected, as in iterative DPO, where margins select."""
+    """offline.parquet with every pair selected, as in iterative DPO: where margins select, or where
+    the samples that are not taken would have been all."""
     by_margin = SELECTIONS[it.method.config.selection].by_margin
-    return select_rows(offline, True) if by_margin else offline
+    return select_rows(offline, True) if by_margin or not it.method.kept(it.t) else offline
 
 
 def select_rows(table: pa.Table, whether: bool) -> pa.Table:

@@ -106,7 +106,9 @@ def summarize(it: Iteration) -> dict[str, Any]:
         summary["lengths"][f"trained_{side}"] = float(lengths.mean())
     if it.t > 1:
         policies, reward = method.reward_policies(it.t), reward_of(it)
-        summary["reward"] = reward.record(policies) | {"followed": follows(it)}
+        summary["reward"] = reward.record(policies)
+        if method.config.ranks_by_reward:
+            summary["reward"]["followed"] = follows(it)
         if it.read("evaluation") is not None:
             scores = [it.at(policy + 1).table("evaluation") for policy in policies]
             margin = np.subtract(*rewards(it, reward, scores))

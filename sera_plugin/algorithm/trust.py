@@ -79,8 +79,8 @@ def reward_of(it: Iteration) -> Reward:
 
 
 def acts(it: Iteration) -> bool:
-    """Whether a reward that is not to be trusted is not followed."""
-    return it.method.config.trust == "act"
+    """Whether a reward that is not to be trusted is not followed, where it ranks anything."""
+    return it.method.config.trust == "act" and it.method.config.ranks_by_reward
 
 
 def wanted(it: Iteration) -> int:

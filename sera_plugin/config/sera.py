@@ -148,7 +148,7 @@ class SeraConfig(Block):
     @property
     def ranks_by_reward(self) -> bool:
         """Whether pairs are selected or samples ranked by the implicit reward."""
-        selects = SELECTIONS[self.selection].by_margin and self.selection_ratio < 1
+        selects = SELECTIONS[self.selection].by_margin and 0 < self.selection_ratio < 1
         return selects or (LABELERS[self.labeler].implicit and self.bootstrap_ratio > 0)
 
     @property

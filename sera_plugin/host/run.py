@@ -186,7 +186,9 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         if "length_control" in samples:
             lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
     if not summary.get("reward", {}).get("followed", True):
-        lines.append("  the reward is not followed: all offline pairs are kept, no samples taken")
+        kept = "all offline pairs are kept" if pairs["kept"] == pairs["offline"] else ""
+        taken = "" if pairs["bootstrapped_kept"] else "no samples taken"
+        lines.append(f"  the reward is not followed: {', '.join(filter(None, (kept, taken)))}")
     elif pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
         lines.append(
             f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "
