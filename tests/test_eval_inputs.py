@@ -275,6 +275,19 @@ def test_a_format_in_place_of_the_template(sample):
         sample([("a", "b", "c")], decoding)
 
 
+def test_a_policy_is_asked_with_the_settings_of_the_template_it_was_trained_with(
+    sample, world, tmp_path
+):
+    base = shutil.copytree(world.base, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if think %} a{% endif %}")
+    expected = sample([PROMPT], replace(GREEDY, prompt_format=FORMAT + " a"))
+    assert expected != sample([PROMPT], path=base)
+    assert expected == sample([PROMPT], path=base, template_kwargs={"think": True})
+    models = [Model("m", "m", str(base), template_kwargs=one) for one in ({}, {"think": True})]
+    assert models[0].identity != models[1].identity
+
+
 def test_a_prompt_that_fills_the_context_is_told_and_one_that_nearly_does_is_answered(sample):
     # The context has 64 tokens; three more stand around a prompt.
     found = sample([" ".join("a" * 61), " ".join("a" * 60), PROMPT, " ".join("b" * 9000)])

@@ -15,7 +15,7 @@ import pytest
 from axolotl.utils.chat_templates import get_chat_template
 
 from sera_plugin.data.dataset import TokenizedRows
-from sera_plugin.data.rows import visible
+from sera_plugin.data.text import visible
 from tests.test_dataset import build
 from tests.test_dataset import tokenize as tokenize_texts
 from tests.test_rows import guarded, strategy
@@ -48,7 +48,9 @@ REASONS = re.compile(
     "the host's strategy cannot read it|must all be text|a message's content is null or not text|"
     "a user message is empty|unknown role|has the role|has several messages|without tokens|"
     "the chat template does not render|renders the prompt differently|not valid Unicode|"
-    "chosen equals rejected|longer than sequence_len|no other spelling"
+    "chosen equals rejected|longer than sequence_len|no other spelling|"
+    "answer different histories|reaches no text|differently once the answer follows|reads no|"
+    "not an object|not a list of tools"
 )
 MISSING = object()
 LENGTH = 200
@@ -132,13 +134,15 @@ def test_damaged_fields_are_dropped_by_every_strategy(kind: str) -> None:
 
 def expected(value: Any, read_as_text: bool) -> str:
     """What the reason for dropping a row must say that has this value where text belongs."""
-    unreadable = "" if read_as_text else "|cannot read it"
+    # Another column says the same until this one is changed.
+    unreadable = "|reaches no text|different histories"
+    unreadable += "" if read_as_text else "|cannot read it|must all be text"
     if value is MISSING:
         return "no field or role|must all be text"
     if value is None:
         return "is null|must all be text|null or not text|NoneType"
     if not isinstance(value, str):
-        return "not text|must all be text|cannot read it|no field or role|is empty"
+        return "not text|must all be text|cannot read it|no field|is empty|histories|empty prompt"
     if not visible(value):
         return f"is empty|empty prompt{unreadable}"
     return ("longer than" if len(value) > LENGTH else "not valid Unicode") + unreadable

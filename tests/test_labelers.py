@@ -187,7 +187,7 @@ class ChatWords(Words):
     all_special_tokens = ("<s>", "<|user|>", "<|assistant|>", "<end>")
     one = "<|user|>\nWhat is\n it?<end>\n<|assistant|>\n"
     several = "<|user|>\nHi<end>\n<|assistant|>\nYes?<end>\n<|user|>\nWhy?<end>\n<|assistant|>\n"
-    texts = ("<s>" + one, one, several, "plain text")
+    texts = ("<s>" + one, one, several, "plain text", one + "<think>\n\n</think>\n\n")
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         return f"<s><|user|>\n{messages[0]['content']}<end>\n<|assistant|>\n"
@@ -201,8 +201,8 @@ class ChatWords(Words):
 
 def test_a_judge_reads_the_question_and_not_the_template_around_it():
     conversation = Conversation(ChatWords())
-    assert [conversation.question(np.array([text])) for text in range(4)] == [
-        "What is\n it?", "What is\n it?", "Hi\n\nYes?\n\nWhy?", "plain text",
+    assert [conversation.question(np.array([text])) for text in range(5)] == [
+        "What is\n it?", "What is\n it?", "Hi\n\nYes?\n\nWhy?", "plain text", "What is\n it?",
     ]  # fmt: skip
 
 

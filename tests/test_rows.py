@@ -2,11 +2,11 @@
 
 import json
 import os
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from axolotl.prompt_strategies.dpo import load
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
 from requests.exceptions import ReadTimeout
@@ -20,6 +20,7 @@ from sera_plugin.data.files import (
     while_loading,
 )
 from sera_plugin.data.rows import GuardedTransform, as_it_is
+from sera_plugin.host import datasets as host
 from sera_plugin.host.config import restore_entries
 from tests.test_dataset import build
 
@@ -28,10 +29,12 @@ CHANGED = "the chat template does not render the answer as it is"
 
 
 def strategy(kind: Any, template: str | None = None, **entry: Any) -> Any:
-    """A host strategy; its dataset may name a template of its own, not the tokenizer's."""
+    """A dataset's type; it may name a template of its own, not the tokenizer's."""
     entry |= {"type": kind} | ({"chat_template": template} if template else {})
-    cfg = DictDefault({"chat_template": "tokenizer_default", "datasets": [entry]})
-    return load("user_defined.default" if isinstance(kind, dict) else kind, cfg, dataset_idx=0)
+    cfg = DictDefault({"datasets": [entry]})
+    transform, _ = host.strategy(cfg, "datasets", 0)
+    template = host.chat_template(cfg, cfg.datasets[0], None)
+    return partial(GuardedTransform, transform, source="datasets[0] (x)", template=template)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,10 @@ def tokenizer() -> Any:
 
 
 def guarded(loaded: Any, **options: Any) -> GuardedTransform:
-    """A host strategy as `host/datasets.py` maps it."""
-    transform = loaded[0] if isinstance(loaded, tuple) else loaded
-    return GuardedTransform(transform, **{"source": "datasets[0] (x)", **options})
+    """A dataset's type, or a transform of one's own, as `host/datasets.py` maps it."""
+    if isinstance(loaded, partial):
+        return loaded(**options)
+    return GuardedTransform(loaded, **{"source": "datasets[0] (x)", **options})
 
 
 def answering(chosen: Any, asked: Any = "How are you?") -> Any:
@@ -58,8 +62,6 @@ def test_answers_that_the_host_cuts_wrongly_are_cut_rightly(tokenizer: Any, temp
         assert result["chosen"] == (said if template == "chatml" else said.strip()) + end
     nothing = guarded(loaded)(answering("\n\u200b "), 0, tokenizer=tokenizer)
     assert nothing["sera_problem"] == "empty prompt, chosen or rejected"
-    # Where this fails the host was mended, and rows._recorded may go.
-    assert loaded[0](answering("user"), tokenizer=tokenizer)["chosen"] != f"user{end}"
 
 
 REASONING = (
@@ -81,7 +83,7 @@ PART = {"type": "text", "text": "one"}
 @pytest.mark.parametrize(
     ("template", "asked", "said", "chosen", "problem"),
     [
-        (REASONING, "q", "think", "think<|im_end|>", ""),
+        (REASONING, "q", "think", "<think></think>think<|im_end|>", ""),
         (REASONING, "q", "<think>why</think>yes", "<think>why</think>yes<|im_end|>", ""),
         (REASONING, "q", "shout", "-", CHANGED),
         (FIRST_PART, [PART], "yes", "yes", ""),

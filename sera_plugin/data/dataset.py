@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.rows import EMPTY, PROBLEM, ROW, SOURCE, TEXTS, RowError
+from sera_plugin.data.rows import ASIDE, PROBLEM, ROW, SOURCE
+from sera_plugin.data.text import EMPTY, TEXTS, RowError
 
 IntArray = npt.NDArray[np.int32]
 
@@ -193,6 +194,8 @@ class TokenizedRows:
     kept: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by remark
     #: Of every row: the user's dataset it comes from, and its place there.
     sources: list[str] = field(default_factory=list)
+    #: Of the user's datasets: the columns that are no part of the text.
+    aside: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     places: array[int] = field(default_factory=lambda: array("q"))
 
     @property
@@ -235,9 +238,39 @@ def prepare_rows(
         ValueError: if no usable row is left, or some are dropped that must not be, with the counts
             and the first rows of each reason.
     """
-    long_rows = str(cfg.get("excess_length_strategy") or "").lower()
-    length = cfg.get("sequence_len")
-    result = _tokenized(examples, RowTokenizer(tokenizer, end_ids), length, long_rows == "truncate")
+    length, truncate = cfg.get("sequence_len"), _long_rows(cfg) == "truncate"
+    result = _tokenized(examples, RowTokenizer(tokenizer, end_ids), length, truncate)
+    for source, columns in result.aside.items():
+        named = plain(", ".join(sorted(columns)), 200)
+        LOG.info("%s: of %s, no text has the column(s) %s", name, source, named)
+    _refuse(result, cfg, config, name)
+    for remark, rows in result.kept.items():
+        LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
+    for reason in result.reasons():
+        LOG.warning("%s: dropped %s", name, reason)
+    return result
+
+
+def check_rows(dataset: Any, cfg: Mapping[str, Any], config: SeraConfig, name: str) -> None:
+    """Raise what `prepare_rows` would of rows that could not even be made into text.
+
+    It reads three columns of `dataset` and needs no model: before one is loaded.
+    """
+    result = TokenizedRows(sources=dataset[SOURCE][:], places=array("q", dataset[ROW]))
+    for row, problem in enumerate(dataset[PROBLEM]):
+        if problem:
+            result.dropped[problem].append(row)
+        else:
+            result.rows.append(row)
+    _refuse(result, cfg, config, name)
+
+
+def _long_rows(cfg: Mapping[str, Any]) -> str:
+    return str(cfg.get("excess_length_strategy") or "").lower()
+
+
+def _refuse(result: TokenizedRows, cfg: Mapping[str, Any], config: SeraConfig, name: str) -> None:
+    """ValueError if no usable row is left, or some are dropped that must not be."""
     reasons = result.reasons()
     if not result.rows:
         keys = "`datasets:`" if name == "train" else "`test_datasets:` or `val_set_size`"
@@ -245,12 +278,10 @@ def prepare_rows(
             f"none of the {result.total} {name} rows can be used "
             f"({'; '.join(reasons) or 'the dataset is empty'}). Check {keys}, and `sequence_len`."
         )
-    for remark, rows in result.kept.items():
-        LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
     dropped = sum(map(len, result.dropped.values()))
-    long = len(result.dropped.get(_TOO_LONG.format(length), ()))
+    long = len(result.dropped.get(_TOO_LONG.format(cfg.get("sequence_len")), ()))
     for wanted, count, key in (
-        (long_rows == "raise", long, "excess_length_strategy"),
+        (_long_rows(cfg) == "raise", long, "excess_length_strategy"),
         (config.bad_rows == "raise", dropped - long, "sera.bad_rows"),
     ):
         if wanted and count:
@@ -258,9 +289,6 @@ def prepare_rows(
                 f"{key}: raise, and {dropped} of the {result.total} {name} rows cannot be used: "
                 f"{'; '.join(reasons)}. Mend or remove them, or set {key}: drop."
             )
-    for reason in reasons:
-        LOG.warning("%s: dropped %s", name, reason)
-    return result
 
 
 def _tokenized(
@@ -274,6 +302,8 @@ def _tokenized(
     for row, example in enumerate(examples):
         result.sources.append(sys.intern(example.get(SOURCE, "")))
         result.places.append(example.get(ROW, row))
+        if example.get(ASIDE):
+            result.aside[result.sources[-1]].update(example[ASIDE].split(", "))
         try:
             encoded.append((row, *encoder.pair(example)))
         except RowError as error:

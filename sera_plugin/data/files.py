@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from requests.exceptions import RequestException
 
 from sera_plugin.config.quoting import plain, quoted, without_credentials
-from sera_plugin.data.rows import encodable
+from sera_plugin.data.text import encodable
 
 #: What the libraries below it raise about the content of a file.
 _UNREADABLE = (json.JSONDecodeError, UnicodeError, pa.ArrowException)

@@ -13,6 +13,7 @@ host's own public function. What differs from the host's loading:
 
 import inspect
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from axolotl.cli.args import PreprocessCliArgs
 from axolotl.common.datasets import TrainDatasetMeta, sample_dataset
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies.dpo import load as load_strategy
+from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.lock import FileLockLoader
 from axolotl.utils.data.shared import (
     create_train_validation_split,
@@ -37,23 +39,27 @@ from axolotl.utils.data.shared import (
 )
 from axolotl.utils.data.utils import deduplicate_and_log_datasets, md5, retry_on_request_exceptions
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.utils import handle_legacy_message_fields_logic
 from axolotl.utils.tokenization import check_dataset_labels
 from datasets import Dataset, Features, Value
 from transformers import HfArgumentParser
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.conversations import ChatTemplate, MessageReader
+from sera_plugin.data.dataset import check_rows
 from sera_plugin.data.files import DataError, check_loaded, edited_since, source_name, while_loading
 from sera_plugin.data.rows import (
+    ASIDE,
     GUARD_VERSION,
     PROBLEM,
     ROW,
     SOURCE,
     SYSTEM,
-    TEXTS,
     GuardedTransform,
     as_it_is,
 )
+from sera_plugin.data.text import TEXTS
 
 
 def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
@@ -61,9 +67,13 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
 
     Raises:
         DataError: for a file, a strategy or a column that cannot be used, naming it.
+        ValueError: for rows none of which can be used, or must not be dropped, naming them.
     """
     tokenizer = load_tokenizer(cfg)
     train, held_out = _load(cfg, tokenizer)
+    for name, rows in (("train", train), ("eval", held_out)):
+        if rows is not None:
+            check_rows(rows, cfg, SeraConfig(**cfg.sera), name)
     if "--debug" in sys.argv:  # the hook is not given the command's arguments
         parser = HfArgumentParser(PreprocessCliArgs)
         args, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -133,7 +143,9 @@ def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
 def prepared_name(cfg: DictDefault, entries: Sequence[Any], tokenizer: str) -> str:
     """The directory of prepared rows below `dataset_prepared_path`."""
     name = generate_dataset_hash_from_config(cfg, entries, tokenizer)
-    name = md5(f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']}")
+    files = {str(one.get("chat_template_jinja")) for one in (cfg, *entries)}
+    templates = [Path(one).read_text("utf-8") for one in sorted(files) if os.path.isfile(one)]
+    name = md5(f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']} {templates or ''}")
     place = Path(get_prepared_dataset_path(cfg, name))
     edited = edited_since(entries, place, Path(cfg.output_dir or ""))
     return md5(f"{name} {edited}") if edited else name
@@ -145,7 +157,41 @@ def _transformed(
     """A dataset's rows as text, each with its place and what is wrong with it."""
     entry = cfg[key][index]
     block = entry.type if isinstance(entry.type, dict) else {}
+    transform, options = strategy(cfg, key, index)
+    # With one of these a strategy maps its rows in a way of its own.
+    if options.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
+        dataset = _mapped(cfg, dataset, transform, tokenizer, options)
+        transform, options = as_it_is, {}
+    kept = tuple(name for name in cfg.sera["score_columns"] if name in dataset.features)
+    source = source_name(key, index, str(entry.path))
+    optional = (*SYSTEM, *filter(None, [block.get("field_system")]))
+    template = chat_template(cfg, entry, tokenizer)
+    guarded = GuardedTransform(transform, source, kept, optional, template)
+    types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE, ASIDE)}
+    types |= {ROW: Value("int64")} | {name: dataset.features[name] for name in kept}
+    # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
+    # one of mixed types is read as JSON. Columns that nobody asked for could keep two datasets
+    # from being merged.
+    ours = {"with_indices": True, "remove_columns": "__all__", "features": Features(types)}
+    return _mapped(cfg, dataset, guarded, tokenizer, {**options, **ours})
+
+
+def strategy(cfg: DictDefault, key: str, index: int) -> tuple[Any, dict[str, Any]]:
+    """What makes preference rows of a dataset's rows, and the options to map it with."""
+    entry = cfg[key][index]
     kind = "user_defined.default" if isinstance(entry.type, dict) else entry.type
+    if kind in _TEMPLATED:
+        names = handle_legacy_message_fields_logic(entry)["message_property_mappings"]
+        known = entry.roles or {role: [role] for role in ("user", "assistant", "system", "tool")}
+        reader = MessageReader(
+            messages=_TEMPLATED[kind] and (entry.field_messages or _TEMPLATED[kind]),
+            chosen=entry.field_chosen or "chosen",
+            rejected=entry.field_rejected or "rejected",
+            tools=entry.field_tools or "tools",
+            names={"role": "role", "content": "content", **names},
+            roles={source: role for role, sources in known.items() for source in sources},
+        )
+        return reader, {}
     # The strategy reads its fields from `datasets`.
     loaded = load_strategy(kind, DictDefault({**cfg, "datasets": cfg[key]}), dataset_idx=index)
     if loaded is None:
@@ -154,22 +200,15 @@ def _transformed(
             "preference pairs; its log says why. Use chat_template.default, another one of "
             "axolotl.prompt_strategies.dpo, or a block of field names."
         )
-    transform, options = loaded if isinstance(loaded, tuple) else (loaded, {})
-    # With one of these a strategy maps its rows in a way of its own.
-    if options.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
-        dataset = _mapped(cfg, dataset, transform, tokenizer, options)
-        transform, options = as_it_is, {}
-    kept = tuple(name for name in cfg.sera["score_columns"] if name in dataset.features)
-    source = source_name(key, index, str(entry.path))
-    optional = (*SYSTEM, *filter(None, [block.get("field_system")]))
-    guarded = GuardedTransform(transform, source=source, kept=kept, optional=optional)
-    types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE)}
-    types |= {ROW: Value("int64")} | {name: dataset.features[name] for name in kept}
-    # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
-    # one of mixed types is read as JSON. Columns that nobody asked for could keep two datasets
-    # from being merged.
-    ours = {"with_indices": True, "remove_columns": "__all__", "features": Features(types)}
-    return _mapped(cfg, dataset, guarded, tokenizer, {**options, **ours})
+    return loaded if isinstance(loaded, tuple) else (loaded, {})
+
+
+def chat_template(cfg: DictDefault, entry: DictDefault, tokenizer: Any) -> ChatTemplate:
+    """How a dataset's messages become text; its own `chat_template` goes before the run's."""
+    text = None
+    if entry.chat_template or cfg.chat_template:
+        text = get_chat_template_from_config(cfg, entry, tokenizer)
+    return ChatTemplate(text, dict(cfg.chat_template_kwargs or {}))
 
 
 def _mapped(
@@ -200,6 +239,10 @@ def without_repeats(
         return dataset, held_out
     other = None if held_out is None else _Pairs(held_out)
     return deduplicate_and_log_datasets(dataset=_Pairs(dataset), other_dataset=other)
+
+
+#: The host's types that render messages, and the column of the prompt.
+_TEMPLATED = {"chat_template.default": "messages", "chat_template.argilla_chat": None}
 
 
 class _Pairs:

@@ -1,5 +1,6 @@
 """Who can rank: the implicit reward, the dataset (SPIN), a judge, the policy in words."""
 
+import re
 from collections.abc import Hashable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -227,6 +228,10 @@ def _first_places(answers: Sequence[Hashable], per_prompt: int) -> list[int]:
     ]
 
 
+#: A thought that a template opens before an answer, by `chat_template_kwargs` one way or another.
+_OPENED = re.compile(r"\s*(<think>\s*(</think>)?\s*)?$")
+
+
 class Conversation:
     """Token ids back to text, without the chat template (if there is one) around it."""
 
@@ -237,7 +242,8 @@ class Conversation:
         self._around: tuple[str, str] | None = None
         if getattr(tokenizer, "chat_template", None):
             before, found, behind = self._templated(_PLACE).partition(_PLACE)
-            self._around = (self._without_bos(before), behind) if found else None
+            around = (self._without_bos(before), _OPENED.sub("", behind))
+            self._around = around if found else None
 
     def _templated(self, question: str) -> str:
         turns = [{"role": "user", "content": question}]
@@ -253,6 +259,7 @@ class Conversation:
         text = self._without_bos(self.tokenizer.decode(prompt_ids, skip_special_tokens=False))
         if self._around is not None:
             before, behind = self._around
+            text = _OPENED.sub("", text)
             if text.startswith(before) and text.endswith(behind):
                 inner = text[len(before) : len(text) - len(behind)]
                 if not any(token in inner for token in self._special):

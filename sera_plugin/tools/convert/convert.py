@@ -18,7 +18,7 @@ import yaml
 
 from sera_plugin.config.block import closest
 from sera_plugin.config.quoting import MASK, is_secret, plain
-from sera_plugin.data.rows import encodable
+from sera_plugin.data.text import encodable
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.convert import data, rules

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.files import json_rows
-from sera_plugin.data.rows import encodable, visible
+from sera_plugin.data.text import encodable, visible
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.rundir.progress import progress
 from sera_plugin.tools.evaluation.models import Model

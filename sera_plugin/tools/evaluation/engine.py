@@ -103,7 +103,8 @@ class Engine:
         if self._decoding.prompt_format is not None:
             return []
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
-        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        how = {"tokenize": False, **self._model.template_kwargs}
+        text: str = self._tokenizer.apply_chat_template(turns, **how)
         after = text.rpartition("answer")[2].strip()
         first = self._tokenizer(after, add_special_tokens=False)["input_ids"][:1]
         return [token for token in first if token in self._tokenizer.all_special_ids]
@@ -114,6 +115,7 @@ class Engine:
             roles = ("user", "assistant")
             turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(conversation)]
             how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            how |= self._model.template_kwargs
             ids: list[int] = self._tokenizer.apply_chat_template(turns, **how)
             return ids
         if len(conversation) > 1:

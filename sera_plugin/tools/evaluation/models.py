@@ -1,8 +1,8 @@
 """What is compared: policies of a run, other models, and answers from a file."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Model:
     weights: str = ""  # a directory
     adapter: Path | None = None
     end_ids: tuple[int, ...] = ()  # end an answer beside the model's own, as the run knows them
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the run's YAML
     answers: Path | None = None
 
     @property
@@ -43,7 +44,8 @@ class Model:
     @cached_property
     def identity(self) -> str:
         """A key that changes with the files that decide what it answers."""
-        return key_of(_state(Path(self.weights)), self.adapter and _state(self.adapter))
+        asked = [dict(self.template_kwargs)] if self.template_kwargs else []
+        return key_of(_state(Path(self.weights)), self.adapter and _state(self.adapter), *asked)
 
 
 def _state(directory: Path) -> Any:
@@ -171,5 +173,7 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
                 f"{spec}@{number} is in {directory}, but {problem}. Whole weights of earlier "
                 "iterations are kept with sera.keep_policies: true."
             )
-    model = _directory(directory, name, f"{spec}@{number}", description["config"]["base_model"])
-    return replace(model, end_ids=tuple(description.get("end_ids", ())))
+    config = description["config"]
+    model = _directory(directory, name, f"{spec}@{number}", config["base_model"])
+    kwargs = config.get("chat_template_kwargs") or {}
+    return replace(model, end_ids=tuple(description.get("end_ids", ())), template_kwargs=kwargs)
