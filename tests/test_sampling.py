@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
 
 from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
@@ -21,8 +22,8 @@ from sera_plugin.sampling import client, offload, samplers, vllm
 from sera_plugin.sampling.child import SamplingFailed, find_vllm
 from sera_plugin.sampling.client import read_candidates, sampling_fields
 from sera_plugin.sampling.offload import engine_needs, make_room, resident_tensors
-from sera_plugin.sampling.samplers import Choice, Samplers, adapter_problem, choose_sampler
-from sera_plugin.sampling.vllm import Memory
+from sera_plugin.sampling.samplers import Choice, Samplers, choose_sampler
+from sera_plugin.sampling.vllm import Memory, adapter_problem
 from tests.servers import vllm_server
 
 MODEL = SimpleNamespace(
@@ -63,11 +64,18 @@ def test_vllm_is_taken_where_it_is_and_without_it_transformers_or_an_error_says_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
-        ({"rank_pattern": {"q_proj": 4}}, "pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "pattern"),
-        ({"bias": "all"}, "biases"),
+        ({"use_dora": True}, "adapter with peft_use_dora: True is more than that"),
+        ({"modules_to_save": ["lm_head"]}, "lora_modules_to_save: ['lm_head']"),
+        ({"rank_pattern": {"q_proj": 4}}, "lora_rank_pattern: {'q_proj': 4}"),
+        ({"alpha_pattern": {"q_proj": 4}}, "lora_alpha_pattern"),
+        ({"bias": "all"}, "bias: 'all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "peft_init_lora_weights: 'pissa_niter_4'"),
+        ({"init_lora_weights": "loftq"}, "peft_init_lora_weights: 'loftq'"),
+        ({"layer_replication": [[0, 2]]}, "peft_layer_replication: [[0, 2]]"),
+        ({"trainable_token_indices": {"embed": [5]}}, "peft_trainable_token_indices"),
+        ({"target_parameters": ["experts.down_proj"]}, "lora_target_parameters"),
+        ({"lora_bias": True}, "lora_bias: True"),
+        ({"of_a_later_peft": 3}, "of_a_later_peft: 3"),
         ({"r": 1024}, "ranks up to 512, not 1024"),
         ({"peft_type": "PeftType.ADAPTION_PROMPT"}, "not PeftType.ADAPTION_PROMPT"),
     ],
@@ -83,6 +91,17 @@ def test_what_vllm_does_not_serve_falls_back_and_says_so(
     assert choice.name == "transformers"
     assert words in choice.reason
     assert (f"sera.sampler: {asked} is not used" in caplog.text) == (asked != "auto")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}),
+        *({"layers_to_transform": [0]}, {"target_modules": "all-linear"}, {"lora_alpha": 3}),
+    ],
+)
+def test_what_shapes_the_product_alone_is_served(keys):
+    assert adapter_problem(LoraConfig(r=8, task_type="CAUSAL_LM", **keys).to_dict()) is None
 
 
 def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_model(tmp_path):

@@ -23,7 +23,12 @@ from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.child import find_vllm
 from sera_plugin.sampling.offload import cache_bytes_per_token, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import LORA_RANKS, ServedPolicy, VllmSampler, VllmServerSampler
+from sera_plugin.sampling.vllm import (
+    ServedPolicy,
+    VllmSampler,
+    VllmServerSampler,
+    adapter_problem,
+)
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -65,23 +70,6 @@ def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
             ) from None
         return Choice("transformers", f"in the training process: {error}")
     return Choice("vllm", f"{version}, found in {python}; starts for each sampling phase")
-
-
-def adapter_problem(config: Mapping[str, Any]) -> str | None:
-    """Why vLLM would not serve an adapter with this PEFT configuration as it was trained."""
-    if str(config.get("peft_type", "LORA")).split(".")[-1] != "LORA":
-        return f"vLLM serves LoRA adapters, not {config['peft_type']}"
-    if config.get("use_dora"):
-        return "vLLM does not serve DoRA adapters (peft_use_dora)"
-    if config.get("modules_to_save"):
-        return "vLLM does not serve adapters with lora_modules_to_save"
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        return "vLLM knows one rank and one alpha per adapter, not a pattern of them"
-    if config.get("bias", "none") != "none":
-        return f"vLLM does not serve adapters that train biases ({config['bias']})"
-    if config["r"] > LORA_RANKS[-1]:
-        return f"vLLM serves ranks up to {LORA_RANKS[-1]}, not {config['r']}"
-    return None
 
 
 @dataclass

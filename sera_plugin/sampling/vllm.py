@@ -16,6 +16,9 @@ from time import perf_counter, sleep
 from typing import Any
 from uuid import uuid4
 
+from peft import LoraConfig
+
+from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.child import (
     PATIENCE,
@@ -39,6 +42,51 @@ _ENDS_WITHIN = 10.0  # seconds in which a server that stopped answering shows ho
 API_KEY = "VLLM_API_KEY"
 #: Text whose tokens tell tokenizers apart.
 _PROBE = "Hello, wörld!  1234567 你好 🙂\n\tdef f(x): return x"
+
+
+#: Of a PEFT configuration: where an adapter belongs, and what shapes the product B.A alone.
+_SERVED = frozenset(
+    [
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
+        *("revision", "inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("init_lora_weights", "fan_in_fan_out"),
+    ]
+)
+#: Ways to begin that leave the base model's weights as they are; PiSSA and its like do not.
+_INITIAL = (None, True, False, "gaussian", "orthogonal")
+
+
+def adapter_problem(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM would not serve an adapter with this PEFT configuration as it was trained.
+
+    vLLM adds B.A, of one rank and one scale, to the weights of the base model as it was published.
+    Whatever PEFT has beyond that, today or in a version to come, is not served.
+    """
+    if str(config.get("peft_type", "LORA")).split(".")[-1] != "LORA":
+        return f"vLLM serves LoRA adapters, not {config['peft_type']}"
+    if config.get("init_lora_weights") not in _INITIAL:
+        return _other_than("init_lora_weights", config["init_lora_weights"])
+    usual = LoraConfig().to_dict()
+    for name, value in config.items():
+        off = value in (None, False, "none") or value == usual.get(name) or value in ([], {})
+        if name not in _SERVED and not off:
+            return _other_than(name, value)
+    if config["r"] > LORA_RANKS[-1]:
+        return f"vLLM serves ranks up to {LORA_RANKS[-1]}, not {config['r']}"
+    return None
+
+
+def _other_than(name: str, value: object) -> str:
+    """The sentence, with the field as the host's YAML calls it."""
+    lora = ("modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")
+    host = f"lora_{name}" if name in lora else name
+    if name.startswith(("init_", "use_", "layer_", "trainable_")):
+        host = f"peft_{name}"
+    return (
+        f"vLLM adds one product B.A to the base model's own weights, and an adapter with {host}: "
+        f"{quoted(value)} is more than that"
+    )
 
 
 @dataclass(frozen=True)

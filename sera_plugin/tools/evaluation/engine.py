@@ -20,9 +20,8 @@ from sera_plugin.config.quoting import quoted
 from sera_plugin.data.dataset import RowTokenizer, model_end_ids
 from sera_plugin.model.budget import GIB, SAMPLED_ON_CPU, plan_tokens
 from sera_plugin.sampling.offload import cache_bytes_per_token
-from sera_plugin.sampling.samplers import adapter_problem
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
+from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, adapter_problem
 from sera_plugin.tools.evaluation.answers import NO_ROOM, Conversation, Decoding, Turn
 from sera_plugin.tools.evaluation.models import Model
 

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sera_plugin.config.quoting import plain, quoted
 from sera_plugin.sampling.offload import cache_bytes_per_token
-from sera_plugin.sampling.samplers import adapter_problem
+from sera_plugin.sampling.vllm import adapter_problem
 
 #: What configurations call the number of their experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
