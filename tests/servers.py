@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -65,6 +65,14 @@ class JudgeHandler(Handler):
             self.answer(details[0], {"error": {"message": f"no, {key}"}}, **dict(*details[1:]))
         elif name == "raw":
             self.answer(200, details[0].encode())
+        elif name == "drip":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(details[1]):
+                    self.wfile.write(b" ")
+                    time.sleep(details[0])
         elif name == "drop":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n{")
         elif name != "hang up":
@@ -156,7 +164,7 @@ class Vllm(Handler):
             "/metrics": lambda: self.metrics().encode(),
             "/version": lambda: {"version": f"1 {said}"},
             "/v1/models": lambda: {
-                "data": [{"id": said, "root": self.base, "max_model_len": CONTEXT}]
+                "data": [{"id": said or "base", "root": self.base, "max_model_len": CONTEXT}]
             },
             "/tokenize": lambda: {
                 "tokens": self.tokenizer(request["prompt"], add_special_tokens=False)["input_ids"]

@@ -8,7 +8,7 @@ import pytest
 
 from sera_plugin.algorithm.method import Method
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.store import RunStore, make_table, write_table
 from tests.three_pairs import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
@@ -260,3 +260,51 @@ def test_rows_of_a_damaged_chunk_are_sampled_again_and_no_others(run):
     assert resumed.sampler.sampled == [2, 0]
     assert second.name.startswith("000-000001-")
     assert Run(run.directory / "clean").upto(2) == trained
+
+
+WRONG_CHUNKS = {
+    "three candidates": ({"row": [0] * 3, "candidate": [0, 1, 2]}, "does not have 2 candidates"),
+    "one twice": ({"row": [0, 0], "candidate": [1, 1]}, "does not have 2 candidates"),
+    "rows of another run": ({"row": [3, 3], "candidate": [0, 1]}, "rows outside 0 to 2"),
+    "rows of another chunk": (
+        {"row": [1, 1], "candidate": [0, 1], "token_ids": CANDIDATES[0]}, "in another chunk too"
+    ),
+    "an end within": (
+        {"row": [0, 0], "candidate": [0, 1], "token_ids": [[END, END]] * 2}, "does not end as"
+    ),
+    "other columns": ({"row": [0, 0], "number": [0, 1]}, "its columns are not row, candidate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_CHUNKS)
+def test_a_whole_chunk_that_cannot_be_used_is_set_aside_and_made_again(run, caplog, name):
+    columns, said = WRONG_CHUNKS[name]
+    run.sampler.fail_after = 2
+    with pytest.raises(RuntimeError, match="taken away"):
+        run.upto(2)
+    first, second = sorted(run.store.samples(2).glob("*.parquet"))
+    first.unlink()
+    count = len(columns["row"])
+    table = make_table(
+        {"token_ids": [[7, END]] * count, "finish_reason": ["stop"] * count, **columns}
+    )
+    names = [*list(columns)[:2], "token_ids", "finish_reason"]
+    RunStore(run.directory).append_samples(2, table.select(names))
+    [added] = set(run.store.samples(2).glob("*.parquet")) - {second}
+    added.rename(added.with_name(added.name.replace("000-000001-", "000-000009-")))
+    resumed = Run(run.directory)
+    trained = resumed.prepare(2)
+    assert sorted(resumed.sampler.sampled) == [0, 2]
+    [line] = [one for one in caplog.messages if "is set aside and made again" in one]
+    assert said in line
+    assert Run(run.directory / "clean").upto(2) == trained
+
+
+def test_a_table_in_which_prompts_have_unequal_numbers_of_candidates_is_refused(run):
+    run.upto(2)
+    path = run.store.table_file(2, "candidates")
+    table = run.store.read(2, "candidates")
+    write_table(path, table.slice(0, 5))
+    run.store.table_file(2, "bootstrapped").unlink()
+    with pytest.raises(ValueError, match="same number of candidates for each of the 3 prompts"):
+        Run(run.directory).prepare(2)

@@ -20,6 +20,7 @@ from sera_plugin.labeling.judging import (
 )
 from sera_plugin.labeling.judging.api import RatingJudge
 from sera_plugin.rundir.journal import Journal
+from sera_plugin.sampling import http
 from tests.conftest import fill
 from tests.servers import KEY, JudgeServer, judge_server
 
@@ -169,6 +170,12 @@ TROUBLE = {
     "no JSON": ["raw", "<html>"],
     "no choices": ["raw", '{"choices": []}'],
     "other JSON": ["raw", "[1, 2]"],
+    "a depth without end": ["raw", "[" * 100_000],
+    "more tokens than there are": [
+        "raw",
+        '{"choices": [{"message": {"content": "[[A]]"}}], "usage": {"prompt_tokens": 1e30}}',
+    ],
+    "a date that is none": ["status", 429, {"Retry-After": "Thu, 01 Jan 99999999999 00:00:00"}],
     "no text": ["raw", '{"choices": [{"message": {"content": 7}}]}'],
     "cut off half-way": "drop",
     "hangs up": "hang up",
@@ -210,6 +217,19 @@ def test_an_endpoint_that_asks_for_hours_is_not_waited_for_and_one_that_hangs_as
     with pytest.raises(JudgeFailed, match=r"asks to come back in 7200 seconds"):
         outcomes(make(concurrency=1))
     judge = make(concurrency=1, timeout=0.3)
+    assert outcomes(judge, PAIRS[:1]) == [1.0]
+    assert judge.usage.retries == 1
+
+
+def test_a_reply_has_bounds_of_time_and_length(make, server, monkeypatch):
+    drips = ["drip", 0.1, 40]
+    server.plan(drips)
+    judge = make(concurrency=1, timeout=0.5)  # no silence is as long as that
+    assert outcomes(judge, PAIRS[:1]) == [1.0]
+    assert judge.usage.retries == 1
+    monkeypatch.setattr(http, "LARGEST", 1000)
+    server.plan(["say", "[[A]]" + " " * 1000])
+    judge = make(concurrency=1, model="another")
     assert outcomes(judge, PAIRS[:1]) == [1.0]
     assert judge.usage.retries == 1
 

@@ -13,14 +13,13 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 
-from sera_plugin.algorithm.method import Candidate, SamplingSettings
+from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling import client, offload, samplers, vllm
 from sera_plugin.sampling.child import SamplingFailed, find_vllm
-from sera_plugin.sampling.client import read_candidates, sampling_fields
 from sera_plugin.sampling.offload import engine_needs, make_room, resident_tensors
 from sera_plugin.sampling.samplers import Choice, Samplers, choose_sampler
 from sera_plugin.sampling.vllm import Memory, adapter_problem
@@ -115,7 +114,7 @@ def test_a_fully_fine_tuned_policy_is_served_as_its_own_weights_or_as_the_base_m
     for t, expected in ((1, ("org/base", {"revision": "v2"})), (2, None)):
         policy = samplers.store.policy(t)
         replace_directory(policy, lambda path: (path / "a.json").write_text("{}"))
-        served = samplers.make(t, None).policy
+        served = samplers.make(t, None, None, 0.01).policy
         assert served.adapter is None
         assert (served.model, served.options) == (expected or (str(policy), {}))
 
@@ -182,7 +181,7 @@ def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, se
     assert samplers.choice.name == "vllm-server"
     assert compared == [asked]
     # What is longer than prompt and candidate, such as a judge's prompt, is measured by it.
-    assert samplers.make(2, None).longest == 56
+    assert samplers.make(2, None, None, 0.01).longest == 56
 
 
 def server_at(port: int, base: object = "base", tokenizer=None) -> vllm.VllmServerSampler:
@@ -225,62 +224,6 @@ def test_a_server_of_another_kind_is_said_so(content):
     said = str(failure.value)
     assert f"{other.port} answers /v1/models as no vLLM does: {content.decode()}." in said
     assert "Set vllm.host and vllm.port" in said
-
-
-STOPPED = {"index": 1, "token_ids": [3, 9], "finish_reason": "stop"}
-CUT = {"index": 0, "token_ids": [3, 4, 5], "finish_reason": "length"}
-
-WRONG = {
-    "no list": (None, "choices is None"),
-    "no objects": (["text"], "choices.0 is 'text'"),
-    "one missing": ([CUT], r"2 choices .* index \[0\]"),
-    "one too many": ([CUT, STOPPED, STOPPED | {"index": 2}], r"index \[0, 1, 2\]"),
-    "one twice": ([CUT, STOPPED | {"index": 0}], r"index \[0, 0\]"),
-    "no index": ([CUT, {**STOPPED, "index": None}], "choices.1.index is None"),
-    "no ids": ([CUT, {**STOPPED, "token_ids": None}], "choices.1.token_ids is None"),
-    "text for ids": ([CUT, {**STOPPED, "token_ids": ["3", "9"]}], "ids.0 is '3'"),
-    "truth for ids": ([CUT, {**STOPPED, "token_ids": [True, 9]}], "ids.0 is True"),
-    "no token": ([CUT | {"token_ids": []}, STOPPED], "1 to 4 tokens .* 0 came back"),
-    "too long": ([CUT | {"token_ids": [3] * 5}, STOPPED], "1 to 4 tokens .* 5 came back"),
-    "outside": ([CUT | {"token_ids": [3, 16]}, STOPPED], "3 to 16, .* has 16 tokens"),
-    "negative": ([CUT | {"token_ids": [-1, 3]}, STOPPED], "-1 to 3"),
-    "aborted": ([CUT | {"finish_reason": "abort"}, STOPPED], "is 'abort': input should be 'st"),
-    "unfinished": ([CUT | {"finish_reason": None}, STOPPED], "finish_reason is None"),
-    "stopped by nothing": ([CUT, STOPPED | {"token_ids": [3, 4]}], r"end tokens at \[\]"),
-    "went on": ([CUT, STOPPED | {"token_ids": [7, 9]}], r"end tokens at \[0, 1\]"),
-    "cut at its end": ([CUT | {"token_ids": [3, 9]}, STOPPED], r"'length' has end tokens at \[1\]"),
-}
-
-
-def test_a_request_has_every_end_token_and_what_is_asked_for():
-    asked = {"n": 2, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
-    ends = {"ignore_eos": True, "stop_token_ids": [9, 7]}
-    assert sampling_fields(SETTINGS).items() >= (asked | ends).items()
-
-
-def test_choices_come_back_in_the_order_of_their_index():
-    found = read_candidates([STOPPED, CUT], SETTINGS, 4, 16)
-    assert found == [Candidate([3, 4, 5], "length"), Candidate([3, 9], "stop")]
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_answer_is_refused_and_said(case):
-    choices, words = WRONG[case]
-    with pytest.raises(ValueError, match=words):
-        read_candidates(choices, SETTINGS, 4, 16)
-
-
-def test_nothing_of_a_servers_wrong_answer_is_handed_on(world):
-    """Its tokens, 5 to 34 and the end token 2, are no tokens of a smaller vocabulary."""
-    how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
-    prompts = [np.array([1, 5], dtype=np.int32)]
-    with vllm_server(world.base) as server:
-        sampler = server_at(server.port, world.base, server.tokenizer)
-        assert len(list(sampler.sample(prompts, how))) == 1
-        sampler.vocabulary = 5
-        wrong = sampler.sample(prompts, how)
-        with pytest.raises(SamplingFailed, match=r"prompt of row 0 wrongly.*vocabulary has 5"):
-            next(wrong)
 
 
 def test_what_an_engine_needs_by_hand(model):

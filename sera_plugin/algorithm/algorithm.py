@@ -10,7 +10,6 @@ import math
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sera_plugin.algorithm.chunks import ChunkCheck, chunk_table
 from sera_plugin.algorithm.fit import Reward
-from sera_plugin.algorithm.method import DATASET, Chunk, Iteration, Method, Pairs, Ranked
+from sera_plugin.algorithm.method import DATASET, Iteration, Method, Pairs, Ranked
 from sera_plugin.algorithm.rewards import (
     FloatArray,
     equalizing_alpha,
@@ -156,6 +156,7 @@ def sample(it: Iteration) -> pa.Table:
     Finished chunks are kept at once, and those on disk are not made again.
     """
     with it.phases.timed("sample"):
+        it.store.set_aside_samples(it.t, ChunkCheck(len(it.pairs), it.settings))
         finished = it.store.sampled_rows(it.t)
         done = frozenset(finished.tolist())
         # No rank may add to what another one is still reading.
@@ -167,7 +168,7 @@ def sample(it: Iteration) -> pa.Table:
             closing(it.sampler.sample(it.pairs.prompt_ids, it.settings, skip=done)) as chunks,
         ):
             for chunk in chunks:
-                it.store.append_samples(it.t, _samples_table(chunk))
+                it.store.append_samples(it.t, chunk_table(chunk))
                 advance(chunk)
         it.store.ranks.barrier()
         for name, spent in it.sampler.seconds.items():
@@ -179,22 +180,6 @@ def sample(it: Iteration) -> pa.Table:
     it.phases.count("sample", len(lengths), int(lengths.sum()))
     report = json.dumps(it.sampler.report, sort_keys=True)
     return samples.replace_schema_metadata({"sampler": report})
-
-
-def _samples_table(chunk: Chunk) -> pa.Table:
-    flat = [(row, index, one) for row, found in chunk for index, one in enumerate(found)]
-    lists = [one.token_ids for _, _, one in flat]
-    # Flat, because pyarrow takes many times longer over a list of lists.
-    tokens = np.fromiter(chain.from_iterable(lists), dtype=np.int32)
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-    return make_table(
-        {
-            "row": [row for row, _, _ in flat],
-            "candidate": [index for _, index, _ in flat],
-            "token_ids": pa.ListArray.from_arrays(offsets, tokens),
-            "finish_reason": [one.finish_reason for _, _, one in flat],
-        }
-    )
 
 
 def rank(it: Iteration, samples: pa.Table) -> pa.Table:
@@ -217,7 +202,7 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
 
     logps = {policy: under(policy) for policy in it.method.candidates_under(it.t)}
     ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
-    per_prompt, why = len(samples) // len(it.pairs), samples["finish_reason"].to_pylist()
+    per_prompt, why = it.per_prompt(samples), samples["finish_reason"].to_pylist()
     with it.phases.timed("label"):
         by = reward_of(it) if it.t > 1 else None
         ranked = Ranked(
@@ -242,7 +227,7 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
     config = it.method.config
     with it.phases.timed("select"):
         rows = candidates["row"].to_numpy()
-        per_prompt = len(rows) // len(np.unique(rows))
+        per_prompt = it.per_prompt(candidates)
         tokens = TokenColumn(candidates["token_ids"])
         identity = tokens.numbered(per_prompt)
         lengths = tokens.lengths.reshape(-1, per_prompt)

@@ -335,6 +335,23 @@ class Iteration:
         table = self.read(name)
         return self.keep(name, make()) if table is None else table
 
+    def per_prompt(self, candidates: pa.Table) -> int:
+        """How many candidates each prompt has in a table in the order of (row, candidate).
+
+        ValueError unless each has the same number of them, so that each is found by its row.
+        """
+        total = len(self.pairs)
+        count = len(candidates) // total
+        rows, numbers = (candidates[name].to_numpy() for name in ("row", "candidate"))
+        expected = (np.repeat(np.arange(total), count), np.tile(np.arange(count), total))
+        if not (np.array_equal(rows, expected[0]) and np.array_equal(numbers, expected[1])):
+            raise ValueError(
+                f"{self.store.iteration(self.t)} does not have the same number of candidates for "
+                f"each of the {total} prompts. Remove its samples and candidates.parquet, and "
+                "continue the run: they are made again."
+            )
+        return count
+
     def scores(self, policy: int) -> pa.Table:
         """The offline pairs' log-probabilities under theta_policy (offline.parquet)."""
         return self.at(policy + 1).table("offline")

@@ -122,7 +122,7 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
     """Count samples and sampled pairs; returns the lengths of the pairs kept, by side."""
     candidates, bootstrapped = it.table("candidates"), it.table("bootstrapped")
     selected = bootstrapped.filter(bootstrapped["selected"])
-    count = len(candidates) // len(it.pairs)
+    count = it.per_prompt(candidates)
     tokens = TokenColumn(candidates["token_ids"])
     lengths, numbers = tokens.lengths, tokens.numbered(count)
     differ = (numbers != numbers[:, :1]).any(axis=1)

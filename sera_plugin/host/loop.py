@@ -223,7 +223,7 @@ class Loop:
             pairs=self.pairs,
             store=self.store,
             scorer=self.scorer,
-            sampler=self.samplers.make(iteration, optimizer),
+            sampler=self.samplers.make(iteration, optimizer, self.pairs, self.nats),
             settings=settings,
             labeler=self._labeler(),
             phases=phases,

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import BaseFileLock, FileLock, Timeout
 
+from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.checksums import add_file, explained, is_named_right, is_whole, replace_file
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.tokens import TOKENS, TokenColumn
@@ -268,6 +269,23 @@ class RunStore:
         files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
         whole = [file for file in files if self._whole(file, is_named_right)]
         return [_read_parquet(file, columns) for file in whole]
+
+    @_on_main
+    def set_aside_samples(self, iteration: int, problem: Callable[[pa.Table], str | None]) -> None:
+        """Put chunks aside that are whole and cannot be used; their rows are sampled again.
+
+        `problem` says what is wrong with a chunk, or None.
+        """
+        for file in sorted(self.samples(iteration).glob("[0-9]*.parquet")):
+            if not self._whole(file, is_named_right):
+                continue
+            try:
+                wrong = problem(_read_parquet(file))
+            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                wrong = f"it cannot be read ({plain(str(error))})"
+            if wrong is not None:
+                file.rename(file.with_name(f"set-aside-{file.name}"))
+                LOG.warning("SeRA: %s is set aside and made again: %s", file, wrong)
 
     def sampled_rows(self, iteration: int) -> npt.NDArray[np.int64]:
         """The rows whose candidates are in whole chunks, ascending."""

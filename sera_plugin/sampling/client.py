@@ -1,24 +1,30 @@
-"""Sampling from a vLLM server over HTTP: token ids in, token ids out.
+"""Sampling from a vLLM server over HTTP: token ids in, token ids out."""
 
-What an engine answers is checked here, once, before anything of it is stored.
-"""
-
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from time import monotonic
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import requests
-from pydantic import BaseModel, TypeAdapter, ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
-from sera_plugin.config.quoting import printable, quoted, without_credentials, without_secret
 from sera_plugin.rundir.ranks import Shard
+from sera_plugin.sampling.answers import (
+    MODELS,
+    Known,
+    ServedModel,
+    answer_logp,
+    policy_difference,
+    read_candidates,
+    shaped,
+)
 from sera_plugin.sampling.child import SamplingFailed
+from sera_plugin.sampling.http import Reply, exchange, one_line
 
 #: Tries after a lost connection or an overloaded answer. urllib3 makes the first of them at once,
 #: the others after twice the seconds, four times, ...: about a minute in all.
@@ -81,23 +87,6 @@ def in_threads(
         yield [(running.pop(future), future.result()) for future in finished]
 
 
-def one_line(text: object, key: str) -> str:
-    """Text in one line, without the key: a server may send back what it was sent."""
-    line = printable(" ".join(without_secret(str(text), key).split()))
-    return without_credentials(line)
-
-
-def server_words(answer: requests.Response, key: str) -> str:
-    """A server's own words, cut to a readable length."""
-    try:
-        error = answer.json()
-        error = error.get("error", error)
-        text = error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, AttributeError):
-        text = answer.text
-    return one_line(text, key)[:400]
-
-
 class Client:
     """Sends requests to one server, whose `key` may be an empty text.
 
@@ -116,6 +105,7 @@ class Client:
             status_forcelist=(429, 502, 503, 504),
             allowed_methods=None,  # sampling is seeded: asking twice gives the same
             raise_on_status=False,
+            respect_retry_after_header=False,  # it could be days
         )
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy knows this machine
@@ -132,16 +122,16 @@ class Client:
     def answers(self, path: str) -> str | None:
         """What a path gives, None where nothing answers within some seconds; tried once."""
         try:
-            answer = self._session.get(self.url + path, timeout=5)
+            answer = exchange(self._session, "GET", self.url + path, (5.0, 5.0))
         except requests.RequestException:
             return None
         return answer.text if answer.ok else None
 
-    def send(self, path: str, body: Any = None) -> requests.Response:
+    def send(self, path: str, body: Any = None) -> Reply:
         """The reply to a GET, or a POST with a body, whatever its status."""
-        method, timeout = "GET" if body is None else "POST", (10, self._timeout)
+        method, timeout = "GET" if body is None else "POST", (10.0, self._timeout)
         try:
-            return self._session.request(method, self.url + path, json=body, timeout=timeout)
+            return exchange(self._session, method, self.url + path, timeout, json=body)
         except requests.RequestException as error:
             raise self.wrong(
                 f"does not answer {path} after {self._retries + 1} tries: {error}. {self.remedy}"
@@ -150,10 +140,10 @@ class Client:
     def ask(self, key: str, path: str, body: Any = None) -> Any:
         """What stands under a key of the reply; SamplingFailed if there is no such reply."""
         answer = self.send(path, body)
-        if answer.status_code in (401, 403):
+        if answer.status in (401, 403):
             raise self.wrong("refuses this run's key. Set VLLM_API_KEY to the server's own")
         if not answer.ok:
-            raise self.wrong(f"refused {path} ({answer.status_code}): {self.words(answer)}")
+            raise self.wrong(f"refused {path} ({answer.status}): {self.words(answer)}")
         try:
             return answer.json()[key]
         except (ValueError, KeyError, TypeError):
@@ -167,17 +157,34 @@ class Client:
     ) -> list[Candidate]:
         """What is sampled for a row's prompt; SamplingFailed if it is wrong."""
         choices = self.ask("choices", "/v1/completions", request)
+        limit, prompt = request["max_tokens"], request["prompt"]
+        with self.said(f"answers the prompt of row {row} wrongly"):
+            return read_candidates(choices, settings, limit, vocabulary, prompt)
+
+    def logp(self, model: str, known: Known) -> float:
+        """log pi(answer | prompt) in nats under the policy that the server has as `model`."""
+        request = {"model": model, "prompt": known.tokens, "max_tokens": 1, "prompt_logprobs": 0}
+        with self.said("gives no log-probabilities of a prompt"):
+            return answer_logp(self.ask("choices", "/v1/completions", request), known)
+
+    def models(self) -> list[ServedModel]:
+        """What the server lists."""
+        with self.said("answers /v1/models as no vLLM does"):
+            return shaped(MODELS, self.ask("data", "/v1/models"), "data")
+
+    @contextmanager
+    def said(self, what: str) -> Iterator[None]:
+        """Turn a ValueError about an answer into what to raise; nothing of it is stored."""
         try:
-            return read_candidates(choices, settings, request["max_tokens"], vocabulary)
+            yield
         except ValueError as error:
             raise self.wrong(
-                f"answers the prompt of row {row} wrongly: {error}. Nothing of it is stored. Use "
-                "a vLLM that docs/sampling.md lists"
+                f"{what}: {error}. Nothing of it is stored. Use a vLLM that docs/sampling.md lists"
             ) from None
 
-    def words(self, answer: requests.Response) -> str:
+    def words(self, answer: Reply) -> str:
         """The server's own words."""
-        return server_words(answer, self.key)
+        return answer.words(self.key)
 
     def wrong(self, problem: str) -> SamplingFailed:
         """What to raise, without the key."""
@@ -192,6 +199,10 @@ class EngineSampler:
     """Samples from the vLLM server that `_serving` has ready; see `CandidateSampler`."""
 
     make_room: Callable[[int], AbstractContextManager[Any]] = nullcontext
+    #: Pairs of less than so many tokens that the policy has scored, and by how much an engine may
+    #: find otherwise, in nats per square root of an answer's tokens.
+    known: Callable[[int], Sequence[Known]] = staticmethod(lambda longest: ())
+    tolerance: float = math.inf
 
     def __init__(self, name: str, vocabulary: int, shard: Shard, longest: int | None) -> None:
         self.report: dict[str, Any] = {"name": name}
@@ -215,6 +226,7 @@ class EngineSampler:
             if not mine:
                 return
             with self._serving(max(lengths), memory) as (client, name, watch):
+                self._check_policy(client, name, max(lengths))
                 fields = sampling_fields(settings) | {"model": name}
 
                 def ask(row: int) -> list[Candidate]:
@@ -223,6 +235,21 @@ class EngineSampler:
                     return client.candidates(row, request, settings, self.vocabulary)
 
                 yield from _in_chunks(mine, ask, watch)
+
+    def _check_policy(self, client: Client, name: str, longest: int) -> None:
+        """Whether the policy that is served is the one that is trained; SamplingFailed if not."""
+        known = self.known(longest)
+        if not known:
+            return
+        difference = policy_difference(lambda one: client.logp(name, one), known)
+        self.report["nats_per_root_token"] = round(difference, 6)
+        if not difference <= self.tolerance:
+            raise client.wrong(
+                f"serves another policy than the one that is trained: on {len(known)} answers of "
+                f"the dataset its log-probabilities differ by {difference:.3g} nats per square "
+                f"root of a token (allowed: {self.tolerance:g}). Check that it has the same base "
+                "model and sees the same adapter, or set sera.sampler to transformers"
+            )
 
     def _serving(self, length: int, memory: Any) -> AbstractContextManager[Serving]:
         raise NotImplementedError
@@ -246,55 +273,3 @@ def _in_chunks(
             yield chunk
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Choice(BaseModel, strict=True):
-    index: int
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-
-
-_CHOICES = TypeAdapter(list[_Choice])
-
-
-def read_candidates(
-    choices: object, settings: SamplingSettings, limit: int, vocabulary: int
-) -> list[Candidate]:
-    """The R candidates of one prompt, in the order of their index, from an engine's answer.
-
-    `limit` is the most tokens of a candidate of this prompt, `vocabulary` the number of token ids
-    that the model knows.
-
-    Raises:
-        ValueError: saying what is wrong, where they are not R different choices within the
-            vocabulary and the limit, each with an end token if and only if it stopped.
-    """
-    try:
-        found = sorted(_CHOICES.validate_python(choices), key=lambda choice: choice.index)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        place = ".".join(map(str, ("choices", *wrong["loc"])))
-        given = quoted(wrong["input"], 100)
-        raise ValueError(f"{place} is {given}: {wrong['msg'].lower()}") from None
-    indices = [choice.index for choice in found]
-    if indices != list(range(settings.candidates)):
-        raise ValueError(
-            f"{settings.candidates} choices were asked for, and those with index "
-            f"{quoted(indices, 100)} came back"
-        )
-    for choice in found:
-        ids, reason = choice.token_ids, choice.finish_reason
-        if not 1 <= len(ids) <= limit:
-            raise ValueError(f"1 to {limit} tokens were asked for, and {len(ids)} came back")
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise ValueError(
-                f"token ids go from {min(ids)} to {max(ids)}, but the model's vocabulary has "
-                f"{vocabulary} tokens"
-            )
-        ends = [place for place, token in enumerate(ids) if token in settings.end_ids]
-        if ends != ([len(ids) - 1] if reason == "stop" else []):
-            raise ValueError(
-                f"a candidate of {len(ids)} tokens with the finish reason {reason!r} has end "
-                f"tokens at {quoted(ends, 100)}"
-            )
-    return [Candidate(choice.token_ids, choice.finish_reason) for choice in found]

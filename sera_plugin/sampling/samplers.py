@@ -1,6 +1,7 @@
 """Which sampler a run takes and why; the samplers of one run, from the host's configuration."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.method import CandidateSampler, Chunk
+from sera_plugin.algorithm.method import CandidateSampler, Chunk, Pairs
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import SAMPLED_ON_CPU, plan_tokens
+from sera_plugin.model.losses import LOW_PRECISION_LIMIT
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.ranks import NO_PART, WHOLE
 from sera_plugin.rundir.store import RunStore
+from sera_plugin.sampling.answers import known_pairs
 from sera_plugin.sampling.child import find_vllm
+from sera_plugin.sampling.client import EngineSampler
 from sera_plugin.sampling.offload import cache_bytes_per_token, make_room
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import (
@@ -119,11 +123,25 @@ class Samplers:
         self.choice = replace(choice, name=name)
         return self.choice
 
-    def make(self, iteration: int, optimizer: Any) -> CandidateSampler:
+    def make(self, iteration: int, optimizer: Any, pairs: Pairs, nats: float) -> CandidateSampler:
         """The chosen sampler for theta_{t-1}, t being the 1-based iteration.
 
-        The optimizer's state may wait in host memory while an engine samples.
+        The optimizer's state may wait in host memory while an engine samples. An engine is asked
+        for log-probabilities of some offline `pairs` first. They may differ from iteration t's by
+        `nats` per square root of an answer's tokens, or by what another precision makes of them.
         """
+        sampler = self._sampler(iteration, optimizer)
+        if isinstance(sampler, EngineSampler):
+            exact = isinstance(sampler, VllmSampler) and sampler.policy.dtype == "float32"
+            sampler.tolerance = nats if exact else max(nats, LOW_PRECISION_LIMIT)
+            if self.cfg.get("load_in_8bit") or self.cfg.get("load_in_4bit"):
+                sampler.tolerance = math.inf  # until the engine has the same 4 bits
+            sampler.known = lambda longest: known_pairs(
+                pairs, self.store.read(iteration, "offline"), longest
+            )
+        return sampler
+
+    def _sampler(self, iteration: int, optimizer: Any) -> CandidateSampler:
         policies, ranks = self.scorer.policies, self.store.ranks
         model = policies.model
         if self.choice.name == "vllm-server":

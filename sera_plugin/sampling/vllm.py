@@ -19,7 +19,9 @@ from uuid import uuid4
 from peft import LoraConfig
 
 from sera_plugin.config.quoting import quoted
+from sera_plugin.model.losses import LOW_PRECISION_LIMIT
 from sera_plugin.rundir.ranks import WHOLE, Shard
+from sera_plugin.sampling.answers import ServedModel
 from sera_plugin.sampling.child import (
     PATIENCE,
     Child,
@@ -137,6 +139,8 @@ class VllmSampler(EngineSampler):
     @contextmanager
     def _serving(self, length: int, memory: Memory) -> Generator[Serving, None, None]:
         weights = self._weights(memory)
+        if self.policy.quantized and weights != self.policy.dtype:
+            self.tolerance = LOW_PRECISION_LIMIT
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         key = secrets.token_urlsafe()
@@ -274,17 +278,17 @@ class VllmServerSampler(EngineSampler):
         `longest` is the most tokens of a prompt and its candidate together.
         """
         client = self.client
-        models = client.ask("data", "/v1/models")
+        models = client.models()
         served = next((model for model in models if self._is_base(model)), None)
-        if served is None:
-            names = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
+        if served is None or served.max_model_len is None:
+            names = ", ".join(f"{model.id} ({model.root})" for model in models)
             raise client.wrong(
                 f"serves {names}, but base_model is {self.base_model}. Start it with `vllm serve "
                 f"{self.base_model}`; if it is the same model under another path, add "
                 f"`--served-model-name {self.base_model}`"
             )
         text = _PROBE + "".join(self.tokenizer.all_special_tokens)
-        request = {"model": served["id"], "prompt": text, "add_special_tokens": False}
+        request = {"model": served.id, "prompt": text, "add_special_tokens": False}
         mine = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if client.ask("tokens", "/tokenize", request) != mine:
             raise client.wrong(
@@ -292,13 +296,13 @@ class VllmServerSampler(EngineSampler):
                 "with `--tokenizer` set to the tokenizer that the YAML names"
             )
         # An empty request is refused where adapters can be loaded, and unknown where not.
-        if client.send("/v1/load_lora_adapter", {}).status_code == 404:
+        if client.send("/v1/load_lora_adapter", {}).status == 404:
             raise client.wrong(
                 "does not load adapters at run time. Start it with "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and with `--enable-lora "
                 "--max-lora-rank` of at least lora_r"
             )
-        context = int(served["max_model_len"])
+        context = served.max_model_len
         if longest > context:
             raise client.wrong(
                 f"has a context of {context} tokens, but prompt and candidate need up to "
@@ -330,7 +334,7 @@ class VllmServerSampler(EngineSampler):
             except SamplingFailed as failure:
                 LOG.warning("the adapter %s was not unloaded: %s", name, failure)
 
-    def _is_base(self, model: Mapping[str, Any]) -> bool:
-        names = (model["id"], model.get("root"))
-        paths = [Path(name).resolve() for name in names if name and Path(name).is_dir()]
+    def _is_base(self, model: ServedModel) -> bool:
+        names = (model.id, model.root)
+        paths = [Path(name).resolve() for name in names if name and os.path.isdir(name)]
         return self.base_model in names or Path(self.base_model).resolve() in paths

@@ -14,11 +14,13 @@ from threading import Event, Lock
 from typing import Any, TypeVar
 
 import requests
+from pydantic import BaseModel, Field, ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from sera_plugin.config.block import JudgeConfig
+from sera_plugin.config.quoting import plain
 from sera_plugin.labeling.judging import (
     Answered,
     Comparison,
@@ -31,7 +33,8 @@ from sera_plugin.labeling.judging import (
     read_template,
 )
 from sera_plugin.rundir.journal import Journal, key_of
-from sera_plugin.sampling.client import in_threads, one_line, server_words
+from sera_plugin.sampling.client import in_threads
+from sera_plugin.sampling.http import Reply, exchange, one_line
 
 #: Tries after the first, and seconds before the second of them; doubled each time, so about a
 #: minute in all where the endpoint does not say how long to wait.
@@ -62,6 +65,28 @@ class _Again(Exception):
     def __init__(self, problem: str, wait: float | None = None) -> None:
         super().__init__(problem)
         self.wait = wait
+
+
+class _Tokens(BaseModel):
+    """What a reply has cost; more than any model can read or write is no count."""
+
+    prompt_tokens: int | None = Field(None, ge=0, le=10**9)
+    completion_tokens: int | None = Field(None, ge=0, le=10**9)
+
+
+class _Message(BaseModel, strict=True):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Completion(BaseModel):
+    """The part of a chat completion that is used."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Tokens | None = None
 
 
 class _ApiJudge(Judge):
@@ -168,10 +193,12 @@ class _ApiJudge(Judge):
     def _ask_once(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         body = {**self.config.request, "model": self.config.model, "messages": messages}
         try:
-            answer = self._session.post(
+            answer = exchange(
+                self._session,
+                "POST",
                 f"{self.config.base_url}/chat/completions",
+                (min(10.0, self.config.timeout), self.config.timeout),
                 json={key: value for key, value in body.items() if value is not None},
-                timeout=(min(10.0, self.config.timeout), self.config.timeout),
                 allow_redirects=False,
                 auth=self._authorize,
             )
@@ -181,15 +208,15 @@ class _ApiJudge(Judge):
             raise _Again(one_line(f"the connection failed: {error}", self._key)[:400]) from None
         self._check(answer)
         try:
-            reply = answer.json()
-            text = reply["choices"][0]["message"]["content"] or ""
-            if not isinstance(text, str):
-                raise TypeError
-            usage = reply.get("usage") or {}
-            tokens = ("prompt_tokens", "completion_tokens")
-            return {"text": text, **{key: int(usage.get(key) or 0) for key in tokens}}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            completion = _Completion.model_validate(answer.json())
+        except ValidationError as error:
+            place = ".".join(map(str, error.errors()[0]["loc"]))
+            raise _Again(f"its answer was no chat completion: {plain(place)} is wrong") from None
+        except ValueError:
             raise _Again("its answer was no chat completion") from None
+        tokens = completion.usage.model_dump() if completion.usage else {}
+        counts = {key: tokens.get(key) or 0 for key in _Tokens.model_fields}
+        return {"text": completion.choices[0].message.content or "", **counts}
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         # Given even without a key: the session would look for one in ~/.netrc.
@@ -197,15 +224,15 @@ class _ApiJudge(Judge):
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
-    def _check(self, answer: requests.Response) -> None:
-        status = answer.status_code
+    def _check(self, answer: Reply) -> None:
+        status = answer.status
         if status == 200:
             return
-        words = server_words(answer, self._key)
+        words = answer.words(self._key)
         said = f"it answered {status}: {words}"
         if status in (408, 409, 429) or status >= 500:
             wait = None  # without the header, or with one that cannot be read
-            with suppress(KeyError, InvalidHeader):
+            with suppress(KeyError, InvalidHeader, ValueError, OverflowError):
                 wait = Retry().parse_retry_after(answer.headers["Retry-After"])
             if wait is not None and wait > LONGEST_WAIT:
                 raise self._failed(
