@@ -89,9 +89,11 @@ def test_an_engine_that_serves_another_policy_is_found_before_anything_is_sample
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
     prompts = [np.arange(1, 12, dtype=np.int32)]
     store = RunStore(tmp_path)
+    lengths = {"row": range(3), "chosen_length": [4, 9, 99], "rejected_length": [3] * 3}
     with vllm_server(world.base, choices=staticmethod(choices)) as server:
-        for logp, passes in ((-9.0, True), (-9.5, True), (-10.0, False), (math.nan, False)):
-            store.write(2, "offline", make_table({"chosen_logp": [-4.0, logp, 0.0]}))
+        for logp, passes in ((-9.0, True), (-9.5, True), (-10.0, False), (8.0, False)):
+            scores = {"chosen_logp": [-4.0, logp, 0.0], "rejected_logp": [0.0] * 3}
+            store.write(2, "offline", make_table({**lengths, **scores}))
             cfg = {"base_model": str(world.base), "vllm": {"port": server.port}}
             samplers = made(cfg, tmp_path, sampler="vllm-server")
             samplers.choice, samplers.tokenizer = Choice("vllm-server", ""), server.tokenizer

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from sera_plugin.rundir.store import read_json, write_json
+from sera_plugin.rundir.format import read_json
+from sera_plugin.rundir.store import write_json
 from tests.conftest import flip
 from tests.crash.compare import differences, left_behind
 from tests.crash.points import last_words, run

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sera_plugin.algorithm.best import best_policy, held_out_losses
-from sera_plugin.rundir.store import RunStore, read_json
+from sera_plugin.rundir.format import read_json
+from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.report.page import write_report
 from tests.conftest import make_config, table, train_config, with_an_early_best

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from sera_plugin.cli import sera
 from sera_plugin.config.sera import AS_PUBLISHED
-from sera_plugin.rundir.store import read_json
+from sera_plugin.rundir.format import read_json
 from tests.conftest import adapter, summary, write_rows
 
 ROOT = Path(__file__).parents[1]

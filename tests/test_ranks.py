@@ -28,8 +28,9 @@ from sera_plugin.model.policies import (
     take_snapshot,
     whole_weights,
 )
+from sera_plugin.rundir.format import read_json
 from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard, current_ranks
-from sera_plugin.rundir.store import RunStore, make_table, read_json
+from sera_plugin.rundir.store import RunStore, make_table
 from tests.conftest import adapter, summary, table, with_an_early_best
 
 
@@ -104,8 +105,9 @@ def _meet(rank: int, port: int, directory: str) -> None:
         time.sleep(3)  # rank 0 waits three times as long
     total = ranks.sum(np.array([1.0 + rank, np.nan if rank else 0.0, np.inf * (1 - rank)]))
     np.testing.assert_array_equal(total[:2], [3.0, np.nan])
-    store.write(1, "offline", make_table({"row": [rank]}))
-    assert store.read(1, "offline").to_pydict() == {"row": [0]}  # only rank 0 has written
+    columns = {"row": [0], "chosen_length": [1 + rank], "rejected_length": [1]}
+    store.write(1, "offline", make_table(columns | {"chosen_logp": [0.0], "rejected_logp": [0.0]}))
+    assert store.read(1, "offline")["chosen_length"].to_pylist() == [1]  # only rank 0 has written
     store.append_samples(2, make_table({"row": [rank], "candidate": [0]}))
     ranks.barrier()
     assert store.read_samples(2)["row"].to_pylist() == [0, 1]

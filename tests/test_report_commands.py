@@ -20,7 +20,8 @@ from tokenizers.processors import TemplateProcessing
 
 from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.cli import sera
-from sera_plugin.rundir.store import RunStore, read_json, write_json
+from sera_plugin.rundir.format import read_json
+from sera_plugin.rundir.store import RunStore, write_json
 from sera_plugin.tools.command import refusing
 from tests.conftest import fill, write_rows
 from tests.report_run import WORDS, make_run

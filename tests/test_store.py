@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from sera_plugin.rundir.checksums import RUN
+from sera_plugin.rundir.format import read_json
 from sera_plugin.rundir.journal import Journal, key_of
-from sera_plugin.rundir.store import RunStore, make_table, read_json, write_json
+from sera_plugin.rundir.store import RunStore, make_table, write_json
 from tests.conftest import fill
 
 LISTS = pa.list_(pa.int32())
@@ -97,11 +98,25 @@ def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: P
     places = (store.run_file, store.dataset_file, store.policy(1), store.table_file(12, "offline"))
     names = ("run.json", "dataset.parquet", "iteration-01/policy", "iteration-12/offline.parquet")
     assert places == tuple(tmp_path / "sera" / name for name in names)
-    table = make_table({"row": [0, 1], "chosen_logp": [-1.5, -2.5], "rejected_logp": [-3, -4]})
+    columns = {"row": [0, 1], "chosen_length": [2, 3], "rejected_length": [1, 1]}
+    table = make_table(columns | {"chosen_logp": [-1.5, -2.5], "rejected_logp": [-3, -4]})
     store.write(1, "offline", table)
-    store.write_summary(1, {"kept": 2})
     assert store.read(1, "offline").equals(table)
-    assert store.summary(1) == {"kept": 2}
+
+
+def test_a_whole_file_of_another_kind_is_not_used_and_said(tmp_path, caplog):
+    store = RunStore(tmp_path)
+    store.write(1, "offline", make_table({"row": [0, 2], "chosen_logp": [0.0, 1.0]}))
+    store.write_summary(1, {"kept": 2})
+    for _ in range(2):
+        assert store.read(1, "offline") is None
+        assert store.summary(1) == {}
+    said = [one.partition("sera/")[2] for one in caplog.messages]
+    assert said == [
+        "iteration-01/offline.parquet cannot be used (it has no column chosen_length, "
+        "rejected_length, rejected_logp)",
+        "iteration-01/summary.json cannot be used (iteration is {'kept': 2}: field required)",
+    ]
 
 
 def test_what_was_added_is_there_again(tmp_path):

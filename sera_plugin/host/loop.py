@@ -33,8 +33,9 @@ from sera_plugin.host.keeping import Keeping
 from sera_plugin.model.losses import deviation
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
+from sera_plugin.rundir.format import Record, read_json
 from sera_plugin.rundir.progress import above_bars
-from sera_plugin.rundir.store import RunStore, read_json
+from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.samplers import Choice, Samplers, sampling_progress
 
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
@@ -125,7 +126,7 @@ class Loop:
         if not asked:
             self.step = checksums.newest_checkpoint(directory)
         if self.step is not None:
-            sizes = read_json(checksums.checkpoint(directory, self.step) / RECORD)["pairs"]
+            sizes = read_json(checksums.checkpoint(directory, self.step) / RECORD, Record)["pairs"]
             self.schedule = replace(planned, pairs=tuple(sizes))
         sampler = self._choose_sampler(self.schedule.locate(self.step or 0)[0])
         self.store.begin(self.described, self.dataset)

@@ -16,7 +16,7 @@ from sera_plugin.algorithm.best import FIGURE
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.quoting import public, quoted
-from sera_plugin.rundir.store import FORMAT_VERSION
+from sera_plugin.rundir.format import FORMAT_VERSION
 from sera_plugin.rundir.tokens import fingerprint
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 LOG = logging.getLogger("axolotl.sera")
 
 SUMS = "SHA256SUMS"
+#: Bytes of a list of checksums; a checkpoint has some dozen lines.
+_LARGEST = 16 * 2**20
 #: Digits of a checksum in a file's name.
 _SHORT = 16
 #: Bytes of free space at which a disk counts as full: less than a file system keeps for itself.
@@ -157,10 +159,10 @@ def damage(directory: Path) -> str | None:
 
 def _read(directory: Path) -> dict[str, tuple[str, ...]]:
     """Name -> checksums. A file that is being replaced has two for a moment."""
-    try:
-        text = (directory / SUMS).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    path = directory / SUMS
+    if not path.is_file() or path.stat().st_size > _LARGEST:
         return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
     sums: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for line in text.splitlines():
         checksum, _, name = line.partition("  ")

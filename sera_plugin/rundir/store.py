@@ -27,24 +27,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.checksums import add_file, explained, is_named_right, is_whole, replace_file
+from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, read_json
 from sera_plugin.rundir.ranks import Ranks
-from sera_plugin.rundir.tokens import TOKENS, TokenColumn
+from sera_plugin.rundir.tables import TYPES, read_table
+from sera_plugin.rundir.tokens import TokenColumn
 
 LOG = logging.getLogger("axolotl.sera")
-
-FORMAT_VERSION = 1
-
-_TYPES: dict[str, pa.DataType] = {
-    "row": pa.int64(),
-    "finish_reason": pa.string(),
-    "logps": pa.list_(pa.float64()),
-    **dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids", "token_ids"], TOKENS),
-    **dict.fromkeys(["prompt_length", "chosen_length", "rejected_length"], pa.int32()),
-    **dict.fromkeys(["candidate", "chosen_candidate", "rejected_candidate"], pa.int32()),
-    **dict.fromkeys(["chosen_logp", "rejected_logp", "reward", "priority"], pa.float64()),
-    **dict.fromkeys(["chosen_reward", "rejected_reward", "margin"], pa.float64()),
-    **dict.fromkeys(["selected", "swapped"], pa.bool_()),
-}
 
 
 def make_table(columns: Mapping[str, Any]) -> pa.Table:
@@ -54,7 +42,7 @@ def make_table(columns: Mapping[str, Any]) -> pa.Table:
         if isinstance(values, TokenColumn):
             found[name] = values.to_arrow()
         elif not isinstance(values, pa.Array | pa.ChunkedArray):
-            found[name] = pa.array(values, _TYPES.get(name))
+            found[name] = pa.array(values, TYPES.get(name))
     return pa.table(found)
 
 
@@ -73,11 +61,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one piece, keys sorted."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     replace_file(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 #: Lock files that this process holds, until it ends.
@@ -164,14 +147,13 @@ class RunStore:
                 "It is unknown what this run was, so it is not continued. Restore the file from "
                 "a copy, or start fresh: set another output_dir."
             )
-        content = read_json(self.run_file)
-        if content.get("format_version") != FORMAT_VERSION:
+        try:
+            return read_json(self.run_file, RunFile)
+        except Invalid as error:
             raise ValueError(
-                f"{self.run_file} has format version {content.get('format_version')!a}; this "
-                f"sera_plugin reads {FORMAT_VERSION}. Continue the run with the version that "
-                "began it, or set another output_dir."
-            )
-        return content
+                f"{self.run_file} is not what this sera_plugin reads: {error}. Continue the run "
+                "with the version that began it, or set another output_dir."
+            ) from None
 
     def iteration(self, iteration: int) -> Path:
         """The directory of iteration t (1-based); of T + 1, where none comes, it is `last`."""
@@ -187,8 +169,7 @@ class RunStore:
 
         That is `output_dir` for the one that was kept, and `last/policy` for theta_T if it was not.
         """
-        path = self.last / "summary.json"
-        ending = read_json(path) if self._whole(path) else {}
+        ending = self._json(self.last / "summary.json", Ending)
         planned = int((self.description() or {})["config"]["num_epochs"])
         last = ending.get("policies", planned)
         found = [*(self.policy(policy + 1) for policy in range(last)), self.last / "policy"]
@@ -220,10 +201,14 @@ class RunStore:
         if not path.exists():
             return False
         whole = check(path)
-        if not whole and path not in self._reported:
-            self._reported.add(path)
-            LOG.warning("SeRA: %s is damaged (its checksum differs) and is not used", path)
+        if not whole:
+            self._report(path, "is damaged (its checksum differs) and is not used")
         return whole
+
+    def _report(self, path: Path, problem: str) -> None:
+        if path not in self._reported:
+            self._reported.add(path)
+            LOG.warning("SeRA: %s %s", path, problem)
 
     @_on_main
     def write(self, iteration: int, name: str, table: pa.Table) -> None:
@@ -237,12 +222,27 @@ class RunStore:
     def read(self, iteration: int, name: str) -> pa.Table | None:
         """A finished phase's table; None if it is not there or damaged."""
         path = self.table_file(iteration, name)
-        return _read_parquet(path) if self._whole(path) else None
+        if not self._whole(path):
+            return None
+        try:
+            return read_table(path, name)
+        except Invalid as error:
+            self._report(path, f"cannot be used ({error})")
+            return None
 
     def summary(self, iteration: int) -> dict[str, Any]:
         """The iteration's summary so far, empty before its first phase is complete."""
-        path = self.iteration(iteration) / "summary.json"
-        return read_json(path) if self._whole(path) else {}
+        return self._json(self.iteration(iteration) / "summary.json", Summary)
+
+    def _json(self, path: Path, kind: type[Keys]) -> dict[str, Any]:
+        """A JSON file, empty where it is not there or cannot be used, which is said."""
+        if not self._whole(path):
+            return {}
+        try:
+            return read_json(path, kind)
+        except Invalid as error:
+            self._report(path, f"cannot be used ({error})")
+            return {}
 
     @_on_main
     def write_summary(self, iteration: int, content: Mapping[str, Any]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir.checksums import SUMS, damage
+from sera_plugin.rundir.format import AdapterConfig, BaseModelFile, Invalid, Keys, read_json
 from sera_plugin.rundir.journal import key_of
-from sera_plugin.rundir.store import RunStore, read_json
+from sera_plugin.rundir.store import RunStore
 from sera_plugin.tools.report.output import shown_name
 from sera_plugin.tools.report.reading import cached_file, find_run
 
@@ -132,9 +133,11 @@ def _directory(path: Path, name: str, spec: str, base: str | None = None) -> Mod
         if not (path / "adapter_model.safetensors").is_file():
             raise ValueError(f"{path} has no adapter_model.safetensors. Restore it from a copy.")
         adapter = path
-        base = base or read_json(path / "adapter_config.json")["base_model_name_or_path"]
+        base = base or _base_in(
+            path / "adapter_config.json", AdapterConfig, "base_model_name_or_path"
+        )
     elif (path / "base_model.json").is_file():
-        base = read_json(path / "base_model.json")["base_model"]
+        base = _base_in(path / "base_model.json", BaseModelFile, "base_model")
     elif (path / "config.json").is_file() and list(path.glob("*.safetensors")):
         return Model(name, spec, str(path))
     else:
@@ -147,6 +150,14 @@ def _directory(path: Path, name: str, spec: str, base: str | None = None) -> Mod
     except ValueError as error:
         raise ValueError(f"{path} stands on {base}: {error}") from None
     return Model(name, spec, weights, adapter)
+
+
+def _base_in(path: Path, kind: type[Keys], key: str) -> str:
+    """The base model that a file of a policy names; ValueError if it names none."""
+    try:
+        return str(read_json(path, kind)[key])
+    except Invalid as error:
+        raise ValueError(f"{path} cannot be used: {error}.") from None
 
 
 def _policy(store: RunStore, spec: str, number: int) -> Model:

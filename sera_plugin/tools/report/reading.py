@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,28 @@ from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.checksums import is_whole
-from sera_plugin.rundir.store import FORMAT_VERSION, RunStore, read_json
+from sera_plugin.rundir.format import (
+    FORMAT_VERSION,
+    Ending,
+    Invalid,
+    Keys,
+    RunFile,
+    Summary,
+    TrainerState,
+    read_json,
+)
+from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.tables import read_table
 from sera_plugin.rundir.tokens import TokenColumn
 
 Columns = dict[str, npt.NDArray[Any]]
 TEXTS = ("prompt", *SIDES)
 _TOKENS = [f"{name}_ids" for name in TEXTS]
-_SCORED = ("row", "chosen_length", "rejected_length", "chosen_logp", "rejected_logp")
-_RANKED = (*_SCORED, "margin", "selected")
-#: The columns that a table must have to be read.
-_TABLES = {
-    "offline": _SCORED,
-    "evaluation": _SCORED,
-    "candidates": ("row", "candidate", "token_ids", "finish_reason", "logps", "reward"),
-    "bootstrapped": ("row", "chosen_candidate", "rejected_candidate", "margin", "selected"),
-}
+#: What a table of an iteration must have beside its least columns, from t = 2 on.
+_RANKED = ("margin", "selected")
 _TOKENIZER = "tokenizer.json"
+#: Missing iterations that are named one by one.
+_NAMED = 10
 
 
 def find_run(path: Path) -> RunStore:
@@ -65,17 +71,19 @@ class Iteration:
 
     def __init__(self, run: Run, store: RunStore, number: int) -> None:
         self.number, self._candidates_file = number, store.table_file(number, "candidates")
-        tables = _TABLES | ({"offline": _RANKED} if number > 1 else {})
-        # Of the held-out pairs the summary has all that is shown.
-        self.offline, _, self.candidates, self.bootstrapped = (
-            _arrays(run.columns(store.table_file(number, name), needed))
-            for name, needed in tables.items()
-        )
+        self.offline = _arrays(run.table(number, "offline", _RANKED if number > 1 else ()))
+        run.table(number, "evaluation")  # the summary has all of it that is shown
+        self.candidates = _arrays(run.table(number, "candidates"))
+        count = self.candidates["candidate"].max() + 1 if self.candidates else None
+        self.bootstrapped = _arrays(run.table(number, "bootstrapped", per_prompt=count))
         if self.offline:
             self.offline.setdefault("selected", np.ones(len(self.offline["row"]), dtype=bool))
         self.margin: FloatArray | None = self.offline.get("margin")
         self.by_margin = "priority" not in self.offline
-        self.summary = run.json(store.iteration(number) / "summary.json")
+        self.summary = run.json(store.iteration(number) / "summary.json", Summary)
+        if self.summary.get("iteration", number) != number:
+            run.leave_out(store.iteration(number) / "summary.json", "it is of another iteration")
+            self.summary = {}
 
     def places(self) -> dict[str, npt.NDArray[np.intp]]:
         """By side, where in `candidates` the answer of each bootstrapped pair is."""
@@ -124,31 +132,28 @@ class Run:
     def __init__(self, store: RunStore) -> None:
         self._store, self.root = store, store.root
         self.notes: list[str] = []
-        self.description = self.json(store.run_file)
-        version = self.description.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{store.run_file} has format version {version!a}; this sera_plugin reads "
-                f"{FORMAT_VERSION}. Use the version that made the run."
-            )
+        self._check_version()
+        self.description = self.json(store.run_file, RunFile)
         self.config: dict[str, Any] = self.description.get("config", {})
         self.settings: dict[str, Any] = self.config.get("sera", {})
         self.labeler = str(self.settings.get("labeler", "implicit"))
-        columns = self.columns(store.dataset_file, _TOKENS)
+        self.total: int | None = self.description.get("pairs")
+        columns = self._columns(store.dataset_file, "dataset", beside=True)
         if not store.dataset_file.exists():
             self._note(store.dataset_file, "is missing: there are no texts to show")
+        if self.total is None and columns:
+            self.total = len(columns["row"])
         self.tokens = {name: TokenColumn(columns[f"{name}_ids"]) for name in TEXTS if columns}
         self.scores = {n: values for n, values in columns.items() if n not in ("row", *_TOKENS)}
         names = [path.name for path in store.root.glob("iteration-*")]
-        numbers = sorted(int(n[10:]) for n in names if re.fullmatch(r"iteration-[0-9]{2,6}", n))
+        numbers = sorted(int(n[10:]) for n in names if re.fullmatch(r"iteration-[0-9]{2,5}", n))
         self.begun = {number: Iteration(self, store, number) for number in numbers}
         self.iterations = list(self.begun.values())
-        self.ending = self.json(store.last / "summary.json")
+        self.ending = self.json(store.last / "summary.json", Ending)
         margins = [one for one in self.iterations if one.margin is not None]
         self.with_margins = margins[-1] if margins else None
         offline = next((one.offline for one in self.iterations if one.offline), {})
         self.swapped: npt.NDArray[np.bool_] | None = offline.get("swapped")
-        self.total = self.description.get("pairs", len(offline["row"]) if offline else None)
         units = {True: "nats per token", False: "nats", None: "unknown unit"}
         self.unit = units[self.description.get("per_token")]
         self._name_what_is_missing()
@@ -164,17 +169,51 @@ class Run:
             self._note(path, "is damaged (its checksum differs) and left out")
         return whole
 
-    def json(self, path: Path) -> dict[str, Any]:
-        """A JSON file, empty where it is missing or damaged, which is noted."""
-        return read_json(path) if self._whole(path) else {}
+    def leave_out(self, path: Path, why: str) -> None:
+        """Note that a file is not used."""
+        self._note(path, f"is left out: {why}")
 
-    def columns(self, path: Path, needed: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-        """A table, empty where it is missing, damaged or lacks a column, which is noted."""
-        table = pq.read_table(path) if self._whole(path) else pa.table({})
-        missing = [name for name in needed if name not in table.column_names]
-        if missing and table.num_columns:
-            self._note(path, f"has no column {', '.join(missing)} and is left out")
-        return {} if missing else {name: table[name] for name in table.column_names}
+    def json(self, path: Path, kind: type[Keys]) -> dict[str, Any]:
+        """A JSON file, empty where it is missing, damaged or of another kind, which is noted."""
+        if self._whole(path):
+            try:
+                return read_json(path, kind, self.root.parent)
+            except (Invalid, OSError) as error:
+                self.leave_out(path, str(error))
+        return {}
+
+    def table(
+        self, number: int, name: str, needed: Sequence[str] = (), per_prompt: int | None = None
+    ) -> dict[str, pa.ChunkedArray]:
+        """A table of an iteration, empty where it cannot be used, which is noted."""
+        path = self._store.table_file(number, name)
+        columns = self._columns(path, name, per_prompt=per_prompt)
+        missing = [one for one in needed if one not in columns]
+        if columns and missing:
+            self.leave_out(path, f"it has no column {', '.join(missing)}")
+        if columns and not missing and self.total is None:
+            self.total = len(columns["row"]) if name == "offline" else None
+        return {} if missing else columns
+
+    def _columns(self, path: Path, name: str, **how: Any) -> dict[str, pa.ChunkedArray]:
+        if not self._whole(path):
+            return {}
+        try:
+            table = read_table(path, name, total=self.total, root=self.root.parent, **how)
+        except (Invalid, OSError) as error:
+            self.leave_out(path, str(error))
+            return {}
+        return {name: table[name] for name in table.column_names}
+
+    def _check_version(self) -> None:
+        """ValueError for a run that another version has made, which is no damage."""
+        with suppress(Invalid, OSError):
+            version = read_json(self._store.run_file, root=self.root.parent).get("format_version")
+            if version not in (None, FORMAT_VERSION):
+                raise ValueError(
+                    f"{self._store.run_file} has format version {quoted(version)}; this "
+                    f"sera_plugin reads {FORMAT_VERSION}. Use the version that made the run."
+                )
 
     def _name_what_is_missing(self) -> None:
         """A file that others were made from must have been there; one at the end is not due yet."""
@@ -194,15 +233,18 @@ class Run:
             for path in (self._store.iteration(number) / name for name in due if due[name]):
                 if not path.exists():
                     self._note(path, "is missing")
-        for number in sorted(set(range(1, newest)) - set(self.begun)):
+        missing = sorted(set(range(1, newest)) - set(self.begun))
+        for number in missing[:_NAMED]:
             self._note(self._store.iteration(number), "is missing")
+        if len(missing) > _NAMED:
+            self.notes.append(f"{len(missing) - _NAMED} more iterations are missing")
 
     def _read_history(self) -> list[dict[str, Any]]:
         """The host's log in the newest checkpoint that has a whole one."""
         for step in sorted(checksums.checkpoint_steps(self.root.parent), reverse=True):
             path = checksums.checkpoint(self.root.parent, step) / "trainer_state.json"
-            if is_whole(path):
-                return list(read_json(path)["log_history"])
+            if found := self.json(path, TrainerState):
+                return list(found["log_history"])
             self._note(path, "is not whole: the training curves are of an older checkpoint, if any")
         return []
 
@@ -212,7 +254,10 @@ class Run:
         if planned and len(self.iterations) >= planned and trained:
             return "finished"
         # Without a lock file, or on a file system without locks, nobody is known to be at work.
-        with suppress(OSError), (self.root / "lock").open("rb") as handle:
+        lock = self.root / "lock"
+        with suppress(OSError), lock.open("rb") if lock.is_file() else nullcontext() as handle:
+            if handle is None:
+                return "stopped"
             try:  # a run holds an exclusive lock; a shared one is let go at once
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
