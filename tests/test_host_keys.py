@@ -139,7 +139,7 @@ def test_what_never_works_is_refused_unless_it_is_off(line):
 def test_what_has_no_effect_is_named_unless_it_is_off_or_a_default(keys, said):
     fields, why = AxolotlInputConfig.model_fields, UNUSED[keys]
     for key in keys.replace("trl.*", "trl.max_completion_length").split(", "):
-        assert said(**nested(key, "x")) == [f"SeRA: {key}: no effect, remove it: {why}."]
+        assert said(**nested(key, "x")) == [f"SeRA: {key} has no effect: {why}. Remove it."]
         field = fields.get(key)
         default = field.get_default(call_default_factory=True) if field else None
         for off in (None, False, 0, default):
@@ -149,9 +149,9 @@ def test_what_has_no_effect_is_named_unless_it_is_off_or_a_default(keys, said):
 def test_all_keys_of_one_kind_are_named_at_once(said):
     grpo = {name: "x" for name in TRLConfig.model_fields if name != "beta"}
     (warning,) = said(trl=grpo | {"beta": 0.3})
-    assert warning.startswith(", ".join(f"trl.{name}" for name in grpo).join(("SeRA: ", ":")))
+    assert warning.startswith(", ".join(f"trl.{name}" for name in grpo).join(("SeRA: ", " have")))
     (warning,) = said(liger_fused_linear_cross_entropy=True, cut_cross_entropy=True)
-    assert "liger_fused_linear_cross_entropy, cut_cross_entropy: no effect, remove them" in warning
+    assert "liger_fused_linear_cross_entropy, cut_cross_entropy have no effect: " in warning
 
 
 #: Changes of the YAML => all that is said of them, by what each warning has.
@@ -177,7 +177,7 @@ peft: {loftq_config: {loftq_bit: 4}} => peft.loftq_config.loftq_bit is | Did you
     => fsdp_config.reshard is not
 lr_scheduler_kwargs: {anything: 1} =>
 datasets: [{path: a, roles_to_train: [assistant], train_on_eos: turn}]
-    => datasets[0].roles_to_train, datasets[0].train_on_eos: no effect
+    => datasets[0].roles_to_train, datasets[0].train_on_eos have no effect | Remove them.
 {datasets: [{path: a}], test_datasets: [{path: a, type: chatml.intel, mine: 1}]}
     => test_datasets[0].mine is not a key
 datasets: [{path: a, type: my_strategy.load, roles_to_train: [x], mine: 1}] =>

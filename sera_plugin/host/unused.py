@@ -73,8 +73,9 @@ def _unused_of_entry(where: str, entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _no_effect(named: list[str], why: str) -> Iterator[str]:
+    has, them = ("has", "it") if len(named) == 1 else ("have", "them")
     if named:
-        yield f"{', '.join(named)}: no effect, remove {'it' if len(named) == 1 else 'them'}: {why}."
+        yield f"{', '.join(named)} {has} no effect: {why}. Remove {them}."
 
 
 def _said(where: str, key: object, close: str | None) -> str:
