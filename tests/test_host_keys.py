@@ -41,11 +41,13 @@ monkeypatch/lora_kernels.py monkeypatch/attention
 """
 #: Lists of all keys there are.
 NOT_READERS = {"config_options.py", "keys.py"}
-#: What the host itself refuses, or renames when it validates.
+#: What the host itself refuses, or renames when it validates; and `float32`, which is refused beside
+#: what contradicts it.
 OF_OLD = """
 max_packed_sequence_len rope_scaling dpo_use_logits_to_keep dpo_generate_during_eval dpo_norm_loss
 rpo_alpha s2_attention flash_attn_rms_norm evaluation_strategy dataset_processes
-sequence_parallel_degree
+sequence_parallel_degree xformers_attention sdp_attention flex_attention flash_attention
+sage_attention eager_attention float32
 """
 #: Put into the environment by what their names begin with.
 PREFIXES = ("wandb_", "comet_", "mlflow_", "hf_mlflow_", "trackio_")
@@ -55,14 +57,25 @@ def names_in(tables: Any) -> list[str]:
     return [key for keys in tables for key in keys.split(", ")]
 
 
-def read_in(files: Iterator[Path], holder: tuple[str, ...]) -> set[str]:
-    """Attributes of a configuration, and all texts: `cfg.key`, `getattr(cfg, "key")`."""
+def read_in(files: Iterator[Path], *holders: str) -> set[str]:
+    """Names that are read of a configuration: `cfg.key`, `cfg["key"]`, `getattr(cfg, "key")`."""
+
+    def holds(node: ast.AST) -> bool:
+        return ast.unparse(node).rpartition(".")[2] in holders
+
     found = set()
     for node in chain.from_iterable(ast.walk(ast.parse(file.read_text())) for file in files):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith(holder):
-            found.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
+        match node:
+            case ast.Attribute(value, name) if holds(value):
+                found.add(name)
+            case ast.Subscript(value, ast.Constant(name)) if holds(value):
+                found.add(name)
+            case ast.Compare(ast.Constant(name), [ast.In() | ast.NotIn()], [value]) if holds(value):
+                found.add(name)
+            case ast.Call(ast.Attribute(value, "get"), [ast.Constant(name), *_]) if holds(value):
+                found.add(name)
+            case ast.Call(ast.Name("getattr"), [value, ast.Constant(name), *_]) if holds(value):
+                found.add(name)
     return found
 
 
@@ -86,7 +99,11 @@ def test_each_key_of_the_host_has_one_state():
 
 def test_what_is_honoured_is_read_where_a_run_passes():
     rooms = [OURS / room for room in ("host", "data", "sampling")]
-    read = read_in(files_in(*(HOST / name for name in READERS.split()), *rooms), ("cfg",))
+    files = files_in(*(HOST / name for name in READERS.split()), *rooms)
+    read = read_in(files, "cfg", "source")
+    # It goes through lists of names.
+    builder = (HOST / "core/builders/base.py").read_text()
+    read |= {key for key in HONOURED if f'"{key}"' in builder}
     unread = {key for key in HONOURED if key not in read and not key.startswith(PREFIXES)}
     assert unread == set(OF_OLD.split())
 
@@ -100,20 +117,22 @@ def test_each_key_of_a_dataset_has_one_state():
     files = [HOST / "utils/data/shared.py", strategies, HOST / "utils/schemas/utils.py"]
     read = read_in(
         files_in(*files, HOST / "utils/chat_templates", OURS / "host/datasets.py"),
-        ("dataset_config", "entry", "ds_cfg"),
+        "dataset_config",
+        "entry",
+        "ds_cfg",
+        "data",
     )
     assert {key for key in entry_keys() if key not in dead} <= read
 
 
 @pytest.fixture
-def said(caplog):
+def said(sera_log):
     """The warnings about a configuration."""
 
     def said(**keys: Any) -> list[str]:
-        caplog.clear()
-        with caplog.at_level("WARNING", logger="axolotl.sera"):
-            register(**keys)
-        return [record.getMessage() for record in caplog.records]
+        sera_log.clear()
+        register(**keys)
+        return list(sera_log.messages)
 
     return said
 
