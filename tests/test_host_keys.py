@@ -41,8 +41,8 @@ monkeypatch/lora_kernels.py monkeypatch/attention
 """
 #: Lists of all keys there are.
 NOT_READERS = {"config_options.py", "keys.py"}
-#: What the host itself refuses, or renames when it validates; and `float32`, which is refused beside
-#: what contradicts it.
+#: What the host itself refuses, or renames when it validates; and `float32`, which is refused
+#: beside what contradicts it.
 OF_OLD = """
 max_packed_sequence_len rope_scaling dpo_use_logits_to_keep dpo_generate_during_eval dpo_norm_loss
 rpo_alpha s2_attention flash_attn_rms_norm evaluation_strategy dataset_processes
