@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import HOST_KEYS, SeraConfig
-from sera_plugin.host.refused import REFUSALS
+from sera_plugin.host.keys import ENTRY_UNUSED, REFUSALS, UNUSED
 from sera_plugin.tools.convert.convert import RULES
 from sera_plugin.tools.convert.settings import LEFT_OUT, TEMPLATES
 from sera_plugin.tools.report.page import published_runs
@@ -108,13 +108,31 @@ def render() -> str:
         "Also a `num_epochs` that is not whole, losses, label smoothing and numbers that do not go",
         "together, misspelt `sera` keys inside or beside the block, a `sera:` block or the plugin",
         "line with another `rl`, a `dpo_loss_type` that TRL does not have, and `datasets` or",
-        "`test_datasets` that are not a list of blocks with a `path`.",
+        "`test_datasets` that are not a list of blocks with a `path`, or ask for what the host",
+        "does in supervised fine-tuning only (`shards`, `drop_system_message`, ...).",
         "",
-        "Kernels for the cross-entropy of labels (`liger_fused_linear_cross_entropy`,",
-        "`cut_cross_entropy`, ...) have no effect on a preference loss: a warning names them.",
+        "## Without effect, with a warning",
+        "",
+        "What the host reads for other kinds of training alone, or nowhere. A warning of `train`,",
+        "`preprocess` and `axolotl sera plan` names each that is on and not at its default.",
+        "",
+        "| key | why |",
+        "|---|---|",
+    ]
+    of_entries = {", ".join(_of_entry(keys)): why for keys, why in ENTRY_UNUSED.items()}
+    for keys, why in (UNUSED | of_entries).items():
+        lines.append(f"| {', '.join(f'`{key}`' for key in keys.split(', '))} | {why}. |")
+    lines += [
+        "",
+        "A key that neither the host nor a plugin under `plugins:` has is named as well, with the",
+        "one that it resembles: the host would drop it without a word.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _of_entry(keys: str) -> list[str]:
+    return [f"datasets[].{key}" for key in keys.split(", ")]
 
 
 def convert_tables() -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -152,6 +153,18 @@ def train_config(config: dict, directory: Path) -> SimpleNamespace:
 def load(tmp_path):
     """See `load_config`."""
     return lambda config: load_config(config, tmp_path)
+
+
+@pytest.fixture
+def sera_log(caplog, monkeypatch):
+    """What SeRA warns of. The host sets up loggers of its own, whose messages reach no other."""
+    import axolotl.cli  # noqa: F401
+
+    log = logging.getLogger("axolotl.sera")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)
+    caplog.set_level("WARNING", "axolotl.sera")
+    return caplog
 
 
 @pytest.fixture

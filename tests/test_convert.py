@@ -95,10 +95,11 @@ def keys_of(text: str) -> dict:
 
 
 @pytest.mark.parametrize("name", YAMLS)
-def test_what_it_writes_is_read_by_the_host(name, place, world, load):
+def test_what_it_writes_is_read_by_the_host(name, place, world, load, sera_log):
     given, expected = map(keys_of, YAMLS[name])
     written, _ = run(given | {"model_name_or_path": str(world.base)})
     cfg = load(written)
+    assert [one for one in sera_log.messages if "no effect" in one or "not a key" in one] == []
     assert (cfg.rl, cfg.trainer_cls) == ("dpo", "sera_plugin.host.trainer.SeraTrainer")
     assert cfg.sera["loss"] == ("simpo" if "simpo" in name else "dpo")
     for key, value in expected.items():

@@ -48,6 +48,13 @@ def planned(plan):
     return lambda config, *arguments: json.loads(plan(config, "--json", *arguments)[1])
 
 
+def test_keys_that_do_nothing_are_named(base_config, plan):
+    code, _, said = plan(base_config | {"beta": 0.3, "group_by_length": True}, "--gpu", "24")
+    assert code == 0
+    assert "Did you mean `rl_beta`?" in said
+    assert "group_by_length has no effect" in said
+
+
 @pytest.mark.parametrize(
     "changes",
     # `test_plan_arithmetic.py` counts the same by hand; a run of each kind is for a release.

@@ -73,6 +73,7 @@ def test_every_shipped_yaml_and_the_hosts_own_are_right(problem):
         ({"sera": {"keep_policies": "yes"}}, "sera.keep_policies", "not of type 'boolean'"),
         ({"sera": {"score_columns": "x"}}, "sera.score_columns", "'x' is not of type 'array'"),
         ({"micro_batch_sise": 2}, "", "'micro_batch_sise' was unexpected"),
+        ({"beta": 0.3}, "", "'beta' was unexpected"),
         ({"selection_ratio": 0.5}, "", "'selection_ratio' was unexpected"),
         ({"micro_batch_size": "two"}, "micro_batch_size", "'two' is not valid under any"),
         ({"rl": "seraa", "sera": None}, "rl", "'seraa' is not "),
@@ -121,6 +122,8 @@ def test_every_key_of_sera_is_explained_and_what_it_does_with_the_hosts(schema):
         for name in names.split(", "):
             if "." not in name:
                 assert keys[name]["description"].endswith(f"With rl: sera: {meaning}")
+    for name, said in (("group_by_length", "no effect: "), ("lisa_n_layers", "refused: the host")):
+        assert f"With rl: sera: {said}" in keys[name]["description"]
     assert keys["sequence_len"]["description"].startswith("The maximum length")
     explained = [key for key in keys.values() if key.get("description")]
     assert len(explained) > 0.6 * len(keys)

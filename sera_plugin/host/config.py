@@ -1,7 +1,7 @@
 """What `rl: sera` becomes: the host's own `rl: dpo` with our trainer.
 
-Every check, loader and dataset path that the host has for DPO then holds. Keys that the host would
-drop without a word, or stumble over, are looked for here; `refused` has the table of the others.
+Every check, loader and dataset path that the host has for DPO then holds. Keys of ours in the wrong
+place are looked for here; `keys` and `refused` have tables of the host's, `unused` finds the rest.
 """
 
 import copy
@@ -16,18 +16,15 @@ from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.host.refused import DATASETS, TRAINER, WHOLE, refuse
+from sera_plugin.host.keys import TRAINER, WHOLE
+from sera_plugin.host.refused import DATASETS, refuse
+from sera_plugin.host.unused import unused
 
 LOG = logging.getLogger("axolotl.sera")
 
 #: Seed: the default of the host's command line and of transformers. Without one the host would
 #: draw other held-out pairs in every run.
 _DEFAULTS = {"num_epochs": 3, "seed": 42}
-#: Kernels for the cross-entropy of labels.
-_LABEL_KERNELS = (
-    *("liger_cross_entropy", "liger_fused_linear_cross_entropy", "liger_use_token_scaling"),
-    *("cut_cross_entropy", "chunked_cross_entropy", "flash_attn_cross_entropy"),
-)
 
 
 def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +69,7 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
         cfg["rl_beta"] = LOSSES["ipo" if ipo else sera.loss].beta
     if cfg.get("fsdp_config") and "fsdp_state_dict_type" not in cfg["fsdp_config"]:
         cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
-    _warn(cfg, sera)
+    _warn(cfg, sera, entries)
     return entries
 
 
@@ -84,15 +81,10 @@ def _kept(cfg: Mapping[str, Any], sera: SeraConfig) -> dict[str, str]:
     return {"keep": "last" if best is False else "best"}
 
 
-def _warn(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
+def _warn(cfg: Mapping[str, Any], sera: SeraConfig, entries: Mapping[str, Any]) -> None:
     """Say what has no effect and does no harm."""
-    unused = [key for key in _LABEL_KERNELS if cfg.get(key)]
-    if unused:
-        LOG.warning(
-            "SeRA: %s: no effect. These kernels speed up the cross-entropy of labels, and a "
-            "preference loss has none; remove them.",
-            ", ".join(unused),
-        )
+    for said in unused(cfg, entries):
+        LOG.warning("SeRA: %s", said)
     wanted = {"selected": sera.selection_ratio < 1, "sampled": sera.bootstrap_ratio > 0}
     missing = " and ".join(what for what, is_wanted in wanted.items() if is_wanted)
     first, epochs = sera.first_iteration, cfg["num_epochs"]

@@ -1,22 +1,19 @@
-"""What a YAML may not say with `rl: sera`, in tables, and why.
+"""What a YAML may not say with `rl: sera`, refused before anything is loaded.
 
-Everything here would fail late, or do nothing without a word. It is refused before anything is
-loaded, with the key, its value and what to do. Facts about the host are those of axolotl 0.19 and
-trl 1.9. Keys inside `sera:` are checked by its own model (config/sera.py).
+With the key, its value and what to do. Here is what is wrong by itself or beside something else;
+`keys` has what never works. Keys inside `sera:` are checked by its own model (config/sera.py).
 """
 
-import contextlib
-import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
-from sera_plugin.config.quoting import as_written, quoted
+from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.given import Given, Refusal, number
+from sera_plugin.host.keys import REFUSALS
 
-TRAINER = "sera_plugin.host.trainer.SeraTrainer"
 DATASETS = ("datasets", "test_datasets")
 #: Losses of TRL's DPO trainer.
 HOST_LOSSES = (
@@ -27,65 +24,6 @@ HOST_LOSSES = (
 _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 #: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
 _MOST_EPOCHS = 10_000
-WHOLE = "FULL_STATE_DICT"
-
-
-def number(value: Any) -> float | None:
-    """A finite number out of a YAML value (0.1 or "0.1"); None where there is none."""
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            if math.isfinite(found := float(value)):
-                return found
-    return None
-
-
-class Given:
-    """A configuration, or a block of it at `where`, as the conditions of the tables ask it."""
-
-    def __init__(self, cfg: Mapping[str, Any], sera: SeraConfig, where: str = "") -> None:
-        self.cfg, self.sera, self.where = cfg, sera, where
-        self.sharded = cfg.get("fsdp_config") is not None or bool(cfg.get("fsdp"))
-        #: None where the loss is the host's, in place of `sera.loss`.
-        self.loss = LOSSES[sera.loss] if cfg.get("dpo_loss_type") is None else None
-        self.smooths = self.loss.label_smoothing if self.loss else None
-        self.smoothing = number(cfg.get("dpo_label_smoothing")) or 0.0
-        self.says_keep = "keep" in sera.model_fields_set
-
-    def get(self, key: str) -> Any:
-        """The value of a key; `block.key` is one inside a block, where that is one."""
-        if key == "fsdp_version":  # read as the host does, in three places
-            inside = self.get("fsdp_config.fsdp_version") or self.get("fsdp_config.version")
-            return self.cfg.get("fsdp_version") or inside
-        block, _, inner = key.partition(".")
-        if block == "sera":
-            return getattr(self.sera, inner)
-        value = self.cfg.get(block)
-        return value.get(inner) if inner and isinstance(value, Mapping) else value
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A line of a table, about one or more keys, separated by commas."""
-
-    keys: str
-    #: Why, and what to do instead. `{key}` is the key, `{loss}` and `{keep}` are `sera`'s.
-    remedy: str
-    #: Of the value and all that is given. Unless set: whatever is not off, or one of `values`.
-    when: Callable[[Any, Given], object] | None = None
-    #: Which ones are refused if not all, as a YAML has them; for a reader alone beside `when`.
-    values: str = ""
-
-    def check(self, given: Given, problem: str = "") -> None:
-        """Raises ValueError if one of the keys has a value that is refused."""
-        for key in self.keys.split(", "):
-            value = given.get(key)
-            if self.when is not None:
-                refused = self.when(value, given)
-            else:
-                refused = as_written(value) in self.values.split(", ") if self.values else value
-            if refused:
-                remedy = self.remedy.format(key=key, loss=given.sera.loss, keep=given.sera.keep)
-                raise ValueError(f"{given.where}{key}: {as_written(value)} {problem}{remedy}.")
 
 
 def _not_of_host(value: Any, given: Given) -> bool:
@@ -196,7 +134,7 @@ MISTAKES = (
         ),
     ),
     Refusal(
-        "dpo_use_weighting",
+        "dpo_use_weighting, dpo_loss_weights",
         "needs one of the host's own losses: set dpo_loss_type, for example [sigmoid], beside it",
         lambda value, given: value and given.loss,
     ),
@@ -231,96 +169,22 @@ ENTRY_MISTAKES = (
         ),
     ),
     Refusal("preprocess_shards", _SEVERAL),
+    Refusal(
+        "shards, shards_idx",
+        "is read in supervised fine-tuning only, and every row would be trained: write the part "
+        "as `split: train[:10%]`",
+    ),
+    Refusal(
+        "drop_system_message",
+        "is read in supervised fine-tuning only, and system messages would stay: leave them out of "
+        "the file, or write a template that does",
+    ),
+    Refusal(
+        "field_thinking, template_thinking_key, split_thinking",
+        "is read in supervised fine-tuning only: name the column in message_property_mappings, "
+        "for example {{reasoning_content: thinking}}",
+    ),
     Refusal("name", _SEVERAL, lambda value, _: isinstance(value, (list, tuple))),
-)
-
-_BEST = (
-    "the host ignores it in preference training. Remove it; sera.keep: best leaves the policy that "
-    "is best on the held-out pairs"
-)
-_OFFLOADING = (
-    "under DPO the host has one offloader, to host memory. Set gradient_checkpointing: true and "
-    "activation_offloading: true"
-)
-#: What is refused whatever its value and whatever else is set, unless it is off.
-_NEVER = {
-    "max_steps": "rl: sera needs whole epochs; remove max_steps and set num_epochs",
-    "streaming": "rl: sera scores the whole dataset each iteration; remove streaming",
-    "pretraining_dataset": "rl: sera needs preference pairs; use datasets",
-    "sample_packing": "preference pairs cannot be packed; remove sample_packing",
-    "dpo_use_liger_kernel": "the fused loss cannot take reference values as data, which rl: sera "
-    "relies on (TRL refuses precomputed ones too); remove dpo_use_liger_kernel",
-    "rl_adapter_ref_model": "rl: sera keeps no reference model; remove {key}",
-    "neftune_noise_alpha": "noise makes the policy differ from its own reference; remove {key}",
-    "relora": "rl: sera snapshots one adapter per iteration; remove relora",
-    "metric_for_best_model": _BEST,
-    "use_liger_kernel": "it is not a key of the host, which would drop it. Remove it; for Liger's "
-    "layers use the plugin axolotl.integrations.liger.LigerPlugin with liger_rope, liger_rms_norm "
-    "and liger_glu_activation",
-    "layer_offloading": "the host offloads layers in its trainer for supervised fine-tuning only. "
-    "Remove it; to save memory load the base in 4 bits (adapter: qlora), or set "
-    "gradient_checkpointing: true",
-    "deepspeed": "it is not supported yet. Remove it; to share the weights out set fsdp_version: 2 "
-    "and an fsdp_config (docs/many-gpus.md)",
-    "use_ray": "the host asks Ray for a GPU per worker, and SeRA has never been run so. Remove "
-    "use_ray, and start `axolotl train` with `--launcher torchrun` (docs/many-gpus.md)",
-}
-#: What does not work here, as docs/configuration.md has it.
-REFUSALS = (
-    *(Refusal(keys, remedy) for keys, remedy in _NEVER.items()),
-    Refusal("greater_is_better", _BEST, lambda value, _: value is not None),
-    Refusal("save_strategy", f"{_BEST}. Set save_strategy: epoch", values="best"),
-    Refusal(
-        "trainer_cls",
-        "rl: sera brings its own trainer; remove trainer_cls",
-        lambda value, _: value not in (None, TRAINER),
-    ),
-    # would save no memory
-    Refusal("gradient_checkpointing", _OFFLOADING, values="offload_disk"),
-    Refusal(
-        "activation_offloading",
-        _OFFLOADING,
-        # `hidden_states` is done by reentrant checkpointing itself, in any trainer
-        lambda value, given: (
-            isinstance(value, str)
-            and not (
-                value == "hidden_states"
-                and given.get("gradient_checkpointing_kwargs.use_reentrant")
-            )
-        ),
-        "legacy, disk",
-    ),
-    Refusal(
-        "precompute_ref_log_probs",
-        "rl: sera always has reference values as data, from the scoring that selection needs "
-        "anyway. Remove it",
-        values="false",
-    ),
-    # several devices
-    Refusal(
-        "context_parallel_size, tensor_parallel_size, expert_parallel_size",
-        "scoring needs whole sequences and layers on each rank; remove {key}",
-        lambda value, _: str(value or 1) != "1",
-        "above 1",
-    ),
-    Refusal(
-        "fsdp_version",
-        "FSDP1 flattens the weights that rl: sera takes snapshots of. Set fsdp_version: 2",
-        lambda value, given: given.sharded and value not in (2, "2"),
-        "1",
-    ),
-    Refusal(
-        "fsdp_config.state_dict_type, fsdp_config.fsdp_state_dict_type, "
-        "fsdp_config.final_state_dict_type, fsdp_config.fsdp_final_state_dict_type",
-        f"a run continues from, and ends with, whole weights. Set it to {WHOLE}, or leave it out",
-        lambda value, given: given.sharded and value not in (None, "", WHOLE),
-    ),
-    Refusal(
-        "load_in_4bit, load_in_8bit",
-        "with FSDP the host trains by preference only what is not quantised. Remove {key}, or "
-        "fsdp_version and fsdp_config",
-        lambda value, given: given.sharded and value,
-    ),
 )
 
 
@@ -339,21 +203,28 @@ def refuse(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
 
 def _refuse_entry(where: str, entry: Any, sera: SeraConfig) -> None:
     """Where the host would stumble over a dataset, or read it otherwise than it was meant."""
-    from axolotl.utils.schemas import datasets as schemas
+    from axolotl.utils.schemas.datasets import UserDefinedDPOType
 
     if not isinstance(entry, Mapping):
         raise ValueError(
             f"{where}: {quoted(entry)} is not a block of keys. Write `path:` and `type:` under it."
         )
-    kinds = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset)
-    _refuse_misspelt(where, entry, [name for model in kinds for name in model.model_fields])
+    _refuse_misspelt(where, entry, entry_keys())
     for mistake in ENTRY_MISTAKES:
         mistake.check(Given(entry, sera, f"{where}."))
     if isinstance(block := entry.get("type"), Mapping):
-        _refuse_misspelt(f"{where}.type", block, schemas.UserDefinedDPOType.model_fields)
+        _refuse_misspelt(f"{where}.type", block, UserDefinedDPOType.model_fields)
         for name, value in block.items():
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{where}.type.{name}: {quoted(value)} is not text. Quote it.")
+
+
+def entry_keys() -> list[str]:
+    """What the host takes in an entry of `datasets`, in any of its models of one."""
+    from axolotl.utils.schemas import datasets as schemas
+
+    kinds = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset)
+    return [name for model in kinds for name in model.model_fields]
 
 
 def _refuse_misspelt(where: str, block: Mapping[Any, Any], known: Collection[str]) -> None:

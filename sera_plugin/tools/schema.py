@@ -18,6 +18,7 @@ from pydantic import BaseModel, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from sera_plugin.config.sera import HOST_KEYS, SeraArgs
+from sera_plugin.host.keys import REFUSALS, UNUSED
 from sera_plugin.rundir.checksums import write_text
 
 #: Tells a schema of ours from any other file.
@@ -54,7 +55,7 @@ def config_schema() -> dict[str, Any]:
     for name, field in model.model_fields.items():
         # The host takes a key by its alias and by its name.
         keys.setdefault(name, keys.get(str(field.alias)))
-    for names, meaning in HOST_KEYS.items():
+    for names, meaning in (HOST_KEYS | _dead_keys()).items():
         for name in names.split(", "):
             if name in keys:
                 host = keys[name].get("description", "")
@@ -82,6 +83,13 @@ def config_schema() -> dict[str, Any]:
             {"if": only_known, "then": no_other_key},
         ],
     }
+
+
+def _dead_keys() -> dict[str, str]:
+    """What to say of the host's keys that never mean anything with `rl: sera`."""
+    refused = {one.keys: one for one in REFUSALS if not (one.when or one.values)}
+    said = {keys: f"refused: {one.remedy.format(key='it')}." for keys, one in refused.items()}
+    return said | {keys: f"no effect: {why}." for keys, why in UNUSED.items()}
 
 
 def _host_plugins() -> Iterator[tuple[str, type[BaseModel]]]:

@@ -88,7 +88,7 @@ class Run:
     @cached_property
     def schedule(self) -> Schedule:
         batches = self.cfg.micro_batch_size, self.cfg.gradient_accumulation_steps
-        return Schedule(self.method.sizes, *batches, bool(self.cfg.dataloader_drop_last))
+        return Schedule(self.method.sizes, *batches)
 
     @property
     def limits(self) -> npt.NDArray[np.int64]:
