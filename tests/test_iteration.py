@@ -300,11 +300,15 @@ def test_a_whole_chunk_that_cannot_be_used_is_set_aside_and_made_again(run, capl
     assert Run(run.directory / "clean").upto(2) == trained
 
 
-def test_a_table_in_which_prompts_have_unequal_numbers_of_candidates_is_refused(run):
-    run.upto(2)
+def test_a_table_in_which_prompts_have_unequal_numbers_of_candidates_is_made_again(run, caplog):
+    trained, table = run.upto(2), run.store.read(2, "candidates")
     path = run.store.table_file(2, "candidates")
-    table = run.store.read(2, "candidates")
-    write_table(path, table.slice(0, 5))
-    run.store.table_file(2, "bootstrapped").unlink()
-    with pytest.raises(ValueError, match="same number of candidates for each of the 3 prompts"):
-        Run(run.directory).prepare(2)
+    for part, said in ((5, "does not have the same number of candidates"), (4, None)):
+        write_table(path, table.slice(0, part))
+        run.store.table_file(2, "bootstrapped").unlink(missing_ok=True)
+        if said:
+            assert Run(run.directory).prepare(2) == trained
+            assert f"candidates.parquet cannot be used (it {said}" in caplog.text
+        else:
+            with pytest.raises(ValueError, match="candidates of 2 prompts, and the run 3"):
+                Run(run.directory).prepare(2)

@@ -78,7 +78,7 @@ def test_a_small_held_out_set_is_never_without_error(tmp_path):
     run = Run(tmp_path)
     for t, gain in ((1, 0.0), (2, 1.0)):
         columns = {"chosen_logp": [-5.0 + gain] * 3, "rejected_logp": [-5.0] * 3}
-        columns |= {"chosen_length": [2] * 3, "rejected_length": [2] * 3}
+        columns |= {"row": range(3), "chosen_length": [2] * 3, "rejected_length": [2] * 3}
         run.store.write(t, "evaluation", make_table(columns))
     found = summary(run, 2)["evaluation"]
     assert found["accuracy"] == 1.0

@@ -25,6 +25,7 @@ from sera_plugin.algorithm.selection import Annotations, Selection
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.tables import candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
 
 TokenIds = npt.NDArray[np.int32]
@@ -336,19 +337,13 @@ class Iteration:
         return self.keep(name, make()) if table is None else table
 
     def per_prompt(self, candidates: pa.Table) -> int:
-        """How many candidates each prompt has in a table in the order of (row, candidate).
-
-        ValueError unless each has the same number of them, so that each is found by its row.
-        """
-        total = len(self.pairs)
-        count = len(candidates) // total
-        rows, numbers = (candidates[name].to_numpy() for name in ("row", "candidate"))
-        expected = (np.repeat(np.arange(total), count), np.tile(np.arange(count), total))
-        if not (np.array_equal(rows, expected[0]) and np.array_equal(numbers, expected[1])):
+        """How many candidates each prompt has; ValueError unless each has the same number."""
+        count = candidates_of(candidates)
+        if len(candidates) != count * len(self.pairs):
             raise ValueError(
-                f"{self.store.iteration(self.t)} does not have the same number of candidates for "
-                f"each of the {total} prompts. Remove its samples and candidates.parquet, and "
-                "continue the run: they are made again."
+                f"{self.store.iteration(self.t)} has candidates of {len(candidates) // count:,} "
+                f"prompts, and the run {len(self.pairs):,}. Remove its samples and "
+                "candidates.parquet, and continue the run: they are made again."
             )
         return count
 
