@@ -16,7 +16,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
-from sera_plugin.config.quoting import printable, quoted, without_credentials, without_secret
+from sera_plugin.config.credentials import without_credentials
+from sera_plugin.config.quoting import printable, quoted, without_secret
 from sera_plugin.rundir.ranks import Shard
 from sera_plugin.sampling.child import SamplingFailed
 

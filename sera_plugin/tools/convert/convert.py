@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from sera_plugin.config.block import closest
-from sera_plugin.config.quoting import MASK, is_secret, plain
+from sera_plugin.config.credentials import MASK, is_secret
+from sera_plugin.config.quoting import plain
 from sera_plugin.data.text import encodable
 from sera_plugin.rundir.checksums import write_text
 from sera_plugin.tools.command import read_yaml
