@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from sera_plugin.rundir import checksums
 from sera_plugin.rundir.checksums import is_whole
 from sera_plugin.rundir.store import FORMAT_VERSION, RunStore, read_json
 from sera_plugin.rundir.tokens import TokenColumn
+from sera_plugin.rundir.writing import open_own
 
 Columns = dict[str, npt.NDArray[Any]]
 TEXTS = ("prompt", *SIDES)
@@ -212,11 +214,14 @@ class Run:
         if planned and len(self.iterations) >= planned and trained:
             return "finished"
         # Without a lock file, or on a file system without locks, nobody is known to be at work.
-        with suppress(OSError), (self.root / "lock").open("rb") as handle:
+        with suppress(OSError, ValueError):
+            handle = open_own(self.root / "lock", os.O_RDONLY)
             try:  # a run holds an exclusive lock; a shared one is let go at once
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return "going on"
+            finally:
+                os.close(handle)
         return "stopped"
 
 
