@@ -55,6 +55,8 @@ HARMLESS = (
     *("sera.held_out", "sera.keep", "sera.bad_rows"),
     *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
     "sera.judge.*_price",
+    # compared as the commit that it leads to
+    "revision_of_model",
     # compared as what they come to: a micro-batch of all processes, beta of the loss
     *("batch_size", "rl_beta"),
 )
