@@ -22,8 +22,8 @@ from sera_plugin.rundir.checksums import (
     replace_file,
     seal,
     set_aside,
-    write_text,
 )
+from sera_plugin.rundir.writing import write_text
 from tests.conftest import fill
 
 

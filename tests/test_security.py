@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 
 from sera_plugin.algorithm.method import Method, Pairs, SamplingSettings, Schedule
-from sera_plugin.config.quoting import (
-    is_secret,
-    plain,
-    printable,
-    public,
-    quoted,
-    without_credentials,
-    without_secret,
-)
+from sera_plugin.config.credentials import is_secret, public, without_credentials
+from sera_plugin.config.quoting import plain, printable, quoted, without_secret
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.files import load_failure, source_name
 from sera_plugin.host.run import describe_run

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sera_plugin.rundir.checksums import RUN
 from sera_plugin.rundir.format import read_json
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.rundir.store import RunStore, make_table, write_json
+from sera_plugin.rundir.writing import RUN
 from tests.conftest import fill
 
 LISTS = pa.list_(pa.int32())

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sera_plugin.config.quoting import as_written, is_secret, quoted
+from sera_plugin.config.credentials import is_secret
+from sera_plugin.config.quoting import as_written, quoted
 
 _OURS = frozenset({"model", "messages", "stream", "n"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

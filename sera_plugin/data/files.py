@@ -16,7 +16,8 @@ import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError
 from requests.exceptions import RequestException
 
-from sera_plugin.config.quoting import plain, quoted, without_credentials
+from sera_plugin.config.credentials import without_credentials
+from sera_plugin.config.quoting import plain, quoted
 from sera_plugin.data.text import encodable
 
 #: What the libraries below it raise about the content of a file.

@@ -5,4 +5,5 @@
 - `trainer`, `epochs`  construction and the private seams, pinned by a test; `patches`  what must be
   patched, and what would remove each patch
 - `loop`, `run`  the iterations of one run in order; which run this is, and what the log says
+- `base`     the base model's weights: those that the run began with
 """

@@ -22,8 +22,9 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
 from sera_plugin.model.policies import is_finite
-from sera_plugin.rundir.checksums import checkpoint, explained, seal
+from sera_plugin.rundir.checksums import checkpoint, seal
 from sera_plugin.rundir.store import RunStore, make_table, write_json
+from sera_plugin.rundir.writing import explained
 
 DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "

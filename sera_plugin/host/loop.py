@@ -29,6 +29,7 @@ from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.algorithm.trust import score_held_out, score_pairs
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run
+from sera_plugin.host.base import describe_base, require_same_base
 from sera_plugin.host.keeping import Keeping
 from sera_plugin.model.losses import deviation
 from sera_plugin.model.scoring import PolicyScorer
@@ -120,6 +121,7 @@ class Loop:
             )
         else:
             run.require_same_run(earlier, self.described, self.store.root)
+        self.store.ranks.on_main(lambda: self._compare_base(earlier))
         self._earlier = earlier is not None
         if not sharded_later:
             self.recall()
@@ -133,6 +135,14 @@ class Loop:
         LOG.info("%s", run.announce(self.described, self.method, planned, self.store.root, sampler))
         last = -1 if self.step is None else self.step
         self.store.ranks.on_main(lambda: checksums.set_aside(directory, last))
+
+    def _compare_base(self, earlier: Mapping[str, Any] | None) -> None:
+        """Rank 0 describes the base model's weights, or compares them with those of `earlier`."""
+        base = str(self.cfg["base_model"]), self.cfg["revision_of_model"]
+        if earlier is None:
+            self.described = {**self.described, "base_weights": describe_base(*base)}
+        elif weights := earlier.get("base_weights"):  # earlier versions have not kept it
+            require_same_base(weights, *base, self.store.root)
 
     def _require_empty(self) -> None:
         remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
+
+from pydantic import BaseModel
 
 from sera_plugin import __version__
 from sera_plugin.algorithm.best import FIGURE
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
+from sera_plugin.config.credentials import Known, public, storable
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
-from sera_plugin.config.quoting import public, quoted
+from sera_plugin.config.quoting import quoted
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.format import FORMAT_VERSION
 from sera_plugin.rundir.tokens import fingerprint
 
@@ -51,9 +55,45 @@ HARMLESS = (
     *("sera.held_out", "sera.keep", "sera.bad_rows"),
     *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
     "sera.judge.*_price",
+    # compared as the commit that it leads to
+    "revision_of_model",
     # compared as what they come to: a micro-batch of all processes, beta of the loss
     *("batch_size", "rl_beta"),
 )
+
+
+@cache
+def known_keys() -> Known:
+    """The keys of a configuration, of the host's schema and of ours, without its free blocks."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    return {**_keys_of(AxolotlInputConfig), "sera": _keys_of(SeraConfig)}
+
+
+def _keys_of(*schemas: type[BaseModel]) -> Known:
+    return {
+        name: _keys_of(*(kind for kind in kinds if issubclass(kind, BaseModel)))
+        for schema in schemas
+        for name, one in schema.model_fields.items()
+        if not (kinds := _kinds(one.annotation)) & {dict, object}
+    }
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The classes that a type is made of; `object` for what may be anything."""
+    if annotation is Any:
+        return {object}
+    inner = get_args(annotation)
+    found = {annotation} if isinstance(annotation, type) else set()
+    return found.union(*map(_kinds, inner)) | ({dict} if get_origin(annotation) is dict else set())
+
+
+def kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as run.json has it: what is set, without secrets."""
+    content: dict[str, Any] = storable(
+        {k: value for k, value in config.items() if value is not None}
+    )
+    return dict(public(content, known_keys()))
 
 
 def describe_run(
@@ -68,7 +108,6 @@ def describe_run(
 ) -> dict[str, Any]:
     """The content of run.json, without secrets; `config` is the host's, resolved."""
     gap = method.annotations.score_gap
-    plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -76,7 +115,7 @@ def describe_run(
             "python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
         },
-        "config": public({key: value for key, value in plain.items() if value is not None}),
+        "config": kept(config),
         "loss": loss,
         "beta": beta,
         "per_token": method.per_token,
@@ -242,8 +281,10 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
     Raises:
         ValueError: naming everything that changed, with both values, and how to start fresh.
     """
+    # An earlier version may have left things in that this one leaves out.
     before, after = (
-        flat(one["config"]) | {meaning: one.get(key) for key, meaning in _IDENTITY}
+        flat(public(one["config"], known_keys()))
+        | {meaning: one.get(key) for key, meaning in _IDENTITY}
         for one in (earlier, now)
     )
     changed = [

@@ -24,11 +24,11 @@ from sera_plugin.labeling.judging import (
     parse,
     read_template,
 )
-from sera_plugin.rundir.checksums import RUN
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import IntArray, TokenColumn
+from sera_plugin.rundir.writing import RUN
 from sera_plugin.sampling.samplers import sampling_progress
 
 #: How a policy judges itself (section 2.3): replies to each question, whose points are averaged,

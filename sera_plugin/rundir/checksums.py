@@ -5,18 +5,17 @@ check a run with `sha256sum -c`. A file is listed before it gets its name, and a
 written as a whole (a policy, a checkpoint) is listed last of all: what is not listed was cut off.
 """
 
-import errno
 import hashlib
 import logging
 import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+
+from sera_plugin.rundir.writing import beside, explained, flush, remove
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -25,26 +24,6 @@ SUMS = "SHA256SUMS"
 _LARGEST = 16 * 2**20
 #: Digits of a checksum in a file's name.
 _SHORT = 16
-#: Bytes of free space at which a disk counts as full: less than a file system keeps for itself.
-_NEXT_TO_NOTHING = 2**16
-_REMEDIES = {
-    errno.ENOSPC: "Free some space",
-    errno.EDQUOT: "Free some space, or have the quota raised",
-    errno.EROFS: "Make it writable, or {elsewhere}",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Change the permissions, or {elsewhere}"),
-}
-
-
-class Advice(NamedTuple):
-    """Where a disk takes no file: how to write elsewhere, and what to do once it takes files."""
-
-    elsewhere: str
-    then: str
-
-
-#: For a training run, and for a command that writes files of its own.
-RUN = Advice("set another output_dir", "continue the run with `auto_resume_from_checkpoints: true`")
-COMMAND = Advice("name another place", "start the same command again")
 
 
 def digest(path: Path) -> str:
@@ -59,43 +38,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Whenever the process ends, and where it cannot be written, the place holds the whole old file or
     the whole new one, and the list knows it.
     """
-    with _beside(path) as partial:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
+    with beside(path) as partial:
         write(partial)
-        _flush(partial)
+        flush(partial)
         sums = _read(path.parent)
         earlier = sums.get(path.name, ())
         written = digest(partial)
         _write(path.parent, {**sums, path.name: (*earlier, written)})
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
         if earlier:
             _write(path.parent, {**sums, path.name: (written,)})
 
 
-@contextmanager
-def _beside(path: Path, advice: Advice = RUN) -> Iterator[Path]:
-    """The name of a file or directory until it is whole; nothing is left there."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # half of one that a killed process was writing
-    try:
-        with explained(path.parent, advice):
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # the one that matters is under way
-            partial.unlink(missing_ok=True)
-
-
-def write_file(path: Path, write: Callable[[Path], object], advice: Advice = COMMAND) -> None:
-    """Like `replace_file`, in a directory that is there. No checksum is listed."""
-    with _beside(path, advice) as partial:
-        write(partial)
-        partial.replace(path)
-
-
-def write_text(path: Path, text: str, advice: Advice = COMMAND) -> None:
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), advice)
+def _make(directory: Path) -> None:
+    with explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
 
 
 def is_whole(path: Path) -> bool:
@@ -106,39 +65,39 @@ def is_whole(path: Path) -> bool:
 def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> None:
     """Like `replace_file`, with the checksum in the name: many may add to one directory."""
     path = directory / name
-    with _beside(path) as partial:
-        directory.mkdir(parents=True, exist_ok=True)
+    _make(directory)
+    with beside(path) as partial:
         write(partial)
-        _flush(partial)
+        flush(partial)
         partial.replace(path.with_stem(f"{path.stem}-{digest(partial)[:_SHORT]}"))
-        _flush(directory)
+        flush(directory)
 
 
 def is_named_right(path: Path) -> bool:
     """Whether a file of `add_file` is what its name says."""
-    return digest(path)[:_SHORT] == path.stem[-_SHORT:]
+    return path.is_file() and digest(path)[:_SHORT] == path.stem[-_SHORT:]
 
 
 def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
     """Write a directory beside its place, seal it, and rename it into place of what is there."""
-    with _beside(path) as partial:
-        partial.mkdir(parents=True)
+    _make(path.parent)
+    with beside(path) as partial:
+        partial.mkdir()
         write(partial)
         seal(partial)
-        if path.exists():
-            shutil.rmtree(path)
+        remove(path)
         partial.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def seal(directory: Path) -> None:
     """List every file of a finished directory, and make sure that all of it is on the disk."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SUMS)
     for path in files:
-        _flush(path)
+        flush(path)
     _write(directory, {str(path.relative_to(directory)): (digest(path),) for path in files})
-    _flush(directory)
-    _flush(directory.parent)
+    flush(directory)
+    flush(directory.parent)
 
 
 def damage(directory: Path) -> str | None:
@@ -173,44 +132,15 @@ def _read(directory: Path) -> dict[str, tuple[str, ...]]:
 
 def _write(directory: Path, sums: Mapping[str, Sequence[str]]) -> None:
     lines = [f"{one}  {name}\n" for name, found in sorted(sums.items()) for one in found]
-    partial = directory / f".{SUMS}.partial"
-    partial.write_text("".join([_header(sums), *lines]), encoding="utf-8")
-    _flush(partial)
-    partial.replace(directory / SUMS)
+    with beside(directory / SUMS) as partial:
+        partial.write_text("".join([_header(sums), *lines]), encoding="utf-8")
+        flush(partial)
+        partial.replace(directory / SUMS)
 
 
 def _header(sums: Mapping[str, object]) -> str:
     """Shows when a list has lost lines."""
     return f"# {len(sums)} files\n"
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
-    """Say in an OSError what to do about a full or closed disk that `directory` is on."""
-    try:
-        yield
-    except Exception as error:
-        number = getattr(error, "errno", None)
-        if number not in _REMEDIES:
-            # Libraries written in other languages report a full disk in words of their own.
-            there = next(path for path in (directory / "x").absolute().parents if path.exists())
-            if shutil.disk_usage(there).free >= _NEXT_TO_NOTHING:
-                raise
-            number = errno.ENOSPC
-        remedy = _REMEDIES[number].format(elsewhere=advice.elsewhere)
-        raise OSError(
-            number,
-            f"{directory} takes no more files: {os.strerror(number)}. {remedy}, then "
-            f"{advice.then}. Nothing that was finished is lost",
-        ) from error
 
 
 # ------------------------------------------------------------------ the host's checkpoints
@@ -282,7 +212,7 @@ def set_aside(output_dir: Path, last: int) -> None:
             shutil.rmtree(path)
             continue
         target, numbers = output_dir / f"set-aside-{path.name}", count(1)
-        while target.exists():
+        while os.path.lexists(target):
             target = output_dir / f"set-aside-{path.name}.{next(numbers)}"
         path.rename(target)
         LOG.warning("SeRA: continuing from step %d; %s is now %s", last, path, target.name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from sera_plugin.rundir.checksums import COMMAND, Advice, explained
+from sera_plugin.rundir.writing import COMMAND, Advice, explained, open_own
 
 
 def key_of(*parts: Any) -> str:
@@ -28,7 +28,8 @@ def key_of(*parts: Any) -> str:
 class Journal:
     """Records under keys, each written at once and never changed. Threads may share one.
 
-    The file is made with the first record; `advice` is for whose work it is kept.
+    The file is made with the first record; `advice` is for whose work it is kept. A ValueError if
+    it is a link or no regular file.
     """
 
     def __init__(self, path: Path, advice: Advice = COMMAND) -> None:
@@ -38,8 +39,9 @@ class Journal:
         self._file: int | None = None
         self._records: dict[str, dict[str, Any]] = {}
         self._torn = False
-        if path.exists():
-            content = path.read_bytes()
+        if os.path.lexists(path):
+            with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+                content = file.read()
             self._torn = bool(content) and not content.endswith(b"\n")
             for line in content.splitlines():
                 with suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -67,7 +69,7 @@ class Journal:
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        file = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,6 +7,7 @@ JSON only.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -17,20 +18,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import count
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import BaseFileLock, FileLock, Timeout
 
 from sera_plugin.config.quoting import plain
-from sera_plugin.rundir.checksums import add_file, explained, is_named_right, is_whole, replace_file
+from sera_plugin.rundir.checksums import add_file, is_named_right, is_whole, replace_file
 from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, read_json
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.tables import TYPES, read_table
 from sera_plugin.rundir.tokens import TokenColumn
+from sera_plugin.rundir.writing import explained, open_own, remove, tidy
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -63,8 +65,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
 
 
-#: Lock files that this process holds, until it ends.
-_LOCKS: dict[Path, BaseFileLock] = {}
+#: Lock files that this process holds, until it ends, and their handles.
+_LOCKS: dict[Path, int] = {}
 #: A killed run's helpers, such as data loading workers, end some seconds after it.
 _HELPERS_END_WITHIN = 10.0
 
@@ -105,25 +107,40 @@ class RunStore:
         path = self.root.absolute() / "lock"
         if not self.ranks.main or path in _LOCKS:
             return
-        lock = FileLock(path, timeout=_HELPERS_END_WITHIN, thread_local=False)
         with explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+            handle = open_own(path, os.O_RDWR | os.O_CREAT)
             try:
-                lock.acquire(poll_interval=0.5)
-            except Timeout:
-                owner = path.read_text(encoding="utf-8", errors="replace").strip()
-                raise ValueError(
-                    f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
-                    "Wait for it, end it, or set another output_dir."
-                ) from None
+                self._acquire(handle)
+            except BaseException:
+                os.close(handle)
+                raise
+            # Not before: whoever waits for the lock reads there whose it is.
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        _LOCKS[path] = handle
+        for directory in (self.root.parent, self.root, *self.root.glob("iteration-*"), self.last):
+            tidy(directory)
+
+    def _acquire(self, handle: int) -> None:
+        ends = monotonic() + _HELPERS_END_WITHIN
+        while True:
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if monotonic() > ends:
+                    owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
+                    raise ValueError(
+                        f"output_dir: {self.root.parent} is in use by another run ({owner!a}). "
+                        "Wait for it, end it, or set another output_dir."
+                    ) from None
+                sleep(0.5)
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                     raise
-                LOG.warning(
+                return LOG.warning(
                     "SeRA: this file system has no locks; start no second run in output_dir"
                 )
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        _LOCKS[path] = lock
 
     @_on_main
     def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
@@ -182,11 +199,9 @@ class RunStore:
         for path in (*self.root.glob("iteration-*"), self.last):
             # Only what is named as ours; of a link the link, never what it leads to.
             match = re.fullmatch(r"iteration-([0-9]{2,})", path.name)
-            if path == self.last or (match and int(match[1]) > iteration):
-                if path.is_symlink():
-                    path.unlink()
-                elif path.is_dir():
-                    shutil.rmtree(path)
+            ours = path == self.last or (match and int(match[1]) > iteration)
+            if ours and (path.is_symlink() or path.is_dir()):
+                remove(path)
 
     def policy(self, iteration: int) -> Path:
         """Where theta_{t-1}, the policy iteration t starts from, is kept."""

@@ -18,6 +18,7 @@ from time import monotonic
 import psutil
 
 from sera_plugin.config.quoting import printable
+from sera_plugin.rundir.writing import open_own
 from sera_plugin.sampling import lifeline
 
 #: A child that shows no sign of life for this many seconds is hung.
@@ -107,7 +108,7 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        with os.fdopen(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
             self._log_start = file.tell()
             # No shell; our own file, and the interpreter that the YAML names.
             self._process = subprocess.Popen(

@@ -9,7 +9,8 @@ from typing import Any
 import requests
 from urllib3.exceptions import HTTPError
 
-from sera_plugin.config.quoting import printable, without_credentials, without_secret
+from sera_plugin.config.credentials import without_credentials
+from sera_plugin.config.quoting import printable, without_secret
 
 #: Bytes of a reply, decompressed. 128 answers of 8,192 tokens have a tenth of it.
 LARGEST = 64 * 2**20

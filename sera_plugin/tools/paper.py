@@ -6,6 +6,7 @@ docs/systems.md says what each system is and how it differs from its own paper.
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import AS_PUBLISHED
-from sera_plugin.rundir.checksums import write_text
+from sera_plugin.rundir.writing import write_text
 from sera_plugin.tools.command import refusing
 
 FULL: dict[str, Any] = {"rl_beta": 0.2, "learning_rate": 3.0e-6}
@@ -193,7 +194,7 @@ def paper(dataset: str | None, model: str | None, system: str | None, output: Pa
     with refusing():
         text = yaml_text(dataset, model, system)
         if output is not None:
-            if output.exists():
+            if os.path.lexists(output):
                 raise FileExistsError(f"{output} exists. Remove it, or name another file.")
             write_text(output, text)
     click.echo(text.rstrip() if output is None else output)

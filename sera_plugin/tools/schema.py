@@ -6,6 +6,7 @@ leaves out the names by which its YAMLs mostly call four keys.
 
 import importlib
 import json
+import os
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from sera_plugin.config.sera import HOST_KEYS, SeraArgs
 from sera_plugin.host.keys import REFUSALS, UNUSED
-from sera_plugin.rundir.checksums import write_text
+from sera_plugin.rundir.writing import write_text
 
 #: Tells a schema of ours from any other file.
 COMMENT = "Written by `axolotl sera schema`, which replaces it."
@@ -107,8 +108,10 @@ def _host_plugins() -> Iterator[tuple[str, type[BaseModel]]]:
 
 def write_schema(text: str, path: Path) -> None:
     """Write a schema to a file; FileExistsError if that holds anything but an earlier one."""
-    if path.exists():
+    if os.path.lexists(path):
         try:
+            if not path.is_file():
+                raise ValueError
             ours = json.loads(path.read_text(encoding="utf-8"))["$comment"] == COMMENT
         except (ValueError, KeyError, TypeError):
             ours = False

@@ -5,6 +5,7 @@ which it takes too. docs/llama-factory.md is written from `RULES`.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from sera_plugin.config.block import closest
-from sera_plugin.config.quoting import MASK, is_secret, plain
+from sera_plugin.config.credentials import MASK, is_secret
+from sera_plugin.config.quoting import plain
 from sera_plugin.data.text import encodable
-from sera_plugin.rundir.checksums import write_text
+from sera_plugin.rundir.writing import write_text
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.convert import data, rules
 from sera_plugin.tools.convert.settings import DEFAULTS, LEFT_OUT, Settings
@@ -148,7 +150,7 @@ class Converted:
             OSError: if one cannot be written, with what to do about it.
         """
         for each in (path, *self.rows):
-            if each.exists():
+            if os.path.lexists(each):
                 raise FileExistsError(f"{each} is there, and nothing is overwritten. Move it away.")
         texts = {each: "".join(map(_line, rows)) for each, rows in self.rows.items()}
         with ExitStack() as undo:

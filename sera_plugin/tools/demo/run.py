@@ -17,8 +17,8 @@ import yaml
 
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import AS_PUBLISHED
-from sera_plugin.rundir.checksums import write_text
 from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.writing import COMMAND, beside, open_own, write_text
 from sera_plugin.tools.demo.world import Labelling, label, make_prompt, true_reward
 from sera_plugin.tools.report.output import plain_table
 
@@ -51,9 +51,9 @@ def run_demo(directory: Path, config: Path) -> None:
         if not base.exists():
             from sera_plugin.tools.demo.base_model import train_base_model
 
-            partial = directory / ".base-model.partial"
-            train_base_model(partial)
-            partial.rename(base)
+            with beside(base, COMMAND) as partial:
+                train_base_model(partial)
+                partial.rename(base)
     with _step(f"pairs of its answers, labelled: {pairs}", pairs):
         if not pairs.exists():
             _write_pairs(base, pairs)
@@ -118,12 +118,13 @@ def trained(configs: Iterable[Mapping[str, Any]]) -> Iterator[None]:
     for lines in configs:
         output, text = Path(lines["output_dir"]), yaml.safe_dump(dict(lines))
         config, log = output.with_suffix(".yaml"), output.with_suffix(".log")
-        done = (output / "model.safetensors").exists() and config.exists()
+        done = (output / "model.safetensors").exists() and config.is_file()
         if done and config.read_text(encoding="utf-8") == text:
             continue
         shutil.rmtree(output, ignore_errors=True)  # of a demo that was stopped, or of another YAML
-        config.write_text(text, encoding="utf-8")
-        with log.open("wb") as file:
+        write_text(config, text)
+        with os.fdopen(open_own(log, os.O_WRONLY | os.O_CREAT), "wb") as file:
+            file.truncate()  # one of an earlier time
             running[config, log] = subprocess.Popen(
                 _command(config), env=_environment(), stdout=file, stderr=subprocess.STDOUT
             )

@@ -17,9 +17,9 @@ from sera_plugin.labeling.judging import (
     by_scores,
     make_judge,
 )
-from sera_plugin.rundir.checksums import COMMAND, explained, write_text
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
+from sera_plugin.rundir.writing import COMMAND, explained, write_text
 from sera_plugin.tools.evaluation.answers import Decoding, Prompt, given, read_prompts, sampled
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.evaluation.results import Entry, Evaluation, figures, page

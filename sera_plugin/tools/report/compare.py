@@ -7,7 +7,7 @@ from typing import Any
 from sera_plugin.algorithm.selection import BoolArray
 from sera_plugin.algorithm.summary import jaccard
 from sera_plugin.host.run import flat
-from sera_plugin.rundir.checksums import write_text
+from sera_plugin.rundir.writing import write_text
 from sera_plugin.tools.report.figures import figure, figures, spent
 from sera_plugin.tools.report.output import Table, fill, number, plain_table, shown_name
 from sera_plugin.tools.report.reading import Run

@@ -12,7 +12,7 @@ from sera_plugin.algorithm.best import FIGURE
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
-from sera_plugin.rundir.checksums import COMMAND, write_text
+from sera_plugin.rundir.writing import COMMAND, write_text
 from sera_plugin.tools.report import charts
 from sera_plugin.tools.report.charts import Chart, Lines
 from sera_plugin.tools.report.figures import (

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
 from sera_plugin.config.kinds import LABELERS
-from sera_plugin.rundir.checksums import write_file, write_text
+from sera_plugin.rundir.writing import write_file, write_text
 from sera_plugin.tools.report.output import fill, number, plain_table, shown_name, shown_text
 from sera_plugin.tools.report.reading import Iteration, Run, Texts
 

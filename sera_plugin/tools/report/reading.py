@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from sera_plugin.rundir.format import (
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tables import read_table
 from sera_plugin.rundir.tokens import TokenColumn
+from sera_plugin.rundir.writing import open_own
 
 Columns = dict[str, npt.NDArray[Any]]
 TEXTS = ("prompt", *SIDES)
@@ -254,14 +256,14 @@ class Run:
         if planned and len(self.iterations) >= planned and trained:
             return "finished"
         # Without a lock file, or on a file system without locks, nobody is known to be at work.
-        lock = self.root / "lock"
-        with suppress(OSError), lock.open("rb") if lock.is_file() else nullcontext() as handle:
-            if handle is None:
-                return "stopped"
+        with suppress(OSError, ValueError):
+            handle = open_own(self.root / "lock", os.O_RDONLY)
             try:  # a run holds an exclusive lock; a shared one is let go at once
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return "going on"
+            finally:
+                os.close(handle)
         return "stopped"
 
 

@@ -1,0 +1,152 @@
+"""Which weights a run began with: the base model's files, as run.json keeps them.
+
+Noise of some per cent on them moves the log-probabilities of a 4-bit model by less than its kernels
+do, so that only the files tell it.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from sera_plugin.config.quoting import quoted
+from sera_plugin.rundir.progress import progress
+
+#: What a model's weights are in, and which file has which of them.
+_HASHED = ("*.safetensors", "*.safetensors.index.json")
+#: Pickled ones: their names and sizes are kept.
+_NAMED = ("*.bin", "*.bin.index.json")
+_CHUNK = 2**22
+#: Bytes that take some seconds: hashing more is shown.
+_MUCH = 2 * 10**9
+
+
+def describe_base(base_model: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The base model's weight files.
+
+    Returns:
+        For a directory `files`: their sizes in bytes, and `sha256` of all but pickled ones. For a
+        model of the hub `revision`, the commit that the name led to, and `files` without it. None
+        where the hub's cache does not have it.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    directory = Path(base_model)
+    if directory.is_dir():
+        sizes = _sizes(base_model, directory)
+        hashed = [name for name in sizes if _is_any(name, _HASHED) and sizes[name] is not None]
+        return {"files": sizes, "sha256": _hashes(base_model, directory, hashed, sizes)}
+    try:
+        found = try_to_load_from_cache(base_model, "config.json", revision=revision)
+    except ValueError:  # no name that the hub could have
+        found = None
+    if not isinstance(found, str):
+        return None
+    snapshot = Path(found).parent
+    return {"revision": snapshot.name, "files": _sizes(base_model, snapshot)}
+
+
+def require_same_base(
+    earlier: Mapping[str, Any], base_model: str, revision: str | None, root: Path
+) -> None:
+    """Refuse to continue the run in `root` with another base model than it began with.
+
+    Sizes are compared first: what they tell takes no time. Of a model of the hub a cache may have
+    got further files since.
+
+    Args:
+        earlier: what `describe_base` has said when the run began.
+
+    Raises:
+        ValueError: naming the file that differs, and what to do.
+    """
+    before: dict[str, int | None] = earlier.get("files", {})
+    if "revision" in earlier:
+        now = describe_base(base_model, revision)
+        if now is None:
+            return
+        if (commit := now.get("revision")) != earlier["revision"]:
+            raise _another(
+                base_model,
+                root,
+                f"its revision is {commit}, and was {earlier['revision']}",
+                f"set revision_of_model: {earlier['revision']}",
+            )
+        after = {name: size for name, size in now["files"].items() if name in before}
+    else:
+        directory = Path(base_model)
+        after = _sizes(base_model, directory) if directory.is_dir() else {}
+    for name in sorted(before.keys() | after.keys()):
+        if name not in after:
+            raise _another(base_model, root, f"{name} is missing")
+        if name not in before:
+            raise _another(base_model, root, f"{name} was not there")
+        if (has := after[name]) != (had := before[name]):
+            raise _another(base_model, root, f"{name} has {_bytes(has)}, and had {_bytes(had)}")
+    sums: dict[str, str] = earlier.get("sha256", {})
+    for name, found in _hashes(base_model, Path(base_model), list(sums), after).items():
+        if found != sums[name]:
+            raise _another(base_model, root, f"the checksum of {name} differs")
+
+
+def _another(base_model: str, root: Path, what: str, restore: str = "restore it") -> ValueError:
+    return ValueError(
+        f"base_model: {quoted(base_model, 200)} is not the model that the run in {root} began "
+        f"with: {what}. To continue the run, {restore}. To start fresh, set another output_dir; "
+        "this run stays as it is."
+    )
+
+
+def _bytes(size: int | None) -> str:
+    return "no content of a file" if size is None else f"{size:,} bytes"
+
+
+def _is_any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
+
+
+def _sizes(base_model: str, directory: Path) -> dict[str, int | None]:
+    """Name -> bytes, through links; None for what is no file."""
+    found: dict[str, int | None] = {}
+    try:
+        for name in sorted(os.listdir(directory)):
+            if _is_any(name, (*_HASHED, *_NAMED)):
+                path = directory / name
+                about = path.stat() if path.exists() else None
+                regular = about is not None and stat.S_ISREG(about.st_mode)
+                found[name] = about.st_size if about is not None and regular else None
+    except OSError as error:
+        raise _unreadable(base_model, error) from None
+    return found
+
+
+def _hashes(
+    base_model: str, directory: Path, names: list[str], sizes: Mapping[str, int | None]
+) -> dict[str, str]:
+    """Name -> SHA-256, hexadecimal."""
+    total = sum(sizes[name] or 0 for name in names)
+    found = {}
+    with progress("checksums of base_model", total, "byte", quiet=total < _MUCH) as advance:
+        for name in names:
+            sha = hashlib.sha256()
+            try:
+                with (directory / name).open("rb") as file:
+                    while block := file.read(_CHUNK):
+                        sha.update(block)
+                        advance(len(block))
+            except OSError as error:
+                raise _unreadable(base_model, error) from None
+            found[name] = sha.hexdigest()
+    return found
+
+
+def _unreadable(base_model: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"base_model: {quoted(base_model, 200)} cannot be read: {error.strerror}: "
+        f"{quoted(error.filename, 200)}. Change its permissions, or name another copy."
+    )
