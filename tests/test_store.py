@@ -154,6 +154,40 @@ def test_damaged_lines_are_passed_over(tmp_path):
     assert Journal(path).get("one") == {"n": 1}
 
 
+def test_a_line_in_which_anything_was_changed_is_not_used_and_named(tmp_path, caplog):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        for number in range(3):
+            journal.add(f"key {number}", {"text": "[[A]]", "tokens": number})
+    whole = path.read_bytes()
+    lines = whole.splitlines()
+    sums = whole.index(b', "sha256"'), len(lines[0]) - 18
+    for place in range(len(lines[0])):
+        changed = bytearray(whole)
+        changed[place] ^= 3
+        path.write_bytes(changed)
+        caplog.clear()
+        found = [Journal(path).get(f"key {number}") for number in range(3)]
+        assert found[1:] == [{"text": "[[A]]", "tokens": number} for number in (1, 2)]
+        if not sums[0] <= place < sums[1]:  # the name of the checksum says nothing of the record
+            assert found[0] is None, place
+            assert f"{path}: 1 line(s) are damaged and not used (1)" in caplog.text
+        else:
+            assert found[0] is None or found[0]["text"] == "[[A]]", place
+
+
+def test_lines_of_an_earlier_version_have_no_checksum(tmp_path, caplog):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"key": "one", "n": 1}\n')
+    with Journal(path) as journal:
+        journal.add("two", {"n": 2})
+    path.write_text(path.read_text() + '{"key": "three", "n": 3}\n')
+    found = Journal(path)
+    assert [found.get(key, n=int) for key in ("one", "two", "three")] == [{"n": 1}, {"n": 2}, None]
+    assert found.get("one", n=str) is None
+    assert "(3)" in caplog.text
+
+
 def test_threads_do_not_write_into_each_others_lines(tmp_path):
     with Journal(tmp_path / "journal.jsonl") as journal, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: journal.add(str(n), {"x": "y" * 999}), range(400)))

@@ -161,7 +161,8 @@ class _ApiJudge(Judge):
         """The reply's text, from the journal or the endpoint."""
         config, counted = self.config, self.usage.cached
         key = key_of(config.base_url, config.model, config.request, messages)
-        if (found := self._journal.get(key)) is None:
+        kinds = {"text": str, **dict.fromkeys(_Tokens.model_fields, int)}
+        if (found := self._journal.get(key, **kinds)) is None:
             found, counted = {"model": config.model, **self._ask(messages)}, self.usage.asked
             self._journal.add(key, found)
         with self._counting:

@@ -63,7 +63,7 @@ class RewardModelJudge(ScoringJudge):
         keys = [key_of(self._identity, one.question, one.answer) for one in answers]
         tokens: dict[int, list[int]] = {}
         for index, one in enumerate(answers):
-            if (found := self._journal.get(keys[index])) is not None:
+            if (found := self._journal.get(keys[index], score=float)) is not None:
                 self.usage.cached.count += 1
                 yield index, found["score"]
             elif len(ids := self._tokens(one)) <= self._longest:

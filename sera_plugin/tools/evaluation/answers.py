@@ -202,7 +202,7 @@ def sampled(
         for one in conversations:
             keys.append(key_of(model.identity, asdict(decoding), one, seen[one]))
             seen[one] += 1
-        done = [index for index, key in enumerate(keys) if key in journal]
+        done = [index for index, key in enumerate(keys) if journal.get(key, **_TURN) is not None]
         if len(done) < len(keys):
             sample = sample or engine()
             what = f"answers of {model.name}" + (f", turn {number + 1}" if number else "")
@@ -213,13 +213,17 @@ def sampled(
                     journal.add(keys[index], {**asdict(turn), "row": prompts[rows[index]].row})
                     advance(1)
         for row, key in zip(rows, keys, strict=True):
-            found = journal.get(key) or {}
+            found = journal.get(key, **_TURN) or {}
             turn = Turn(found["text"], found["tokens"], found["finish_reason"])
             if turn.finish_reason == NO_ROOM:
                 del answers[row]
             else:
                 answers[row] = Answer((*answers[row].turns, turn))
     return [answers.get(row) for row in range(len(prompts))]
+
+
+#: What a record of an answer has.
+_TURN = {"text": str, "tokens": int, "finish_reason": str}
 
 
 def _conversation(prompt: Prompt, answered: Sequence[Turn]) -> Conversation:
