@@ -43,7 +43,7 @@ JSON: dict[str, dict[str, list[Any]]] = {
         "config.sera.selection": [*_NO_TEXT, "magic"], "config.sera.gamma": _NO_NUMBER,
         "config.sera.candidates": [*_NO_NUMBER, 0, -3, 10**30],
         "config.sera.bootstrap_ratio": _NO_NUMBER, "per_token": ["x", 2, [1]],
-        "pairs": ["x", [1], True, -1, 1.5, 5], "end_ids": [5, "x", [-1], ["a"], [None], {"a": 1}],
+        "pairs": ["x", [1], True, -1, 1.5], "end_ids": [5, "x", [-1], ["a"], [None], {"a": 1}],
         "versions": [*_NO_OBJECT, {"a": [1]}], "loss": _NO_TEXT, "beta": _NO_NUMBER,
         "format_version": ["x", 2, [1], True, None],
     },

@@ -4,11 +4,12 @@ import re
 from math import sqrt
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sera_plugin.algorithm import alarms
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
-from sera_plugin.algorithm.summary import summarize
+from sera_plugin.algorithm.summary import accuracy, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_start
 from sera_plugin.model.losses import FLOAT32_LIMIT
@@ -254,7 +255,10 @@ def test_every_text_is_one_sentence_that_names_a_key_of_the_yaml():
     keys |= {"reward__by_chance": 0.9, "outranking": 9.0}
     bad = later(3, spread={"offline": 0.0, "sampled": 0.0}, **keys)
     judged = judge([first(), later(2), bad])
-    assert raised(first(), later(2), bad) == NAMES
+    # Of margins that are rounding the signs say nothing.
+    silent = ("held_out_accuracy", "offline_accuracy")
+    assert raised(first(), later(2), bad) == [name for name in NAMES if name not in silent]
+    assert not any("Raise learning_rate, or" in alarm.text for alarm in judged)
     for alarm in judged:
         assert re.fullmatch(r".+\.", alarm.text)
         ours = re.findall(r"\bsera\.(\w+)", alarm.text)
@@ -282,6 +286,28 @@ def test_a_judge_that_says_nothing_is_not_taken_for_samples_that_are_alike():
     assert "raise sera.temperature" in alike.text
     assert "labeler" not in alike.text
     assert "200 candidates have none" in silent.text
+
+
+def test_no_alarm_advises_the_opposite_of_another():
+    still = {"spread": {"offline": 0.0005, "sampled": 0.1}}
+    assert "Raise learning_rate" in only("constant_margins", first(), later(**still)).text
+    moved = later(**still, drift__chosen=-51.0, offline_accuracy=0.2)
+    assert raised(first(), moved) == ["drift", "constant_margins"]
+    text = only("constant_margins", first(), moved).text
+    assert "moved far before: stop at an earlier iteration" in text
+    assert "learning_rate" not in text
+
+
+def test_rounding_is_that_of_the_precision():
+    for spread, name in ((0.0039, ["constant_margins"]), (0.004, [])):
+        one = later(rounding=0.004, spread={"offline": spread, "sampled": 0.1})
+        assert raised(first(), one) == name
+
+
+def test_a_tie_is_neither_right_nor_wrong():
+    assert accuracy("a", np.array([1.0, -1.0, 0.0, 0.0]))["a"] == 0.5
+    assert accuracy("a", np.zeros(3))["a"] == 0.5
+    assert accuracy("a", np.array([2.0, 0.0]))["a"] == 0.75
 
 
 def test_rounding_is_what_the_gate_calls_rounding():

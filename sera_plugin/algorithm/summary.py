@@ -33,14 +33,16 @@ def jaccard(one: BoolArray, other: BoolArray) -> float:
 
 
 def accuracy(name: str, margin: FloatArray, right: float | None = None) -> dict[str, float]:
-    """The share of margins above 0, and its standard error as `<name>_error`.
+    """The share of margins above 0, a tie being half right, and its standard error as
+    `<name>_error`.
 
     `right` says how many are right where the margins' own signs do not. For the error two pairs of
     either kind are added (Agresti and Coull, 1998), lest a small set that is all right or all wrong
     seem to be without any.
     """
     total = len(margin)
-    right = float((margin > 0).sum()) if right is None else right
+    if right is None:
+        right = float((margin > 0).sum() + (margin == 0).sum() / 2)
     share = (right + 2) / (total + 4)
     error = float(np.sqrt(share * (1 - share) / (total + 4)))
     return {name: right / total, f"{name}_error": error}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
+from sera_plugin.algorithm.alarms import LOW_PRECISION_ROUNDING, alarm_metrics, judge, records
 from sera_plugin.algorithm.algorithm import prepare, restore
 from sera_plugin.algorithm.method import (
     Iteration,
@@ -31,7 +31,7 @@ from sera_plugin.config.kinds import LABELERS
 from sera_plugin.host import run
 from sera_plugin.host.base import describe_base, require_same_base
 from sera_plugin.host.keeping import Keeping
-from sera_plugin.model.losses import deviation
+from sera_plugin.model.losses import FLOAT32_LIMIT, deviation
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.format import Record, read_json
@@ -246,6 +246,8 @@ class Loop:
         if not summary:
             restore(it, {0, max(0, iteration - 2)})  # what drift and Jaccard compare with
             summary = summarize(it)
+            if self.nats > FLOAT32_LIMIT:
+                summary["rounding"] = LOW_PRECISION_ROUNDING
             if losses:
                 summary["held_out_loss"] = float(losses[iteration - 1].mean())
         alarms = judge([*filter(None, map(self.store.summary, range(1, iteration))), summary])

@@ -10,7 +10,7 @@ that leads out of the run.
 import json
 import stat
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -75,7 +75,7 @@ class _Config(Keys):
 class RunFile(Keys):
     """run.json."""
 
-    format_version: Literal[1]
+    format_version: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
     config: _Config
     versions: dict[Text, Text] = {}
     loss: Text | None = None
@@ -159,6 +159,7 @@ class Summary(Keys):
     evaluation: _HeldOut | None = None
     reward: _Reward | None = None
     outranking: Number | None = None
+    rounding: Positive | None = None
     offline_accuracy: Number | None = None
     offline_accuracy_error: Number | None = None
     jaccard_with_previous: Number | None = None

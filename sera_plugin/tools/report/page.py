@@ -107,8 +107,8 @@ def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
         said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")
     elif "offline" in panels and one.offline["selected"].all():
         said.append("all offline pairs are kept")
-    if said:
-        said.append(f"{1 - figures['offline_accuracy']:.0%} of all lie at or below 0")
+    if said and one.margin is not None:
+        said.append(f"{float((one.margin <= 0).mean()):.0%} of all lie at or below 0")
     title = f"Iteration {one.number}: {', '.join(said) or 'sampled pairs'}"
     note = "The end bars hold what lies beyond (0.2%)."
     return [charts.margins(title, note, run.unit, panels)] if panels else []
