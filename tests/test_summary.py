@@ -200,8 +200,8 @@ def test_accuracy_falls_beyond_chance(earlier, fine, bad, threshold, text, held_
     def run(*figures) -> list[dict]:
         found = [first()]
         prefix = "evaluation__" if held_out else "offline_"
-        for t, (accuracy, error) in enumerate(figures, 2):
-            one = {f"{prefix}accuracy": accuracy, f"{prefix}accuracy_error": error}
+        for t, (share, error) in enumerate(figures, 2):
+            one = {f"{prefix}accuracy": share, f"{prefix}accuracy_error": error}
             found.append(later(t, **one))
         return found
 
