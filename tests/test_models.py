@@ -21,6 +21,10 @@ from sera_plugin.model.losses import (
 )
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.sampling.transformers import TransformersSampler
+from sera_plugin.tools.demo.base_model import build_tokenizer
+from sera_plugin.tools.evaluation.answers import Decoding
+from sera_plugin.tools.evaluation.engine import Engine
+from sera_plugin.tools.evaluation.models import Model
 from tests.conftest import ids
 from tests.test_scorer import one_by_one
 from tests.tiny_models import MODELS, build
@@ -87,6 +91,42 @@ def test_samples_are_what_the_model_says_whatever_they_are_batched_with(name):
     assert sorted(row for row, _ in chunk) == [0, 1, 2, 3]
     for row, [candidate] in chunk:
         assert list(candidate.token_ids) == continued(model, PROMPTS[row], 10)
+
+
+@every_model
+@pytest.mark.parametrize("grown", [0, 5])
+def test_a_policy_on_disk_answers_as_it_was_trained(name, grown, tmp_path):
+    """`axolotl sera eval` on an adapter; with new tokens, whose rows the base does not have."""
+    base, tokenizer = build(MODELS[name][0]), build_tokenizer()
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    linear = [where for where, one in base.named_modules() if isinstance(one, torch.nn.Linear)]
+    layers = [one for one in linear if one.endswith(("q_proj", "in_proj", "dense", "qkv_proj"))]
+    layers += [where for where, one in base.named_modules() if type(one).__name__ == "Conv1D"]
+    saved = []
+    if grown:
+        base.resize_token_embeddings(60 + grown, mean_resizing=False)
+        saved = [
+            where.rpartition(".")[2]
+            for where, one in base.named_modules()
+            if one in (base.get_input_embeddings(), base.get_output_embeddings())
+        ]
+    torch.manual_seed(2)
+    config = LoraConfig(
+        r=2, target_modules=layers, init_lora_weights=False, modules_to_save=saved or None
+    )
+    policy = get_peft_model(base, config).eval()
+    policy.save_pretrained(tmp_path / "policy", save_embedding_layers=False)
+    decoding = Decoding(0.0, 1.0, 8, seed=1, prompt_format="<s> <|user|> {prompt} <|assistant|>")
+    model = Model("policy", "policy", str(tmp_path / "base"), tmp_path / "policy")
+    engine = Engine(model, decoding, None, tmp_path / "log")
+    said = ["a b c", "d e f g h"]
+    answers = dict(engine([(text,) for text in said], done=(), seed=1))
+    for row, text in enumerate(said):
+        prompt = tokenizer(f"<s> <|user|> {text} <|assistant|>")["input_ids"]
+        expected = continued(policy, prompt, 8)
+        assert answers[row].tokens == len(expected)
+        assert answers[row].text == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 def noisy(jitter, asked=True):
