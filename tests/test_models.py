@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from axolotl.integrations.base import PluginManager
+from axolotl.loaders import load_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import disable_dropout_in_model
 
 from sera_plugin.algorithm.method import SamplingSettings
+from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.dataset import prepare_rows
+from sera_plugin.host import datasets
 from sera_plugin.model.budget import TokenBudget
 from sera_plugin.model.losses import (
     FLOAT32_LIMIT,
@@ -25,7 +30,7 @@ from sera_plugin.tools.demo.base_model import build_tokenizer
 from sera_plugin.tools.evaluation.answers import Decoding
 from sera_plugin.tools.evaluation.engine import Engine
 from sera_plugin.tools.evaluation.models import Model
-from tests.conftest import ids
+from tests.conftest import ids, write_rows
 from tests.test_scorer import one_by_one
 from tests.tiny_models import MODELS, build
 
@@ -209,3 +214,39 @@ def test_rounding_may_change_experts_in_any_precision():
     assert limits == {"Llama": FLOAT32_LIMIT, "Mixtral": LOW_PRECISION_LIMIT}
     assert rounding_limit(build(MODELS["Llama"][0]), True) == LOW_PRECISION_LIMIT
     assert rounding_limit(build(MODELS["Llama"][0]).half(), False) == LOW_PRECISION_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "held_to", "words"),
+    [
+        ("GPT-2", 65, 64, "65 is above the 64 positions that base_model has: longer rows do not"),
+        ("Llama", 65, 65, "65 is above the 64 positions that base_model was made for"),
+        ("Mamba", 65, 65, ""),
+    ],
+)
+def test_rows_do_not_go_beyond_the_positions_of_a_model(
+    name, length, held_to, words, base_config, load, tmp_path, monkeypatch
+):
+    base = tmp_path / "base"
+    for part in (MODELS[name][0], build_tokenizer()):
+        part.save_pretrained(base)
+    rows = [
+        {"prompt": "a b", "chosen": " ".join("c" * size), "rejected": "d"} for size in (56, 58, 59)
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    base_config["datasets"][0]["path"] = str(tmp_path / "rows.jsonl")
+    base_config |= {"base_model": str(base), "sequence_len": length, "test_datasets": None}
+    base_config |= {"evals_per_epoch": None}
+    said = []
+    monkeypatch.setattr(datasets.LOG, "warning", lambda text, *args: said.append(text % args))
+    cfg = load(base_config)
+    data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+    assert cfg.sequence_len == held_to
+    assert len(said) == bool(words)
+    assert words in "".join(said)
+    # The prompt is five tokens, and the answer has an end token.
+    tokenizer, config = load_tokenizer(cfg), SeraConfig(**cfg.sera)
+    kept = prepare_rows(data.train_dataset, tokenizer, [2], cfg, config, "train")
+    assert sorted(map(len, kept.chosen_ids)) == [57, 59, 60][: held_to - 62]
+    if held_to == 64:
+        assert "dropped 1 row(s): longer than sequence_len: 64 (" in said[-1]
