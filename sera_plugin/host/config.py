@@ -17,6 +17,7 @@ from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.refused import DATASETS, TRAINER, WHOLE, refuse
+from sera_plugin.host.schedules import check_schedule
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -60,6 +61,7 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
         return {}
     _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     refuse(cfg, sera)
+    check_schedule(cfg)
     name_types(cfg)
     entries = {key: copy.deepcopy(cfg.get(key)) for key in DATASETS}
     cfg |= {"rl": "dpo", "trainer_cls": TRAINER, "vllm": vllm}
