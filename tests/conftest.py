@@ -124,6 +124,7 @@ def load_config(config: dict, directory: Path):
 
 def train_config(config: dict, directory: Path) -> SimpleNamespace:
     """`axolotl train` in this process; returns what happened."""
+    import axolotl.loaders.model
     import axolotl.train
     from axolotl.integrations.base import PluginManager
 
@@ -138,8 +139,9 @@ def train_config(config: dict, directory: Path) -> SimpleNamespace:
         return prepared
 
     cfg = load_config(config, directory)
-    # axolotl.train keeps the manager that there was when it was imported.
-    axolotl.train.PLUGIN_MANAGER = PluginManager.get_instance()
+    # Both keep the manager that there was when they were imported.
+    for module in (axolotl.train, axolotl.loaders.model):
+        module.PLUGIN_MANAGER = PluginManager.get_instance()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "begin", spy)
         data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)

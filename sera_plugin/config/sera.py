@@ -295,8 +295,9 @@ HOST_KEYS = {
     "excess_length_strategy": "`drop` (default), `truncate` or `raise` for longer rows; see "
     "data.md.",
     "seed": "Seeds new adapters, held-out pairs, data order and samples. 42 unless set.",
-    "warmup_ratio, warmup_steps": "Warm-up of each iteration with `restart_optimizer: true`, else "
-    "of the run.",
+    "lr_scheduler": "Of each iteration with `restart_optimizer: true`, else of the run; any but "
+    "`reduce_lr_on_plateau` and `greedy`. A schedule of one step is constant.",
+    "warmup_ratio, warmup_steps": "Its warm-up, at most all of its steps but one.",
     "val_set_size, test_datasets": "Held-out pairs, scored and referenced anew each iteration.",
     "vllm": "How vLLM samples: `gpu_memory_utilization` (unset: what is free), "
     "`tensor_parallel_size`, `dtype` (unset: as trained), `max_model_len` (unset: prompts + "

@@ -18,6 +18,7 @@ from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.keys import TRAINER, WHOLE
 from sera_plugin.host.refused import DATASETS, refuse
+from sera_plugin.host.schedules import check_schedule
 from sera_plugin.host.unused import unused
 
 LOG = logging.getLogger("axolotl.sera")
@@ -57,6 +58,7 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
         return {}
     _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     refuse(cfg, sera)
+    check_schedule(cfg)
     name_types(cfg)
     entries = {key: copy.deepcopy(cfg.get(key)) for key in DATASETS}
     cfg |= {"rl": "dpo", "trainer_cls": TRAINER, "vllm": vllm}

@@ -12,6 +12,7 @@ host's own public function. What differs from the host's loading:
 """
 
 import inspect
+import logging
 import math
 import os
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 from axolotl.cli.args import PreprocessCliArgs
 from axolotl.common.datasets import TrainDatasetMeta, sample_dataset
 from axolotl.loaders import load_tokenizer
+from axolotl.loaders.utils import load_model_config
 from axolotl.prompt_strategies.dpo import load as load_strategy
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.lock import FileLockLoader
@@ -42,7 +44,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.utils import handle_legacy_message_fields_logic
 from axolotl.utils.tokenization import check_dataset_labels
 from datasets import Dataset, Features, Value
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PretrainedConfig
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
@@ -61,6 +63,8 @@ from sera_plugin.data.rows import (
 )
 from sera_plugin.data.text import TEXTS
 
+LOG = logging.getLogger("axolotl.sera")
+
 
 def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
     """The pairs to train and to evaluate on, as text, in the order of training.
@@ -69,6 +73,7 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
         DataError: for a file, a strategy or a column that cannot be used, naming it.
         ValueError: for rows none of which can be used, or must not be dropped, naming them.
     """
+    _hold_to_positions(cfg)
     tokenizer = load_tokenizer(cfg)
     train, held_out = _load(cfg, tokenizer)
     for name, rows in (("train", train), ("eval", held_out)):
@@ -81,6 +86,31 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
         check_dataset_labels(few, tokenizer, count, args.debug_text_only, rl_mode=True)
     steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
     return TrainDatasetMeta(train_dataset=train, eval_dataset=held_out, total_num_steps=steps)
+
+
+def _hold_to_positions(cfg: DictDefault) -> None:
+    """`sequence_len` is no more than the positions that a model has a vector for.
+
+    Rotary and other computed positions go on beyond those that a config names; that is only said.
+    """
+    config = load_model_config(cfg)
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    positions, asked = getattr(text, "max_position_embeddings", None), cfg.sequence_len
+    if not isinstance(positions, int) or positions < 1 or (asked and asked <= positions):
+        return
+    above = f"SeRA: sequence_len: {asked} is above the {positions} positions that base_model"
+    if not getattr(text, "rope_parameters", None):
+        cfg.sequence_len = positions
+        LOG.warning(
+            f"{above} has: longer rows do not fit, and samples end there, as if sequence_len were "
+            f"{positions}."
+        )
+    elif asked:
+        LOG.warning(
+            f"{above} was made for (max_position_embeddings in its config.json). Longer rows are "
+            f"trained and sampled where it has seen no text; set sequence_len to {positions}, or "
+            "rope_parameters in overrides_of_model_config."
+        )
 
 
 @retry_on_request_exceptions(max_retries=3, delay=5)  # type: ignore[untyped-decorator]

@@ -15,12 +15,13 @@ from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, get_constant_schedule
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
+from sera_plugin.host.schedules import room_to_warm_up
 from sera_plugin.model.policies import is_finite
 from sera_plugin.rundir.checksums import checkpoint, seal
 from sera_plugin.rundir.store import RunStore, make_table, write_json
@@ -179,7 +180,11 @@ class UnequalEpochs(AxolotlDPOTrainer):
             schedule = self.loop.schedule
             iteration, _ = schedule.locate(self.state.global_step)
             num_training_steps = schedule.steps(min(iteration, len(schedule.pairs)))
-        return super().create_scheduler(num_training_steps, optimizer)
+        if num_training_steps == 1 and self.lr_scheduler is None:
+            # Most schedules begin or end at zero, and would train nothing.
+            self.lr_scheduler: Any = get_constant_schedule(optimizer or self.optimizer)
+        with room_to_warm_up(self.args, num_training_steps):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def _restart_optimizer(self) -> None:
         """Fresh optimizer state and learning-rate schedule for a new arg-min."""

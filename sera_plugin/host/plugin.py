@@ -46,6 +46,15 @@ class SeraPlugin(BasePlugin):
             prepare_host(cfg)
         return load_pairs(cfg)
 
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """Seed what loading draws: rows of new tokens, the same in a continued run and each rank.
+
+        The host seeds later.
+        """
+        from transformers import set_seed
+
+        set_seed(cfg.seed)
+
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Open the run: for training alone, and before the host writes into output_dir."""
         trainer.loop.open(sharded_later=bool(trainer.is_fsdp_enabled))

@@ -31,9 +31,15 @@ from sera_plugin.host.epochs import DIVERGED, ID_COLUMNS, EndOfIteration, Traini
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.host.run import describe_run
-from sera_plugin.model import losses
 from sera_plugin.model.budget import scoring_budget
-from sera_plugin.model.losses import Objective, PreferenceLoss, check_step_zero
+from sera_plugin.model.losses import (
+    Again,
+    Objective,
+    PreferenceLoss,
+    check_step_zero,
+    pass_again,
+    rounding_limit,
+)
 from sera_plugin.model.policies import PolicyHistory, continue_adapter, tidy_adapters
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.progress import told
@@ -41,6 +47,14 @@ from sera_plugin.rundir.ranks import current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
 
 LOG = logging.getLogger("axolotl.sera")
+
+RANDOM_PASSES = (
+    "SeRA: base_model draws at random in training: of the same answer, passes of the same weights "
+    "have log-probabilities that differ by {scatter} nats per square root of its tokens. The "
+    "reference is right without that, and training goes on. For margins without that noise find "
+    "what is above 0 in the model's config.json (router_jitter_noise, attention_dropout, ...), and "
+    "set it to 0 there or in the YAML's overrides_of_model_config."
+)
 
 
 @dataclass
@@ -169,7 +183,6 @@ class SeraTrainer(UnequalEpochs):
             self.store.ranks,
             self._quiet,
         )
-        low = args.bf16 or args.fp16 or losses.low_precision(self.model)
         held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
         loss, ends = ours.name if ours else " + ".join(host_losses), tuple(self._end_ids)
         return Loop(
@@ -186,7 +199,7 @@ class SeraTrainer(UnequalEpochs):
             store=self.store,
             scorer=scorer,
             tokenizer=self.processing_class,
-            nats=losses.LOW_PRECISION_LIMIT if low else losses.FLOAT32_LIMIT,
+            nats=rounding_limit(self.model, args.bf16 or args.fp16),
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
         )
@@ -272,8 +285,18 @@ class SeraTrainer(UnequalEpochs):
 
     def _pass_gate(self, inputs: Any, chosen: Any, rejected: Any, loss: Any = None) -> None:
         self._gate_pending = False
-        figures = check_step_zero(inputs, chosen, rejected, self.loop.nats, loss, self.loss)
+
+        def repeat(over: bool) -> Again | None:
+            # All ranks or none: over sharded weights a pass is a collective call.
+            if not self.store.ranks.sum(np.array([float(over)])).any():
+                return None
+            with self.accelerator.autocast():
+                return pass_again(self.model, inputs)
+
+        figures = check_step_zero(inputs, chosen, rejected, self.loop.nats, loss, self.loss, repeat)
         self.loop.record(step_zero=figures)
+        if "scatter" in figures:
+            LOG.warning(RANDOM_PASSES.format(**figures))
 
     def _require_finite(self, loss: float) -> None:
         """The host would go on, and log the mean of earlier losses instead."""

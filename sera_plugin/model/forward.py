@@ -45,12 +45,23 @@ def innermost(model: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode inside the block, and afterwards in the mode it came in."""
+    """The model is in eval mode inside the block, and afterwards in the mode it came in.
+
+    A mixture of experts leaves out its balancing loss, which only a step reads and a config may
+    ask for in every pass. transformers 5.16 computes it by the mask, and fails where that is longer
+    than the pass (sampling) or one of our own (completions that share a prompt).
+    """
     was_training = model.training
+    text = innermost(model).config.get_text_config()
+    balances = getattr(text, "output_router_logits", None)
     model.eval()
+    if balances:
+        text.output_router_logits = False
     try:
         yield
     finally:
+        if balances:
+            text.output_router_logits = balances
         model.train(was_training)
 
 

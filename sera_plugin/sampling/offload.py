@@ -34,10 +34,14 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
 
 
 def cache_bytes_per_token(model: Any, element_size: int) -> int:
-    """Keys and values of one token in all layers (Kwon et al. 2023, 3)."""
+    """Keys and values of one token in all layers (Kwon et al. 2023, 3).
+
+    Of a model without attention, whose state is as large for any length: as if it had one head.
+    """
     text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries = getattr(text, "num_attention_heads", 1)
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    size = getattr(text, "head_dim", None) or text.hidden_size // queries
     return int(2 * text.num_hidden_layers * heads * size * element_size)
 
 

@@ -13,6 +13,7 @@ import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sera_plugin.algorithm.method import CandidateSampler, SamplingSettings
@@ -143,8 +144,20 @@ def _load(model: Model) -> Any:
         weights = AutoModelForCausalLM.from_pretrained(model.weights, dtype="auto", **safe)
         if model.adapter is not None:
             # `find_models` has seen adapter_model.safetensors, which PEFT takes first.
+            _grow(weights, model.adapter)
             weights = PeftModel.from_pretrained(weights, str(model.adapter))
     return weights.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _grow(base: Any, adapter: Path) -> None:
+    """Give the base the rows of an adapter that was trained with new tokens and saved them."""
+    embeddings = {base.get_input_embeddings(), base.get_output_embeddings()}
+    named = [name for name, module in base.named_modules() if module in embeddings]
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        saved = {f"base_model.model.{name}.weight" for name in named}.intersection(file.keys())
+        rows = {file.get_slice(name).get_shape()[0] for name in saved}
+    if rows:
+        base.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 @contextmanager
