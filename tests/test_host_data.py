@@ -18,6 +18,7 @@ from axolotl.utils.data.shared import (
 from axolotl.utils.dict import DictDefault
 from datasets import load_dataset
 
+from sera_plugin import SeraPlugin
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
 from sera_plugin.host.config import name_types
@@ -243,3 +244,16 @@ def test_what_cannot_be_loaded_is_named(prepare, tmp_path, name, content, kind, 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"datasets\[0\]\.{said}"):
         prepare({"path": str(tmp_path / name), "type": kind})
+
+
+def test_what_would_fail_after_the_model_is_loaded_fails_with_the_data(prepare, file_of, parsed):
+    """In `axolotl preprocess` too, which loads none."""
+    wrong = file_of([{"q": "b a", "good": "a b", "bad": "b b"}] * 3)
+    with pytest.raises(ValueError, match=r"none of the 3 train rows can be used .*'question'"):
+        prepare(wrong)
+    bad = [GOOD, GOOD | {"good": None}]
+    with pytest.raises(ValueError, match=r"sera.bad_rows: raise, and 1 of the 2 train rows"):
+        prepare(file_of(bad), sera={"bad_rows": "raise"})
+    cfg = DictDefault(parsed.to_dict() | {"sera": {**parsed.sera, "sampler": "vllm"}})
+    with pytest.raises(ValueError, match=r"sera.sampler: vllm, but vLLM is not installed in"):
+        SeraPlugin().load_datasets(cfg, preprocess=True)

@@ -67,8 +67,12 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
         if cfg.get(key) is None:
             cfg[key] = value
     if cfg.get("rl_beta") is None and (cfg.get("trl") or {}).get("beta") is None:
-        ipo = cfg.get("dpo_loss_type") == ["ipo"]
-        cfg["rl_beta"] = LOSSES["ipo" if ipo else sera.loss].beta
+        name = "ipo" if cfg.get("dpo_loss_type") == ["ipo"] else sera.loss
+        cfg["rl_beta"] = LOSSES[name].beta
+        LOG.info(
+            f"SeRA: rl_beta is not set; it is {cfg['rl_beta']:g}, the paper's for {name} (the "
+            "host's own default for DPO is 0.1)."
+        )
     if cfg.get("fsdp_config") and "fsdp_state_dict_type" not in cfg["fsdp_config"]:
         cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
     _warn(cfg, sera, entries)

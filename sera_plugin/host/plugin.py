@@ -13,6 +13,7 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 
 from sera_plugin.config.quoting import plain
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.config import resolve, restore_entries
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class SeraPlugin(BasePlugin):
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta:
         """The pairs to train and to evaluate on, instead of the host's own loading."""
         from sera_plugin.host.datasets import load_pairs
+        from sera_plugin.sampling.samplers import require_vllm
+
+        if os.environ.get("RANK", "0") == "0":
+            require_vllm(SeraConfig(**cfg.sera))  # it would be missed after hours of training
 
         restore_entries(cfg, self._entries)
         if not preprocess:

@@ -44,6 +44,7 @@ print('vllm', 'bitsandbytes' in QUANTIZATION_METHODS and current_platform.is_cud
 """
 
 
+@lru_cache
 def find_vllm(python: str) -> str:
     """The version of vLLM that an interpreter imports; a RuntimeError says why it has none."""
     return _answer(python, "import vllm; print(); print('vllm', vllm.__version__)")

@@ -76,6 +76,15 @@ def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
     return Choice("vllm", f"{version}, found in {python}; starts for each sampling phase")
 
 
+def require_vllm(config: SeraConfig) -> None:
+    """ValueError where `sera.sampler: vllm` will be needed and its interpreter does not import it.
+
+    Asks nothing of a model, so it can be called before one is loaded.
+    """
+    if config.sampler == "vllm" and config.bootstrap_ratio > 0:
+        choose_sampler("vllm", config.vllm_python or sys.executable, None)
+
+
 @dataclass
 class Samplers:
     """Chooses a sampler once, and makes one for each iteration.

@@ -183,12 +183,25 @@ def _about(run: Run, dropped: int, choice: Choice) -> dict[str, str]:
     return found
 
 
+def _lengths_note(run: Run) -> str:
+    """How long samples are taken to be, and how many of the answers are longer than one can be."""
+    chosen, most = run.pairs.chosen, run.method.config.max_new_tokens
+    note = "Samples are expected to be as long as chosen answers are "
+    note += f"({chosen.mean():.0f} tokens on average)"
+    longer = int((chosen > most).sum())
+    if longer:
+        note += f", and at most sera.max_new_tokens: {most}, which cuts {longer:,} of them"
+    return note + "."
+
+
 def notes_of(run: Run) -> list[str]:
     """What the figures leave out or take for granted, in sentences."""
     quantised = run.model.quantised_already
+    config, iterations = run.method.config, run.method.iterations
     notes = {
-        "Samples are expected to be as long as chosen answers are "
-        f"({run.expected.mean():.0f} tokens on average).": run.sampled is None and run.sample,
+        f"num_epochs: {iterations} ends before iteration {config.first_iteration}, the first that "
+        "selects or samples pairs: this run does neither.": iterations < config.first_iteration,
+        _lengths_note(run): run.sampled is None and run.sample,
         f"optimizer: {run.optimizer} is counted like AdamW in float32.": run.optimizer
         not in OPTIMIZERS,
         "State of paged optimizers is counted on the device; where that is short it moves to "
