@@ -194,7 +194,8 @@ trl: {bta: 0.3} => trl.bta is not a key | Did you mean `beta`
 peft: {loftq_config: {loftq_bit: 4}} => peft.loftq_config.loftq_bit is | Did you mean `loftq_bits`
 {fsdp_version: 2, fsdp_config: {fsdp_offload_params: true, version: 2, reshard: true}}
     => fsdp_config.reshard is not
-lr_scheduler_kwargs: {anything: 1} =>
+lr_scheduler: cosine_with_restarts
+lr_scheduler_kwargs: {num_cycles: 2} =>
 datasets: [{path: a, roles_to_train: [assistant], train_on_eos: turn}]
     => datasets[0].roles_to_train, datasets[0].train_on_eos have no effect | Remove them.
 {datasets: [{path: a}], test_datasets: [{path: a, type: chatml.intel, mine: 1}]}
