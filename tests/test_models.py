@@ -31,6 +31,7 @@ from sera_plugin.tools.evaluation.answers import Decoding
 from sera_plugin.tools.evaluation.engine import Engine
 from sera_plugin.tools.evaluation.models import Model
 from tests.conftest import ids, write_rows
+from tests.doc_pages import ROOT
 from tests.test_scorer import one_by_one
 from tests.tiny_models import MODELS, build
 
@@ -250,3 +251,17 @@ def test_rows_do_not_go_beyond_the_positions_of_a_model(
     assert sorted(map(len, kept.chosen_ids)) == [57, 59, 60][: held_to - 62]
     if held_to == 64:
         assert "dropped 1 row(s): longer than sequence_len: 64 (" in said[-1]
+
+
+def test_the_page_has_the_models_and_what_they_take():
+    page = (ROOT / "docs/models.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    told = {name: (in_head, shared) for name, _, in_head, shared in rows[1:]}
+    found = {
+        name: (
+            "yes" if takes.in_head else "no: logits are changed after it",
+            "yes" if takes.shared else "no: a state runs along the line",
+        )
+        for name, (_, takes) in MODELS.items()
+    }
+    assert told == found
