@@ -114,6 +114,14 @@ def test_damage_is_found_and_the_run_ends_as_if_there_had_been_none(ends_alike, 
             assert f"{told} is damaged" in log(directory).replace("\n", "")
 
 
+def test_the_policy_of_the_iteration_under_way_is_named_when_it_is_damaged(carry_on):
+    """No phase that is left needs it, and nobody would find out before somebody loads it."""
+    policy = "sera/iteration-03/policy"
+    directory = carry_on(lambda output: flip(output / policy / "adapter_model.safetensors"))
+    said = f"{policy} is damaged (the checksum of adapter_model.safetensors differs)"
+    assert said in log(directory).replace("\n", "")
+
+
 def test_tables_of_iterations_before_are_made_again_while_this_one_samples(bench, ends_alike):
     """Iteration 3 has its own scores already; its summary still compares with iteration 2's."""
     chunks = bench.whole(KIND).counts["sample-chunk"]

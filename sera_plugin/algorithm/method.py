@@ -341,9 +341,8 @@ class Iteration:
         count = candidates_of(candidates)
         if len(candidates) != count * len(self.pairs):
             raise ValueError(
-                f"{self.store.iteration(self.t)} has candidates of {len(candidates) // count:,} "
-                f"prompts, and the run {len(self.pairs):,}. Remove its samples and "
-                "candidates.parquet, and continue the run: they are made again."
+                f"{self.store.table_file(self.t, 'candidates')} has candidates of "
+                f"{len(candidates) // count} prompts, and the run {len(self.pairs)}. Remove it."
             )
         return count
 

@@ -130,7 +130,10 @@ class Loop:
         if self.step is not None:
             sizes = read_json(checksums.checkpoint(directory, self.step) / RECORD, Record)["pairs"]
             self.schedule = replace(planned, pairs=tuple(sizes))
-        sampler = self._choose_sampler(self.schedule.locate(self.step or 0)[0])
+        begins, _ = self.schedule.locate(self.step or 0)
+        if self._earlier:
+            self.store.ranks.on_main(lambda: self._name_damaged_policies(begins))
+        sampler = self._choose_sampler(begins)
         self.store.begin(self.described, self.dataset)
         LOG.info("%s", run.announce(self.described, self.method, planned, self.store.root, sampler))
         last = -1 if self.step is None else self.step
@@ -143,6 +146,17 @@ class Loop:
             self.described = {**self.described, "base_weights": describe_base(*base)}
         elif weights := earlier.get("base_weights"):  # earlier versions have not kept it
             require_same_base(weights, *base, self.store.root)
+
+    def _name_damaged_policies(self, iteration: int) -> None:
+        """Say it now, of policies that later phases score under: they would stop hours from now."""
+        for policy in range(self.method.oldest_policy(iteration), iteration):
+            path = self.store.policy(policy + 1)
+            problem = checksums.damage(path) if path.exists() else None
+            if problem is not None:
+                LOG.warning(
+                    f"SeRA: {path} is damaged ({problem}). The run stops where it is needed, "
+                    "unless it is restored from a copy."
+                )
 
     def _require_empty(self) -> None:
         remains = [*self._output_dir.glob("checkpoint-*"), *self.store.root.glob("iteration-*")]
