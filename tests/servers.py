@@ -121,7 +121,10 @@ def judge_server(counted: str = "*") -> Iterator[JudgeServer]:
 
 
 def choices(request: dict[str, Any]) -> Any:
-    """A token that the seed gives, and the end token 2."""
+    """A token that the seed gives, and the end token 2; -1 nat for each token of a prompt."""
+    if "prompt_logprobs" in request:
+        known = [{str(token): {"logprob": -1.0}} for token in request["prompt"][1:]]
+        return [{"prompt_logprobs": [None, *known]}]
     seeds = range(request["seed"], request["seed"] + request["n"])
     return [
         {"index": index, "token_ids": [5 + seed % 30, 2], "finish_reason": "stop"}

@@ -255,5 +255,6 @@ def test_what_would_fail_after_the_model_is_loaded_fails_with_the_data(prepare, 
     with pytest.raises(ValueError, match=r"sera.bad_rows: raise, and 1 of the 2 train rows"):
         prepare(file_of(bad), sera={"bad_rows": "raise"})
     cfg = DictDefault(parsed.to_dict() | {"sera": {**parsed.sera, "sampler": "vllm"}})
+    cfg.is_preprocess = True
     with pytest.raises(ValueError, match=r"sera.sampler: vllm, but vLLM is not installed in"):
         SeraPlugin().load_datasets(cfg, preprocess=True)

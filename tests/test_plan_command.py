@@ -158,7 +158,7 @@ def test_a_sampler_of_another_machine_is_believed_unless_it_cannot_serve(base_co
     assert found["about"]["sampler"].startswith("vllm (as sera.sampler says")
     assert "engine" in found["memory"]["phases"][1]["bytes"]
     found = planned(named | {"peft_use_dora": True}, "--gpu", "24")
-    assert found["about"]["sampler"].startswith("transformers (in the training process: vLLM does")
+    assert found["about"]["sampler"].startswith("transformers (in the training process: vLLM adds")
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_tables_without_rows_or_columns_and_a_checkpoint_that_is_not_whole(tmp_p
     assert '<section id="training">' in found.html  # of the older one
     store.write(3, "offline", make_table({"row": [0]}))
     found = Page(tmp_path)
-    assert "iteration-03/offline.parquet has no column chosen_length" in found.text
+    assert "iteration-03/offline.parquet is left out: it has no column chosen_length" in found.text
     assert "Iteration 2: offline pairs above" in found.text
 
 

@@ -1,6 +1,7 @@
 """What docs/security.md promises."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -20,7 +21,7 @@ from sera_plugin.data.files import load_failure, source_name
 from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
-from sera_plugin.sampling import child, vllm
+from sera_plugin.sampling import child, samplers, vllm
 from sera_plugin.sampling.child import SamplingFailed
 from sera_plugin.sampling.vllm import VllmServerSampler
 from tests.conftest import adapter
@@ -256,11 +257,13 @@ def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
     base_config, train, world, monkeypatch, capfd, caplog
 ):
     monkeypatch.setenv(vllm.API_KEY, KEY)
+    monkeypatch.setattr(samplers, "LOW_PRECISION_LIMIT", math.inf)  # it serves no policy at all
     base_config["sera"] |= {"sampler": "vllm-server"}
     base_config |= {"num_epochs": 2, **adapter()}
     with vllm_server(world.base) as server:
         result = train(base_config | {"vllm": {"port": server.port}})
     summary = json.loads((result.run / "iteration-02/summary.json").read_text())
+    assert summary["sampler"].pop("nats_per_root_token") > 0
     assert summary["sampler"] == {"name": "vllm-server", "version": "1 Bearer ***"}
     assert summary["pairs"]["bootstrapped_kept"] > 0
     said = "".join([*capfd.readouterr(), caplog.text])

@@ -337,13 +337,12 @@ class Iteration:
         return self.keep(name, make()) if table is None else table
 
     def per_prompt(self, candidates: pa.Table) -> int:
-        """How many candidates each prompt has; ValueError unless each has the same number."""
+        """How many candidates each prompt has; ValueError unless all have as many."""
         count = candidates_of(candidates)
         if len(candidates) != count * len(self.pairs):
-            raise ValueError(
-                f"{self.store.table_file(self.t, 'candidates')} has candidates of "
-                f"{len(candidates) // count} prompts, and the run {len(self.pairs)}. Remove it."
-            )
+            file = self.store.table_file(self.t, "candidates")
+            found = f"candidates of {len(candidates) // count} prompts, and the run"
+            raise ValueError(f"{file} has {found} {len(self.pairs)}. Remove it.")
         return count
 
     def scores(self, policy: int) -> pa.Table:

@@ -41,7 +41,9 @@ class SeraPlugin(BasePlugin):
         from sera_plugin.host.datasets import load_pairs
         from sera_plugin.sampling.samplers import require_vllm
 
-        if os.environ.get("RANK", "0") == "0":
+        # `axolotl sera plan` may be of another machine.
+        here = not preprocess or cfg.is_preprocess
+        if here and os.environ.get("RANK", "0") == "0":
             require_vllm(SeraConfig(**cfg.sera))  # it would be missed after hours of training
 
         restore_entries(cfg, self._entries)
