@@ -195,8 +195,11 @@ def test_of_a_model_of_the_hub_the_commit_counts(tmp_path: Path, monkeypatch) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "noise"),
-    [({}, 1e-3), (adapter(), 1e-3), (adapter() | {"adapter": "qlora", "load_in_4bit": True}, 0.05)],
-    ids=["full", "lora", "qlora"],
+    [
+        pytest.param({}, 1e-3, id="full", marks=pytest.mark.nightly),
+        pytest.param(adapter(), 1e-3, id="lora", marks=pytest.mark.nightly),
+        pytest.param(adapter() | {"adapter": "qlora", "load_in_4bit": True}, 0.05, id="qlora"),
+    ],
 )
 def test_noise_on_the_base_stops_a_run_that_is_continued(world, tmp_path, kind, noise) -> None:
     """Of log-probabilities it moves those of a 4-bit model by less than its kernels may."""

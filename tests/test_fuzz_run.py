@@ -239,8 +239,8 @@ def check(good: Path, number: int, place: Path, page: bool = False) -> None:
 
 
 def test_malformed_runs_are_named_and_read_as_far_as_they_go(good, tmp_path):
-    for number in range(0, CASES, 5):
-        check(good, number, tmp_path / "case", page=number % 125 == 0)
+    for number in range(0, CASES, 25):
+        check(good, number, tmp_path / "case", page=number % 250 == 0)
 
 
 @pytest.mark.nightly

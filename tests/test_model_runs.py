@@ -43,7 +43,8 @@ def prompts(world, tmp_path) -> Path:
     return tmp_path / "prompts.jsonl"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.nightly), "full"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_new_tokens_are_trained_continued_and_evaluated(kind, world, tmp_path, prompts):
     """The rows of new tokens are drawn where the model is loaded."""
     rows = [row | {"chosen": "<think> a b </think> " + row["chosen"]} for row in world.rows[:24]]
