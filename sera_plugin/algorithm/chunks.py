@@ -8,11 +8,10 @@ import pyarrow as pa
 
 from sera_plugin.algorithm.method import Chunk, SamplingSettings
 from sera_plugin.rundir.store import make_table
-from sera_plugin.rundir.tokens import TOKENS, TokenColumn
+from sera_plugin.rundir.tables import TYPES
+from sera_plugin.rundir.tokens import TokenColumn
 
-_SCHEMA = {
-    "row": pa.int64(), "candidate": pa.int32(), "token_ids": TOKENS, "finish_reason": pa.string(),
-}  # fmt: skip
+_SCHEMA = {name: TYPES[name] for name in ("row", "candidate", "token_ids", "finish_reason")}
 
 
 def chunk_table(chunk: Chunk) -> pa.Table:

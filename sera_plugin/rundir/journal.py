@@ -84,9 +84,6 @@ class Journal:
                 "again", self.path, len(damaged), places,
             )  # fmt: skip
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._records
-
     def get(self, key: str, **kinds: type) -> dict[str, Any] | None:
         """A record, if each field that is named has a value of that kind."""
         found = self._records.get(key)

@@ -193,8 +193,8 @@ class Run:
         missing = [one for one in needed if one not in columns]
         if columns and missing:
             self.leave_out(path, f"it has no column {', '.join(missing)}")
-        if columns and not missing and self.total is None:
-            self.total = len(columns["row"]) if name == "offline" else None
+        if name == "offline" and columns and self.total is None:
+            self.total = len(columns["row"])
         return {} if missing else columns
 
     def _columns(self, path: Path, name: str, **how: Any) -> dict[str, pa.ChunkedArray]:
