@@ -198,7 +198,7 @@ def run_all(
 
     `model` is the base model of a world that does not make one, `keep` gets the runs' output.
     """
-    left = [run for run in runs if run.key not in journal]
+    left = [run for run in runs if journal.get(run.key) is None]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them done before", flush=True)
     if not left:
         return
@@ -215,7 +215,7 @@ def run_all(
     for job, figures in perform_all(worlds, cores, device):
         for (world, seed), at in places.items():
             key = base_key(world, seed)
-            if at == job.arguments[2] and key not in journal:
+            if at == job.arguments[2] and journal.get(key) is None:
                 base = {"system": "base model", "seed": seed, **figures, **origin(world)}
                 journal.add(key, base)
     jobs = {
@@ -244,7 +244,7 @@ def run_real(options: argparse.Namespace, directory: Path, journal: Journal) -> 
             settings = real.Settings()
             name = held_out and held_out.name
             key = real.key(system, settings, seed, data.name, model.name, name)
-            if key not in journal:
+            if journal.get(key) is None:
                 arguments = (system, settings, seed, data, model, held_out)
                 scratch = directory / "scratch" / key
                 jobs.append(Job(f"{system.name}, seed {seed}", real.perform, arguments, scratch))
