@@ -101,8 +101,8 @@ def in_fresh_process(setup: Setup, function: Callable[..., T], *arguments: Any) 
     if setup.device == "cpu":
         context.set_forkserver_preload(["benchmarks.preload"])
     # Whatever the call starts in turn (data loaders' workers) it starts as in any other process.
-    reset = {"initializer": multiprocessing.set_start_method, "initargs": (None, True)}
-    with ProcessPoolExecutor(1, mp_context=context, **reset) as pool:
+    reset = multiprocessing.set_start_method
+    with ProcessPoolExecutor(1, context, initializer=reset, initargs=(None, True)) as pool:
         return pool.submit(function, *arguments).result()
 
 

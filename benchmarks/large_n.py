@@ -10,7 +10,7 @@ import resource
 import shutil
 import statistics
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -41,7 +41,9 @@ from sera_plugin.rundir.tokens import fingerprint
 TITLE = "Many pairs"
 #: A million pairs are run once only.
 SIZES, ONCE = (10_000, 100_000, 1_000_000), 1_000_000
-CONFIG = SeraConfig(selection_ratio=0.7, bootstrap_ratio=0.3, candidates=4)
+CONFIG = SeraConfig.model_validate(
+    {"selection_ratio": 0.7, "bootstrap_ratio": 0.3, "candidates": 4}
+)
 #: Mean tokens; lengths are log-normal, which has the long tail of real answers.
 PROMPT, COMPLETION, TAIL = 40, 80, 0.7
 LONGEST, VOCABULARY, END = 1024, 32_000, 2
@@ -71,8 +73,8 @@ class Clock:
     """Seconds and processor seconds by name; time is that of the innermost name only."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.processor: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.processor: defaultdict[str, float] = defaultdict(float)
         self._names: list[str] = []
         self._since = 0.0, 0.0
 
@@ -127,6 +129,7 @@ class SimulatedSampler:
         self.clock = clock
         self.report: dict[str, Any] = {"name": "simulated"}
         self.seconds: dict[str, float] = {}
+        self.longest: int | None = None
 
     def sample(
         self, prompts: Any, settings: SamplingSettings, skip: Collection[int] = ()

@@ -74,7 +74,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         base, result = str(model), {"seconds": 0.0, "inside": 0.0, "merging": 0.0, "probed": 0}
         for iteration in range(1, ITERATIONS + 1):
             output = fresh(setup.directory / f"iterative-{iteration}")
-            changes = {"base_model": base, "output_dir": str(output)}
+            changes: dict[str, Any] = {"base_model": base, "output_dir": str(output)}
             changes |= {"plugins": [PROBE]} if probe else {}
             path = write_config(output.with_suffix(".yaml"), config | changes)
             seconds, printed = timed("train", path)

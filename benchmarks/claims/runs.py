@@ -184,7 +184,7 @@ def perform_all(jobs: Sequence[Job], cores: int, device: str = "cpu") -> Iterato
                     theirs.close()
                     running[ours] = job, process
                 for ready in wait(list(running)):
-                    job, process = running.pop(ready)
+                    job, process = running.pop(ready)  # type: ignore[call-overload]
                     yield job, _received(ready, job)
                     process.join()
         finally:
@@ -211,7 +211,7 @@ def _inside(job: Job, connection: Connection, visible: str | None) -> None:
     if visible is not None:
         os.environ.update(DETERMINISTIC, CUDA_VISIBLE_DEVICES=visible)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Whatever the host starts in turn it starts as in any other process.
     multiprocessing.set_start_method(None, force=True)
     shutil.rmtree(job.scratch, ignore_errors=True)

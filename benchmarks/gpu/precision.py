@@ -39,8 +39,8 @@ def quantised(setup: Setup) -> dict[str, Any]:
     dense = torch.nn.Linear(size, size, bias=False, dtype=torch.bfloat16, device=setup.device)
     four_bit = {"compute_dtype": torch.bfloat16, "quant_type": "nf4"}
     layers = {
-        "nf4": bnb.nn.Linear4bit(size, size, bias=False, **four_bit),
-        "int8": bnb.nn.Linear8bitLt(size, size, bias=False, has_fp16_weights=False),
+        "nf4": bnb.nn.Linear4bit(size, size, bias=False, **four_bit),  # type: ignore[attr-defined]
+        "int8": bnb.nn.Linear8bitLt(size, size, bias=False, has_fp16_weights=False),  # type: ignore[attr-defined]
     }
     inputs = torch.randn(64, size, dtype=torch.bfloat16, device=setup.device)
     expected = dense(inputs).float()

@@ -144,8 +144,8 @@ def killed(setup: Setup) -> dict[str, Any]:
         if (waited := waited + 1) > 60:
             return found | {"against_full": "not ended"}
         time.sleep(1.0)
-    runs = [setup.directory / name / "out" / "sera" for name in ("full", "killed")]
-    return found | {"against_full": [compared(*runs, number) for number in (1, 2, 3)]}
+    full, again = (setup.directory / name / "out" / "sera" for name in ("full", "killed"))
+    return found | {"against_full": [compared(full, again, number) for number in (1, 2, 3)]}
 
 
 def evaluate(setup: Setup) -> dict[str, Any]:
@@ -165,8 +165,9 @@ def killed_once(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
         time.sleep(0.002)
     if child.poll() is not None:
         raise RuntimeError(f"the run ended with {child.returncode} before it could be killed")
-    for process in (*psutil.Process(child.pid).children(recursive=True), child):
+    for process in psutil.Process(child.pid).children(recursive=True):
         process.kill()
+    child.kill()
     child.wait()
     there = sorted(path.name for path in run.iterdir())
     again = trained(setup, config | {"auto_resume_from_checkpoints": True})
