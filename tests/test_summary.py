@@ -1,6 +1,7 @@
 """An iteration in figures, on three pairs, and its alarms: both sides of every threshold."""
 
 import re
+from itertools import combinations
 from math import sqrt
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_a_small_held_out_set_is_never_without_error(tmp_path):
 ROOT = Path(__file__).parents[1]
 NAMES = [
     "sampled_length", "length_growth", "chosen_length", "drift", "held_out_accuracy",
-    "offline_accuracy", "coin", "outranking", "duplicates", "without_pair", "unfinished",
+    "offline_accuracy", "outranking", "coin", "duplicates", "without_pair", "unfinished",
     "constant_rewards", "constant_margins",
 ]  # fmt: skip
 
@@ -191,8 +192,8 @@ def test_drift_counts_only_for_chosen():
         ([(0.8, 0.0), (0.78, 0.0)], (0.7701, 0.0), (0.76, 0.0), 0.03, "iteration 2 80.0%"),
         # Errors of 0.03 and 0.04 add up to 0.05, and two of these are 0.1.
         ([(0.8, 0.03)], (0.7001, 0.04), (0.6999, 0.04), 0.1, "a fall of 10.0%"),
-        # Worse than a coin needs no earlier iteration.
-        ([], (0.4701, 0.0), (0.4699, 0.0), 0.03, "a coin 50.0%"),
+        # Worse than a coin, whose error on 100 pairs is 0.05, needs no earlier iteration.
+        ([], (0.4001, 0.0), (0.3999, 0.0), 0.1, "a coin 50.0%"),
     ],
 )
 @pytest.mark.parametrize("held_out", [True, False])
@@ -288,6 +289,19 @@ def test_a_judge_that_says_nothing_is_not_taken_for_samples_that_are_alike():
     assert "200 candidates have none" in silent.text
 
 
+def advice(text: str) -> list[tuple[str, str]]:
+    """Which keys of the YAML a text would turn, and which way."""
+    found, way = [], None
+    for word in re.findall(r"sera\.\w+|\w+|[:;.]", text.lower()):
+        if word in ("raise", "lower"):
+            way = word
+        elif word in (".", ":", ";", "set"):
+            way = None
+        elif way and word.startswith(("sera.", "learning_rate", "rl_beta", "sequence_len")):
+            found.append((way, word))
+    return found
+
+
 def test_no_alarm_advises_the_opposite_of_another():
     still = {"spread": {"offline": 0.0005, "sampled": 0.1}}
     assert "Raise learning_rate" in only("constant_margins", first(), later(**still)).text
@@ -296,6 +310,22 @@ def test_no_alarm_advises_the_opposite_of_another():
     text = only("constant_margins", first(), moved).text
     assert "moved far before: stop at an earlier iteration" in text
     assert "learning_rate" not in text
+    # Every two of them at once, and which way their texts would turn each key.
+    bad = {"lengths__sampled": 200.0, "lengths__trained_chosen": 200.0, "drift__chosen": -60.0}
+    bad |= {"evaluation__accuracy": 0.2, "offline_accuracy": 0.2, "reward__by_chance": 0.5}
+    bad |= {"outranking": 2.0, "samples__duplicates": 300, "samples__too_few": 50}
+    bad |= {"samples__unfinished": 300, "spread": {"offline": 0.1, "sampled": 0.0}}
+    bad |= {"spread__offline": 0.0}
+    seen = set()
+    for one, other in combinations(bad, 2):
+        changes = {one: bad[one], other: bad[other]}
+        summaries = first(), later(2, lengths__sampled=50.0), later(3, **changes)
+        found = [alarm for alarm in judge(summaries) if alarm.raised]
+        seen |= {alarm.name for alarm in found}
+        turned = [turn for alarm in found for turn in advice(alarm.text)]
+        ways = {key: {way for way, name in turned if name == key} for _, key in turned}
+        assert all(len(way) == 1 for way in ways.values()), (one, other, ways)
+    assert seen == set(NAMES)
 
 
 def test_rounding_is_that_of_the_precision():

@@ -53,6 +53,11 @@ _TOO_FAR = {"sampled_length", "length_growth", "drift", "outranking"}
 _TOO_FAR |= {"held_out_accuracy", "offline_accuracy"}
 _NOT_TRUSTED = "this iteration does not follow it (sera.trust: act)."
 _TRUSTED = "set sera.trust: act, and such an iteration does not follow it."
+_HARDLY_MOVED = (
+    "If the policy has hardly moved, raise learning_rate or lower rl_beta; else hold out more "
+    "pairs (sera.held_out)."
+)
+_HOLD_OUT = "Hold out more pairs (sera.held_out) to tell it better."
 _MOVED_BEFORE = (
     "Another alarm says that it has moved far before: stop at an earlier iteration with num_epochs."
 )
@@ -75,13 +80,12 @@ _TEXTS = {
     "{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier iteration "
     "with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise rl_beta.",
     "coin": "the reward ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin's "
-    "margins would be as good {figure:.0%} of the time: {done} If the policy has hardly moved, "
-    "raise learning_rate or lower rl_beta; else hold out more pairs (sera.held_out).",
+    "margins would be as good {figure:.0%} of the time: {done} {remedy}",
     "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} "
     "standard deviations, so its reward does not rank them any more: {done} Lower learning_rate or "
     "raise rl_beta for samples that can be used.",
     "duplicates": "{figure:.0%} of {sampled} candidates repeat another one of their prompt: raise "
-    "sera.temperature or sera.top_p, or lower sera.candidates.",
+    "sera.temperature or sera.top_p.",
     "without_pair": "{figure:.0%} of {prompts} prompts have fewer than two distinct candidates "
     "and give no pair: raise sera.temperature, sera.top_p or sera.candidates.",
     "unfinished": "{figure:.0%} of {sampled} candidates were cut before their end: raise "
@@ -144,15 +148,18 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
         known = [{**one, **one.get("evaluation", {})} for one in summaries]
         if f"{key}_error" in known[-1]:
             pairs = now["evaluation" if key == "accuracy" else "pairs"]
-            fall, chance, values = _fall(known, key)
-            values |= {"kind": kind, "pairs": pairs["pairs" if key == "accuracy" else "offline"]}
+            count = pairs["pairs" if key == "accuracy" else "offline"]
+            fall, chance, values = _fall(known, key, count)
+            values |= {"kind": kind, "pairs": count}
             add(kind.replace("-", "_") + "_accuracy", fall, chance, "accuracy", **values)
     reward = now.get("reward", {})
     done = _TRUSTED if reward.get("followed") else _NOT_TRUSTED
-    if {"by_chance", "followed"} <= reward.keys():  # else nothing is ranked by it
-        add("coin", reward["by_chance"], done=done, **reward)
     if now.get("outranking") is not None:
         add("outranking", now["outranking"], done=done)
+    far = any(one.raised and one.name in _TOO_FAR for one in found)
+    if {"by_chance", "followed"} <= reward.keys():  # else nothing is ranked by it
+        remedy = _HOLD_OUT if far else _HARDLY_MOVED
+        add("coin", reward["by_chance"], done=done, remedy=remedy, **reward)
     if samples := now.get("samples"):
         unranked = "unranked" if samples.get("unranked") else ""
         add("duplicates", samples["duplicates"] / samples["sampled"], **samples)
@@ -163,26 +170,29 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
         ("margins", "offline", "the middle half of the offline margins lies within"),
     ):
         if now.get("spread", {}).get(of) is not None:
-            far = any(one.raised and one.name in _TOO_FAR for one in found)
             remedy = _MOVED_BEFORE if far else "Raise learning_rate, or lower rl_beta."
             value = now["spread"][of]
             add(f"constant_{name}", value, text="constant", what=what, remedy=remedy)
     return found
 
 
-def _fall(summaries: Sequence[Summary], key: str) -> tuple[float, float, dict[str, Any]]:
+def _fall(
+    summaries: Sequence[Summary], key: str, pairs: int
+) -> tuple[float, float, dict[str, Any]]:
     """The fall of accuracy below the best earlier iteration or a coin, and what chance explains.
 
     The errors are added as if two iterations were judged on different pairs. They are the same
-    pairs, so the true error is smaller: the alarm is slow rather than nervous.
+    pairs, so the true error is smaller: the alarm is slow rather than nervous. A coin's own error
+    on this many pairs is known.
     """
     *earlier, (_, now, error) = (
         (f"iteration {one['iteration']}", one[key], one[f"{key}_error"])
         for one in summaries
         if f"{key}_error" in one
     )
-    by, best, other = max([("a coin", 0.5, 0.0), *earlier], key=lambda one: one[1])
-    chance = STANDARD_ERRORS * math.hypot(error, other)
+    errors = [(by, share, math.hypot(error, other)) for by, share, other in earlier]
+    by, best, scatter = max([("a coin", 0.5, 0.5 / math.sqrt(pairs)), *errors], key=lambda e: e[1])
+    chance = STANDARD_ERRORS * scatter
     return best - now, chance, {"now": now, "by": by, "best": best}
 
 
