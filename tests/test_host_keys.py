@@ -19,7 +19,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.trl import TRLConfig
 from axolotl.utils.schemas.vllm import VllmConfig
 
-from sera_plugin.host.keys import ENTRY_UNUSED, REFUSALS, UNUSED
+from sera_plugin.host.keys import ENTRY_OF_MESSAGES, ENTRY_UNUSED, REFUSALS, UNUSED
 from sera_plugin.host.refused import ENTRY_MISTAKES, entry_keys
 from sera_plugin.host.unused import NEVER
 from sera_plugin.tools import paper
@@ -111,6 +111,7 @@ def test_what_is_honoured_is_read_where_a_run_passes():
 def test_each_key_of_a_dataset_has_one_state():
     never = [one.keys for one in ENTRY_MISTAKES if one.when is None]
     dead = names_in([*ENTRY_UNUSED, *never])
+    assert set(names_in([ENTRY_OF_MESSAGES])) <= set(entry_keys()) - set(dead)
     assert len(dead) == len(set(dead))
     assert set(dead) <= set(entry_keys())
     strategies = HOST / "prompt_strategies/dpo"
@@ -202,6 +203,12 @@ datasets: [{path: a, roles_to_train: [assistant], train_on_eos: turn}]
     => test_datasets[0].mine is not a key
 datasets: [{path: a, type: my_strategy.load, roles_to_train: [x], mine: 1}] =>
 datasets: [{path: a, roles_to_train: null, train_on_eos: null}] =>
+datasets: [{path: a, field_tools: x}]
+    => datasets[0].field_tools has no effect: only `type: chat_template.default`
+datasets: [{path: a, type: {field_chosen: good}, field_chosen: good}] => field_chosen has
+datasets: [{path: a, type: chat_template.default, field_tools: x, field_messages: y}] =>
+datasets: [{path: a, type: chat_template.argilla_chat, field_chosen: x, field_messages: y}]
+    => datasets[0].field_messages has no effect: with `type: chat_template.argilla_chat`
 """
 
 

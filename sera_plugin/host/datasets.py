@@ -62,6 +62,7 @@ from sera_plugin.data.rows import (
     as_it_is,
 )
 from sera_plugin.data.text import TEXTS
+from sera_plugin.host.keys import MESSAGE_TYPES
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -210,11 +211,11 @@ def strategy(cfg: DictDefault, key: str, index: int) -> tuple[Any, dict[str, Any
     """What makes preference rows of a dataset's rows, and the options to map it with."""
     entry = cfg[key][index]
     kind = "user_defined.default" if isinstance(entry.type, dict) else entry.type
-    if kind in _TEMPLATED:
+    if kind in MESSAGE_TYPES:
         names = handle_legacy_message_fields_logic(entry)["message_property_mappings"]
         known = entry.roles or {role: [role] for role in ("user", "assistant", "system", "tool")}
         reader = MessageReader(
-            messages=_TEMPLATED[kind] and (entry.field_messages or _TEMPLATED[kind]),
+            messages=MESSAGE_TYPES[kind] and (entry.field_messages or MESSAGE_TYPES[kind]),
             chosen=entry.field_chosen or "chosen",
             rejected=entry.field_rejected or "rejected",
             tools=entry.field_tools or "tools",
@@ -269,10 +270,6 @@ def without_repeats(
         return dataset, held_out
     other = None if held_out is None else _Pairs(held_out)
     return deduplicate_and_log_datasets(dataset=_Pairs(dataset), other_dataset=other)
-
-
-#: The host's types that render messages, and the column of the prompt.
-_TEMPLATED = {"chat_template.default": "messages", "chat_template.argilla_chat": None}
 
 
 class _Pairs:

@@ -169,7 +169,14 @@ UNUSED = {
     "loss_watchdog_patience, heads_k_stride, ring_attn_func, ray_run_name, ray_num_workers, "
     "resources_per_worker": "it belongs to a key that does not work with rl: sera",
 }
-#: The same of an entry of `datasets`, where its `type` is one of the host's.
+#: The host's types that read messages, and where they find them; None where in the answers.
+MESSAGE_TYPES = {"chat_template.default": "messages", "chat_template.argilla_chat": None}
+#: Keys of an entry of `datasets` that these types alone read.
+ENTRY_OF_MESSAGES = (
+    "field_messages, field_chosen, field_rejected, field_tools, roles, message_property_mappings, "
+    "message_field_role, message_field_content"
+)
+#: Keys without effect in an entry of `datasets`, where its `type` is one of the host's.
 ENTRY_UNUSED = {
     "roles_to_train, train_on_eos, train_on_eot, message_field_training, "
     "message_field_training_detail": "they say which tokens are labels; of a pair the whole of "

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from sera_plugin.config.block import closest
 from sera_plugin.config.quoting import as_written
 from sera_plugin.config.sera import HOST_KEYS
-from sera_plugin.host.keys import ENTRY_UNUSED, REFUSALS, UNUSED
+from sera_plugin.host.keys import ENTRY_OF_MESSAGES, ENTRY_UNUSED, MESSAGE_TYPES, REFUSALS, UNUSED
 from sera_plugin.host.refused import entry_keys
 
 #: How alike a key must be to be meant: `beta` is `rl_beta`, `eta_min` is nothing.
@@ -62,10 +62,19 @@ def _unused_of_entry(where: str, entry: Mapping[str, Any]) -> Iterator[str]:
 
     kind = entry.get("type")
     names = [module.name for module in pkgutil.iter_modules(dpo.__path__)]
-    if isinstance(kind, str) and kind.split(".")[0] not in names:
+    kind = kind if isinstance(kind, str) else None
+    if kind is not None and kind.split(".")[0] not in names:
         return
     known = entry_keys()
-    for keys, why in ENTRY_UNUSED.items():
+    idle = dict(ENTRY_UNUSED)
+    if kind not in MESSAGE_TYPES:
+        idle[ENTRY_OF_MESSAGES] = (
+            "only `type: chat_template.default` and `chat_template.argilla_chat` read it; to name "
+            "columns of text, write a block of field names under `type:`"
+        )
+    elif MESSAGE_TYPES[kind] is None:
+        idle["field_messages"] = f"with `type: {kind}` the answers hold the messages"
+    for keys, why in idle.items():
         yield from _no_effect([f"{where}{key}" for key in keys.split(", ") if entry.get(key)], why)
     for key in entry:
         if key not in known:
