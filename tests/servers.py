@@ -68,10 +68,12 @@ class JudgeHandler(Handler):
         elif name == "drip":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
-            self.end_headers()
+            if not details[2:]:
+                self.end_headers()
             with suppress(OSError):
+                self.flush_headers()
                 for _ in range(details[1]):
-                    self.wfile.write(b" ")
+                    self.wfile.write(b"X-More: 1\r\n" if details[2:] else b" ")
                     time.sleep(details[0])
         elif name == "drop":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n{")

@@ -1,10 +1,12 @@
 """One HTTP exchange with bounds: of bytes, of seconds, of nesting."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import requests
 from urllib3.exceptions import HTTPError
@@ -14,6 +16,7 @@ from sera_plugin.config.quoting import printable, without_secret
 
 #: Bytes of a reply, decompressed. 128 answers of 8,192 tokens have a tenth of it.
 LARGEST = 64 * 2**20
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,27 @@ def exchange(
         except HTTPError as error:  # of urllib3
             raise requests.ConnectionError(str(error)) from error
         return Reply(answer.status_code, answer.headers, bytes(body))
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """What a call returns; requests.Timeout where that takes longer.
+
+    A name's address may take minutes to find, and headers may come one by one, each within
+    requests' limit. The thread that waits for them is left behind.
+    """
+    made: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(call())
+        except Exception as error:
+            made.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        return made.result(seconds)
+    except TimeoutError:
+        raise requests.Timeout(f"there is no reply after {seconds:g} seconds") from None
 
 
 def one_line(text: object, key: str) -> str:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from threading import Event, Lock
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ from sera_plugin.labeling.judging import (
 )
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.sampling.client import in_threads
-from sera_plugin.sampling.http import Reply, exchange, one_line
+from sera_plugin.sampling.http import Reply, exchange, one_line, within
 
 #: Tries after the first, and seconds before the second of them; doubled each time, so about a
 #: minute in all where the endpoint does not say how long to wait.
@@ -193,15 +194,20 @@ class _ApiJudge(Judge):
 
     def _ask_once(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         body = {**self.config.request, "model": self.config.model, "messages": messages}
+        limits = min(10.0, self.config.timeout), self.config.timeout
         try:
-            answer = exchange(
-                self._session,
-                "POST",
-                f"{self.config.base_url}/chat/completions",
-                (min(10.0, self.config.timeout), self.config.timeout),
-                json={key: value for key, value in body.items() if value is not None},
-                allow_redirects=False,
-                auth=self._authorize,
+            answer = within(
+                sum(limits),
+                partial(
+                    exchange,
+                    self._session,
+                    "POST",
+                    f"{self.config.base_url}/chat/completions",
+                    limits,
+                    json={key: value for key, value in body.items() if value is not None},
+                    allow_redirects=False,
+                    auth=self._authorize,
+                ),
             )
         except requests.exceptions.SSLError as error:
             raise self._failed(f"has no certificate that is trusted here: {error}") from None
