@@ -145,6 +145,28 @@ LOST: dict[str, tuple[Any, dict[str, Any], str, str]] = {
         SHAPES["passthrough.default"](ASKED, GOOD | {"reasoning_content": "9:40?"}, BAD),
         "chatml", "'reasoning_content' in column 'chosen' reaches no text",
     ),
+    "words before a thought of an earlier turn": (
+        "passthrough.default",
+        SHAPES["passthrough.default"](
+            [ASKED[0], says("assistant", "Well: <think>9:40?</think>Soon."), *TALK[2:]], GOOD, BAD
+        ),
+        "qwen3", "changes or leaves out a message of 'assistant'",
+    ),
+    "an answer in the prompt": (
+        "chat_template.default",
+        SHAPES["chat_template.default"]([*ASKED, GOOD], [*ASKED, GOOD], [*ASKED, BAD]),
+        "chatml", "the prompt holds the answer already",
+    ),
+    "two questions": (
+        "passthrough.default",
+        SHAPES["chat_template.argilla_chat"](TALK[2:], GOOD, BAD) | {"prompt": ASKED},
+        "chatml", "the prompt ends with one question, and the answers begin with another",
+    ),
+    "a history that no text has": (
+        "chat_template.default",
+        SHAPES["chat_template.default"](ASKED, GOOD, BAD) | {"earlier": TALK[:2]},
+        "chatml", "'content' in column 'earlier' reaches no text",
+    ),
 }  # fmt: skip
 
 
@@ -162,6 +184,159 @@ def test_an_argument_that_is_said_elsewhere_too_is_missed_all_the_same():
     transform = guarded(strategy("passthrough.default", "jinja", chat_template_jinja=template))
     problem = transform(row, 0, tokenizer=build())["sera_problem"]
     assert problem.startswith("'tool_calls' in column 'prompt' reaches no text")
+
+
+#: What a template does to the content of a message, or to calls.
+CHANGES = """
+m.content[4:]
+m.content[:-4]
+m.content | upper
+m.content.split() | join(' ')
+m.content.replace('<', '')
+"""
+
+
+@pytest.mark.parametrize("change", CHANGES.split("\n")[1:-1])
+@pytest.mark.parametrize("place", ["user", "assistant", "answer"])
+def test_a_message_that_a_template_changes_is_named(change, place):
+    text = "  def f(x):\n    return x < 1  "
+    asked, good = [dict(one) for one in TALK], dict(GOOD)
+    where = {"user": asked[0], "assistant": asked[1], "answer": good}[place]
+    where["content"] = text
+    here = "loop.index0 == " + str({"user": 0, "assistant": 1, "answer": 3}[place])
+    template = "{% for m in messages %}<{{ m.role }}>{% if " + here + " %}{{ " + change
+    template += " }}{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    row = SHAPES["passthrough.default"](asked, good, BAD)
+
+    def problem(template: str) -> Any:
+        loaded = guarded(strategy("passthrough.default"), template=ChatTemplate(template))
+        return loaded(row, 0, tokenizer=build())["sera_problem"]
+
+    said = "does not render the answer as it is"
+    if place != "answer":
+        said = f"the chat template changes or leaves out a message of '{place}'"
+    assert said in problem(template)
+    assert problem(template.replace(change, "m.content")) == ""
+    assert problem(template.replace(change, "m.content | trim")) == ""
+
+
+def test_a_second_call_like_the_first_is_missed():
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    template += "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}</s>"
+    template += "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    roll = {"type": "function", "function": {"name": "roll", "arguments": {}}}
+    loaded = guarded(strategy("passthrough.default"), template=ChatTemplate(template))
+    row = SHAPES["passthrough.default"](ASKED, GOOD | {"tool_calls": [roll, roll]}, BAD)
+    assert "does not render the answer" in loaded(row, 0, tokenizer=build())["sera_problem"]
+    row["chosen"][0]["tool_calls"].pop()
+    assert loaded(row, 0, tokenizer=build())["sera_problem"] == ""
+
+
+SIGNATURES = """{% if tools %}{% for t in tools %}{{ t.function.name }}({% for name, about in
+t.function.parameters.properties.items() %}{{ name }}: {{ about.type }} # {{ about.description }}{%
+endfor %}) {{ t.function.description }}{% endfor %}{% endif %}{% for m in messages %}<{{ m.role
+}}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments }}{%
+endfor %}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_tools_may_be_written_as_signatures_without_what_is_looked_at():
+    loaded = guarded(strategy("passthrough.default"), template=ChatTemplate(SIGNATURES))
+    tool = copy.deepcopy(TOOL)
+    properties = tool["function"]["parameters"]["properties"]
+    properties["to"]["enum"] = ["Porto", "Braga"]
+    row = SHAPES["passthrough.default"](ASKED, GOOD, BAD) | {"tools": [tool]}
+    result = loaded(row, 0, tokenizer=build())
+    assert result["sera_problem"] == ""
+    assert "find_train(to: string # where to) Trains between" in result["prompt"]
+    properties["time"] = {"type": "object", "properties": {"hour": {"type": "integer"}}}
+    assert loaded(row, 0, tokenizer=build())["sera_problem"].startswith("column 'tools' reaches no")
+
+
+def test_parts_are_not_trained_as_python():
+    row = SHAPES["passthrough.default"](ASKED[:], GOOD, BAD)
+    for side in row.values():
+        side[0] = side[0] | {"content": [{"type": "text", "text": side[0]["content"]}]}
+    for written in ("m.content", "m.content | tojson", "m.content[0].text"):
+        template = ChatTemplate(SIGNATURES.replace("m.content", written))
+        loaded = guarded(strategy("passthrough.default"), template=template)
+        said = loaded(row, 0, tokenizer=build())["sera_problem"]
+        expected = "the chat template does not render a message that has parts"
+        assert said == ("" if "[0]" in written else expected)
+
+
+def test_arguments_stay_text_for_a_template_that_joins_them():
+    call = copy.deepcopy(CALL)
+    call["function"]["arguments"] = '{"to": "Porto"}'
+    template = SIGNATURES.replace(" ~ c.function", " + c.function")
+    loaded = guarded(strategy("passthrough.default"), template=ChatTemplate(template))
+    row = SHAPES["passthrough.default"](ASKED, GOOD | {"tool_calls": [call]}, BAD)
+    result = loaded(row, 0, tokenizer=build())
+    assert (result["sera_problem"], result["chosen"]) == (
+        "", 'Take the 9:40.find_train{"to": "Porto"}</s>'
+    )  # fmt: skip
+
+
+SPARSE = {"name": "f", "arguments": {"a": "b", "c": None}}
+ANNOTATED = {"raw_input_text_generation_0": [says("user", "Which is better?")]}
+#: Rows that lose nothing, as datasets have them, beside `ASKED`, `GOOD` and `BAD`.
+KEPT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no tools, as JSON": ("qwen3", {"tools": "null"}, ""),
+    "what a judge was asked": (
+        "chatml",
+        {"labelling_prompt": [says("user", "Rate them.")]},
+        "labelling_prompt",
+    ),
+    "how it was made": ("chatml", {"distilabel_metadata": ANNOTATED}, "distilabel_metadata"),
+    "the same in another form": (
+        "chatml",
+        {"conversation": [{"input": ASKED[0]["content"], "output": GOOD["content"]}]},
+        "",
+    ),
+    "arguments of another tool, in a table": (
+        "qwen_25",
+        {
+            "chosen": [
+                GOOD
+                | {"tool_calls": [{"function": {"name": "f", "arguments": {"a": "b", "c": None}}}]}
+            ]
+        },
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_row_that_loses_nothing_is_trained(name):
+    template, more, aside = KEPT[name]
+    result = made(
+        "passthrough.default", SHAPES["passthrough.default"](ASKED, GOOD, BAD) | more, template
+    )
+    assert (result["sera_problem"], result["sera_aside"]) == ("", aside)
+
+
+@pytest.mark.parametrize("kind", ["passthrough.default", "chat_template.default"])
+def test_answers_may_repeat_the_end_of_the_prompt(kind):
+    column = "prompt" if kind.startswith("passthrough") else "messages"
+    asked = [says("system", "Be brief."), *ASKED]
+    row = {column: asked, "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}
+    once = {column: asked, "chosen": [GOOD], "rejected": [BAD]}
+    result = made(kind, row, "chatml")
+    assert result["sera_problem"] == ""
+    assert result == made(kind, once, "chatml")
+
+
+def test_a_mapped_key_goes_before_one_of_the_same_name():
+    """Tables that were merged have both, and null in those of the other."""
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"from": role, "value": text, "role": None, "content": None}
+
+    row = {"messages": [turn("user", "Hi")], "chosen": turn("assistant", "a")}
+    row["rejected"] = turn("assistant", "b")
+    names = {"role": "from", "content": "value"}
+    result = made("chat_template.default", row, "chatml", message_property_mappings=names)
+    assert (result["sera_problem"], result["chosen"]) == ("", "a<|im_end|>")
 
 
 def test_notes_about_a_row_are_no_content():

@@ -11,7 +11,9 @@ reads both (trl 1.9, DPOTrainer.tokenize_fn), and so does this.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -25,9 +27,12 @@ from sera_plugin.data.text import EMPTY, TEXTS, RowError, visible
 Message = Mapping[str, Any]
 TOOLS, KWARGS = "tools", "chat_template_kwargs"
 
-_CHANGED = "the chat template does not render the answer as it is"
 _ANSWER_ROLES = ("assistant", "model")
 _ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "function", "ipython"})
+_TOOL_ROLES = ("tool", "function", "ipython")
+#: What stands around a thought, and all of it: templates write white space of their own there.
+_THOUGHT = re.compile(r"</?think(?:ing)?>")
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 #: Variables with which templates turn thinking off and on, most common first.
 _THINKING = [(name, on) for on in (False, True) for name in ("enable_thinking", "thinking")]
 
@@ -53,6 +58,11 @@ class MessageReader:
     names: Mapping[str, str]
     roles: Mapping[str, str]
 
+    @property
+    def columns(self) -> list[str]:
+        """Where its messages are in a raw row."""
+        return [one for one in (self.messages, self.chosen, self.rejected) if one is not None]
+
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Messages in the columns of TRL. KeyError names a field or a role that is not there."""
         columns = {"chosen": row[self.chosen], "rejected": row[self.rejected]}
@@ -69,8 +79,9 @@ class MessageReader:
         return [self._message(one) for one in value] if is_conversation(value) else value
 
     def _message(self, message: Message) -> dict[str, Any]:
-        ours = {theirs: key for key, theirs in self.names.items()}
-        read = {ours.get(key, key): value for key, value in message.items()}
+        theirs = self.names.values()
+        read = {key: value for key, value in message.items() if key not in theirs}
+        read |= {key: message[name] for key, name in self.names.items() if name in message}
         role = message[self.names["role"]]
         if not read.get("tool_calls"):
             message[self.names["content"]]
@@ -91,14 +102,28 @@ class ChatTemplate:
             RowError: for a row that is no preference pair, or of which the template leaves
                 something out.
         """
-        messages, *answers = _pair(row)
         kwargs = {k: v for k, v in _held(row, KWARGS, Mapping, {}).items() if v is not None}
         for key in kwargs:
             if not self._reads(key, tokenizer):
                 raise RowError(f"the chat template reads no {quoted(key)} of {KWARGS}")
         options = {**self.kwargs, **kwargs}
+        try:
+            return self._pair_as_text(row, tokenizer, options, opened=True)
+        except RowError:
+            raise
+        except Exception:  # a template may raise anything
+            # A few, such as DeepSeek's, join arguments to text and need them as they are written.
+            with contextlib.suppress(Exception):
+                return self._pair_as_text(row, tokenizer, options, opened=False)
+            raise
+
+    def _pair_as_text(
+        self, row: Mapping[str, Any], tokenizer: Any, options: dict[str, Any], opened: bool
+    ) -> list[str]:
+        """With what is written as JSON, in calls and tools, `opened` to objects or as it is."""
+        messages, *answers = _pair(row, opened)
         if tools := _held(row, TOOLS, Sequence, ()):
-            options[TOOLS] = [_opened(tool, "parameters") for tool in tools]
+            options = {**options, TOOLS: [_filled(tool, "parameters", opened) for tool in tools]}
         try:
             return self._cut(messages, answers, tokenizer, options)
         except _DiffersError as error:
@@ -106,6 +131,7 @@ class ChatTemplate:
             raise RowError(f"{error}; {remedy}") from None
 
     def _reads(self, variable: str, tokenizer: Any) -> bool:
+        """Whether the template has a variable of that name."""
         return variable in _names(str(self.text or tokenizer.chat_template))
 
     def _cut(
@@ -120,7 +146,8 @@ class ChatTemplate:
             return str(tokenizer.apply_chat_template(conversation, **how))
 
         prompt = render(messages, add_generation_prompt=True)
-        _check_rendered(messages, prompt)
+        for message in messages:
+            _check_rendered(message, prompt)
         wholes = [render([*messages, answer], add_generation_prompt=False) for answer in answers]
         common = _common(prompt, *wholes)
         if prompt[len(common) :].strip():
@@ -129,11 +156,11 @@ class ChatTemplate:
             )
         completions = [whole[len(common) :].rstrip() for whole in wholes]
         for answer, whole, completion in zip(answers, wholes, completions, strict=True):
-            if not _has(completion, _said(answer)):
+            if not _has(completion, answer):
                 # What an answer begins with may be in the prompt, such as an opened thought.
                 before = _common(common, render(messages, add_generation_prompt=False))
-                if not _has(whole[len(before) :], _said(answer)):
-                    raise RowError(_CHANGED)
+                if not _has(whole[len(before) :], answer):
+                    raise ChangedError("the chat template does not render the answer as it is")
         return [common, *completions]
 
     def _remedy(
@@ -168,23 +195,29 @@ def _common(*texts: str) -> str:
     return shortest
 
 
+class ChangedError(RowError):
+    """The template writes something of a message otherwise, or not at all."""
+
+
 class _DiffersError(RowError):
     """The generation prompt is not what the template writes before the answer."""
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+def _pair(
+    row: Mapping[str, Any], opened: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
     """The prompt's messages and the two answers, one message each."""
     found = {key: row.get(key) for key in TEXTS}
     # Without a prompt, both answers have it before them.
     if not all(is_conversation(found[key]) for key in TEXTS if key in row or key != "prompt"):
         kinds = ", ".join(type(value).__name__ for value in found.values())
         raise RowError(f"prompt, chosen, rejected must all be text or all messages, not {kinds}")
-    prompt, *sides = (list(map(_without_blanks, value or ())) for value in found.values())
+    prompt, *sides = (
+        [_without_blanks(message, opened) for message in value or ()] for value in found.values()
+    )
     for message in (*prompt, *sides[0], *sides[1]):
         _content(message)
-    for number, side in enumerate(sides):
-        if prompt and side[: len(prompt)] == prompt and side[len(prompt) :]:
-            sides[number] = side[len(prompt) :]
+    sides = [_after(prompt, side) for side in sides]
     histories = [side[:-1] for side in sides]
     if histories[0] != histories[1]:
         raise RowError(
@@ -192,6 +225,8 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any],
             if not all(histories)
             else "chosen and rejected answer different histories"
         )
+    if histories[0] and _roles(prompt[-1:]) == _roles(histories[0][:1]) == ["user"]:
+        raise RowError("the prompt ends with one question, and the answers begin with another")
     prompt += histories[0]
     if not prompt:
         raise RowError(EMPTY)
@@ -203,12 +238,26 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any],
     return prompt, sides[0][-1], sides[1][-1]
 
 
-def _without_blanks(message: Message) -> dict[str, Any]:
+def _after(prompt: list[dict[str, Any]], side: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What follows the prompt in a conversation that may repeat it, or the end of it."""
+    if prompt and side == prompt[: len(side)]:
+        raise RowError("the prompt holds the answer already")
+    history = side[:-1]
+    if prompt and history[: len(prompt)] == prompt:
+        return side[len(prompt) :]
+    return side[-1:] if history and prompt[-len(history) :] == history else side
+
+
+def _roles(messages: Sequence[Message]) -> list[Any]:
+    return [message.get("role") for message in messages]
+
+
+def _without_blanks(message: Message, opened: bool) -> dict[str, Any]:
     """A table has all keys in all rows (`tool_calls: []`); templates look whether one is there."""
     blank: tuple[Any, ...] = (None, [])
     kept = {key: said for key, said in message.items() if key == "content" or said not in blank}
     if kept.get("tool_calls"):
-        kept["tool_calls"] = [_opened(call, "arguments") for call in kept["tool_calls"]]
+        kept["tool_calls"] = [_filled(call, "arguments", opened) for call in kept["tool_calls"]]
     return kept
 
 
@@ -231,12 +280,12 @@ def _held(row: Mapping[str, Any], column: str, kind: Any, default: Any) -> Any:
 _KINDS = {Mapping: "an object", Sequence: "a list of tools"}
 
 
-def _opened(value: Any, key: str) -> Any:
-    """A tool, or a call of one, with an object below `key`: what templates expect, and may be
-    written as JSON there."""
+def _filled(value: Any, key: str, opened: bool) -> Any:
+    """A tool, or a call of one, without nulls, and with an object below `key` if `opened`: what
+    most templates expect, and may be written as JSON there."""
     value = _without_nulls(value)
     inner = value.get("function", value) if isinstance(value, dict) else None
-    if isinstance(inner, dict) and isinstance(inner.get(key), str):
+    if opened and isinstance(inner, dict) and isinstance(inner.get(key), str):
         inner[key] = from_json(inner[key])
     return value
 
@@ -254,20 +303,41 @@ def _content(message: Message) -> list[str]:
     return parts
 
 
-def _has(rendered: str, parts: Iterable[str]) -> bool:
-    """Whether all parts are there, white space aside."""
-    squeezed = "".join(rendered.split())
-    return all("".join(part.split()) in squeezed for part in parts)
+def _has(completion: str, answer: Message) -> bool:
+    """Whether all that an answer says is there; templates trim texts, and may know no calls."""
+    calls = [call.get("function") or call for call in answer.get("tool_calls") or ()]
+    names = [str(call.get("name")) for call in calls]
+    pieces = [piece for text in _content(answer) for piece in _THOUGHT.split(text)]
+    return all(one.strip() in completion for one in (*names, *pieces)) and not _quotes(
+        completion, answer
+    )
 
 
-def _check_rendered(messages: Sequence[Message], text: str) -> None:
-    """RowError for a message of which nothing is rendered."""
-    for message in messages:
-        parts = _content(message)
-        if message.get("role") == "user" and not any(map(visible, parts)):
-            raise RowError("a user message is empty")
-        if isinstance(message.get("content"), list) and not _has(text, parts):
-            raise RowError("the chat template does not render a message that has parts")
+def _check_rendered(message: Message, text: str) -> None:
+    """RowError for a message of the prompt that is not in its text as it is, its ends trimmed.
+
+    What was thought before an earlier answer is the template's to leave out, and what a tool gives
+    the template's to write in another form.
+    """
+    parts = _content(message)
+    if message.get("role") == "user" and not any(map(visible, parts)):
+        raise RowError("a user message is empty")
+    pieces = [piece for part in parts for piece in _THOUGHTS.split(part)]
+    is_there = all(piece.strip() in text for piece in pieces)
+    if (message.get("role") in _TOOL_ROLES or is_there) and not _quotes(text, message):
+        return
+    if isinstance(message.get("content"), list):
+        raise ChangedError("the chat template does not render a message that has parts")
+    role = quoted(message.get("role"))
+    raise ChangedError(f"the chat template changes or leaves out a message of {role}")
+
+
+def _quotes(text: str, message: Message) -> bool:
+    """Whether a message in parts is written as Python or JSON writes a list."""
+    parts = message.get("content")
+    return isinstance(parts, list) and (
+        str(parts) in text or json.dumps(parts, ensure_ascii=False) in text
+    )
 
 
 def _check_answer(answer: Message) -> None:
@@ -276,9 +346,3 @@ def _check_answer(answer: Message) -> None:
         raise RowError(f"chosen or rejected has the role {role}, not assistant")
     if not answer.get("tool_calls") and not any(map(visible, _content(answer))):
         raise RowError(EMPTY)
-
-
-def _said(answer: Message) -> list[str]:
-    """What a completion must have of an answer; templates may trim it, or know no tool calls."""
-    calls = [call.get("function") or call for call in answer.get("tool_calls") or ()]
-    return [*_content(answer), *(str(call.get("name")) for call in calls)]

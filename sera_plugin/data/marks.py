@@ -14,7 +14,7 @@ from typing import Any
 Path = tuple[str | int, ...]
 
 #: Columns that say something whatever reads the row. Another may be a note about the row, such as
-#: `id` or `score`, unless it holds messages.
+#: `id` or `score`, unless it holds messages and is not called what `_NOTES` are.
 _CONTENT = frozenset(
     [
         *("system", "system_prompt", "instruction", "input", "question", "prompt", "context"),
@@ -23,6 +23,8 @@ _CONTENT = frozenset(
         *("image", "images", "video", "videos", "audio", "audios"),
     ]
 )
+#: Names of columns with what was asked of whoever made or judged the answers.
+_NOTES = re.compile(r"meta|label|rating|raw|generation|annotat|judge", re.IGNORECASE)
 #: What says something in a message. Another key may be a note about it, such as `weight`.
 _SAID = frozenset(
     [
@@ -35,7 +37,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _ADDRESSES = frozenset({"role", "from", "type", "id", "tool_call_id", "index"})
 _CALLS = ("tool_calls", "function_call")
 _TOOLS = frozenset({"tools", "functions"})
-#: What says something in the description of a tool; the rest is types and lists of names.
+#: What says something in the description of a tool, beside the names of its parameters. The rest
+#: is types and lists of names, which templates look at.
 _SCHEMA = frozenset({"name", "description", "parameters"})
 _AS_JSON = frozenset({"arguments", "parameters"})
 _NUMBERS = 7_310_000_000
@@ -69,29 +72,33 @@ class Leaf:
 class Marks:
     """The marks of one row.
 
-    `role` and `tools` are what it may call the role of a message and the column of tools, too.
+    `role` and `tools` are what it may call the role of a message and the column of tools, too, and
+    `columns` are those that its messages are read from.
     """
 
-    def __init__(self, role: str = "role", tools: str = "tools") -> None:
+    def __init__(
+        self, role: str = "role", tools: str = "tools", columns: Iterable[str] = ()
+    ) -> None:
         self.leaves: list[Leaf] = []
         self._roles = dict.fromkeys((role, "role", "from"))
         self._tools = _TOOLS | {tools}
+        self._content = _CONTENT | self._tools | set(columns)
         self._shared: dict[Any, str] = {}
 
     def marked(self, row: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, Any]:
         """A copy of the row in which everything is marked, `but` some columns."""
-        content = _CONTENT | self._tools
         return {
-            key: value if key in but else self._marked(value, (key,), key in content)
+            key: value if key in but else self._marked(value, (key,), key in self._content)
             for key, value in row.items()
         }
 
     def _marked(self, value: Any, path: Path, content: bool, last: bool = True) -> Any:
         if isinstance(value, str):
             held = from_json(value) if path[-1] in self._tools | _AS_JSON else value
-            if held is not value:
+            if isinstance(held, (list, dict)):
                 return json.dumps(self._marked(held, path, content))
-            return value + self._new(path, value, content) if value.strip() else value
+            says = bool(value.strip()) and not (len(path) == 1 and held is None)
+            return value + self._new(path, value, content) if says else value
         if isinstance(value, Mapping):
             return dict(self._pairs(value, path, content, last))
         if isinstance(value, (list, tuple)):
@@ -115,17 +122,20 @@ class Marks:
         role = next((value[key] for key in self._roles if key in value), None)
         for key, inner in value.items():
             below, says = (*path, key), content
-            if "arguments" in path:
+            if inner is None:  # a table has every key in every row
+                yield key, inner
+                continue
+            if "arguments" in path or (path[0] in self._tools and path[-1] == "properties"):
                 key = f"{key}{self._new(below, key, says)}"
             elif key in _ADDRESSES or key in self._roles:
                 yield key, inner
                 continue
             elif path[0] in self._tools:
-                if isinstance(inner, str) and key not in _SCHEMA:
+                if key not in _SCHEMA and not _nests(inner):
                     yield key, inner
                     continue
             elif role is not None:
-                says = key in _SAID
+                says = key in _SAID and not (_NOTES.search(str(path[0])) and not content)
                 # Its call has the name; what was thought before is for the template to leave out.
                 says &= not (key == "name" and role in ("tool", "function"))
                 says &= last or key not in _REASONING
@@ -145,12 +155,14 @@ class Marks:
     def lost(self, texts: Iterable[str]) -> list[Leaf]:
         """What is in none of the texts that the marked row has become."""
         found = {mark for text in texts for mark in _MARK.findall(text)}
-        # A column may repeat what another says, such as `prompt` beside whole conversations.
-        said = {(len(one.path) == 1, one.words) for one in self.leaves if one.mark in found}
+        arrived = [one for one in self.leaves if one.mark in found]
+        columns = {one.path[0] for one in arrived}
+        said = {(len(one.path) == 1, one.words) for one in arrived}
 
         def repeated(leaf: Leaf) -> bool:
-            alone = len(leaf.path) == 1
-            return (True, leaf.words) in said or (alone and (False, leaf.words) in said)
+            """A column may repeat what another says, such as `prompt` beside conversations."""
+            unread = leaf.path[0] not in columns
+            return (True, leaf.words) in said or (unread and (False, leaf.words) in said)
 
         return [
             one
@@ -159,8 +171,16 @@ class Marks:
         ]
 
 
+def _nests(value: Any) -> bool:
+    """Whether it is an object, or a list of some."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(one, Mapping) for one in values)
+
+
 def from_json(text: str) -> Any:
-    """The list or object that a string holds as JSON, else the string."""
+    """The list or object that a string holds as JSON, None for `null`, else the string."""
+    if text.strip() == "null":
+        return None
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:

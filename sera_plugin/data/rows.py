@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sera_plugin.config.quoting import plain, quoted
-from sera_plugin.data.conversations import KWARGS, ChatTemplate, MessageReader
+from sera_plugin.data.conversations import KWARGS, ChangedError, ChatTemplate, MessageReader
 from sera_plugin.data.marks import Leaf, Marks, Path
 from sera_plugin.data.text import EMPTY, TEXTS, RowError, encodable, visible
 
@@ -31,7 +31,7 @@ SYSTEM = ("system", "system_prompt")
 PROBLEM, SOURCE, ROW, ASIDE = "sera_problem", "sera_source", "sera_row", "sera_aside"
 
 #: Raise it with what the guard makes of a row: prepared data of another version is prepared anew.
-GUARD_VERSION = 4
+GUARD_VERSION = 5
 
 _PROBE = "sera-probe-7f3a"  # found again where it ends up
 #: Where a message has what is said; whatever else it has may be empty.
@@ -109,10 +109,12 @@ class GuardedTransform:
     ) -> list[Leaf]:
         """What the row says and its texts do not, except the columns that are kept beside them."""
         reader = self.transform if isinstance(self.transform, MessageReader) else None
-        marks = Marks(reader.names["role"], reader.tools) if reader else Marks()
+        marks = Marks(reader.names["role"], reader.tools, reader.columns) if reader else Marks()
         marked = marks.marked(row, but=(*self.kept, KWARGS))
         try:
             return marks.lost(transform(marked).values())
+        except ChangedError:
+            raise
         except Exception:  # a strategy or a template may compare what has a mark now
             return [
                 one for one in marks.leaves if not any(str(one.value) in t for t in texts.values())
