@@ -1,6 +1,7 @@
 """Every way the host prepares preference data ends in the right tokens, or in a named reason."""
 
 import os
+import re
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -215,6 +216,41 @@ def test_text_that_is_json_stays_text_in_a_file_of_mixed_types(prepare, file_of)
     found = prepare(file_of(rows, kind=kind))
     assert sorted(found.data.train_dataset["chosen"][:]) == ["-", "-", "-b", "-d"]
     assert [place for [(_, place)] in places(found.train).values()] == [1, 2]
+
+
+def test_a_dataset_has_a_template_of_its_own(prepare, file_of):
+    template = "{% for m in messages %}a{{ m.content }}{% endfor %}"
+    found = prepare(file_of([TALK], kind=None) | {"chat_template_jinja": template})
+    assert found.data.train_dataset["chosen"][:] == ["aa b"]
+
+
+#: Entry, beside other keys, for text (t) or messages (m) => what is said of it.
+UNREAD = """
+t {} {chat_template_kwargs: {thinking: true}} => chat_template_kwargs.thinking for datasets[0]
+m {} {chat_template_kwargs: {thinking: true}} => no effect has chat_template_kwargs.thinking
+m {} {chat_template_kwargs: {add_generation_prompt: true}} =>
+t {chat_template: chatml} {} => no effect has datasets[0].chat_template: its rows are text already
+m {chat_template: chatml} {} =>
+"""
+
+
+@pytest.mark.parametrize("case", UNREAD.split("\n")[1:-1])
+def test_settings_of_templates_that_do_nothing_are_named(case, prepare, file_of, sera_log):
+    given, _, said = case.partition(" =>")
+    kind, entry, keys = re.fullmatch(r"(.) ({.*?}) ({.*})", given).groups()
+    text = {"prompt": "b", "chosen": "a b", "rejected": "b a"}
+    dataset = file_of([text if kind == "t" else TALK], kind=None)
+    prepare(dataset | yaml.safe_load(entry), **yaml.safe_load(keys))
+    warnings = [one for one in sera_log.messages if "no effect" in one]
+    assert len(warnings) == bool(said)
+    assert all(said.strip() in one for one in warnings)
+
+
+def test_a_column_of_tools_that_is_not_there_is_named(prepare, file_of):
+    dataset = file_of([{"messages": "b a", "chosen": "a", "rejected": "b"}])
+    dataset |= {"type": "chat_template.default", "field_tools": "functionz"}
+    with pytest.raises(ValueError, match=r"field_tools: 'functionz' is not .*'chosen'"):
+        prepare(dataset)
 
 
 def test_other_columns_keep_no_datasets_apart(prepare, file_of):

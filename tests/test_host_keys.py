@@ -203,6 +203,8 @@ datasets: [{path: a, roles_to_train: [assistant], train_on_eos: turn}]
     => test_datasets[0].mine is not a key
 datasets: [{path: a, type: my_strategy.load, roles_to_train: [x], mine: 1}] =>
 datasets: [{path: a, roles_to_train: null, train_on_eos: null}] =>
+datasets: [{path: setup.cfg, data_files: x}, {path: tests, data_files: x}]
+    => datasets[0].data_files has no effect: `path` is a file itself
 datasets: [{path: a, field_tools: x}]
     => datasets[0].field_tools has no effect: only `type: chat_template.default`
 datasets: [{path: a, type: {field_chosen: good}, field_chosen: good}] => field_chosen has

@@ -252,6 +252,10 @@ sera: {offline_length_control: auto, selection: random}
 sera: {reference: initial, loss: orpo} => reference: initial | loss: orpo | Remove reference
 sera: {score_columns: [a, row]} => score_columns: 'row' is what the pairs | Rename
 sera: {score_columns: [chosen_ids, sera_row]} => score_columns: 'chosen_ids', 'sera_row' is what
+chat_template_jinja: no-such.jinja => chat_template_jinja: no-such.jinja is neither a file
+datasets: [{path: a, chat_template_jinja: no-such.jinja}] => [0].chat_template_jinja: no
+datasets: [{path: a, roles: [user]}] => datasets[0].roles: ['user'] is not a block
+datasets: [{path: a, message_property_mappings: role}] => message_property_mappings: role is not a
 """
 CASES = lines(MISUSE)
 

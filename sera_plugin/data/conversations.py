@@ -104,7 +104,7 @@ class ChatTemplate:
         """
         kwargs = {k: v for k, v in _held(row, KWARGS, Mapping, {}).items() if v is not None}
         for key in kwargs:
-            if not self._reads(key, tokenizer):
+            if not self.reads(key, tokenizer):
                 raise RowError(f"the chat template reads no {quoted(key)} of {KWARGS}")
         options = {**self.kwargs, **kwargs}
         try:
@@ -130,7 +130,7 @@ class ChatTemplate:
             remedy = self._remedy(messages, answers, tokenizer, options)
             raise RowError(f"{error}; {remedy}") from None
 
-    def _reads(self, variable: str, tokenizer: Any) -> bool:
+    def reads(self, variable: str, tokenizer: Any) -> bool:
         """Whether the template has a variable of that name."""
         return variable in _names(str(self.text or tokenizer.chat_template))
 
@@ -172,7 +172,7 @@ class ChatTemplate:
     ) -> str:
         """A setting with which the template renders this row's prompt alike, if there is one."""
         for name, on in _THINKING:
-            if self._reads(name, tokenizer):
+            if self.reads(name, tokenizer):
                 with contextlib.suppress(Exception):  # a template may raise anything
                     self._cut(messages, answers, tokenizer, {**options, name: on})
                     return f"set {KWARGS}: {{{name}: {str(on).lower()}}}"

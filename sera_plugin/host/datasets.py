@@ -197,6 +197,7 @@ def _transformed(
     source = source_name(key, index, str(entry.path))
     optional = (*SYSTEM, *filter(None, [block.get("field_system")]))
     template = chat_template(cfg, entry, tokenizer)
+    _say_unread(f"{key}[{index}]", entry, dataset, template, tokenizer)
     guarded = GuardedTransform(transform, source, kept, optional, template)
     types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE, ASIDE)}
     types |= {ROW: Value("int64")} | {name: dataset.features[name] for name in kept}
@@ -237,9 +238,47 @@ def strategy(cfg: DictDefault, key: str, index: int) -> tuple[Any, dict[str, Any
 def chat_template(cfg: DictDefault, entry: DictDefault, tokenizer: Any) -> ChatTemplate:
     """How a dataset's messages become text; its own `chat_template` goes before the run's."""
     text = None
+    if entry.chat_template_jinja and not entry.chat_template:
+        entry = DictDefault({**entry, "chat_template": "jinja"})
     if entry.chat_template or cfg.chat_template:
         text = get_chat_template_from_config(cfg, entry, tokenizer)
     return ChatTemplate(text, dict(cfg.chat_template_kwargs or {}))
+
+
+def _say_unread(
+    where: str, entry: DictDefault, dataset: Dataset, template: ChatTemplate, tokenizer: Any
+) -> None:
+    """Name keys of chat templates that do nothing for a dataset; DataError for its tools' column
+    if that is not there."""
+    if (tools := entry.field_tools) and tools not in dataset.column_names:
+        names = ", ".join(map(quoted, sorted(dataset.column_names)))
+        raise DataError(f"{where}.field_tools: {quoted(tools)} is not in the data. It has {names}.")
+    if _is_text(entry.type, dataset):
+        unread = [
+            f"{where}.{key}" for key in ("chat_template", "chat_template_jinja") if entry[key]
+        ]
+        unread += [f"chat_template_kwargs.{key} for {where}" for key in template.kwargs]
+        why = "its rows are text already, or its type writes the text"
+    else:
+        unread = [
+            f"chat_template_kwargs.{key} for {where}"
+            for key in template.kwargs
+            if not template.reads(key, tokenizer)
+        ]
+        why = "the chat template has no such variable"
+    if unread:
+        LOG.warning(f"SeRA: no effect has {', '.join(unread)}: {why}.")
+
+
+def _is_text(kind: Any, dataset: Dataset) -> bool:
+    """Whether a dataset's rows become text without a chat template."""
+    if isinstance(kind, dict) or str(kind).split(".")[0] in ("chatml", "llama3", "zephyr"):
+        return True
+    chosen = dataset.features.get("chosen")
+    return kind in (None, "passthrough.default") and chosen in (
+        Value("string"),
+        Value("large_string"),
+    )
 
 
 def _mapped(

@@ -162,6 +162,8 @@ UNUSED = {
     "vllm.serve_module, vllm.worker_extension_cls": "it is for the server of `axolotl vllm-serve`, "
     "which rl: sera does not use",
     "device, world_size, local_rank, is_falcon_derived_model": "the host finds it out itself",
+    "default_system_message": "it replaces words that no chat template has; write system messages "
+    "into the data, or into a template",
     "fsdp_final_state_dict_type": "a run ends with whole weights",
     "center_rewards_coefficient, num_labels, eaft_alpha, eaft_k, pose_split_on_token_ids, "
     "pose_max_context_len, pose_num_chunks, lisa_layers_attribute, jagged_restart_warmup_steps, "

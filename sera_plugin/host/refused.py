@@ -4,6 +4,7 @@ With the key, its value and what to do. Here is what is wrong by itself or besid
 `keys` has what never works. Keys inside `sera:` are checked by its own model (config/sera.py).
 """
 
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -31,8 +32,15 @@ def _not_of_host(value: Any, given: Given) -> bool:
     return value is not None and not (losses and all(one in HOST_LOSSES for one in losses))
 
 
+#: In the whole configuration, or in an entry of `datasets`.
+_NO_TEMPLATE = Refusal(
+    "chat_template_jinja",
+    "is neither a file that is here nor a template",
+    lambda value, _: value is not None and "{" not in str(value) and not os.path.isfile(str(value)),
+)
 #: What is wrong by itself, or beside something else.
 MISTAKES = (
+    _NO_TEMPLATE,
     Refusal(
         "num_epochs",
         "is not a whole number of iterations: rl: sera runs one iteration per epoch; set "
@@ -167,6 +175,13 @@ ENTRY_MISTAKES = (
             not isinstance(value, (Mapping, type(None)))
             and not (isinstance(value, str) and value.strip(". "))
         ),
+    ),
+    _NO_TEMPLATE,
+    Refusal(
+        "roles, message_property_mappings",
+        "is not a block of names: write for example `roles: {{assistant: [gpt]}}`, or "
+        "`message_property_mappings: {{role: from, content: value}}`",
+        lambda value, _: value is not None and not isinstance(value, Mapping),
     ),
     Refusal("preprocess_shards", _SEVERAL),
     Refusal(

@@ -1,6 +1,7 @@
 """Keys that do nothing, in sentences: those of `keys.UNUSED`, and those that nobody knows."""
 
 import dataclasses
+import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
@@ -74,6 +75,8 @@ def _unused_of_entry(where: str, entry: Mapping[str, Any]) -> Iterator[str]:
         )
     elif MESSAGE_TYPES[kind] is None:
         idle["field_messages"] = f"with `type: {kind}` the answers hold the messages"
+    if os.path.isfile(str(entry.get("path"))):
+        idle["data_files"] = "`path` is a file itself"
     for keys, why in idle.items():
         yield from _no_effect([f"{where}{key}" for key in keys.split(", ") if entry.get(key)], why)
     for key in entry:
