@@ -1,6 +1,7 @@
 """`axolotl sera plan` as a user types it, and against runs that then really happen."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,12 @@ def planned(plan):
 
 
 def test_keys_that_do_nothing_are_named(base_config, plan):
-    code, _, said = plan(base_config | {"beta": 0.3, "group_by_length": True}, "--gpu", "24")
+    keys = {"beta": 0.3, "group_by_length": True, "warmup_steps": 99, "num_epochs": 1}
+    code, printed, said = plan(base_config | keys, "--gpu", "24")
     assert code == 0
+    printed = " ".join(printed.split())
+    assert re.search(r"warmup_steps: 99 leaves nothing of a schedule of \d+ steps", printed)
+    assert "num_epochs: 1 ends before iteration 2" in printed
     assert "Did you mean `rl_beta`?" in said
     assert "group_by_length has no effect" in said
 

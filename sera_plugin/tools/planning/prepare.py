@@ -198,7 +198,12 @@ def notes_of(run: Run) -> list[str]:
     """What the figures leave out or take for granted, in sentences."""
     quantised = run.model.quantised_already
     config, iterations = run.method.config, run.method.iterations
+    schedules = map(run.schedule.steps, range(1, iterations + 1))
+    steps = min(schedules) if config.restart_optimizer else run.schedule.total_steps
+    warmup = run.cfg.warmup_steps or 0
     notes = {
+        f"warmup_steps: {warmup} leaves nothing of a schedule of {steps:,} steps; it warms up in "
+        "at most all of them but one.": warmup >= max(steps, 2),
         f"num_epochs: {iterations} ends before iteration {config.first_iteration}, the first that "
         "selects or samples pairs: this run does neither.": iterations < config.first_iteration,
         _lengths_note(run): run.sampled is None and run.sample,
