@@ -9,6 +9,7 @@ import copy
 import json
 import random
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,11 @@ class Saying(Handler):
     do_GET = do_POST
 
 
+def judge_at(url: str, directory: Path, **keys: Any) -> PairwiseJudge:
+    settings = {"base_url": f"{url}/v1", "model": "m", "timeout": 5, **keys}
+    return PairwiseJudge(JudgeConfig(**settings), Journal(directory / "journal"))
+
+
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
     """What comes of a case: what was read, or `Refused` with the sentence."""
@@ -173,8 +179,7 @@ def ask(tmp_path_factory):
         patch.setattr(api, "RETRIES", 0)
         url = f"http://127.0.0.1:{server.server_port}"
         client = Client(url, "key", 0, 5.0)
-        config = JudgeConfig(base_url=f"{url}/v1", model="m", timeout=5)
-        judge = PairwiseJudge(config, Journal(tmp_path_factory.mktemp("judge") / "journal"))
+        judge = judge_at(url, tmp_path_factory.mktemp("judge"))
         request = {"prompt": PROMPT, "max_tokens": LIMIT}
         questions = [{"role": "user", "content": "?"}]
         asked = {
