@@ -1,5 +1,6 @@
 """Exchanges with servers that do not end, or lead elsewhere."""
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import ThreadingHTTPServer
@@ -83,6 +84,12 @@ def test_an_overloaded_server_is_asked_again_and_its_last_words_are_shown(said, 
     with pytest.raises(SamplingFailed, match=rf"refused /a \({status}\): sorry"):
         Client(url, "", 2, 5.0).ask("b", "/a")
     assert its.seen == ["/a"] * tries
+
+
+@pytest.mark.parametrize("part", ["=a:a", "a:", "eyJ", "/hook", 'key="', "x "])
+def test_a_long_error_is_cut_before_credentials_are_looked_for_in_it(part):
+    body = json.dumps({"error": {"message": part * 10**6}}).encode()
+    assert 1 < len(http.Reply(400, {}, body).words("")) <= 400
 
 
 def test_a_call_that_does_not_return_is_left():

@@ -60,7 +60,8 @@ def is_secret(key: str) -> bool:
 #: after the host's port is no password, what stands after another colon is, whatever is in it.
 _USER = re.compile(
     r"(?<=://)[^\s/?#]+@|(?<=://)[^\s/?#:@]{0,200}:(?!\d*[/?#])[^\s@]{1,500}@(?=[^\s@])"
-    r"|^[^\s/?#:@]+:[^\s/?#@]+@(?=\S+$)|(?<![^\s\"'(=])[^\s/?#:@\"'(=]+:[^\s/?#@]+@(?=[\w-]+[.:]\w)"
+    r"|^[^\s/?#:@]+:[^\s/?#@]+@(?=\S+$)"
+    r"|(?<![^\s\"'(=])[^\s/?#:@\"'(=]+:[^\s/?#@]{1,500}@(?=[\w-]+[.:]\w)"
 )
 #: From the `?` or `#` of a URL on. Signatures and tokens stand there, under many names.
 _QUERY = re.compile(r"(://(?:(?!://)[^\s?#])*[?#])\S+")

@@ -141,5 +141,5 @@ def within(seconds: float | None, call: Callable[[], Result]) -> Result:
 def one_line(text: str, key: str, limit: int = SENTENCE) -> str:
     """Text in one line and cut, without the key: a server may send back what it was sent."""
     # Cut before anything looks for credentials in it, which takes its time over a long text.
-    line = printable(" ".join(without_secret(text, key).split())[: 2 * limit])
+    line = printable(" ".join(without_secret(text, key).split())[: 10 * limit])
     return without_credentials(line)[:limit]
