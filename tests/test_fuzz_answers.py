@@ -112,11 +112,14 @@ def good(kind: str, body: bytes) -> bool:
                 for one in content["data"]
             )
         if kind == "judged":
-            said = content["choices"][0]["message"].get("content")
+            [choice] = content["choices"]
+            said = choice["message"].get("content")
+            if choice["message"].get("role", "assistant") != "assistant":
+                return False
             usage = {} if content.get("usage") is None else content["usage"]
             counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-            numbers = [float(one) for one in counts if one is not None]
-            fine = all(0 <= one <= 10**9 and one.is_integer() for one in numbers)
+            numbers = [one for one in counts if one is not None]
+            fine = all(type(one) is int and 0 <= one <= 10**9 for one in numbers)
             return (said is None or type(said) is str) and fine
         found = content["choices"][0]["prompt_logprobs"]
         logps = [found[2]["9"]["logprob"], found[3]["2"]["logprob"]]  # the others are not used

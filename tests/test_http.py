@@ -86,6 +86,11 @@ def test_an_overloaded_server_is_asked_again_and_its_last_words_are_shown(said, 
     assert its.seen == ["/a"] * tries
 
 
+def test_an_answer_that_says_two_things_is_none():
+    with pytest.raises(ValueError, match="a key stands twice"):
+        http.Reply(200, {}, b'{"a": [{"b": 1, "b": 2}]}').json()
+
+
 @pytest.mark.parametrize("part", ["=a:a", "a:", "eyJ", "/hook", 'key="', "x "])
 def test_a_long_error_is_cut_before_credentials_are_looked_for_in_it(part):
     body = json.dumps({"error": {"message": part * 10**6}}).encode()

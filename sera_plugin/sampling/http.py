@@ -41,9 +41,9 @@ class Reply:
         return self.body.decode("utf-8", "replace")
 
     def json(self) -> Any:
-        """The body as JSON; ValueError where it is none, or nested without end."""
+        """The body as JSON; ValueError where it is none, nested without end, or ambiguous."""
         try:
-            return json.loads(self.body)
+            return json.loads(self.body, object_pairs_hook=_object)
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
@@ -58,6 +58,14 @@ class Reply:
         except (ValueError, KeyError, AttributeError, RecursionError):
             text = self.text
         return one_line(text, key, 400)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands there twice readers would take one or the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
 
 
 class Session(requests.Session):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import requests
 from pydantic import BaseModel, Field, ValidationError
@@ -66,7 +66,7 @@ class _Again(Exception):
         self.wait = wait
 
 
-class _Tokens(BaseModel):
+class _Tokens(BaseModel, strict=True):
     """What a reply has cost; more than any model can read or write is no count."""
 
     prompt_tokens: int | None = Field(None, ge=0, le=10**9)
@@ -74,17 +74,19 @@ class _Tokens(BaseModel):
 
 
 class _Message(BaseModel, strict=True):
+    role: Literal["assistant"] = "assistant"
     content: str | None = None
 
 
-class _Choice(BaseModel):
+class _Choice(BaseModel, strict=True):
+    index: Literal[0] = 0
     message: _Message
 
 
-class _Completion(BaseModel):
-    """The part of a chat completion that is used."""
+class _Completion(BaseModel, strict=True):
+    """The part of a chat completion that is used: one answer of the assistant's."""
 
-    choices: list[_Choice] = Field(min_length=1)
+    choices: list[_Choice] = Field(min_length=1, max_length=1, fail_fast=True)
     usage: _Tokens | None = None
 
 
