@@ -68,6 +68,14 @@ def test_no_server_holds_a_client_or_a_judge_for_ever(said, tmp_path, case):
     assert its.seen == ["/health"] * 2 + ["/v1/chat/completions"]
 
 
+def test_an_engine_that_nobody_watches_yet_is_waited_for_with_patience(said, monkeypatch):
+    url, its = said
+    its.first, its.again, its.pause = ENDLESS["one header"]
+    monkeypatch.setattr(client, "PATIENCE", 0.3)
+    with pytest.raises(SamplingFailed, match=r"no reply after 0\.3 seconds"):
+        Client(url, "", 0, None).version()
+
+
 @pytest.mark.parametrize("place", [b"/a", b"http://[::1", b"http://\xff\xfe:9/", b"http://*.x/"])
 def test_a_redirect_is_named_and_not_followed(said, place):
     url, its = said

@@ -21,7 +21,7 @@ from sera_plugin.sampling.answers import (
     read_candidates,
     shaped,
 )
-from sera_plugin.sampling.child import SamplingFailed
+from sera_plugin.sampling.child import PATIENCE, SamplingFailed
 from sera_plugin.sampling.http import Reply, Session, exchange, one_line
 
 #: Tries after a lost connection or an overloaded answer. The first of them is made at once, the
@@ -91,7 +91,7 @@ class Client:
     """Sends requests to one server, whose `key` may be an empty text.
 
     `retries` are tries after the first one, `timeout` is in seconds for a reply, None where `watch`
-    sees to it, and `remedy` says what to do where nothing answers.
+    sees to it while it samples, and `remedy` says what to do where nothing answers.
     """
 
     def __init__(
@@ -115,13 +115,14 @@ class Client:
             return None
         return answer.text if answer.ok else None
 
-    def send(self, path: str, body: Any = None) -> Reply:
+    def send(self, path: str, body: Any = None, watched: bool = False) -> Reply:
         """The reply to a GET, or a POST with a body, whatever its status."""
         method, url = "GET" if body is None else "POST", self.url + path
+        seconds = self._timeout or (None if watched else PATIENCE)
         for attempt in count():
             sleep(BACKOFF * 2 ** (attempt - 1) if attempt > 1 else 0)
             try:  # sampling is seeded: asking twice gives the same
-                answer = exchange(self._session, method, url, self._timeout, json=body)
+                answer = exchange(self._session, method, url, seconds, json=body)
                 if attempt == self._retries or answer.status not in OVERLOADED:
                     break
             except requests.RequestException as error:
@@ -131,9 +132,9 @@ class Client:
                     ) from None
         return answer
 
-    def ask(self, key: str, path: str, body: Any = None) -> Any:
+    def ask(self, key: str, path: str, body: Any = None, watched: bool = False) -> Any:
         """What stands under a key of the reply; SamplingFailed if there is no such reply."""
-        answer = self.send(path, body)
+        answer = self.send(path, body, watched)
         if answer.status in (401, 403):
             raise self.wrong("refuses this run's key. Set VLLM_API_KEY to the server's own")
         if not answer.ok:
@@ -150,7 +151,7 @@ class Client:
         self, row: int, request: Mapping[str, Any], settings: SamplingSettings, vocabulary: int
     ) -> list[Candidate]:
         """What is sampled for a row's prompt; SamplingFailed if it is wrong."""
-        choices = self.ask("choices", "/v1/completions", request)
+        choices = self.ask("choices", "/v1/completions", request, watched=True)
         limit, prompt = request["max_tokens"], request["prompt"]
         with self.said(f"answers the prompt of row {row} wrongly"):
             return read_candidates(choices, settings, limit, vocabulary, prompt)
