@@ -33,6 +33,7 @@ WRONG = {
     "too long": ([CUT | {"token_ids": [3] * 5}, STOPPED], "1 to 4 tokens .* 5 came back"),
     "outside": ([CUT | {"token_ids": [3, 16]}, STOPPED], "3 to 16, .* has 16 tokens"),
     "negative": ([CUT | {"token_ids": [-1, 3]}, STOPPED], "-1 to 3"),
+    "a very large one": ([CUT | {"token_ids": [3, 10**4000]}, STOPPED], "3 to 1000"),
     "aborted": ([CUT | {"finish_reason": "abort"}, STOPPED], "is 'abort': input should be 'st"),
     "unfinished": ([CUT | {"finish_reason": None}, STOPPED], "finish_reason is None"),
     "stopped by nothing": ([CUT, STOPPED | {"token_ids": [3, 4]}], r"end tokens at \[\]"),
@@ -55,8 +56,17 @@ def test_choices_come_back_in_the_order_of_their_index():
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_answer_is_refused_and_said(case):
     choices, words = WRONG[case]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as refusal:
         read_candidates(choices, SETTINGS, 4, 16)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("many", [[1] * 99, [CUT | {"token_ids": ["3"] * 99}]])
+def test_of_many_faults_one_is_looked_for(many):
+    """A million of them would take gigabytes."""
+    with pytest.raises(ValueError, match=r"choices\.0.* is '?[13]") as refusal:
+        read_candidates(many, SETTINGS, 4, 16)
+    assert refusal.value.__context__.error_count() == 1
 
 
 def test_nothing_of_a_servers_wrong_answer_is_handed_on(world):

@@ -59,6 +59,13 @@ SHAPES: dict[str, Callable[[str], str]] = {
     "AWS": lambda s: f"AKIA{s.upper()}",
     "Slack": lambda s: f"xoxb-123-{s}",
     "JWT": lambda s: f"eyJhbGciOiJIUzI1NiJ9.{s}.{s}",
+    "a token of another service": lambda s: f"xai-7{s}",
+    "a token of any service": lambda s: f"acme_pat_1a2b3C{s}",
+    "YAML of several lines": lambda s: f"api_key: |\n  {s}\n  {s}\nb: 1",
+    "arrow": lambda s: f"api_key => {s}",
+    "PGP key": lambda s: (
+        f"-----BEGIN PGP PRIVATE KEY BLOCK-----\n{s}\n-----END PGP PRIVATE KEY BLOCK-----"
+    ),
     "private key": lambda s: (
         f"-----BEGIN RSA PRIVATE KEY-----\n{s}\n{s}\n-----END RSA PRIVATE KEY-----"
     ),
@@ -71,6 +78,7 @@ KEYS = """
     passphrase
     auth basicAuth http-auth Authorization proxy_authorization cookie sessionCookies credential
     awsCredentials credentials api_key_2 token1
+    pwd creds pass-word pass_phrase auth_header private_key_pem bearer token_value
 """
 #: Keys that say nothing, of free blocks.
 NEUTRAL = "endpoint value note a Extra x-thing args 0 env_var url"
@@ -267,6 +275,13 @@ ORDINARY = {
     "special_tokens": {"bos_token": "<|begin_of_text|>", "pad_token": "</s>"},
     "options": "--max-model-len 4096 --dtype=bfloat16 lr=1e-5 eos_token=</s>",
     "prompt_cache_key": "mine",
+    "tool_call_token": "<|call|>",
+    "fim_prefix_token": "\u2581<PRE>",
+    "rank_pattern": {"embed_tokens": 8},
+    "adapter": "/m/sk-learn-Adapter-2024-X",
+    "output": "outputs/lr=1e-4,key=3",
+    "file": "/d/data-7f3a9c1e5b2d8f4a6c0e9b7d1f3a5c8e.parquet",
+    "schema": {"properties": {"token": {"type": "string"}, "key": {"type": "integer"}}},
 }
 
 
@@ -279,7 +294,9 @@ def test_the_names_of_the_schema_name_one_secret() -> None:
     assert "lr_scheduler_kwargs" not in known_keys()
 
 
-@pytest.mark.parametrize("part", ["://", "://a:", "sk-", "key=", "x.webhook.", "-", "a:", '"', " "])
+@pytest.mark.parametrize(
+    "part", ["://", "://a:", "=a:a", "sk-", "key=", "x.webhook.", "-", "a:", '"', " "]
+)
 def test_a_long_value_of_any_kind_is_judged_at_once(part: str) -> None:
     """A pattern that looks at each place from each place would take minutes for this one."""
     text = part * (2 * 10**5 // len(part))

@@ -9,6 +9,7 @@ import copy
 import json
 import random
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,16 +112,20 @@ def good(kind: str, body: bytes) -> bool:
                 for one in content["data"]
             )
         if kind == "judged":
-            said = content["choices"][0]["message"].get("content")
+            [choice] = content["choices"]
+            said = choice["message"].get("content")
+            if choice["message"].get("role", "assistant") != "assistant":
+                return False
             usage = {} if content.get("usage") is None else content["usage"]
             counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-            numbers = [float(one) for one in counts if one is not None]
-            fine = all(0 <= one <= 10**9 and one.is_integer() for one in numbers)
+            numbers = [one for one in counts if one is not None]
+            fine = all(type(one) is int and 0 <= one <= 10**9 for one in numbers)
             return (said is None or type(said) is str) and fine
         found = content["choices"][0]["prompt_logprobs"]
-        logps = [one["logprob"] for entry in found if entry is not None for one in entry.values()]
+        logps = [found[2]["9"]["logprob"], found[3]["2"]["logprob"]]  # the others are not used
         finite = all(type(one) in (int, float) and -1e6 <= one <= 0.001 for one in logps)
-        return len(found) == 4 and finite and "9" in found[2] and "2" in found[3]
+        shaped = all(one is None or isinstance(one, dict) for one in found)
+        return len(found) == 4 and finite and shaped
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return False
 
@@ -163,6 +168,11 @@ class Saying(Handler):
     do_GET = do_POST
 
 
+def judge_at(url: str, directory: Path, **keys: Any) -> PairwiseJudge:
+    settings = {"base_url": f"{url}/v1", "model": "m", "timeout": 5, **keys}
+    return PairwiseJudge(JudgeConfig(**settings), Journal(directory / "journal"))
+
+
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
     """What comes of a case: what was read, or `Refused` with the sentence."""
@@ -173,8 +183,7 @@ def ask(tmp_path_factory):
         patch.setattr(api, "RETRIES", 0)
         url = f"http://127.0.0.1:{server.server_port}"
         client = Client(url, "key", 0, 5.0)
-        config = JudgeConfig(base_url=f"{url}/v1", model="m", timeout=5)
-        judge = PairwiseJudge(config, Journal(tmp_path_factory.mktemp("judge") / "journal"))
+        judge = judge_at(url, tmp_path_factory.mktemp("judge"))
         request = {"prompt": PROMPT, "max_tokens": LIMIT}
         questions = [{"role": "user", "content": "?"}]
         asked = {

@@ -1,6 +1,7 @@
 """Sampling but for the child process: which sampler a run takes and why, what of a server's answers
 is stored, and room for an engine (nothing moves on a CPU)."""
 
+import math
 import socket
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_what_is_wrong_with_an_interpreter_is_said():
     for python, said in (
         (sys.executable, "vLLM is not installed in"),
         ("/no-such-python", "no-such-python does not run"),
-        ("/bin/false", "cannot be imported by .*false: no output"),
+        ("/bin/false", "cannot be imported by .*false: it says no version"),
     ):
         with pytest.raises(RuntimeError, match=said):
             find_vllm(python)
@@ -71,11 +72,13 @@ def test_vllm_is_taken_where_it_is_and_without_it_transformers_or_an_error_says_
         ({"init_lora_weights": "pissa_niter_4"}, "peft_init_lora_weights: 'pissa_niter_4'"),
         ({"init_lora_weights": "loftq"}, "peft_init_lora_weights: 'loftq'"),
         ({"layer_replication": [[0, 2]]}, "peft_layer_replication: [[0, 2]]"),
-        ({"trainable_token_indices": {"embed": [5]}}, "peft_trainable_token_indices"),
+        ({"trainable_token_indices": {"embed": [5]}}, "_trainable_token_indices: {'embed': [5]}"),
+        ({"of_a_later_peft": {"my_token": [5]}}, "of_a_later_peft: {'my_token': ***"),
         ({"target_parameters": ["experts.down_proj"]}, "lora_target_parameters"),
         ({"lora_bias": True}, "lora_bias: True"),
         ({"of_a_later_peft": 3}, "of_a_later_peft: 3"),
-        ({"r": 1024}, "ranks up to 512, not 1024"),
+        ({"r": 1024}, "ranks from 1 up to 512, not 1024"),
+        *(({"r": rank}, f"not {rank!r}") for rank in (None, "8", 0, -4, math.nan, True)),
         ({"peft_type": "PeftType.ADAPTION_PROMPT"}, "not PeftType.ADAPTION_PROMPT"),
     ],
 )

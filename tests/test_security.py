@@ -299,6 +299,26 @@ def test_what_a_python_says_that_has_no_vllm_is_shown_and_not_obeyed(tmp_path):
         child.find_vllm(str(path))
 
 
+@pytest.mark.parametrize(
+    ("printed", "version"),
+    [
+        (b"\xff\xfe said first\n\nvllm 0.30.0+cpu\n", "0.30.0+cpu"),
+        *((printed, None) for printed in (b"vllm\n", b"\xff\n", b"vllm \x1b[2J0.30\n")),
+        *((printed, None) for printed in (b"vllm " + b"9" * 10**5, "vllm \u0663".encode(), b"")),
+    ],
+)
+def test_the_version_of_vllm_is_what_looks_like_one(tmp_path, printed, version):
+    path = tmp_path / "python"
+    (tmp_path / "printed").write_bytes(printed)
+    path.write_text(f"#!/bin/sh\ncat {tmp_path}/printed\n")
+    path.chmod(0o755)
+    if version:
+        assert child.find_vllm(str(path)) == version
+    else:
+        with pytest.raises(RuntimeError, match=r"cannot be imported by .*: it says no version"):
+            child.find_vllm(str(path))
+
+
 def test_only_iterations_are_discarded_and_what_a_link_leads_to_stays(tmp_path):
     store, outside = RunStore(tmp_path / "out"), tmp_path / "outside"
     others = ["iteration-foo", "iteration-03.bak", "iteration-", "iteration-3", "iteration-\u0663"]

@@ -107,7 +107,7 @@ class Run:
             self.store,
             self.scorer,
             self.sampler,
-            SamplingSettings(self.config.candidates, 0.7, 0.95, 8, None, (END,), seed=0),
+            SamplingSettings(self.config.candidates, 0.7, 0.95, 8, None, (END,), 0, vocabulary=100),
             labeler or LABELERS[self.config.labeler].load()(self.method),
             self.phases,
         )

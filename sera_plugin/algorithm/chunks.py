@@ -11,7 +11,8 @@ from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tables import TYPES
 from sera_plugin.rundir.tokens import TokenColumn
 
-_SCHEMA = {name: TYPES[name] for name in ("row", "candidate", "token_ids", "finish_reason")}
+_NAMES = ("row", "candidate", "token_ids", "finish_reason")
+_SCHEMA = pa.schema({name: TYPES[name] for name in _NAMES})
 
 
 def chunk_table(chunk: Chunk) -> pa.Table:
@@ -43,8 +44,8 @@ class ChunkCheck:
     _seen: set[int] = field(default_factory=set)
 
     def __call__(self, chunk: pa.Table) -> str | None:
-        if list(zip(chunk.column_names, chunk.schema.types, strict=True)) != list(_SCHEMA.items()):
-            return f"its columns are not {', '.join(_SCHEMA)} of the types they have"
+        if not chunk.schema.equals(_SCHEMA):
+            return f"its columns are not {', '.join(_NAMES)} of the types they have"
         if any(column.null_count for column in chunk.columns):
             return "it has nulls"
         count = self.settings.candidates
@@ -64,5 +65,7 @@ class ChunkCheck:
             last = {"stop": [len(ids) - 1], "length": []}.get(reason)
             if not 1 <= len(ids) <= self.settings.max_new_tokens or ends.tolist() != last:
                 return "a candidate is longer than asked for, or does not end as it says"
+            if not 0 <= ids.min() <= ids.max() < self.settings.vocabulary:
+                return "it has token ids that the model does not know"
         self._seen |= own
         return None

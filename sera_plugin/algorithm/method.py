@@ -193,6 +193,7 @@ class SamplingSettings:
     max_length: int | None  # longest prompt + candidate in tokens
     end_ids: tuple[int, ...]  # tokens that end a candidate
     seed: int
+    vocabulary: int = 2**31  # number of token ids that the model knows
 
     def stream(self, row: int) -> int:
         """A request's seed. Engines give candidate i of a prompt the seed + i: none meet."""
@@ -301,8 +302,7 @@ class Iteration:
     phases: Phases = field(default_factory=Phases)
     progress: Progress = lambda total, phase: nullcontext(lambda chunk: None)
     held_out: Pairs | None = None  # pairs that no iteration trains on
-    #: Those of the run directory that have been read or made, by (iteration, name).
-    tables: dict[tuple[int, str], pa.Table] = field(default_factory=dict)
+    tables: dict[tuple[int, str], pa.Table] = field(default_factory=dict)  # read or made so far
 
     def at(self, t: int) -> Iteration:
         """An earlier iteration of the same run; the tables are shared."""

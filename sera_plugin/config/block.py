@@ -121,7 +121,7 @@ class JudgeConfig(Block, hide_input_in_errors=True):
     concurrency: int = Field(8, ge=1, le=256)
     """Requests at a time."""
     timeout: float = Field(120.0, gt=0, le=3600)
-    """Seconds without a byte after which a request is dead."""
+    """Seconds for a reply, by the clock; then the request is made again."""
     prompt_price: float | None = Field(None, ge=0)
     """Price of a million prompt tokens, in any currency."""
     completion_price: float | None = Field(None, ge=0)

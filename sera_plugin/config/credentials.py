@@ -18,10 +18,13 @@ Known = Mapping[str, "Known"]
 
 # --------------------------------------------------------------------------- keys
 
-#: Words that make a key a secret wherever they stand in it.
+#: Words that make a key a secret wherever they stand in it; `_` is between words.
 _SECRET = re.compile(
-    r"(api|secret|private)keys?|authorization|credentials?|secrets?|pass(phrase|wd|word)s?"
+    r"(?<![a-z])((api|secret|private)_?keys?(?!_env)|authorization|bearer|cred(ential)?s?|jwt|pwd"
+    r"|secrets?|pass_?(code|phrase|wd|word)s?)(?![a-z])"
 )
+#: Of which a key with these words at its end has only the form (`auth_header`, `token_value`).
+_FORM = re.compile(r"(?<!key)_(header|value)s?$")
 #: Words that do so at its end, also written together with another (`hftoken`, `dbpass`).
 _LAST = re.compile(
     r".*(authorization|cookie|credential|pass(phrase|wd|word)|secret)s?|(?!bypass|compass).*pass"
@@ -29,7 +32,7 @@ _LAST = re.compile(
 )
 #: Before `token`: a piece of text that a tokenizer knows, or a number of them.
 _TEXT = re.compile(
-    r"(add(ed)?|audio|bos|cls|end|eo[ist]|extra|image|mask|pad|sep|special|start|stop|unk|video"
+    r"(add(ed)?|audio|bos|cls|embed|end|eo[ist]|extra|image|mask|pad|sep|special|start|stop|unk|video"
     r"|completion|generated|input|max|min|new|num|output|prompt|reasoning|supervised|thinking|total"
     r"|untrained)(token)?"
 )
@@ -40,10 +43,10 @@ _NAME = re.compile(r"(cache|column|experiment|field|group|property|sort|split|th
 def is_secret(key: str) -> bool:
     """Whether a configuration key names a secret (`api_key`, `HF_TOKENS`, `Authorization`)."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key).lower()
-    words = [word for word in re.findall(r"[a-z0-9]+", parted) if not word.isdigit()]
-    if any(map(_SECRET.fullmatch, words)):
+    words = [w for w in re.findall(r"[a-z0-9]+", parted) if not re.fullmatch("v?[0-9]+", w)]
+    if _SECRET.search("_".join(words)):
         return True
-    *_, before, last = ["", "", *words]
+    *_, before, last = ["", "", *_FORM.sub("", "_".join(words)).split("_")]
     if not (found := _LAST.fullmatch(last.rstrip("0123456789"))):
         return False
     if found["tokens"] is not None:  # `tokens` alone are texts too
@@ -60,7 +63,8 @@ def is_secret(key: str) -> bool:
 #: after the host's port is no password, what stands after another colon is, whatever is in it.
 _USER = re.compile(
     r"(?<=://)[^\s/?#]+@|(?<=://)[^\s/?#:@]{0,200}:(?!\d*[/?#])[^\s@]{1,500}@(?=[^\s@])"
-    r"|^[^\s/?#:@]+:[^\s/?#@]+@(?=\S+$)|(?<![^\s\"'(=])[^\s/?#:@\"'(=]+:[^\s/?#@]+@(?=[\w-]+[.:]\w)"
+    r"|^[^\s/?#:@]+:[^\s/?#@]+@(?=\S+$)"
+    r"|(?<![^\s\"'(=])[^\s/?#:@\"'(=]+:[^\s/?#@]{1,500}@(?=[\w-]+[.:]\w)"
 )
 #: From the `?` or `#` of a URL on. Signatures and tokens stand there, under many names.
 _QUERY = re.compile(r"(://(?:(?!://)[^\s?#])*[?#])\S+")
@@ -72,14 +76,20 @@ _WEBHOOK = re.compile(
 )
 #: What services give out begins with letters of theirs.
 _ISSUED = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{12,}|[sr]k-(?=[\w-]{0,200}[A-Z0-9])[\w-]{12,}"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{12,}"
+    r"|[sr]k-(?=[\w-]{0,200}[A-Z0-9])(?:[A-Za-z0-9]{1,11}[_-]){0,3}[A-Za-z0-9]{12}[\w-]*"
     r"|[spr]k_(?:live|test)_\w{8,}|gh[a-z]_[A-Za-z0-9]{12,}|github_pat_\w{12,}|glpat-[\w-]{12,}"
     r"|A[KS]IA[A-Z0-9]{12,}|xox[a-z]-[\w-]{8,}|xapp-[\w-]{8,}|AIza[\w-]{20,}|ya29\.[\w-]{12,}"
     r"|(?:gsk|npm|nvapi|pypi|r8|dop_v1|SG)[_.-](?=[\w-]{0,200}[A-Z0-9])[\w.-]{16,}"
-    r"|eyJ[\w-]{6,}\.[\w.-]+)"
+    r"|(?:(?:AGE-SECRET-KEY|pplx|xai)-|hvs\.|(?:dckr|lsv2|shp)_?[a-z]{2,3}_|(?:tgp|wandb)_v1_)"
+    r"(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20}[\w-]*|eyJ[\w-]{6,}\.[\w.-]+)"
+    # Of others what stands by itself, drawn from digits and letters of both kinds.
+    r"|(?<![\w./-])[A-Za-z][A-Za-z0-9]{0,9}(?:[_-][A-Za-z0-9]{1,6}){0,2}[_.-]"
+    r"(?=[A-Za-z]*[0-9]+[A-Za-z]+[0-9]+[A-Za-z]+[0-9])(?=[a-z0-9]*[A-Z])(?=[A-Z0-9]*[a-z])"
+    r"[A-Za-z0-9]{20,}(?![\w/-]|\.\w)"
 )
 _PRIVATE_KEY = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*-----|\Z)", re.DOTALL
+    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(-----END [A-Z ]*-----|\Z)", re.DOTALL
 )
 #: `Bearer xyz`; of `Basic xyz` what is nothing else, or is no word of a language.
 _SCHEME = re.compile(
@@ -94,10 +104,13 @@ _HEADER = re.compile(
 )
 #: `key=`, `key: `, `"key": ` and `--key `, also inside a longer text, and what is given to it.
 _GIVEN = re.compile(
-    r"(?<![\w.-])(?:(?P<key>-{0,2}[A-Za-z_][\w.-]*)(?P<by>\\*[\"']?\s*[:=]\s*)"
+    r"(?<![\w.-])(?:(?P<key>-{0,2}[A-Za-z_][\w.-]*)"
+    r"(?P<by>\\*[\"']?\s*(?:=>|[:=])\s*(?:[|>][-+0-9]*\s+)?)"
     r"|--?(?P<option>[A-Za-z][\w-]*)\s+(?!-))"
 )
 _VALUE = re.compile(r"\\*\"[^\"]*\"?|\\*'[^']*'?|(?:(?![\s;&]|,\s*[\w.-]+\s*[:=]).)+")
+#: What is given with `|` or `>` in a YAML: all lines that are indented.
+_LINES = re.compile(r".*(?:\n[ \t].*)*")
 _NO_VALUE = re.compile(r"(true|false|none|null|\*\*\*|[\[\](){}]*)[\"'\])},.]*", re.IGNORECASE)
 #: Keys that are words of a sentence too (`the key: patience`).
 _WORDS = ("auth", "key", "keys", "pass", "secret", "secrets", "token")
@@ -110,9 +123,10 @@ def _without_given(text: str) -> str:
         shown.append(text[done : found.end()])
         done = found.end()
         key, by = found["key"] or found["option"], found["by"] or ""
-        if is_secret(key) and (value := _VALUE.match(text, done)):
-            word = ":" in by and key.lower() in _WORDS and value[0].strip("\\\"'.,").isalpha()
-            if not (word or _NO_VALUE.fullmatch(value[0])):
+        if is_secret(key) and (value := (_LINES if "\n" in by else _VALUE).match(text, done)):
+            bare = value[0].strip("\\\"'.,")
+            word = (":" in by and bare.isalpha()) or (bare.isdecimal() and len(bare) < 4)
+            if not ((word and key.lower() in _WORDS) or _NO_VALUE.fullmatch(value[0])):
                 shown.append(MASK)
                 done = value.end()
     return "".join([*shown, text[done:]])
@@ -173,6 +187,13 @@ def _without_random(text: str) -> str:
 # --------------------------------------------------------------------------- configurations
 
 
+#: A tokenizer's special token, by its key and as it is written (`tool_call_token: <|call|>`).
+_TOKEN = re.compile(r"[a-z]_tokens?$")
+_SPECIAL = re.compile(r"\W?</?[^<>\s/]{1,40}>|\[[A-Z_]{1,20}\]")
+#: Types of a JSON schema, whose `properties` are names of fields.
+_SCHEMA = ("array", "boolean", "integer", "null", "number", "object", "string")
+
+
 def public(value: Any, known: Known | None = None, key: str = "") -> Any:
     """A configuration that can be kept and shown: without credentials, at any depth.
 
@@ -198,6 +219,8 @@ def public(value: Any, known: Known | None = None, key: str = "") -> Any:
             or isinstance(inner, bool)
             or not (is_secret(str(name)) or (named and str(name).lower() in ("value", "val")))
             or (isinstance(inner, (int, float)) and str(name).lower().endswith("tokens"))
+            or (_TOKEN.search(str(name)) and isinstance(inner, str) and _SPECIAL.fullmatch(inner))
+            or (key == "properties" and isinstance(inner, dict) and inner.get("type") in _SCHEMA)
         }
     if isinstance(value, (list, tuple)):
         shown = [

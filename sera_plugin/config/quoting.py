@@ -2,6 +2,8 @@
 
 import json
 import re
+from itertools import islice
+from typing import Any
 
 from sera_plugin.config.credentials import MASK, public, without_credentials
 
@@ -25,20 +27,31 @@ def quoted(value: object, limit: int = _QUOTED_CHARACTERS) -> str:
     """A value of the user's as a message shows it: escaped, on one line, cut, without secrets."""
     try:
         if isinstance(value, str):
-            # Before anything is cut: half of a URL shows no longer what is secret in it.
-            text = ascii(without_credentials(value)[: 4 * limit])
+            # Before the text is cut to what shows: half of a URL does not tell its secrets.
+            text = ascii(without_credentials(_beginning(value, limit))[: 4 * limit])
         else:
-            text = without_credentials(ascii(public(value)))
+            text = without_credentials(ascii(public(_beginning(value, limit))))
     except Exception:  # a value of a class of its own may refuse to be shown
         text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _beginning(value: Any, limit: int) -> Any:
+    """Of a value what may show in `limit` characters, and more: the rest takes time only."""
+    if isinstance(value, str):
+        return value[: 100 * limit]
+    if isinstance(value, dict):
+        return {key: _beginning(one, limit) for key, one in islice(value.items(), limit)}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_beginning(one, limit) for one in value[:limit]])
+    return value
 
 
 def plain(text: str, limit: int = _QUOTED_CHARACTERS) -> str:
     """The same of text that stands in a sentence without quotes."""
     shown = "".join(
         one if " " <= one <= "~" else one.encode("unicode_escape").decode()
-        for one in without_credentials(text)[: 4 * limit]
+        for one in without_credentials(_beginning(text, limit))[: 4 * limit]
     )
     return shown if len(shown) <= limit else f"{shown[:limit]}..."
 

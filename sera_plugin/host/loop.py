@@ -241,6 +241,7 @@ class Loop:
             max_length=self.cfg["sequence_len"],
             end_ids=self.end_ids,
             seed=self.method.seed * 1_000 + iteration,
+            vocabulary=policies.model.get_input_embeddings().weight.shape[0],
         )
         it = Iteration(
             t=iteration,

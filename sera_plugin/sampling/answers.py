@@ -7,7 +7,7 @@ whether the policy that answers is the one that is trained.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,8 @@ from sera_plugin.algorithm.method import Candidate, Pairs, SamplingSettings, Tok
 from sera_plugin.config.quoting import quoted
 
 Shape = TypeVar("Shape")
+#: Of a list of a million wrong things the first is enough: each would take a kilobyte.
+_List = Annotated[list[Shape], Field(fail_fast=True)]
 
 
 class ServedModel(BaseModel, strict=True):
@@ -29,9 +31,9 @@ class ServedModel(BaseModel, strict=True):
 
 class _Choice(BaseModel, strict=True):
     index: int
-    token_ids: list[int]
+    token_ids: _List[int]
     finish_reason: Literal["stop", "length"]
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: _List[int] | None = None
 
 
 class _Logprob(BaseModel, strict=True):
@@ -39,12 +41,13 @@ class _Logprob(BaseModel, strict=True):
 
 
 class _Scored(BaseModel, strict=True):
-    prompt_logprobs: list[dict[str, _Logprob] | None]
+    prompt_logprobs: _List[dict[str, Any] | None]
 
 
-MODELS = TypeAdapter(list[ServedModel])
-_CHOICES = TypeAdapter(list[_Choice])
-_SCORED = TypeAdapter(list[_Scored])
+MODELS = TypeAdapter(_List[ServedModel])
+_CHOICES = TypeAdapter(_List[_Choice])
+_SCORED = TypeAdapter(_List[_Scored])
+_LOGPROB = TypeAdapter(_Logprob)
 
 
 def shaped(adapter: TypeAdapter[Shape], value: object, key: str) -> Shape:
@@ -92,8 +95,8 @@ def read_candidates(
             raise ValueError(f"1 to {limit} tokens were asked for, and {len(ids)} came back")
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise ValueError(
-                f"token ids go from {min(ids)} to {max(ids)}, but the model's vocabulary has "
-                f"{vocabulary} tokens"
+                f"token ids go from {quoted(min(ids))} to {quoted(max(ids))}, but the model's "
+                f"vocabulary has {vocabulary} tokens"
             )
         ends = [place for place, token in enumerate(ids) if token in settings.end_ids]
         if ends != ([len(ids) - 1] if reason == "stop" else []):
@@ -148,7 +151,7 @@ def answer_logp(choices: object, known: Known) -> float:
             raise ValueError(
                 f"prompt_logprobs.{place} has no token {tokens[place]}, which was sent"
             )
-        total += found.logprob
+        total += shaped(_LOGPROB, found, f"prompt_logprobs.{place}.{tokens[place]}").logprob
     return total
 
 

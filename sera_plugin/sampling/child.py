@@ -60,17 +60,18 @@ def _answer(python: str, code: str) -> str:
     command, environment = [python, "-c", code], child_environment(python)
     try:  # no shell; the interpreter that the YAML names
         result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300
+            command, env=environment, capture_output=True, errors="replace", timeout=300
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{python} does not run: {error}") from None
-    lines = (result.stdout.splitlines() or [""])[-1].split()
-    if result.returncode == 0 and lines[:1] == ["vllm"]:
-        return lines[1]
+    found = re.search(r"^vllm ([\w.+!-]{1,60})\s*\Z", result.stdout, re.ASCII | re.MULTILINE)
+    if result.returncode == 0 and found:
+        return found[1]
     said = [printable(line) for line in result.stderr.splitlines() if line.strip()]
     if said and "No module named 'vllm'" in said[-1]:
         raise RuntimeError(f"vLLM is not installed in {python}")
-    raise RuntimeError(f"vLLM cannot be imported by {python}: {said[-1] if said else 'no output'}")
+    why = said[-1][:500] if said else "it says no version"
+    raise RuntimeError(f"vLLM cannot be imported by {python}: {why}")
 
 
 def child_environment(python: str, devices: Sequence[str] = ()) -> dict[str, str]:

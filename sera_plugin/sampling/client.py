@@ -4,13 +4,11 @@ import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
-from time import monotonic
+from itertools import count, islice
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import Shard
@@ -23,12 +21,14 @@ from sera_plugin.sampling.answers import (
     read_candidates,
     shaped,
 )
-from sera_plugin.sampling.child import SamplingFailed
-from sera_plugin.sampling.http import Reply, exchange, one_line
+from sera_plugin.sampling.child import PATIENCE, SamplingFailed
+from sera_plugin.sampling.http import Reply, Session, exchange, one_line
 
-#: Tries after a lost connection or an overloaded answer. urllib3 makes the first of them at once,
-#: the others after twice the seconds, four times, ...: about a minute in all.
+#: Tries after a lost connection or an overloaded answer. The first of them is made at once, the
+#: others after twice the seconds, four times, ...: about a minute in all. A server that asks for
+#: another time is not heard: it could be days.
 RETRIES, BACKOFF = 6, 1.0
+OVERLOADED = (429, 502, 503, 504)
 #: Prompts that are sampled at a time.
 IN_FLIGHT = 128
 #: A chunk is handed over when it has this many prompts, or is this many seconds old.
@@ -91,7 +91,7 @@ class Client:
     """Sends requests to one server, whose `key` may be an empty text.
 
     `retries` are tries after the first one, `timeout` is in seconds for a reply, None where `watch`
-    sees to it, and `remedy` says what to do where nothing answers.
+    sees to it while it samples, and `remedy` says what to do where nothing answers.
     """
 
     def __init__(
@@ -99,47 +99,42 @@ class Client:
     ) -> None:
         self.url, self.key, self.remedy = url, key, remedy
         self._retries, self._timeout = retries, timeout
-        retry = Retry(
-            total=retries,
-            backoff_factor=BACKOFF,
-            status_forcelist=(429, 502, 503, 504),
-            allowed_methods=None,  # sampling is seeded: asking twice gives the same
-            raise_on_status=False,
-            respect_retry_after_header=False,  # it could be days
-        )
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy knows this machine
-        self._session.mount("http://", HTTPAdapter(pool_maxsize=IN_FLIGHT, max_retries=retry))
-        for path in ("/health", "/metrics"):  # without tries, each of which urllib3 warns of
-            self._session.mount(url + path, HTTPAdapter())
+        self._session = Session(IN_FLIGHT, trust_env=False)  # no proxy knows this machine
         if key:
             self._session.headers["Authorization"] = f"Bearer {key}"
 
     def version(self) -> str:
         """Of vLLM, as the server gives it."""
-        return one_line(self.ask("version", "/version"), self.key)
+        return one_line(str(self.ask("version", "/version")), self.key, 60)
 
     def answers(self, path: str) -> str | None:
         """What a path gives, None where nothing answers within some seconds; tried once."""
         try:
-            answer = exchange(self._session, "GET", self.url + path, (5.0, 5.0))
+            answer = exchange(self._session, "GET", self.url + path, 5.0)
         except requests.RequestException:
             return None
         return answer.text if answer.ok else None
 
-    def send(self, path: str, body: Any = None) -> Reply:
+    def send(self, path: str, body: Any = None, watched: bool = False) -> Reply:
         """The reply to a GET, or a POST with a body, whatever its status."""
-        method, timeout = "GET" if body is None else "POST", (10.0, self._timeout)
-        try:
-            return exchange(self._session, method, self.url + path, timeout, json=body)
-        except requests.RequestException as error:
-            raise self.wrong(
-                f"does not answer {path} after {self._retries + 1} tries: {error}. {self.remedy}"
-            ) from None
+        method, url = "GET" if body is None else "POST", self.url + path
+        seconds = self._timeout or (None if watched else PATIENCE)
+        for attempt in count():
+            sleep(BACKOFF * 2 ** (attempt - 1) if attempt > 1 else 0)
+            try:  # sampling is seeded: asking twice gives the same
+                answer = exchange(self._session, method, url, seconds, json=body)
+                if attempt == self._retries or answer.status not in OVERLOADED:
+                    break
+            except requests.RequestException as error:
+                if attempt == self._retries:
+                    raise self.wrong(
+                        f"does not answer {path} after {attempt + 1} tries: {error}. {self.remedy}"
+                    ) from None
+        return answer
 
-    def ask(self, key: str, path: str, body: Any = None) -> Any:
+    def ask(self, key: str, path: str, body: Any = None, watched: bool = False) -> Any:
         """What stands under a key of the reply; SamplingFailed if there is no such reply."""
-        answer = self.send(path, body)
+        answer = self.send(path, body, watched)
         if answer.status in (401, 403):
             raise self.wrong("refuses this run's key. Set VLLM_API_KEY to the server's own")
         if not answer.ok:
@@ -156,7 +151,7 @@ class Client:
         self, row: int, request: Mapping[str, Any], settings: SamplingSettings, vocabulary: int
     ) -> list[Candidate]:
         """What is sampled for a row's prompt; SamplingFailed if it is wrong."""
-        choices = self.ask("choices", "/v1/completions", request)
+        choices = self.ask("choices", "/v1/completions", request, watched=True)
         limit, prompt = request["max_tokens"], request["prompt"]
         with self.said(f"answers the prompt of row {row} wrongly"):
             return read_candidates(choices, settings, limit, vocabulary, prompt)

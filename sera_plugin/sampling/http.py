@@ -9,13 +9,18 @@ from time import monotonic
 from typing import Any, TypeVar
 
 import requests
+from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
 from sera_plugin.config.credentials import without_credentials
-from sera_plugin.config.quoting import printable, without_secret
+from sera_plugin.config.quoting import plain, printable, without_secret
 
-#: Bytes of a reply, decompressed. 128 answers of 8,192 tokens have a tenth of it.
+#: Bytes of a reply. 128 answers of 8,192 tokens have a tenth of it.
 LARGEST = 64 * 2**20
+#: Seconds for a connection.
+CONNECTING = 10.0
+#: Characters of a sentence that says what a server has done.
+SENTENCE = 2000
 Result = TypeVar("Result")
 
 
@@ -36,57 +41,94 @@ class Reply:
         return self.body.decode("utf-8", "replace")
 
     def json(self) -> Any:
-        """The body as JSON; ValueError where it is none, or nested without end."""
+        """The body as JSON; ValueError where it is none, nested without end, or ambiguous."""
         try:
-            return json.loads(self.body)
+            return json.loads(self.body, object_pairs_hook=_object)
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
     def words(self, key: str) -> str:
         """The server's own words, cut to a readable length."""
+        if 300 <= self.status < 400:
+            return "a redirect, which is not followed"
         try:
             error = self.json()
             error = error.get("error", error)
-            text = error["message"] if isinstance(error, dict) else error
-        except (ValueError, KeyError, AttributeError):
-            text = self.text[:4096]
-        return one_line(text, key)[:400]
+            text = str(error["message"] if isinstance(error, dict) else error)
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            text = self.text
+        return one_line(text, key, 400)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands there twice readers would take one or the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
+
+
+class Session(requests.Session):
+    """Connections that are kept, `at_once` of them, and never lead to another address.
+
+    requests reads what comes with a redirect before it follows it or not, however long that is.
+    """
+
+    def __init__(self, at_once: int, trust_env: bool) -> None:
+        super().__init__()
+        self.trust_env = trust_env
+        # A few bytes may be megabytes, or nothing for ever, once they are decompressed.
+        self.headers["Accept-Encoding"] = "identity"
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, HTTPAdapter(pool_maxsize=at_once))
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None: there is nothing to follow."""
 
 
 def exchange(
-    session: requests.Session,
-    method: str,
-    url: str,
-    timeout: tuple[float, float | None],
-    **options: Any,
+    session: Session, method: str, url: str, seconds: float | None, **options: Any
 ) -> Reply:
     """Send a request and read the reply.
 
-    `timeout` has the seconds for a connection, and for all of the reply (None: as long as it takes,
-    where somebody else watches). requests' own limits the silence between two pieces.
+    `seconds` are for all of it by the clock, None for as long as it takes, where somebody else
+    watches. requests' own limits count the silence between two pieces.
 
     Raises:
-        requests.RequestException: also for a reply that is too long or takes too long.
+        requests.RequestException: also for a reply that is too long, compressed or takes too long.
     """
-    body, began, most = bytearray(), monotonic(), timeout[1]
-    with session.request(method, url, timeout=timeout, stream=True, **options) as answer:
-        try:
-            # What has come so far: `iter_content` waits until a piece is full.
-            while piece := answer.raw.read1(2**16, decode_content=True):
-                body += piece
-                if len(body) > LARGEST:
-                    raise requests.RequestException(f"the reply is longer than {LARGEST:,} bytes")
-                if most is not None and monotonic() > began + most:
-                    raise requests.Timeout(f"the reply is not at its end after {most:g} seconds")
-        except HTTPError as error:  # of urllib3
-            raise requests.ConnectionError(str(error)) from error
-        return Reply(answer.status_code, answer.headers, bytes(body))
+    until = None if seconds is None else monotonic() + seconds
+    connecting = CONNECTING if seconds is None else min(CONNECTING, seconds)
+
+    def work() -> Reply:
+        body, timeout = bytearray(), (connecting, seconds)
+        with session.request(method, url, timeout=timeout, stream=True, **options) as answer:
+            encoding = answer.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                raise requests.RequestException(
+                    f"the reply is compressed ({plain(encoding)}), which was not asked for"
+                )
+            try:
+                # What has come so far: `iter_content` waits until a piece is full.
+                while piece := answer.raw.read1(2**16, decode_content=False):
+                    body += piece
+                    if len(body) > LARGEST:
+                        raise requests.RequestException(
+                            f"the reply is longer than {LARGEST:,} bytes"
+                        )
+                    if until is not None and monotonic() > until:
+                        raise requests.Timeout("nobody waits for it any more")
+            except HTTPError as error:  # of urllib3
+                raise requests.ConnectionError(str(error)) from error
+            return Reply(answer.status_code, answer.headers, bytes(body))
+
+    return within(seconds, work)
 
 
-def within(seconds: float, call: Callable[[], Result]) -> Result:
+def within(seconds: float | None, call: Callable[[], Result]) -> Result:
     """What a call returns; requests.Timeout where that takes longer.
 
-    A name's address may take minutes to find, and headers may come one by one, each within
+    A name's address may take minutes to find, and headers may come byte by byte, each within
     requests' limit. The thread that waits for them is left behind.
     """
     made: Future[Result] = Future()
@@ -104,7 +146,8 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
         raise requests.Timeout(f"there is no reply after {seconds:g} seconds") from None
 
 
-def one_line(text: object, key: str) -> str:
-    """Text in one line, without the key: a server may send back what it was sent."""
-    line = printable(" ".join(without_secret(str(text), key).split()))
-    return without_credentials(line)
+def one_line(text: str, key: str, limit: int = SENTENCE) -> str:
+    """Text in one line and cut, without the key: a server may send back what it was sent."""
+    # Cut before anything looks for credentials in it, which takes its time over a long text.
+    line = printable(" ".join(without_secret(text, key).split())[: 10 * limit])
+    return without_credentials(line)[:limit]

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from peft import LoraConfig
 
-from sera_plugin.config.quoting import quoted
+from sera_plugin.config.quoting import plain, quoted
 from sera_plugin.model.losses import LOW_PRECISION_LIMIT
 from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.answers import ServedModel
@@ -66,7 +66,7 @@ def adapter_problem(config: Mapping[str, Any]) -> str | None:
     Whatever PEFT has beyond that, today or in a version to come, is not served.
     """
     if str(config.get("peft_type", "LORA")).split(".")[-1] != "LORA":
-        return f"vLLM serves LoRA adapters, not {config['peft_type']}"
+        return f"vLLM serves LoRA adapters, not {plain(str(config['peft_type']))}"
     if config.get("init_lora_weights") not in _INITIAL:
         return _other_than("init_lora_weights", config["init_lora_weights"])
     usual = LoraConfig().to_dict()
@@ -74,8 +74,9 @@ def adapter_problem(config: Mapping[str, Any]) -> str | None:
         off = value in (None, False, "none") or value == usual.get(name) or value in ([], {})
         if name not in _SERVED and not off:
             return _other_than(name, value)
-    if config["r"] > LORA_RANKS[-1]:
-        return f"vLLM serves ranks up to {LORA_RANKS[-1]}, not {config['r']}"
+    rank = config.get("r")
+    if type(rank) is not int or not 1 <= rank <= LORA_RANKS[-1]:
+        return f"vLLM serves ranks from 1 up to {LORA_RANKS[-1]}, not {quoted(rank)}"
     return None
 
 
@@ -87,7 +88,7 @@ def _other_than(name: str, value: object) -> str:
         host = f"peft_{name}"
     return (
         f"vLLM adds one product B.A to the base model's own weights, and an adapter with {host}: "
-        f"{quoted(value)} is more than that"
+        f"{plain(repr(value))} is more than that"
     )
 
 

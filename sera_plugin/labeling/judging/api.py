@@ -9,14 +9,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from itertools import count
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import requests
 from pydantic import BaseModel, Field, ValidationError
-from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
@@ -35,7 +33,7 @@ from sera_plugin.labeling.judging import (
 )
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.sampling.client import in_threads
-from sera_plugin.sampling.http import Reply, exchange, one_line, within
+from sera_plugin.sampling.http import Reply, Session, exchange, one_line
 
 #: Tries after the first, and seconds before the second of them; doubled each time, so about a
 #: minute in all where the endpoint does not say how long to wait.
@@ -68,7 +66,7 @@ class _Again(Exception):
         self.wait = wait
 
 
-class _Tokens(BaseModel):
+class _Tokens(BaseModel, strict=True):
     """What a reply has cost; more than any model can read or write is no count."""
 
     prompt_tokens: int | None = Field(None, ge=0, le=10**9)
@@ -76,17 +74,19 @@ class _Tokens(BaseModel):
 
 
 class _Message(BaseModel, strict=True):
+    role: Literal["assistant"] = "assistant"
     content: str | None = None
 
 
-class _Choice(BaseModel):
+class _Choice(BaseModel, strict=True):
+    index: Literal[0] = 0
     message: _Message
 
 
-class _Completion(BaseModel):
-    """The part of a chat completion that is used."""
+class _Completion(BaseModel, strict=True):
+    """The part of a chat completion that is used: one answer of the assistant's."""
 
-    choices: list[_Choice] = Field(min_length=1)
+    choices: list[_Choice] = Field(min_length=1, max_length=1, fail_fast=True)
     usage: _Tokens | None = None
 
 
@@ -101,9 +101,7 @@ class _ApiJudge(Judge):
         self.config, self._journal = config, journal
         self._template = read_template(config.mode, config.template)
         self._key = _key(config)
-        self._session = requests.Session()
-        self._session.trust_env = not config.is_local
-        self._session.mount(config.base_url, HTTPAdapter(pool_maxsize=config.concurrency))
+        self._session = Session(config.concurrency, trust_env=not config.is_local)
         self._refusal = ""
         self._counting = Lock()
         self._stop = Event()  # set once there is no use in trying again
@@ -194,25 +192,19 @@ class _ApiJudge(Judge):
 
     def _ask_once(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         body = {**self.config.request, "model": self.config.model, "messages": messages}
-        limits = min(10.0, self.config.timeout), self.config.timeout
         try:
-            answer = within(
-                sum(limits),
-                partial(
-                    exchange,
-                    self._session,
-                    "POST",
-                    f"{self.config.base_url}/chat/completions",
-                    limits,
-                    json={key: value for key, value in body.items() if value is not None},
-                    allow_redirects=False,
-                    auth=self._authorize,
-                ),
+            answer = exchange(
+                self._session,
+                "POST",
+                f"{self.config.base_url}/chat/completions",
+                self.config.timeout,
+                json={key: value for key, value in body.items() if value is not None},
+                auth=self._authorize,
             )
         except requests.exceptions.SSLError as error:
             raise self._failed(f"has no certificate that is trusted here: {error}") from None
         except requests.RequestException as error:
-            raise _Again(one_line(f"the connection failed: {error}", self._key)[:400]) from None
+            raise _Again(one_line(f"the connection failed: {error}", self._key, 400)) from None
         self._check(answer)
         try:
             completion = _Completion.model_validate(answer.json())
