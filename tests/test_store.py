@@ -99,6 +99,7 @@ def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: P
     names = ("run.json", "dataset.parquet", "iteration-01/policy", "iteration-12/offline.parquet")
     assert places == tuple(tmp_path / "sera" / name for name in names)
     columns = {"row": [0, 1], "chosen_length": [2, 3], "rejected_length": [1, 1]}
+    columns["prompt_length"] = [1, 1]
     table = make_table(columns | {"chosen_logp": [-1.5, -2.5], "rejected_logp": [-3, -4]})
     store.write(1, "offline", table)
     assert store.read(1, "offline").equals(table)
@@ -114,7 +115,7 @@ def test_a_whole_file_of_another_kind_is_not_used_and_said(tmp_path, caplog):
     said = [one.partition("sera/")[2] for one in caplog.messages]
     assert said == [
         "iteration-01/offline.parquet cannot be used (it has no column chosen_length, "
-        "rejected_length, rejected_logp)",
+        "rejected_length, rejected_logp, prompt_length)",
         "iteration-01/summary.json cannot be used (iteration is {'kept': 2}: field required)",
     ]
 

@@ -46,6 +46,7 @@ class _Settings(Keys):
     labeler: Text = "implicit"
     selection: Text = "irm"
     reward: Text | None = None
+    reference: Text | None = None
     gamma: Number | None = None
     selection_ratio: Number | None = None
     bootstrap_ratio: Number | None = None

@@ -30,7 +30,7 @@ from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.checksums import add_file, is_named_right, is_whole, replace_file
 from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, read_json
 from sera_plugin.rundir.ranks import Ranks
-from sera_plugin.rundir.tables import TYPES, read_table
+from sera_plugin.rundir.tables import TYPES, Expected, read_table
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.rundir.writing import explained, open_own, remove, tidy
 
@@ -96,6 +96,7 @@ class RunStore:
         self.end: int | None = None  # T + 1, while training knows it
         self.ranks = ranks or Ranks()
         self._reported: set[Path] = set()
+        self._expected: Expected | None = None  # of tables, once run.json is known
         #: Chunks of samples by iteration: counting files again for each would take N^2 steps.
         self._chunks: dict[int, Iterator[int]] = {}
 
@@ -235,12 +236,14 @@ class RunStore:
         return self._whole(self.table_file(iteration, name))
 
     def read(self, iteration: int, name: str) -> pa.Table | None:
-        """A finished phase's table; None if it is not there or damaged."""
+        """A finished phase's table; None if it is not there, damaged, or not of this run."""
         path = self.table_file(iteration, name)
         if not self._whole(path):
             return None
+        if self._expected is None and (run := self.description()):
+            self._expected = Expected.of(run)
         try:
-            return read_table(path, name)
+            return read_table(path, name, self._expected or Expected(), iteration=iteration)
         except Invalid as error:
             self._report(path, f"cannot be used ({error})")
             return None
