@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -267,6 +268,7 @@ UNFIT: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     "other rows": ("03/candidates", add("row", 1), "the same number of candidates for each row"),
     "one each": ("03/candidates", lambda t: t.filter(pc.equal(t["candidate"], 0)),
                  "1 candidates of each row, not 4"),
+    "no text": ("03/candidates", lambda t: _with(t, "finish_reason", bad_text(len(t))), "UTF8"),
     "high rows": ("03/bootstrapped", add("row", 10**12), "and there are 12 from 0 on"),
     "high candidates": ("03/bootstrapped", add("chosen_candidate", 4), "there are 4 from 0 on"),
     "one answer twice": (
@@ -274,6 +276,12 @@ UNFIT: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     ),
     "pairs twice": ("03/bootstrapped", lambda t: pa.concat_tables([t, t]), "a candidate twice"),
 }  # fmt: skip
+
+
+def bad_text(count: int) -> pa.Array:
+    """Strings of a byte that is no UTF-8."""
+    ends = pa.py_buffer(np.arange(count + 1, dtype=np.int32).tobytes())
+    return pa.StringArray.from_buffers(count, ends, pa.py_buffer(b"\xff" * count))
 
 
 @pytest.mark.parametrize("what", UNFIT)

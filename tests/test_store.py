@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from sera_plugin.rundir.format import read_json
+from sera_plugin.rundir import tables
+from sera_plugin.rundir.format import Invalid, read_json
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.rundir.store import RunStore, make_table, write_json
+from sera_plugin.rundir.tables import Expected, read_table
 from sera_plugin.rundir.writing import RUN
 from tests.conftest import fill
 
@@ -118,6 +121,62 @@ def test_a_whole_file_of_another_kind_is_not_used_and_said(tmp_path, caplog):
         "rejected_length, rejected_logp, prompt_length)",
         "iteration-01/summary.json cannot be used (iteration is {'kept': 2}: field required)",
     ]
+
+
+def twice(kind: pa.DataType, value: object) -> pa.Array:
+    return pa.array([value] * 2, kind)
+
+
+TWO_FIELDS = pa.struct([("a", pa.int64()), ("a", pa.int64())])
+BESIDE = {
+    "text in lists in structs": (pa.array([{"a": [["x"], None], "b": 1.5}] * 2), "is read"),
+    "numbers of two bytes": (twice(pa.float16(), np.float16(1)), "is read"),
+    "times": (twice(pa.timestamp("s"), 0), "is passed over"),
+    "times in lists": (twice(pa.list_(pa.timestamp("s", "Mars/Base")), [0]), "is passed over"),
+    "bytes in lists": (twice(pa.list_(pa.binary()), [b"\xff"]), "is passed over"),
+    "two fields of one name": (
+        pa.StructArray.from_arrays([pa.array([1, 2])] * 2, fields=list(TWO_FIELDS)),
+        "is passed over",
+    ),
+    "text that is none": (
+        pa.array([b"\xff"] * 2).view(pa.string()), "it cannot be read .*Invalid UTF8"
+    ),
+    "much in little": (pa.array(["x" * 2**21] * 2), "has 4,194,304 bytes of text, more than can"),
+    "much in little, in lists": (pa.array([["x" * 2**21]] * 2), "4,194,304 bytes of text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_a_dataset_has_beside_is_plain_valid_and_no_more_than_its_file_can_mean(
+    tmp_path, monkeypatch, what
+):
+    monkeypatch.setattr(tables, "_SOME_TEXT", 2**21)
+    values, expected = BESIDE[what]
+    ids = [[1], [2, 3]]
+    pairs = make_table({"row": [0, 1], "prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids})
+    path = tmp_path / "dataset.parquet"
+    # As others write it: what arrow knows of types is not in the file.
+    table = pairs.append_column("x", values)
+    pq.write_table(table, path, compression="zstd", store_schema=what == "two fields of one name")
+    if expected.startswith("is "):
+        found = read_table(path, "dataset", Expected(), beside=True)
+        assert found.equals(table if expected == "is read" else pairs)
+    else:
+        with pytest.raises(Invalid, match=expected):
+            read_table(path, "dataset", Expected(), beside=True)
+
+
+def test_a_chunk_that_stands_for_more_than_its_file_can_mean_is_set_aside(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(tables, "_SOME_TEXT", 2**20)
+    monkeypatch.setattr(tables, "_TIMES", 100)
+    store = RunStore(tmp_path)
+    chunk = samples(0)
+    store.append_samples(2, chunk.set_column(3, "finish_reason", [["x" * 2**20] * 2]))
+    store.set_aside_samples(2, lambda _: None)
+    assert "is set aside and made again: it has 2,097,152 bytes of text" in caplog.text
+    assert store.read_samples(2) is None
 
 
 def test_what_was_added_is_there_again(tmp_path):

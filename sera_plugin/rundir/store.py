@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from itertools import count
 from pathlib import Path
@@ -30,7 +30,7 @@ from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.checksums import add_file, is_named_right, is_whole, replace_file
 from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, read_json
 from sera_plugin.rundir.ranks import Ranks
-from sera_plugin.rundir.tables import TYPES, Expected, read_table
+from sera_plugin.rundir.tables import TYPES, Expected, read_columns, read_table
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.rundir.writing import explained, open_own, remove, tidy
 
@@ -51,12 +51,6 @@ def make_table(columns: Mapping[str, Any]) -> pa.Table:
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file in one piece."""
     replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
-
-
-def _read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Much faster than `pyarrow.parquet.read_table` for small files, of which there are many."""
-    with pq.ParquetFile(path) as file:
-        return file.read(columns)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -282,11 +276,11 @@ class RunStore:
         name = f"{rank}-{next(self._chunks[iteration]):06d}.parquet"
         add_file(directory, name, lambda path: pq.write_table(table, path, compression="zstd"))
 
-    def _chunks_read(self, iteration: int, columns: Sequence[str] | None = None) -> list[pa.Table]:
-        """Rows of a damaged chunk are sampled again."""
+    def _chunks_read(self, iteration: int, *names: str) -> list[pa.Table]:
+        """Columns of whole chunks, or all: rows of a damaged one are sampled again."""
         files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
         whole = [file for file in files if self._whole(file, is_named_right)]
-        return [_read_parquet(file, columns) for file in whole]
+        return [read_columns(file, lambda one: not names or one.name in names) for file in whole]
 
     @_on_main
     def set_aside_samples(self, iteration: int, problem: Callable[[pa.Table], str | None]) -> None:
@@ -298,7 +292,9 @@ class RunStore:
             if not self._whole(file, is_named_right):
                 continue
             try:
-                wrong = problem(_read_parquet(file))
+                wrong = problem(read_columns(file))
+            except Invalid as error:
+                wrong = str(error)
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 wrong = f"it cannot be read ({plain(str(error))})"
             if wrong is not None:
@@ -307,7 +303,7 @@ class RunStore:
 
     def sampled_rows(self, iteration: int) -> npt.NDArray[np.int64]:
         """The rows whose candidates are in whole chunks, ascending."""
-        rows = [table["row"] for table in self._chunks_read(iteration, ["row"])]
+        rows = [table["row"] for table in self._chunks_read(iteration, "row")]
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
 
     def read_samples(self, iteration: int) -> pa.Table | None:
