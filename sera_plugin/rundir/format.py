@@ -73,6 +73,21 @@ class _Config(Keys):
     sera: _Settings = _Settings()
 
 
+class _BaseWeights(Keys):
+    """What `host.base` says of the base model: its files, each with a checksum, or a commit."""
+
+    files: dict[Text, Count | None]
+    sha256: dict[Text, Text] = {}
+    revision: Text | None = None
+
+    @model_validator(mode="after")
+    def _each(self) -> "_BaseWeights":
+        there = {name for name, size in self.files.items() if size is not None}
+        if self.revision is None and self.sha256.keys() != there:
+            raise ValueError("sha256 is not of the files that there are")
+        return self
+
+
 class RunFile(Keys):
     """run.json."""
 
@@ -88,6 +103,7 @@ class RunFile(Keys):
     seed: int | None = None
     dataset_fingerprint: Text | None = None
     evaluation_fingerprint: Text | None = None
+    base_weights: _BaseWeights | None = None
 
 
 Quantiles = dict[Text, Number] | None
@@ -208,6 +224,12 @@ class AdapterConfig(Keys):
     """adapter_config.json of PEFT, as far as it says where an adapter belongs."""
 
     base_model_name_or_path: Text
+
+
+class WeightIndex(Keys):
+    """An index of a model's weights in several files: which of them has which."""
+
+    weight_map: dict[Text, Text]
 
 
 class BaseModelFile(Keys):
