@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
@@ -32,7 +31,7 @@ from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, r
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.tables import TYPES, Expected, read_columns, read_table
 from sera_plugin.rundir.tokens import TokenColumn
-from sera_plugin.rundir.writing import explained, open_own, remove, tidy
+from sera_plugin.rundir.writing import explained, make_directory, open_own, remove, tidy
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -102,8 +101,8 @@ class RunStore:
         path = self.root.absolute() / "lock"
         if not self.ranks.main or path in _LOCKS:
             return
+        make_directory(self.root)
         with explained(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
             handle = open_own(path, os.O_RDWR | os.O_CREAT)
             try:
                 self._acquire(handle)
@@ -286,8 +285,10 @@ class RunStore:
     def set_aside_samples(self, iteration: int, problem: Callable[[pa.Table], str | None]) -> None:
         """Put chunks aside that are whole and cannot be used; their rows are sampled again.
 
-        `problem` says what is wrong with a chunk, or None.
+        `problem` says what is wrong with a chunk, or None. An OSError if there is no directory for
+        chunks and none can be made.
         """
+        make_directory(self.samples(iteration))
         for file in sorted(self.samples(iteration).glob("[0-9]*.parquet")):
             if not self._whole(file, is_named_right):
                 continue
@@ -321,5 +322,4 @@ class RunStore:
     @_on_main
     def remove_samples(self, iteration: int) -> None:
         """Remove the chunks once candidates.parquet holds them."""
-        if self.samples(iteration).exists():
-            shutil.rmtree(self.samples(iteration))
+        remove(self.samples(iteration))
