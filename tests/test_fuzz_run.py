@@ -40,7 +40,8 @@ _NO_TEXT: list[Any] = [5, [1], {"a": 1}, True]
 JSON: dict[str, dict[str, list[Any]]] = {
     "sera/run.json": {
         "config": [*_NO_OBJECT, None], "config.sera": [*_NO_OBJECT, None],
-        "config.num_epochs": [*_NO_NUMBER, -1, 10**9], "config.base_model": _NO_TEXT,
+        "config.num_epochs": [*_NO_NUMBER, None, -1, 10**9], "config.sera.judge": _NO_OBJECT,
+        "config.base_model": _NO_TEXT,
         "config.sera.labeler": [*_NO_TEXT, "magic", "__class__"],
         "config.sera.selection": [*_NO_TEXT, "magic"], "config.sera.gamma": _NO_NUMBER,
         "config.sera.candidates": [*_NO_NUMBER, 0, -3, 10**30],
@@ -61,7 +62,8 @@ JSON: dict[str, dict[str, list[Any]]] = {
         "samples.prompts": [*_NO_COUNT, 0], "samples.duplicates": _NO_COUNT,
         "evaluation": [*_NO_OBJECT, {}], "evaluation.accuracy": [*_NO_NUMBER, None],
         "evaluation.pairs": _NO_COUNT, "reward": _NO_OBJECT, "reward.weights": _NO_OBJECT,
-        "reward.by_chance": _NO_NUMBER, "spread": [*_NO_OBJECT, {"offline": "x"}],
+        "reward.by_chance": [*_NO_NUMBER, None], "reward.accuracy": [*_NO_NUMBER, None],
+        "spread": [*_NO_OBJECT, {"offline": "x"}],
         "offline_accuracy": _NO_NUMBER, "jaccard_with_previous": _NO_NUMBER,
     },
     "checkpoint-9/trainer_state.json": {

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sera_plugin.rundir import tables
-from sera_plugin.rundir.format import Invalid, read_json
+from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, _Reward, read_json
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.rundir.store import RunStore, make_table, write_json
 from sera_plugin.rundir.tables import Expected, read_table
@@ -121,6 +122,41 @@ def test_a_whole_file_of_another_kind_is_not_used_and_said(tmp_path, caplog):
         "rejected_length, rejected_logp, prompt_length)",
         "iteration-01/summary.json cannot be used (iteration is {'kept': 2}: field required)",
     ]
+
+
+REWARD = {"weights": {"length": 0.0}, "accuracy": 0.5, "paper_accuracy": 0.5, "by_chance": 0.5}
+#: Kind of file, what is right in it, and what of that cannot be; `...` is a key that is left out.
+KEYS: list[tuple[type[Keys], dict[str, Any], dict[str, Any]]] = [
+    (RunFile, {"format_version": 1, "config": {"num_epochs": 2}}, {"config": {}}),
+    (RunFile, {"format_version": 1, "config": {"num_epochs": 2}}, {"config": {"num_epochs": None}}),
+    (
+        RunFile,
+        {"format_version": 1, "config": {"num_epochs": 2}},
+        {"config": {"num_epochs": 2, "sera": {"judge": 5}}},
+    ),
+    *(
+        (Ending, {"policies": 1, "kept": 0, "held_out_losses": [0.7, None]}, wrong)
+        for wrong in ({"held_out_losses": ...}, {"held_out_losses": []}, {"policies": 2})
+    ),
+    *(
+        (_Reward, REWARD | {"errors": {"length": 0.1}}, {name: value})
+        for name in ("accuracy", "paper_accuracy", "by_chance", "weights")
+        for value in (None, ...)
+    ),
+    (_Reward, REWARD, {"errors": {"theta_1": 0.1}}),
+    (_Reward, REWARD, {"errors": None}),
+    (_Reward, REWARD, {"followed": None}),
+]
+
+
+@pytest.mark.parametrize(("kind", "right", "wrong"), KEYS)
+def test_keys_that_belong_together_are_asked_for(tmp_path, kind, right, wrong):
+    write_json(tmp_path / "right", right)
+    assert read_json(tmp_path / "right", kind) == right
+    content = {key: one for key, one in {**right, **wrong}.items() if one is not ...}
+    write_json(tmp_path / "wrong", content)
+    with pytest.raises(Invalid):
+        read_json(tmp_path / "wrong", kind)
 
 
 def twice(kind: pa.DataType, value: object) -> pa.Array:

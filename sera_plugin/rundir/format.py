@@ -53,6 +53,7 @@ class _Settings(Keys):
     candidates: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
     length_control: Text | Number | None = None
     score_columns: list[Text] | None = None
+    judge: dict[Text, Any] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "_Settings":
@@ -67,7 +68,7 @@ class _Settings(Keys):
 
 class _Config(Keys):
     base_model: Text | None = None
-    num_epochs: Annotated[float, Field(strict=True, ge=0, le=MOST_ITERATIONS)] | None = None
+    num_epochs: Annotated[float, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
     output_dir: Text | None = None
     chat_template_kwargs: dict[Text, Any] | None = None
     sera: _Settings = _Settings()
@@ -152,13 +153,24 @@ class _HeldOut(Keys):
 
 
 class _Reward(Keys):
-    pairs: Count | None = None
+    weights: dict[Text, Number]
+    errors: dict[Text, Number] | None = None
+    pairs: Count = 0
     accuracy: Number | None = None
     paper_accuracy: Number | None = None
     by_chance: Number | None = None
-    weights: dict[Text, Number | None] | None = None
-    errors: dict[Text, Number | None] | None = None
-    followed: bool | None = None
+    followed: Annotated[bool, Field(strict=True)] = False
+
+    @model_validator(mode="after")
+    def _together(self) -> "_Reward":
+        absent = not self.model_fields_set & {"accuracy", "paper_accuracy", "by_chance"}
+        if None in (self.accuracy, self.paper_accuracy, self.by_chance) and not absent:
+            raise ValueError("accuracy, paper_accuracy and by_chance are not all there")
+        if "errors" not in self.model_fields_set:
+            return self
+        if self.errors is None or self.errors.keys() != self.weights.keys() or absent:
+            raise ValueError("errors are not those of the weights")
+        return self
 
 
 class Summary(Keys):
@@ -192,7 +204,7 @@ class Ending(Keys):
 
     policies: Annotated[int, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
     kept: Annotated[int, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
-    held_out_losses: list[Number | None] = []
+    held_out_losses: list[Number | None]
     seconds: dict[Text, Number] = {}
     forwarded: dict[Text, dict[Text, Count]] = {}
 
@@ -200,6 +212,8 @@ class Ending(Keys):
     def _one_of_them(self) -> "Ending":
         if self.kept > self.policies:
             raise ValueError(f"kept {self.kept} of {self.policies} policies")
+        if len(self.held_out_losses) != self.policies + 1:
+            raise ValueError("held_out_losses are not of theta_0 and each policy")
         return self
 
 
