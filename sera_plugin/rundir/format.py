@@ -231,7 +231,7 @@ class TrainerState(Keys):
 class Record(Keys):
     """sera.json of a checkpoint."""
 
-    pairs: list[Count]
+    pairs: Annotated[list[Count], Field(min_length=1, max_length=MOST_ITERATIONS)]
 
 
 class AdapterConfig(Keys):
