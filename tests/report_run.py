@@ -134,6 +134,6 @@ def write_history(output_dir: Path, iterations: int) -> None:
             {"step": begun + 3, "loss": 0.6, "rewards/margins": 0.1, "rewards/accuracies": 0.8},
             {"step": begun + 3, "eval_loss": 0.65},
         ]
-    checkpoint.mkdir(parents=True)
+    checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     seal(checkpoint)

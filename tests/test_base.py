@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from sera_plugin.host import base as module
 from sera_plugin.host.base import describe_base, require_same_base
-from sera_plugin.rundir.store import read_json, write_json
+from sera_plugin.rundir.store import RunStore, read_json, write_json
 from tests.conftest import adapter, make_config, train_config
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -36,14 +37,8 @@ def content(directory: Path) -> dict[str, object]:
     """What makes the base what it is, found in another way than the code does."""
     found: dict[str, object] = {}
     for path in directory.iterdir():
-        if not path.name.endswith((".safetensors", ".safetensors.index.json", ".bin")):
-            continue
-        if not path.is_file():
-            found[path.name] = "no file"
-        elif path.suffix == ".bin":
-            found[path.name] = path.stat().st_size
-        else:
-            found[path.name] = path.read_bytes()
+        if path.name.endswith((".safetensors", ".json", ".bin")):
+            found[path.name] = path.read_bytes() if path.is_file() else "no file"
     return found
 
 
@@ -145,19 +140,61 @@ def test_each_change_is_noticed_by_name_or_is_none(tmp_path: Path, first: int) -
 def test_what_is_kept_and_that_hashing_much_is_shown(tmp_path, monkeypatch, caplog) -> None:
     base = make_base(tmp_path / "base")
     found = describe_base(str(base))
+    sizes = {**{name: 200 + number for number, name in enumerate(FILES)}, "config.json": 2}
     assert found == {
-        "files": {name: 200 + number for number, name in enumerate(FILES)},
-        "sha256": {
-            name: hashlib.sha256((base / name).read_bytes()).hexdigest() for name in FILES[:3]
-        },
+        "files": sizes,
+        "sha256": {name: hashlib.sha256((base / name).read_bytes()).hexdigest() for name in sizes},
     }
     assert "checksums" not in caplog.text
     monkeypatch.setattr(module, "_MUCH", 100)
     with caplog.at_level("INFO"):
         assert describe_base(str(base)) == found
-    assert "checksums of base_model: 603 bytes" in caplog.text
+    assert "checksums of base_model: 808 bytes" in caplog.text
     (empty := tmp_path / "empty").mkdir()
     assert describe_base(str(empty)) == {"files": {}, "sha256": {}}
+
+
+DEEP = "shards/part-1.weights"
+
+
+@pytest.mark.parametrize("name", [DEEP, PICKLED, INDEX, "config.json", "adapter_config.json"])
+def test_whatever_makes_the_model_is_compared_byte_by_byte(tmp_path: Path, name: str) -> None:
+    base = make_base(tmp_path / "base")
+    (base / "shards").mkdir()
+    (base / DEEP).write_bytes(b"weights")
+    (base / "adapter_config.json").write_text('{"r": 8}')
+    parts = {"a": DEEP, "b": "../outside", "c": "/etc/hostname", "d": SHARDS[0]}
+    (base / INDEX).write_text(json.dumps({"weight_map": parts}))
+    found = describe_base(str(base))
+    assert found is not None
+    assert {*found["files"]} == {*FILES, DEEP, "config.json", "adapter_config.json"}
+    require_same_base(found, str(base), None, tmp_path / "run")
+    content = (base / name).read_bytes()
+    (base / name).write_bytes(content[:-2] + b"~}")
+    with pytest.raises(ValueError, match=f"the checksum of {name} differs"):
+        require_same_base(found, str(base), None, tmp_path / "run")
+    (base / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        require_same_base(found, str(base), None, tmp_path / "run")
+
+
+SUM = "0" * 64
+MADE_UP: list[Any] = [
+    *(5, [1], "x", {}, {"files": None, "sha256": {}}, {"files": {"a": "12"}, "sha256": {"a": SUM}}),
+    *({"files": {"a": 1}, "sha256": {}}, {"files": {"a": 1}}, {"files": {"a": 1}, "sha256": 5}),
+    {"files": {"a": 1}, "sha256": {"a": SUM, "b": SUM}},
+    {"files": {"a": [1]}, "sha256": {"a": SUM}},
+    {"files": {}, "revision": 5},
+]
+
+
+@pytest.mark.parametrize("weights", MADE_UP)
+def test_what_could_not_be_compared_is_not_taken_for_the_same(tmp_path: Path, weights: Any) -> None:
+    store = RunStore(tmp_path)
+    content = {"format_version": 1, "config": {"num_epochs": 2}, "base_weights": weights}
+    write_json(store.run_file, content)
+    with pytest.raises(ValueError, match=r"run\.json is not what .* reads: base_weights"):
+        store.description()
 
 
 def test_of_a_model_of_the_hub_the_commit_counts(tmp_path: Path, monkeypatch) -> None:
@@ -179,7 +216,7 @@ def test_of_a_model_of_the_hub_the_commit_counts(tmp_path: Path, monkeypatch) ->
     earlier = describe_base("org/model")
     assert earlier is not None
     assert earlier["revision"] == first
-    assert set(earlier["files"]) == set(FILES)
+    assert set(earlier["files"]) == {*FILES, "config.json"}
     require_same_base(earlier, "org/model", None, tmp_path / "run")
     (snapshot / "more.bin").write_bytes(b"1")  # which something else has fetched since
     require_same_base(earlier, "org/model", None, tmp_path / "run")

@@ -14,13 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from sera_plugin.rundir import tables
 from sera_plugin.rundir.checksums import seal
-from sera_plugin.rundir.store import write_json
+from sera_plugin.rundir.store import RunStore, write_json
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.report import pairs
 from sera_plugin.tools.report.compare import compare, show
@@ -38,7 +40,8 @@ _NO_TEXT: list[Any] = [5, [1], {"a": 1}, True]
 JSON: dict[str, dict[str, list[Any]]] = {
     "sera/run.json": {
         "config": [*_NO_OBJECT, None], "config.sera": [*_NO_OBJECT, None],
-        "config.num_epochs": [*_NO_NUMBER, -1, 10**9], "config.base_model": _NO_TEXT,
+        "config.num_epochs": [*_NO_NUMBER, None, -1, 10**9], "config.sera.judge": _NO_OBJECT,
+        "config.base_model": _NO_TEXT,
         "config.sera.labeler": [*_NO_TEXT, "magic", "__class__"],
         "config.sera.selection": [*_NO_TEXT, "magic"], "config.sera.gamma": _NO_NUMBER,
         "config.sera.candidates": [*_NO_NUMBER, 0, -3, 10**30],
@@ -59,7 +62,8 @@ JSON: dict[str, dict[str, list[Any]]] = {
         "samples.prompts": [*_NO_COUNT, 0], "samples.duplicates": _NO_COUNT,
         "evaluation": [*_NO_OBJECT, {}], "evaluation.accuracy": [*_NO_NUMBER, None],
         "evaluation.pairs": _NO_COUNT, "reward": _NO_OBJECT, "reward.weights": _NO_OBJECT,
-        "reward.by_chance": _NO_NUMBER, "spread": [*_NO_OBJECT, {"offline": "x"}],
+        "reward.by_chance": [*_NO_NUMBER, None], "reward.accuracy": [*_NO_NUMBER, None],
+        "spread": [*_NO_OBJECT, {"offline": "x"}],
         "offline_accuracy": _NO_NUMBER, "jaccard_with_previous": _NO_NUMBER,
     },
     "checkpoint-9/trainer_state.json": {
@@ -109,9 +113,9 @@ def change_table(rng: random.Random, file: Path) -> str:
         "no rows": lambda: table.slice(0, 0),
         "backwards": lambda: table.take(list(range(len(table)))[::-1]),
     }  # fmt: skip
-    # What is not wrong in a table of pairs in any order, or of held-out ones.
-    if file.stem in ("bootstrapped", "evaluation"):
-        for way in ("one row less", "a row twice", "no rows", "backwards"):
+    # What is not wrong in a table of pairs in any order.
+    if file.stem == "bootstrapped":
+        for way in ("one row less", "no rows", "backwards"):
             del changes[way]
     if whole:
         wrong = -1 if name.endswith("candidate") or name == "row" else 0
@@ -241,6 +245,78 @@ def check(good: Path, number: int, place: Path, page: bool = False) -> None:
 def test_malformed_runs_are_named_and_read_as_far_as_they_go(good, tmp_path):
     for number in range(0, CASES, 25):
         check(good, number, tmp_path / "case", page=number % 250 == 0)
+
+
+def add(name: str, value: int) -> Callable[[pa.Table], pa.Table]:
+    return lambda t: _with(t, name, pc.add(t[name], pa.scalar(value, t[name].type)))
+
+
+def without(name: str) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.drop_columns([name])
+
+
+def of_row(table: pa.Table, name: str, row: int) -> pa.Table:
+    return table.filter(pc.not_equal(table[name], row))
+
+
+#: Of a run that is continued: what is changed in a table, and what is said of it.
+UNFIT: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
+    "fewer pairs": ("02/offline", lambda t: t.slice(0, 7), "has 7 rows, and the run 12 pairs"),
+    "no margins": ("03/offline", without("margin"), "no column margin"),
+    "no selection": ("03/offline", without("selected"), "no column selected"),
+    "no lengths": ("01/offline", without("prompt_length"), "no column prompt_length"),
+    "fewer held out": ("01/evaluation", lambda t: t.slice(0, 2), "the run 4 held-out pairs"),
+    "a row less": ("03/candidates", lambda t: of_row(t, "row", 11), "candidates of 11 rows"),
+    "other rows": ("03/candidates", add("row", 1), "the same number of candidates for each row"),
+    "one each": ("03/candidates", lambda t: t.filter(pc.equal(t["candidate"], 0)),
+                 "1 candidates of each row, not 4"),
+    "no text": ("03/candidates", lambda t: _with(t, "finish_reason", bad_text(len(t))), "UTF8"),
+    "high rows": ("03/bootstrapped", add("row", 10**12), "and there are 12 from 0 on"),
+    "high candidates": ("03/bootstrapped", add("chosen_candidate", 4), "there are 4 from 0 on"),
+    "one answer twice": (
+        "02/bootstrapped", lambda t: _with(t, "rejected_candidate", t["chosen_candidate"]), "twice"
+    ),
+    "pairs twice": ("03/bootstrapped", lambda t: pa.concat_tables([t, t]), "a candidate twice"),
+}  # fmt: skip
+
+
+def bad_text(count: int) -> pa.Array:
+    """Strings of a byte that is no UTF-8."""
+    ends = pa.py_buffer(np.arange(count + 1, dtype=np.int32).tobytes())
+    return pa.StringArray.from_buffers(count, ends, pa.py_buffer(b"\xff" * count))
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_table_that_does_not_fit_its_run_is_made_again_by_it_and_noted(
+    good, tmp_path, caplog, what
+):
+    name, made, said = UNFIT[what]
+    shutil.copytree(good, output_dir := tmp_path / "run")
+    path = output_dir / f"sera/iteration-{name}.parquet"
+    pq.write_table(made(pq.read_table(path)), path)
+    seal(path.parent)
+    [note] = [one for one in Run(find_run(output_dir)).notes if path.name in one]
+    assert said in note
+    make_run(output_dir)
+    assert f"{path.name} cannot be used (" in caplog.text
+    assert said in caplog.text
+    before, after = (
+        pq.read_table(top / path.relative_to(output_dir)) for top in (good, output_dir)
+    )
+    assert after.equals(before)
+
+
+@pytest.mark.parametrize("unknown", ["run.json", "dataset.parquet"])
+def test_no_pair_is_shown_with_the_answers_of_another_row(good, tmp_path, unknown):
+    """Also where what says how many rows there are is missing."""
+    shutil.copytree(good, output_dir := tmp_path / "run")
+    path = output_dir / "sera/iteration-03/candidates.parquet"
+    pq.write_table(of_row(pq.read_table(path), "row", 0), path)
+    seal(path.parent)
+    (output_dir / "sera" / unknown).unlink()
+    run = Run(find_run(output_dir)) if unknown != "run.json" else Run(RunStore(output_dir))
+    assert not run.begun[3].candidates
+    assert not run.begun[2].bootstrapped or run.begun[2].candidates
 
 
 @pytest.mark.nightly

@@ -9,7 +9,7 @@ import pytest
 
 from sera_plugin.algorithm.method import Method
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.rundir.store import RunStore, make_table, write_table
+from sera_plugin.rundir.store import RunStore, make_table, write_json, write_table
 from tests.three_pairs import CANDIDATES, END, Run, assert_reference_is, firsts
 
 
@@ -194,7 +194,7 @@ def test_a_full_disk_stops_the_sampler_and_keeps_what_is_written(run, monkeypatc
     append = RunStore.append_samples
 
     def full(self, iteration, table):
-        if self.samples(iteration).exists():
+        if any(self.samples(iteration).iterdir()):
             # The error as pytest keeps it holds every frame: only an explicit close ends one.
             raise OSError(28, "No space left on device")
         append(self, iteration, table)
@@ -311,15 +311,18 @@ def test_a_whole_chunk_that_cannot_be_used_is_set_aside_and_made_again(run, capl
     assert Run(run.directory / "clean").upto(2) == trained
 
 
-def test_a_table_in_which_prompts_have_unequal_numbers_of_candidates_is_made_again(run, caplog):
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (5, "it does not have the same number of candidates for each row"),
+        (4, "it has candidates of 2 rows, and the run 3 pairs"),
+    ],
+)
+def test_a_table_in_which_prompts_lack_candidates_is_made_again(run, caplog, rows, said):
     trained, table = run.upto(2), run.store.read(2, "candidates")
-    path = run.store.table_file(2, "candidates")
-    for part, said in ((5, "does not have the same number of candidates"), (4, None)):
-        write_table(path, table.slice(0, part))
-        run.store.table_file(2, "bootstrapped").unlink(missing_ok=True)
-        if said:
-            assert Run(run.directory).prepare(2) == trained
-            assert f"candidates.parquet cannot be used (it {said}" in caplog.text
-        else:
-            with pytest.raises(ValueError, match="candidates of 2 prompts, and the run 3"):
-                Run(run.directory).prepare(2)
+    config = {"num_epochs": 2, "sera": {"candidates": 2}}
+    write_json(run.store.run_file, {"format_version": 1, "config": config, "pairs": 3})
+    write_table(run.store.table_file(2, "candidates"), table.slice(0, rows))
+    run.store.table_file(2, "bootstrapped").unlink()
+    assert Run(run.directory).prepare(2) == trained
+    assert f"candidates.parquet cannot be used ({said})" in caplog.text

@@ -8,7 +8,9 @@ from axolotl.core.builders.base import TrainerBuilderBase
 from transformers import SchedulerType
 
 from sera_plugin.host.epochs import UnequalEpochs
+from sera_plugin.host.loop import recorded_pairs
 from sera_plugin.host.schedules import LOG
+from sera_plugin.rundir.store import write_json
 from tests.test_plugin_config import register
 
 ASKED = {
@@ -124,3 +126,12 @@ def test_a_schedule_that_would_fail_or_do_nothing_is_refused(keys, words):
     with pytest.raises(ValueError, match=r"^(lr_|cosine_|jagged_)") as error:
         register(**keys)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("pairs", [[], 5, [None], [-1], "x"])
+def test_a_checkpoint_that_does_not_say_how_long_iterations_are_is_named(tmp_path, pairs):
+    write_json(tmp_path / "sera.json", {"pairs": [3, 4]})
+    assert recorded_pairs(tmp_path) == (3, 4)
+    write_json(tmp_path / "sera.json", {"pairs": pairs})
+    with pytest.raises(ValueError, match=r"sera\.json cannot be used: pairs.* another checkpoint"):
+        recorded_pairs(tmp_path)

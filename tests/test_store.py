@@ -4,14 +4,18 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from sera_plugin.rundir.format import read_json
+from sera_plugin.rundir import tables
+from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, _Reward, read_json
 from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.rundir.store import RunStore, make_table, write_json
+from sera_plugin.rundir.tables import Expected, read_table
 from sera_plugin.rundir.writing import RUN
 from tests.conftest import fill
 
@@ -99,6 +103,7 @@ def test_a_finished_phase_is_read_back_and_an_unfinished_one_is_none(tmp_path: P
     names = ("run.json", "dataset.parquet", "iteration-01/policy", "iteration-12/offline.parquet")
     assert places == tuple(tmp_path / "sera" / name for name in names)
     columns = {"row": [0, 1], "chosen_length": [2, 3], "rejected_length": [1, 1]}
+    columns["prompt_length"] = [1, 1]
     table = make_table(columns | {"chosen_logp": [-1.5, -2.5], "rejected_logp": [-3, -4]})
     store.write(1, "offline", table)
     assert store.read(1, "offline").equals(table)
@@ -114,9 +119,100 @@ def test_a_whole_file_of_another_kind_is_not_used_and_said(tmp_path, caplog):
     said = [one.partition("sera/")[2] for one in caplog.messages]
     assert said == [
         "iteration-01/offline.parquet cannot be used (it has no column chosen_length, "
-        "rejected_length, rejected_logp)",
+        "rejected_length, rejected_logp, prompt_length)",
         "iteration-01/summary.json cannot be used (iteration is {'kept': 2}: field required)",
     ]
+
+
+REWARD = {"weights": {"length": 0.0}, "accuracy": 0.5, "paper_accuracy": 0.5, "by_chance": 0.5}
+#: Kind of file, what is right in it, and what of that cannot be; `...` is a key that is left out.
+KEYS: list[tuple[type[Keys], dict[str, Any], dict[str, Any]]] = [
+    (RunFile, {"format_version": 1, "config": {"num_epochs": 2}}, {"config": {}}),
+    (RunFile, {"format_version": 1, "config": {"num_epochs": 2}}, {"config": {"num_epochs": None}}),
+    (
+        RunFile,
+        {"format_version": 1, "config": {"num_epochs": 2}},
+        {"config": {"num_epochs": 2, "sera": {"judge": 5}}},
+    ),
+    *(
+        (Ending, {"policies": 1, "kept": 0, "held_out_losses": [0.7, None]}, wrong)
+        for wrong in ({"held_out_losses": ...}, {"held_out_losses": []}, {"policies": 2})
+    ),
+    *(
+        (_Reward, REWARD | {"errors": {"length": 0.1}}, {name: value})
+        for name in ("accuracy", "paper_accuracy", "by_chance", "weights")
+        for value in (None, ...)
+    ),
+    (_Reward, REWARD, {"errors": {"theta_1": 0.1}}),
+    (_Reward, REWARD, {"errors": None}),
+    (_Reward, REWARD, {"followed": None}),
+]
+
+
+@pytest.mark.parametrize(("kind", "right", "wrong"), KEYS)
+def test_keys_that_belong_together_are_asked_for(tmp_path, kind, right, wrong):
+    write_json(tmp_path / "right", right)
+    assert read_json(tmp_path / "right", kind) == right
+    content = {key: one for key, one in {**right, **wrong}.items() if one is not ...}
+    write_json(tmp_path / "wrong", content)
+    with pytest.raises(Invalid):
+        read_json(tmp_path / "wrong", kind)
+
+
+def twice(kind: pa.DataType, value: object) -> pa.Array:
+    return pa.array([value] * 2, kind)
+
+
+TWO_FIELDS = pa.struct([("a", pa.int64()), ("a", pa.int64())])
+BESIDE = {
+    "text in lists in structs": (pa.array([{"a": [["x"], None], "b": 1.5}] * 2), "is read"),
+    "numbers of two bytes": (twice(pa.float16(), np.float16(1)), "is read"),
+    "times": (twice(pa.timestamp("s"), 0), "is passed over"),
+    "times in lists": (twice(pa.list_(pa.timestamp("s", "Mars/Base")), [0]), "is passed over"),
+    "bytes in lists": (twice(pa.list_(pa.binary()), [b"\xff"]), "is passed over"),
+    "two fields of one name": (
+        pa.StructArray.from_arrays([pa.array([1, 2])] * 2, fields=list(TWO_FIELDS)),
+        "is passed over",
+    ),
+    "text that is none": (
+        pa.array([b"\xff"] * 2).view(pa.string()), "it cannot be read .*Invalid UTF8"
+    ),
+    "much in little": (pa.array(["x" * 2**21] * 2), "has 4,194,304 bytes of text, more than can"),
+    "much in little, in lists": (pa.array([["x" * 2**21]] * 2), "4,194,304 bytes of text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_a_dataset_has_beside_is_plain_valid_and_no_more_than_its_file_can_mean(
+    tmp_path, monkeypatch, what
+):
+    monkeypatch.setattr(tables, "_SOME_TEXT", 2**21)
+    values, expected = BESIDE[what]
+    ids = [[1], [2, 3]]
+    pairs = make_table({"row": [0, 1], "prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids})
+    path = tmp_path / "dataset.parquet"
+    # As others write it: what arrow knows of types is not in the file.
+    table = pairs.append_column("x", values)
+    pq.write_table(table, path, compression="zstd", store_schema=what == "two fields of one name")
+    if expected.startswith("is "):
+        found = read_table(path, "dataset", Expected(), beside=True)
+        assert found.equals(table if expected == "is read" else pairs)
+    else:
+        with pytest.raises(Invalid, match=expected):
+            read_table(path, "dataset", Expected(), beside=True)
+
+
+def test_a_chunk_that_stands_for_more_than_its_file_can_mean_is_set_aside(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(tables, "_SOME_TEXT", 2**20)
+    monkeypatch.setattr(tables, "_TIMES", 100)
+    store = RunStore(tmp_path)
+    chunk = samples(0)
+    store.append_samples(2, chunk.set_column(3, "finish_reason", [["x" * 2**20] * 2]))
+    store.set_aside_samples(2, lambda _: None)
+    assert "is set aside and made again: it has 2,097,152 bytes of text" in caplog.text
+    assert store.read_samples(2) is None
 
 
 def test_what_was_added_is_there_again(tmp_path):

@@ -27,7 +27,14 @@ from sera_plugin.rundir.checksums import (
 )
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.store import RunStore, make_table, write_json, write_table
-from sera_plugin.rundir.writing import beside, open_own, tidy, write_text
+from sera_plugin.rundir.writing import (
+    COMMAND,
+    beside,
+    make_directory,
+    open_own,
+    tidy,
+    write_text,
+)
 from sera_plugin.sampling.child import Child
 from sera_plugin.tools.convert.convert import Converted
 from sera_plugin.tools.demo.run import trained
@@ -162,6 +169,45 @@ def test_what_grows_in_its_place_is_refused_where_it_is_not_ours(
             opens()
     assert untouched(target)
     assert not (run / "plain-dpo.yaml").is_symlink()
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "a directory"])
+def test_a_directory_in_the_way_of_a_file_is_named_and_kept(tmp_path: Path, writer: str) -> None:
+    name, write = WRITERS[writer]
+    mine = tmp_path / "run" / name / "mine"
+    mine.mkdir(parents=True)
+    then = "same command again" if name == "x.html" else "auto_resume_from_checkpoints"
+    said = rf"run/{name} is not what belongs there: Is a directory. Move it away, then .*{then}"
+    with pytest.raises(OSError, match=said):
+        write(tmp_path / "run" / name)
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_of_ours_is_none_of_somebodys_and_its_place_is_named(
+    tmp_path: Path, target: Path, kind: str
+) -> None:
+    store = RunStore(tmp_path)
+    ways: dict[Path, list[Callable[[], object]]] = {
+        store.samples(2): [
+            lambda: store.set_aside_samples(2, lambda _: None),
+            lambda: store.append_samples(2, TABLE),
+        ],
+        store.iteration(3): [
+            lambda: store.write(3, "offline", TABLE),
+            lambda: replace_directory(store.policy(3), into),
+        ],
+        tmp_path / "outputs": [lambda: make_directory(tmp_path / "outputs", COMMAND)],
+    }
+    for place, writes in ways.items():
+        plant(kind, place, target)
+        for write in writes:
+            with pytest.raises(OSError, match=rf"{place} is not what belongs there.*Move it away"):
+                write()
+    assert untouched(target)
+    store.remove_samples(2)
+    assert not os.path.lexists(store.samples(2))
+    assert untouched(target)
 
 
 def test_a_file_of_ours_is_opened_and_keeps_what_is_in_it(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -41,6 +40,7 @@ from sera_plugin.algorithm.trust import (
 )
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.rundir.store import make_table
+from sera_plugin.rundir.tables import candidate_places, candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
 
 #: What `pair` has counted: metadata of bootstrapped.parquet.
@@ -202,7 +202,7 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
 
     logps = {policy: under(policy) for policy in it.method.candidates_under(it.t)}
     ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
-    per_prompt, why = it.per_prompt(samples), samples["finish_reason"].to_pylist()
+    per_prompt, why = candidates_of(samples, len(it.pairs)), samples["finish_reason"].to_pylist()
     with it.phases.timed("label"):
         by = reward_of(it) if it.t > 1 else None
         ranked = Ranked(
@@ -227,7 +227,7 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
     config = it.method.config
     with it.phases.timed("select"):
         rows = candidates["row"].to_numpy()
-        per_prompt = it.per_prompt(candidates)
+        per_prompt = candidates_of(candidates)
         tokens = TokenColumn(candidates["token_ids"])
         identity = tokens.numbered(per_prompt)
         lengths = tokens.lengths.reshape(-1, per_prompt)
@@ -258,14 +258,6 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
     return select_rows(table, False) if outranked(it, table) else table
 
 
-def candidate_places(
-    candidates: pa.Table, bootstrapped: pa.Table
-) -> dict[str, npt.NDArray[np.int64]]:
-    """Where in candidates.parquet each sampled pair has its chosen and its rejected one."""
-    first = np.searchsorted(candidates["row"].to_numpy(), bootstrapped["row"].to_numpy())
-    return {side: first + bootstrapped[f"{side}_candidate"].to_numpy() for side in SIDES}
-
-
 def union(
     pairs: Pairs,
     offline: pa.Table,
@@ -294,7 +286,7 @@ def union(
         kinds = {"policy": policy, "ref": policy}
         if "reference_logp" in candidates.column_names:
             kinds["ref"] = candidates["reference_logp"].to_numpy()
-        for side, places in candidate_places(candidates, selected).items():
+        for side, places in candidate_places(selected, len(candidates) // len(pairs)).items():
             token_ids[side] = token_ids[side].joined(sampled.take(places))
             for kind, values in kinds.items():
                 name = f"{kind}_{side}_logps"

@@ -25,7 +25,6 @@ from sera_plugin.algorithm.selection import Annotations, Selection
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.rundir.tables import candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
 
 TokenIds = npt.NDArray[np.int32]
@@ -335,15 +334,6 @@ class Iteration:
         """The phase's table: from its file where that is whole, else made and written."""
         table = self.read(name)
         return self.keep(name, make()) if table is None else table
-
-    def per_prompt(self, candidates: pa.Table) -> int:
-        """How many candidates each prompt has; ValueError unless all have as many."""
-        count = candidates_of(candidates)
-        if len(candidates) != count * len(self.pairs):
-            file = self.store.table_file(self.t, "candidates")
-            found = f"candidates of {len(candidates) // count} prompts, and the run"
-            raise ValueError(f"{file} has {found} {len(self.pairs)}. Remove it.")
-        return count
 
     def scores(self, policy: int) -> pa.Table:
         """The offline pairs' log-probabilities under theta_policy (offline.parquet)."""

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.algorithm import COUNTS, candidate_places, rewards
+from sera_plugin.algorithm.algorithm import COUNTS, rewards
 from sera_plugin.algorithm.method import DATASET, Iteration
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
 from sera_plugin.algorithm.trust import SIDES, follows, reward_of, wanted
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.rundir.tables import candidate_places, candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -124,7 +125,7 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
     """Count samples and sampled pairs; returns the lengths of the pairs kept, by side."""
     candidates, bootstrapped = it.table("candidates"), it.table("bootstrapped")
     selected = bootstrapped.filter(bootstrapped["selected"])
-    count = it.per_prompt(candidates)
+    count = candidates_of(candidates)
     tokens = TokenColumn(candidates["token_ids"])
     lengths, numbers = tokens.lengths, tokens.numbered(count)
     differ = (numbers != numbers[:, :1]).any(axis=1)
@@ -156,7 +157,7 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
             spread = spread / lengths.reshape(-1, count).mean(axis=1)
         # Only where candidates differ: equal ones say nothing about the reward.
         summary["spread"]["sampled"] = float(np.median(spread[differ])) if differ.any() else None
-    places = candidate_places(candidates, selected)
+    places = candidate_places(selected, count)
     kept = {side: lengths[place] for side, place in places.items()}
     for side, values in kept.items():
         summary["lengths"][f"bootstrapped_{side}"] = float(values.mean()) if len(values) else None

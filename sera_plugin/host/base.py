@@ -1,4 +1,4 @@
-"""Which weights a run began with: the base model's files, as run.json keeps them.
+"""Which base model a run began with: the files that make it what it is, as run.json keeps them.
 
 Noise of some per cent on them moves the log-probabilities of a 4-bit model by less than its kernels
 do, so that only the files tell it.
@@ -7,31 +7,32 @@ do, so that only the files tell it.
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from sera_plugin.config.quoting import quoted
+from sera_plugin.rundir.format import Invalid, WeightIndex, read_json
 from sera_plugin.rundir.progress import progress
 
-#: What a model's weights are in, and which file has which of them.
-_HASHED = ("*.safetensors", "*.safetensors.index.json")
-#: Pickled ones: their names and sizes are kept.
-_NAMED = ("*.bin", "*.bin.index.json")
+#: What a model's weights are in, which file has which of them, and what is computed with them.
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+_FILES = (*_WEIGHTS, "config.json", "adapter_config.json")
 _CHUNK = 2**22
 #: Bytes that take some seconds: hashing more is shown.
 _MUCH = 2 * 10**9
 
 
 def describe_base(base_model: str, revision: str | None = None) -> dict[str, Any] | None:
-    """The base model's weight files.
+    """The base model's weight files and configuration.
 
     Returns:
-        For a directory `files`: their sizes in bytes, and `sha256` of all but pickled ones. For a
-        model of the hub `revision`, the commit that the name led to, and `files` without it. None
-        where the hub's cache does not have it.
+        For a directory `files`: their sizes in bytes, and `sha256` of each. For a model of the hub
+        `revision`, the commit that the name led to, and `files` without it. None where the hub's
+        cache does not have it.
 
     Raises:
         ValueError: if a file cannot be read.
@@ -39,7 +40,7 @@ def describe_base(base_model: str, revision: str | None = None) -> dict[str, Any
     directory = Path(base_model)
     if directory.is_dir():
         sizes = _sizes(base_model, directory)
-        hashed = [name for name in sizes if _is_any(name, _HASHED) and sizes[name] is not None]
+        hashed = [name for name, size in sizes.items() if size is not None]
         return {"files": sizes, "sha256": _hashes(base_model, directory, hashed, sizes)}
     try:
         found = try_to_load_from_cache(base_model, "config.json", revision=revision)
@@ -80,7 +81,7 @@ def require_same_base(
         after = {name: size for name, size in now["files"].items() if name in before}
     else:
         directory = Path(base_model)
-        after = _sizes(base_model, directory) if directory.is_dir() else {}
+        after = _sizes(base_model, directory, before) if directory.is_dir() else {}
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
             raise _another(base_model, root, f"{name} is missing")
@@ -106,20 +107,27 @@ def _bytes(size: int | None) -> str:
     return "no content of a file" if size is None else f"{size:,} bytes"
 
 
-def _is_any(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(Path(name).match(pattern) for pattern in patterns)
+def _names(directory: Path) -> set[str]:
+    """The files that make a model what it is; those that an index names may be further down."""
+    names = {name for name in os.listdir(directory) if any(map(Path(name).match, _FILES))}
+    for index in [name for name in names if name.endswith(".index.json")]:
+        with suppress(Invalid, OSError):  # no model is loaded by it
+            parts = set(read_json(directory / index, WeightIndex)["weight_map"].values())
+            names |= {one for one in parts if not {"..", "/"} & {*Path(one).parts}}
+    return names
 
 
-def _sizes(base_model: str, directory: Path) -> dict[str, int | None]:
-    """Name -> bytes, through links; None for what is no file."""
+def _sizes(base_model: str, directory: Path, known: Collection[str] = ()) -> dict[str, int | None]:
+    """Name -> bytes, through links; None for what is no file. `known` are to be looked for too."""
     found: dict[str, int | None] = {}
     try:
-        for name in sorted(os.listdir(directory)):
-            if _is_any(name, (*_HASHED, *_NAMED)):
-                path = directory / name
-                about = path.stat() if path.exists() else None
-                regular = about is not None and stat.S_ISREG(about.st_mode)
-                found[name] = about.st_size if about is not None and regular else None
+        for name in sorted(_names(directory).union(known)):
+            path = directory / name
+            if not os.path.lexists(path):
+                continue
+            about = path.stat() if path.exists() else None
+            regular = about is not None and stat.S_ISREG(about.st_mode)
+            found[name] = about.st_size if about is not None and regular else None
     except OSError as error:
         raise _unreadable(base_model, error) from None
     return found

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -34,7 +35,7 @@ from sera_plugin.host.keeping import Keeping
 from sera_plugin.model.losses import FLOAT32_LIMIT, deviation
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
-from sera_plugin.rundir.format import Record, read_json
+from sera_plugin.rundir.format import Invalid, Record, read_json
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.samplers import Choice, Samplers, sampling_progress
@@ -46,6 +47,17 @@ LOG = logging.getLogger("axolotl.sera")
 RECORD = "sera.json"
 #: Pairs that tell whether a continued run has the model it began with.
 _FEW = 8
+
+
+def recorded_pairs(checkpoint: Path) -> tuple[int, ...]:
+    """|D_t| of each iteration as a checkpoint has them; ValueError if it cannot be continued."""
+    try:
+        return tuple(read_json(checkpoint / RECORD, Record)["pairs"])
+    except Invalid as error:
+        raise ValueError(
+            f"{checkpoint / RECORD} cannot be used: {error}. Restore it from a copy, or continue "
+            "from another checkpoint: name it with resume_from_checkpoint."
+        ) from None
 
 
 @dataclass
@@ -128,8 +140,8 @@ class Loop:
         if not asked:
             self.step = checksums.newest_checkpoint(directory)
         if self.step is not None:
-            sizes = read_json(checksums.checkpoint(directory, self.step) / RECORD, Record)["pairs"]
-            self.schedule = replace(planned, pairs=tuple(sizes))
+            sizes = recorded_pairs(checksums.checkpoint(directory, self.step))
+            self.schedule = replace(planned, pairs=sizes)
         begins, _ = self.schedule.locate(self.step or 0)
         if self._earlier:
             self.store.ranks.on_main(lambda: self._name_damaged_policies(begins))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
-from sera_plugin.rundir.writing import beside, explained, flush, remove
+from sera_plugin.rundir.writing import beside, flush, make_directory, remove
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -38,7 +38,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Whenever the process ends, and where it cannot be written, the place holds the whole old file or
     the whole new one, and the list knows it.
     """
-    _make(path.parent)
+    make_directory(path.parent)
     with beside(path) as partial:
         write(partial)
         flush(partial)
@@ -52,11 +52,6 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             _write(path.parent, {**sums, path.name: (written,)})
 
 
-def _make(directory: Path) -> None:
-    with explained(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-
-
 def is_whole(path: Path) -> bool:
     """Whether a file is there and is one that `replace_file` has written."""
     return path.is_file() and digest(path) in _read(path.parent).get(path.name, ())
@@ -65,7 +60,7 @@ def is_whole(path: Path) -> bool:
 def add_file(directory: Path, name: str, write: Callable[[Path], object]) -> None:
     """Like `replace_file`, with the checksum in the name: many may add to one directory."""
     path = directory / name
-    _make(directory)
+    make_directory(directory)
     with beside(path) as partial:
         write(partial)
         flush(partial)
@@ -80,7 +75,7 @@ def is_named_right(path: Path) -> bool:
 
 def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
     """Write a directory beside its place, seal it, and rename it into place of what is there."""
-    _make(path.parent)
+    make_directory(path.parent)
     with beside(path) as partial:
         partial.mkdir()
         write(partial)

@@ -46,12 +46,14 @@ class _Settings(Keys):
     labeler: Text = "implicit"
     selection: Text = "irm"
     reward: Text | None = None
+    reference: Text | None = None
     gamma: Number | None = None
     selection_ratio: Number | None = None
     bootstrap_ratio: Number | None = None
     candidates: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
     length_control: Text | Number | None = None
     score_columns: list[Text] | None = None
+    judge: dict[Text, Any] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "_Settings":
@@ -66,10 +68,25 @@ class _Settings(Keys):
 
 class _Config(Keys):
     base_model: Text | None = None
-    num_epochs: Annotated[float, Field(strict=True, ge=0, le=MOST_ITERATIONS)] | None = None
+    num_epochs: Annotated[float, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
     output_dir: Text | None = None
     chat_template_kwargs: dict[Text, Any] | None = None
     sera: _Settings = _Settings()
+
+
+class _BaseWeights(Keys):
+    """What `host.base` says of the base model: its files, each with a checksum, or a commit."""
+
+    files: dict[Text, Count | None]
+    sha256: dict[Text, Text] = {}
+    revision: Text | None = None
+
+    @model_validator(mode="after")
+    def _each(self) -> "_BaseWeights":
+        there = {name for name, size in self.files.items() if size is not None}
+        if self.revision is None and self.sha256.keys() != there:
+            raise ValueError("sha256 is not of the files that there are")
+        return self
 
 
 class RunFile(Keys):
@@ -87,6 +104,7 @@ class RunFile(Keys):
     seed: int | None = None
     dataset_fingerprint: Text | None = None
     evaluation_fingerprint: Text | None = None
+    base_weights: _BaseWeights | None = None
 
 
 Quantiles = dict[Text, Number] | None
@@ -135,13 +153,24 @@ class _HeldOut(Keys):
 
 
 class _Reward(Keys):
-    pairs: Count | None = None
+    weights: dict[Text, Number]
+    errors: dict[Text, Number] | None = None
+    pairs: Count = 0
     accuracy: Number | None = None
     paper_accuracy: Number | None = None
     by_chance: Number | None = None
-    weights: dict[Text, Number | None] | None = None
-    errors: dict[Text, Number | None] | None = None
-    followed: bool | None = None
+    followed: Annotated[bool, Field(strict=True)] = False
+
+    @model_validator(mode="after")
+    def _together(self) -> "_Reward":
+        absent = not self.model_fields_set & {"accuracy", "paper_accuracy", "by_chance"}
+        if None in (self.accuracy, self.paper_accuracy, self.by_chance) and not absent:
+            raise ValueError("accuracy, paper_accuracy and by_chance are not all there")
+        if "errors" not in self.model_fields_set:
+            return self
+        if self.errors is None or self.errors.keys() != self.weights.keys() or absent:
+            raise ValueError("errors are not those of the weights")
+        return self
 
 
 class Summary(Keys):
@@ -175,7 +204,7 @@ class Ending(Keys):
 
     policies: Annotated[int, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
     kept: Annotated[int, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
-    held_out_losses: list[Number | None] = []
+    held_out_losses: list[Number | None]
     seconds: dict[Text, Number] = {}
     forwarded: dict[Text, dict[Text, Count]] = {}
 
@@ -183,6 +212,8 @@ class Ending(Keys):
     def _one_of_them(self) -> "Ending":
         if self.kept > self.policies:
             raise ValueError(f"kept {self.kept} of {self.policies} policies")
+        if len(self.held_out_losses) != self.policies + 1:
+            raise ValueError("held_out_losses are not of theta_0 and each policy")
         return self
 
 
@@ -200,13 +231,19 @@ class TrainerState(Keys):
 class Record(Keys):
     """sera.json of a checkpoint."""
 
-    pairs: list[Count]
+    pairs: Annotated[list[Count], Field(min_length=1, max_length=MOST_ITERATIONS)]
 
 
 class AdapterConfig(Keys):
     """adapter_config.json of PEFT, as far as it says where an adapter belongs."""
 
     base_model_name_or_path: Text
+
+
+class WeightIndex(Keys):
+    """An index of a model's weights in several files: which of them has which."""
+
+    weight_map: dict[Text, Text]
 
 
 class BaseModelFile(Keys):

@@ -12,9 +12,8 @@ import json
 import logging
 import os
 import re
-import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from itertools import count
 from pathlib import Path
@@ -30,9 +29,9 @@ from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.checksums import add_file, is_named_right, is_whole, replace_file
 from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, read_json
 from sera_plugin.rundir.ranks import Ranks
-from sera_plugin.rundir.tables import TYPES, read_table
+from sera_plugin.rundir.tables import TYPES, Expected, read_columns, read_table
 from sera_plugin.rundir.tokens import TokenColumn
-from sera_plugin.rundir.writing import explained, open_own, remove, tidy
+from sera_plugin.rundir.writing import explained, make_directory, open_own, remove, tidy
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -51,12 +50,6 @@ def make_table(columns: Mapping[str, Any]) -> pa.Table:
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file in one piece."""
     replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
-
-
-def _read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Much faster than `pyarrow.parquet.read_table` for small files, of which there are many."""
-    with pq.ParquetFile(path) as file:
-        return file.read(columns)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -96,6 +89,7 @@ class RunStore:
         self.end: int | None = None  # T + 1, while training knows it
         self.ranks = ranks or Ranks()
         self._reported: set[Path] = set()
+        self._expected: Expected | None = None  # of tables, once run.json is known
         #: Chunks of samples by iteration: counting files again for each would take N^2 steps.
         self._chunks: dict[int, Iterator[int]] = {}
 
@@ -107,8 +101,8 @@ class RunStore:
         path = self.root.absolute() / "lock"
         if not self.ranks.main or path in _LOCKS:
             return
+        make_directory(self.root)
         with explained(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
             handle = open_own(path, os.O_RDWR | os.O_CREAT)
             try:
                 self._acquire(handle)
@@ -235,12 +229,14 @@ class RunStore:
         return self._whole(self.table_file(iteration, name))
 
     def read(self, iteration: int, name: str) -> pa.Table | None:
-        """A finished phase's table; None if it is not there or damaged."""
+        """A finished phase's table; None if it is not there, damaged, or not of this run."""
         path = self.table_file(iteration, name)
         if not self._whole(path):
             return None
+        if self._expected is None and (run := self.description()):
+            self._expected = Expected.of(run)
         try:
-            return read_table(path, name)
+            return read_table(path, name, self._expected or Expected(), iteration=iteration)
         except Invalid as error:
             self._report(path, f"cannot be used ({error})")
             return None
@@ -279,23 +275,27 @@ class RunStore:
         name = f"{rank}-{next(self._chunks[iteration]):06d}.parquet"
         add_file(directory, name, lambda path: pq.write_table(table, path, compression="zstd"))
 
-    def _chunks_read(self, iteration: int, columns: Sequence[str] | None = None) -> list[pa.Table]:
-        """Rows of a damaged chunk are sampled again."""
+    def _chunks_read(self, iteration: int, *names: str) -> list[pa.Table]:
+        """Columns of whole chunks, or all: rows of a damaged one are sampled again."""
         files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
         whole = [file for file in files if self._whole(file, is_named_right)]
-        return [_read_parquet(file, columns) for file in whole]
+        return [read_columns(file, lambda one: not names or one.name in names) for file in whole]
 
     @_on_main
     def set_aside_samples(self, iteration: int, problem: Callable[[pa.Table], str | None]) -> None:
         """Put chunks aside that are whole and cannot be used; their rows are sampled again.
 
-        `problem` says what is wrong with a chunk, or None.
+        `problem` says what is wrong with a chunk, or None. An OSError if there is no directory for
+        chunks and none can be made.
         """
+        make_directory(self.samples(iteration))
         for file in sorted(self.samples(iteration).glob("[0-9]*.parquet")):
             if not self._whole(file, is_named_right):
                 continue
             try:
-                wrong = problem(_read_parquet(file))
+                wrong = problem(read_columns(file))
+            except Invalid as error:
+                wrong = str(error)
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 wrong = f"it cannot be read ({plain(str(error))})"
             if wrong is not None:
@@ -304,7 +304,7 @@ class RunStore:
 
     def sampled_rows(self, iteration: int) -> npt.NDArray[np.int64]:
         """The rows whose candidates are in whole chunks, ascending."""
-        rows = [table["row"] for table in self._chunks_read(iteration, ["row"])]
+        rows = [table["row"] for table in self._chunks_read(iteration, "row")]
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
 
     def read_samples(self, iteration: int) -> pa.Table | None:
@@ -322,5 +322,4 @@ class RunStore:
     @_on_main
     def remove_samples(self, iteration: int) -> None:
         """Remove the chunks once candidates.parquet holds them."""
-        if self.samples(iteration).exists():
-            shutil.rmtree(self.samples(iteration))
+        remove(self.samples(iteration))

@@ -1,7 +1,8 @@
 """How files are written: beside their place, by a name that nobody can guess, and renamed into it.
 
 No link that stands at such a place is ever followed, and nothing waits for a pipe: whatever is
-there is replaced, or, where a file grows in place (a journal, a log, a lock), refused.
+there is replaced, or, where a file grows in place (a journal, a log, a lock) or a directory is,
+refused.
 """
 
 import errno
@@ -25,6 +26,8 @@ _REMEDIES = {
     errno.EROFS: "Make it writable, or {elsewhere}",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Change the permissions, or {elsewhere}"),
 }
+#: Something else stands where a file or directory of ours belongs.
+_IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 
 
 class Advice(NamedTuple):
@@ -93,6 +96,17 @@ def tidy(directory: Path) -> None:
                     os.close(handle)
 
 
+def make_directory(path: Path, advice: Advice = RUN) -> None:
+    """Have a directory there, and those above it; an OSError that names what else there is.
+
+    That may be a link too: what is written into such a directory would be behind it.
+    """
+    with explained(path, advice):
+        if path.is_symlink():
+            raise FileExistsError(errno.EEXIST, "Is a link", str(path))
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a directory with all that is in it; of a link the link."""
     if path.is_dir() and not path.is_symlink():
@@ -154,11 +168,20 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def explained(directory: Path, advice: Advice = RUN) -> Iterator[None]:
-    """Say in an OSError what to do about a full or closed disk that `directory` is on."""
+    """Say in an OSError what to do about a full or closed disk that `directory` is on, or about
+    what stands in a file's way."""
     try:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
+        if isinstance(error, OSError) and number in _IN_THE_WAY:
+            if error.filename is None:  # it is said already
+                raise
+            raise OSError(
+                number,
+                f"{error.filename2 or error.filename} is not what belongs there: {error.strerror}. "
+                f"Move it away, then {advice.then}",
+            ) from error
         if number not in _REMEDIES:
             # Libraries written in other languages report a full disk in words of their own.
             there = next(path for path in (directory / "x").absolute().parents if path.exists())

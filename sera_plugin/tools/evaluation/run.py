@@ -19,7 +19,7 @@ from sera_plugin.labeling.judging import (
 )
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
-from sera_plugin.rundir.writing import COMMAND, explained, write_text
+from sera_plugin.rundir.writing import COMMAND, make_directory, write_text
 from sera_plugin.tools.evaluation.answers import Decoding, Prompt, given, read_prompts, sampled
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.evaluation.results import Entry, Evaluation, figures, page
@@ -114,8 +114,7 @@ def _each(
 
 
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
-    with explained(output, COMMAND):
-        (output / "outputs").mkdir(parents=True, exist_ok=True)
+    make_directory(output / "outputs", COMMAND)
     verdicts = []
     for entry in found.entries:
         name, rows = entry.model.name, []

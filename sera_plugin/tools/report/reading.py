@@ -34,15 +34,13 @@ from sera_plugin.rundir.format import (
     read_json,
 )
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.rundir.tables import read_table
+from sera_plugin.rundir.tables import Expected, candidate_places, read_table
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.rundir.writing import open_own
 
 Columns = dict[str, npt.NDArray[Any]]
 TEXTS = ("prompt", *SIDES)
 _TOKENS = [f"{name}_ids" for name in TEXTS]
-#: What a table of an iteration must have beside its least columns, from t = 2 on.
-_RANKED = ("margin", "selected")
 _TOKENIZER = "tokenizer.json"
 #: Missing iterations that are named one by one.
 _NAMED = 10
@@ -73,11 +71,10 @@ class Iteration:
 
     def __init__(self, run: Run, store: RunStore, number: int) -> None:
         self.number, self._candidates_file = number, store.table_file(number, "candidates")
-        self.offline = _arrays(run.table(number, "offline", _RANKED if number > 1 else ()))
+        self.offline = _arrays(run.table(number, "offline"))
         run.table(number, "evaluation")  # the summary has all of it that is shown
         self.candidates = _arrays(run.table(number, "candidates"))
-        count = self.candidates["candidate"].max() + 1 if self.candidates else None
-        self.bootstrapped = _arrays(run.table(number, "bootstrapped", per_prompt=count))
+        self.bootstrapped = _arrays(run.table(number, "bootstrapped"))
         if self.offline:
             self.offline.setdefault("selected", np.ones(len(self.offline["row"]), dtype=bool))
         self.margin: FloatArray | None = self.offline.get("margin")
@@ -87,10 +84,9 @@ class Iteration:
             run.leave_out(store.iteration(number) / "summary.json", "it is of another iteration")
             self.summary = {}
 
-    def places(self) -> dict[str, npt.NDArray[np.intp]]:
+    def places(self) -> dict[str, npt.NDArray[np.int64]]:
         """By side, where in `candidates` the answer of each bootstrapped pair is."""
-        first = np.searchsorted(self.candidates["row"], self.bootstrapped["row"])
-        return {side: first + self.bootstrapped[f"{side}_candidate"] for side in SIDES}
+        return candidate_places(self.bootstrapped, self.candidates["candidate"].max() + 1)
 
     def tokens(self) -> TokenColumn:
         """Token ids of the candidates, read anew: most of a run's bytes, and seldom needed."""
@@ -139,12 +135,11 @@ class Run:
         self.config: dict[str, Any] = self.description.get("config", {})
         self.settings: dict[str, Any] = self.config.get("sera", {})
         self.labeler = str(self.settings.get("labeler", "implicit"))
-        self.total: int | None = self.description.get("pairs")
+        self._expected = Expected.of(self.description)
+        self.total = self._expected.pairs
         columns = self._columns(store.dataset_file, "dataset", beside=True)
         if not store.dataset_file.exists():
             self._note(store.dataset_file, "is missing: there are no texts to show")
-        if self.total is None and columns:
-            self.total = len(columns["row"])
         self.tokens = {name: TokenColumn(columns[f"{name}_ids"]) for name in TEXTS if columns}
         self.scores = {n: values for n, values in columns.items() if n not in ("row", *_TOKENS)}
         names = [path.name for path in store.root.glob("iteration-*")]
@@ -184,28 +179,24 @@ class Run:
                 self.leave_out(path, str(error))
         return {}
 
-    def table(
-        self, number: int, name: str, needed: Sequence[str] = (), per_prompt: int | None = None
-    ) -> dict[str, pa.ChunkedArray]:
+    def table(self, number: int, name: str) -> dict[str, pa.ChunkedArray]:
         """A table of an iteration, empty where it cannot be used, which is noted."""
-        path = self._store.table_file(number, name)
-        columns = self._columns(path, name, per_prompt=per_prompt)
-        missing = [one for one in needed if one not in columns]
-        if columns and missing:
-            self.leave_out(path, f"it has no column {', '.join(missing)}")
-        if name == "offline" and columns and self.total is None:
-            self.total = len(columns["row"])
-        return {} if missing else columns
+        return self._columns(self._store.table_file(number, name), name, iteration=number)
 
     def _columns(self, path: Path, name: str, **how: Any) -> dict[str, pa.ChunkedArray]:
         if not self._whole(path):
             return {}
         try:
-            table = read_table(path, name, total=self.total, root=self.root.parent, **how)
+            table = read_table(path, name, self._expected, root=self.root.parent, **how)
         except (Invalid, OSError) as error:
             self.leave_out(path, str(error))
             return {}
-        return {name: table[name] for name in table.column_names}
+        found = {name: table[name] for name in table.column_names}
+        if name in ("dataset", "offline", "candidates"):  # which have all rows, in order
+            self.total = total = found["row"][-1].as_py() + 1
+            each = len(table) // total if name == "candidates" else self._expected.candidates
+            self._expected = self._expected._replace(pairs=total, candidates=each)
+        return found
 
     def _check_version(self) -> None:
         """ValueError for a run that another version has made, which is no damage."""
