@@ -98,6 +98,8 @@ def test_an_engine_that_serves_another_policy_is_found_before_anything_is_sample
     prompts = [np.arange(1, 12, dtype=np.int32)]
     store = RunStore(tmp_path)
     lengths = {"row": range(3), "chosen_length": [4, 9, 99], "rejected_length": [3] * 3}
+    lengths |= dict.fromkeys(("chosen_reward", "rejected_reward", "margin"), [0.0] * 3)
+    lengths |= {"prompt_length": [3] * 3, "selected": [True] * 3}
     with vllm_server(world.base, choices=staticmethod(choices)) as server:
         for logp, passes in ((-9.0, True), (-9.5, True), (-10.0, False), (8.0, False)):
             scores = {"chosen_logp": [-4.0, logp, 0.0], "rejected_logp": [0.0] * 3}
