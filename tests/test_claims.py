@@ -193,6 +193,7 @@ def test_a_systems_lines_are_a_sera_block_and_comparisons_are_of_those_that_are_
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_is_measured_kept_and_not_made_again_and_one_that_fails_says_where(
     tmp_path, monkeypatch
 ):

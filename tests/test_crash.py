@@ -111,12 +111,12 @@ def test_training_ends_early_with_the_best_policy(bench):
 @pytest.mark.parametrize(
     "point",
     [
-        "rename-before:22:full",
         "checkpoint-half:55+sample-chunk:3:lora-keep-1",
         "before-final:2:lora-best",  # chosen and not yet saved
         *(
             pytest.param(point, marks=pytest.mark.nightly)
             for point in (
+                "rename-before:22:full",
                 "micro-batch:10:full-one-schedule",
                 "sample-token:100:lora-keep-1",
                 "policy-half:6:lora-keep-1",

@@ -91,7 +91,10 @@ def changed_files(bench) -> set[str]:
     [
         # What the iteration that was under way is made of.
         ["sera/iteration-03/offline.parquet", "sera/iteration-03/bootstrapped.parquet"],
-        ["sera/iteration-03/candidates.parquet", "sera/iteration-03/summary.json"],
+        pytest.param(
+            ["sera/iteration-03/candidates.parquet", "sera/iteration-03/summary.json"],
+            marks=pytest.mark.nightly,
+        ),
         # What it was computed from.
         [
             "sera/iteration-02/offline.parquet",
@@ -102,7 +105,10 @@ def changed_files(bench) -> set[str]:
         ],
         ["sera/dataset.parquet", "sera/iteration-03/SHA256SUMS"],
         pytest.param(["checkpoint-7/adapter_model.safetensors"], marks=pytest.mark.nightly),
-        ["checkpoint-7/optimizer.pt", "checkpoint-6/trainer_state.json"],
+        pytest.param(
+            ["checkpoint-7/optimizer.pt", "checkpoint-6/trainer_state.json"],
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=lambda names: names[0].replace("sera/iteration-", "") if isinstance(names, list) else None,
 )
