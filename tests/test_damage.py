@@ -128,6 +128,7 @@ def test_the_policy_of_the_iteration_under_way_is_named_when_it_is_damaged(carry
     assert said in log(directory).replace("\n", "")
 
 
+@pytest.mark.nightly
 def test_tables_of_iterations_before_are_made_again_while_this_one_samples(bench, ends_alike):
     """Iteration 3 has its own scores already; its summary still compares with iteration 2's."""
     chunks = bench.whole(KIND).counts["sample-chunk"]

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import pyarrow as pa
 import pytest
 
 from sera_plugin.algorithm.method import Method
@@ -279,7 +278,6 @@ WRONG_CHUNKS = {
     "a negative token": (
         {"row": [0, 0], "candidate": [0, 1], "token_ids": [[-5, END]] * 2}, "does not know"
     ),
-    "columns that take no null": ({"row": [0, 0], "candidate": [0, 1]}, "its columns are not row"),
     "other columns": ({"row": [0, 0], "number": [0, 1]}, "its columns are not row, candidate"),
 }  # fmt: skip
 
@@ -298,8 +296,6 @@ def test_a_whole_chunk_that_cannot_be_used_is_set_aside_and_made_again(run, capl
     )
     names = [*list(columns)[:2], "token_ids", "finish_reason"]
     table = table.select(names)
-    if name == "columns that take no null":
-        table = table.cast(pa.schema([each.with_nullable(False) for each in table.schema]))
     RunStore(run.directory).append_samples(2, table)
     [added] = set(run.store.samples(2).glob("*.parquet")) - {second}
     added.rename(added.with_name(added.name.replace("000-000001-", "000-000009-")))

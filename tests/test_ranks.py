@@ -106,6 +106,7 @@ def _meet(rank: int, port: int, directory: str) -> None:
     total = ranks.sum(np.array([1.0 + rank, np.nan if rank else 0.0, np.inf * (1 - rank)]))
     np.testing.assert_array_equal(total[:2], [3.0, np.nan])
     columns = {"row": [0], "chosen_length": [1 + rank], "rejected_length": [1]}
+    columns |= {"prompt_length": [1]}
     store.write(1, "offline", make_table(columns | {"chosen_logp": [0.0], "rejected_logp": [0.0]}))
     assert store.read(1, "offline")["chosen_length"].to_pylist() == [1]  # only rank 0 has written
     store.append_samples(2, make_table({"row": [rank], "candidate": [0]}))

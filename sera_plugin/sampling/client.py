@@ -126,7 +126,8 @@ class Client:
                 if attempt == self._retries or answer.status not in OVERLOADED:
                     break
             except requests.RequestException as error:
-                if attempt == self._retries:
+                # A key or an address that cannot be sent is a ValueError too.
+                if attempt == self._retries or isinstance(error, ValueError):
                     raise self.wrong(
                         f"does not answer {path} after {attempt + 1} tries: {error}. {self.remedy}"
                     ) from None

@@ -97,7 +97,7 @@ def exchange(
     Raises:
         requests.RequestException: also for a reply that is too long, compressed or takes too long.
     """
-    until = None if seconds is None else monotonic() + seconds
+    began = monotonic()
     connecting = CONNECTING if seconds is None else min(CONNECTING, seconds)
 
     def work() -> Reply:
@@ -116,8 +116,8 @@ def exchange(
                         raise requests.RequestException(
                             f"the reply is longer than {LARGEST:,} bytes"
                         )
-                    if until is not None and monotonic() > until:
-                        raise requests.Timeout("nobody waits for it any more")
+                    if seconds is not None and monotonic() > began + seconds:
+                        raise _late(seconds)
             except HTTPError as error:  # of urllib3
                 raise requests.ConnectionError(str(error)) from error
             return Reply(answer.status_code, answer.headers, bytes(body))
@@ -143,7 +143,11 @@ def within(seconds: float | None, call: Callable[[], Result]) -> Result:
     try:
         return made.result(seconds)
     except TimeoutError:
-        raise requests.Timeout(f"there is no reply after {seconds:g} seconds") from None
+        raise _late(seconds or 0.0) from None
+
+
+def _late(seconds: float) -> requests.Timeout:
+    return requests.Timeout(f"there is no reply after {seconds:g} seconds")
 
 
 def one_line(text: str, key: str, limit: int = SENTENCE) -> str:
