@@ -35,6 +35,7 @@ from sera_plugin.algorithm.method import (
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir import store
+from sera_plugin.rundir.format import FORMAT_VERSION
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tokens import fingerprint
 
@@ -209,7 +210,9 @@ def one_run(count: int, directory: Path) -> dict[str, Any]:
     with clock.running(REST):
         with clock.running("fingerprint"):
             identity = fingerprint([pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids])
-        run.begin({"dataset_fingerprint": identity}, dataset)
+        about = {"format_version": FORMAT_VERSION, "pairs": count, "dataset_fingerprint": identity}
+        about["config"] = {"num_epochs": 3, "sera": {"candidates": CONFIG.candidates}}
+        run.begin(about, dataset)
         trained = [prepare(iteration) for iteration in (1, 2, 3)]
     peak = resident_peak()
     seconds, processor = dict(clock.seconds), dict(clock.processor)
