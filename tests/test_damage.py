@@ -96,13 +96,16 @@ def changed_files(bench) -> set[str]:
             marks=pytest.mark.nightly,
         ),
         # What it was computed from.
-        [
-            "sera/iteration-02/offline.parquet",
-            "sera/iteration-02/evaluation.parquet",
-            "sera/iteration-03/offline.parquet",
-            "sera/iteration-03/evaluation.parquet",
-            "sera/iteration-03/summary.json",
-        ],
+        pytest.param(
+            [
+                "sera/iteration-02/offline.parquet",
+                "sera/iteration-02/evaluation.parquet",
+                "sera/iteration-03/offline.parquet",
+                "sera/iteration-03/evaluation.parquet",
+                "sera/iteration-03/summary.json",
+            ],
+            marks=pytest.mark.nightly,
+        ),
         ["sera/dataset.parquet", "sera/iteration-03/SHA256SUMS"],
         pytest.param(["checkpoint-7/adapter_model.safetensors"], marks=pytest.mark.nightly),
         pytest.param(
@@ -154,6 +157,7 @@ def test_where_a_run_is_does_not_hang_on_a_file_that_can_be_damaged(bench, ends_
     ends_alike(lambda output: cut(output / sums), kind=kind, place=place)
 
 
+@pytest.mark.nightly
 def test_an_earlier_checkpoint_that_is_asked_for_is_continued_from(ends_alike):
     directory = ends_alike(resume_from_checkpoint="out/checkpoint-6")
     assert (directory / "out/set-aside-checkpoint-7").exists()
