@@ -135,7 +135,7 @@ class Marks:
                     yield key, inner
                     continue
             elif role is not None:
-                says = key in _SAID and not (_NOTES.search(str(path[0])) and not content)
+                says = key in _SAID and (content or not _NOTES.search(str(path[0])))
                 # Its call has the name; what was thought before is for the template to leave out.
                 says &= not (key == "name" and role in ("tool", "function"))
                 says &= last or key not in _REASONING
