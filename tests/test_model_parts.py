@@ -200,14 +200,18 @@ def test_gate_allows_more_to_longer_answers_and_judges_each(limit, nats, tokens)
 
 
 @pytest.mark.parametrize(
-    ("off", "loss"),
+    ("off", "loss", "cause"),
     [
-        ((0.0, 0.0, 0.0, math.nan), None),
-        ((-0.1, 0.0), None),  # means, which is all that the host's own losses leave
-        (NONE, 1.018),
-        (NONE, math.nan),
+        ((0.0, 0.0, 0.0, math.nan), None, "kernel"),
+        ((-0.1, 0.0), None, "kernel"),  # means, which is all that the host's own losses leave
+        (NONE, 1.018, "another plugin"),
+        (NONE, math.nan, "another plugin"),
+        ((-0.1, -0.1, 0.0, 0.0), 1.018, "kernel"),
     ],
 )
-def test_gate_stops_anything_else(off, loss):
-    with pytest.raises(ValueError, match="step-0 gate"):
+def test_gate_stops_anything_else_and_names_its_cause(off, loss, cause):
+    with pytest.raises(ValueError, match="step-0 gate") as stopped:
         gate(off, loss)
+    for other in ("kernel", "another plugin"):
+        both = loss is not None and any(off)
+        assert (other in str(stopped.value)) == (both or other == cause)

@@ -186,6 +186,18 @@ LOW_PRECISION_LIMIT = 0.2
 #: How far a loss may be from what its own log-probabilities give, relative where it exceeds 1.
 FORMULA_LIMIT = 1e-3
 
+_WRONG_LOGPS = (
+    "But training computes other log-probabilities than scoring did (at most {limit} nats per "
+    "square root of an answer's tokens is rounding), so every reference would be wrong. Usual "
+    "causes: a kernel that differs between training and evaluation, or mixed precision over a "
+    "model in another type. Train in bf16 or float32 throughout, with attn_implementation: sdpa."
+)
+_WRONG_LOSS = (
+    "But the loss is not the one that its own log-probabilities and references give (within "
+    "{limit}), whatever their precision: something changes it, such as another plugin or a patch "
+    "of the trainer's loss. Leave that out."
+)
+
 
 def rounding_limit(model: torch.nn.Module, autocast: bool) -> float:
     """The largest `deviation` that rounding explains, by the model and mixed precision around it.
@@ -281,20 +293,18 @@ def check_step_zero(
     # As large as what is over the limit: passes of one function differ by rounding, far less.
     if again is not None and again.scatter > limit / 4:
         figures = compare([side.cpu() for side in again.settled]) | {"scatter": again.scatter}
-    passed = figures["nats_per_root_token"] <= limit
+    wrong = []
+    if not figures["nats_per_root_token"] <= limit:  # NaN is wrong too
+        wrong.append(_WRONG_LOGPS.format(limit=limit))
     if loss is not None and function is not None:
         expected = float(function(*map(function.rewards, found, references, lengths)).mean())
         figures |= {"loss": loss.item(), "expected_loss": expected}
-        passed &= abs(loss.item() - expected) <= FORMULA_LIMIT * max(1.0, abs(expected))
+        if not abs(loss.item() - expected) <= FORMULA_LIMIT * max(1.0, abs(expected)):
+            wrong.append(_WRONG_LOSS.format(limit=FORMULA_LIMIT))
     figures = {name: round(value, 6) for name, value in figures.items()}
-    if not passed:
+    if wrong:
         raise ValueError(
             "step-0 gate: before an iteration's first update the policy is the one that the pairs "
-            f"were scored under, but {figures} (allowed: {limit} nats per square root of an "
-            f"answer's tokens, and {FORMULA_LIMIT} between the loss and what its own "
-            "log-probabilities give). The reference would be wrong, so the run stops here. Usual "
-            "causes: a kernel that differs between training and evaluation, or mixed precision "
-            "over a model in another type. Train in bf16 or float32 throughout, with "
-            "attn_implementation: sdpa."
+            f"were scored under. {' '.join(wrong)} Measured: {figures}. The run stops here."
         )
     return figures
