@@ -144,6 +144,8 @@ def train_config(config: dict, directory: Path) -> SimpleNamespace:
         module.PLUGIN_MANAGER = PluginManager.get_instance()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "begin", spy)
+        # The host takes bf16 for a GPU's alone; torch's autocast knows it on a CPU too.
+        patch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
         data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
         model, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=data)
     output, history = Path(cfg.output_dir), trainer.state.log_history

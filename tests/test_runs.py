@@ -32,7 +32,13 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+IN_BF16 = {"full-bf16": {"bf16": True}, "lora-bf16": adapter(bf16=True)}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*KINDS, *(pytest.param(one, marks=pytest.mark.nightly) for one in IN_BF16)],
+)
 def whole(request, world, tmp_path_factory) -> SimpleNamespace:
     """A run that saves and evaluates at every step, and counts what it loads and forwards."""
     from axolotl.loaders import ModelLoader
@@ -40,7 +46,7 @@ def whole(request, world, tmp_path_factory) -> SimpleNamespace:
     from sera_plugin.host.trainer import SeraTrainer
 
     directory = tmp_path_factory.mktemp(request.param)
-    config = make_config(world.directory, directory) | KINDS[request.param]
+    config = make_config(world.directory, directory) | (KINDS | IN_BF16)[request.param]
     config |= {"save_steps": 1, "saves_per_epoch": None, "save_total_limit": 9}
     config |= {"eval_steps": 1, "evals_per_epoch": None}
     loads, forwards = [], []

@@ -10,12 +10,13 @@ import pytest
 
 from sera_plugin.algorithm import alarms
 from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
+from sera_plugin.algorithm.noise import score_again
 from sera_plugin.algorithm.summary import accuracy, summarize
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.run import describe_start
 from sera_plugin.model.losses import FLOAT32_LIMIT
 from sera_plugin.rundir.store import make_table
-from tests.three_pairs import CANDIDATES, CONFIG, Run
+from tests.three_pairs import CANDIDATES, CONFIG, FakeScorer, Run
 
 
 def summary(run: Run, t: int) -> dict:
@@ -85,6 +86,44 @@ def test_a_small_held_out_set_is_never_without_error(tmp_path):
     found = summary(run, 2)["evaluation"]
     assert found["accuracy"] == 1.0
     assert found["accuracy_error"] == pytest.approx(sqrt(5 / 7 * 2 / 7 / 7))
+
+
+class Rounded(FakeScorer):
+    """Scored again, answers move by other nats under each policy, by their first token."""
+
+    moved = ({11: 0.5, 21: 0.5, 31: 0.5}, {11: 0.5, 21: 2.0, 31: 0.5, 32: -1.5}, {})
+
+    def __call__(self, policy, prompts, completions, phase):
+        found = super().__call__(policy, prompts, completions, phase)
+        if phase == "score_again":
+            found = found + [self.moved[policy].get(int(ids[0]), 0.0) for ids in completions]
+        return found
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_noise_of_margins_is_what_they_move_by_when_they_are_scored_again(tmp_path, per_token):
+    """Margins 3, -1 and 1 move by 0, 1.5 and 1.5 nats; two are nearer to the cut at 0.
+
+    Per token they are 1.5, -1/4 and 3/4; 1.5 nats are 1.5 / 4 in row 1 and in row 2.
+    """
+    run = Run(tmp_path, per_token=per_token, scorer=Rounded())
+    run.upto(1)
+    before = summarize(run.iteration(1), score_again(run.iteration(1)))
+    assert before["noise"] == {"chosen": [0.5] * 3, "rejected": [0.0] * 3}
+    assert run.scorer.calls[-2:] == [(0, "score_again", 3)] * 2
+    run.store.write_summary(1, before)
+    run.upto(2)
+    found = summarize(run.iteration(2), score_again(run.iteration(2)))
+    noise = sqrt((1.5**2 + 1.5**2) / 3) / (4 if per_token else 1)
+    assert found["noise"]["margin"] == pytest.approx(noise)
+    assert found["noise"]["within"] == pytest.approx(0 if per_token else 2 / 3)
+    assert found["rounding"] == pytest.approx(2 * noise / (1 if per_token else 16 / 6))
+    said = describe_start(found, run.method.unit)
+    assert f"rounding moves a margin by {noise:.2g} {run.method.unit}; " in said
+    assert f"{0 if per_token else 67}% of the pairs are nearer to the cut than that" in said
+    # An earlier version of the package has not measured theta_0's.
+    run.store.write_summary(1, {name: one for name, one in before.items() if name != "noise"})
+    assert "rounding" not in summarize(run.iteration(2), found["noise"])
 
 
 ROOT = Path(__file__).parents[1]
@@ -328,9 +367,14 @@ def test_no_alarm_advises_the_opposite_of_another():
     assert seen == set(NAMES)
 
 
-def test_rounding_is_that_of_the_precision():
-    for spread, name in ((0.0039, ["constant_margins"]), (0.004, [])):
-        one = later(rounding=0.004, spread={"offline": spread, "sampled": 0.1})
+def test_rounding_is_what_was_measured_where_that_is_more():
+    for rounding, spread, name in (
+        (0.004, 0.0039, ["constant_margins"]),
+        (0.004, 0.004, []),
+        (1e-5, 0.0009, ["constant_margins"]),
+        (1e-5, 0.001, []),
+    ):
+        one = later(rounding=rounding, spread={"offline": spread, "sampled": 0.1})
         assert raised(first(), one) == name
 
 

@@ -41,13 +41,11 @@ THRESHOLDS = {
     # One-sided 95 %: what a coin seldom does.
     "coin": CHANCE,
     "outranking": OUTRANKING,
-    # What the step-0 gate allows as rounding of one value in float32, in nats per token.
+    # What the step-0 gate allows as rounding of one value in float32, in nats per token. In low
+    # precision it is more where a margin's noise was measured to be more (`summarize`).
     "constant_rewards": 1e-3,
     "constant_margins": 1e-3,
 }
-#: The same in bfloat16 and float16, where log-probabilities were seen to move by 0.64 nats on
-#: answers of 259 tokens: 0.04 per root token, so 0.004 per token of 100.
-LOW_PRECISION_ROUNDING = 4e-3
 #: Alarms that advise to move the policy less. One of them is not contradicted.
 _TOO_FAR = {"sampled_length", "length_growth", "drift", "outranking"}
 _TOO_FAR |= {"held_out_accuracy", "offline_accuracy"}
@@ -120,7 +118,7 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
     def add(name: str, figure: float, chance: float = 0, text: str = "", **values: Any) -> None:
         threshold = max(THRESHOLDS[name], chance)
         if name.startswith("constant_"):
-            threshold = now.get("rounding") or THRESHOLDS[name]
+            threshold = max(THRESHOLDS[name], now.get("rounding") or 0)
         raised = figure < threshold if name.startswith("constant_") else figure > threshold
         said = _TEXTS[text or name].format(figure=figure, chance=chance, **values)
         found.append(Alarm(name, figure, threshold, raised, said))
@@ -140,7 +138,7 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
     chosen, rejected = (drift[side] / lengths[side] for side in ("chosen", "rejected"))
     add("drift", abs(chosen), of_chosen=chosen, of_rejected=rejected)
     spread = now.get("spread", {}).get("offline")
-    rounding = now.get("rounding") or THRESHOLDS["constant_margins"]
+    rounding = max(THRESHOLDS["constant_margins"], now.get("rounding") or 0)
     rounded = spread is not None and spread < rounding
     for kind, key in (("held-out", "accuracy"), ("offline", "offline_accuracy")):
         if rounded:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from sera_plugin.algorithm.algorithm import COUNTS, rewards
 from sera_plugin.algorithm.method import DATASET, Iteration
+from sera_plugin.algorithm.noise import margin_noise
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
 from sera_plugin.algorithm.trust import SIDES, follows, reward_of, wanted
@@ -69,8 +70,11 @@ def noise_found(
     }
 
 
-def summarize(it: Iteration) -> dict[str, Any]:
-    """The content of summary.json before the iteration has trained: what its phases have left."""
+def summarize(it: Iteration, moved: Mapping[str, Sequence[float]] | None = None) -> dict[str, Any]:
+    """The content of summary.json before the iteration has trained: what its phases have left.
+
+    `moved` is what `score_again` gives, None where computation is not in low precision.
+    """
     method, table = it.method, it.table("offline")
     offline = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     kept = offline.get("selected", np.ones(len(table), dtype=bool))
@@ -91,13 +95,22 @@ def summarize(it: Iteration) -> dict[str, Any]:
     }
     if noise := noise_found(method.config.selection, offline.get("swapped"), kept):
         summary["label_noise"] = noise
+    if moved is not None:
+        summary["noise"] = dict(moved)
     if (margin := offline.get("margin")) is not None:
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
         summary["margins"] = {name: quantiles(values) for name, values in parts.items()}
         summary |= accuracy("offline_accuracy", margin)
         tokens = np.mean([offline[f"{side}_length"] for side in SIDES])
+        unit = 1.0 if method.per_token else float(tokens)
         spread = np.subtract(*np.quantile(margin, (0.75, 0.25)))
-        summary["spread"] = {"offline": float(spread / (1 if method.per_token else tokens))}
+        summary["spread"] = {"offline": float(spread) / unit}
+        if moved is not None:
+            earlier = [it.store.summary(p + 1) for p in method.reward_policies(it.t)[1:]]
+            found = margin_noise(it, [moved, *(one.get("noise", {}) for one in earlier)])
+            summary["noise"] |= found
+            # Half of all margins are nearer to their median than half of their middle half is wide.
+            summary |= {"rounding": 2 * found["margin"] / unit} if found else {}
     if it.t > 2:
         previous = it.scores(it.t - 2)["selected"].to_numpy(zero_copy_only=False)
         summary["jaccard_with_previous"] = jaccard(kept, previous)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sera_plugin.algorithm.alarms import LOW_PRECISION_ROUNDING, alarm_metrics, judge, records
+from sera_plugin.algorithm.alarms import alarm_metrics, judge, records
 from sera_plugin.algorithm.algorithm import prepare, restore
 from sera_plugin.algorithm.method import (
     Iteration,
@@ -25,6 +25,7 @@ from sera_plugin.algorithm.method import (
     SamplingSettings,
     Schedule,
 )
+from sera_plugin.algorithm.noise import score_again
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.algorithm.trust import score_held_out, score_pairs
@@ -272,9 +273,7 @@ class Loop:
         held_out = None if self.held_out is None else score_held_out(it)
         if not summary:
             restore(it, {0, max(0, iteration - 2)})  # what drift and Jaccard compare with
-            summary = summarize(it)
-            if self.nats > FLOAT32_LIMIT:
-                summary["rounding"] = LOW_PRECISION_ROUNDING
+            summary = summarize(it, score_again(it) if self.nats > FLOAT32_LIMIT else None)
             if losses:
                 summary["held_out_loss"] = float(losses[iteration - 1].mean())
         alarms = judge([*filter(None, map(self.store.summary, range(1, iteration))), summary])

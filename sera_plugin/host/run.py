@@ -208,11 +208,15 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         )
     if "jaccard_with_previous" in summary:
         lines[-1] += f", Jaccard with the last selection {summary['jaccard_with_previous']:.2f}"
-    noise = summary.get("label_noise")
-    if noise and noise["recall"] is not None:
+    if "margin" in (noise := summary.get("noise", {})):
+        lines.append(f"  rounding moves a margin by {noise['margin']:.2g} {unit}")
+        if "within" in noise:
+            lines[-1] += f"; {noise['within']:.0%} of the pairs are nearer to the cut than that"
+    swapped = summary.get("label_noise")
+    if swapped and swapped["recall"] is not None:
         lines.append(
-            f"  label noise: {noise['swapped_dropped']} of {noise['swapped']} swapped pairs "
-            f"dropped (recall {noise['recall']:.0%}, precision {noise['precision']:.0%})"
+            f"  label noise: {swapped['swapped_dropped']} of {swapped['swapped']} swapped pairs "
+            f"dropped (recall {swapped['recall']:.0%}, precision {swapped['precision']:.0%})"
         )
     if samples := summary.get("samples"):
         unranked = f", {samples['unranked']} unranked" if samples["unranked"] else ""

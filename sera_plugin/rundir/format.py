@@ -173,6 +173,13 @@ class _Reward(Keys):
         return self
 
 
+class _Noise(Keys):
+    chosen: list[Number]
+    rejected: list[Number]
+    margin: Number = 0.0
+    within: Number = 0.0
+
+
 class Summary(Keys):
     """summary.json of an iteration."""
 
@@ -188,7 +195,8 @@ class Summary(Keys):
     evaluation: _HeldOut | None = None
     reward: _Reward | None = None
     outranking: Number | None = None
-    rounding: Positive | None = None
+    noise: _Noise | None = None
+    rounding: Number | None = None
     offline_accuracy: Number | None = None
     offline_accuracy_error: Number | None = None
     jaccard_with_previous: Number | None = None

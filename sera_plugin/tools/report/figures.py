@@ -67,7 +67,7 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         "samples": samples and {key: samples.get(key) for key in _COUNTED},
         "held_out": held_out and {key: held_out[key] for key in _HELD_OUT},
     }
-    found |= {key: counted[key] for key in ("reward", "outranking") if key in counted}
+    found |= {key: counted[key] for key in ("reward", "outranking", "noise") if key in counted}
     if margin is not None:
         kept = offline["selected"]
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
