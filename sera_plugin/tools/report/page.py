@@ -109,12 +109,13 @@ def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
         said.append("all offline pairs are kept")
     if said and one.margin is not None:
         said.append(f"{float((one.margin <= 0).mean()):.0%} of all lie at or below 0")
-    if "margin" in (noise := figures.get("noise") or {}) and one.margin is not None:
-        said.append(f"rounding moves a margin by {noise['margin']:.2g}")
-        if "within" in noise:
-            said[-1] += f", and {noise['within']:.0%} are nearer to the cut than that"
     title = f"Iteration {one.number}: {', '.join(said) or 'sampled pairs'}"
     note = "The end bars hold what lies beyond (0.2%)."
+    if "margin" in (noise := figures.get("noise") or {}) and one.margin is not None:
+        note += f" Rounding moves a margin by {noise['margin']:.2g}"
+        if "within" in noise:
+            note += f"; {noise['within']:.0%} of the pairs are nearer to the cut than that"
+        note += "."
     return [charts.margins(title, note, run.unit, panels)] if panels else []
 
 
