@@ -210,16 +210,18 @@ def test_run_in_bf16_is_what_it_says(world, base_config, train, kind):
 @pytest.mark.nightly
 @pytest.mark.parametrize("loss", [*LOSSES, "host"])
 def test_every_loss_passes_its_gate_in_bf16(base_config, train, loss):
-    keys = {"dpo_loss_type": ["apo_zero"]} if loss == "host" else {}
+    keys = {"host": {"dpo_loss_type": ["apo_zero"]}, "robust": {"dpo_label_smoothing": 0.1}}
     base_config["sera"] |= {} if loss == "host" else {"loss": loss}
-    result = train(base_config | KINDS["lora"] | {"bf16": True, "num_epochs": 2} | keys)
+    result = train(
+        base_config | KINDS["lora"] | {"bf16": True, "num_epochs": 2} | keys.get(loss, {})
+    )
     for t in (1, 2):
         summary = json.loads((result.run / f"iteration-{t:02d}/summary.json").read_text())
         assert 0 <= summary["step_zero"]["nats_per_root_token"] < 0.05
         assert "train" in summary["seconds"]
     evaluated = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    assert len(evaluated) >= 2
     assert np.isfinite(evaluated).all()
-    assert len(evaluated) == 2
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the larger model and real data are not here")
