@@ -111,7 +111,7 @@ def kept(found, length: int) -> int:
         saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bool(found.cfg.bf16)),
     ):
-        model.base_model(**masked(found.ids[:, :length]), use_cache=False)
+        model.base_model(input_ids=found.ids[:, :length], use_cache=False)
     return sum(size for size, _ in storages.values())
 
 
@@ -206,13 +206,6 @@ def most_held(work, directory) -> int:
     return int(np.cumsum(sizes).max())
 
 
-def masked(ids):
-    """Ids, of which a row ends earlier, and their mask."""
-    mask = torch.ones_like(ids)
-    mask[0, -10:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 @pytest.mark.parametrize(("changes", "on"), [({}, False), (LINEAR, True)])
 def test_a_training_pass_holds_what_is_planned(changes, on, described, tmp_path):
     found = described("llama", changes, hidden_size=256, intermediate_size=688)
@@ -220,13 +213,12 @@ def test_a_training_pass_holds_what_is_planned(changes, on, described, tmp_path)
     if on:
         found.model.enable_input_require_grads()
         found.model.gradient_checkpointing_enable({"use_reentrant": False})
-    inputs = masked(found.ids)
-    completion = inputs["attention_mask"].clone()
-    completion[:, :16] = 0
+    completion = torch.ones_like(found.ids)
+    completion[:, :16] = completion[0, -10:] = 0
     targets = Targets.of(found.ids, completion)
 
     def step():
-        forward_logps(found.model, inputs, targets)[0].sum().backward()
+        forward_logps(found.model, {"input_ids": found.ids}, targets)[0].sum().backward()
 
     step()  # gradients are there, as they are between the micro-batches of a step
     assert sum(run.training().values()) == pytest.approx(most_held(step, tmp_path), rel=0.1)
