@@ -175,7 +175,7 @@ class Abilities:
     #: Log-probabilities from its output layer; not where it changes logits afterwards (Gemma 2
     #: caps them, Cohere and Granite scale them).
     in_head: bool
-    packed: bool  # several sequences in one line, distinguished by their positions
+    packed: bool  # several sequences in one line, told apart by where each ends
     shared: bool  # a mask of our own, so that completions share a prompt
 
 
@@ -293,7 +293,7 @@ def collate(
     """Some lines of (n,) prompts and completions as the model's inputs, and what to score in them.
 
     Padded on the right without a mask: attention is causal, and nothing that is scored sees it.
-    `packed` lines are one, for kernels that tell them apart by their positions.
+    `packed` lines are one, for kernels that are told where each ends.
     """
     sizes = [line_length(prompts, completions, line) for line in lines]
     shared = any(len(line) > 1 for line in lines)
@@ -323,6 +323,11 @@ def collate(
     inputs = {"input_ids": torch.from_numpy(input_ids).to(device)}
     if packed or shared:
         inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
+    if packed:
+        # Or transformers 5.16 looks for them in the positions, and waits for a GPU in every layer.
+        ends = torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)).to(device)
+        inputs |= {"cu_seq_lens_q": ends, "max_length_q": max(sizes)}
+        inputs |= {"cu_seq_lens_k": ends, "max_length_k": max(sizes)}
     if shared:
         # A token attends back to its own part and to the prompt: (lines, 1, length, length).
         parts = torch.from_numpy(part).to(device)
