@@ -82,9 +82,15 @@ def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[lis
 
 
 class TokenBudget:
-    """How many tokens one forward pass may take, padding included, and what is left of that."""
+    """How many tokens one forward pass may take, padding included, and what is left of that.
 
-    def __init__(self, planned: int, purpose: str = "scoring") -> None:
+    `device` is where passes are made. Weights may rest elsewhere (FSDP2 with `offload_params`).
+    """
+
+    def __init__(
+        self, planned: int, purpose: str = "scoring", device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
         self.planned = planned  # all ranks plan by it
         self.tokens = planned  # after what has run out of memory
         self.purpose = purpose  # in a message
@@ -135,4 +141,5 @@ class TokenBudget:
 def scoring_budget(model: Any, device: torch.device, longest: int) -> TokenBudget:
     """Tokens per forward pass on a device, for sequences of up to `longest` tokens."""
     per_token = scoring_bytes_per_token(innermost(model).config.get_text_config().hidden_size)
-    return TokenBudget(plan_tokens(device, per_token, longest, on_cpu=SCORED_ON_CPU))
+    planned = plan_tokens(device, per_token, longest, on_cpu=SCORED_ON_CPU)
+    return TokenBudget(planned, device=device)

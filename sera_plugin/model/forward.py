@@ -122,7 +122,9 @@ def forward_logps(
     And the model's output, whose logits are not those of all tokens.
     """
     if in_head is None:  # as `abilities` finds it
-        in_head = abilities(model).in_head and not is_compiled_module(model)
+        in_head = abilities(model, inputs["input_ids"].device).in_head and not is_compiled_module(
+            model
+        )
     base = innermost(model)
     length = inputs["input_ids"].shape[1]
     vocabulary = base.config.get_text_config().vocab_size
@@ -183,13 +185,15 @@ _KNOWN: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def abilities(model: nn.Module) -> Abilities:
-    """Find out once what a model takes, by a few tokens scored in every way; a collective call."""
+def abilities(model: nn.Module, device: torch.device | str = "cpu") -> Abilities:
+    """Find out once what a model takes, by a few tokens scored in every way; a collective call.
+
+    `device` is where its passes are made: sharded weights may rest elsewhere.
+    """
     base = innermost(model)
     if base in _KNOWN:
         return _KNOWN[base]
     text = base.config.get_text_config()
-    device = next(model.parameters()).device
     apart: list[Line] = [(0,), (1,)]
     prompt = np.arange(4, dtype=np.int32)
     answers = [np.arange(4, 7, dtype=np.int32), np.arange(2, 9, dtype=np.int32)]
@@ -287,7 +291,7 @@ def collate(
     completions: Sequence[Ids],
     lines: Sequence[Line],
     pad_id: int,
-    device: torch.device,
+    device: torch.device | str,
     packed: bool = False,
 ) -> tuple[dict[str, Any], Targets]:
     """Some lines of (n,) prompts and completions as the model's inputs, and what to score in them.
