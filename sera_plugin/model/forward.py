@@ -324,7 +324,7 @@ def collate(
             rows = np.full(end - begin, row)
             targets.append(np.stack([rows, predicted_at, input_ids[row, begin:end]]))
 
-    inputs = {"input_ids": torch.from_numpy(input_ids).to(device)}
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids).to(device)}
     if packed or shared:
         inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
     if packed:
