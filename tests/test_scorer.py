@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sera_plugin.model import forward
-from sera_plugin.model.budget import TokenBudget, batches_by_length
+from sera_plugin.model.budget import TokenBudget, batches_by_length, whole_logits
 from sera_plugin.model.forward import (
     Abilities,
     Sharing,
@@ -47,6 +47,7 @@ def test_every_kind_of_model_is_scored_right_in_the_ways_it_takes(name):
     config, expected = MODELS[name]
     model = build(config)
     assert abilities(model) == expected
+    assert whole_logits(model) == (0 if expected.in_head else 60)
     prompts, completions = ids(9, 3, 9, 7, 9), ids(8, 5, 2, 1, 11, seed=1)
     prompts[2] = prompts[4] = prompts[0]
     defined = one_by_one(model, prompts, completions)

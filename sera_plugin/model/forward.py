@@ -34,7 +34,7 @@ LOGITS, KEPT_LOGITS = 2**24, 2**26
 #: More completions than this never share a prompt: attention between them grows with the square.
 _MOST_SHARED = 8
 #: What a model may raise at inputs that it does not take.
-_REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def innermost(model: Any) -> Any:
@@ -144,6 +144,18 @@ def forward_logps(
 
 
 @contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module computes something else inside the block; its hooks stay in force."""
+    own = {name: value for name, value in vars(module).items() if name == "forward"}
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        vars(module).update(own)
+
+
+@contextmanager
 def _scoring_head(
     head: nn.Module, targets: Targets, length: int, vocabulary: int
 ) -> Iterator[list[Tensor]]:
@@ -152,7 +164,6 @@ def _scoring_head(
     Inside the model's own forward, so that whatever wraps the model or the layer stays in force.
     """
     logits = head.forward
-    own = {name: hook for name, hook in vars(head).items() if name == "forward"}
     found: list[Tensor] = []
 
     def score(hidden: Tensor) -> Tensor:
@@ -162,12 +173,8 @@ def _scoring_head(
         found.append(sums)
         return sums[:, None, None]
 
-    head.forward = score  # type: ignore[method-assign]
-    try:
+    with forward_replaced(head, score):
         yield found
-    finally:
-        del head.forward
-        vars(head).update(own)
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,7 @@ def abilities(model: nn.Module, device: torch.device | str = "cpu") -> Abilities
     def gives_the_same(in_head: bool, lines: list[Line], packed: bool = False) -> bool:
         try:
             logps, output = score(in_head, lines, packed)
-        except _REFUSALS:
+        except REFUSALS:
             return False
         returned = output.logits.flatten()
         if in_head and not torch.equal(returned, logps.to(returned.dtype)):

@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from sera_plugin.config.quoting import plain, quoted
+from sera_plugin.model.budget import whole_logits
 from sera_plugin.sampling.offload import cache_bytes_per_token
 from sera_plugin.sampling.vllm import adapter_problem
 
@@ -96,6 +97,7 @@ class Model:
     vocabulary: int
     queries: int  # width of all query heads together
     cache: int  # elements of one token's keys and values in all layers
+    whole: int  # logits of each token that a scoring pass makes at once, see `whole_logits`
     gated: bool  # whether the feed-forward part multiplies two projections (SwiGLU)
     unserved: str | None = None  # why vLLM would not serve it as it is trained
     quantised_already: str | None = None  # how its checkpoint is ("gptq")
@@ -207,6 +209,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         vocabulary=int(table.num_embeddings),
         queries=heads * head_width,
         cache=cache_bytes_per_token(loader.model, 1),
+        whole=whole_logits(model),
         gated=bool(experts) or any("gate" in name for name, _ in model.named_modules()),
         unserved=unserved,
         quantised_already=dict(already).get("quant_method"),
