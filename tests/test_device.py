@@ -2,14 +2,17 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model import forward
 from sera_plugin.model.budget import TokenBudget
-from sera_plugin.model.forward import abilities
+from sera_plugin.model.forward import Targets, abilities
+from sera_plugin.model.losses import Objective, PreferenceLoss
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.ranks import WHOLE, Ranks
 from sera_plugin.rundir.store import RunStore
@@ -18,6 +21,7 @@ from sera_plugin.sampling.offload import make_room
 from sera_plugin.sampling.samplers import Choice, Samplers
 from sera_plugin.sampling.transformers import TransformersSampler
 from tests.conftest import ids
+from tests.tiny_models import MODELS, build
 
 SETTINGS = SamplingSettings(1, 1.0, 1.0, 6, 48, (2,), seed=3)
 
@@ -83,3 +87,57 @@ def test_samplers_take_the_scorers_device(model, tmp_path, monkeypatch):
     monkeypatch.setattr(samplers, "damage", lambda path: None)
     made.choice = Choice("vllm", "as asked")
     assert made._sampler(1, None).make_room.args[1] == device
+
+
+@pytest.fixture
+def elsewhere():
+    """A model on another device, where an operation of tensors on two devices is an error.
+
+    Fake tensors have a device and a shape, but no values. That device is `meta`: of fake CUDA
+    tensors autograd aborts the process where torch was built without CUDA. What reads values is not
+    followed: `Targets.of` (nonzero, tolist), `abilities` (allclose), the slice of whole logits
+    (item), the figures of a step (tolist).
+    """
+    model = build(MODELS["Llama"][0])
+    abilities(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield model.to("meta")
+
+
+def trained_on(model, loss, device="meta"):
+    loss.backward()
+    assert {weight.grad.device.type for weight in model.parameters()} == {device}
+
+
+@pytest.mark.parametrize(
+    ("lines", "packed"),
+    [([(0,), (1,), (2,)], False), ([(0,), (1,), (2,)], True), ([(0, 1), (2,)], False)],
+)
+def test_every_layout_is_passed_on_one_device(elsewhere, lines, packed):
+    inputs, targets = forward.collate(ids(9, 9, 5), ids(8, 5, 3), lines, 0, "meta", packed)
+    given = [one for one in (*inputs.values(), *vars(targets).values()) if torch.is_tensor(one)]
+    assert {one.device.type for one in given} == {"meta"}
+    logps, _ = forward.forward_logps(elsewhere, inputs, targets)
+    assert isinstance(logps, FakeTensor)
+    assert logps.shape == (3,)
+    trained_on(elsewhere, logps.sum())
+
+
+@pytest.mark.parametrize("kind", ["dpo", "robust", "slic", "ipo", "simpo", "kto_pair", "orpo"])
+def test_a_step_is_made_on_one_device(elsewhere, monkeypatch, kind):
+    lines = [(index,) for index in range(4)]
+    inputs, targets = forward.collate(ids(9, 4, 9, 4), ids(8, 5, 3, 6), lines, 0, "meta")
+    monkeypatch.setattr(Targets, "of", lambda *_: targets)
+    inputs["completion_mask"] = inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        inputs[name] = torch.zeros(2, device="meta")
+    loss = PreferenceLoss(kind, 0.1, per_token=kind == "orpo")
+    figures = []
+
+    def mean(metrics):
+        figures.append(metrics.device.type)
+        return np.zeros(len(metrics))
+
+    result = Objective(loss, nll_weight=0.1, mean=mean)(elsewhere, inputs)
+    assert figures == ["meta"]
+    trained_on(elsewhere, result.loss)
