@@ -16,6 +16,7 @@ from peft import LoraConfig
 
 from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.model.budget import TokenBudget
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore
@@ -149,7 +150,8 @@ def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, rev
 
 
 def made(cfg: dict, tmp_path, **block) -> Samplers:
-    scorer = SimpleNamespace(policies=SimpleNamespace(model=MODEL, is_adapter=False))
+    policies = SimpleNamespace(model=MODEL, is_adapter=False)
+    scorer = SimpleNamespace(policies=policies, budget=TokenBudget(9))
     tokenizer = SimpleNamespace(all_special_tokens=[])
     cfg = {"sequence_len": 64, **cfg}
     return Samplers(cfg, SeraConfig(**block), RunStore(tmp_path), scorer, tokenizer)
