@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
                 served,
                 {},
                 directory / "vllm.log",
-                partial(make_room, policy, None, DTYPE.itemsize, {}, Ranks()),
+                partial(make_room, policy, policy.device, None, DTYPE.itemsize, {}, Ranks()),
             )
 
         def server() -> CandidateSampler:
@@ -103,7 +103,8 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
             )
 
         def in_process() -> CandidateSampler:
-            return TransformersSampler(policy, int(tokenizer.pad_token_id or 0), 16_384)
+            pad = int(tokenizer.pad_token_id or 0)
+            return TransformersSampler(policy, pad, 16_384, device=policy.device)
 
         engines: dict[str, Callable[[], CandidateSampler]] = {
             "transformers": in_process,

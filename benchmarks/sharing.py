@@ -21,7 +21,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     """Useful tokens per second by length of the prompts, shared and apart, by round."""
     directory = make_model(setup)
     model, tokenizer = load_model(setup, directory)
-    can = abilities(model)
+    can = abilities(model, model.device)
     budget = scoring_budget(model, model.device, max(PROMPTS) + COMPLETION)
     count = setup.pairs or (4 if setup.device == "cpu" else 64)
     random = np.random.default_rng(0)

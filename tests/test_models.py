@@ -1,11 +1,13 @@
 """Every kind of model trains and samples alike; tests/test_scorer.py has how they are scored."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -14,6 +16,7 @@ from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
 from sera_plugin.host import datasets
 from sera_plugin.model.budget import TokenBudget
+from sera_plugin.model.forward import abilities
 from sera_plugin.model.losses import (
     FLOAT32_LIMIT,
     LOW_PRECISION_LIMIT,
@@ -78,6 +81,56 @@ def test_a_step_sees_what_was_scored_and_reaches_every_trained_weight(name, kind
     idle = [name for name, one in trained.items() if one is None or not one.any()]
     assert [name for name in idle if "lora_A" not in name] == []
     assert all(one.isfinite().all() for one in trained.values())
+
+
+def stepped(model, batch, masked=False):
+    """The log-probabilities of a step, its gradients, and how attention was asked for."""
+    objective, asked = Objective(PreferenceLoss("dpo", 0.1)), []
+    abilities(model)  # which tries a mask
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, **keys):
+        asked.append((attn_mask is not None, key.shape[1] < query.shape[1], *sorted(keys)))
+        return attend(query, key, value, attn_mask=attn_mask, **keys)
+
+    def with_mask(module, args, keys):
+        return args, keys | {"attention_mask": batch["attention_mask"]}
+
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patched, ExitStack() as hooks:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        if masked:
+            hooks.callback(model.register_forward_pre_hook(with_mask, with_kwargs=True).remove)
+        result = objective(model, batch)
+    result.loss.backward()
+    gradients = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+    return {"chosen": result.chosen_logps, "rejected": result.rejected_logps} | gradients, asked
+
+
+@every_model
+def test_a_step_needs_no_mask_and_attention_is_given_none(name):
+    """Keys and values that heads share are then not repeated either (`enable_gqa`)."""
+    model = build(MODELS[name][0])
+    batch = batch_of(model)
+    found, asked = stepped(model, batch)
+    assert not any(masked for masked, *_ in asked)
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 0)
+    if getattr(text, "num_key_value_heads", heads) != heads:
+        assert all(fewer and "enable_gqa" in keys for _, fewer, *keys in asked)
+    expected, asked = stepped(model, batch, masked=True)
+    assert all(masked for masked, *_ in asked)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_tokens_before_a_line_need_no_mask_either(kind):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(build(MODELS["Llama"][0]), config)
+    batch = batch_of(model)
+    found, _ = stepped(model, batch)
+    assert len(found) > 2
+    torch.testing.assert_close(found, stepped(model, batch, True)[0], rtol=1e-4, atol=1e-5)
 
 
 def continued(model, prompt, tokens):

@@ -35,7 +35,7 @@ def mistral(cfg) -> Model:
         hidden_width=2 if lora else 4,
         cache=2 * 32 * 8 * 128,
         copies=0, width=2, layers=32, hidden=4096, intermediate=14_336, vocabulary=32_000,
-        queries=4096, gated=True,
+        queries=4096, whole=0, gated=True,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 
 from sera_plugin.algorithm.method import Method, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.budget import SAMPLED_ON_CPU, scoring_budget
+from sera_plugin.model.budget import GIB, SAMPLED_ON_CPU, scoring_budget
 from sera_plugin.model.forward import Targets, forward_logps
 from sera_plugin.model.policies import take_snapshot
 from sera_plugin.model.scoring import score_sequences
@@ -111,7 +111,7 @@ def kept(found, length: int) -> int:
         saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bool(found.cfg.bf16)),
     ):
-        model.base_model(**masked(found.ids[:, :length]), use_cache=False)
+        model.base_model(input_ids=found.ids[:, :length], use_cache=False)
     return sum(size for size, _ in storages.values())
 
 
@@ -206,40 +206,61 @@ def most_held(work, directory) -> int:
     return int(np.cumsum(sizes).max())
 
 
-def masked(ids):
-    """Ids, of which a row ends earlier, and their mask."""
-    mask = torch.ones_like(ids)
-    mask[0, -10:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+WIDER = {"hidden_size": 256, "intermediate_size": 688}
+#: A model that caps its logits, with far more words than the tokenizer has.
+CAPPED = {"vocab_size": 16_000, "head_dim": 16}
 
 
-@pytest.mark.parametrize(("changes", "on"), [({}, False), (LINEAR, True)])
-def test_a_training_pass_holds_what_is_planned(changes, on, described, tmp_path):
-    found = described("llama", changes, hidden_size=256, intermediate_size=688)
+@pytest.mark.parametrize(
+    ("kind", "model", "changes", "on"),
+    [
+        ("llama", WIDER, {}, False),
+        ("llama", WIDER, LINEAR, True),
+        ("gemma2", CAPPED, {}, False),
+    ],
+    ids=["full", "lora", "capped"],
+)
+def test_a_training_pass_holds_what_is_planned(kind, model, changes, on, described, tmp_path):
+    found = described(kind, changes, **model)
     run = found.run.changed({"gradient_checkpointing": on, "micro_batch_size": 2})
     if on:
         found.model.enable_input_require_grads()
         found.model.gradient_checkpointing_enable({"use_reentrant": False})
-    inputs = masked(found.ids)
-    completion = inputs["attention_mask"].clone()
-    completion[:, :16] = 0
+    completion = torch.ones_like(found.ids)
+    completion[:, :16] = completion[0, -10:] = 0
     targets = Targets.of(found.ids, completion)
 
     def step():
-        forward_logps(found.model, inputs, targets)[0].sum().backward()
+        forward_logps(found.model, {"input_ids": found.ids}, targets)[0].sum().backward()
 
     step()  # gradients are there, as they are between the micro-batches of a step
     assert sum(run.training().values()) == pytest.approx(most_held(step, tmp_path), rel=0.1)
 
 
-def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
-    found = described("llama", {})
+@pytest.mark.parametrize(("kind", "model"), [("llama", {}), ("gemma2", CAPPED)])
+def test_a_run_plans_scoring_as_its_plan_does(kind, model, described, monkeypatch):
+    """By the whole of a GPU's memory, whatever is free of it; logits that are capped count."""
+    found = described(kind, {}, **model)
+    gpu = SimpleNamespace(total_memory=8 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    planned = scoring_budget(found.model, torch.device("cuda"), 96).planned
+    assert planned == replace(found.run, memory=8 * GIB).scored_tokens
+    assert planned == {"llama": 32_768, "gemma2": 4_096}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("llama", {}),
+        pytest.param("gemma2", CAPPED, marks=[pytest.mark.slow, pytest.mark.nightly]),
+    ],
+)
+def test_scoring_holds_no_more_than_planned(kind, model, described, tmp_path):
+    found = described(kind, {}, **model)
     random = np.random.default_rng(0)
     prompts, completions = (
-        [random.integers(6, 30, size).astype(np.int32) for _ in range(48)] for size in (16, 80)
+        [random.integers(6, 30, size).astype(np.int32) for _ in range(24)] for size in (16, 80)
     )
-    method = Method(SeraConfig(candidates=4, max_new_tokens=80), False, False, 4, iterations=2)
-    run = replace(found.run, method=method)
     budget = scoring_budget(found.model, torch.device("cpu"), 96)
 
     def score():
@@ -247,9 +268,17 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
 
     score()
     real = most_held(score, tmp_path)
-    assert 0.9 * real < sum(run.scoring().values()) < 2 * real
+    assert 0.9 * real < sum(found.run.scoring().values()) < 2 * real
+
+
+def test_sampling_holds_no_more_than_planned(described, tmp_path):
+    found = described("llama", {})
+    random = np.random.default_rng(0)
+    # 16,384 tokens are 42 prompts with 4 candidates each of 16 + 80.
+    prompts = [random.integers(6, 30, 16).astype(np.int32) for _ in range(42)]
+    method = Method(SeraConfig(candidates=4, max_new_tokens=80), False, False, 4, iterations=2)
+    run = replace(found.run, method=method)
     sampler = TransformersSampler(found.model, 0, SAMPLED_ON_CPU)
     settings = SamplingSettings(4, 1.0, 0.95, 80, 96, (2,), seed=1)
-    # 16,384 tokens are 42 prompts with 4 candidates each of 16 + 80.
-    real = most_held(lambda: list(sampler.sample(prompts[:42], settings)), tmp_path)
+    real = most_held(lambda: list(sampler.sample(prompts, settings)), tmp_path)
     assert 0.9 * real < sum(run.sampling().values()) < 1.4 * real

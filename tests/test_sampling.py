@@ -16,6 +16,7 @@ from peft import LoraConfig
 
 from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.model.budget import TokenBudget
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore
@@ -149,7 +150,8 @@ def test_an_adapter_on_a_vocabulary_that_was_resized_is_not_served(tmp_path, rev
 
 
 def made(cfg: dict, tmp_path, **block) -> Samplers:
-    scorer = SimpleNamespace(policies=SimpleNamespace(model=MODEL, is_adapter=False))
+    policies = SimpleNamespace(model=MODEL, is_adapter=False)
+    scorer = SimpleNamespace(policies=policies, budget=TokenBudget(9))
     tokenizer = SimpleNamespace(all_special_tokens=[])
     cfg = {"sequence_len": 64, **cfg}
     return Samplers(cfg, SeraConfig(**block), RunStore(tmp_path), scorer, tokenizer)
@@ -243,7 +245,7 @@ def test_on_a_cpu_ranks_share_the_hosts_memory(model, monkeypatch, available, ra
     found = type("Found", (), {"available": available})
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: found)
     monkeypatch.setattr(offload, "engine_needs", lambda *_: (2 * GIB, 2 * GIB))
-    with make_room(model, None, 2, {}, Ranks(0, ranks, ranks), 48) as memory:
+    with make_room(model, model.device, None, 2, {}, Ranks(0, ranks, ranks), 48) as memory:
         assert memory == Memory(None, fits, cache_gib=cache)
 
 

@@ -5,14 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, MistralConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sera_plugin.model import forward
-from sera_plugin.model.budget import TokenBudget, batches_by_length
+from sera_plugin.model.budget import TokenBudget, batches_by_length, whole_logits
 from sera_plugin.model.forward import (
+    Abilities,
     Sharing,
     Targets,
     abilities,
@@ -44,6 +47,7 @@ def test_every_kind_of_model_is_scored_right_in_the_ways_it_takes(name):
     config, expected = MODELS[name]
     model = build(config)
     assert abilities(model) == expected
+    assert whole_logits(model) == (0 if expected.in_head else 60)
     prompts, completions = ids(9, 3, 9, 7, 9), ids(8, 5, 2, 1, 11, seed=1)
     prompts[2] = prompts[4] = prompts[0]
     defined = one_by_one(model, prompts, completions)
@@ -76,6 +80,35 @@ def test_packed_lines_are_told_apart_by_their_positions():
     with torch.no_grad():
         logps, _ = forward_logps(model, inputs, targets)
     assert logps.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=1e-3)
+
+
+def in_segments(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, **keys):
+    """Attention from the lengths that flash attention takes, where it is given them."""
+    lengths = [query.shape[2]]
+    if cu_seq_lens_q is not None:
+        assert cu_seq_lens_q.dtype == torch.int32  # as its kernels ask for
+        assert torch.equal(keys["cu_seq_lens_k"], cu_seq_lens_q)
+        lengths = cu_seq_lens_q.diff().tolist()
+        # A tensor would be waited for.
+        assert keys["max_length_q"] is keys["max_length_k"] is max(lengths)
+    parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+    found = [
+        F.scaled_dot_product_attention(*part, scale=scaling, is_causal=True, enable_gqa=True)
+        for part in parts
+    ]
+    return torch.cat(found, dim=2).transpose(1, 2), None
+
+
+def test_flash_attention_is_told_once_where_packed_lines_end(monkeypatch):
+    """A kernel of its own in the name of one, which needs a GPU: it reads no positions."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_in_segments", in_segments)
+    model = build(LlamaConfig(**SMALL))
+    model.config._attn_implementation = "flash_in_segments"
+    assert abilities(model) == Abilities(in_head=True, packed=True, shared=False)
+    prompts, completions = ids(9, 7, 4, 9), ids(8, 5, 3, 2, seed=1)
+    scores = score_sequences(model, prompts, completions, pad_id=0, budget=TokenBudget(40))
+    model.config._attn_implementation = "sdpa"
+    assert scores.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=1e-4)
 
 
 def test_a_shared_prompt_is_forwarded_once():

@@ -167,7 +167,9 @@ class Language(Letters):
             end_ids=(tokenizer.eos_token_id,),
             seed=seed,
         )
-        sampler = TransformersSampler(model, tokenizer.pad_token_id, token_budget=32_768)
+        sampler = TransformersSampler(
+            model, tokenizer.pad_token_id, token_budget=32_768, device=model.device
+        )
         texts = [""] * len(prompts)
         for chunk in sampler.sample(self.prompt_ids(tokenizer, prompts), settings):
             for row, (candidate,) in chunk:
@@ -196,7 +198,7 @@ class Language(Letters):
             self.prompt_ids(tokenizer, prompts),
             ids_of(tokenizer, [f"{text}{tokenizer.eos_token}" for text in texts]),
             pad_id=tokenizer.pad_token_id,
-            budget=TokenBudget(SCORED_ON_CPU),
+            budget=TokenBudget(SCORED_ON_CPU, device=model.device),
         )
 
     def prompt_of(self, text: str) -> str:

@@ -123,7 +123,7 @@ def scorer(setup: Setup) -> dict[str, Any]:
         prompts, completions = texts(setup, model, 8 if setup.pairs else 64)
         plain = naive(model, prompts, completions)
         exact = plain if exact is None else exact
-        can = forward.abilities(model)
+        can = forward.abilities(model, setup.device)
         lines = plan_lines(prompts, completions, Sharing.of(model, 1024))
         figures: dict[str, Any] = {
             "abilities": vars(can),

@@ -22,7 +22,7 @@ def sampling(setup: Setup) -> dict[str, Any]:
     found: dict[str, Any] = {"new_tokens": new}
     for batch in (2, 8, 32, 128)[: setup.pairs and 2]:  # the first to warm up
         prompts = random.integers(4, model.config.vocab_size, (batch, 64)).tolist()
-        sampler = TransformersSampler(model, 0, batch * (64 + new))
+        sampler = TransformersSampler(model, 0, batch * (64 + new), device=model.device)
         settings = SamplingSettings(
             candidates=1,
             temperature=1.0,

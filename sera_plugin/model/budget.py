@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from sera_plugin.model.forward import innermost
+from sera_plugin.model.forward import REFUSALS, forward_replaced, innermost
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -61,9 +61,42 @@ def plan_tokens(device: torch.device, bytes_per_token: int, longest: int, on_cpu
     return tokens_per_pass(memory, bytes_per_token, longest, on_cpu)
 
 
-def scoring_bytes_per_token(hidden: int) -> int:
-    """A token's activations without gradients: up to 32 hidden states of 16 bits."""
-    return 64 * hidden
+def scoring_bytes_per_token(hidden: int, whole: int) -> int:
+    """A token's activations without gradients: up to 32 hidden states of 16 bits.
+
+    And its `whole` logits where the model makes all of them, in float32 at last, and a copy of
+    those that are scored: on a CPU 8 bytes each were measured, in float32 and under autocast.
+    """
+    return 64 * hidden + 8 * whole
+
+
+class _Hidden(dict[Any, Any]):
+    """What layers give, of which nothing but the hidden states is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+@torch.no_grad()
+def whole_logits(model: Any) -> int:
+    """How many logits of each token a scoring pass makes at once: all, or none but by parts.
+
+    All where a model changes them after its output layer, which is found out by values of its own
+    forward with both its layers and its output layer left out: so it takes no weights, and is the
+    same for a plan, before training and in a continued run. All where a model does not pass so.
+    """
+    base = innermost(model)
+    text = base.config.get_text_config()
+    given = torch.linspace(-99, 99, text.vocab_size).view(1, 1, -1)
+    states = torch.zeros(1, 1, text.hidden_size)
+    hidden = _Hidden({0: states, "last_hidden_state": states})
+    layers, head = base.base_model, base.get_output_embeddings()
+    with forward_replaced(layers, lambda *_, **__: hidden), forward_replaced(head, lambda _: given):
+        try:
+            found = base(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+            return 0 if torch.equal(found, given) else given.numel()
+        except REFUSALS:
+            return given.numel()
 
 
 def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -82,9 +115,15 @@ def batches_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[lis
 
 
 class TokenBudget:
-    """How many tokens one forward pass may take, padding included, and what is left of that."""
+    """How many tokens one forward pass may take, padding included, and what is left of that.
 
-    def __init__(self, planned: int, purpose: str = "scoring") -> None:
+    `device` is where passes are made. Weights may rest elsewhere (FSDP2 with `offload_params`).
+    """
+
+    def __init__(
+        self, planned: int, purpose: str = "scoring", device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
         self.planned = planned  # all ranks plan by it
         self.tokens = planned  # after what has run out of memory
         self.purpose = purpose  # in a message
@@ -134,5 +173,7 @@ class TokenBudget:
 
 def scoring_budget(model: Any, device: torch.device, longest: int) -> TokenBudget:
     """Tokens per forward pass on a device, for sequences of up to `longest` tokens."""
-    per_token = scoring_bytes_per_token(innermost(model).config.get_text_config().hidden_size)
-    return TokenBudget(plan_tokens(device, per_token, longest, on_cpu=SCORED_ON_CPU))
+    hidden = innermost(model).config.get_text_config().hidden_size
+    per_token = scoring_bytes_per_token(hidden, whole_logits(model))
+    planned = plan_tokens(device, per_token, longest, on_cpu=SCORED_ON_CPU)
+    return TokenBudget(planned, device=device)

@@ -34,7 +34,7 @@ LOGITS, KEPT_LOGITS = 2**24, 2**26
 #: More completions than this never share a prompt: attention between them grows with the square.
 _MOST_SHARED = 8
 #: What a model may raise at inputs that it does not take.
-_REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def innermost(model: Any) -> Any:
@@ -122,7 +122,9 @@ def forward_logps(
     And the model's output, whose logits are not those of all tokens.
     """
     if in_head is None:  # as `abilities` finds it
-        in_head = abilities(model).in_head and not is_compiled_module(model)
+        in_head = abilities(model, inputs["input_ids"].device).in_head and not is_compiled_module(
+            model
+        )
     base = innermost(model)
     length = inputs["input_ids"].shape[1]
     vocabulary = base.config.get_text_config().vocab_size
@@ -142,6 +144,18 @@ def forward_logps(
 
 
 @contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module computes something else inside the block; its hooks stay in force."""
+    own = {name: value for name, value in vars(module).items() if name == "forward"}
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        vars(module).update(own)
+
+
+@contextmanager
 def _scoring_head(
     head: nn.Module, targets: Targets, length: int, vocabulary: int
 ) -> Iterator[list[Tensor]]:
@@ -150,7 +164,6 @@ def _scoring_head(
     Inside the model's own forward, so that whatever wraps the model or the layer stays in force.
     """
     logits = head.forward
-    own = {name: hook for name, hook in vars(head).items() if name == "forward"}
     found: list[Tensor] = []
 
     def score(hidden: Tensor) -> Tensor:
@@ -160,12 +173,8 @@ def _scoring_head(
         found.append(sums)
         return sums[:, None, None]
 
-    head.forward = score  # type: ignore[method-assign]
-    try:
+    with forward_replaced(head, score):
         yield found
-    finally:
-        del head.forward
-        vars(head).update(own)
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ class Abilities:
     #: Log-probabilities from its output layer; not where it changes logits afterwards (Gemma 2
     #: caps them, Cohere and Granite scale them).
     in_head: bool
-    packed: bool  # several sequences in one line, distinguished by their positions
+    packed: bool  # several sequences in one line, told apart by where each ends
     shared: bool  # a mask of our own, so that completions share a prompt
 
 
@@ -183,13 +192,15 @@ _KNOWN: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def abilities(model: nn.Module) -> Abilities:
-    """Find out once what a model takes, by a few tokens scored in every way; a collective call."""
+def abilities(model: nn.Module, device: torch.device | str = "cpu") -> Abilities:
+    """Find out once what a model takes, by a few tokens scored in every way; a collective call.
+
+    `device` is where its passes are made: sharded weights may rest elsewhere.
+    """
     base = innermost(model)
     if base in _KNOWN:
         return _KNOWN[base]
     text = base.config.get_text_config()
-    device = next(model.parameters()).device
     apart: list[Line] = [(0,), (1,)]
     prompt = np.arange(4, dtype=np.int32)
     answers = [np.arange(4, 7, dtype=np.int32), np.arange(2, 9, dtype=np.int32)]
@@ -201,7 +212,7 @@ def abilities(model: nn.Module) -> Abilities:
     def gives_the_same(in_head: bool, lines: list[Line], packed: bool = False) -> bool:
         try:
             logps, output = score(in_head, lines, packed)
-        except _REFUSALS:
+        except REFUSALS:
             return False
         returned = output.logits.flatten()
         if in_head and not torch.equal(returned, logps.to(returned.dtype)):
@@ -287,13 +298,13 @@ def collate(
     completions: Sequence[Ids],
     lines: Sequence[Line],
     pad_id: int,
-    device: torch.device,
+    device: torch.device | str,
     packed: bool = False,
 ) -> tuple[dict[str, Any], Targets]:
     """Some lines of (n,) prompts and completions as the model's inputs, and what to score in them.
 
     Padded on the right without a mask: attention is causal, and nothing that is scored sees it.
-    `packed` lines are one, for kernels that tell them apart by their positions.
+    `packed` lines are one, for kernels that are told where each ends.
     """
     sizes = [line_length(prompts, completions, line) for line in lines]
     shared = any(len(line) > 1 for line in lines)
@@ -320,9 +331,14 @@ def collate(
             rows = np.full(end - begin, row)
             targets.append(np.stack([rows, predicted_at, input_ids[row, begin:end]]))
 
-    inputs = {"input_ids": torch.from_numpy(input_ids).to(device)}
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids).to(device)}
     if packed or shared:
         inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
+    if packed:
+        # Or transformers 5.16 looks for them in the positions, and waits for a GPU in every layer.
+        ends = torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)).to(device)
+        inputs |= {"cu_seq_lens_q": ends, "max_length_q": max(sizes)}
+        inputs |= {"cu_seq_lens_k": ends, "max_length_k": max(sizes)}
     if shared:
         # A token attends back to its own part and to the prompt: (lines, 1, length, length).
         parts = torch.from_numpy(part).to(device)

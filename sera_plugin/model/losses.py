@@ -132,12 +132,14 @@ class Objective:
     def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Result:
         """One forward pass over the policy; the reference values come with the data.
 
-        Inputs: input_ids, attention_mask, completion_mask (2n, length) with the chosen rows first;
-        ref_chosen_logps, ref_rejected_logps (n,).
+        Inputs: input_ids, attention_mask, completion_mask (2n, length), padded on the right, with
+        the chosen rows first; ref_chosen_logps, ref_rejected_logps (n,).
         """
-        taken: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        taken: dict[str, Any] = {"input_ids": inputs["input_ids"]}
         if self.router_weight is not None:
-            taken["output_router_logits"] = True
+            # It is an average over the tokens that the mask names. Nothing else asks for a mask:
+            # no scored token attends to padding, and with one SDPA's fast kernels are not taken.
+            taken |= {"attention_mask": inputs["attention_mask"], "output_router_logits": True}
         mask = inputs["completion_mask"]
         targets = Targets.of(inputs["input_ids"], mask)
         if self.nll_of_prompts:
@@ -232,7 +234,7 @@ def pass_again(model: Any, inputs: Mapping[str, Tensor]) -> Again:
 
     The random stream goes on afterwards as if nothing had been drawn.
     """
-    taken = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    taken = {"input_ids": inputs["input_ids"]}
     targets = Targets.of(inputs["input_ids"], inputs["completion_mask"])
     device = inputs["input_ids"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

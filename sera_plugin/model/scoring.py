@@ -84,8 +84,7 @@ def score_sequences(
     (n,) log pi(completion | prompt) in nats, finite or not, 0 where another part scores.
     """
     with autocast():
-        can = abilities(model)
-    device = next(model.parameters()).device
+        can = abilities(model, budget.device)
     sharing = Sharing.of(model, budget.planned) if can.shared else None
     lines = plan_lines(prompts, completions, sharing)
     sizes = [line_length(prompts, completions, line) for line in lines]
@@ -94,7 +93,7 @@ def score_sequences(
     def score(batch: list[int]) -> tuple[list[int], FloatArray]:
         chosen = [lines[number] for number in batch]
         packed = can.packed and len(chosen[0]) == 1
-        inputs, targets = collate(prompts, completions, chosen, pad_id, device, packed)
+        inputs, targets = collate(prompts, completions, chosen, pad_id, budget.device, packed)
         with autocast():
             logps, _ = forward_logps(model, inputs, targets)
         return [index for line in chosen for index in line], logps.double().cpu().numpy()

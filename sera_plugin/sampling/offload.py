@@ -48,13 +48,14 @@ def cache_bytes_per_token(model: Any, element_size: int) -> int:
 @contextmanager
 def make_room(
     model: nn.Module,
+    device: torch.device,
     optimizer: Any,
     element_size: int,
     options: Mapping[str, Any],
     ranks: Ranks,
     length: int,
 ) -> Iterator[Memory]:
-    """Free memory for an engine while the block lasts; all ranks enter and leave together.
+    """Free memory for an engine on a device in the block; all ranks enter and leave together.
 
     On a GPU unused blocks are always returned. If the engine would still not fit beside the run,
     weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
@@ -64,7 +65,6 @@ def make_room(
     ValueError if the memory asked for is not free.
     """
     weights, cache = engine_needs(model, length, element_size)
-    device = next(model.parameters()).device
     if device.type != "cuda":
         available = psutil.virtual_memory().available // ranks.local_world
         ranks.barrier()  # measured before any engine starts

@@ -152,23 +152,23 @@ class Samplers:
 
     def _sampler(self, iteration: int, optimizer: Any) -> CandidateSampler:
         policies, ranks = self.scorer.policies, self.store.ranks
-        model = policies.model
+        model, device = policies.model, self.scorer.budget.device
         if self.choice.name == "vllm-server":
             return self._server(self.store.policy(iteration))
         if self.choice.name == "transformers":
             tokens = plan_tokens(
-                next(model.parameters()).device,
+                device,
                 bytes_per_token=cache_bytes_per_token(model, element_size=4),
                 longest=int(self.cfg["sequence_len"] or 0),
                 on_cpu=SAMPLED_ON_CPU,
             )
             policy, scorer = partial(policies.at, iteration - 1), self.scorer
             return TransformersSampler(
-                model, scorer.pad_id, tokens, scorer.autocast, scorer.shard, policy
+                model, scorer.pad_id, tokens, scorer.autocast, scorer.shard, policy, device
             )
         served, options = self._served(iteration), self._vllm_options
         size = 4 if served.dtype == "float32" else 2
-        room = partial(make_room, model, optimizer, size, options, ranks)
+        room = partial(make_room, model, device, optimizer, size, options, ranks)
         name = f"vllm-{ranks.rank}.log" if ranks.world > 1 else "vllm.log"
         log = self.store.iteration(iteration) / name
         shard = ranks.engine_shard(options.get("tensor_parallel_size") or 1)

@@ -22,7 +22,8 @@ class TransformersSampler:
 
     `token_budget` is the most tokens of one batch's prompts and candidates together, `autocast` the
     context training computes its loss in, `shard` this process's part of the batches, in step where
-    the model is sharded, and `policy` the context in which the model is the policy to sample from.
+    the model is sharded, `policy` the context in which the model is the policy to sample from, and
+    `device` where it computes.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class TransformersSampler:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         shard: Shard = WHOLE,
         policy: Callable[[], AbstractContextManager[object]] = nullcontext,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.report: dict[str, Any] = {"name": "transformers"}
         self.seconds: dict[str, float] = {}
         self.longest: int | None = None
         self.model, self.pad_id = model, pad_id
-        self.budget = TokenBudget(token_budget, "sampling")
+        self.budget = TokenBudget(token_budget, "sampling", device)
         self.autocast, self.shard, self.policy = autocast, shard, policy
 
     def sample(
@@ -82,7 +84,7 @@ class TransformersSampler:
         self, prompts: Sequence[tuple[TokenIds, int]], settings: SamplingSettings, seed: int
     ) -> list[list[Candidate]]:
         """Candidates of each (prompt, most tokens to sample)."""
-        device = next(self.model.parameters()).device
+        device = self.budget.device
         lines = [torch.tensor(np.asarray(prompt), dtype=torch.long) for prompt, _ in prompts]
         pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
         input_ids = pad_left(lines, padding_value=self.pad_id)

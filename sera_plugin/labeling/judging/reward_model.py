@@ -79,7 +79,9 @@ class RewardModelJudge(ScoringJudge):
         def scores_of(batch: list[int]) -> list[float]:
             return self._scores([torch.tensor(tokens[left[place]]) for place in batch])
 
-        for batch, scores in TokenBudget(planned, "judging").run(batches, lengths, scores_of):
+        for batch, scores in TokenBudget(planned, "judging", self._device).run(
+            batches, lengths, scores_of
+        ):
             for place, score in zip(batch, scores, strict=True):
                 if not math.isfinite(score):
                     raise JudgeFailed(

@@ -67,7 +67,7 @@ class Engine:
         cached = cache_bytes_per_token(weights, element_size=4)
         tokens = plan_tokens(weights.device, cached, longest=0, on_cpu=SAMPLED_ON_CPU)
         pad = self._end_ids[0] if pad is None else pad
-        self._sampler = TransformersSampler(weights, pad, tokens)
+        self._sampler = TransformersSampler(weights, pad, tokens, device=weights.device)
 
     def __call__(
         self, conversations: Sequence[Conversation], done: Collection[int], seed: int

@@ -19,15 +19,21 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from sera_plugin.config.quoting import plain, quoted
+from sera_plugin.model.budget import whole_logits
 from sera_plugin.sampling.offload import cache_bytes_per_token
 from sera_plugin.sampling.vllm import adapter_problem
 
 #: What configurations call the number of their experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+#: SDPA without a mask, as in a step. Of fake tensors transformers 5.16 cannot tell that none is
+#: needed: under the name `sdpa` it makes one, and repeats the keys and values that heads share.
+_UNMASKED = "sdpa_without_mask"
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 #: Sequences that are passed, and their lengths.
 _LINES, _LENGTHS = 4, (64, 128, 192)
 
@@ -91,6 +97,7 @@ class Model:
     vocabulary: int
     queries: int  # width of all query heads together
     cache: int  # elements of one token's keys and values in all layers
+    whole: int  # logits of each token that a scoring pass makes at once, see `whole_logits`
     gated: bool  # whether the feed-forward part multiplies two projections (SwiGLU)
     unserved: str | None = None  # why vLLM would not serve it as it is trained
     quantised_already: str | None = None  # how its checkpoint is ("gptq")
@@ -120,7 +127,7 @@ def describe(cfg: DictDefault, tokenizer: Any, on_gpu: bool) -> Model:
             f"{name} has no attention. A plan knows what layers of attention take, and nothing of "
             "others."
         )
-    config._attn_implementation = "eager" if cfg.attn_implementation == "eager" else "sdpa"
+    config._attn_implementation = "eager" if cfg.attn_implementation == "eager" else _UNMASKED
     unchecked = {"gradient_checkpointing": None, "mean_resizing_embeddings": False}
     loader = ModelLoader(DictDefault({**cfg, **unchecked}), tokenizer)
     try:
@@ -202,6 +209,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         vocabulary=int(table.num_embeddings),
         queries=heads * head_width,
         cache=cache_bytes_per_token(loader.model, 1),
+        whole=whole_logits(model),
         gated=bool(experts) or any("gate" in name for name, _ in model.named_modules()),
         unserved=unserved,
         quantised_already=dict(already).get("quant_method"),
@@ -262,7 +270,7 @@ def _kept(model: Any, cfg: DictDefault, experts: bool, on_gpu: bool) -> tuple[fl
                 saved_tensors_hooks(pack, lambda tensor: tensor),
                 torch.autocast("cpu", kind, enabled=kind != torch.float32),
             ):
-                alive = layers(input_ids=ids, attention_mask=ids, use_cache=False)
+                alive = layers(input_ids=ids, use_cache=False)
             del alive
             measured.append(factor * sum(one.nbytes() for one in found.values()) / _LINES)
     square, each, _ = np.polyfit(_LENGTHS, measured, 2)

@@ -128,7 +128,8 @@ class Run:
     @property
     def scored_tokens(self) -> int:
         """Tokens of a scoring pass, as `budget.scoring_budget` plans it."""
-        each, longest = budget.scoring_bytes_per_token(self.model.hidden), self.cfg.sequence_len
+        each = budget.scoring_bytes_per_token(self.model.hidden, self.model.whole)
+        longest = self.cfg.sequence_len
         return budget.tokens_per_pass(self.memory, each, longest, budget.SCORED_ON_CPU)
 
     @property
@@ -176,12 +177,16 @@ class Run:
 
         Source of the logits: `forward.completion_logps`. All are kept as their log-softmax in
         float32, or those of one chunk at a time; behind it come the gradients of the loss and of
-        the logits.
+        the logits. Of a model that makes whole logits they are there from the shortest prompt's
+        end on, twice in float32 and with two gradients at once; a cap keeps them as computed.
         """
         model, (layers, inputs), sequences = self.model, self._kept, 2 * self.cfg.micro_batch_size
         elements = sequences * self.completion * model.vocabulary
         chunk = min(elements, LOGITS)
         logits = 4 * (elements if elements <= KEPT_LOGITS else chunk) + 8 * chunk
+        if model.whole:
+            places = sequences * (self.longest - int(self.pairs.prompt.min()))
+            logits = (12 + model.width) * places * model.whole
         one = layers / model.layers
         between = (2 if model.gated else 1) * model.intermediate
         working = sequences * self.longest * model.width * (model.hidden + between) - logits
@@ -213,10 +218,11 @@ class Run:
         return tokens * (w * h + max(12 * h, w * (h + 4 * model.queries), w * (h + inner)))
 
     def scoring(self) -> dict[str, int]:
-        """A scoring pass."""
+        """A scoring pass; `budget.scoring_bytes_per_token` has what whole logits take."""
         # In float32, and their log-softmax; before that as they were computed.
         each = 8 if self.model.width == 4 else 8 + self.model.width
         logits = min(self.scored_tokens * self.model.vocabulary, LOGITS) * each
+        logits += 8 * self.scored_tokens * self.model.whole
         return {"activations": self._passing(self.scored_tokens), "logits": logits}
 
     def sampling(self) -> dict[str, int]:
