@@ -310,6 +310,29 @@ def test_tensors_that_overlap_are_moved_as_they_lie():
     assert whole.max() == 11
 
 
+@pytest.mark.parametrize(("free", "moves"), [(5 * GIB, True), (6 * GIB, False)])
+def test_a_guest_has_the_device_to_itself_where_it_does_not_fit_beside_the_run(
+    model, monkeypatch, free, moves
+):
+    """It asks for 5 GiB, and a GiB is for what two measurements differ by."""
+    moved = []
+
+    def move(tensors, device):
+        moved.append(len(tensors))
+        take(tensors, device)
+
+    take = offload.move
+    monkeypatch.setattr(offload, "move", move)
+    monkeypatch.setattr(offload, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(offload, "_free", lambda device: (free + 10 * GIB * len(moved), 24 * GIB))
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with offload.waiting(model, None, 5 * GIB, "a guest") as found:
+        assert found == free + 10 * GIB * moves
+        assert moved == [len(resident_tensors(model, None))] * moves
+    assert moved == [len(resident_tensors(model, None))] * 2 * moves
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+
+
 def test_an_engine_gets_what_all_of_its_devices_have():
     class Four(Ranks):
         def sum(self, values):

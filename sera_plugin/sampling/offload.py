@@ -100,8 +100,9 @@ def waiting(model: nn.Module, optimizer: Any, wanted: int, guest: str) -> Iterat
     state wait in host memory, and are back, bit for bit, when the block is left. On a CPU they
     stay, and the bytes are those of host memory.
     """
-    device = next(model.parameters()).device
-    if device.type != "cuda":
+    first = next(model.parameters())
+    device = first.device
+    if not _on_gpu(first):
         yield psutil.virtual_memory().available
         return
     free, _ = _free(device)
@@ -111,7 +112,7 @@ def waiting(model: nn.Module, optimizer: Any, wanted: int, guest: str) -> Iterat
         if free < wanted + ENGINE_SLACK:
             said = f"weights and optimizer state wait in host memory ({free / GIB:.1f} GiB free)"
             for tensor in resident_tensors(model, optimizer):
-                if tensor.device.type == "cuda":
+                if _on_gpu(tensor):
                     homes.setdefault(tensor.device, []).append(tensor)
             for tensors in homes.values():
                 move(tensors, torch.device("cpu"))
@@ -170,6 +171,10 @@ def statistics_of(model: nn.Module) -> list[Tensor]:
             state = getattr(state, "state2", None)
     values = [value for holder in holders for value in vars(holder).values()]
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _free(device: torch.device) -> tuple[int, int]:
