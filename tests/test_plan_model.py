@@ -18,13 +18,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 
 from sera_plugin.algorithm.method import Method, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.budget import SAMPLED_ON_CPU, scoring_budget
+from sera_plugin.model.budget import GIB, scoring_budget
 from sera_plugin.model.forward import Targets, forward_logps
-from sera_plugin.model.policies import take_snapshot
+from sera_plugin.model.memory import (
+    SAMPLED_ON_CPU,
+    resident_bytes,
+    sampled_batches,
+    state_bytes,
+)
+from sera_plugin.model.policies import take_snapshot, tidy_adapters
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.tools.planning.counts import lengths
-from sera_plugin.tools.planning.model import describe, state_bytes
+from sera_plugin.tools.planning.model import describe
 from sera_plugin.tools.planning.run import Run
 from tests.conftest import adapter
 
@@ -232,6 +238,32 @@ def test_a_training_pass_holds_what_is_planned(changes, on, described, tmp_path)
     assert sum(run.training().values()) == pytest.approx(most_held(step, tmp_path), rel=0.1)
 
 
+@pytest.mark.parametrize("changes", [{}, LINEAR, QLORA])
+def test_a_run_samples_in_the_batches_that_are_planned_before_and_after_steps(
+    changes, described, monkeypatch
+):
+    """And does in a continued run, whose optimizer has no state yet."""
+    found = described("llama", {"optimizer": "adamw_torch_fused"} | changes)
+    memory = GIB + 2**27
+    card = SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    tidy_adapters(found.model, None) if changes else None
+    gpu, planned = torch.device("cuda"), replace(found.run, memory=memory).batches
+
+    def batches():
+        return sampled_batches(found.model, gpu, found.run.model.width, 96, "adamw_torch_fused")
+
+    resident = found.run.model
+    kept = resident.resident + resident.trained_bytes + found.run.states + resident.copies
+    assert resident_bytes(found.model, resident.width, "adamw_torch_fused") == kept
+    assert planned == batches()
+    assert 96 < planned.tokens < 2**18
+    optimizer = torch.optim.AdamW(p for p in found.model.parameters() if p.requires_grad)
+    found.model(found.ids).logits.float().sum().backward()
+    optimizer.step()
+    assert planned == batches()
+
+
 def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
     found = described("llama", {})
     random = np.random.default_rng(0)
@@ -248,6 +280,7 @@ def test_scoring_and_sampling_hold_no_more_than_planned(described, tmp_path):
     score()
     real = most_held(score, tmp_path)
     assert 0.9 * real < sum(run.scoring().values()) < 2 * real
+    prompts[0] = prompts[0][1:]  # without padding keys are not repeated for all queries
     sampler = TransformersSampler(found.model, 0, SAMPLED_ON_CPU)
     settings = SamplingSettings(4, 1.0, 0.95, 80, 96, (2,), seed=1)
     # 16,384 tokens are 42 prompts with 4 candidates each of 16 + 80.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SEQUENCES, ENGINE_SLACK, GIB
+from sera_plugin.model.memory import cache_bytes_per_token, statistics_of
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 
@@ -31,18 +32,6 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
     """
     per_token = cache_bytes_per_token(model, element_size)
     return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
-
-
-def cache_bytes_per_token(model: Any, element_size: int) -> int:
-    """Keys and values of one token in all layers (Kwon et al. 2023, 3).
-
-    Of a model without attention, whose state is as large for any length: as if it had one head.
-    """
-    text = model.config.get_text_config()
-    queries = getattr(text, "num_attention_heads", 1)
-    heads = getattr(text, "num_key_value_heads", None) or queries
-    size = getattr(text, "head_dim", None) or text.hidden_size // queries
-    return int(2 * text.num_hidden_layers * heads * size * element_size)
 
 
 @contextmanager
@@ -153,24 +142,6 @@ def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
         # Paged optimizer state moves by itself.
         found += [value for value in tensors if not getattr(value, "is_paged", False)]
     return list({id(each): each for each in found if not isinstance(each, DTensor)}.values())
-
-
-def statistics_of(model: nn.Module) -> list[Tensor]:
-    """What bitsandbytes 0.50 keeps beside quantised weights, as attributes that are no buffers.
-
-    4 bits: `Params4bit.quant_state`, whose scales may be quantised again. 8 bits: the weight and
-    its scales once more, in `Int8Params` before a layer's first pass and in `Linear8bitLt.state`
-    after it; the weight there shares the parameter's storage.
-    """
-    holders: list[Any] = [weight for weight in model.parameters() if hasattr(weight, "SCB")]
-    holders += [module.state for module in model.modules() if hasattr(module, "init_8bit_state")]
-    for weight in model.parameters():
-        state = getattr(weight, "quant_state", None)
-        while state is not None:
-            holders.append(state)
-            state = getattr(state, "state2", None)
-    values = [value for holder in holders for value in vars(holder).values()]
-    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _on_gpu(tensor: Tensor) -> bool:

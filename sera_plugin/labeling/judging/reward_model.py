@@ -17,7 +17,7 @@ from sera_plugin.model.budget import TokenBudget, batches_by_length, plan_tokens
 from sera_plugin.rundir.journal import Journal, key_of
 
 #: Tokens of a forward pass on a CPU; bytes that one needs on a GPU beside the weights.
-_ON_CPU, _BYTES_PER_TOKEN = 8_192, 2**20
+_ON_CPU, BYTES_PER_TOKEN = 8_192, 2**20
 
 
 class RewardModelJudge(ScoringJudge):
@@ -76,13 +76,13 @@ class RewardModelJudge(ScoringJudge):
         left, lengths = list(tokens), list(map(len, tokens.values()))
         if not left:
             return
-        planned = plan_tokens(self._device, _BYTES_PER_TOKEN, max(lengths), _ON_CPU)
+        planned = plan_tokens(self._device, BYTES_PER_TOKEN, max(lengths), _ON_CPU)
         batches = list(batches_by_length(lengths, planned))
 
         def scores_of(batch: list[int]) -> list[float]:
             return self._scores([torch.tensor(tokens[left[place]]) for place in batch])
 
-        with self._on_device(planned * _BYTES_PER_TOKEN):
+        with self._on_device(planned * BYTES_PER_TOKEN):
             for batch, scores in TokenBudget(planned, "judging").run(batches, lengths, scores_of):
                 for place, score in zip(batch, scores, strict=True):
                     if not math.isfinite(score):
