@@ -9,10 +9,11 @@ from axolotl.utils.dict import DictDefault
 from sera_plugin.algorithm.method import Method, Pairs
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import GIB
+from sera_plugin.model.memory import state_bytes
 from sera_plugin.rundir.store import make_table
 from sera_plugin.tools.planning import counts, show
 from sera_plugin.tools.planning.counts import Work, disk_parts, flops, iterations, lengths
-from sera_plugin.tools.planning.model import Model, state_bytes
+from sera_plugin.tools.planning.model import Model
 from sera_plugin.tools.planning.run import Run
 from sera_plugin.tools.planning.show import advise
 
@@ -170,6 +171,28 @@ def test_what_stays_in_training_is_added_up_and_copies_have_a_phase_of_their_own
     assert [phase.name for phase in run(None, FOREACH).phases] == ["score", "sample", "train"]
 
 
+def test_batches_that_are_sampled_fill_the_card_by_hand():
+    """Mistral-7B as QLoRA on 24 GiB, prompts of 256 tokens and 384 sampled ones.
+
+    The run keeps 3.60e9 bytes of layers in 4 bits, 0.52e9 of embeddings and output layer, 0.17e9
+    each of adapter and gradients, 0.09e9 of 8-bit states: 4.55e9. A token in the cache takes
+    131,072 bytes, 2,048 as one layer's keys are copied, 16,384 as they are repeated: 149,504.
+    7/8 of 24 GiB less 1 GiB and that are 117,000 of them; with four binary digits 114,688. A
+    sequence has 640, and 48 * 32,000 bytes of logits are 11 more: 176 sequences, 44 prompts.
+    A prompt's token takes 131,072 + 102,400 bytes while prompts are computed: 1.56 tokens.
+    """
+    batches = run(24, QLORA).batches
+    assert batches.tokens == 114_688
+    assert batches.size(256, 384) == 640 + 11
+    assert 114_688 // batches.size(256, 384) == 176
+    assert batches.size(900, 100) == pytest.approx(1.5617 * 900 + 11, abs=1)
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [(4, 1024), (6, 4_608), (80, 2**18), (None, 16_384)])
+def test_a_batch_has_the_longest_sequence_at_least_and_is_not_without_end(gib, tokens):
+    assert run(gib, QLORA).batches.tokens == tokens
+
+
 def test_states_of_optimizers_that_are_not_made_in_test_plan_model():
     weights = [(10_000, 2, False), (8_192, 4, True)]
     assert state_bytes("sgd", weights) == 0
@@ -198,8 +221,23 @@ def test_an_engine_gets_what_make_room_would_give_it(gib, moves, note):
     sample = plan.phases[1]
     assert note in sample.note
     assert ("weights" not in sample.parts) == moves
-    assert (plan.host_parts().get("while vLLM samples", 0) > 0) == moves
+    assert (plan.host_parts().get("waiting for the GPU", 0) > 0) == moves
     assert "sample" not in plan.failing
+
+
+@pytest.mark.parametrize(("gib", "moves"), [(80, False), (24, True)])
+def test_a_reward_model_that_ranks_has_a_phase_of_its_own(gib, moves, tmp_path):
+    """One of 18 GiB on the disk; a pass takes an eighth of the memory, in tokens of a MiB each, a
+    power of two of them: 2 GiB, or 8."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(18 * GIB)
+    plan = run(gib, QLORA, labeler="reward_model", reward_model=str(tmp_path))
+    (rank,) = (phase for phase in plan.phases if phase.name == "rank")
+    assert rank.parts["judge"] == 18 * GIB
+    assert rank.parts["activations"] == (2 if moves else 8) * GIB
+    assert ("weights" not in rank.parts) == moves
+    assert (plan.host_parts().get("waiting for the GPU", 0) > 0) == moves
+    assert "rank" not in plan.failing
 
 
 #: 0.1 does not even hold the weights in 4 bits, and 0.99 is more than is free.
@@ -315,7 +353,7 @@ def test_a_plan_for_machines_and_in_words():
     ):  # fmt: skip
         assert part in text
     assert text.endswith("A note.")
-    assert " GiB of 200.00 GiB (a GPU), in `train`." in show.text(make(200), [])
+    assert " GiB of 200.00 GiB (a GPU), in `sample`." in show.text(make(200), [])
     assert "There is no GPU here to compare with" in show.text(make(None), [])
     durations = {0.25: "0.2 s", 59.94: "59.9 s", 61: "1 min 01 s", 7261: "2 h 01 min"}
     assert list(map(show.duration, durations)) == list(durations.values())

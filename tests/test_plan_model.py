@@ -18,13 +18,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 
 from sera_plugin.algorithm.method import Method, SamplingSettings
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.budget import GIB, SAMPLED_ON_CPU, scoring_budget
+from sera_plugin.model.budget import GIB, scoring_budget
 from sera_plugin.model.forward import Targets, forward_logps
-from sera_plugin.model.policies import take_snapshot
+from sera_plugin.model.memory import (
+    SAMPLED_ON_CPU,
+    resident_bytes,
+    sampled_batches,
+    state_bytes,
+)
+from sera_plugin.model.policies import take_snapshot, tidy_adapters
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.tools.planning.counts import lengths
-from sera_plugin.tools.planning.model import describe, state_bytes
+from sera_plugin.tools.planning.model import describe
 from sera_plugin.tools.planning.run import Run
 from tests.conftest import adapter
 
@@ -248,6 +254,32 @@ def test_a_run_plans_scoring_as_its_plan_does(kind, model, described, monkeypatc
     assert planned == {"llama": 32_768, "gemma2": 4_096}[kind]
 
 
+@pytest.mark.parametrize("changes", [{}, LINEAR, QLORA])
+def test_a_run_samples_in_the_batches_that_are_planned_before_and_after_steps(
+    changes, described, monkeypatch
+):
+    """And does in a continued run, whose optimizer has no state yet."""
+    found = described("llama", {"optimizer": "adamw_torch_fused"} | changes)
+    memory = GIB + 2**27
+    card = SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    tidy_adapters(found.model, None) if changes else None
+    gpu, planned = torch.device("cuda"), replace(found.run, memory=memory).batches
+
+    def batches():
+        return sampled_batches(found.model, gpu, found.run.model.width, 96, "adamw_torch_fused")
+
+    resident = found.run.model
+    kept = resident.resident + resident.trained_bytes + found.run.states + resident.copies
+    assert resident_bytes(found.model, resident.width, "adamw_torch_fused") == kept
+    assert planned == batches()
+    assert 96 < planned.tokens < 2**18
+    optimizer = torch.optim.AdamW(p for p in found.model.parameters() if p.requires_grad)
+    found.model(found.ids).logits.float().sum().backward()
+    optimizer.step()
+    assert planned == batches()
+
+
 @pytest.mark.parametrize(
     ("kind", "model"),
     [
@@ -278,6 +310,7 @@ def test_sampling_holds_no_more_than_planned(described, tmp_path):
     prompts = [random.integers(6, 30, 16).astype(np.int32) for _ in range(42)]
     method = Method(SeraConfig(candidates=4, max_new_tokens=80), False, False, 4, iterations=2)
     run = replace(found.run, method=method)
+    prompts[0] = prompts[0][1:]  # without padding keys are not repeated for all queries
     sampler = TransformersSampler(found.model, 0, SAMPLED_ON_CPU)
     settings = SamplingSettings(4, 1.0, 0.95, 80, 96, (2,), seed=1)
     real = most_held(lambda: list(sampler.sample(prompts, settings)), tmp_path)

@@ -19,15 +19,18 @@ import torch.multiprocessing as mp
 import yaml
 from safetensors.numpy import load_file
 from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sera_plugin.model.budget import TokenBudget
 from sera_plugin.model.policies import (
+    PolicyHistory,
     is_finite,
     is_sharded,
     restore_snapshot,
     take_snapshot,
     whole_weights,
 )
+from sera_plugin.rundir import ranks as rank_module
 from sera_plugin.rundir.format import read_json
 from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard, current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
@@ -154,9 +157,62 @@ def _meet_sharded(rank: int, ranks: Ranks) -> None:
     assert not is_finite(model, ranks)
 
 
+#: A weight of a small model.
+NAME = "model.embed_tokens.weight"
+
+
+@torch.no_grad()
+def _hold_policies_once(rank: int, ranks: Ranks, directory: str) -> None:
+    torch.manual_seed(rank)  # the first rank's policy becomes everybody's
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 9}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).to(torch.bfloat16)
+    model.model.embed_tokens.float()  # of another type than the rest, as the host has it
+    history = PolicyHistory(model, RunStore(directory, ranks), "base", Mock())
+    history.keep_initial(recorded=False)
+    first = take_snapshot(model)
+    seen = ranks.sum(first[NAME].double().numpy().ravel())
+    np.testing.assert_array_equal(seen, 2 * first[NAME].double().numpy().ravel())
+
+    def train() -> dict[str, torch.Tensor]:
+        for weight in model.parameters():
+            weight.add_(1.0)
+        return take_snapshot(model)
+
+    def holds(snapshot: dict[str, torch.Tensor]) -> bool:
+        return all(map(torch.equal, take_snapshot(model).values(), snapshot.values()))
+
+    second = train()
+    history.keep_current(1)
+    with history.at(0):
+        assert holds(first)
+    assert holds(second)
+    # Continued in the middle of iteration 2: only the first rank of a machine reads theta_1.
+    third = train()
+    history.current = None
+    del history._snapshots[1]
+    if rank == 1:
+        history._read = Mock(side_effect=AssertionError)
+    with history.at(1):
+        assert holds(second)
+    assert holds(third)
+    everywhere = history._snapshots[1][NAME]
+    if rank == 0:
+        everywhere.fill_(7.0)
+    ranks.barrier()
+    assert (everywhere == 7).all()
+    if rank == 1:  # whatever the reason may be
+        rank_module.open = Mock(side_effect=PermissionError)
+    apart = history._snapshot()[NAME]
+    if rank == 0:
+        apart.fill_(7.0)
+    ranks.barrier()
+    assert (apart == (7 if rank == 0 else third[NAME])).all()
+
+
 def _everything(rank: int, ports: list[int], directory: str) -> None:
     _meet(rank, ports[0], directory)
     ranks = join(rank, ports[1])
+    _hold_policies_once(rank, ranks, directory)
     _meet_sharded(rank, ranks)
     if rank == 1:
         os._exit(3)

@@ -1,6 +1,7 @@
 """A reward model as a judge, with a model made up on the spot."""
 
 import shutil
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def test_scores_are_the_models_logits_however_they_are_batched(reward_model, jud
     assert found[0] is None
     assert found[1] == pytest.approx(expected[0], abs=1e-5)
     assert (loaded.usage.refused, loaded.usage.cached.count) == (1, 1)
+
+
+def test_a_reward_model_is_on_the_device_in_the_room_that_is_made_for_it(reward_model, tmp_path):
+    """It asks for its weights, and for a pass of 8,192 tokens at a MiB each."""
+    happened = []
+
+    @contextmanager
+    def room(wanted):
+        happened.append(wanted)
+        yield
+        happened.append("left")
+
+    with Journal(tmp_path / "judge.jsonl") as journal:
+        loaded = make_judge(str(reward_model), journal, room)
+        loaded._model.register_forward_hook(lambda *_: happened.append("passed"))
+        move = loaded._model.to
+        loaded._model.to = lambda device: happened.append(str(device)) or move(device)
+        first = list(loaded.score(ANSWERS[:2]))
+        assert list(loaded.score(ANSWERS[:2])) == first  # known: nothing has to wait for it
+    weights = sum(each.nbytes for each in loaded._model.parameters())
+    weights += sum(each.nbytes for each in loaded._model.buffers())
+    assert happened == [weights + 2**33, "cpu", "passed", "cpu", "left"]
 
 
 def test_scores_are_kept_and_belong_to_the_files(reward_model, judge, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig
 
 from sera_plugin.algorithm.method import SamplingSettings
@@ -272,6 +272,67 @@ def test_scales_of_four_bit_weights_are_found():
     found = {id(tensor) for tensor in resident_tensors(layer, None)}
     for tensor in (layer.weight, state.absmax, state.code, state.state2.absmax, state.state2.code):
         assert id(tensor) in found
+
+
+@pytest.mark.parametrize("passed", [False, True])
+def test_eight_bit_weights_move_with_their_scales_and_stay_one(passed):
+    """bitsandbytes keeps both with the parameter until a layer's first pass, and then in a state
+    of the layer, whose weight is the parameter's under another name."""
+
+    def made() -> Linear8bitLt:
+        layer = Linear8bitLt(64, 32, has_fp16_weights=False)
+        torch.manual_seed(0)
+        layer.load_state_dict(torch.nn.Linear(64, 32).state_dict())
+        return layer.to("cpu")
+
+    inputs, layer = torch.ones(2, 64, dtype=torch.bfloat16), made()
+    expected = made()(inputs)
+    if passed:
+        layer(inputs)
+    holder = layer.state if passed else layer.weight
+    tensors = resident_tensors(layer, None)
+    assert {*map(id, tensors)} == {*map(id, (layer.weight, layer.bias, holder.CB, holder.SCB))}
+    before, places = zip(*((each.clone(), each.data_ptr()) for each in tensors), strict=True)
+    offload.move(tensors, torch.device("cpu"))
+    assert not {each.data_ptr() for each in tensors} & {*places}
+    assert layer.weight.data_ptr() == holder.CB.data_ptr()
+    assert all(map(torch.equal, tensors, before))
+    assert torch.equal(layer(inputs), expected)
+
+
+def test_tensors_that_overlap_are_moved_as_they_lie():
+    """A transposed view, and a part of one storage."""
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = [torch.nn.Parameter(whole.T), whole[1:, 2]]
+    before = [each.detach().clone() for each in tensors]
+    offload.move(tensors, torch.device("cpu"))
+    assert all(map(torch.equal, tensors, before))
+    tensors[1].fill_(-1.0)
+    assert (tensors[0][2, 1:] == -1).all()
+    assert whole.max() == 11
+
+
+@pytest.mark.parametrize(("free", "moves"), [(5 * GIB, True), (6 * GIB, False)])
+def test_a_guest_has_the_device_to_itself_where_it_does_not_fit_beside_the_run(
+    model, monkeypatch, free, moves
+):
+    """It asks for 5 GiB, and a GiB is for what two measurements differ by."""
+    moved = []
+
+    def move(tensors, device):
+        moved.append(len(tensors))
+        take(tensors, device)
+
+    take = offload.move
+    monkeypatch.setattr(offload, "move", move)
+    monkeypatch.setattr(offload, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(offload, "_free", lambda device: (free + 10 * GIB * len(moved), 24 * GIB))
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with offload.waiting(model, None, 5 * GIB, "a guest") as found:
+        assert found == free + 10 * GIB * moves
+        assert moved == [len(resident_tensors(model, None))] * moves
+    assert moved == [len(resident_tensors(model, None))] * 2 * moves
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
 
 
 def test_an_engine_gets_what_all_of_its_devices_have():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sera_plugin.host import loop
 from sera_plugin.labeling.judging import Answered
 from tests.conftest import adapter, summary, table
 from tests.servers import KEY, judge_server
@@ -90,8 +92,17 @@ def reward_model(tmp_path) -> dict:
     return {"labeler": "reward_model", "reward_model": str(model)}
 
 
-def test_a_reward_model_ranks_the_samples(run, reward_model):
+def test_a_reward_model_ranks_the_samples(run, reward_model, monkeypatch):
+    """The policy and its optimizer, which has state by then, wait for it where they must."""
+    waited = []
+
+    def waiting(model, optimizer, wanted, guest):
+        waited.append((model, len(optimizer.state) > 0, guest))
+        return nullcontext()
+
+    monkeypatch.setattr(loop, "waiting", waiting)
     result = run(**reward_model)
+    assert waited[0] == (result.trainer.model, True, "the reward model")
     prompts, (candidates, pairs) = dataset(result)["prompt_ids"], ranked(result)
     assert {len(one) for one in candidates["logps"]} == {1}
 

@@ -216,6 +216,8 @@ class Candidate:
 Chunk = list[tuple[int, list[Candidate]]]
 #: Given (prompts to sample, phase), a block with a callable that takes finished chunks.
 Progress = Callable[[int, str], AbstractContextManager[Callable[[Chunk], None]]]
+#: A block in which so many bytes of an accelerator's memory are free, if that is possible.
+Room = Callable[[int], AbstractContextManager[object]]
 #: Given (policy, prompts, completions, phase): (n,) log pi_policy(completion | prompt) in nats.
 Scorer = Callable[[int, Sequence[Any], Sequence[Any], str], FloatArray]
 
@@ -255,10 +257,16 @@ class Ranked:
     reward: Reward | None = None  # the implicit one; there is none in iteration 1
 
 
+def no_room(wanted: int) -> AbstractContextManager[object]:
+    """A `Room` that makes none."""
+    return nullcontext()
+
+
 class Labeler:
     """Ranks candidates; a subclass gives them rewards. `quiet` shows no progress.
 
-    The `report` is for summary.json: `name` as in `sera.labeler`, calls, failures.
+    `room` is for a model that it ranks with beside the training run. The `report` is for
+    summary.json: `name` as in `sera.labeler`, calls, failures.
     """
 
     def __init__(
@@ -266,6 +274,7 @@ class Labeler:
     ) -> None:
         self.method, self.store, self.tokenizer, self.quiet = method, store, tokenizer, quiet
         self.report: dict[str, Any] = {"name": method.config.labeler}
+        self.room: Room = no_room
 
     def check(self) -> None:
         """ValueError or OSError if what it ranks with cannot be used, JudgeFailed without a key.

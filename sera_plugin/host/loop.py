@@ -39,6 +39,7 @@ from sera_plugin.rundir import checksums
 from sera_plugin.rundir.format import Invalid, Record, read_json
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore
+from sera_plugin.sampling.offload import waiting
 from sera_plugin.sampling.samplers import Choice, Samplers, sampling_progress
 
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
@@ -215,9 +216,12 @@ class Loop:
         self.store.ranks.on_main(self._labeler().check)
         return sampler
 
-    def _labeler(self) -> Labeler:
+    def _labeler(self, optimizer: Any = None) -> Labeler:
         kind = LABELERS[self.method.config.labeler].load()
         labeler: Labeler = kind(self.method, self.store, self.tokenizer, self.scorer.quiet)
+        labeler.room = partial(
+            waiting, self.scorer.policies.model, optimizer, guest="the reward model"
+        )
         return labeler
 
     def begin(
@@ -225,7 +229,7 @@ class Loop:
     ) -> tuple[pa.Table | None, dict[str, FloatArray] | None]:
         """Everything before the first step of iteration t (1-based).
 
-        The optimizer may wait in host memory while an engine samples.
+        The optimizer may wait in host memory while an engine samples or a reward model ranks.
 
         Returns:
             D_t, see `algorithm.prepare`, or None where training ends before this iteration; and
@@ -264,7 +268,7 @@ class Loop:
             scorer=self.scorer,
             sampler=self.samplers.make(iteration, optimizer, self.pairs, self.nats),
             settings=settings,
-            labeler=self._labeler(),
+            labeler=self._labeler(optimizer),
             phases=phases,
             progress=partial(sampling_progress, quiet=self.scorer.quiet),
             held_out=self.held_out,

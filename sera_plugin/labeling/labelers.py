@@ -90,7 +90,8 @@ class Judged(Labeler):
 
     def judge(self, journal: Journal) -> Judge:
         """The judge that the configuration names."""
-        return make_judge(self.method.config.judge or str(self.method.config.reward_model), journal)
+        named = self.method.config.judge or str(self.method.config.reward_model)
+        return make_judge(named, journal, self.room)
 
     def check(self) -> None:
         """See `Labeler.check`."""

@@ -19,7 +19,7 @@ GIB = 2**30
 #: Of a GPU's memory one pass may take this part; more tokens than these are no faster.
 _SHARE, _MOST = 8, 32_768
 #: Tokens per pass where there is no GPU: more leave a CPU's cache when scoring.
-SCORED_ON_CPU, SAMPLED_ON_CPU = 2_048, 16_384
+SCORED_ON_CPU = 2_048
 
 #: Context, activations and CUDA graphs of an engine; what two measurements may differ by.
 ENGINE_OVERHEAD, ENGINE_SLACK = 3 * GIB, 1 * GIB

@@ -10,15 +10,17 @@ parts (DTensors) or, where they were not given back, whole tensors that the next
 
 import shutil
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
@@ -30,8 +32,12 @@ from sera_plugin.rundir.checksums import damage, replace_directory
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore, write_json
 
-#: Trainable weights by name in host memory; of sharded ones this process's part.
+#: Trainable weights by name in host memory, which the ranks of a machine hold once; of sharded ones
+#: this process's part.
 Snapshot = dict[str, Tensor]
+
+#: Where weights lie in the memory of a snapshot: at multiples of so many bytes.
+_ALIGNED = 64
 
 #: What activation checkpointing puts between the names of modules, once the model is sharded.
 _WRAPPED = "_checkpoint_wrapped_module."
@@ -72,6 +78,35 @@ def _part_of(whole: Tensor, weight: Tensor, source: int | None = None) -> Tensor
 def take_snapshot(model: nn.Module) -> Snapshot:
     """Copy the trainable weights to host memory, bit for bit, in their own type."""
     return {name: _local(weight).to("cpu", copy=True) for name, weight in trainable(model).items()}
+
+
+@torch.no_grad()
+def shared_snapshot(
+    model: nn.Module, ranks: Ranks, saved: Callable[[], Mapping[str, Tensor]] | None = None
+) -> Snapshot:
+    """A snapshot that a machine's ranks hold once; a collective call.
+
+    Of the model's weights as they are, or of `saved` ones, which then its first rank alone reads.
+    Sharded weights are each rank's own part.
+    """
+    weights = {name: weight.detach() for name, weight in trainable(model).items()}
+    if is_sharded(model):
+        return take_snapshot(model) if saved is None else dict(saved())
+    ends = np.cumsum([-(-weight.nbytes // _ALIGNED) * _ALIGNED for weight in weights.values()])
+
+    def views(memory: npt.NDArray[np.uint8]) -> Snapshot:
+        found = {}
+        for (name, weight), part in zip(weights.items(), np.split(memory, ends), strict=False):
+            place = torch.from_numpy(part[: weight.nbytes])
+            found[name] = place.view(weight.dtype).view(weight.shape)
+        return found
+
+    def fill(memory: npt.NDArray[np.uint8]) -> None:
+        source = weights if saved is None else saved()
+        for name, place in views(memory).items():
+            place.copy_(source[name])
+
+    return views(ranks.share(int(ends[-1]) if len(ends) else 0, fill))
 
 
 @torch.no_grad()
@@ -181,7 +216,7 @@ class PolicyHistory:
         library may initialise it differently.
         """
         recorded = recorded and self.is_adapter and damage(self.store.policy(1)) is None
-        self._snapshots[0] = self._load(0) if recorded else take_snapshot(self.model)
+        self._snapshots[0] = self._snapshot(0 if recorded else None)
         restore_snapshot(self.model, self._snapshots[0])
 
     def keep_current(self, policy: int) -> None:
@@ -191,7 +226,7 @@ class PolicyHistory:
         """
         self.current = policy
         if policy not in self._snapshots:
-            self._snapshots[policy] = take_snapshot(self.model)
+            self._snapshots[policy] = self._snapshot()
         is_base = policy == 0 and not self.is_adapter
         whole: dict[str, Any] = {}
         if is_sharded(self.model) and not is_base:
@@ -214,13 +249,16 @@ class PolicyHistory:
 
     @contextmanager
     def at(self, policy: int) -> Iterator[None]:
-        """The model is theta_policy inside the block, and itself again afterwards."""
+        """The model is theta_policy inside the block, and itself again afterwards.
+
+        All ranks enter together. Nothing of the way back is a collective call: Ctrl-C may take it.
+        """
         if policy == self.current:
             yield
             return
         if policy not in self._snapshots:
-            self._snapshots[policy] = self._load(policy)
-        here = take_snapshot(self.model) if self.current is None else self._snapshots[self.current]
+            self._snapshots[policy] = self._snapshot(policy)
+        here = self._snapshot() if self.current is None else self._snapshots[self.current]
         restore_snapshot(self.model, self._snapshots[policy])
         try:
             with _before_interrupt(lambda: restore_snapshot(self.model, here)):
@@ -230,7 +268,7 @@ class PolicyHistory:
 
     def become(self, policy: int) -> None:
         """The model is theta_policy, which is read from its directory, from now on."""
-        restore_snapshot(self.model, self._load(policy))
+        restore_snapshot(self.model, self._snapshot(policy))
         self.current = policy
 
     def forget_before(self, policy: int, on_disk: int, but: Collection[int] = ()) -> None:
@@ -251,6 +289,11 @@ class PolicyHistory:
     def load(self, directory: Path) -> None:
         """Write the policy in a directory into the model; FileNotFoundError if it is not there."""
         restore_snapshot(self.model, self._read(directory))
+
+    def _snapshot(self, policy: int | None = None) -> Snapshot:
+        """Of theta_policy as it is on disk, or of the model as it is now; a collective call."""
+        saved = None if policy is None else partial(self._load, policy)
+        return shared_snapshot(self.model, self.store.ranks, saved)
 
     def _load(self, policy: int) -> Snapshot:
         """A policy of this run from its directory."""

@@ -1,9 +1,12 @@
 """The processes of one run: all hold the same tables, rank 0 writes, each does part of the work."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from mmap import mmap
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,6 +110,39 @@ class Ranks:
         total = values.copy()
         torch.distributed.all_reduce(torch.from_numpy(total), group=self.group)
         return total
+
+    def share(
+        self, size: int, fill: Callable[[npt.NDArray[np.uint8]], object]
+    ) -> npt.NDArray[np.uint8]:
+        """(size,) bytes that a machine's ranks hold once, which the first of them has filled.
+
+        A collective call. Nobody may write to them later: the others map the same pages. They are a
+        file without a name (memfd_create), which no size of /dev/shm limits, and gone with the last
+        array. Where a rank cannot open another one's, each has bytes of its own and fills them.
+        """
+        first, file, mapped = self.rank - self.rank % self.local_world, -1, None
+        if self.local_world > 1 and sys.platform == "linux":
+            place = np.zeros((self.world, 2))
+            if self.rank == first:
+                file = os.memfd_create("sera-shared")
+                os.truncate(file, max(1, size))
+                place[self.rank] = os.getpid(), file
+            process, number = self.sum(place.ravel()).reshape(-1, 2)[first].astype(int)
+            with suppress(OSError), open(f"/proc/{process}/fd/{number}", "r+b") as opened:
+                mapped = mmap(opened.fileno(), max(1, size))
+            failed = self.sum(np.array([float(mapped is None)]))[0]
+            if file >= 0:
+                os.close(file)  # all that could have opened it
+            mapped = None if failed else mapped
+        if mapped is None:
+            own = np.empty(size, np.uint8)
+            fill(own)
+            return own
+        shared = np.frombuffer(mapped, np.uint8)[:size]
+        if self.rank == first:
+            fill(shared)
+        self.barrier()
+        return shared
 
     def on_main(self, action: Callable[[], object]) -> None:
         """Let rank 0 do something that all ranks see done, and none sees half done or too early."""

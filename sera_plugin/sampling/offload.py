@@ -3,7 +3,7 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SEQUENCES, ENGINE_SLACK, GIB
+from sera_plugin.model.memory import cache_bytes_per_token, statistics_of
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 
@@ -33,18 +34,6 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
     return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
 
 
-def cache_bytes_per_token(model: Any, element_size: int) -> int:
-    """Keys and values of one token in all layers (Kwon et al. 2023, 3).
-
-    Of a model without attention, whose state is as large for any length: as if it had one head.
-    """
-    text = model.config.get_text_config()
-    queries = getattr(text, "num_attention_heads", 1)
-    heads = getattr(text, "num_key_value_heads", None) or queries
-    size = getattr(text, "head_dim", None) or text.hidden_size // queries
-    return int(2 * text.num_hidden_layers * heads * size * element_size)
-
-
 @contextmanager
 def make_room(
     model: nn.Module,
@@ -57,8 +46,7 @@ def make_room(
 ) -> Iterator[Memory]:
     """Free memory for an engine on a device in the block; all ranks enter and leave together.
 
-    On a GPU unused blocks are always returned. If the engine would still not fit beside the run,
-    weights and optimizer state wait in host memory, and are back, bit for bit, afterwards.
+    On a GPU weights and optimizer state may wait in host memory, see `waiting`.
 
     `element_size` and `length` are as in `engine_needs`, `options` is the host's `vllm:` block,
     unset keys left out. An engine on several devices takes those of the neighbouring ranks.
@@ -74,22 +62,11 @@ def make_room(
     size = int(options.get("tensor_parallel_size") or 1)
     devices = _devices((device.index or 0) // size * size, size)
     wanted = (weights + cache) // len(devices) + ENGINE_OVERHEAD
-    free, total = _free(device)
+    _, total = torch.cuda.mem_get_info(device)
     asked = options.get("gpu_memory_utilization")
     if asked is not None:
         wanted = int(asked * total)
-    homes: list[tuple[Tensor, torch.device]] = []
-    if free < wanted + ENGINE_SLACK:
-        resident = resident_tensors(model, optimizer)
-        homes = [(tensor, tensor.device) for tensor in resident if tensor.device.type == "cuda"]
-        for tensor, _ in homes:
-            tensor.data = tensor.data.to("cpu")
-        before, (free, _) = free, _free(device)
-        said = f"weights and optimizer state wait in host memory ({before / GIB:.1f} GiB were free)"
-    else:
-        said = "the engine fits beside the training run"
-    LOG.info("SeRA: %s: it wants %.1f GiB of %.1f GiB free", said, wanted / GIB, free / GIB)
-    try:
+    with waiting(model, optimizer, wanted, "the engine") as free:
         free = _least_free(free, size, ranks)
         if asked is not None and asked * total > free:
             raise ValueError(
@@ -102,9 +79,54 @@ def make_room(
         yield Memory(utilization, fits, devices)
         ranks.barrier()  # a neighbour's engine may still be on this device
         _wait_until_back(device, free)
+
+
+@contextmanager
+def waiting(model: nn.Module, optimizer: Any, wanted: int, guest: str) -> Iterator[int]:
+    """Bytes that are free on the model's device, for a guest that wants so many of them.
+
+    On a GPU unused blocks are always returned. Where too little is free, weights and optimizer
+    state wait in host memory, and are back, bit for bit, when the block is left. On a CPU they
+    stay, and the bytes are those of host memory.
+    """
+    first = next(model.parameters())
+    device = first.device
+    if not _on_gpu(first):
+        yield psutil.virtual_memory().available
+        return
+    free, _ = _free(device)
+    homes: dict[torch.device, list[Tensor]] = {}
+    said = f"{guest} fits beside the training run"
+    try:
+        if free < wanted + ENGINE_SLACK:
+            said = f"weights and optimizer state wait in host memory ({free / GIB:.1f} GiB free)"
+            for tensor in resident_tensors(model, optimizer):
+                if _on_gpu(tensor):
+                    homes.setdefault(tensor.device, []).append(tensor)
+            for tensors in homes.values():
+                move(tensors, torch.device("cpu"))
+            free, _ = _free(device)
+        figures = guest, wanted / GIB, free / GIB
+        LOG.info(f"SeRA: {said}: %s wants %.1f GiB, and %.1f GiB are free now", *figures)
+        yield free
     finally:
-        for tensor, home in homes:
-            tensor.data = tensor.data.to(home)
+        for home, tensors in homes.items():
+            move(tensors, home)
+
+
+@torch.no_grad()
+def move(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Copy the tensors' storages to a device, bit for bit; those that shared one share it there."""
+    moved: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
+    for tensor in tensors:
+        old = tensor.untyped_storage()
+        if old._cdata not in moved:  # held, or another storage takes its address
+            there = torch.empty(old.nbytes(), dtype=torch.uint8, device=device)
+            there.untyped_storage().copy_(old)
+            moved[old._cdata] = old, there
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        empty = torch.empty(0, dtype=tensor.dtype, device=device)
+        tensor.data = empty.set_(moved[old._cdata][1].untyped_storage(), *place)
 
 
 def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
@@ -114,16 +136,16 @@ def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
     """
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     found += [weight.grad for weight in model.parameters() if weight.grad is not None]
-    for weight in model.parameters():
-        state = getattr(weight, "quant_state", None)
-        while state is not None:  # 4-bit weights: their scales, which may be quantised again
-            found += [value for value in vars(state).values() if isinstance(value, Tensor)]
-            state = getattr(state, "state2", None)
+    found += statistics_of(model)
     for state in optimizer.state.values() if optimizer is not None else ():
         tensors = [value for value in state.values() if isinstance(value, Tensor)]
         # Paged optimizer state moves by itself.
         found += [value for value in tensors if not getattr(value, "is_paged", False)]
     return list({id(each): each for each in found if not isinstance(each, DTensor)}.values())
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _free(device: torch.device) -> tuple[int, int]:

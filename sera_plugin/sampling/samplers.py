@@ -15,8 +15,8 @@ import numpy as np
 
 from sera_plugin.algorithm.method import CandidateSampler, Chunk, Pairs
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.model.budget import SAMPLED_ON_CPU, plan_tokens
 from sera_plugin.model.losses import LOW_PRECISION_LIMIT
+from sera_plugin.model.memory import element_size, optimizer_name, sampled_batches
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.rundir.progress import progress
@@ -25,7 +25,7 @@ from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.answers import known_pairs
 from sera_plugin.sampling.child import find_vllm
 from sera_plugin.sampling.client import EngineSampler
-from sera_plugin.sampling.offload import cache_bytes_per_token, make_room
+from sera_plugin.sampling.offload import make_room
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import (
     ServedPolicy,
@@ -156,15 +156,21 @@ class Samplers:
         if self.choice.name == "vllm-server":
             return self._server(self.store.policy(iteration))
         if self.choice.name == "transformers":
-            tokens = plan_tokens(
-                device,
-                bytes_per_token=cache_bytes_per_token(model, element_size=4),
-                longest=int(self.cfg["sequence_len"] or 0),
-                on_cpu=SAMPLED_ON_CPU,
-            )
             policy, scorer = partial(policies.at, iteration - 1), self.scorer
+            name = optimizer_name(self.cfg)
+            longest = int(self.cfg["sequence_len"] or 0)
+            with scorer.autocast():
+                width = element_size(model, device)
+            batches = sampled_batches(model, device, width, longest, name)
             return TransformersSampler(
-                model, scorer.pad_id, tokens, scorer.autocast, scorer.shard, policy, device
+                model,
+                scorer.pad_id,
+                batches.tokens,
+                scorer.autocast,
+                scorer.shard,
+                policy,
+                device,
+                batches.size,
             )
         served, options = self._served(iteration), self._vllm_options
         size = 4 if served.dtype == "float32" else 2

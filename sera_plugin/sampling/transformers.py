@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ class TransformersSampler:
 
     `token_budget` is the most tokens of one batch's prompts and candidates together, `autocast` the
     context training computes its loss in, `shard` this process's part of the batches, in step where
-    the model is sharded, `policy` the context in which the model is the policy to sample from, and
-    `device` where it computes.
+    the model is sharded, `policy` the context in which the model is the policy to sample from,
+    `device` where it computes, and `size` what a sequence counts for (from the tokens of its prompt
+    and the most to sample).
     """
 
     def __init__(
@@ -35,13 +37,14 @@ class TransformersSampler:
         shard: Shard = WHOLE,
         policy: Callable[[], AbstractContextManager[object]] = nullcontext,
         device: torch.device | str = "cpu",
+        size: Callable[[int, int], int] = add,
     ) -> None:
         self.report: dict[str, Any] = {"name": "transformers"}
         self.seconds: dict[str, float] = {}
         self.longest: int | None = None
         self.model, self.pad_id = model, pad_id
         self.budget = TokenBudget(token_budget, "sampling", device)
-        self.autocast, self.shard, self.policy = autocast, shard, policy
+        self.autocast, self.shard, self.policy, self.size = autocast, shard, policy, size
 
     def sample(
         self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
@@ -51,7 +54,7 @@ class TransformersSampler:
         limits = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
         # A prompt counts with all of its candidates at full length: memory is bounded beforehand.
         sizes = [
-            (len(prompt) + limit) * settings.candidates
+            self.size(len(prompt), limit) * settings.candidates
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
         # Batches are planned over all rows, finished ones included: a row's random stream is its

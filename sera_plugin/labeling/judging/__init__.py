@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sera_plugin.algorithm.method import Room, no_room
 from sera_plugin.config.block import JudgeConfig, read_judge
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir.journal import Journal
@@ -161,11 +162,11 @@ def by_scores(first: float | None, second: float | None) -> Verdict:
     return Verdict((0.5 * (1 + (first > second) - (first < second)),))
 
 
-def make_judge(spec: str | JudgeConfig, journal: Journal) -> Judge:
+def make_judge(spec: str | JudgeConfig, journal: Journal, room: Room = no_room) -> Judge:
     """The judge that is configured or named, which keeps what it says in the journal.
 
     A name is a YAML file with an API judge, a directory with a reward model, or a function as
-    `module:function` or `file.py:function`.
+    `module:function` or `file.py:function`. `room` is for a reward model.
 
     ValueError if it is none of these or cannot be used; JudgeFailed without an API judge's key.
     """
@@ -178,7 +179,7 @@ def make_judge(spec: str | JudgeConfig, journal: Journal) -> Judge:
     if Path(spec).is_dir():
         from sera_plugin.labeling.judging.reward_model import RewardModelJudge
 
-        return RewardModelJudge(Path(spec), journal)
+        return RewardModelJudge(Path(spec), journal, room)
     if ":" in spec:
         return FunctionJudge(spec)
     raise ValueError(

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,27 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from sera_plugin.algorithm.method import Room, no_room
 from sera_plugin.labeling.judging import Answered, JudgeFailed, ScoringJudge
 from sera_plugin.model.budget import TokenBudget, batches_by_length, plan_tokens
 from sera_plugin.rundir.journal import Journal, key_of
 
 #: Tokens of a forward pass on a CPU; bytes that one needs on a GPU beside the weights.
-_ON_CPU, _BYTES_PER_TOKEN = 8_192, 2**20
+_ON_CPU, BYTES_PER_TOKEN = 8_192, 2**20
 
 
 class RewardModelJudge(ScoringJudge):
     """Scores question and answer, rendered by the model's chat template, with its one logit.
 
     The directory has weights (safetensors), configuration and tokenizer; nothing in it is run.
+    While answers are scored the model is on the accelerator, in memory that `room` has made free.
     """
 
-    def __init__(self, directory: Path, journal: Journal) -> None:
+    def __init__(self, directory: Path, journal: Journal, room: Room = no_room) -> None:
         files = sorted(path for path in directory.iterdir() if path.is_file())
         stamps = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
         super().__init__(str(directory), {"reward_model": str(directory)})
-        self._journal = journal
+        self._journal, self._room = journal, room
         self._identity = key_of("reward-model", str(directory.resolve()), stamps)
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
@@ -56,7 +59,6 @@ class RewardModelJudge(ScoringJudge):
         config.pad_token_id = self._pad  # by it the model tells where a sequence ends
         self._longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model.to(self._device)
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`."""
@@ -72,26 +74,37 @@ class RewardModelJudge(ScoringJudge):
                 self.usage.refused += 1
                 yield index, None
         left, lengths = list(tokens), list(map(len, tokens.values()))
-        longest = max(lengths, default=0)
-        planned = plan_tokens(self._device, _BYTES_PER_TOKEN, longest, _ON_CPU)
+        if not left:
+            return
+        planned = plan_tokens(self._device, BYTES_PER_TOKEN, max(lengths), _ON_CPU)
         batches = list(batches_by_length(lengths, planned))
 
         def scores_of(batch: list[int]) -> list[float]:
             return self._scores([torch.tensor(tokens[left[place]]) for place in batch])
 
-        for batch, scores in TokenBudget(planned, "judging", self._device).run(
-            batches, lengths, scores_of
-        ):
-            for place, score in zip(batch, scores, strict=True):
-                if not math.isfinite(score):
-                    raise JudgeFailed(
-                        f"{self.name} scores an answer {score}. Its weights are damaged, or too "
-                        f"large for {self._model.dtype}."
-                    )
-                self._journal.add(keys[left[place]], {"score": score})
-                self.usage.asked.count += 1
-                self.usage.asked.prompt_tokens += lengths[place]
-                yield left[place], score
+        with self._on_device(planned * BYTES_PER_TOKEN):
+            budget = TokenBudget(planned, "judging", self._device)
+            for batch, scores in budget.run(batches, lengths, scores_of):
+                for place, score in zip(batch, scores, strict=True):
+                    if not math.isfinite(score):
+                        raise JudgeFailed(
+                            f"{self.name} scores an answer {score}. Its weights are damaged, or "
+                            f"too large for {self._model.dtype}."
+                        )
+                    self._journal.add(keys[left[place]], {"score": score})
+                    self.usage.asked.count += 1
+                    self.usage.asked.prompt_tokens += lengths[place]
+                    yield left[place], score
+
+    @contextmanager
+    def _on_device(self, passing: int) -> Iterator[None]:
+        """The model is where it computes, with so many bytes beside it for a pass."""
+        with self._room(self._model.get_memory_footprint() + passing):
+            self._model.to(self._device)
+            try:
+                yield
+            finally:
+                self._model.to("cpu")  # before anything that has waited comes back
 
     def _tokens(self, one: Answered) -> list[int]:
         said = {"user": one.question, "assistant": one.answer}

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from sera_plugin.algorithm.method import CandidateSampler, SamplingSettings
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.dataset import RowTokenizer, model_end_ids
-from sera_plugin.model.budget import GIB, SAMPLED_ON_CPU, plan_tokens
-from sera_plugin.sampling.offload import cache_bytes_per_token
+from sera_plugin.model.budget import GIB
+from sera_plugin.model.memory import element_size, sampled_batches
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, adapter_problem
 from sera_plugin.tools.evaluation.answers import NO_ROOM, Conversation, Decoding, Turn
@@ -64,10 +64,12 @@ class Engine:
             self._sampler = VllmSampler(python, policy, {}, log, _room)
             return
         weights, pad = _load(model), self._tokenizer.pad_token_id
-        cached = cache_bytes_per_token(weights, element_size=4)
-        tokens = plan_tokens(weights.device, cached, longest=0, on_cpu=SAMPLED_ON_CPU)
+        width = element_size(weights, weights.device)
+        batches = sampled_batches(weights, weights.device, width, longest=0)
         pad = self._end_ids[0] if pad is None else pad
-        self._sampler = TransformersSampler(weights, pad, tokens, device=weights.device)
+        self._sampler = TransformersSampler(
+            weights, pad, batches.tokens, device=weights.device, size=batches.size
+        )
 
     def __call__(
         self, conversations: Sequence[Conversation], done: Collection[int], seed: int

@@ -97,8 +97,8 @@ def _chosen(run: Run) -> list[int]:
     batch, pairs = run.cfg.micro_batch_size * run.cfg.gradient_accumulation_steps, run.pairs
     needed = [_STEPS * batch, run.scored_tokens / pairs.both.mean()]
     if run.sample:
-        prompt = (pairs.prompt + run.limits).mean()
-        needed.append(run.sampled_tokens / (run.method.config.candidates * prompt))
+        one = run.batches.size(round(pairs.prompt.mean()), round(run.limits.mean()))
+        needed.append(run.batches.tokens / (run.method.config.candidates * one))
     count = math.ceil(max(needed) / batch) * batch
     order = np.argsort(pairs.both, kind="stable")
     places = np.linspace(0, len(order) - 1, min(count, len(order)))
@@ -145,7 +145,8 @@ def fastest(run: Run) -> Speed:
 
     many, model = rate(size), run.model
     per_token = 2.0 * (model.matrices - model.adapter + model.vocabulary * model.hidden)
-    sequences = run.sampled_tokens // max(1, int(run.pairs.prompt.min()) + run.sample)
+    shortest = run.batches.size(int(run.pairs.prompt.min()), max(1, run.sample))
+    sequences = run.batches.tokens // shortest
     one = rate(max(run.method.config.candidates, sequences))
     return Speed(many, many, many, sampling=per_token / one)
 

@@ -5,7 +5,6 @@ meta device and fake ones have shapes and types alone: a 7B model takes seconds 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sera_plugin.config.quoting import plain, quoted
 from sera_plugin.model.budget import whole_logits
-from sera_plugin.sampling.offload import cache_bytes_per_token
+from sera_plugin.model.memory import EXPERTS, Shape
 from sera_plugin.sampling.vllm import adapter_problem
 
-#: What configurations call the number of their experts.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 #: SDPA without a mask, as in a step. Of fake tensors transformers 5.16 cannot tell that none is
 #: needed: under the name `sdpa` it makes one, and repeats the keys and values that heads share.
 _UNMASKED = "sdpa_without_mask"
@@ -37,44 +34,13 @@ AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 #: Sequences that are passed, and their lengths.
 _LINES, _LENGTHS = 4, (64, 128, 192)
 
-#: States per weight by the optimizer's name in the YAML: in the type of the weight (torch keeps
-#: `zeros_like` it), in float32, or in 8 bits (bitsandbytes).
-OPTIMIZERS = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), (2, "like")),
-    **dict.fromkeys(("adagrad", "rmsprop"), (1, "like")),
-    "sgd": (0, "like"),
-    "paged_adamw_32bit": (2, "wide"),
-    **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), (1, "wide")),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), (2, "blocks")),
-    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), (1, "blocks")),
-}
 #: Those that make a copy as large as the weights in each step on a GPU (torch's documentation of
 #: `foreach`).
 FOREACH = frozenset({"adamw_torch"})
 
 
-def state_bytes(optimizer: str, weights: Sequence[tuple[int, int, bool]]) -> int:
-    """State of all `Model.trained`; of an optimizer that is not known as of AdamW in float32.
-
-    Source: Loshchilov and Hutter 2019 (AdamW has two moments); Chen et al. 2023 (Lion has one);
-    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2: a float32 scale
-    for 256 elements. Weights of fewer than 4096 elements, and embeddings with Adam (transformers'
-    own exception), are in float32.
-    """
-    states, kind = OPTIMIZERS.get(optimizer, (2, "wide"))
-    total = 0
-    for count, width, table in weights:
-        if kind == "like":
-            total += states * width * count
-        elif kind == "wide" or count < 4096 or table:
-            total += states * 4 * count
-        else:
-            total += states * (count + 4 * math.ceil(count / 256))
-    return total
-
-
-@dataclass(frozen=True)
-class Model:
+@dataclass(frozen=True, kw_only=True)
+class Model(Shape):
     """What memory and time of a causal language model depend on."""
 
     parameters: int  # weights of the base model, shared ones once
@@ -89,16 +55,7 @@ class Model:
     #: Bytes per token that all layers keep for the backward pass, and what the length of its
     #: sequence adds to them per token.
     kept: tuple[float, float]
-    width: int  # bytes per element in passes
-    hidden_width: int  # the same between layers
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    queries: int  # width of all query heads together
-    cache: int  # elements of one token's keys and values in all layers
     whole: int  # logits of each token that a scoring pass makes at once, see `whole_logits`
-    gated: bool  # whether the feed-forward part multiplies two projections (SwiGLU)
     unserved: str | None = None  # why vLLM would not serve it as it is trained
     quantised_already: str | None = None  # how its checkpoint is ("gptq")
 
@@ -163,7 +120,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
     if bits:
         for weight in linears:  # the host leaves alone what bitsandbytes has quantised
             weight.data = weight.data.to(cfg.torch_dtype)
-    number = next((int(getattr(text, name)) for name in _EXPERTS if getattr(text, name, 0)), 0)
+    number = next((int(getattr(text, name)) for name in EXPERTS if getattr(text, name, 0)), 0)
     experts = sum(w.numel() for w in base if w.dim() == 3 and len(w) == number)
     if cfg.adapter:
         if cfg.lora_model_dir:
@@ -179,8 +136,6 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     quantised = {id(weight) for weight in linears} if bits else set()
     double = (cfg.bnb_config_kwargs or {}).get("bnb_4bit_use_double_quant", True)
-    heads = int(text.num_attention_heads)
-    head_width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     added = sum(weight.numel() for weight in trained) if cfg.adapter else 0
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     wide = [w for w in matrices if w.requires_grad and w.element_size() > width]
@@ -201,16 +156,8 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         + experts * int(getattr(text, "num_experts_per_tok", None) or 1) // max(1, number)
         + added,
         kept=_kept(model, cfg, bool(experts), on_gpu),
-        width=width,
-        hidden_width=table.weight.element_size(),
-        layers=int(text.num_hidden_layers),
-        hidden=int(text.hidden_size),
-        intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
-        vocabulary=int(table.num_embeddings),
-        queries=heads * head_width,
-        cache=cache_bytes_per_token(loader.model, 1),
         whole=whole_logits(model),
-        gated=bool(experts) or any("gate" in name for name, _ in model.named_modules()),
+        **vars(Shape.of(model, width)),
         unserved=unserved,
         quantised_already=dict(already).get("quant_method"),
     )

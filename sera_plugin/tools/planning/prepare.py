@@ -27,12 +27,13 @@ from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
 from sera_plugin.model.budget import GIB
+from sera_plugin.model.memory import OPTIMIZERS
 from sera_plugin.rundir.store import make_table
 from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.planning.counts import disk_parts, lengths
 from sera_plugin.tools.planning.measure import existing, fastest, measure
-from sera_plugin.tools.planning.model import OPTIMIZERS, describe
+from sera_plugin.tools.planning.model import describe
 from sera_plugin.tools.planning.run import Run
 from sera_plugin.tools.planning.show import figures
 

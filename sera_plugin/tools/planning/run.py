@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,26 @@ import numpy.typing as npt
 from axolotl.utils.dict import DictDefault
 
 from sera_plugin.algorithm.method import Method, Schedule
+from sera_plugin.labeling.judging.reward_model import BYTES_PER_TOKEN
 from sera_plugin.model import budget
 from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SLACK, GIB
 from sera_plugin.model.forward import KEPT_LOGITS, LOGITS
-from sera_plugin.tools.planning.model import FOREACH, Model, state_bytes
-
-#: A GPU's context, its kernels' workspaces, what lies between blocks. Assumed, not measured.
-DEVICE_OVERHEAD = GIB
+from sera_plugin.model.memory import (
+    DEVICE_OVERHEAD,
+    STEP_BYTES,
+    SampledBatches,
+    optimizer_name,
+    plan_sampling,
+    state_bytes,
+)
+from sera_plugin.tools.planning.model import FOREACH, Model
 
 
 @dataclass(frozen=True)
 class Phase:
     """What one phase takes of the device."""
 
-    name: str  # score, sample, train or update, the optimizer's step
+    name: str  # score, sample, rank, train or update, the optimizer's step
     parts: dict[str, int]  # bytes by what they are for
     note: str = ""  # what to know about them
     possible: bool = True  # false where an engine could not start, whatever the sum
@@ -83,7 +90,7 @@ class Run:
 
     @property
     def optimizer(self) -> str:
-        return str(getattr(self.cfg.optimizer, "value", self.cfg.optimizer))
+        return optimizer_name(self.cfg)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -133,10 +140,11 @@ class Run:
         return budget.tokens_per_pass(self.memory, each, longest, budget.SCORED_ON_CPU)
 
     @property
-    def sampled_tokens(self) -> int:
-        """Tokens of prompts and samples in a batch of `sampling.transformers`."""
-        each, longest = 4 * self.model.cache, self.cfg.sequence_len
-        return budget.tokens_per_pass(self.memory, each, longest, budget.SAMPLED_ON_CPU)
+    def batches(self) -> SampledBatches:
+        """Prompts and samples of a batch of `sampling.transformers`."""
+        model = self.model
+        resident = model.resident + model.trained_bytes + self.states + model.copies
+        return plan_sampling(self.memory, resident, model, self.cfg.sequence_len)
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -146,9 +154,11 @@ class Run:
         resident = {"weights": self.model.resident, "optimizer": self.states}
         found = [Phase("score", resident | self.scoring() | other)]
         if self.sample and self.sampler == "transformers":
-            found.append(Phase("sample", resident | self.sampling() | other))
+            found.append(Phase("sample", resident | self.sampling() | other, self._filled()))
         elif self.sample and self.sampler == "vllm" and self.memory is not None:
             found.append(self._engine(self.memory, resident))
+        if self.sample and self.judge and self.memory is not None:
+            found.append(self._ranking(self.memory, resident))
         gradients = {"gradients": self.model.trained_bytes}
         found.append(Phase("train", resident | gradients | self.training() | other))
         if self.memory is not None and self.optimizer in FOREACH:
@@ -206,42 +216,68 @@ class Run:
         layers = tokens * (each + square * self.longest)
         return layers, tokens * model.layers * model.hidden_width * model.hidden
 
-    def _passing(self, tokens: int) -> int:
-        """Activations of a pass without gradients: hidden states, and one layer at its widest.
-
-        That is a norm in float32 (three of h), attention (queries, repeated keys and values,
-        output) or the feed-forward part (three of i where it is gated).
-        """
-        model = self.model
-        h, w = model.hidden, model.width
-        inner = (3 if model.gated else 2) * model.intermediate
-        return tokens * (w * h + max(12 * h, w * (h + 4 * model.queries), w * (h + inner)))
-
     def scoring(self) -> dict[str, int]:
         """A scoring pass; `budget.scoring_bytes_per_token` has what whole logits take."""
         # In float32, and their log-softmax; before that as they were computed.
         each = 8 if self.model.width == 4 else 8 + self.model.width
         logits = min(self.scored_tokens * self.model.vocabulary, LOGITS) * each
         logits += 8 * self.scored_tokens * self.model.whole
-        return {"activations": self._passing(self.scored_tokens), "logits": logits}
+        return {"activations": self.model.passing(self.scored_tokens), "logits": logits}
 
     def sampling(self) -> dict[str, int]:
-        """A batch of prompts with all their candidates in `sampling.transformers`, at full length.
+        """A batch of `sampling.transformers` at full length: of the shortest prompts or the longest
+        sequences, whichever takes more."""
+        lengths = self.pairs.prompt + self.limits
+        extremes = int(self.pairs.prompt.argmin()), int(lengths.argmax())
+        found = (self._batch(int(self.pairs.prompt[n]), int(self.limits[n])) for n in extremes)
+        return max(found, key=lambda parts: sum(parts.values()))
 
-        The cache grows by a copy of one layer's keys or values at a time, and what computing the
-        prompts took is gone by then. Sampling by top_p sorts the logits: their values, places,
-        probabilities and sums take 32 bytes each.
+    def _batch(self, prompt: int, limit: int) -> dict[str, int]:
+        """Prompts of such a length with all their candidates.
+
+        What computing the prompts took is gone when the cache has grown, see `Shape.held`.
         """
-        candidates, each = self.method.config.candidates, self.model.width * self.model.cache
-        tokens = max(self.sampled_tokens, candidates * self.longest)
-        lines = max(candidates, tokens // (int(self.pairs.prompt.min()) + self.sample))
-        prompts = max(0, tokens - lines * self.sample)
-        later = (tokens - prompts) * each
+        model, batches, candidates = self.model, self.batches, self.method.config.candidates
+        together = batches.tokens // (candidates * batches.size(prompt, limit))
+        lines = candidates * max(1, together)
+        later = lines * limit * model.cached
         return {
-            "activations": max(self._passing(lines), self._passing(prompts) - later),
-            "logits": 32 * lines * self.model.vocabulary,
-            "cache": tokens * each + tokens * each // (2 * self.model.layers),
+            "activations": max(model.passing(lines), model.passing(lines * prompt) - later),
+            "logits": STEP_BYTES * lines * model.vocabulary,
+            "cache": lines * (prompt + limit) * model.held,
         }
+
+    def _filled(self) -> str:
+        """What to know about batches that are sampled on a GPU."""
+        if self.memory is None:
+            return ""
+        each = self.batches.size(0, self.longest) * self.method.config.candidates
+        prompts = max(1, self.batches.tokens // each)
+        return f"as many prompts at a time as the GPU holds: {prompts:,} of the longest"
+
+    @cached_property
+    def judge(self) -> int:
+        """Bytes of a reward model's weights on the disk, 0 where none ranks."""
+        directory = self.method.config.reward_model
+        files = Path(directory).glob("*.safetensors") if directory else ()
+        return sum(file.stat().st_size for file in files)
+
+    def _ranking(self, memory: int, resident: dict[str, int]) -> Phase:
+        """A reward model beside the training run or in its place, see `offload.waiting`."""
+        tokens = budget.tokens_per_pass(memory, BYTES_PER_TOKEN, self.longest, 0)
+        parts = {"judge": self.judge, "activations": tokens * BYTES_PER_TOKEN}
+        parts["other"] = DEVICE_OVERHEAD
+        held, waiting, note = self._beside(memory, resident, sum(parts.values()) - DEVICE_OVERHEAD)
+        return Phase("rank", held | parts, note, waiting=waiting)
+
+    @staticmethod
+    def _beside(
+        memory: int, resident: dict[str, int], wanted: int
+    ) -> tuple[dict[str, int], int, str]:
+        """What stays on the device, bytes that wait in host memory, and how to say so."""
+        if memory - DEVICE_OVERHEAD - sum(resident.values()) >= wanted + ENGINE_SLACK:
+            return resident, 0, "beside the training run"
+        return {}, sum(resident.values()), "weights and optimizer wait in host memory"
 
     def _engine(self, memory: int, resident: dict[str, int]) -> Phase:
         """vLLM beside the training run or in its place, as `offload.make_room` decides."""
@@ -254,9 +290,7 @@ class Run:
         wanted, given = weights + cache + ENGINE_OVERHEAD, room - ENGINE_SLACK
         if utilization is not None:
             wanted = given = int(utilization * memory)
-        waiting = sum(resident.values())
-        beside = room - waiting >= wanted + ENGINE_SLACK
-        note = "beside the training run" if beside else "weights and optimizer wait in host memory"
+        held, waiting, note = self._beside(memory, resident, wanted)
         if self.bits and weights + ENGINE_OVERHEAD > given:
             weights = self.model.weights // devices
             note += "; only with a vLLM that serves 4 bits (bitsandbytes)"
@@ -264,9 +298,8 @@ class Run:
         possible = needed <= given and (utilization is None or wanted <= room)
         if not possible:
             note += f"; it needs {needed / GIB:.1f} GiB and would get {min(given, room) / GIB:.1f}"
-        taken = wanted if beside or utilization is not None else needed
+        taken = wanted if held or utilization is not None else needed
         parts = {"engine": taken + ENGINE_SLACK, "other": DEVICE_OVERHEAD}
-        held, waiting = (resident, 0) if beside else ({}, waiting)
         return Phase("sample", held | parts, note, possible, waiting)
 
     def host_parts(self) -> dict[str, int]:
@@ -279,7 +312,7 @@ class Run:
         parts = {
             "policies": max(1, *held) * self.model.trained_bytes,
             "dataset": 4 * int((self.pairs.prompt + self.pairs.completions).sum()),
-            "while vLLM samples": max(phase.waiting for phase in self.phases),
+            "waiting for the GPU": max(phase.waiting for phase in self.phases),
             "offloaded activations": round(offloaded) * bool(self.cfg.activation_offloading),
         }
         return {name: size for name, size in parts.items() if size}

@@ -14,7 +14,7 @@ from sera_plugin.tools.report.output import fill, plain_table
 #: Columns of the tables of memory and of tokens, in order.
 _PARTS = (
     *("weights", "optimizer", "gradients", "activations"),
-    *("logits", "cache", "engine", "other"),
+    *("logits", "cache", "engine", "judge", "other"),
 )
 _COUNTS = ("sequences", "tokens", "most_tokens")
 _SAMPLED = ("sample", "score_candidates")
