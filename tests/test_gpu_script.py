@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +17,9 @@ import torch
 
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import precision, steps
+from benchmarks.gpu.parts import cut, join
 from benchmarks.gpu.runs import compared
-from benchmarks.gpu.steps import STEPS, in_time
+from benchmarks.gpu.steps import STEPS, in_time, usual
 from benchmarks.harness import ROOT, Setup
 
 
@@ -112,7 +114,7 @@ def test_sampling_and_scoring_have_a_speed(smoke):
 
 
 def hang(*_):
-    print("round 1/5: ours: 2.5", flush=True)
+    os.write(1, b"round 1/5: ours: 2.5\n")  # where a step prints
     subprocess.run(["sleep", "60"])
 
 
@@ -187,7 +189,7 @@ def test_the_page_says_what_was_measured():
 @pytest.mark.nightly
 def test_every_step_ends_in_its_smoke_form(tmp_path):
     found = run(tmp_path)
-    assert found.keys() == STEPS.keys()
+    assert found.keys() == set(usual())
     # A run in bf16 that was killed fits the same reward and keeps the same pairs.
     assert found["killed"]["there_when_killed"]
     assert [one["not_shared"] for one in found["killed"]["against_full"]] == [0, 0, 0]
@@ -202,3 +204,30 @@ def test_every_step_ends_in_its_smoke_form(tmp_path):
     assert found["whole_run"]["imports_counted"] is False
     assert set(found["whole_run"]["seconds"]) == {"selection", "iterative", "full"}
     assert found["lora_fp16"]["left_out"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_vllm_answers_as_transformers_in_the_room_that_is_made(tmp_path):
+    if not os.environ.get("SERA_VLLM_PYTHON"):
+        pytest.skip("SERA_VLLM_PYTHON is unset: run `make test-slow`")
+    found = run(tmp_path, "vllm_base", "vllm_lora")
+    for name in ("vllm_base", "vllm_lora"):
+        assert found[name]["same"] == found[name]["answers"] > 0
+        assert found[name]["seconds"]["start_engine"] > 0
+
+
+def test_a_folder_is_carried_in_parts(tmp_path):
+    site = tmp_path / "site"
+    (site / "package" / "__pycache__").mkdir(parents=True)
+    content = np.random.default_rng(0).bytes(300_000)
+    (site / "package/kernels.so").write_bytes(content)
+    (site / "package/needless.so").write_bytes(b"x")
+    (site / "package/__pycache__/module.pyc").write_bytes(b"x")
+    parts = tmp_path / "parts"
+    assert cut(site, parts, ["package/need*"], size=100_000) > 3
+    assert all(part.stat().st_size <= 100_000 for part in parts.iterdir())
+    join(parts, tmp_path / "again")
+    found = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert [path.name for path in found] == ["kernels.so"]
+    assert found[0].read_bytes() == content

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from benchmarks.gpu.steps import STEPS, in_time
+from benchmarks.gpu.steps import STEPS, in_time, usual
 from benchmarks.harness import fresh
 from benchmarks.host import environment
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="where figures and logs go")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to try the script out")
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=usual(), metavar="STEP")
     parser.add_argument(
         "--seconds", type=float, help="of all steps together; 570 on a GPU, else no end"
     )

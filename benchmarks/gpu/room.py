@@ -27,11 +27,8 @@ time.sleep(1.0)
 """
 #: Of CUDA's context and libraries in the process of the stand-in, bytes.
 _CONTEXT = 2**30
-_BASES = {
-    "full": None,
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "int8": {"load_in_8bit": True},
-}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+_BASES = {"full": None, "nf4": NF4, "int8": {"load_in_8bit": True}}
 
 
 def room(setup: Setup) -> dict[str, Any]:
@@ -44,21 +41,21 @@ def room(setup: Setup) -> dict[str, Any]:
     for name, kind in _BASES.items():
         model, optimizer, inputs = stepped(setup, kind)
         said, kept = outputs(model, inputs), copies(model, optimizer)
-        free = [_free(setup)]
+        free = [free_bytes(setup)]
         figures: dict[str, Any] = {
-            "resident_gib": _gib(sum(each.nbytes for each in resident_tensors(model, optimizer))),
+            "resident_gib": gib(sum(each.nbytes for each in resident_tensors(model, optimizer))),
             "held_by_others": held_by_others(model, optimizer),
         }
         with room_made(setup, model, optimizer) as memory:
-            free.append(_free(setup))
+            free.append(free_bytes(setup))
             if setup.device == "cuda":
-                figures["still_there_gib"] = _gib(torch.cuda.memory_allocated())
+                figures["still_there_gib"] = gib(torch.cuda.memory_allocated())
             figures |= {"memory": [memory.utilization, memory.whole_fits, *memory.devices]}
             figures["engine"] = engine(memory)
             begun = time.perf_counter()
         figures["back_after_s"] = round(time.perf_counter() - begun, 2)
-        free.append(_free(setup))
-        figures["free_gib"] = [_gib(each) for each in free]
+        free.append(free_bytes(setup))
+        figures["free_gib"] = [gib(each) for each in free]
         again = copies(model, optimizer)
         changed = [at for at, one in enumerate(kept) if not torch.equal(one, again[at])]
         figures |= {"tensors": len(kept), "changed": len(changed)}
@@ -124,7 +121,12 @@ def room_made(setup: Setup, model: Any, optimizer: Any) -> Any:
         free, total = _info()
         resident = sum(each.nbytes for each in resident_tensors(model, optimizer) if each.is_cuda)
         options = {"gpu_memory_utilization": (free + resident // 2) / total}
-    return make_room(model, optimizer, 2, options, Ranks(0, 1, 1), 1024)
+    return made(model, optimizer, options, 1024)
+
+
+def made(model: Any, optimizer: Any, options: dict[str, Any], length: int) -> Any:
+    """`make_room` of a run with one process; `options` is the host's `vllm:` block."""
+    return make_room(model, optimizer, 2, options, Ranks(0, 1, 1), length)
 
 
 def engine(memory: Memory) -> dict[str, Any] | str:
@@ -139,7 +141,7 @@ def engine(memory: Memory) -> dict[str, Any] | str:
     if done.returncode:
         raise RuntimeError(f"the stand-in for an engine failed: {done.stderr[-500:]}")
     free, _ = map(int, done.stdout.split())
-    return {"took_gib": _gib(size), "then_free_gib": _gib(free)}
+    return {"took_gib": gib(size), "then_free_gib": gib(free)}
 
 
 def _info() -> tuple[int, int]:
@@ -147,9 +149,9 @@ def _info() -> tuple[int, int]:
     return torch.cuda.mem_get_info()
 
 
-def _free(setup: Setup) -> int | None:
+def free_bytes(setup: Setup) -> int | None:
     return _info()[0] if setup.device == "cuda" else None
 
 
-def _gib(size: int | None) -> float | None:
+def gib(size: int | None) -> float | None:
     return None if size is None else round(size / 2**30, 3)

@@ -52,6 +52,10 @@ STEPS = {
     "step": Step("speed", 180, "step", ("large",)),
     "sampling": Step("speed", 90, "sampling", ("large",)),
     "whole_run": Step("speed", 300, "whole_run", ("large",)),
+    # Only if asked for: they need an environment with vLLM.
+    "vllm_base": Step("engine", 240, "vllm_base", ("world",)),
+    "vllm_lora": Step("engine", 240, "vllm_lora", ("world",)),
+    "vllm_nf4": Step("engine", 240, "vllm_nf4", ("world",)),
 }
 
 
@@ -83,3 +87,8 @@ def inside(log: Path, name: str, device: str, smoke: bool, work: Path) -> None:
     partial = work / f"{name}.partial"
     partial.write_text(json.dumps(figures), encoding="utf-8")
     partial.rename(work / f"{name}.json")
+
+
+def usual() -> list[str]:
+    """The steps that need nothing beside the plugin's own environment."""
+    return [name for name, step in STEPS.items() if step.module != "engine"]
