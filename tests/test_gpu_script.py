@@ -100,7 +100,7 @@ def test_a_difference_of_one_bit_after_the_room_is_an_error(tmp_path, monkeypatc
 
     made = room.room_made
     monkeypatch.setattr(room, "room_made", careless)
-    with pytest.raises(ValueError, match=r"full did not come back .*'changed': 1"):
+    with pytest.raises(ValueError, match=r"full: it did not come back .*'changed': 1"):
         room.room(Setup("cpu", "toy", 1, 4, None, None, tmp_path))
 
 
@@ -214,7 +214,7 @@ def test_vllm_answers_as_transformers_in_the_room_that_is_made(tmp_path):
     found = run(tmp_path, "vllm_base", "vllm_lora")
     for name in ("vllm_base", "vllm_lora"):
         assert found[name]["same"] == found[name]["answers"] > 0
-        assert found[name]["seconds"]["start_engine"] > 0
+        assert found[name]["engine_seconds"]["start_engine"] > 0
 
 
 def test_a_folder_is_carried_in_parts(tmp_path):

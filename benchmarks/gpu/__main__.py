@@ -89,7 +89,7 @@ def failure(code: int | None, said: str) -> dict[str, Any]:
     why = "out of time" if code is None else f"exit {code}"
     rounds: dict[str, list[str]] = {}
     for side, value in _ROUND.findall(said):
-        rounds.setdefault(side, []).append(value[:300])
+        rounds.setdefault(side, []).append(value[:2000])
     last = (raised or lines or ["nothing printed"])[-1][:400]
     return {"error": f"{why}: {last}"} | ({"rounds": rounds} if rounds else {})
 

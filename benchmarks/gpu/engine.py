@@ -104,7 +104,7 @@ def served(setup: Setup, adapter: bool, four_bit: bool) -> dict[str, Any]:
         **engine.report,
         "answers": len(rows),
         "same": same,
-        "seconds": engine.seconds,
+        "engine_seconds": engine.seconds,
         "free_gib": [gib(each) for each in free],
     }
     if 2 * same < len(rows):

@@ -37,35 +37,44 @@ def room(setup: Setup) -> dict[str, Any]:
     ValueError if weights, optimizer state or what the model computes are not the same bits
     afterwards, or if memory of the device is not free that a stand-in for an engine was promised.
     """
-    found: dict[str, Any] = {}
+    found, problems = {}, []
     for name, kind in _BASES.items():
-        model, optimizer, inputs = stepped(setup, kind)
-        said, kept = outputs(model, inputs), copies(model, optimizer)
-        free = [free_bytes(setup)]
-        figures: dict[str, Any] = {
-            "resident_gib": gib(sum(each.nbytes for each in resident_tensors(model, optimizer))),
-            "held_by_others": held_by_others(model, optimizer),
-        }
-        with room_made(setup, model, optimizer) as memory:
-            free.append(free_bytes(setup))
-            if setup.device == "cuda":
-                figures["still_there_gib"] = gib(torch.cuda.memory_allocated())
-            figures |= {"memory": [memory.utilization, memory.whole_fits, *memory.devices]}
-            figures["engine"] = engine(memory)
-            begun = time.perf_counter()
-        figures["back_after_s"] = round(time.perf_counter() - begun, 2)
-        free.append(free_bytes(setup))
-        figures["free_gib"] = [gib(each) for each in free]
-        again = copies(model, optimizer)
-        changed = [at for at, one in enumerate(kept) if not torch.equal(one, again[at])]
-        figures |= {"tensors": len(kept), "changed": len(changed)}
-        figures["same_output"] = torch.equal(said, outputs(model, inputs))
-        print(f"round 1/1: {name}: {figures}", flush=True)
-        if changed or not figures["same_output"] or len(again) != len(kept):
-            raise ValueError(f"{name} did not come back as it was: {figures}")
-        found[name] = figures
-        del model, optimizer, kept, again
+        try:
+            found[name] = given_back(setup, kind)
+        except (RuntimeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+        else:
+            print(f"round 1/1: {name}: {found[name]}", flush=True)
+    if problems:
+        raise ValueError("; ".join(problems))
     return found
+
+
+def given_back(setup: Setup, kind: dict[str, Any] | None) -> dict[str, Any]:
+    model, optimizer, inputs = stepped(setup, kind)
+    said, kept = outputs(model, inputs), copies(model, optimizer)
+    free = [free_bytes(setup)]
+    figures: dict[str, Any] = {
+        "resident_gib": gib(sum(each.nbytes for each in resident_tensors(model, optimizer))),
+        "held_by_others": held_by_others(model, optimizer),
+    }
+    with room_made(setup, model, optimizer) as memory:
+        free.append(free_bytes(setup))
+        if setup.device == "cuda":
+            figures["still_there_gib"] = gib(torch.cuda.memory_allocated())
+        figures["memory"] = [memory.utilization, memory.whole_fits, *memory.devices]
+        figures["engine"] = engine(memory)
+        begun = time.perf_counter()
+    figures["back_after_s"] = round(time.perf_counter() - begun, 2)
+    free.append(free_bytes(setup))
+    figures["free_gib"] = [gib(each) for each in free]
+    again = copies(model, optimizer)
+    changed = sum(not torch.equal(*each) for each in zip(kept, again, strict=True))
+    figures |= {"tensors": len(kept), "changed": changed}
+    figures["same_output"] = torch.equal(said, outputs(model, inputs))
+    if changed or not figures["same_output"]:
+        raise ValueError(f"it did not come back as it was: {figures}")
+    return figures
 
 
 def stepped(setup: Setup, kind: dict[str, Any] | None) -> tuple[Any, Any, Tensor]:

@@ -39,6 +39,7 @@ def scorer(setup: Setup) -> dict[str, Any]:
     found: dict[str, Any] = {}
     exact: FloatArray | None = None
     for dtype in types:
+        kind = str(dtype).removeprefix("torch.")
         model = load(setup, dtype)
         prompts, completions = texts(setup, model, 8 if setup.pairs else 64)
         plain = naive(model, prompts, completions)
@@ -68,6 +69,7 @@ def scorer(setup: Setup) -> dict[str, Any]:
             figures[name] = {"peak_gib": peak.gib()}
             figures[name] |= {"against_naive": difference(scores, plain)}
             figures[name] |= {"against_naive_float32": difference(scores, exact)}
+            print(f"round 1/1: {kind}_{name}: {figures[name]}", flush=True)
             if dtype == torch.float32 and np.abs(scores - plain).max() > 0.05:
                 raise ValueError(f"{name} is wrong in float32: {figures[name]}")
             figures[name]["against_training"] = against_training(
@@ -75,7 +77,7 @@ def scorer(setup: Setup) -> dict[str, Any]:
             )
         forward._KNOWN[model] = can
         figures["attention"] = attention(model, prompts, completions, can.shared)
-        found[str(dtype).removeprefix("torch.")] = figures
+        found[kind] = figures
         del model
     return {"sequences": len(prompts), "tokens": sum(map(len, completions)), **found}
 

@@ -96,7 +96,10 @@ def static_compiled(model: Any, prompts: Prompts, new: int) -> int:
 
 
 def continuous(model: Any, prompts: Prompts, new: int) -> int:
-    results = model.generate_batch(prompts, generation_config=_config(new), progress_bar=False)
+    try:
+        results = model.generate_batch(prompts, generation_config=_config(new), progress_bar=False)
+    finally:
+        model.set_attn_implementation("sdpa")  # it leaves a paged one
     return sum(len(one.generated_tokens) for one in results.values())
 
 

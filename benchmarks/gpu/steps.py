@@ -50,7 +50,7 @@ STEPS = {
     "room": Step("room", 90, "room", ("large",)),
     "scoring": Step("speed", 90, "scoring", ("large",)),
     "step": Step("speed", 180, "step", ("large",)),
-    "sampling": Step("speed", 90, "sampling", ("large",)),
+    "sampling": Step("speed", 120, "sampling", ("large",)),
     "whole_run": Step("speed", 300, "whole_run", ("large",)),
     # Only if asked for: they need an environment with vLLM.
     "vllm_base": Step("engine", 240, "vllm_base", ("world",)),
