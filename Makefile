@@ -64,7 +64,8 @@ claims: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks --device cuda --shape tinyllama-1.1b mistral-7b $(ARGS)
 
-# Whether one CUDA GPU gives the right figures in bf16, and how quickly. docs/benchmarks.md.
+# Whether one CUDA GPU gives the right figures in bf16, and how quickly, in less than ten minutes.
+# docs/benchmarks.md.
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu --out $(or $(OUT),gpu-figures) $(ARGS)
 

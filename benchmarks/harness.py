@@ -7,6 +7,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ import torch
 from sera_plugin import __version__
 
 ROOT = Path(__file__).parents[1]
+PRELOAD = "benchmarks.preload"
+#: How processes start here, once it has been tried; those that are started in turn inherit it.
+_METHOD = "SERA_BENCHMARKS_START"
 T = TypeVar("T")
 
 
@@ -92,18 +96,42 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def in_fresh_process(setup: Setup, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a module's function in a process of its own, with nothing left of earlier calls.
-
-    On a CPU it is forked from a server that has imported what is slow to import and has done
-    nothing else. CUDA does not survive a fork.
-    """
-    context = multiprocessing.get_context("spawn" if setup.device == "cuda" else "forkserver")
-    if setup.device == "cpu":
-        context.set_forkserver_preload(["benchmarks.preload"])
+    """Call a module's function in a process of its own, with nothing left of earlier calls."""
+    context = fresh(setup.device)
     # Whatever the call starts in turn (data loaders' workers) it starts as in any other process.
     reset = multiprocessing.set_start_method
     with ProcessPoolExecutor(1, context, initializer=reset, initargs=(None, True)) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def fresh(device: str) -> Any:
+    """The context of processes that have imported what is slow to import and done nothing else.
+
+    They are forked from a server that imports it once. A GPU that an import has touched does not
+    survive that; this is tried once, and if so they begin from nothing.
+    """
+    if preloaded() and not torch.cuda.is_initialized():
+        return multiprocessing.get_context("fork")
+    # Asked of the driver's library, which does not touch the device.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([PRELOAD])
+    if _METHOD not in os.environ:
+        trial = server.Process(target=torch.zeros, args=(1,), kwargs={"device": device})
+        try:
+            trial.start()
+            trial.join(120)
+            trial.kill()
+            works = trial.exitcode == 0
+        except (OSError, EOFError):  # an import has ended the server
+            works = False
+        os.environ[_METHOD] = "forkserver" if works else "spawn"
+    return multiprocessing.get_context(os.environ[_METHOD])
+
+
+def preloaded() -> bool:
+    """Whether this process descends from the server that imports what is slow to import."""
+    return PRELOAD in sys.modules
 
 
 def highest_resident() -> int:

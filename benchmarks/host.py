@@ -1,15 +1,18 @@
 """Configurations and commands of the host, for parts that train."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.harness import ROOT, Setup
+from benchmarks.harness import ROOT, Setup, preloaded
 from benchmarks.workload import ANSWER_FORMAT, PROMPT_FORMAT, longest_of
 
 SERA = "sera_plugin.SeraPlugin"
@@ -87,17 +90,43 @@ def environment() -> dict[str, str]:
 def axolotl(*arguments: str) -> str:
     """Run the host's command as a user does, and return what it printed.
 
+    In a process that has imported the host, one that is forked from it.
+
     Raises:
         RuntimeError: if it fails, with the end of what it printed.
     """
     # As a module: where packages lie in a folder on the path, there is no program `axolotl`.
     command = [sys.executable, "-m", "axolotl.cli.main", *arguments]
-    result = subprocess.run(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-4000:]}")
-    return result.stdout
+    with tempfile.TemporaryFile() as file:
+        if preloaded():
+            child = multiprocessing.get_context("fork").Process(
+                target=_command, args=(arguments, file.fileno())
+            )
+            child.start()
+            child.join()
+            code = child.exitcode
+        else:
+            code = subprocess.run(
+                command, env=environment(), stdout=file, stderr=subprocess.STDOUT
+            ).returncode
+        file.seek(0)
+        printed = file.read().decode("utf-8", "replace")
+    if code:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{printed[-4000:]}")
+    return printed
+
+
+def _command(arguments: Sequence[str], output: int) -> None:
+    from axolotl.cli.main import cli
+
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    multiprocessing.set_start_method(None, force=True)
+    # `axolotl train` starts a launcher; this is what it would start.
+    if arguments[0] == "train":
+        train_here(Path(arguments[1]))
+    else:
+        cli(arguments)
 
 
 def train_here(path: Path) -> None:

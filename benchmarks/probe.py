@@ -6,6 +6,8 @@ It writes `probe.json` into output_dir and changes nothing.
 
 import json
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,43 @@ class Probe(BasePlugin):
         watch = _Watch(trainer.model, bool(cfg.get("sera")))
         trainer.model.register_forward_pre_hook(watch.forward, with_kwargs=True)
         return [watch]
+
+
+class Waits(BasePlugin):
+    """For `plugins:`, on a GPU: where steps wait for the device. It writes `waits.json`."""
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        return [_CountWaits()]
+
+
+class _CountWaits(TrainerCallback):
+    """What torch warns of from the third step on, by line: the first ones set things up."""
+
+    def __init__(self) -> None:
+        self.steps, self.places = 0, Counter[str]()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= 2:
+            self.caught = warnings.catch_warnings(record=True)
+            self.seen = self.caught.__enter__()
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step > 2:
+            torch.cuda.set_sync_debug_mode("default")
+            self.caught.__exit__(None, None, None)
+            self.steps += 1
+            for one in self.seen:
+                if "synchronizing" in str(one.message):
+                    place = "/".join(Path(one.filename).parts[-3:])
+                    self.places[f"{place}:{one.lineno}"] += 1
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        a_step = {place: round(n / self.steps, 2) for place, n in self.places.most_common(20)}
+        found = {"waits_a_step": round(self.places.total() / max(1, self.steps), 2)}
+        path = Path(args.output_dir, "waits.json")
+        path.write_text(json.dumps(found | {"steps_watched": self.steps, "waits": a_step}))
 
 
 class _Watch(TrainerCallback):

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness import Setup, figure, interleave, markdown, times
+from benchmarks.harness import Setup, figure, interleave, markdown, preloaded, times
 from benchmarks.host import PROBE, SERA, axolotl, host_config, write_config, write_rows
 from benchmarks.workload import make_model, read_rows, vocabulary_of
 from sera_plugin.config.sera import AS_PUBLISHED
@@ -89,6 +89,8 @@ def measure(setup: Setup) -> dict[str, Any]:
         return result
 
     counted = {"selection": sera("selection", probe=True), "iterative": iterative(probe=True)}
+    for side, one in counted.items():  # of use where what follows is cut off
+        print(f"round 0/{setup.rounds}: {side}: {one}", flush=True)
     selection = counted["selection"]
     # Fewer where completions share a prompt.
     if selection["probed"] > selection["forwarded"]["score_offline"]:
@@ -105,6 +107,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     return {
         "pairs": len(rows),
         "iterations": ITERATIONS,
+        "imports_counted": not preloaded(),
         "new_tokens": new_tokens,
         "offline_tokens": selection["probed"],
         "reference_tokens": counted["iterative"]["probed"],

@@ -5,61 +5,22 @@ Steps that are not timed run several at once; the others run alone afterwards.
 """
 
 import argparse
-import importlib
 import json
+import os
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import psutil
-
-from benchmarks.harness import ROOT, Setup
+from benchmarks.gpu.steps import STEPS, in_time, usual
+from benchmarks.harness import fresh
 from benchmarks.host import environment
 
-
-@dataclass(frozen=True)
-class Step:
-    """A function of a `Setup` that returns figures.
-
-    Attributes:
-        module: `benchmarks.gpu.MODULE`, where it is.
-        limit: seconds until it is killed; four times as many on a CPU.
-        group: steps of one group run at the same time, groups one after the other.
-        needs: steps that run even if only this one is asked for.
-    """
-
-    module: str
-    limit: int
-    group: str
-    needs: tuple[str, ...] = ()
-
-
-STEPS = {
-    "world": Step("runs", 60, "first"),
-    "large": Step("precision", 60, "first"),
-    "quantised": Step("precision", 60, "first"),
-    # The slowest first, so that none of them is left alone at the end; `killed` waits for `full`.
-    "full": Step("runs", 150, "checks", ("world",)),
-    "killed": Step("runs", 200, "checks", ("world", "full")),
-    "evaluate": Step("runs", 200, "checks", ("world",)),
-    "qlora": Step("runs", 150, "checks", ("large",)),
-    "scorer": Step("precision", 90, "checks", ("large",)),
-    "margins": Step("precision", 90, "checks", ("large",)),
-    "lora_fp16": Step("runs", 120, "checks", ("world",)),
-    "lora_bf16": Step("runs", 120, "checks", ("world",)),
-    "torchrun": Step("runs", 120, "checks", ("world",)),
-    "sampling": Step("speed", 60, "sampling", ("large",)),
-    "scoring": Step("speed", 120, "scoring"),
-    "step": Step("speed", 150, "step"),
-    "whole_run": Step("speed", 480, "whole_run"),
-}
 #: What an exception's last line begins with.
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Refused)\b")
 #: As `benchmarks.harness.interleave` prints it: a part that is cut off has these.
@@ -73,15 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="where figures and logs go")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to try the script out")
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
-    parser.add_argument("--seconds", type=float, default=1e6, help="of all steps together")
-    parser.add_argument("--at-once", type=int, default=6, help="processes that are not timed")
-    parser.add_argument("--inside", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=usual(), metavar="STEP")
+    parser.add_argument(
+        "--seconds", type=float, help="of all steps together; 570 on a GPU, else no end"
+    )
+    at_once = min(10, max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--at-once", type=int, default=at_once, help="steps that are not timed")
     options = parser.parse_args(arguments)
-    if options.inside:
-        inside(options.inside, options.device, options.smoke, options.out)
-        return 0
-    end, failed, lock = time.monotonic() + options.seconds, list[str](), Lock()
+    begin, failed, lock = time.monotonic(), list[str](), Lock()
+    end = begin + (options.seconds or (570.0 if options.device == "cuda" else 1e6))
     needed = {name for asked in options.only for name in (asked, *STEPS[asked].needs)}
     needed |= {other for name in needed for other in STEPS[name].needs}
     groups: dict[str, list[str]] = {}
@@ -89,13 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in needed:
             groups.setdefault(STEPS[name].group, []).append(name)
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ |= environment() | {"PYTHONUNBUFFERED": "1", "WANDB_DISABLED": "true"}
+    method = fresh(options.device).get_start_method()
+    print(f"steps begin by {method} after {time.monotonic() - begin:.0f} s", flush=True)
 
     def run(name: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name, "--out", str(work)]
-        command += ["--device", options.device, *(["--smoke"] if options.smoke else [])]
         start, log = time.monotonic(), work / f"{name}.log"
-        limit = STEPS[name].limit * (4 if options.device == "cpu" else 1)
-        code = in_time(command, log, min(limit, max(0.0, end - start)))
+        patience = STEPS[name].limit * (4 if options.device == "cpu" else 1)
+        limit = min(patience, max(0.0, end - start))
+        code = in_time(log, limit, name, options.device, options.smoke, work)
         said, path = log.read_text(encoding="utf-8", errors="replace"), work / f"{name}.json"
         ok = code == 0 and path.exists()
         found = {"step": name, "ok": ok, "seconds": round(time.monotonic() - start, 1)}
@@ -113,35 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for names in groups.values():
             with ThreadPoolExecutor(options.at_once) as pool:
                 list(pool.map(run, names))
-    print(f"{len(failed)} steps failed: {', '.join(failed) or 'none'}", flush=True)
+    seconds = time.monotonic() - begin
+    print(f"{seconds:.0f} s; {len(failed)} steps failed: {', '.join(failed) or 'none'}", flush=True)
     return len(failed)
-
-
-def inside(name: str, device: str, smoke: bool, work: Path) -> None:
-    """Run one step in this process and leave its figures for the one that started it."""
-    shape, rounds, pairs = ("toy", 1, 4) if smoke else ("tinyllama-1.1b", 5, None)
-    setup = Setup(device, shape, rounds, pairs, None, None, work)
-    figures = getattr(importlib.import_module(f"benchmarks.gpu.{STEPS[name].module}"), name)(setup)
-    partial = work / f"{name}.partial"
-    partial.write_text(json.dumps(figures), encoding="utf-8")
-    partial.rename(work / f"{name}.json")
-
-
-def in_time(command: list[str], log: Path, limit: float) -> int | None:
-    """Its exit status, or None where it and all that it started had to be killed."""
-    settings = environment() | {"PYTHONUNBUFFERED": "1", "WANDB_DISABLED": "true"}
-    with log.open("wb") as file:
-        child = psutil.Popen(command, cwd=ROOT, env=settings, stdout=file, stderr=file)
-        try:
-            return int(child.wait(limit))
-        except psutil.TimeoutExpired:
-            for process in (*child.children(recursive=True), child):
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            child.wait()
-            return None
 
 
 def failure(code: int | None, said: str) -> dict[str, Any]:
@@ -152,7 +89,7 @@ def failure(code: int | None, said: str) -> dict[str, Any]:
     why = "out of time" if code is None else f"exit {code}"
     rounds: dict[str, list[str]] = {}
     for side, value in _ROUND.findall(said):
-        rounds.setdefault(side, []).append(value[:300])
+        rounds.setdefault(side, []).append(value[:2000])
     last = (raised or lines or ["nothing printed"])[-1][:400]
     return {"error": f"{why}: {last}"} | ({"rounds": rounds} if rounds else {})
 

@@ -1,5 +1,7 @@
 """What bf16 costs in nats: products, log-probabilities and margins against float32."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,7 @@ from benchmarks.harness import Setup
 from benchmarks.workload import make_model
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.model import forward
-from sera_plugin.model.budget import scoring_budget
-from sera_plugin.model.forward import Abilities, Sharing, plan_lines
+from sera_plugin.model.budget import TokenBudget, scoring_budget
 from sera_plugin.model.scoring import score_sequences
 
 Texts = list[npt.NDArray[np.int32]]
@@ -73,21 +74,16 @@ def texts(setup: Setup, model: Any, count: int) -> tuple[Texts, Texts]:
     return [prompt for prompt in prompts for _ in range(2)], completions
 
 
-def scored(setup: Setup, model: Any, prompts: Texts, completions: Texts, **how: Any) -> FloatArray:
-    budget = scoring_budget(model, torch.device(setup.device), longest=1024)
+def scored(
+    setup: Setup,
+    model: Any,
+    prompts: Texts,
+    completions: Texts,
+    budget: TokenBudget | None = None,
+    **how: Any,
+) -> FloatArray:
+    budget = budget or scoring_budget(model, torch.device(setup.device), longest=1024)
     return score_sequences(model, prompts, completions, pad_id=0, budget=budget, **how)
-
-
-@torch.no_grad()
-def naive(model: Any, prompts: Texts, completions: Texts) -> FloatArray:
-    """One sequence at a time by the model's own logits; sums in float64."""
-    device, found = next(model.parameters()).device, []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64)).to(device)
-        logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float()
-        chosen = logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])
-        found.append(chosen.double().sum().item())
-    return np.array(found)
 
 
 def difference(found: FloatArray, expected: FloatArray) -> dict[str, float]:
@@ -111,70 +107,86 @@ class PeakMemory:
         return round((torch.cuda.max_memory_allocated() - self.before) / 2**30, 3)
 
 
-def scorer(setup: Setup) -> dict[str, Any]:
-    """The scorer in every layout against `naive`, in nats a sequence: in its own type, in float32.
+class InFloat32(torch.nn.Module):
+    """An output layer that computes in float32, whatever is around it."""
 
-    ValueError if they differ in float32, where a kernel's order of sums is all that may.
-    """
-    found: dict[str, Any] = {}
-    exact: FloatArray | None = None
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load(setup, dtype)
-        prompts, completions = texts(setup, model, 8 if setup.pairs else 64)
-        plain = naive(model, prompts, completions)
-        exact = plain if exact is None else exact
-        can = forward.abilities(model, setup.device)
-        lines = plan_lines(prompts, completions, Sharing.of(model, 1024))
-        figures: dict[str, Any] = {
-            "abilities": vars(can),
-            "shared_lines": sum(len(line) > 1 for line in lines),
-            "naive_against_float32": difference(plain, exact),
-        }
-        layouts = {
-            "one_a_line": Abilities(can.in_head, packed=False, shared=False),
-            "all_logits": Abilities(in_head=False, packed=False, shared=False),
-            "shared": Abilities(can.in_head, packed=False, shared=can.shared),
-            "packed": Abilities(can.in_head, packed=can.packed, shared=False),
-        }
-        for name, able in layouts.items():
-            if name in ("shared", "packed") and not getattr(can, name):
-                continue
-            forward._KNOWN[model] = able
-            peak = PeakMemory(setup)
-            scores = scored(setup, model, prompts, completions)
-            figures[name] = {"peak_gib": peak.gib()}
-            figures[name] |= {"against_naive": difference(scores, plain)}
-            figures[name] |= {"against_naive_float32": difference(scores, exact)}
-            if dtype == torch.float32 and np.abs(scores - plain).max() > 0.05:
-                raise ValueError(f"{name} is wrong in float32: {figures[name]}")
-        found[str(dtype).removeprefix("torch.")] = figures
-        del model
-    return {"sequences": len(prompts), "tokens": sum(map(len, completions)), **found}
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(layer.weight.detach().float())
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), self.weight)
+
+
+@contextmanager
+def float32_head(model: Any) -> Iterator[None]:
+    layer = model.get_output_embeddings()
+    model.set_output_embeddings(InFloat32(layer))
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(layer)
 
 
 def margins(setup: Setup) -> dict[str, Any]:
-    """log pi_1/pi_0 of the chosen minus of the rejected, where theta_1 is theta_0 trained a little.
+    """log pi_1/pi_0 of the chosen minus of the rejected, of policies a few nats from each other.
 
-    The same weights score in float32, under autocast, and rounded to bf16 (a full fine-tune that
-    the host has loaded in bf16 has no other ones).
+    theta_1 is theta_0 trained a little, and then moved along the same line until the margins'
+    deviation is between 1 and 5 nats. The same weights score in float32, under autocast, and
+    rounded to bf16 (a full fine-tune that the host has loaded in bf16 has no other ones); the
+    latter two also with an output layer in float32.
     """
     model, rounded = load(setup, torch.float32), load(setup, torch.bfloat16)
     prompts, completions = texts(setup, model, 16 if setup.pairs else 128)
-    device = torch.device(setup.device)
 
     def low() -> Any:
         return torch.autocast(setup.device, torch.bfloat16)
 
+    def exact() -> FloatArray:
+        return scored(setup, model, prompts, completions)
+
     def in_all_ways() -> dict[str, FloatArray]:
         rounded.load_state_dict(model.state_dict())
-        return {
-            "float32": scored(setup, model, prompts, completions),
-            "autocast": scored(setup, model, prompts, completions, autocast=low),
-            "rounded": scored(setup, rounded, prompts, completions),
-        }
+        found = {"float32": exact()}
+        for head, block in (("", nullcontext), ("_float32_head", float32_head)):
+            with block(model):
+                found[f"autocast{head}"] = scored(setup, model, prompts, completions, autocast=low)
+            with block(rounded):
+                found[f"rounded{head}"] = scored(setup, rounded, prompts, completions)
+        return found
 
     before = in_all_ways()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6)
+    start = [weight.detach().clone() for weight in model.parameters()]
+    train(model, prompts, completions, low)
+    way = [weight.detach() - old for weight, old in zip(model.parameters(), start, strict=True)]
+    step, tried = 1.0, []
+    for _ in range(8):
+        with torch.no_grad():
+            for weight, old, new in zip(model.parameters(), start, way, strict=True):
+                weight.copy_(old + step * new)
+        apart = exact() - before["float32"]
+        tried.append(round(float((apart[::2] - apart[1::2]).std()), 4))
+        if 1.0 <= tried[-1] <= 5.0:
+            break
+        step *= min(100.0, 2.5 / max(tried[-1], 1e-6))
+    else:
+        raise ValueError(f"margins have these deviations instead of 1 to 5 nats: {tried}")
+    moved = {name: after - before[name] for name, after in in_all_ways().items()}
+    margin = {name: ratio[::2] - ratio[1::2] for name, ratio in moved.items()}
+    right = margin.pop("float32")
+    found: dict[str, Any] = {"pairs": len(right), "deviation": tried[-1], "tried": tried}
+    for name, values in margin.items():
+        found[name] = difference(values, right)
+        found[name] |= {"deviation_of_error": round(float((values - right).std()), 4)}
+        found[name] |= {"other_sign": int((np.sign(values) != np.sign(right)).sum())}
+    return found
+
+
+def train(model: Any, prompts: Texts, completions: Texts, low: Callable[[], Any]) -> None:
+    """One pass over all pairs, two at a time: a direction in which training moves the weights."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     for at in range(0, len(prompts), 4):
         lines = [(index,) for index in range(at, at + 4)]
         inputs, targets = forward.collate(prompts, completions, lines, 0, device)
@@ -184,12 +196,3 @@ def margins(setup: Setup) -> dict[str, Any]:
         torch.nn.functional.softplus(0.2 * (rejected - chosen)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = {name: after - before[name] for name, after in in_all_ways().items()}
-    margin = {name: ratio[::2] - ratio[1::2] for name, ratio in moved.items()}
-    exact = margin.pop("float32")
-    found: dict[str, Any] = {"pairs": len(exact), "deviation": round(float(exact.std()), 4)}
-    for name, values in margin.items():
-        found[name] = difference(values, exact)
-        found[name] |= {"deviation_of_error": round(float((values - exact).std()), 4)}
-        found[name] |= {"other_sign": int((np.sign(values) != np.sign(exact)).sum())}
-    return found

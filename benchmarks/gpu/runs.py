@@ -1,9 +1,11 @@
 """Whole `rl: sera` runs through the real host: to the end, killed and continued, every kind."""
 
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +15,8 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.harness import Setup
-from benchmarks.host import SERA, host_config, write_config, write_rows
+from benchmarks.harness import Setup, fresh
+from benchmarks.host import SERA, host_config, train_here, write_config, write_rows
 from benchmarks.workload import make_model, make_rows, vocabulary_of
 from sera_plugin.config.sera import AS_PUBLISHED
 
@@ -35,13 +37,15 @@ FORMATS = {
     "chosen_format": " {chosen}",
     "rejected_format": " {rejected}",
 }
-#: The host asks a GPU whether it has bf16; a CPU has it too.
-_ON_CPU = """
-import sys, transformers.training_args as arguments
-arguments.is_torch_bf16_gpu_available = lambda: True
-from axolotl.cli.train import do_cli
-do_cli(sys.argv[1])
-"""
+FSDP = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "reshard_after_forward": True,
+        "offload_params": True,
+    },
+}
 
 
 def world(setup: Setup) -> dict[str, Any]:
@@ -79,22 +83,38 @@ def world_config(setup: Setup, name: str, **changes: Any) -> dict[str, Any]:
     )
 
 
-def start(setup: Setup, config: dict[str, Any], launcher: str) -> subprocess.Popen[bytes]:
-    """Begin to train in a process of its own, which prints where this one does."""
+def start(setup: Setup, config: dict[str, Any], command: Sequence[str] = ()) -> Any:
+    """Begin to train in a process of its own, which prints where this one does.
+
+    By the host's function, or by a command with the configuration's path at `{}`.
+    """
     output = Path(config["output_dir"])
     output.parent.mkdir(parents=True, exist_ok=True)
-    path = str(write_config(output.with_suffix(".yaml"), config))
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", path, "--launcher", launcher]
-    command += ["--", "--nproc_per_node", "1"] if launcher == "torchrun" else []
-    if setup.device == "cpu" and config["bf16"]:
-        command = [sys.executable, "-c", _ON_CPU, path]
-    return subprocess.Popen(command)
+    path = write_config(output.with_suffix(".yaml"), config)
+    child = fresh(setup.device).Process(
+        target=train, args=(path, setup.device, [part.format(path) for part in command])
+    )
+    child.start()
+    return child
 
 
-def finish(child: subprocess.Popen[bytes], config: dict[str, Any]) -> dict[str, Any]:
+def train(path: Path, device: str, command: Sequence[str]) -> None:
+    if command:
+        os.execv(sys.executable, [sys.executable, *command])
+    multiprocessing.set_start_method(None, force=True)  # for data loaders, as in any process
+    if device == "cpu":
+        from transformers import training_args
+
+        # The host asks a GPU whether it has bf16; a CPU has it too.
+        training_args.is_torch_bf16_gpu_available = lambda: True
+    train_here(path)
+
+
+def finish(child: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Wait for a run to end well; figures of each iteration from its summaries."""
-    if code := child.wait():
-        raise RuntimeError(f"training ended with exit status {code}; its own message is above")
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"training ended with {child.exitcode}; its own message is above")
     run = Path(config["output_dir"]) / "sera"
     found = [json.loads(path.read_text()) for path in sorted(run.glob("iteration-*/summary.json"))]
     if len(found) != config["num_epochs"]:
@@ -110,9 +130,9 @@ def finish(child: subprocess.Popen[bytes], config: dict[str, Any]) -> dict[str, 
     }
 
 
-def trained(setup: Setup, config: dict[str, Any], launcher: str = "python") -> dict[str, Any]:
+def trained(setup: Setup, config: dict[str, Any], command: Sequence[str] = ()) -> dict[str, Any]:
     begun = time.perf_counter()
-    found = finish(start(setup, config, launcher), config)
+    found = finish(start(setup, config, command), config)
     return {"command_seconds": round(time.perf_counter() - begun, 1), **found}
 
 
@@ -121,7 +141,13 @@ def full(setup: Setup) -> dict[str, Any]:
 
 
 def lora_bf16(setup: Setup) -> dict[str, Any]:
-    return trained(setup, world_config(setup, "lora_bf16", num_epochs=2, **LORA))
+    """And how often a step waits for the device, by the line of code that does."""
+    config = world_config(setup, "lora_bf16", num_epochs=2, **LORA)
+    if setup.device == "cpu":
+        return trained(setup, config) | {"waits": "left out: a CPU has no queue to wait for"}
+    config["plugins"].append("benchmarks.probe.Waits")
+    found = trained(setup, config)
+    return found | json.loads((Path(config["output_dir"]) / "waits.json").read_text())
 
 
 def lora_fp16(setup: Setup) -> dict[str, Any]:
@@ -132,8 +158,24 @@ def lora_fp16(setup: Setup) -> dict[str, Any]:
 
 
 def torchrun(setup: Setup) -> dict[str, Any]:
+    """The host's own command, with the launcher torchrun and one process."""
     low = setup.device == "cuda"
-    return trained(setup, world_config(setup, "torchrun", num_epochs=2, bf16=low), "torchrun")
+    command = ["-m", "axolotl.cli.main", "train", "{}", "--launcher", "torchrun"]
+    command += ["--", "--nproc_per_node", "1"]
+    return trained(setup, world_config(setup, "torchrun", num_epochs=2, bf16=low), command)
+
+
+def fsdp_offload(setup: Setup) -> dict[str, Any]:
+    """FSDP2 with weights in host memory, one process under torchrun."""
+    config = world_config(setup, "fsdp_offload", num_epochs=2, **FSDP)
+    module = "axolotl.cli.train"
+    if setup.device == "cpu":
+        # Over gloo, by what the tests replace in the host; memory is pinned for accelerators only.
+        module = "tests.host_on_cpu"
+        config["fsdp_config"] |= {"cpu_offload_pin_memory": False}
+        config |= {"bf16": False, "max_memory": {"cpu": "8GiB"}}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    return trained(setup, config, [*command, "-m", module, "{}"])
 
 
 def killed(setup: Setup) -> dict[str, Any]:
@@ -156,19 +198,17 @@ def evaluate(setup: Setup) -> dict[str, Any]:
 
 def killed_once(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
     """SIGKILL once iteration 2 has samples, then the same command to its end."""
-    run, child = (
-        Path(config["output_dir"]) / "sera" / "iteration-02",
-        start(setup, config, "python"),
-    )
+    run = Path(config["output_dir"]) / "sera" / "iteration-02"
+    child = start(setup, config)
     patterns = ("samples/*.parquet", "candidates.parquet")
-    while child.poll() is None and not any(any(run.glob(each)) for each in patterns):
+    while child.is_alive() and not any(any(run.glob(each)) for each in patterns):
         time.sleep(0.002)
-    if child.poll() is not None:
-        raise RuntimeError(f"the run ended with {child.returncode} before it could be killed")
+    if not child.is_alive():
+        raise RuntimeError(f"the run ended with {child.exitcode} before it could be killed")
     for process in psutil.Process(child.pid).children(recursive=True):
         process.kill()
     child.kill()
-    child.wait()
+    child.join()
     there = sorted(path.name for path in run.iterdir())
     again = trained(setup, config | {"auto_resume_from_checkpoints": True})
     return {"there_when_killed": there, **again}

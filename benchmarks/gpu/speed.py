@@ -1,71 +1,133 @@
-"""How quick: sampling by batch size, and parts of `python -m benchmarks`."""
+"""How quick: sampling by batch size and kind of cache, and parts of `python -m benchmarks`."""
 
-import json
-import subprocess
-import sys
+import importlib
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import GenerationConfig
 
 from benchmarks.gpu.precision import PeakMemory
-from benchmarks.harness import ROOT, Setup
+from benchmarks.harness import Setup
 from benchmarks.workload import load_model, make_model
 from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.sampling.transformers import TransformersSampler
 
+Prompts = list[list[int]]
+
 
 def sampling(setup: Setup) -> dict[str, Any]:
-    """Tokens a second inside the training process, of one batch; prompts of 64 tokens."""
+    """Tokens a second inside the training process, of one batch; prompts of 64 tokens.
+
+    By the run's sampler, and by two others of transformers with the same model, prompts and number
+    of tokens. What one of these fails with is its figure.
+    """
     model, _ = load_model(setup, make_model(setup))
     random, new = np.random.default_rng(0), 8 if setup.pairs else 64
     found: dict[str, Any] = {"new_tokens": new}
-    for batch in (2, 8, 32, 128)[: setup.pairs and 2]:  # the first to warm up
-        prompts = random.integers(4, model.config.vocab_size, (batch, 64)).tolist()
-        sampler = TransformersSampler(model, 0, batch * (64 + new), device=model.device)
-        settings = SamplingSettings(
-            candidates=1,
-            temperature=1.0,
-            top_p=0.95,
-            max_new_tokens=new,
-            max_length=None,
-            end_ids=(2,),
-            seed=0,
-        )
-        peak, start = PeakMemory(setup), time.perf_counter()
-        chunks = list(sampler.sample(prompts, settings))
-        seconds = time.perf_counter() - start
-        tokens = sum(len(one.token_ids) for chunk in chunks for _, group in chunk for one in group)
-        found[f"batch_{batch}"] = {
-            "tokens_per_second": round(tokens / seconds, 1),
-            "seconds": round(seconds, 2),
-            "batches": len(chunks),
-            "peak_gib": peak.gib(),
-        }
+    ways = {"ours": ours, "static": static}
+    if setup.device == "cuda":
+        # On a CPU continuous batching fills memory with its cache for a minute, and nobody
+        # compiles a toy. Last what may take long.
+        ways |= {"continuous": continuous, "static_compiled": static_compiled}
+    for way, sample in ways.items():
+        for batch in (2, 8, 32, 128)[: setup.pairs and 2]:  # the first to warm up
+            if way == "static_compiled" and batch not in (2, 32):
+                continue
+            prompts = random.integers(4, model.config.vocab_size, (batch, 64)).tolist()
+            peak, start = PeakMemory(setup), time.perf_counter()
+            try:
+                tokens = sample(model, prompts, new)
+            except Exception as error:  # whatever transformers has, beside the run's own sampler
+                if way == "ours":
+                    raise
+                found[f"{way}_{batch}"] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            seconds = time.perf_counter() - start
+            found[f"{way}_{batch}"] = {
+                "tokens_per_second": round(tokens / seconds, 1),
+                "seconds": round(seconds, 2),
+                "peak_gib": peak.gib(),
+            }
+            print(f"round 1/1: {way}_{batch}: {found[f'{way}_{batch}']}", flush=True)
     return found
 
 
-def part(setup: Setup, name: str, rounds: int) -> dict[str, Any]:
-    """A part of `python -m benchmarks`, in full; what it prints is this step's log."""
-    command = [sys.executable, "-m", "benchmarks", "--device", setup.device, "--only", name]
-    command += ["--shape", setup.shape, "--rounds", str(min(rounds, setup.rounds))]
-    command += ["--pairs", str(setup.pairs)] if setup.pairs else []
-    command += ["--save", str(setup.directory / "figures")]
-    if code := subprocess.run(command, cwd=ROOT).returncode:
-        raise RuntimeError(f"it ended with exit status {code}; its own message is above")
-    path = setup.directory / "figures" / f"{name}-{setup.device}-{setup.shape}.json"
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return kept
+def ours(model: Any, prompts: Prompts, new: int) -> int:
+    sampler = TransformersSampler(
+        model, 0, len(prompts) * (len(prompts[0]) + new), device=model.device
+    )
+    settings = SamplingSettings(
+        candidates=1,
+        temperature=1.0,
+        top_p=0.95,
+        max_new_tokens=new,
+        max_length=None,
+        end_ids=(2,),
+        seed=0,
+    )
+    chunks = list(sampler.sample([np.array(one, np.int32) for one in prompts], settings))
+    if len(chunks) != 1:
+        raise ValueError(f"{len(prompts)} prompts were sampled in {len(chunks)} batches, not in 1")
+    return sum(len(one.token_ids) for chunk in chunks for _, group in chunk for one in group)
+
+
+def _config(new: int, **how: Any) -> GenerationConfig:
+    sampled = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    return GenerationConfig(**sampled, max_new_tokens=new, eos_token_id=[2], pad_token_id=0, **how)
+
+
+def _generated(model: Any, prompts: Prompts, config: GenerationConfig) -> int:
+    ids = torch.tensor(prompts, device=model.device)
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+    )
+    return int((output[:, ids.shape[1] :] != 0).sum())
+
+
+def static(model: Any, prompts: Prompts, new: int) -> int:
+    config = _config(new, cache_implementation="static", disable_compile=True)
+    return _generated(model, prompts, config)
+
+
+def static_compiled(model: Any, prompts: Prompts, new: int) -> int:
+    """The second call's speed counts: the first one compiles."""
+    return _generated(model, prompts, _config(new, cache_implementation="static"))
+
+
+def continuous(model: Any, prompts: Prompts, new: int) -> int:
+    try:
+        results = model.generate_batch(prompts, generation_config=_config(new), progress_bar=False)
+    finally:
+        model.set_attn_implementation("sdpa")  # it leaves a paged one
+    return sum(len(one.generated_tokens) for one in results.values())
+
+
+def part(setup: Setup, name: str, rounds: int, pairs: int) -> dict[str, Any]:
+    """A part of `python -m benchmarks`; what it prints is this step's log."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    # The model that is there already, so that this process leaves the device to those it starts.
+    mine = replace(
+        setup,
+        rounds=min(rounds, setup.rounds),
+        pairs=setup.pairs or pairs,
+        model=make_model(setup),
+    )
+    measured: dict[str, Any] = module.measure(mine)
+    print(f"\n{module.table(measured)}\n", flush=True)
+    return measured
 
 
 def scoring(setup: Setup) -> dict[str, Any]:
-    return part(setup, "scoring", 5)
+    return part(setup, "scoring", 5, 96)
 
 
 def step(setup: Setup) -> dict[str, Any]:
-    return part(setup, "step", 5)
+    return part(setup, "step", 5, 64)
 
 
 def whole_run(setup: Setup) -> dict[str, Any]:
-    """One round takes minutes: nine commands of the host."""
-    return part(setup, "whole_run", 1)
+    """One round: thirteen commands of the host, which begin with the imports already made."""
+    return part(setup, "whole_run", 1, 48)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from functools import reduce
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
@@ -329,8 +330,13 @@ class PolicyHistory:
             names = {id(weight): name for name, weight in mine.items()}
             saved = {names[id(weight)]: weights[key] for key, weight in called.items()}
         else:
+            # Of all its types: in mixed precision `auto` would round to that of the first weight.
+            types = {weight.dtype for weight in self.model.parameters()}
             loaded = type(self.model).from_pretrained(
-                str(directory), dtype="auto", use_safetensors=True, trust_remote_code=False
+                str(directory),
+                dtype=reduce(torch.promote_types, types),
+                use_safetensors=True,
+                trust_remote_code=False,
             )
             saved = loaded.state_dict()
         return {
