@@ -135,10 +135,12 @@ def test_ctrl_c_while_another_policy_is_in_the_model_meets_the_one_in_training(m
     assert same(saved[0], trained)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_policy_read_from_disk_is_the_one_that_was_kept(model, tokenizer, tmp_path, lora):
-    if lora:
+@pytest.mark.parametrize("kind", ["full", "mixed", "lora"])
+def test_a_policy_read_from_disk_is_the_one_that_was_kept(model, tokenizer, tmp_path, kind):
+    if kind == "lora":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    if kind == "mixed":  # the first weight is not of the widest type
+        model.bfloat16().model.norm.float()
     store = RunStore(tmp_path)
     history = PolicyHistory(model, store, "base", tokenizer)
     history.keep_initial(recorded=False)

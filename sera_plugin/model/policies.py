@@ -13,8 +13,7 @@ import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
