@@ -17,6 +17,7 @@ PARTS = {
     "whole_run": ("cpu", "cuda"),
     "ranks": ("cpu",),
     "large_n": ("cpu",),
+    "noise": ("cpu", "cuda"),
     "plan": ("cpu", "cuda"),
 }
 #: Pages and the parts that each has a place for.

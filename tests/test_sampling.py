@@ -328,7 +328,7 @@ def test_a_guest_has_the_device_to_itself_where_it_does_not_fit_beside_the_run(
     monkeypatch.setattr(offload, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(offload, "_free", lambda device: (free + 10 * GIB * len(moved), 24 * GIB))
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    with offload.waiting(model, None, 5 * GIB, "a guest") as found:
+    with offload.waiting(model, torch.device("cuda"), None, 5 * GIB, "a guest") as found:
         assert found == free + 10 * GIB * moves
         assert moved == [len(resident_tensors(model, None))] * moves
     assert moved == [len(resident_tensors(model, None))] * 2 * moves

@@ -96,7 +96,7 @@ def test_a_reward_model_ranks_the_samples(run, reward_model, monkeypatch):
     """The policy and its optimizer, which has state by then, wait for it where they must."""
     waited = []
 
-    def waiting(model, optimizer, wanted, guest):
+    def waiting(model, device, optimizer, wanted, guest):
         waited.append((model, len(optimizer.state) > 0, guest))
         return nullcontext()
 

@@ -219,9 +219,8 @@ class Loop:
     def _labeler(self, optimizer: Any = None) -> Labeler:
         kind = LABELERS[self.method.config.labeler].load()
         labeler: Labeler = kind(self.method, self.store, self.tokenizer, self.scorer.quiet)
-        labeler.room = partial(
-            waiting, self.scorer.policies.model, optimizer, guest="the reward model"
-        )
+        model, device = self.scorer.policies.model, self.scorer.budget.device
+        labeler.room = partial(waiting, model, device, optimizer, guest="the reward model")
         return labeler
 
     def begin(

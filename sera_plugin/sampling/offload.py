@@ -66,7 +66,7 @@ def make_room(
     asked = options.get("gpu_memory_utilization")
     if asked is not None:
         wanted = int(asked * total)
-    with waiting(model, optimizer, wanted, "the engine") as free:
+    with waiting(model, device, optimizer, wanted, "the engine") as free:
         free = _least_free(free, size, ranks)
         if asked is not None and asked * total > free:
             raise ValueError(
@@ -82,16 +82,16 @@ def make_room(
 
 
 @contextmanager
-def waiting(model: nn.Module, optimizer: Any, wanted: int, guest: str) -> Iterator[int]:
-    """Bytes that are free on the model's device, for a guest that wants so many of them.
+def waiting(
+    model: nn.Module, device: torch.device, optimizer: Any, wanted: int, guest: str
+) -> Iterator[int]:
+    """Bytes that are free on a device, for a guest that wants so many of them.
 
     On a GPU unused blocks are always returned. Where too little is free, weights and optimizer
     state wait in host memory, and are back, bit for bit, when the block is left. On a CPU they
     stay, and the bytes are those of host memory.
     """
-    first = next(model.parameters())
-    device = first.device
-    if not _on_gpu(first):
+    if device.type != "cuda":
         yield psutil.virtual_memory().available
         return
     free, _ = _free(device)
