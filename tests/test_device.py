@@ -1,5 +1,6 @@
 """Tensors go to where passes are made; there is no GPU here, so that device is only named."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from sera_plugin.model.losses import Objective, PreferenceLoss
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.ranks import WHOLE, Ranks
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling import offload, samplers
+from sera_plugin.sampling import samplers
 from sera_plugin.sampling.offload import make_room
 from sera_plugin.sampling.samplers import Choice, Samplers
 from sera_plugin.sampling.transformers import TransformersSampler
@@ -70,7 +71,7 @@ def test_room_for_an_engine_is_made_on_the_accelerator(model, monkeypatch):
     def free(device):
         raise Reached(device)
 
-    monkeypatch.setattr(offload, "_free", free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     gpu = torch.device("cuda", 1)
     with pytest.raises(Reached, match="cuda:1"), make_room(model, gpu, None, 2, {}, Ranks(), 48):
@@ -78,7 +79,10 @@ def test_room_for_an_engine_is_made_on_the_accelerator(model, monkeypatch):
 
 
 def test_samplers_take_the_scorers_device(model, tmp_path, monkeypatch):
-    device, other = torch.device("meta"), {"pad_id": 0, "autocast": None, "shard": WHOLE}
+    device = torch.device("cuda", 1)
+    card = SimpleNamespace(total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    other = {"pad_id": 0, "autocast": nullcontext, "shard": WHOLE}
     policies = SimpleNamespace(model=model, is_adapter=False, at=int)
     scorer = SimpleNamespace(policies=policies, budget=TokenBudget(9, device=device), **other)
     cfg = {"sequence_len": 48, "base_model": "x", "torch_dtype": torch.float32}
