@@ -118,7 +118,8 @@ def check_run(result, base: Path, kept: int, sampled: int, four_bit=False, low=F
         assert forwarded.pop("score_offline") == {"sequences": 2 * total, "tokens": lengths}
         forwarded.pop("score_evaluation", None)
         # Pairs that are scored again tell the noise of bf16.
-        assert forwarded.pop("score_again", {"sequences": 0})["sequences"] == (32 if low else 0)
+        again = forwarded.pop("score_again", {"sequences": 0})["sequences"]
+        assert again == (2 * min(16, total) if low or four_bit else 0)
         samples = forwarded.pop("sample", {"sequences": 0})["sequences"]
         scored = forwarded.pop("score_candidates", {"sequences": 0})["sequences"]
         assert scored == samples * min(t, 3)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from mmap import mmap
+from mmap import ACCESS_COPY, mmap
 from typing import Any, TypeVar
 
 import numpy as np
@@ -128,8 +128,11 @@ class Ranks:
                 os.truncate(file, max(1, size))
                 place[self.rank] = os.getpid(), file
             process, number = self.sum(place.ravel()).reshape(-1, 2)[first].astype(int)
-            with suppress(OSError), open(f"/proc/{process}/fd/{number}", "r+b") as opened:
-                mapped = mmap(opened.fileno(), max(1, size))
+            with suppress(OSError), open(f"/proc/{process}/fd/{number}", "rb") as opened:
+                # The same pages for as long as this rank does not write to them.
+                mapped = mmap(opened.fileno(), max(1, size), access=ACCESS_COPY)
+            if self.rank == first:
+                mapped = mmap(file, max(1, size))
             failed = self.sum(np.array([float(mapped is None)]))[0]
             if file >= 0:
                 os.close(file)  # all that could have opened it

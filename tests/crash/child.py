@@ -29,8 +29,9 @@ from transformers.trainer_callback import CallbackHandler
 
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.trainer import SeraTrainer
-from sera_plugin.model import scoring
+from sera_plugin.model import budget, scoring
 from sera_plugin.model.forward import innermost
+from sera_plugin.model.memory import SampledBatches
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling import samplers
 from sera_plugin.sampling.transformers import TransformersSampler
@@ -151,8 +152,9 @@ class Watch:
         wrap(TrainerState, "save_to_json", after=self.settle)
 
     def phases(self, set_up: Callable[[], None]) -> None:
-        for module in (scoring, samplers):
-            module.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[attr-defined]
+        batches = SampledBatches(TOKEN_BUDGET)
+        budget.plan_tokens = lambda *_, **__: TOKEN_BUDGET  # type: ignore[assignment]
+        samplers.sampled_batches = lambda *_, **__: batches  # type: ignore[assignment]
 
         def begins(loop: Any, iteration: int, *_: Any) -> None:
             self.iteration = iteration
