@@ -17,7 +17,7 @@ PARTS = {
     "whole_run": ("cpu", "cuda"),
     "ranks": ("cpu",),
     "large_n": ("cpu",),
-    "noise": ("cpu", "cuda"),
+    "noise": ("cpu",),
     "plan": ("cpu", "cuda"),
 }
 #: Pages and the parts that each has a place for.

@@ -68,13 +68,13 @@ def test_margins_selections_and_drift(tmp_path):
 
 def test_the_noise_of_margins_stands_beside_them(tmp_path):
     store = make_run(tmp_path, pairs=4, logps=FOUR, held_out=0)
-    assert "Rounding moves" not in render(Run(store))
+    assert "rounding moves" not in render(Run(store))
     moved = {"chosen": [0.1] * 4, "rejected": [0.0] * 4}
     store.write_summary(2, store.summary(2) | {"noise": moved | {"margin": 0.123}})
     store.write_summary(3, store.summary(3) | {"noise": moved | {"margin": 0.5, "within": 0.25}})
     page = render(Run(store))
-    assert "(0.2%). Rounding moves a margin by 0.12.<" in page
-    assert "Rounding moves a margin by 0.5; 25% of the pairs are nearer to the cut than" in page
+    assert "(0.2%). From batch to batch rounding moves a margin by 0.12.<" in page
+    assert "rounding moves a margin by 0.5; 25% of the pairs are nearer to the cut than" in page
 
 
 def test_a_run_lies_among_published_ones(tmp_path):

@@ -2,6 +2,7 @@
 is stored, and room for an engine (nothing moves on a CPU)."""
 
 import math
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -292,47 +293,75 @@ def test_eight_bit_weights_move_with_their_scales_and_stay_one(passed):
     holder = layer.state if passed else layer.weight
     tensors = resident_tensors(layer, None)
     assert {*map(id, tensors)} == {*map(id, (layer.weight, layer.bias, holder.CB, holder.SCB))}
-    before, places = zip(*((each.clone(), each.data_ptr()) for each in tensors), strict=True)
-    offload.move(tensors, torch.device("cpu"))
-    assert not {each.data_ptr() for each in tensors} & {*places}
+    before, away = [each.clone() for each in tensors], offload.Away()
+    away.put(tensors)
+    assert not any(each.untyped_storage().nbytes() for each in (*tensors, holder.CB))
+    away.back()
     assert layer.weight.data_ptr() == holder.CB.data_ptr()
     assert all(map(torch.equal, tensors, before))
     assert torch.equal(layer(inputs), expected)
 
 
-def test_tensors_that_overlap_are_moved_as_they_lie():
-    """A transposed view, and a part of one storage."""
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_tensors_that_overlap_come_back_as_they_lie(interrupted):
+    """A transposed view, and a part of one storage; on Ctrl-C they stay where their copy is."""
     whole = torch.arange(12.0).view(3, 4)
     tensors = [torch.nn.Parameter(whole.T), whole[1:, 2]]
-    before = [each.detach().clone() for each in tensors]
-    offload.move(tensors, torch.device("cpu"))
+    before, away = [each.detach().clone() for each in tensors], offload.Away()
+    away.put(tensors)
+    assert whole.untyped_storage().nbytes() == 0
+    if interrupted:
+        away.stay()
+    away.back()
+    assert whole.untyped_storage().nbytes() == (0 if interrupted else 48)
     assert all(map(torch.equal, tensors, before))
     tensors[1].fill_(-1.0)
     assert (tensors[0][2, 1:] == -1).all()
-    assert whole.max() == 11
 
 
+@pytest.mark.parametrize("how", ["ends", "raises", "is interrupted"])
 @pytest.mark.parametrize(("free", "moves"), [(5 * GIB, True), (6 * GIB, False)])
 def test_a_guest_has_the_device_to_itself_where_it_does_not_fit_beside_the_run(
-    model, monkeypatch, free, moves
+    model, monkeypatch, free, moves, how
 ):
-    """It asks for 5 GiB, and a GiB is for what two measurements differ by."""
-    moved = []
+    """It asks for 5 GiB, and a GiB is for what two measurements differ by.
 
-    def move(tensors, device):
-        moved.append(len(tensors))
-        take(tensors, device)
+    DDP averages gradients in a hook of each weight's node in autograd, which must stay the same.
+    """
+    for each in (*model.parameters(), *model.buffers()):
+        each.data = each.data.clone()  # what was read here is mapped from a file
+    weight, saved, averaged = next(model.parameters()), [], []
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: averaged.append(True))
 
-    take = offload.move
-    monkeypatch.setattr(offload, "move", move)
-    monkeypatch.setattr(offload, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(offload, "_free", lambda device: (free + 10 * GIB * len(moved), 24 * GIB))
+    def away() -> bool:
+        return weight.untyped_storage().nbytes() == 0
+
+    def host_saves(number, frame):
+        saved.append({name: each.clone() for name, each in model.state_dict().items()})
+        raise KeyboardInterrupt
+
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    with offload.waiting(model, torch.device("cuda"), None, 5 * GIB, "a guest") as found:
-        assert found == free + 10 * GIB * moves
-        assert moved == [len(resident_tensors(model, None))] * moves
-    assert moved == [len(resident_tensors(model, None))] * 2 * moves
-    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    monkeypatch.setattr(offload, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(offload, "_free", lambda device: (free + 10 * GIB * away(), 24 * GIB))
+    handler = signal.signal(signal.SIGINT, host_saves)
+    try:
+        with offload.waiting(model, torch.device("cuda"), None, 5 * GIB, "a guest") as found:
+            assert found == free + 10 * GIB * moves
+            assert away() == moves
+            if how == "raises":
+                raise KeyboardInterrupt
+            if how == "is interrupted":
+                signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        assert how != "ends"
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    for state in (model.state_dict(), *saved):
+        assert all(map(torch.equal, state.values(), before.values()))
+    assert len(saved) == (how == "is interrupted")
+    model(input_ids=torch.tensor([[1, 5, 7]])).logits.sum().backward()
+    assert averaged == [True] or how == "is interrupted"
 
 
 def test_an_engine_gets_what_all_of_its_devices_have():

@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start, log = time.monotonic(), work / f"{name}.log"
         patience = STEPS[name].limit * (4 if options.device == "cpu" else 1)
         limit = min(patience, max(0.0, end - start))
-        code = in_time(log, limit, name, options.device, options.smoke, work)
+        try:
+            code = in_time(log, limit, name, options.device, options.smoke, work)
+        except Exception as error:  # a step that does not even begin is no reason to lose the rest
+            code = 1
+            log.write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
         said, path = log.read_text(encoding="utf-8", errors="replace"), work / f"{name}.json"
         ok = code == 0 and path.exists()
         found = {"step": name, "ok": ok, "seconds": round(time.monotonic() - start, 1)}

@@ -21,21 +21,14 @@ Prompts = list[list[int]]
 def sampling(setup: Setup) -> dict[str, Any]:
     """Tokens a second inside the training process, of one batch; prompts of 64 tokens.
 
-    By the run's sampler, and by two others of transformers with the same model, prompts and number
-    of tokens. What one of these fails with is its figure.
+    By the run's sampler, and with transformers' static cache on the same model, prompts and number
+    of tokens (`benchmarks.generate` has continuous batching). What that fails with is its figure.
     """
     model, _ = load_model(setup, make_model(setup))
     random, new = np.random.default_rng(0), 8 if setup.pairs else 64
     found: dict[str, Any] = {"new_tokens": new}
-    ways = {"ours": ours, "static": static}
-    if setup.device == "cuda":
-        # On a CPU continuous batching fills memory with its cache for a minute, and nobody
-        # compiles a toy. Last what may take long.
-        ways |= {"continuous": continuous, "static_compiled": static_compiled}
-    for way, sample in ways.items():
+    for way, sample in {"ours": ours, "static": static}.items():
         for batch in (2, 8, 32, 128)[: setup.pairs and 2]:  # the first to warm up
-            if way == "static_compiled" and batch not in (2, 32):
-                continue
             prompts = random.integers(4, model.config.vocab_size, (batch, 64)).tolist()
             peak, start = PeakMemory(setup), time.perf_counter()
             try:
@@ -90,19 +83,6 @@ def _generated(model: Any, prompts: Prompts, config: GenerationConfig) -> int:
 def static(model: Any, prompts: Prompts, new: int) -> int:
     config = _config(new, cache_implementation="static", disable_compile=True)
     return _generated(model, prompts, config)
-
-
-def static_compiled(model: Any, prompts: Prompts, new: int) -> int:
-    """The second call's speed counts: the first one compiles."""
-    return _generated(model, prompts, _config(new, cache_implementation="static"))
-
-
-def continuous(model: Any, prompts: Prompts, new: int) -> int:
-    try:
-        results = model.generate_batch(prompts, generation_config=_config(new), progress_bar=False)
-    finally:
-        model.set_attn_implementation("sdpa")  # it leaves a paged one
-    return sum(len(one.generated_tokens) for one in results.values())
 
 
 def part(setup: Setup, name: str, rounds: int, pairs: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ STEPS = {
     "full": Step("runs", 150, "checks", ("world",)),
     "killed": Step("runs", 200, "checks", ("world", "full")),
     "evaluate": Step("runs", 200, "checks", ("world",)),
-    "qlora": Step("runs", 150, "checks", ("large",)),
+    "qlora": Step("runs", 240, "checks", ("large",)),
     "fsdp_offload": Step("runs", 120, "checks", ("world",)),
     "torchrun": Step("runs", 120, "checks", ("world",)),
     "scorer": Step("scorer", 90, "checks", ("large",)),
@@ -67,11 +68,10 @@ def in_time(log: Path, limit: float, name: str, device: str, smoke: bool, work: 
     child.join(limit)
     if child.exitcode is not None:
         return int(child.exitcode)
-    for process in (*psutil.Process(child.pid).children(recursive=True), child):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    with suppress(psutil.NoSuchProcess):
+        for process in (*psutil.Process(child.pid).children(recursive=True), child):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     child.join()
     return None
 

@@ -209,7 +209,9 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
     if "jaccard_with_previous" in summary:
         lines[-1] += f", Jaccard with the last selection {summary['jaccard_with_previous']:.2f}"
     if "margin" in (noise := summary.get("noise", {})):
-        lines.append(f"  rounding moves a margin by {noise['margin']:.2g} {unit}")
+        lines.append(
+            f"  from batch to batch rounding moves a margin by {noise['margin']:.2g} {unit}"
+        )
         if "within" in noise:
             lines[-1] += f"; {noise['within']:.0%} of the pairs are nearer to the cut than that"
     swapped = summary.get("label_noise")

@@ -176,7 +176,7 @@ def tidy_adapters(model: PeftModel, continued: Snapshot | None) -> None:
 
 
 @contextmanager
-def _before_interrupt(action: Callable[[], object]) -> Iterator[None]:
+def before_interrupt(action: Callable[[], object]) -> Iterator[None]:
     """Do something on Ctrl-C before whoever handles it: the host saves the model as it is then."""
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or current_thread() is not main_thread():
@@ -261,7 +261,7 @@ class PolicyHistory:
         here = self._snapshot() if self.current is None else self._snapshots[self.current]
         restore_snapshot(self.model, self._snapshots[policy])
         try:
-            with _before_interrupt(lambda: restore_snapshot(self.model, here)):
+            with before_interrupt(lambda: restore_snapshot(self.model, here)):
                 yield
         finally:
             restore_snapshot(self.model, here)

@@ -124,14 +124,18 @@ class Ranks:
         if self.local_world > 1 and sys.platform == "linux":
             place = np.zeros((self.world, 2))
             if self.rank == first:
-                file = os.memfd_create("sera-shared")
-                os.truncate(file, max(1, size))
+                with suppress(OSError):  # -1 is no descriptor, and nobody can open it
+                    file = os.memfd_create("sera-shared")
+                    os.truncate(file, max(1, size))
                 place[self.rank] = os.getpid(), file
             process, number = self.sum(place.ravel()).reshape(-1, 2)[first].astype(int)
-            with suppress(OSError), open(f"/proc/{process}/fd/{number}", "rb") as opened:
+            with (
+                suppress(OSError, ValueError),
+                open(f"/proc/{process}/fd/{number}", "rb") as opened,
+            ):
                 # The same pages for as long as this rank does not write to them.
                 mapped = mmap(opened.fileno(), max(1, size), access=ACCESS_COPY)
-            if self.rank == first:
+            if self.rank == first and mapped is not None:
                 mapped = mmap(file, max(1, size))
             failed = self.sum(np.array([float(mapped is None)]))[0]
             if file >= 0:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SEQUENCES, ENGINE_SLACK, GIB
 from sera_plugin.model.memory import cache_bytes_per_token, statistics_of
+from sera_plugin.model.policies import before_interrupt
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
 
@@ -76,9 +77,11 @@ def make_room(
             )
         utilization = asked if asked is not None else min(0.95, (free - ENGINE_SLACK) / total)
         fits = weights // len(devices) + ENGINE_OVERHEAD <= utilization * total
-        yield Memory(utilization, fits, devices)
-        ranks.barrier()  # a neighbour's engine may still be on this device
-        _wait_until_back(device, free)
+        try:
+            yield Memory(utilization, fits, devices)
+            ranks.barrier()  # a neighbour's engine may still be on this device
+        finally:
+            _wait_until_back(device, free)
 
 
 @contextmanager
@@ -95,38 +98,60 @@ def waiting(
         yield psutil.virtual_memory().available
         return
     free, _ = _free(device)
-    homes: dict[torch.device, list[Tensor]] = {}
-    said = f"{guest} fits beside the training run"
+    said, away = f"{guest} fits beside the training run", Away()
     try:
-        if free < wanted + ENGINE_SLACK:
-            said = f"weights and optimizer state wait in host memory ({free / GIB:.1f} GiB free)"
-            for tensor in resident_tensors(model, optimizer):
-                if _on_gpu(tensor):
-                    homes.setdefault(tensor.device, []).append(tensor)
-            for tensors in homes.values():
-                move(tensors, torch.device("cpu"))
-            free, _ = _free(device)
-        figures = guest, wanted / GIB, free / GIB
-        LOG.info(f"SeRA: {said}: %s wants %.1f GiB, and %.1f GiB are free now", *figures)
-        yield free
+        with before_interrupt(away.stay):
+            if free < wanted + ENGINE_SLACK:
+                said = "weights and optimizer state wait in host memory"
+                away.put(filter(_on_gpu, resident_tensors(model, optimizer)))
+                free, _ = _free(device)
+            figures = guest, wanted / GIB, free / GIB
+            LOG.info(f"SeRA: {said}: %s wants %.1f GiB, and %.1f GiB are free now", *figures)
+            yield free
     finally:
-        for home, tensors in homes.items():
-            move(tensors, home)
+        away.back()
 
 
-@torch.no_grad()
-def move(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Copy the tensors' storages to a device, bit for bit; those that shared one share it there."""
-    moved: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
-    for tensor in tensors:
-        old = tensor.untyped_storage()
-        if old._cdata not in moved:  # held, or another storage takes its address
-            there = torch.empty(old.nbytes(), dtype=torch.uint8, device=device)
-            there.untyped_storage().copy_(old)
-            moved[old._cdata] = old, there
-        place = tensor.storage_offset(), tensor.shape, tensor.stride()
-        empty = torch.empty(0, dtype=tensor.dtype, device=device)
-        tensor.data = empty.set_(moved[old._cdata][1].untyped_storage(), *place)
+class Away:
+    """Tensors whose memory is free while copies wait on the host.
+
+    Storages are emptied in place. A tensor with another storage on another device would lose its
+    node in autograd (`set_data` resets it), and with it the hook by which DDP averages gradients;
+    and names that share a storage go on sharing it.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._copies: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
+
+    def put(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the tensors' storages to host memory and empty them, but for mapped ones."""
+        for tensor in tensors:
+            self._tensors.append(tensor)
+            storage = tensor.untyped_storage()
+            if storage.resizable() and storage._cdata not in self._copies:
+                copy = torch.empty(storage.nbytes(), dtype=torch.uint8)
+                copy.untyped_storage().copy_(storage)
+                self._copies[storage._cdata] = storage, copy
+                storage.resize_(0)
+
+    def back(self) -> None:
+        """Fill the storages again, bit for bit."""
+        while self._copies:
+            storage, copy = self._copies.popitem()[1]
+            storage.resize_(copy.nbytes)
+            storage.copy_(copy.untyped_storage())
+
+    @torch.no_grad()
+    def stay(self) -> None:
+        """Ctrl-C: the host saves the model, and its memory is still somebody else's."""
+        for tensor in self._tensors:
+            if kept := self._copies.get(tensor.untyped_storage()._cdata):
+                place = tensor.storage_offset(), tensor.shape, tensor.stride()
+                tensor.data = torch.empty(0, dtype=tensor.dtype).set_(
+                    kept[1].untyped_storage(), *place
+                )
+        self._copies.clear()
 
 
 def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:

@@ -52,10 +52,11 @@ class TransformersSampler:
         """See `CandidateSampler.sample`. A chunk is one batch of prompts of similar length."""
         skip = frozenset(skip)
         limits = [room(row, prompt, settings) for row, prompt in enumerate(prompts)]
-        # A prompt counts with all of its candidates at full length: memory is bounded beforehand.
+        # A prompt counts with all of its candidates at full length: memory is bounded beforehand. A
+        # batch is as wide as its longest prompt, and may be sampled for as long as its shortest.
         sizes = [
-            self.size(len(prompt), limit) * settings.candidates
-            for prompt, limit in zip(prompts, limits, strict=True)
+            self.size(len(prompt), settings.max_new_tokens) * settings.candidates
+            for prompt in prompts
         ]
         # Batches are planned over all rows, finished ones included: a row's random stream is its
         # batch's, and must be the same when an interrupted call is made again.

@@ -100,8 +100,8 @@ class RewardModelJudge(ScoringJudge):
     def _on_device(self, passing: int) -> Iterator[None]:
         """The model is where it computes, with so many bytes beside it for a pass."""
         with self._room(self._model.get_memory_footprint() + passing):
-            self._model.to(self._device)
             try:
+                self._model.to(self._device)
                 yield
             finally:
                 self._model.to("cpu")  # before anything that has waited comes back

@@ -194,9 +194,9 @@ class Run:
         elements = sequences * self.completion * model.vocabulary
         chunk = min(elements, LOGITS)
         logits = 4 * (elements if elements <= KEPT_LOGITS else chunk) + 8 * chunk
-        if model.whole:
+        if whole := model.vocabulary if self.cfg.torch_compile else model.whole:
             places = sequences * (self.longest - int(self.pairs.prompt.min()))
-            logits = (12 + model.width) * places * model.whole
+            logits = (12 + model.width) * places * whole
         one = layers / model.layers
         between = (2 if model.gated else 1) * model.intermediate
         working = sequences * self.longest * model.width * (model.hidden + between) - logits
@@ -225,11 +225,10 @@ class Run:
         return {"activations": self.model.passing(self.scored_tokens), "logits": logits}
 
     def sampling(self) -> dict[str, int]:
-        """A batch of `sampling.transformers` at full length: of the shortest prompts or the longest
-        sequences, whichever takes more."""
-        lengths = self.pairs.prompt + self.limits
-        extremes = int(self.pairs.prompt.argmin()), int(lengths.argmax())
-        found = (self._batch(int(self.pairs.prompt[n]), int(self.limits[n])) for n in extremes)
+        """A batch of `sampling.transformers` at full length: of the shortest prompts or the
+        longest, whichever takes more."""
+        limit, prompts = self.method.config.max_new_tokens, self.pairs.prompt
+        found = (self._batch(int(prompt), limit) for prompt in (prompts.min(), prompts.max()))
         return max(found, key=lambda parts: sum(parts.values()))
 
     def _batch(self, prompt: int, limit: int) -> dict[str, int]:
@@ -312,6 +311,7 @@ class Run:
         parts = {
             "policies": max(1, *held) * self.model.trained_bytes,
             "dataset": 4 * int((self.pairs.prompt + self.pairs.completions).sum()),
+            "reward model": self.judge,
             "waiting for the GPU": max(phase.waiting for phase in self.phases),
             "offloaded activations": round(offloaded) * bool(self.cfg.activation_offloading),
         }

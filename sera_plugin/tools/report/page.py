@@ -112,7 +112,7 @@ def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     title = f"Iteration {one.number}: {', '.join(said) or 'sampled pairs'}"
     note = "The end bars hold what lies beyond (0.2%)."
     if "margin" in (noise := figures.get("noise") or {}) and one.margin is not None:
-        note += f" Rounding moves a margin by {noise['margin']:.2g}"
+        note += f" From batch to batch rounding moves a margin by {noise['margin']:.2g}"
         if "within" in noise:
             note += f"; {noise['within']:.0%} of the pairs are nearer to the cut than that"
         note += "."
