@@ -12,8 +12,10 @@ from torch._dynamo.device_interface import CudaInterface
 
 
 def _capability(device: Any = None) -> tuple[int, int]:
-    import pynvml  # type: ignore[import-untyped]
-
+    try:
+        import pynvml  # type: ignore[import-untyped]
+    except ImportError:  # an answer all the same: that CUDA is in use then is found out
+        return _asked[0](device)
     pynvml.nvmlInit()
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
     return int(major), int(minor)

@@ -98,12 +98,12 @@ def waiting(
         yield psutil.virtual_memory().available
         return
     free, _ = _free(device)
-    said, away = f"{guest} fits beside the training run", Away()
+    said, away = "the training run stays where it is", Away()
     try:
         with before_interrupt(away.stay):
             if free < wanted + ENGINE_SLACK:
-                said = "weights and optimizer state wait in host memory"
-                away.put(filter(_on_gpu, resident_tensors(model, optimizer)))
+                if away.put(filter(_on_gpu, resident_tensors(model, optimizer))):
+                    said = "weights and optimizer state wait in host memory"
                 free, _ = _free(device)
             figures = guest, wanted / GIB, free / GIB
             LOG.info(f"SeRA: {said}: %s wants %.1f GiB, and %.1f GiB are free now", *figures)
@@ -124,8 +124,11 @@ class Away:
         self._tensors: list[Tensor] = []
         self._copies: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
 
-    def put(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the tensors' storages to host memory and empty them, but for mapped ones."""
+    def put(self, tensors: Iterable[Tensor]) -> bool:
+        """Copy the tensors' storages to host memory and empty them, but for mapped ones.
+
+        Whether there are any: sharded weights stay where they are.
+        """
         for tensor in tensors:
             self._tensors.append(tensor)
             storage = tensor.untyped_storage()
@@ -134,6 +137,7 @@ class Away:
                 copy.untyped_storage().copy_(storage)
                 self._copies[storage._cdata] = storage, copy
                 storage.resize_(0)
+        return bool(self._copies)
 
     def back(self) -> None:
         """Fill the storages again, bit for bit."""
