@@ -71,7 +71,9 @@ def join(parts: Path, site: Path) -> None:
         for part in sorted(parts.glob("part-*")):
             file.write(command.decompress(part.read_bytes()))
     with tarfile.open(whole) as tar:
-        tar.extractall(site, filter="data")
+        # Known from Python 3.11.4 on.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(site)
     whole.unlink()
 
 
