@@ -5,13 +5,14 @@ and under bf16's autocast, in two layouts: as a run does (answers share their pr
 sequence at a time. Nothing is timed, so there are no rounds.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.gpu.precision import float32_head
 from benchmarks.harness import Setup, markdown
 from benchmarks.workload import (
     load_model,
@@ -73,21 +74,6 @@ class Scores:
         alone = zip(self.prompts, self.completions, strict=True)
         return np.concatenate([score_sequences(self.model, [p], [c], **how) for p, c in alone])
 
-    @contextmanager
-    def float32_output(self) -> Iterator[None]:
-        """The output layer computes in float32 from the last hidden states."""
-        head = self.model.get_output_embeddings()
-
-        def exact(hidden: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(self.device.type, enabled=False):
-                return torch.nn.functional.linear(hidden.float(), head.weight, head.bias)
-
-        head.forward = exact
-        try:
-            yield
-        finally:
-            del head.forward
-
     def train(self, reference: FloatArray) -> int:
         """DPO until the margins are `MARGIN` nats apart; how many passes that took."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0)
@@ -124,7 +110,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         ways.setdefault("float32", {}).setdefault(LAYOUTS[0], []).append(exact)
         for layout in LAYOUTS:
             ways.setdefault("bf16", {}).setdefault(layout, []).append(score(layout, score.autocast))
-            with score.float32_output():
+            with float32_head(score.model):
                 name = "bf16, output layer in float32"
                 found = score(layout, score.autocast)
             ways.setdefault(name, {}).setdefault(layout, []).append(found)

@@ -97,7 +97,7 @@ def _chosen(run: Run) -> list[int]:
     batch, pairs = run.cfg.micro_batch_size * run.cfg.gradient_accumulation_steps, run.pairs
     needed = [_STEPS * batch, run.scored_tokens / pairs.both.mean()]
     if run.sample:
-        one = run.batches.size(round(pairs.prompt.mean()), round(run.limits.mean()))
+        one = run.batches.size(round(pairs.prompt.mean()), run.method.config.max_new_tokens)
         needed.append(run.batches.tokens / (run.method.config.candidates * one))
     count = math.ceil(max(needed) / batch) * batch
     order = np.argsort(pairs.both, kind="stable")

@@ -250,7 +250,9 @@ class Run:
         """What to know about batches that are sampled on a GPU."""
         if self.memory is None:
             return ""
-        each = self.batches.size(0, self.longest) * self.method.config.candidates
+        config = self.method.config
+        longest = self.batches.size(int(self.pairs.prompt.max()), config.max_new_tokens)
+        each = longest * config.candidates
         prompts = max(1, self.batches.tokens // each)
         return f"as many prompts at a time as the GPU holds: {prompts:,} of the longest"
 
