@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, TrainerCallback, get_constant_schedule
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
 from sera_plugin.host.schedules import room_to_warm_up
+from sera_plugin.model.parts import hold_engine
 from sera_plugin.model.policies import is_finite
 from sera_plugin.rundir.checksums import checkpoint, seal
 from sera_plugin.rundir.store import RunStore, make_table, write_json
@@ -31,8 +34,9 @@ DIVERGED = (
     "Checkpoints and finished iterations are as they were. Start fresh in another output_dir with "
     "a lower learning_rate or a smaller rl_beta, or in bf16 or float32 instead of fp16."
 )
-#: Where the host saves the optimizer's state: alone and under DDP, under FSDP whole and in parts.
-_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+#: Where the host saves the optimizer's state: alone and under DDP, under FSDP whole and in parts,
+#: under DeepSpeed.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -82,6 +86,8 @@ class UnequalEpochs(AxolotlDPOTrainer):
     #: Whether the next forward pass is an iteration's first.
     _gate_pending = False
     _iteration = 0
+    #: What the optimizer's groups of weights began with: learning rate, betas, ...
+    _begun_with: list[dict[str, Any]] | None = None
     saved_step: int | None = None
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -92,7 +98,9 @@ class UnequalEpochs(AxolotlDPOTrainer):
         path = checkpoint(Path(self.args.output_dir), step)
         restarts, schedule = self.config.restart_optimizer, self.loop.schedule
         ended = step == schedule.total_steps or (restarts and schedule.locate(step)[1] == 0)
-        if not ended and not any((path / name).exists() for name in _OPTIMIZER_FILES):
+        if self.is_deepspeed_enabled:  # which reads weights from its own files as well
+            ended = restarts = False
+        if not ended and not any(any(path.glob(name)) for name in _OPTIMIZER_FILES):
             other = ", or name the checkpoint of an iteration's end with resume_from_checkpoint"
             raise ValueError(
                 f"{path} was saved without the optimizer (save_only_model), so the run cannot "
@@ -102,6 +110,31 @@ class UnequalEpochs(AxolotlDPOTrainer):
         # It would compare the policy with itself, in the middle of the curve.
         self.args.eval_on_start = False
         return super().train(resume_from_checkpoint=str(path), **kwargs)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        """Under DeepSpeed remember theta_0 between the making of its engine and a checkpoint.
+
+        Only its engine casts and parts the weights, and only it loads them.
+        """
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        hold_engine(self.model, self.model_wrapped)
+        self.loop.recall()
+        # An adapter that the run began with may have come from disk.
+        self.optimizer.optimizer.refresh_fp32_params()
+        if resume_from_checkpoint is not None:
+            deepspeed_load_checkpoint(
+                self.model_wrapped,
+                resume_from_checkpoint,
+                load_module_strict=not is_peft_model(self.model),
+            )
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
@@ -174,6 +207,12 @@ class UnequalEpochs(AxolotlDPOTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""
+        if self._begun_with is None:  # the host makes it once the optimizer is as it stays
+            groups = (optimizer or self.optimizer).param_groups
+            self._begun_with = [
+                {name: deepcopy(value) for name, value in group.items() if name != "params"}
+                for group in groups
+            ]
         # A run that is continued knows more of its length than when the schedule began.
         num_training_steps = self.loop.planned_steps
         if self.config.restart_optimizer:
@@ -187,14 +226,18 @@ class UnequalEpochs(AxolotlDPOTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def _restart_optimizer(self) -> None:
-        """Fresh optimizer state and learning-rate schedule for a new arg-min."""
-        # Accelerate keeps every optimizer it has prepared and would unscale the old ones too.
-        self.accelerator._optimizers.clear()
-        self.optimizer = self.lr_scheduler = None
-        # Not `prepare`: under FSDP2 that wants the model too, which is sharded already.
-        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        """Fresh optimizer state and learning-rate schedule for a new arg-min.
+
+        In the same optimizer: DeepSpeed's engine steps the one that it was made with, FSDP2's
+        weights are sharded already. Optimizers make their state on the first step without one.
+        """
+        self.optimizer.state.clear()
+        for group, begun in zip(self.optimizer.param_groups, self._begun_with or (), strict=True):
+            weights = group["params"]
+            group.clear()
+            group.update(deepcopy(begun), params=weights)
+        self.lr_scheduler = None
         self.create_scheduler(self.state.max_steps)
-        self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

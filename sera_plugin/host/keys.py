@@ -37,8 +37,7 @@ _NEVER = {
     "layer_offloading": "the host offloads layers in its trainer for supervised fine-tuning only. "
     "Remove it; to save memory load the base in 4 bits (adapter: qlora), or set "
     "gradient_checkpointing: true",
-    "deepspeed, deepcompile": "it is not supported yet. Remove it; to share the weights out "
-    "set fsdp_version: 2 and an fsdp_config (docs/many-gpus.md)",
+    "deepcompile": "it compiles what rl: sera takes apart. Remove it",
     "use_ray": "the host asks Ray for a GPU per worker, and SeRA has never been run so. Remove "
     "use_ray, and start `axolotl train` with `--launcher torchrun` (docs/many-gpus.md)",
     "dpo_beta": "it is an old name of rl_beta. Set rl_beta instead",

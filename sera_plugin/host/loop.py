@@ -34,6 +34,7 @@ from sera_plugin.host import run
 from sera_plugin.host.base import describe_base, require_same_base
 from sera_plugin.host.keeping import Keeping
 from sera_plugin.model.losses import FLOAT32_LIMIT, deviation
+from sera_plugin.model.parts import whole_shape
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.format import Invalid, Record, read_json
@@ -257,7 +258,7 @@ class Loop:
             max_length=self.cfg["sequence_len"],
             end_ids=self.end_ids,
             seed=self.method.seed * 1_000 + iteration,
-            vocabulary=policies.model.get_input_embeddings().weight.shape[0],
+            vocabulary=whole_shape(policies.model.get_input_embeddings().weight)[0],
         )
         it = Iteration(
             t=iteration,

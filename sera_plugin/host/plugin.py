@@ -64,7 +64,8 @@ class SeraPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Open the run: for training alone, and before the host writes into output_dir."""
-        trainer.loop.open(sharded_later=bool(trainer.is_fsdp_enabled))
+        later = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        trainer.loop.open(sharded_later=bool(later))
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         """Write a report; a run that is trained does not fail for want of one."""

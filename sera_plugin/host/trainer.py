@@ -141,10 +141,11 @@ class SeraTrainer(UnequalEpochs):
     def _require_launched(self) -> None:
         """The launcher has set up what the configuration and the number of processes ask for."""
         world = self.store.ranks.world
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and not self.cfg.deepspeed:
             raise ValueError(
-                "the launcher has turned DeepSpeed on, which does not work with rl: sera yet. Take "
-                "it out of the launcher's configuration (docs/many-gpus.md)."
+                "the launcher has turned DeepSpeed on, and the YAML says nothing of it. Name its "
+                "configuration in `deepspeed:`, and take it out of the launcher's "
+                "(docs/many-gpus.md)."
             )
         if self.cfg.fsdp_config and not self.is_fsdp_enabled:
             raise ValueError(NO_FSDP)

@@ -23,6 +23,8 @@ from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sera_plugin.model.parts import count_weights
+
 Ids = npt.NDArray[np.int32]
 
 #: Completions, by index, that follow one prompt.
@@ -251,7 +253,7 @@ class Sharing:
         # Multiplications: queries with keys and weights with values for a pair of tokens, and a
         # token's with every weight in the layers.
         pair = 2 * text.num_hidden_layers * text.num_attention_heads * head_dim
-        weights = base.num_parameters(exclude_embeddings=True)
+        weights = count_weights(base, exclude_embeddings=True)
         if not text.tie_word_embeddings:
             weights -= text.vocab_size * text.hidden_size
         window = getattr(text, "sliding_window", None) or longest

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from sera_plugin.model.budget import GIB
 from sera_plugin.model.forward import innermost
-from sera_plugin.model.policies import trainable
+from sera_plugin.model.parts import elements, trainable, whole_shape
 
 #: A GPU's context, its kernels' workspaces, what lies between blocks. Assumed, not measured.
 DEVICE_OVERHEAD = GIB
@@ -118,7 +118,7 @@ class Shape:
             layers=int(text.num_hidden_layers),
             hidden=int(text.hidden_size),
             intermediate=int(inner if isinstance(inner, int) else max(inner)),
-            vocabulary=int(table.weight.shape[0]),
+            vocabulary=whole_shape(table.weight)[0],
             queries=heads * head_width,
             cache=cache_bytes_per_token(model, 1),
             gated=any(getattr(text, name, 0) for name in EXPERTS)
@@ -212,7 +212,9 @@ def resident_bytes(model: nn.Module, width: int, optimizer: str | None) -> int:
     trained = trainable(model) if optimizer else {}
     tables = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
     parts = [
-        (_part(weight), weight.element_size(), id(weight) in tables) for weight in trained.values()
+        (elements(one), one.element_size(), id(one) in tables)
+        for one in trained.values()
+        for weight in trained.values()
     ]
     linear = [one for one in model.modules() if isinstance(one, nn.Linear)]
     wide = {id(one.weight): one.weight for one in linear if one.weight.element_size() > width}
@@ -247,18 +249,12 @@ def _quantised(linear: nn.Module) -> bool:
     return hasattr(linear.weight, "quant_state") or hasattr(linear, "init_8bit_state")
 
 
-def _part(weight: Tensor) -> int:
-    """Elements of a process's part of a weight, the same for all processes."""
-    processes = weight.device_mesh.size() if isinstance(weight, DTensor) else 1
-    return math.ceil(weight.numel() / processes)
-
-
 def _stored(tensors: Sequence[Tensor]) -> int:
     """Bytes of tensors, those that share a storage once, sharded ones whole."""
     found: dict[int, int] = {}
     for one in tensors:
-        if isinstance(one, DTensor):
-            found[id(one)] = one.numel() * one.element_size()
+        if isinstance(one, DTensor) or whole_shape(one) != one.shape:
+            found[id(one)] = whole_shape(one).numel() * one.element_size()
         else:
             storage = one.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()

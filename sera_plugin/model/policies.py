@@ -3,9 +3,6 @@
 The base model is loaded once. A policy is a copy of what training changes: an adapter, or all
 weights for full fine-tuning. `PolicyHistory` keeps those that the next iterations still need, in
 host memory and as `policy/` directories that PEFT, transformers and vLLM load.
-
-FSDP2 shards a model in place. Between two forward passes a module's parameters are either the
-parts (DTensors) or, where they were not given back, whole tensors that the next pass throws away.
 """
 
 import shutil
@@ -24,10 +21,8 @@ import numpy.typing as npt
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sera_plugin.model.parts import is_sharded, local, part_of, trainable, whole_weights
 from sera_plugin.rundir.checksums import damage, replace_directory
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore, write_json
@@ -39,45 +34,10 @@ Snapshot = dict[str, Tensor]
 #: Where weights lie in the memory of a snapshot: at multiples of so many bytes.
 _ALIGNED = 64
 
-#: What activation checkpointing puts between the names of modules, once the model is sharded.
-_WRAPPED = "_checkpoint_wrapped_module."
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass is a collective call of all processes."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by the names they had before the model was sharded."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return {
-        name.replace(_WRAPPED, ""): weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This process's part of a weight, which shares the weight's storage."""
-    weight = weight.detach()
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def _part_of(whole: Tensor, weight: Tensor, source: int | None = None) -> Tensor:
-    """This process's part of a tensor, cut as a weight is: of rank `source`'s, None for its own."""
-    if not isinstance(weight, DTensor):
-        return whole
-    mesh, placements = weight.device_mesh, weight.placements
-    cut = distribute_tensor(whole.to(weight.dtype), mesh, placements, src_data_rank=source)
-    return cut.to_local()
-
 
 def take_snapshot(model: nn.Module) -> Snapshot:
     """Copy the trainable weights to host memory, bit for bit, in their own type."""
-    return {name: _local(weight).to("cpu", copy=True) for name, weight in trainable(model).items()}
+    return {name: local(weight).to("cpu", copy=True) for name, weight in trainable(model).items()}
 
 
 @torch.no_grad()
@@ -117,29 +77,13 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
         differing = sorted(weights.keys() ^ snapshot.keys())[:3]
         raise ValueError(f"the snapshot's weights are not the model's: {', '.join(differing)}")
     for name, weight in weights.items():
-        here, saved = _local(weight), snapshot[name]
-        here.copy_(saved if saved.shape == here.shape else _part_of(saved, weight))
-
-
-@torch.no_grad()
-def whole_weights(model: nn.Module, trainable_only: bool) -> dict[str, Any]:
-    """Gather a state dict into rank 0's host memory; the other ranks take part and get {}."""
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable_only
-    )
-    state = get_model_state_dict(model, options=options)
-    # Tied weights are gathered one by one; told apart they would be written twice.
-    first: dict[int, str] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        name = name.replace(_WRAPPED, "")
-        if name in state:
-            state[name] = state[first.setdefault(id(weight), name)]
-    return state
+        here, saved = local(weight), snapshot[name]
+        here.copy_(saved if saved.shape == here.shape else part_of(saved, weight))
 
 
 def is_finite(model: nn.Module, ranks: Ranks) -> bool:
     """Whether no trainable weight is NaN or infinite, on any rank; a collective call."""
-    found = [_local(weight).isfinite().all().cpu() for weight in trainable(model).values()]
+    found = [local(weight).isfinite().all().cpu() for weight in trainable(model).values()]
     bad = np.array([0.0 if torch.stack(found).all() else 1.0])
     return not ranks.sum(bad).any()
 
@@ -337,8 +281,8 @@ class PolicyHistory:
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-            saved = loaded.state_dict()
+            saved = dict(loaded.named_parameters(remove_duplicate=False))
         return {
-            name: _part_of(saved[name], weight, source=0).to("cpu", copy=True)
+            name: part_of(saved[name], weight, source=0).to("cpu", copy=True)
             for name, weight in mine.items()
         }

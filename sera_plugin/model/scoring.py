@@ -21,7 +21,8 @@ from sera_plugin.model.forward import (
     line_length,
     plan_lines,
 )
-from sera_plugin.model.policies import PolicyHistory, is_sharded
+from sera_plugin.model.parts import is_sharded
+from sera_plugin.model.policies import PolicyHistory
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.ranks import WHOLE, Ranks, Shard
 

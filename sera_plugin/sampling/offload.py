@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from sera_plugin.model.budget import ENGINE_OVERHEAD, ENGINE_SEQUENCES, ENGINE_SLACK, GIB
 from sera_plugin.model.memory import cache_bytes_per_token, statistics_of
+from sera_plugin.model.parts import count_weights
 from sera_plugin.model.policies import before_interrupt
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.vllm import Memory
@@ -32,7 +33,7 @@ def engine_needs(model: Any, length: int, element_size: int) -> tuple[int, int]:
     `length` is the longest prompt + candidate in tokens, `element_size` in bytes as served.
     """
     per_token = cache_bytes_per_token(model, element_size)
-    return model.num_parameters() * element_size, ENGINE_SEQUENCES * length * per_token
+    return count_weights(model) * element_size, ENGINE_SEQUENCES * length * per_token
 
 
 @contextmanager
@@ -166,6 +167,9 @@ def resident_tensors(model: nn.Module, optimizer: Any) -> list[Tensor]:
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     found += [weight.grad for weight in model.parameters() if weight.grad is not None]
     found += statistics_of(model)
+    # Of DeepSpeed: what it steps is a copy of the weights in float32.
+    for group in optimizer.param_groups if optimizer is not None else ():
+        found += group["params"]
     for state in optimizer.state.values() if optimizer is not None else ():
         tensors = [value for value in state.values() if isinstance(value, Tensor)]
         # Paged optimizer state moves by itself.

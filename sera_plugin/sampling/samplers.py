@@ -17,6 +17,7 @@ from sera_plugin.algorithm.method import CandidateSampler, Chunk, Pairs
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.losses import LOW_PRECISION_LIMIT
 from sera_plugin.model.memory import element_size, optimizer_name, sampled_batches
+from sera_plugin.model.parts import whole_shape
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.rundir.progress import progress
@@ -192,7 +193,7 @@ class Samplers:
 
     @property
     def _vocabulary(self) -> int:
-        return int(self.scorer.policies.model.get_input_embeddings().weight.shape[0])
+        return whole_shape(self.scorer.policies.model.get_input_embeddings().weight)[0]
 
     def _unserved(self) -> str | None:
         """Why vLLM would not serve this kind of policy, or None."""
