@@ -57,6 +57,7 @@ def demo(config: Path | None, directory: Path) -> None:
     epilog=_examples(
         "axolotl sera plan config.yaml",
         "axolotl sera plan config.yaml --gpu 24",
+        "axolotl sera plan config.yaml --gpu 80 --gpus 8",
         "axolotl sera plan config.yaml --measure",
         "python -m sera_plugin plan config.yaml --gpu 24 --json | jq .memory.fits",
     )
@@ -69,10 +70,16 @@ def demo(config: Path | None, directory: Path) -> None:
     help="Compare with a GPU of this many GiB instead of the one here.",
 )
 @click.option(
+    "--gpus",
+    type=click.IntRange(min=1, max=100_000),
+    metavar="N",
+    help="Plan for so many of them, a process on each; by default those here, or one with --gpu.",
+)
+@click.option(
     "--measure", is_flag=True, help="Load the model and time a short run on this machine (minutes)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print for machines.")
-def plan(config: Path, gpu: float | None, measure: bool, as_json: bool) -> None:
+def plan(config: Path, gpu: float | None, gpus: int | None, measure: bool, as_json: bool) -> None:
     """Say what a run will do, take and need, before it starts.
 
     Parses CONFIG and prepares its data as `axolotl train` does, then counts pairs, steps and tokens
@@ -85,7 +92,7 @@ def plan(config: Path, gpu: float | None, measure: bool, as_json: bool) -> None:
         with redirect_stdout(sys.stderr):  # the figures alone go to stdout
             from sera_plugin.tools.planning.prepare import read_plan
 
-            found, remarks = read_plan(config, gpu, measure)
+            found, remarks = read_plan(config, gpu, measure, gpus)
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
     except Exception as error:  # 1 would say that it does not fit

@@ -153,7 +153,6 @@ def test_keys_that_become_nothing_are_told_with_the_reason(place):
     [
         ({"lora_rnak": 3}, "Did you mean lora_rank?"),
         ({"my_own_key": 3}, "Not a key that this knows."),
-        ({"deepspeed": "ds3.json"}, "FSDP2, not with DeepSpeed"),
         ({"val_size": 100}, "Set val_set_size to 100 divided by their number."),
         ({"eval_strategy": "steps", "eval_steps": 5}, "no pairs are held out."),
         ({"simpo_gamma": 0.5}, "it has no effect beside the other keys."),

@@ -357,3 +357,48 @@ def test_a_plan_for_machines_and_in_words():
     assert "There is no GPU here to compare with" in show.text(make(None), [])
     durations = {0.25: "0.2 s", 59.94: "59.9 s", 61: "1 min 01 s", 7261: "2 h 01 min"}
     assert list(map(show.duration, durations)) == list(durations.values())
+
+
+def zero(stage, **keys) -> dict:
+    """FULL under DeepSpeed, in bf16."""
+    return FULL | {"deepspeed": {"zero_optimization": {"stage": stage, **keys}}, "bf16": True}
+
+
+CPU = {"device": "cpu"}
+#: Weights of Mistral-7B in 16 bits, its tables in float32; its weights in float32; AdamW's state.
+STORED, MASTERS, ADAMW = 2 * LAYERS + 4 * WIDE, 4 * (LAYERS + WIDE), 4 * LAYERS + 8 * WIDE
+#: A layer at work and the next one, of 32 and the tables.
+TWO = -(-2 * STORED // 33)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [
+        (FULL, (STORED, ADAMW, STORED)),  # DDP: each has all of it
+        (zero(1), (STORED, (ADAMW + MASTERS) // 8, STORED)),
+        (zero(2), (STORED, (ADAMW + MASTERS) // 8, STORED // 8)),
+        (zero(3), (STORED // 8 + TWO, (ADAMW + MASTERS) // 8, STORED // 8)),
+        (zero(2, offload_optimizer=CPU), (STORED, 0, STORED // 8)),
+        (zero(3, offload_optimizer=CPU, offload_param=CPU), (TWO, 0, STORED // 8)),
+        (FULL | {"fsdp_config": {"a": 1}}, (STORED // 8 + TWO, ADAMW // 8, STORED // 8)),
+        (FULL | {"fsdp_config": {"offload_params": True}}, (TWO, 0, STORED // 8)),
+    ],
+    ids=["ddp", "zero-1", "zero-2", "zero-3", "offload", "all offloaded", "fsdp", "fsdp offloaded"],
+)
+def test_processes_share_out_what_they_hold(cfg, expected):
+    run = replace(few(cfg, gib=80), processes=8)
+    train = next(phase.parts for phase in run.phases if phase.name == "train")
+    found = [train[name] for name in ("weights", "optimizer", "gradients")]
+    assert found == pytest.approx(expected, abs=1)  # rounded up
+    # Eight processes of one machine: what each keeps in its memory.
+    moved = run.host_parts()
+    optimizer = ADAMW + MASTERS * ("deepspeed" in cfg)
+    assert moved.get("offloaded optimizer", 0) == pytest.approx(optimizer * (expected[1] == 0), 1e-9)
+        optimizer * (not expected[1]), abs=8
+    )
+    assert moved.get("offloaded weights", 0) == STORED * (expected[0] == TWO)
+
+
+def test_processes_train_their_batches_together():
+    # Four pairs, two in a batch: two steps; of two processes one.
+    assert few().schedule.total_steps == 2 * replace(few(), processes=2).schedule.total_steps == 6

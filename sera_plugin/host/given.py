@@ -1,9 +1,11 @@
 """What a line of a table of keys asks of a configuration (host/keys.py, host/refused.py)."""
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sera_plugin.config.kinds import LOSSES
@@ -20,6 +22,16 @@ def number(value: Any) -> float | None:
     return None
 
 
+def deepspeed_config(value: Any) -> Mapping[str, Any] | None:
+    """DeepSpeed's configuration, which a YAML has as a block or a file; None for neither."""
+    if isinstance(value, Mapping):
+        return value
+    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
+        found = json.loads(Path(value).read_text(encoding="utf-8"))
+        return found if isinstance(found, Mapping) else None
+    return None
+
+
 class Given:
     """A configuration, or a block of it at `where`, as the conditions of the tables ask it."""
 
@@ -31,6 +43,13 @@ class Given:
         self.smooths = self.loss.label_smoothing if self.loss else None
         self.smoothing = number(cfg.get("dpo_label_smoothing")) or 0.0
         self.says_keep = "keep" in sera.model_fields_set
+
+    def zero(self, key: str) -> Any:
+        """The value of `block.key` in DeepSpeed's configuration, None where it has none."""
+        found: Any = deepspeed_config(self.get("deepspeed"))
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
 
     def get(self, key: str) -> Any:
         """The value of a key; `block.key` is one inside a block, where that is one."""

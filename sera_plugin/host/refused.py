@@ -12,7 +12,7 @@ from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.host.given import Given, Refusal, number
+from sera_plugin.host.given import Given, Refusal, deepspeed_config, number
 from sera_plugin.host.keys import REFUSALS
 
 DATASETS = ("datasets", "test_datasets")
@@ -23,6 +23,13 @@ HOST_LOSSES = (
 )
 #: Those of them that read label smoothing; `sigmoid` does not.
 _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
+_ZERO = "zero_optimization."
+_DEVICES = (f"{_ZERO}offload_param.device", f"{_ZERO}offload_optimizer.device")
+_NOT_IN_ZERO = (
+    *(f"{_ZERO}{key}" for key in ("zero_hpz_partition_size", "zero_quantized_weights")),
+    *(f"{_ZERO}{key}" for key in ("zero_quantized_nontrainable_weights", "mics_shard_size")),
+    "tensor_parallel",
+)
 #: Every iteration has its files and its place in the schedule; more is a slip of the keyboard.
 _MOST_EPOCHS = 10_000
 
@@ -65,6 +72,40 @@ MISTAKES = (
         "is not a block of keys: write `fsdp_version: 2` and `fsdp_config:` with its keys indented "
         "(docs/many-gpus.md)",
         lambda value, given: given.sharded and not (isinstance(value, Mapping) and value),
+    ),
+    Refusal(
+        "deepspeed",
+        "is neither a file of DeepSpeed's configuration (JSON) nor a block of its keys; `axolotl "
+        "fetch deepspeed_configs` brings some",
+        lambda value, _: value and deepspeed_config(value) is None,
+    ),
+    Refusal(
+        "deepspeed",
+        "has no zero_optimization.stage of 1, 2 or 3. Set it, or remove deepspeed "
+        "(docs/many-gpus.md)",
+        lambda value, given: value and given.zero("zero_optimization.stage") not in (1, 2, 3),
+    ),
+    Refusal(
+        "deepspeed",
+        "has an optimizer or a scheduler of its own, and each iteration starts anew with the "
+        "YAML's. Remove them there, and set optimizer, learning_rate and lr_scheduler",
+        lambda _, given: given.zero("optimizer") or given.zero("scheduler"),
+    ),
+    Refusal(
+        "deepspeed",
+        "leaves no whole weights. Set zero_optimization.stage3_gather_16bit_weights_on_model_save "
+        "to true there",
+        lambda _, given: (
+            given.zero("zero_optimization.stage") == 3
+            and not given.zero("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+        ),
+    ),
+    Refusal(
+        "deepspeed",
+        "keeps weights or optimizer state on a disk or quantised, or a second time (nvme, ZeRO++), "
+        "or shares layers out (tensor_parallel), of which no snapshot is taken. Remove that there; "
+        "device: cpu works",
+        lambda _, given: any(map(given.zero, _NOT_IN_ZERO)) or "nvme" in map(given.zero, _DEVICES),
     ),
     Refusal(
         "dpo_loss_type",

@@ -28,6 +28,7 @@ from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows
 from sera_plugin.host.epochs import DIVERGED, ID_COLUMNS, EndOfIteration, TrainingBar, UnequalEpochs
+from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.host.run import describe_run
@@ -189,7 +190,15 @@ class SeraTrainer(UnequalEpochs):
         return Loop(
             cfg=self.cfg,
             described=describe_run(
-                self.cfg, loss, float(args.beta), method, schedule, pairs, held_out, ends
+                # The host has made a file of a block, under a new name each time.
+                {**self.cfg, "deepspeed": deepspeed_config(self.cfg.deepspeed)},
+                loss,
+                float(args.beta),
+                method,
+                schedule,
+                pairs,
+                held_out,
+                ends,
             ),
             method=method,
             schedule=schedule,

@@ -115,6 +115,7 @@ RULES: list[Rule | None] = [
     *_same(Settings.whole, "dataloader_num_workers dataloader_prefetch_factor"),
     *_same(Settings.switch, "dataloader_pin_memory"),
     *_same(Settings.whole, "ddp_timeout"),
+    *_same(Settings.text, "deepspeed"),
     None,
     *_same(Settings.whole, "logging_steps"),
     Rule("save_strategy, save_steps, resume_from_checkpoint, overwrite_output_dir",

@@ -66,7 +66,6 @@ LEFT_OUT: dict[str, str] = {
         "it is for generation, inference or export, not for this training.",
     "trust_remote_code":
         "it would run code of the model's repository. Add it only if the model needs that.",
-    "deepspeed": "rl: sera shares weights out with FSDP2, not with DeepSpeed (docs/many-gpus.md).",
     "fsdp*": "FSDP2's keys have other names in the host: docs/many-gpus.md.",
     "max_steps": "rl: sera trains whole epochs.",
     "streaming": "rl: sera scores the whole dataset every iteration.",

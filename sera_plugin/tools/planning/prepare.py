@@ -50,11 +50,14 @@ _CONSOLES = ("console", "color_console")
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str, Any], list[str]]:
+def read_plan(
+    path: Path, gpu: float | None, measuring: bool, processes: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The plan of a YAML as JSON has it, and remarks on its phases of memory.
 
-    It is compared with a GPU of `gpu` GiB, None for the one here; `measuring` makes a short run. A
-    ValueError or OSError if the configuration or its data cannot be trained, with what to do.
+    It is compared with `processes` GPUs of `gpu` GiB, None for those here; `measuring` makes a
+    short run in one process. A ValueError or OSError if the configuration or its data cannot be
+    trained, with what to do.
     """
     for handler in [*logging.getLogger().handlers, *logging.getLogger("axolotl").handlers]:
         if isinstance(handler, logging.StreamHandler) and handler.name in _CONSOLES:
@@ -91,7 +94,9 @@ def read_plan(path: Path, gpu: float | None, measuring: bool) -> tuple[dict[str,
     if gpu is None or model.unserved or config.sampler not in ("vllm", "vllm-server"):
         python = config.vllm_python or sys.executable
         choice = choose_sampler(config.sampler, python, model.unserved)
-    run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described)
+    if processes is None:
+        processes = max(1, torch.cuda.device_count()) if gpu is None else 1
+    run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described, processes)
     speed, speed_from = None, _NO_TIME
     room: tuple[int | None, int | None] = None, None
     if measuring:
@@ -176,7 +181,8 @@ def _about(run: Run, dropped: int, choice: Choice) -> dict[str, str]:
         "data": f"{len(pairs):,} pairs ({dropped:,} rows dropped), {len(run.held_out):,} held out; "
         f"prompts of {prompt:.0f} and completions of {answer:.0f} tokens on average",
         "training": f"{run.method.iterations} iterations, "
-        f"{cfg.micro_batch_size} pairs x {cfg.gradient_accumulation_steps}, {run.optimizer}, "
+        f"{cfg.micro_batch_size} pairs x {cfg.gradient_accumulation_steps}"
+        f"{f' x {run.processes} GPUs' if run.processes > 1 else ''}, {run.optimizer}, "
         f"gradient checkpointing {'on' if cfg.gradient_checkpointing else 'off'}",
     }
     if run.sample:
@@ -214,7 +220,15 @@ def notes_of(run: Run) -> list[str]:
         "host memory by itself.": run.optimizer.startswith("paged"),
         f"The checkpoint is quantised with {quantised}; its weights are counted as the "
         "YAML would load them.": quantised,
-        "fsdp_config shares weights, gradients and optimizer state among processes; all figures "
-        "here are for one process that holds them all.": run.cfg.fsdp_config,
+        "Weights, gradients or optimizer state are shared out among processes, and this is the "
+        "plan of one that has them all: say how many there are with --gpus.": (
+            run.processes == 1 and run.sharing.stage
+        ),
+        f"Memory is that of each of {run.processes} processes, host memory that of a machine with "
+        "all of them; work is that of all together.": run.processes > 1,
+        "Sampling in the training process plans with weights, gradients and optimizer state as "
+        "one process has them, so with ZeRO it takes fewer samples at a time than fit.": (
+            run.cfg.deepspeed and run.sample and run.sampler == "transformers"
+        ),
     }
     return [note for note, applies in notes.items() if applies]

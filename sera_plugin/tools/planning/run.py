@@ -30,6 +30,7 @@ from sera_plugin.model.memory import (
     state_bytes,
 )
 from sera_plugin.tools.planning.model import FOREACH, Model
+from sera_plugin.tools.planning.sharing import Sharing
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned, for one process."""
+    """What is planned: memory of one process, work of all."""
 
     cfg: DictDefault  # the host's, resolved
     model: Model
@@ -62,6 +63,7 @@ class Run:
     sampler: str  # transformers, vllm or vllm-server
     memory: int | None  # of the GPU in bytes; None on a CPU, where host memory takes its place
     describe: Callable[[Mapping[str, Any]], Model]  # the model of a changed configuration
+    processes: int = 1  # each with a device of its own
     sampled: float | None = None  # mean tokens of a sample where that was measured
 
     def changed(self, keys: Mapping[str, Any]) -> Run:
@@ -80,6 +82,10 @@ class Run:
         )
 
     @property
+    def sharing(self) -> Sharing:
+        return Sharing.of(self.cfg, self.processes)
+
+    @property
     def judges(self) -> bool:
         """Whether the end of training compares the policies; see `Keeping.judges`."""
         return self.method.config.keep == "best" and len(self.held_out) > 0
@@ -94,8 +100,8 @@ class Run:
 
     @cached_property
     def schedule(self) -> Schedule:
-        batches = self.cfg.micro_batch_size, self.cfg.gradient_accumulation_steps
-        return Schedule(self.method.sizes, *batches)
+        together = self.cfg.micro_batch_size * self.processes
+        return Schedule(self.method.sizes, together, self.cfg.gradient_accumulation_steps)
 
     @property
     def limits(self) -> npt.NDArray[np.int64]:
@@ -143,7 +149,7 @@ class Run:
     def batches(self) -> SampledBatches:
         """Prompts and samples of a batch of `sampling.transformers`."""
         model = self.model
-        resident = model.resident + model.trained_bytes + self.states + model.copies
+        resident = self.sharing.in_sampling(model, self.states) + model.copies
         return plan_sampling(self.memory, resident, model, self.cfg.sequence_len)
 
     @cached_property
@@ -151,7 +157,7 @@ class Run:
         """The device's memory from iteration 2 on, when there is optimizer state."""
         overhead = DEVICE_OVERHEAD if self.memory is not None else 0
         other = {"other": overhead + self.model.copies}
-        resident = {"weights": self.model.resident, "optimizer": self.states}
+        resident = self.sharing.resident(self.model, self.states)
         found = [Phase("score", resident | self.scoring() | other)]
         if self.sample and self.sampler == "transformers":
             found.append(Phase("sample", resident | self.sampling() | other, self._filled()))
@@ -159,10 +165,10 @@ class Run:
             found.append(self._engine(self.memory, resident))
         if self.sample and self.judge and self.memory is not None:
             found.append(self._ranking(self.memory, resident))
-        gradients = {"gradients": self.model.trained_bytes}
+        gradients = {"gradients": self.sharing.gradients(self.model)}
         found.append(Phase("train", resident | gradients | self.training() | other))
         if self.memory is not None and self.optimizer in FOREACH:
-            copies = {"other": overhead + self.model.trained_bytes}
+            copies = {"other": overhead + self.sharing.gradients(self.model)}
             found.append(Phase("update", resident | gradients | copies, "torch's foreach copies"))
         return found
 
@@ -271,11 +277,12 @@ class Run:
         held, waiting, note = self._beside(memory, resident, sum(parts.values()) - DEVICE_OVERHEAD)
         return Phase("rank", held | parts, note, waiting=waiting)
 
-    @staticmethod
     def _beside(
-        memory: int, resident: dict[str, int], wanted: int
+        self, memory: int, resident: dict[str, int], wanted: int
     ) -> tuple[dict[str, int], int, str]:
         """What stays on the device, bytes that wait in host memory, and how to say so."""
+        if self.sharing.stage == 3:
+            return resident, 0, "beside the training run, whose parts of weights stay"
         if memory - DEVICE_OVERHEAD - sum(resident.values()) >= wanted + ENGINE_SLACK:
             return resident, 0, "beside the training run"
         return {}, sum(resident.values()), "weights and optimizer wait in host memory"
@@ -315,6 +322,7 @@ class Run:
             "dataset": 4 * int((self.pairs.prompt + self.pairs.completions).sum()),
             "reward model": self.judge,
             "waiting for the GPU": max(phase.waiting for phase in self.phases),
+            **self.sharing.host_parts(self.model, self.states),
             "offloaded activations": round(offloaded) * bool(self.cfg.activation_offloading),
         }
         return {name: size for name, size in parts.items() if size}
