@@ -234,14 +234,18 @@ def test_ranks_wait_for_each_other_share_weights_out_and_end_with_one_that_dies(
 
 
 def launch(
-    config: dict, directory: Path, module: str = "axolotl.cli.train", **environment: str
+    config: dict,
+    directory: Path,
+    module: str = "axolotl.cli.train",
+    python: str = sys.executable,
+    **environment: str,
 ) -> subprocess.CompletedProcess:
     """`axolotl train` in two processes under torchrun on the CPU."""
     # Without an accelerator the host asks for device 0 unless it is told how much memory there is.
     config = config | {"max_memory": {"cpu": "8GiB"}}
     path = directory / "ranks.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [python, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += [f"--master_port={free_port()}", "-m", module, str(path)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
