@@ -246,7 +246,7 @@ def test_on_a_cpu_ranks_share_the_hosts_memory(model, monkeypatch, available, ra
     found = type("Found", (), {"available": available})
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: found)
     monkeypatch.setattr(offload, "engine_needs", lambda *_: (2 * GIB, 2 * GIB))
-    with make_room(model, model.device, None, 2, {}, Ranks(0, ranks, ranks), 48) as memory:
+    with make_room(model, model.device, None, 2, {}, Ranks(0, (ranks,)), 48) as memory:
         assert memory == Memory(None, fits, cache_gib=cache)
 
 
