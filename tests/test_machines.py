@@ -164,9 +164,8 @@ def test_machines_that_do_not_share_output_dir_are_told(base_config, tmp_path, c
                 f"output_dir: {shared / 'out'} is not the same directory on all machines: what "
                 "rank 0 writes there on machine-a is not seen on machine-b. Set output_dir to"
             ) in said, said[-3000:]
-    assert [
-        path for each in (shared, elsewhere) for path in each.rglob("*") if path.is_file()
-    ] == []
+    left = [path for each in (shared, elsewhere) for path in each.rglob("*") if path.is_file()]
+    assert {path.name for path in left} <= {"debug.log"}  # the host's
 
 
 def _watch(rank: int, port: int) -> None:
