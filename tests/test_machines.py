@@ -59,16 +59,17 @@ def cable() -> Iterator[None]:
 class Pair:
     """`axolotl train` on both machines, each with a log."""
 
-    def __init__(self, config: dict, directory: Path, elsewhere: Path | None = None) -> None:
-        """On the second machine `elsewhere` may be mounted where output_dir's parent is."""
+    def __init__(self, config: dict, directory: Path, own: Path | None = None) -> None:
+        """The second machine may have something of its `own` in place of a directory."""
         path = directory / "machines.yaml"
         config = config | {"max_memory": {"cpu": "8GiB"}}
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         self.logs, self.processes = [], []
         for rank, (machine, _, interface) in enumerate(MACHINES):
             setup = f"hostname {machine}"
-            if rank and elsewhere:
-                setup += f"; mount --bind {elsewhere} {Path(config['output_dir']).parent}"
+            if rank and own:
+                (directory / "elsewhere").mkdir()
+                setup += f"; mount --bind {directory / 'elsewhere'} {own}"
             command = ["ip", "netns", "exec", machine, "unshare", "--mount", "--uts", "sh", "-c"]
             command += [f'{setup}; exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run"]
             command += ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}"]
@@ -143,9 +144,11 @@ def test_two_machines_give_what_one_gives_and_outlast_a_cable_that_is_pulled(
     assert not (pulled / "adapter_model.safetensors").exists()
 
     ip("-n", "machine-b", "link", "set", "sera-b", "up")
-    with Pair(config | {"output_dir": str(pulled)}, tmp_path) as pair:
+    prepared = Path(config["dataset_prepared_path"])  # which need not be shared
+    with Pair(config | {"output_dir": str(pulled)}, tmp_path, own=prepared) as pair:
         assert pair.wait() == [0, 0], pair.said()[0][-3000:]
         assert not any("has not been heard of" in said for said in pair.said())
+    assert list((tmp_path / "elsewhere").iterdir())
     for name in ("offline", "candidates", "bootstrapped"):
         mine, theirs = (table(run / "sera", 2, name) for run in (one, pulled))
         np.testing.assert_equal(mine, theirs)  # nan is equal to nan
@@ -153,18 +156,18 @@ def test_two_machines_give_what_one_gives_and_outlast_a_cable_that_is_pulled(
 
 
 def test_machines_that_do_not_share_output_dir_are_told(base_config, tmp_path, cable):
-    shared, elsewhere = tmp_path / "shared", tmp_path / "elsewhere"
+    shared = tmp_path / "shared"
     shared.mkdir()
-    elsewhere.mkdir()
     config = base_config | adapter() | {"output_dir": str(shared / "out")}
-    with Pair(config, tmp_path, elsewhere) as pair:
+    with Pair(config, tmp_path, own=shared) as pair:
         assert all(pair.wait(300))
         for said in pair.said():
             assert (
                 f"output_dir: {shared / 'out'} is not the same directory on all machines: what "
                 "rank 0 writes there on machine-a is not seen on machine-b. Set output_dir to"
             ) in said, said[-3000:]
-    left = [path for each in (shared, elsewhere) for path in each.rglob("*") if path.is_file()]
+    seen = [*shared.rglob("*"), *(tmp_path / "elsewhere").rglob("*")]
+    left = [path for path in seen if path.is_file()]
     assert {path.name for path in left} <= {"debug.log"}  # the host's
 
 

@@ -166,7 +166,8 @@ UNUSED = {
     "center_rewards_coefficient, num_labels, eaft_alpha, eaft_k, pose_split_on_token_ids, "
     "pose_max_context_len, pose_num_chunks, lisa_layers_attribute, jagged_restart_warmup_steps, "
     "jagged_restart_anneal_steps, relora_prune_ratio, relora_prune_method, relora_cpu_offload, "
-    "loss_watchdog_patience, heads_k_stride, ring_attn_func": "it belongs to a key that does not work with rl: sera",
+    "loss_watchdog_patience, heads_k_stride, ring_attn_func": "it belongs to a key that does "
+    "not work with rl: sera",
 }
 #: The host's types that read messages, and where they find them; None where in the answers.
 MESSAGE_TYPES = {"chat_template.default": "messages", "chat_template.argilla_chat": None}

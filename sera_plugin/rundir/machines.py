@@ -71,7 +71,8 @@ class Watch:
             return
         from torch.distributed.distributed_c10d import _get_default_store
 
-        self._store: Any = _get_default_store().clone()  # a connection of its own
+        store: Any = _get_default_store()
+        self._store = store.clone()  # a connection of its own
         self._mine = _COUNT.format(ranks.rank)
         others = [0] if ranks.rank else list(range(1, ranks.world))
         machines = ranks.words(socket.gethostname())
