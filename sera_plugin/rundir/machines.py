@@ -66,7 +66,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks) -> None:
         """A collective call; nothing is watched in one process."""
-        self._over = Event()
+        self._over, self._counter = Event(), Thread(target=self._count, daemon=True)
         if ranks.group is None:
             return
         from torch.distributed.distributed_c10d import _get_default_store
@@ -87,17 +87,15 @@ class Watch:
             self._store.set(_SAID, "")
         ranks.barrier()  # reading waits for keys that are not there
         atexit.register(self.close)  # a thread must not be in the store when Python ends
-        self._counter = Thread(target=self._count, name="sera-count", daemon=True)
         self._counter.start()
-        Thread(target=self._judge, name="sera-judge", daemon=True).start()
+        Thread(target=self._judge, daemon=True).start()
 
     def close(self, done: bool = False) -> None:
         """Watch no longer, nor be watched if this process is `done`."""
-        if self._over.is_set() or not hasattr(self, "_store"):
-            return
-        self._done = done
-        self._over.set()
-        self._counter.join(BEAT)
+        if self._counter.is_alive() and not self._over.is_set():
+            self._done = done
+            self._over.set()
+            self._counter.join(BEAT)
 
     def _count(self) -> None:
         count = 0
