@@ -61,7 +61,7 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     if resolved:
         cfg["vllm"] = vllm
         for each, found in _FOUND.items():
-            if cfg.get(each):
+            if cfg.get("use_ray") and cfg.get(each):
                 cfg.pop(found, None)
         return dict(json.loads(cfg.get("sera_entries") or "{}"))
     _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])

@@ -14,9 +14,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic, sleep
-from typing import Any
 
-from sera_plugin.rundir.ranks import AGAIN, Ranks
+from sera_plugin.rundir.ranks import AGAIN, Ranks, store_connection
 from sera_plugin.rundir.writing import beside, look, make_directory
 
 LOG = logging.getLogger("axolotl.sera")
@@ -69,10 +68,7 @@ class Watch:
         self._over, self._counter = Event(), Thread(target=self._count, daemon=True)
         if ranks.group is None:
             return
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store: Any = _get_default_store()
-        self._store = store.clone()  # a connection of its own
+        self._store = store_connection()
         self._mine = _COUNT.format(ranks.rank)
         others = [0] if ranks.rank else list(range(1, ranks.world))
         machines = ranks.words(socket.gethostname())

@@ -211,6 +211,14 @@ class Ranks:
         self.barrier()
 
 
+def store_connection() -> Any:
+    """A connection of its own to the store in which processes have met, for a thread."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store: Any = _get_default_store()
+    return store.clone()
+
+
 def current_ranks() -> Ranks:
     """The ranks of this run; a collective call where there are several.
 
