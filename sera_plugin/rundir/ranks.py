@@ -36,9 +36,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(
-            f"another process of this run has ended: see what it says. {AGAIN}"
-        ) from error
+        raise RankLost(f"another process of this run has ended; it says why. {AGAIN}") from error
 
 
 @dataclass(frozen=True)
