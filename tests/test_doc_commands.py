@@ -31,6 +31,9 @@ NOT_RUN = {
     r".* \| jq .*": "needs jq; --json is tested in test_report_commands.py",
     r"axolotl train example_yamls/\S+\.yaml --launcher python": "needs a GPU and a model from the "
     "hub; tests/test_example_yamls.py has the host parse each of these files",
+    r"axolotl train config\.yaml --launcher torchrun -- --nnodes=2 .*": "needs two machines with "
+    "eight GPUs each; tests/test_machines.py has two of another kind",
+    r"axolotl train ray\.yaml --launcher python": "needs GPUs and ray; tests/test_ray.py has CPUs",
 }
 #: Run once, before any page, because other pages need what it makes.
 MADE_BEFORE = "axolotl sera demo"

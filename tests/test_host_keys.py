@@ -100,7 +100,7 @@ def test_each_key_of_the_host_has_one_state():
 def test_what_is_honoured_is_read_where_a_run_passes():
     rooms = [OURS / room for room in ("host", "data", "sampling")]
     files = files_in(*(HOST / name for name in READERS.split()), *rooms)
-    read = read_in(files, "cfg", "source")
+    read = read_in(files, "cfg", "parsed_cfg", "source")
     # It goes through lists of names.
     builder = (HOST / "core/builders/base.py").read_text()
     read |= {key for key in HONOURED if f'"{key}"' in builder}

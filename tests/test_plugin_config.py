@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 import yaml
+from axolotl.cli.config import gpu_capabilities
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 from transformers import LlamaConfig
 
 from sera_plugin import SeraPlugin
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.config import restore_entries
 from sera_plugin.host.keys import REFUSALS
 from sera_plugin.host.refused import ENTRY_MISTAKES, MISTAKES
 from tests.conftest import make_config
@@ -339,3 +343,17 @@ def test_configuration_files_and_method_load_no_heavy_library():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert result.stdout.decode().strip() == "[]"
+
+
+def test_a_worker_of_ray_gets_the_datasets_as_they_were_written(base_config, load):
+    """The host's driver validates them, and hands them to workers that validate them again."""
+    written = {"field_prompt": "prompt", "field_chosen": "chosen"}  # which validation empties
+    base_config["datasets"][0]["type"] = written
+    handed = DictDefault(load(base_config | {"use_ray": True}).to_dict())
+    plugin = SeraPlugin()
+    plugin.register(handed)
+    again = validate_config(handed, *gpu_capabilities())
+    assert (again.rl, again.trainer_cls) == ("dpo", TRAINER)
+    restore_entries(again, plugin._entries)
+    assert again.datasets[0].type.to_dict() == written
+    assert "sera_entries" not in again

@@ -32,7 +32,7 @@ from sera_plugin.model.policies import (
 )
 from sera_plugin.rundir import ranks as rank_module
 from sera_plugin.rundir.format import read_json
-from sera_plugin.rundir.ranks import NO_PART, WHOLE, Ranks, Shard, current_ranks
+from sera_plugin.rundir.ranks import NO_PART, WHOLE, RankLost, Ranks, Shard, current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
 from tests.conftest import adapter, summary, table, with_an_early_best
 
@@ -74,21 +74,29 @@ def test_ranks_in_step_take_turns_together(pieces):
 
 
 @pytest.mark.parametrize(
-    ("world", "local_world", "size", "expected"),
+    ("machines", "size", "expected"),
     [
-        (1, 1, 2, [WHOLE]),  # one process may have several devices of its own
-        (2, 2, 1, [Shard(0, 2), Shard(1, 2)]),
-        (2, 2, 2, [Shard(0, 1), NO_PART]),
-        (6, 3, 3, [Shard(0, 2), NO_PART, NO_PART, Shard(1, 2), NO_PART, NO_PART]),
+        ((1,), 2, [WHOLE]),  # one process may have several devices of its own
+        ((2,), 1, [Shard(0, 2), Shard(1, 2)]),
+        ((2,), 2, [Shard(0, 1), NO_PART]),
+        ((3, 3), 3, [Shard(0, 2), NO_PART, NO_PART, Shard(1, 2), NO_PART, NO_PART]),
+        ((2, 4), 2, [Shard(0, 3), NO_PART, Shard(1, 3), NO_PART, Shard(2, 3), NO_PART]),
     ],
-)  # fmt: skip
-def test_ranks_share_engines(world, local_world, size, expected):
-    found = [Ranks(rank, world, local_world).engine_shard(size) for rank in range(world)]
+)
+def test_ranks_share_engines(machines, size, expected):
+    found = [Ranks(rank, machines).engine_shard(size) for rank in range(sum(machines))]
     assert found == expected
     rows = list(range(37))
     assert sorted(row for shard in found for row in shard.of(rows, rows)) == rows
     with pytest.raises(ValueError, match=r"tensor_parallel_size: 3 .* 4 processes.* 1, 2, 4\."):
-        Ranks(0, 4, 4).engine_shard(3)
+        Ranks(0, (4,)).engine_shard(3)
+    with pytest.raises(ValueError, match=r"4 does not divide the 4 and 6 processes .* 1, 2\."):
+        Ranks(0, (4, 6)).engine_shard(4)
+
+
+def test_a_machine_has_its_ranks():
+    ranks = [Ranks(rank, (1, 3, 2)) for rank in range(6)]
+    assert [(one.first, one.local_world) for one in ranks] == [(0, 1), *[(1, 3)] * 3, *[(4, 2)] * 2]
 
 
 def join(rank: int, port: int, **options: Any) -> Ranks:
@@ -102,6 +110,7 @@ def _meet(rank: int, port: int, directory: str) -> None:
     # The host's collectives would give up after a second.
     ranks = join(rank, port, timeout=timedelta(seconds=1))
     assert (ranks.rank, ranks.world, ranks.local_world) == (rank, 2, 2)
+    assert ranks.words(("first", "zweiter, ä")[rank]) == ["first", "zweiter, ä"]
     store = RunStore(directory, ranks)
     assert store.read(1, "offline") is None
     if rank == 1:
@@ -216,7 +225,9 @@ def _everything(rank: int, ports: list[int], directory: str) -> None:
     _meet_sharded(rank, ranks)
     if rank == 1:
         os._exit(3)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(
+        RankLost, match=r"ended; it says why\. .*auto_resume_from_checkpoints: true"
+    ):
         ranks.barrier()
 
 

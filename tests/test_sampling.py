@@ -246,7 +246,7 @@ def test_on_a_cpu_ranks_share_the_hosts_memory(model, monkeypatch, available, ra
     found = type("Found", (), {"available": available})
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: found)
     monkeypatch.setattr(offload, "engine_needs", lambda *_: (2 * GIB, 2 * GIB))
-    with make_room(model, model.device, None, 2, {}, Ranks(0, ranks, ranks), 48) as memory:
+    with make_room(model, model.device, None, 2, {}, Ranks(0, (ranks,)), 48) as memory:
         assert memory == Memory(None, fits, cache_gib=cache)
 
 
@@ -369,6 +369,20 @@ def test_an_engine_gets_what_all_of_its_devices_have():
         def sum(self, values):
             return values + np.where(values == 0, np.array([9.0, 7.0, 5.0, 8.0]), 0)
 
-    frees = [offload._least_free(100, 2, Four(rank, 4, 4)) for rank in range(4)]
+    frees = [offload._least_free(100, 2, Four(rank, (4,))) for rank in range(4)]
     assert frees == [7, 9, 8, 5]
     assert offload._least_free(100, 2, Ranks()) == 100
+
+
+class _Second(Ranks):
+    """The first rank of a second machine, by itself."""
+
+    def words(self, mine: str) -> list[str]:
+        return ["", mine]
+
+
+def test_a_machine_without_vllm_is_named_before_training():
+    store = SimpleNamespace(ranks=_Second(1, (1, 1)))
+    samplers = Samplers({}, SeraConfig(), store, None, None)
+    with pytest.raises(ValueError, match=r"rank 0's machine, but on \S+ vLLM .*vllm_python"):
+        samplers._require_everywhere()

@@ -135,7 +135,7 @@ def room_made(setup: Setup, model: Any, optimizer: Any) -> Any:
 
 def made(model: Any, optimizer: Any, options: dict[str, Any], length: int) -> Any:
     """`make_room` of a run with one process; `options` is the host's `vllm:` block."""
-    return make_room(model, model.device, optimizer, 2, options, Ranks(0, 1, 1), length)
+    return make_room(model, model.device, optimizer, 2, options, Ranks(), length)
 
 
 def engine(memory: Memory) -> dict[str, Any] | str:

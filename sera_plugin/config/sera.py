@@ -278,6 +278,11 @@ class SeraArgs(BaseModel):
     sera: SeraConfig | None = Field(
         default=None, description="SeRA: selection and bootstrapping between epochs (`rl: sera`)."
     )
+    sera_entries: str | None = Field(
+        default=None,
+        description="Not for a YAML: `datasets` as they were written, in JSON, for Ray's workers. "
+        "They get a configuration whose validation has lost some of them.",
+    )
 
 
 #: Keys of the host's, separated by commas, and what SeRA does with them, in Markdown.

@@ -5,17 +5,18 @@ place are looked for here; `keys` and `refused` have tables of the host's, `unus
 """
 
 import copy
+import json
 import logging
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import as_written, quoted
-from sera_plugin.config.sera import SeraConfig
+from sera_plugin.config.sera import SeraArgs, SeraConfig
 from sera_plugin.host.keys import TRAINER, WHOLE
 from sera_plugin.host.refused import DATASETS, refuse
 from sera_plugin.host.schedules import check_schedule
@@ -26,13 +27,17 @@ LOG = logging.getLogger("axolotl.sera")
 #: Seed: the default of the host's command line and of transformers. Without one the host would
 #: draw other held-out pairs in every run.
 _DEFAULTS = {"num_epochs": 3, "seed": 42}
+#: What the host makes of a key, and then refuses beside it when a Ray worker validates again
+#: (axolotl 0.19): the worker makes it anew.
+_FOUND = {"saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps"}
 
 
 def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     """Turn `rl: sera` into what the host understands, in place. Idempotent.
 
     Returns:
-        The datasets as they were, for `restore_entries`; nothing where `cfg` is resolved already.
+        The datasets as they were, for `restore_entries`; of a `cfg` that is resolved already what a
+        Ray driver has handed over, else nothing.
 
     Raises:
         ValueError: for anything in the configuration that SeRA cannot run with, naming the key,
@@ -55,7 +60,10 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     sera = SeraConfig.parse(block_of("sera", cfg.get("sera")), "sera.")
     if resolved:
         cfg["vllm"] = vllm
-        return {}
+        for each, found in _FOUND.items():
+            if cfg.get("use_ray") and cfg.get(each):
+                cfg.pop(found, None)
+        return dict(json.loads(cfg.get("sera_entries") or "{}"))
     _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     refuse(cfg, sera)
     check_schedule(cfg)
@@ -76,6 +84,8 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     if cfg.get("fsdp_config") and "fsdp_state_dict_type" not in cfg["fsdp_config"]:
         cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
     _warn(cfg, sera, entries)
+    if cfg.get("use_ray"):
+        cfg["sera_entries"] = json.dumps(entries, default=str)
     return entries
 
 
@@ -133,7 +143,7 @@ def _refuse_misplaced(cfg: Mapping[str, Any]) -> None:
 
     ours, known = SeraConfig.model_fields, AxolotlInputConfig.model_fields
     for key in cfg:
-        if key == "sera" or not isinstance(key, str):
+        if key in SeraArgs.model_fields or not isinstance(key, str):
             continue
         if key in ours and key not in known:
             raise ValueError(
@@ -184,7 +194,7 @@ def name_types(cfg: Mapping[str, Any]) -> None:
                 entry["type"] = "passthrough.default"
 
 
-def restore_entries(cfg: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+def restore_entries(cfg: MutableMapping[str, Any], entries: Mapping[str, Any]) -> None:
     """Put back what the host's validation lost of `datasets` and `test_datasets`.
 
     axolotl 0.19 reads an entry as the first of five schemas that accepts it, and all accept
@@ -196,3 +206,4 @@ def restore_entries(cfg: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
             for name, value in before.items():
                 if value is not None and (entry.get(name) is None or isinstance(value, Mapping)):
                     entry[name] = type(entry)(value) if isinstance(value, Mapping) else value
+    cfg.pop("sera_entries", None)  # data, which run.json compares as tokens

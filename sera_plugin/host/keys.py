@@ -38,8 +38,6 @@ _NEVER = {
     "Remove it; to save memory load the base in 4 bits (adapter: qlora), or set "
     "gradient_checkpointing: true",
     "deepcompile": "it compiles what rl: sera takes apart. Remove it",
-    "use_ray": "the host asks Ray for a GPU per worker, and SeRA has never been run so. Remove "
-    "use_ray, and start `axolotl train` with `--launcher torchrun` (docs/many-gpus.md)",
     "dpo_beta": "it is an old name of rl_beta. Set rl_beta instead",
     "orpo_alpha": "ORPO's lambda is rl_beta here. Set rl_beta with sera.loss: orpo, or remove it",
     "kto_desirable_weight, kto_undesirable_weight": "sera.loss: kto_pair weighs both sides of a "
@@ -167,8 +165,8 @@ UNUSED = {
     "center_rewards_coefficient, num_labels, eaft_alpha, eaft_k, pose_split_on_token_ids, "
     "pose_max_context_len, pose_num_chunks, lisa_layers_attribute, jagged_restart_warmup_steps, "
     "jagged_restart_anneal_steps, relora_prune_ratio, relora_prune_method, relora_cpu_offload, "
-    "loss_watchdog_patience, heads_k_stride, ring_attn_func, ray_run_name, ray_num_workers, "
-    "resources_per_worker": "it belongs to a key that does not work with rl: sera",
+    "loss_watchdog_patience, heads_k_stride, ring_attn_func": "it belongs to a key that does "
+    "not work with rl: sera",
 }
 #: The host's types that read messages, and where they find them; None where in the answers.
 MESSAGE_TYPES = {"chat_template.default": "messages", "chat_template.argilla_chat": None}

@@ -38,6 +38,7 @@ from sera_plugin.model.parts import whole_shape
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.format import Invalid, Record, read_json
+from sera_plugin.rundir.machines import require_shared
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.offload import waiting
@@ -124,6 +125,7 @@ class Loop:
                 f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
                 "Raise one of them, or give more pairs."
             )
+        require_shared(directory, self.store.ranks)
         self.step = checksums.named_checkpoint(directory, asked) if asked else None
         self.store.lock()
         earlier = self.store.description()

@@ -15,6 +15,7 @@ from axolotl.utils.dict import DictDefault
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.config import resolve, restore_entries
+from sera_plugin.rundir.machines import Watch
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -43,7 +44,7 @@ class SeraPlugin(BasePlugin):
 
         # `axolotl sera plan` may be of another machine.
         here = not preprocess or cfg.is_preprocess
-        if here and os.environ.get("RANK", "0") == "0":
+        if here and os.environ.get("LOCAL_RANK", "0") == "0":  # each machine has its own
             require_vllm(SeraConfig(**cfg.sera))  # it would be missed after hours of training
 
         restore_entries(cfg, self._entries)
@@ -64,8 +65,13 @@ class SeraPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Open the run: for training alone, and before the host writes into output_dir."""
+        self._watch = Watch(trainer.store.ranks)
         later = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         trainer.loop.open(sharded_later=bool(later))
+
+    def post_train(self, cfg: DictDefault, model: Any) -> None:
+        """Processes end one by one from here on."""
+        self._watch.close(done=True)
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         """Write a report; a run that is trained does not fail for want of one."""

@@ -6,5 +6,6 @@
 - `journal`      JSON lines that only grow, for calls that cost money
 - `tokens`       lists of token ids as flat arrays
 - `ranks`        the same in several processes
+- `machines`     several machines: storage that all see, and a watch for a lost process
 - `progress`     how far a phase is: a bar, or lines in a log
 """

@@ -1,9 +1,10 @@
 """The processes of one run: all hold the same tables, rank 0 writes, each does part of the work."""
 
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from mmap import ACCESS_COPY, mmap
@@ -14,8 +15,28 @@ import numpy.typing as npt
 
 T = TypeVar("T")
 
-#: Ranks wait for whole phases. A rank that dies ends the wait of the others at once.
+#: Ranks wait for whole phases. A process that dies ends the wait of the others at once; of a
+#: machine that is gone nothing is heard, and `watch` ends it.
 _PATIENCE = timedelta(days=30)
+#: What to do after a rank is lost.
+AGAIN = (
+    "This process ends too. Start the same command again with `auto_resume_from_checkpoints: "
+    "true`: it goes on from the last checkpoint."
+)
+#: Bytes of a word that ranks tell each other.
+_WORD = 256
+
+
+class RankLost(RuntimeError):
+    """Another process of this run has ended before its work was done."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(f"another process of this run has ended; it says why. {AGAIN}") from error
 
 
 @dataclass(frozen=True)
@@ -61,11 +82,28 @@ class Ranks:
     """The processes of a run, one unless torch.distributed has more."""
 
     rank: int = 0  # this process's number among all of the run
-    world: int = 1
-    local_world: int = 1  # how many of them are on this machine, numbered without a gap
+    machines: tuple[int, ...] = (1,)  # how many each has; they are numbered machine by machine
     #: A gloo group to wait and add up in, None in one process. Collectives of an accelerator give
     #: up after minutes, and would keep it busy meanwhile.
     group: Any = None
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        return sum(self.machines)
+
+    @property
+    def first(self) -> int:
+        """The first rank of this machine."""
+        return max(first for first in self._firsts() if first <= self.rank)
+
+    @property
+    def local_world(self) -> int:
+        """How many ranks are on this machine."""
+        return self.machines[self._firsts().index(self.first)]
+
+    def _firsts(self) -> list[int]:
+        return [sum(self.machines[:place]) for place in range(len(self.machines))]
 
     @property
     def main(self) -> bool:
@@ -84,11 +122,13 @@ class Ranks:
         """
         if self.world == 1 or size == 1:
             return self.shard
-        if self.local_world % size:
-            sizes = [n for n in range(1, self.local_world + 1) if self.local_world % n == 0]
+        if (common := math.gcd(*self.machines)) % size:
+            counts = " and ".join(map(str, sorted(set(self.machines))))
+            where = "on this machine" if len(self.machines) == 1 else "that machines have here"
+            sizes = [n for n in range(1, common + 1) if common % n == 0]
             raise ValueError(
-                f"vllm.tensor_parallel_size: {size} does not divide the {self.local_world} "
-                f"processes on this machine. Set it to one of {', '.join(map(str, sizes))}."
+                f"vllm.tensor_parallel_size: {size} does not divide the {counts} processes "
+                f"{where}. Set it to one of {', '.join(map(str, sizes))}."
             )
         if self.rank % size:
             return NO_PART
@@ -99,7 +139,8 @@ class Ranks:
         if self.group is not None:
             from torch import distributed
 
-            distributed.barrier(group=self.group)
+            with _together():
+                distributed.barrier(group=self.group)
 
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The element-wise sum over all ranks, on each of them."""
@@ -108,8 +149,17 @@ class Ranks:
         import torch
 
         total = values.copy()
-        torch.distributed.all_reduce(torch.from_numpy(total), group=self.group)
+        with _together():
+            torch.distributed.all_reduce(torch.from_numpy(total), group=self.group)
         return total
+
+    def words(self, mine: str) -> list[str]:
+        """What each rank says, up to 256 bytes of it, on each of them."""
+        said = np.zeros((self.world, _WORD))
+        letters = mine.encode()[:_WORD]
+        said[self.rank, : len(letters)] = list(letters)
+        heard = self.sum(said.ravel()).reshape(said.shape).astype(np.uint8)
+        return [bytes(one).rstrip(b"\0").decode(errors="replace") for one in heard]
 
     def share(
         self, size: int, fill: Callable[[npt.NDArray[np.uint8]], object]
@@ -120,8 +170,8 @@ class Ranks:
         file without a name (memfd_create), which no size of /dev/shm limits, and gone with the last
         array. Where a rank cannot open another one's, each has bytes of its own and fills them.
         """
-        first, file, mapped = self.rank - self.rank % self.local_world, -1, None
-        if self.local_world > 1 and sys.platform == "linux":
+        first, file, mapped = self.first, -1, None
+        if max(self.machines) > 1 and sys.platform == "linux":
             place = np.zeros((self.world, 2))
             if self.rank == first:
                 with suppress(OSError):  # -1 is no descriptor, and nobody can open it
@@ -159,16 +209,35 @@ class Ranks:
         self.barrier()
 
 
+def store_connection() -> Any:
+    """A connection of its own to the store in which processes have met, for a thread."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store: Any = _get_default_store()
+    return store.clone()
+
+
 def current_ranks() -> Ranks:
-    """The ranks of this run; a collective call where there are several."""
+    """The ranks of this run; a collective call where there are several.
+
+    ValueError if they are not numbered machine by machine.
+    """
     from torch import distributed
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return Ranks()
-    world = distributed.get_world_size()
-    return Ranks(
-        rank=distributed.get_rank(),
-        world=world,
-        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-        group=distributed.new_group(backend="gloo", timeout=_PATIENCE),
-    )
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    place = int(os.environ.get("LOCAL_RANK", rank % size))
+    everybody = Ranks(rank, (world,), distributed.new_group(backend="gloo", timeout=_PATIENCE))
+    mine = np.zeros((world, 2))
+    mine[rank] = place, size
+    places, sizes = everybody.sum(mine.ravel()).reshape(-1, 2).astype(int).T
+    machines = tuple(map(int, sizes[places == 0]))
+    if places.tolist() != [place for size in machines for place in range(size)]:
+        raise ValueError(
+            f"the launcher numbers the {world} processes of this run {', '.join(map(str, places))} "
+            f"on their machines (LOCAL_RANK), which have {', '.join(map(str, sizes))} of them "
+            "(LOCAL_WORLD_SIZE). Number them machine by machine, as torchrun does."
+        )
+    return Ranks(rank, machines, everybody.group)

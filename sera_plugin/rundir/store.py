@@ -31,7 +31,14 @@ from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, r
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.tables import TYPES, Expected, read_columns, read_table
 from sera_plugin.rundir.tokens import TokenColumn
-from sera_plugin.rundir.writing import explained, make_directory, open_own, remove, tidy
+from sera_plugin.rundir.writing import (
+    explained,
+    look,
+    make_directory,
+    open_own,
+    remove,
+    tidy,
+)
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -150,7 +157,7 @@ class RunStore:
 
     def description(self) -> dict[str, Any] | None:
         """run.json, or None where no run has begun. A ValueError if it is damaged."""
-        if not self.run_file.exists():
+        if not look(self.run_file):
             return None
         if not is_whole(self.run_file):
             raise ValueError(
@@ -207,7 +214,7 @@ class RunStore:
 
     def _whole(self, path: Path, check: Callable[[Path], bool] = is_whole) -> bool:
         """Whether a finished file is there; one that is damaged is said once, and not there."""
-        if not path.exists():
+        if not look(path):
             return False
         whole = check(path)
         if not whole:

@@ -107,6 +107,16 @@ def make_directory(path: Path, advice: Advice = RUN) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def look(path: Path) -> bool:
+    """Whether something is there that another machine may just have written.
+
+    NFS answers for up to a minute from what it last knew of a directory, until that is opened.
+    """
+    with suppress(OSError):
+        os.close(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY))
+    return path.exists()
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a directory with all that is in it; of a link the link."""
     if path.is_dir() and not path.is_symlink():

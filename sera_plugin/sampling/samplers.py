@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,9 +130,27 @@ class Samplers:
         # All ranks sample alike, whatever their own environments could do: theirs is number 0.
         name = _SAMPLERS[int(ranks.sum(np.array([_SAMPLERS.index(choice.name)], float))[0])]
         if name == "vllm":
+            self._require_everywhere()
             ranks.engine_shard(self._vllm_options.get("tensor_parallel_size") or 1)
         self.choice = replace(choice, name=name)
         return self.choice
+
+    def _require_everywhere(self) -> None:
+        """Each machine has a vLLM, where rank 0 has found one; a ValueError on all ranks if not."""
+        ranks, problem = self.store.ranks, ""
+        if len(ranks.machines) == 1:
+            return
+        if ranks.rank == ranks.first and not ranks.main:
+            try:
+                find_vllm(self._python)
+            except RuntimeError as error:
+                problem = f"on {socket.gethostname()} {error}"
+        problems = [one for one in ranks.words(problem) if one]
+        if problems:
+            raise ValueError(
+                f"vLLM samples on rank 0's machine, but {problems[0]}. Have it there too "
+                "(sera.vllm_python), or set sera.sampler: transformers."
+            )
 
     def make(self, iteration: int, optimizer: Any, pairs: Pairs, nats: float) -> CandidateSampler:
         """The chosen sampler for theta_{t-1}, t being the 1-based iteration.

@@ -61,6 +61,7 @@ def config_schema() -> dict[str, Any]:
             if name in keys:
                 host = keys[name].get("description", "")
                 keys[name]["description"] = f"{host}\n\nWith rl: sera: {meaning}".lstrip()
+    del keys["sera_entries"]  # not for a YAML
     schema["$defs"]["RLType"]["enum"].append("sera")
     keys["plugins"]["anyOf"][0]["items"]["examples"] = sorted(plugins)  # offered, not demanded
     for definition in schema["$defs"].values():

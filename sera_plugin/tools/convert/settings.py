@@ -136,7 +136,8 @@ LEFT_OUT: dict[str, str] = {
     "logging_strategy logging_first_step": "the host logs by `logging_steps`.",
     "disable_tqdm": "bars are for terminals only.",
     "ddp_find_unused_parameters": "the host decides it by the model.",
-    "ray_* resources_per_worker placement_strategy": "rl: sera has never been run under Ray.",
+    "ray_* resources_per_worker placement_strategy": "the host has "
+    "keys of its own: `use_ray`, `ray_num_workers`, `resources_per_worker` (many-gpus.md).",
     "adapter_folder": "put the folder into adapter_name_or_path.",
     "eval_on_each_dataset": "held-out pairs are evaluated together.",
     "per_gpu_*": "its name of today is per_device_...",
