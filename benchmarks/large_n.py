@@ -59,7 +59,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "offline scores, rewards, selection": [(algorithm, "score"), (algorithm, "select")],
     "sampling: bookkeeping": [(algorithm, "sample")],
     "sampling: append chunks": [(RunStore, "append_samples")],
-    "sampling: read chunks": [(RunStore, "read_samples"), (RunStore, "remove_samples")],
+    "sampling: read chunks": [(algorithm, "all_samples"), (RunStore, "remove_samples")],
     "candidate scores and rewards": [(algorithm, "rank")],
     "pairing": [(algorithm, "pair")],
     "D_t": [(algorithm, "union")],
