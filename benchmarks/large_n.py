@@ -10,10 +10,12 @@ import resource
 import shutil
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch.distributed as dist
 
 from benchmarks.harness import Setup, in_fresh_process
 from sera_plugin.algorithm import algorithm, summary
@@ -36,8 +39,10 @@ from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir import store
 from sera_plugin.rundir.format import FORMAT_VERSION
+from sera_plugin.rundir.ranks import Ranks, Shard
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.rundir.tokens import fingerprint
+from sera_plugin.rundir.tokens import fingerprint, lengths_of
+from sera_plugin.sampling import client
 
 TITLE = "Many pairs"
 #: A million pairs are run once only.
@@ -48,8 +53,6 @@ CONFIG = SeraConfig.model_validate(
 #: Mean tokens; lengths are log-normal, which has the long tail of real answers.
 PROMPT, COMPLETION, TAIL = 40, 80, 0.7
 LONGEST, VOCABULARY, END = 1024, 32_000, 2
-#: As the vLLM worker sends them.
-CHUNK_PROMPTS = 64
 #: Share of candidates that repeat their prompt's first one.
 REPEATED = 0.05
 
@@ -57,9 +60,10 @@ REPEATED = 0.05
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "fingerprint": [],
     "offline scores, rewards, selection": [(algorithm, "score"), (algorithm, "select")],
+    "sampling: plan": [(client, "plan")],
     "sampling: bookkeeping": [(algorithm, "sample")],
     "sampling: append chunks": [(RunStore, "append_samples")],
-    "sampling: read chunks": [(RunStore, "read_samples"), (RunStore, "remove_samples")],
+    "sampling: read chunks": [(algorithm, "all_samples"), (RunStore, "remove_samples")],
     "candidate scores and rewards": [(algorithm, "rank")],
     "pairing": [(algorithm, "pair")],
     "D_t": [(algorithm, "union")],
@@ -67,13 +71,17 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "read tables": [(RunStore, "read")],
     "summary": [(summary, "summarize")],
 }
-SIMULATION, REST = "(simulation)", "everything else"
+SIMULATION, WAITING, REST = "(simulation)", "(waiting)", "everything else"
 
 
 class Clock:
-    """Seconds and processor seconds by name; time is that of the innermost name only."""
+    """Seconds and processor seconds by name; time is that of the innermost name only.
+
+    `calls` are of what is watched, by name.
+    """
 
     def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.processor: defaultdict[str, float] = defaultdict(float)
         self._names: list[str] = []
@@ -89,6 +97,11 @@ class Clock:
             self._turn()
             self._names.pop()
 
+    @property
+    def name(self) -> str:
+        """What is going on."""
+        return self._names[-1]
+
     def _turn(self) -> None:
         now = perf_counter(), process_time()
         if self._names:
@@ -100,34 +113,55 @@ class Clock:
         original: Callable[..., Any] = getattr(owner, attribute)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
             with self.running(name):
                 return original(*args, **kwargs)
 
         setattr(owner, attribute, timed)
 
 
+@dataclass(frozen=True)
+class CountingRanks(Ranks):
+    """Ranks that count bytes of sums, and time that one waits for another, by what goes on.
+
+    Of `world` ranks two are played, which are the group: 0, and 1 with what is sampled by others.
+    """
+
+    clock: Clock = field(default_factory=Clock)
+    summed: Counter[str] = field(default_factory=Counter)
+
+    def barrier(self) -> None:
+        with self.clock.running(WAITING):
+            super().barrier()
+
+    def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        self.summed[self.clock.name] += values.nbytes
+        with self.clock.running(WAITING):
+            return super().sum(values)
+
+
 class SimulatedScorer:
     """Around one nat a token; each policy moves every sequence a little."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, ranks: CountingRanks) -> None:
+        self.ranks, self.clock = ranks, ranks.clock
 
     def __call__(
         self, policy: int, prompts: Sequence[Any], completions: Any, phase: str
     ) -> npt.NDArray[np.float64]:
         with self.clock.running(SIMULATION):
-            lengths = getattr(completions, "lengths", None)
-            if lengths is None:
-                lengths = np.fromiter(map(len, completions), np.int64, len(completions))
+            lengths = lengths_of(completions)
             random = np.random.default_rng([policy, len(prompts)])
-            return np.sqrt(lengths) * random.standard_normal(len(lengths)) - lengths
+            scores = np.sqrt(lengths) * random.standard_normal(len(lengths)) - lengths
+            scores *= self.ranks.main
+        return self.ranks.sum(scores)
 
 
 class SimulatedSampler:
     """Candidates as an engine gives them: Python lists, longest prompts first."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, ranks: CountingRanks) -> None:
+        self.ranks, self.clock = ranks, ranks.clock
         self.report: dict[str, Any] = {"name": "simulated"}
         self.seconds: dict[str, float] = {}
         self.longest: int | None = None
@@ -135,25 +169,28 @@ class SimulatedSampler:
     def sample(
         self, prompts: Any, settings: SamplingSettings, skip: Collection[int] = ()
     ) -> Generator[Chunk, None, None]:
+        rows, _ = client.plan(prompts, settings, skip, Shard(0, self.ranks.world))
         with self.clock.running(SIMULATION):
-            rows = [row for row in np.argsort(-prompts.lengths).tolist() if row not in skip]
-            random = np.random.default_rng(settings.seed)
-        for first in range(0, len(rows), CHUNK_PROMPTS):
+            if not self.ranks.main:
+                others = np.isin(np.arange(len(prompts)), [*rows, *skip], invert=True)
+                rows = np.flatnonzero(others).tolist()
+        for first in range(0, len(rows), client.CHUNK_PROMPTS):
             with self.clock.running(SIMULATION):
-                chunk = [
-                    (row, self._candidates(random, settings.candidates))
-                    for row in rows[first : first + CHUNK_PROMPTS]
-                ]
+                some = rows[first : first + client.CHUNK_PROMPTS]
+                random = np.random.default_rng([settings.seed, some[0]])
+                chunk = self._chunk(random, some, settings.candidates)
             yield chunk
 
-    def _candidates(self, random: np.random.Generator, count: int) -> list[Candidate]:
-        lengths = draw_lengths(random, count, COMPLETION)
-        lists = [ids.tolist() for ids in np.split(*draw_tokens(random, lengths))[:count]]
-        repeats = random.random(count) < REPEATED
-        return [
-            Candidate(lists[0] if again else ids, "stop" if ids[-1] == END else "length")
-            for ids, again in zip(lists, repeats, strict=True)
+    def _chunk(self, random: np.random.Generator, rows: list[int], count: int) -> Chunk:
+        lengths = draw_lengths(random, len(rows) * count, COMPLETION)
+        tokens, ends = draw_tokens(random, lengths)
+        flat, repeats = tokens.tolist(), random.random(len(lengths)) < REPEATED
+        lists = [flat[first:last] for first, last in pairwise([0, *ends.tolist()])]
+        found = [
+            Candidate(lists[place - place % count] if again else lists[place], "stop")
+            for place, again in enumerate(repeats.tolist())
         ]
+        return [(row, found[at * count : (at + 1) * count]) for at, row in enumerate(rows)]
 
 
 def draw_lengths(random: np.random.Generator, count: int, mean: float) -> npt.NDArray[np.int64]:
@@ -181,12 +218,21 @@ def simulated_pairs(count: int) -> pa.Table:
     return pa.table(columns)
 
 
-def one_run(count: int, directory: Path) -> dict[str, Any]:
-    """Three iterations in this process: seconds by phase, memory and disk in bytes."""
+def one_run(count: int, directory: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Three iterations in this process: seconds by phase, memory and disk in bytes.
+
+    As rank 0 or 1 of `world`, eight on a machine, where both are played at the same time.
+    """
     clock = Clock()
+    ranks = CountingRanks(clock=clock)
+    if world > 1:
+        directory.mkdir(parents=True, exist_ok=True)
+        place = f"file://{directory.absolute()}/meeting"
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+        ranks = CountingRanks(rank, world, min(8, world), dist.group.WORLD, clock)
     dataset = simulated_pairs(count)
     pairs = Pairs.from_table(dataset)
-    run, method = RunStore(directory), Method(CONFIG, False, False, count)
+    run, method = RunStore(directory, ranks), Method(CONFIG, False, False, count)
     for name, functions in PHASES.items():
         for owner, attribute in functions:
             clock.watch(name, owner, attribute)
@@ -197,8 +243,8 @@ def one_run(count: int, directory: Path) -> dict[str, Any]:
             method,
             pairs,
             run,
-            SimulatedScorer(clock),
-            SimulatedSampler(clock),
+            SimulatedScorer(ranks),
+            SimulatedSampler(ranks),
             SamplingSettings(CONFIG.candidates, 0.7, 0.95, LONGEST, None, (END,), iteration),
             ImplicitReward(method),
         )
@@ -214,8 +260,9 @@ def one_run(count: int, directory: Path) -> dict[str, Any]:
         about["config"] = {"num_epochs": 3, "sera": {"candidates": CONFIG.candidates}}
         run.begin(about, dataset)
         trained = [prepare(iteration) for iteration in (1, 2, 3)]
-    peak = resident_peak()
+    peak, chunks = resident_peak(), clock.calls["sampling: append chunks"]
     seconds, processor = dict(clock.seconds), dict(clock.processor)
+    summed = dict(ranks.summed)
     with clock.running(REST):
         prepare(3)
     return {
@@ -223,6 +270,8 @@ def one_run(count: int, directory: Path) -> dict[str, Any]:
         "processor": processor,
         "again": sum(clock.seconds.values()) - sum(seconds.values()),
         "trained": trained,
+        "chunks": chunks,
+        "summed": summed,
         "data": dataset.nbytes,
         "before": before,
         "peak": peak,
@@ -263,9 +312,14 @@ def measure(setup: Setup) -> dict[str, Any]:
     return {
         "candidates": CONFIG.candidates,
         "mean_tokens": {"prompt": PROMPT, "completion": COMPLETION, "longest": LONGEST},
-        "chunk_prompts": CHUNK_PROMPTS,
+        "chunk_prompts": client.CHUNK_PROMPTS,
         "runs": runs,
     }
+
+
+def own(run: dict[str, Any], what: str = "seconds") -> float:
+    """What is ours of all that was spent."""
+    return sum(spent for name, spent in run[what].items() if name not in (SIMULATION, WAITING))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -279,9 +333,6 @@ def table(result: dict[str, Any]) -> str:
     def line(name: str, digits: int, value: Callable[[int, dict[str, Any]], float]) -> str:
         cells = (f"{median(size, partial(value, size)):,.{digits}f}" for size in sizes)
         return f"| {name} | {' | '.join(cells)} |"
-
-    def own(run: dict[str, Any], what: str = "seconds") -> float:
-        return sum(spent for name, spent in run[what].items() if name != SIMULATION)
 
     lines = [
         "Three iterations, "

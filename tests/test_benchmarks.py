@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, report, scoring, step, workload
+from benchmarks import harness, many_ranks, report, scoring, step, workload
 
 
 @pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
@@ -91,3 +91,18 @@ def test_configurations_of_both_sides_are_one_but_for_the_method(tmp_path):
     config = host_config(setup, workload.make_model(setup), tmp_path / "rows.jsonl")
     for changes in step.SIDES.values():
         assert changes.keys() & config.keys() == {"rl"}
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_two_of_many_ranks_go_through_a_run_and_find_the_same(tmp_path):
+    setup = harness.Setup("cpu", "toy", 1, 300, None, None, Path(tmp_path))
+    result = many_ranks.measure(setup)
+    [(main, other)] = result["runs"].values()
+    assert main["trained"] == other["trained"]
+    assert main["summed"] == other["summed"]
+    assert main["chunks"] == 2  # of two iterations; the others have sampled the rest
+    assert other["chunks"] > 2
+    assert f"| memory at most, rank 1, GiB | {other['peak'] / 2**30:.2f} |" in many_ranks.table(
+        result
+    )

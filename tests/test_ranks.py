@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sera_plugin.algorithm.chunks import all_samples
 from sera_plugin.model.budget import TokenBudget
 from sera_plugin.model.policies import (
     PolicyHistory,
@@ -121,11 +122,16 @@ def _meet(rank: int, port: int, directory: str) -> None:
     columns |= {"prompt_length": [1]}
     store.write(1, "offline", make_table(columns | {"chosen_logp": [0.0], "rejected_logp": [0.0]}))
     assert store.read(1, "offline")["chosen_length"].to_pylist() == [1]  # only rank 0 has written
-    store.append_samples(2, make_table({"row": [rank], "candidate": [0]}))
+    reason = "stop" if rank else "length"
+    chunk = {"row": [rank], "candidate": [0], "token_ids": [[7] * (2 + rank)]}
+    store.append_samples(2, make_table(chunk | {"finish_reason": [reason]}))
     ranks.barrier()
-    assert store.read_samples(2)["row"].to_pylist() == [0, 1]
+    everything = all_samples(store, 2, np.array([[-2.0], [3.0]]))
+    assert everything["row"].to_pylist() == [0, 1]
+    assert everything["token_ids"].to_pylist() == [[7, 7], [7, 7, 7]]
+    assert everything["finish_reason"].to_pylist() == ["length", "stop"]
     store.remove_samples(2)
-    assert store.read_samples(2) is None
+    assert list(store.chunks(2)) == []
     dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sera_plugin.rundir import tokens as tokens_module
-from sera_plugin.rundir.tokens import TokenColumn, fingerprint
+from sera_plugin.rundir.tokens import TokenColumn, as_lists, fingerprint
 
 LISTS = pa.list_(pa.int32())
 token_lists = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size=8)
@@ -30,6 +30,7 @@ def _small_pieces(request: pytest.FixtureRequest) -> Any:
     """Everything holds however many tokens are copied at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens_module, "_CHUNK", request.param)
+        patch.setattr(tokens_module, "_MOST", request.param)
         yield
 
 
@@ -66,6 +67,8 @@ def test_picked_and_joined_rows_are_what_lists_would_give(lists, cut, data):
     assert copied.type == LISTS
     assert all(len(one) == 1 or len(one.values) <= tokens_module._CHUNK for one in copied.chunks)
     assert fingerprint([joined]) == fingerprint([column(expected)])
+    assert joined.flat().tolist() == [token for ids in expected for token in ids]
+    assert as_lists(joined.flat(), joined.lengths).to_pylist() == expected
 
 
 @given(lists=similar_lists, group=st.integers(1, 4), cut=st.integers(0, 24))

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.chunks import ChunkCheck, chunk_table
+from sera_plugin.algorithm.chunks import Sampled, all_samples, chunk_table
 from sera_plugin.algorithm.fit import Reward
 from sera_plugin.algorithm.method import DATASET, Iteration, Method, Pairs, Ranked
 from sera_plugin.algorithm.rewards import (
@@ -155,29 +155,28 @@ def sample(it: Iteration) -> pa.Table:
 
     Finished chunks are kept at once, and those on disk are not made again.
     """
+    ranks, total = it.store.ranks, len(it.pairs)
     with it.phases.timed("sample"):
-        it.store.set_aside_samples(it.t, ChunkCheck(len(it.pairs), it.settings))
-        finished = it.store.sampled_rows(it.t)
-        done = frozenset(finished.tolist())
-        # No rank may add to what another one is still reading.
-        it.store.ranks.barrier()
-        mine = math.ceil((len(it.pairs) - len(done)) / it.store.ranks.world)
+        found, fresh = Sampled(total, it.settings), Sampled(total, it.settings)
+        it.store.set_aside_samples(it.t, found.problem)
+        before = ranks.sum(found.ends)  # rank 0 alone has read what there is
+        done = frozenset(np.flatnonzero(before[:, 0]).tolist())
+        mine = math.ceil((total - len(done)) / ranks.world)
         # Closed at once, whatever happens here: an engine may be running behind it.
         with (
             it.progress(mine, "sample") as advance,
             closing(it.sampler.sample(it.pairs.prompt_ids, it.settings, skip=done)) as chunks,
         ):
             for chunk in chunks:
-                it.store.append_samples(it.t, chunk_table(chunk))
+                table = chunk_table(chunk)
+                it.store.append_samples(it.t, table)
+                fresh.add(table)
                 advance(chunk)
-        it.store.ranks.barrier()
+        added = ranks.sum(fresh.ends)  # once all have sampled
         for name, spent in it.sampler.seconds.items():
             it.phases.spend(name, spent)
-        samples = it.store.read_samples(it.t)
-    assert samples is not None  # N >= 1, so at least one chunk was written
-    fresh = np.isin(samples["row"].to_numpy(), finished, invert=True)
-    lengths = TokenColumn(samples["token_ids"]).lengths[fresh]
-    it.phases.count("sample", len(lengths), int(lengths.sum()))
+        samples = all_samples(it.store, it.t, before + added)
+    it.phases.count("sample", int(np.count_nonzero(added)), int(np.abs(added).sum()))
     report = json.dumps(it.sampler.report, sort_keys=True)
     return samples.replace_schema_metadata({"sampler": report})
 

@@ -26,10 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from sera_plugin.model.parts import count_weights
 
 Ids = npt.NDArray[np.int32]
-
 #: Completions, by index, that follow one prompt.
 Line = tuple[int, ...]
-
 #: Float32 logits at a time, 64 MiB: more is slower on a CPU and saves nothing on a GPU. Of a batch
 #: with no more than 256 MiB training keeps them all for its backward pass.
 LOGITS, KEPT_LOGITS = 2**24, 2**26
@@ -276,12 +274,14 @@ def plan_lines(
     for index, prompt in enumerate(prompts):
         by_prompt.setdefault(prompt.tobytes(), []).append(index)
 
+    before, after = (list(map(len, each)) for each in (prompts, completions))
+
     def cost(plan: Iterable[Line]) -> float:
-        return sum(sharing.cost(line_length(prompts, completions, x), len(x)) for x in plan)
+        return sum(sharing.cost(before[x[0]] + sum(after[i] for i in x), len(x)) for x in plan)
 
     lines: list[Line] = []
     for indices in by_prompt.values():
-        indices.sort(key=lambda index: len(completions[index]))
+        indices.sort(key=after.__getitem__)
         plans = [
             [tuple(indices[at : at + size]) for at in range(0, len(indices), size)]
             for size in range(1, min(len(indices), _MOST_SHARED) + 1)

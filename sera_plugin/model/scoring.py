@@ -25,6 +25,7 @@ from sera_plugin.model.parts import is_sharded
 from sera_plugin.model.policies import PolicyHistory
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.ranks import WHOLE, Ranks, Shard
+from sera_plugin.rundir.tokens import lengths_of
 
 
 @dataclass
@@ -49,7 +50,7 @@ class PolicyScorer:
         self, policy: int, prompts: Sequence[Any], completions: Sequence[Any], phase: str
     ) -> FloatArray:
         """See `sera_plugin.algorithm.method.Scorer`."""
-        tokens = sum(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        tokens = sum(int(lengths_of(each).sum(dtype=np.int64)) for each in (prompts, completions))
         self.phases.count(phase, len(prompts), tokens)
         what = f"{phase.replace('_', ' ')} under theta_{policy}"
         mine = tokens // self.ranks.world  # about: the last batches are not equal

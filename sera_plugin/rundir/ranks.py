@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from heapq import heapreplace
 from mmap import ACCESS_COPY, mmap
 from typing import Any, TypeVar
 
@@ -58,11 +59,11 @@ class Shard:
         """
         if self.in_step or not self.count:
             return list(pieces[self.index :: self.count]) if self.count else []
-        loads = [0] * self.count
+        loads = [(0, part) for part in range(self.count)]  # a heap
         mine = []
-        for place in sorted(range(len(pieces)), key=lambda place: (-sizes[place], place)):
-            least = loads.index(min(loads))
-            loads[least] += sizes[place]
+        for place in np.argsort(-np.asarray(sizes), kind="stable").tolist():
+            load, least = loads[0]
+            heapreplace(loads, (load + sizes[place], least))
             if least == self.index:
                 mine.append(place)
         return [pieces[place] for place in sorted(mine)]

@@ -20,8 +20,6 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -280,13 +278,19 @@ class RunStore:
         if iteration not in self._chunks:
             self._chunks[iteration] = count(len(list(directory.glob(f"{rank}-*.parquet"))))
         name = f"{rank}-{next(self._chunks[iteration]):06d}.parquet"
-        add_file(directory, name, lambda path: pq.write_table(table, path, compression="zstd"))
+        # Of token ids a dictionary takes longer, and more room in a small file.
+        how = {"compression": "zstd", "use_dictionary": ["finish_reason"]}
+        add_file(directory, name, lambda path: pq.write_table(table, path, **how))
 
-    def _chunks_read(self, iteration: int, *names: str) -> list[pa.Table]:
-        """Columns of whole chunks, or all: rows of a damaged one are sampled again."""
-        files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
-        whole = [file for file in files if self._whole(file, is_named_right)]
-        return [read_columns(file, lambda one: not names or one.name in names) for file in whole]
+    def _chunk_files(self, iteration: int) -> Iterator[Path]:
+        """Whole chunks: rows of a damaged one are sampled again."""
+        for file in sorted(self.samples(iteration).glob("[0-9]*.parquet")):
+            if self._whole(file, is_named_right):
+                yield file
+
+    def chunks(self, iteration: int) -> Iterator[pa.Table]:
+        """Whole chunks, one at a time."""
+        return map(read_columns, self._chunk_files(iteration))
 
     @_on_main
     def set_aside_samples(self, iteration: int, problem: Callable[[pa.Table], str | None]) -> None:
@@ -296,9 +300,7 @@ class RunStore:
         chunks and none can be made.
         """
         make_directory(self.samples(iteration))
-        for file in sorted(self.samples(iteration).glob("[0-9]*.parquet")):
-            if not self._whole(file, is_named_right):
-                continue
+        for file in self._chunk_files(iteration):
             try:
                 wrong = problem(read_columns(file))
             except Invalid as error:
@@ -308,23 +310,6 @@ class RunStore:
             if wrong is not None:
                 file.rename(file.with_name(f"set-aside-{file.name}"))
                 LOG.warning("SeRA: %s is set aside and made again: %s", file, wrong)
-
-    def sampled_rows(self, iteration: int) -> npt.NDArray[np.int64]:
-        """The rows whose candidates are in whole chunks, ascending."""
-        rows = [table["row"] for table in self._chunks_read(iteration, "row")]
-        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
-
-    def read_samples(self, iteration: int) -> pa.Table | None:
-        """All whole chunks in the order of (row, candidate), or None."""
-        chunks = self._chunks_read(iteration)
-        if not chunks:
-            return None
-        table = pa.concat_tables(chunks)
-        order = np.lexsort((table["candidate"].to_numpy(), table["row"].to_numpy()))
-        columns = {name: table[name] for name in table.column_names}
-        if "token_ids" in columns:
-            columns["token_ids"] = TokenColumn(columns["token_ids"])
-        return make_table({name: values.take(order) for name, values in columns.items()})
 
     @_on_main
     def remove_samples(self, iteration: int) -> None:

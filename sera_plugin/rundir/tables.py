@@ -52,6 +52,8 @@ _PLAIN = (
 )
 #: Bytes of text that any table may have; more than so many times its file's are made up.
 _SOME_TEXT, _TIMES = 2**28, 1000
+#: Bytes for which nobody has to ask whether there is room, nor start threads.
+_FITS = 2**20
 #: May be NaN: whoever ranks could not, or is not asked to.
 _UNRANKED = ("reward", "priority")
 
@@ -124,19 +126,22 @@ def read_columns(
     """
     size = regular_size(path, root)
     try:
-        with pq.ParquetFile(path) as file:
-            _check_size(file.metadata)
-            fields = [pa.field(one.name, one.type) for one in file.schema_arrow if wanted(one)]
-            leaves = [file.schema.column(place) for place in range(len(file.schema))]
-        names = [one.name for one in fields]
-        if len(names) != len(set(names)):
-            raise Invalid("it has a column twice")
-        # Each text once, and numbers: a text that is long and repeated may stand for any amount.
-        texts = [one.path for one in leaves if one.physical_type == "BYTE_ARRAY"]
-        with pq.ParquetFile(path, read_dictionary=texts) as file:
-            table = file.read(names)
+        with pa.OSFile(str(path)) as content:
+            with pq.ParquetFile(content) as file:
+                metadata, schema, kinds = file.metadata, file.schema, file.schema_arrow
+            _check_size(metadata)
+            fields = [pa.field(one.name, one.type) for one in kinds if wanted(one)]
+            leaves = [schema.column(place) for place in range(len(schema))]
+            names = [one.name for one in fields]
+            if len(names) != len(set(names)):
+                raise Invalid("it has a column twice")
+            # Each text once, and numbers: a text that is long and repeated may stand for any
+            # amount.
+            texts = [one.path for one in leaves if one.physical_type == "BYTE_ARRAY"]
+            with pq.ParquetFile(content, metadata=metadata, read_dictionary=texts) as file:
+                table = file.read(names, use_threads=size > _FITS)
         much = sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks)
-        if much > min(psutil.virtual_memory().available, max(_SOME_TEXT, _TIMES * size)):
+        if much > max(_SOME_TEXT, _TIMES * size) or not _fits(much):
             raise Invalid(f"it has {much:,} bytes of text, more than can be")
         table = table.cast(pa.schema(fields, table.schema.metadata))
         table.validate(full=True)
@@ -170,8 +175,12 @@ def _check_size(metadata: pq.FileMetaData) -> None:
     columns = [group.column(place) for group in groups for place in range(group.num_columns)]
     values = sum(max(column.num_values, 0) for column in columns)
     written = sum(max(column.total_uncompressed_size, 0) for column in columns)
-    if max(16 * values, written) > psutil.virtual_memory().available:
+    if not _fits(max(16 * values, written)):
         raise Invalid(f"it has {values:,} values, more than fit into memory")
+
+
+def _fits(size: int) -> bool:
+    return size <= _FITS or size <= psutil.virtual_memory().available
 
 
 def _check_column(name: str, column: pa.ChunkedArray) -> None:

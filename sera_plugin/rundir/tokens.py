@@ -14,8 +14,9 @@ import pyarrow as pa
 IntArray = npt.NDArray[np.int32]
 
 TOKENS = pa.list_(pa.int32())
-#: Tokens that are copied at a time (64 MiB). Offsets of list<int32> end at 2^31 in one chunk.
-_CHUNK = 2**24
+#: Tokens that are copied at a time (4 MiB), and in one chunk that is not copied: offsets of
+#: list<int32> end at 2^31.
+_CHUNK, _MOST = 2**20, 2**30
 
 
 class TokenColumn(Sequence[IntArray]):
@@ -52,7 +53,10 @@ class TokenColumn(Sequence[IntArray]):
 
     def __iter__(self) -> Iterator[IntArray]:
         for rows in self._pieces():
-            yield from self._views(rows)
+            start = self._start[rows]
+            places = (self._array[rows], start, start + self.lengths[rows])
+            for array, first, last in zip(*(place.tolist() for place in places), strict=True):
+                yield self._arrays[array][first:last]
 
     def take(self, rows: npt.NDArray[np.integer[Any]]) -> TokenColumn:
         """The lists of these rows, in their order, as a column."""
@@ -70,9 +74,9 @@ class TokenColumn(Sequence[IntArray]):
         )
 
     def to_arrow(self) -> pa.ChunkedArray:
-        """A copy as list<int32>, in chunks that their offsets can count."""
+        """As list<int32>, in chunks that their offsets can count; a copy unless it is in order."""
         chunks = [
-            pa.ListArray.from_arrays(self._offsets(rows).astype(np.int32), self._flat(rows))
+            pa.ListArray.from_arrays(self._offsets(rows).astype(np.int32), self.flat(rows))
             for rows in self._pieces()
         ]
         return pa.chunked_array(chunks, type=TOKENS)
@@ -82,7 +86,7 @@ class TokenColumn(Sequence[IntArray]):
         numbers = [np.empty(0, dtype=np.int32)]
         for rows in self._pieces(group):
             # Arrow finds equal strings, and a list of tokens is a string of bytes.
-            ends, tokens = map(pa.py_buffer, (4 * self._offsets(rows), self._flat(rows)))
+            ends, tokens = map(pa.py_buffer, (4 * self._offsets(rows), self.flat(rows)))
             size = rows.stop - rows.start
             strings = pa.Array.from_buffers(pa.large_binary(), size, [None, ends, tokens])
             numbers.append(strings.dictionary_encode().indices.to_numpy())
@@ -101,14 +105,45 @@ class TokenColumn(Sequence[IntArray]):
     def _offsets(self, rows: slice) -> npt.NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(self.lengths[rows], dtype=np.int64)])
 
-    def _views(self, rows: slice) -> list[IntArray]:
-        start = self._start[rows]
-        places = (self._array[rows], start, start + self.lengths[rows])
-        each = zip(*(place.tolist() for place in places), strict=True)
-        return [self._arrays[array][first:last] for array, first, last in each]
+    def flat(self, rows: slice = slice(None)) -> IntArray:
+        """All tokens of these rows, one list after another. Not to be written to."""
+        array, start, lengths = (each[rows] for each in (self._array, self._start, self.lengths))
+        ends = np.cumsum(lengths, dtype=np.int64)
+        if not len(ends):
+            return np.empty(0, dtype=np.int32)
+        if (array == array[0]).all() and (start[1:] == start[:-1] + lengths[:-1]).all():
+            return self._arrays[array[0]][start[0] : start[0] + ends[-1]]
+        flat = np.empty(ends[-1], dtype=np.int32)
+        for number in np.unique(array):
+            its = array == number
+            size = lengths[its]
+            places = spans(ends[its] - size, size)
+            flat[places] = self._arrays[number][spans(start[its], size)]
+        return flat
 
-    def _flat(self, rows: slice) -> IntArray:
-        return np.concatenate([np.empty(0, dtype=np.int32), *self._views(rows)])
+
+def lengths_of(lists: Sequence[Any]) -> IntArray:
+    """(n,) tokens per list."""
+    if isinstance(lists, TokenColumn):
+        return lists.lengths
+    return np.fromiter(map(len, lists), dtype=np.int32, count=len(lists))
+
+
+def as_lists(tokens: IntArray, lengths: IntArray) -> pa.ChunkedArray:
+    """Flat tokens as list<int32> of (n,) lengths, without a copy."""
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    cuts = np.searchsorted(ends, np.arange(_MOST, ends[-1], _MOST)).tolist()
+    chunks = []
+    for first, last in pairwise([0, *cuts, len(lengths)]):
+        offsets = (ends[first : last + 1] - ends[first]).astype(np.int32)
+        chunks.append(pa.ListArray.from_arrays(offsets, tokens[ends[first] : ends[last]]))
+    return pa.chunked_array(chunks, type=TOKENS)
+
+
+def spans(start: npt.NDArray[Any], size: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The places `start[i]` to `start[i] + size[i] - 1` for one i after another."""
+    ends = np.cumsum(size, dtype=np.int64)
+    return np.repeat(start - ends + size, size) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def fingerprint(columns: Iterable[TokenColumn]) -> str:
@@ -117,5 +152,5 @@ def fingerprint(columns: Iterable[TokenColumn]) -> str:
     for column in columns:
         digest.update(column.lengths.tobytes())
         for rows in column._pieces():
-            digest.update(column._flat(rows).tobytes())
+            digest.update(column.flat(rows).tobytes())
     return digest.hexdigest()

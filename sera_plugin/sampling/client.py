@@ -8,10 +8,12 @@ from itertools import count, islice
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
+import numpy as np
 import requests
 
 from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
 from sera_plugin.rundir.ranks import Shard
+from sera_plugin.rundir.tokens import lengths_of
 from sera_plugin.sampling.answers import (
     MODELS,
     Known,
@@ -31,8 +33,9 @@ RETRIES, BACKOFF = 6, 1.0
 OVERLOADED = (429, 502, 503, 504)
 #: Prompts that are sampled at a time.
 IN_FLIGHT = 128
-#: A chunk is handed over when it has this many prompts, or is this many seconds old.
-CHUNK_PROMPTS, CHUNK_SECONDS = 64, 5.0
+#: A chunk is handed over when it has this many prompts, or is this many seconds old, which is what
+#: a crash may lose. A million prompts in small chunks make too many files.
+CHUNK_PROMPTS, CHUNK_SECONDS = 256, 5.0
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -70,6 +73,25 @@ def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
             "is the smaller one), or remove the row."
         )
     return limit
+
+
+def plan(
+    prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int], shard: Shard
+) -> tuple[list[int], int]:
+    """The rows of a part, and the most tokens of a prompt and its candidate in any (0 of no rows).
+
+    A ValueError if a prompt leaves no room.
+    """
+    tokens = lengths_of(prompts)
+    # The longest first: what still runs at the end of a phase is then short.
+    rows = np.argsort(-tokens, kind="stable")
+    rows = rows[np.isin(rows, list(skip), invert=True)]
+    if not len(rows):
+        return [], 0
+    room(int(rows[0]), prompts[rows[0]], settings)
+    limit = settings.max_length or settings.max_new_tokens + int(tokens.max())
+    lengths = np.minimum(tokens[rows] + settings.max_new_tokens, limit)
+    return shard.of(rows.tolist(), lengths.tolist()), int(lengths.max())
 
 
 def in_threads(
@@ -210,24 +232,20 @@ class EngineSampler:
     ) -> Generator[Chunk, None, None]:
         """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
         settings = settings.within(self.longest)
-        # The longest first: what still runs at the end of a phase is then short.
-        longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        rows = [row for row in longest_first if row not in skip]
-        limits = {row: room(row, prompts[row], settings) for row in rows}
-        lengths = [len(prompts[row]) + limits[row] for row in rows]
-        mine = self.shard.of(rows, lengths)
-        if not rows:
+        mine, longest = plan(prompts, settings, skip, self.shard)
+        if not longest:
             return
-        with self.make_room(max(lengths)) as memory:
+        with self.make_room(longest) as memory:
             if not mine:
                 return
-            with self._serving(max(lengths), memory) as (client, name, watch):
-                self._check_policy(client, name, max(lengths))
+            with self._serving(longest, memory) as (client, name, watch):
+                self._check_policy(client, name, longest)
                 fields = sampling_fields(settings) | {"model": name}
 
                 def ask(row: int) -> list[Candidate]:
                     asked = {"prompt": prompts[row].tolist(), "seed": settings.stream(row)}
-                    request = fields | asked | {"max_tokens": limits[row]}
+                    limit = room(row, prompts[row], settings)
+                    request = fields | asked | {"max_tokens": limit}
                     return client.candidates(row, request, settings, self.vocabulary)
 
                 yield from _in_chunks(mine, ask, watch)
