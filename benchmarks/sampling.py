@@ -36,8 +36,9 @@ from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.child import Child, child_environment, find_vllm
 from sera_plugin.sampling.client import Client
 from sera_plugin.sampling.offload import make_room
+from sera_plugin.sampling.servers import VllmServerSampler
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler, VllmServerSampler
+from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32

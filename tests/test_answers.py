@@ -10,7 +10,7 @@ from sera_plugin.algorithm.method import Candidate, Pairs, SamplingSettings
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.sampling.answers import read_candidates
 from sera_plugin.sampling.child import SamplingFailed
-from sera_plugin.sampling.client import sampling_fields
+from sera_plugin.sampling.engine import sampling_fields
 from sera_plugin.sampling.samplers import Choice
 from tests import servers
 from tests.servers import vllm_server

@@ -21,7 +21,7 @@ from sera_plugin.model.budget import TokenBudget
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling import client, offload, samplers, vllm
+from sera_plugin.sampling import client, offload, samplers, servers
 from sera_plugin.sampling.child import SamplingFailed, find_vllm
 from sera_plugin.sampling.offload import engine_needs, make_room, resident_tensors
 from sera_plugin.sampling.samplers import Choice, Samplers, choose_sampler
@@ -181,7 +181,7 @@ def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, se
         compared.append(longest)
         return 56
 
-    monkeypatch.setattr(vllm.VllmServerSampler, "check", check)
+    monkeypatch.setattr(servers.VllmServerSampler, "check", check)
     cfg = {"sequence_len": sequence_len, "base_model": "m"}
     samplers = chosen(cfg, 38, tmp_path, sampler="vllm-server", max_new_tokens=12)
     assert samplers.choice.name == "vllm-server"
@@ -190,8 +190,8 @@ def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, se
     assert samplers.make(2, None, None, 0.01).longest == 56
 
 
-def server_at(port: int, base: object = "base", tokenizer=None) -> vllm.VllmServerSampler:
-    return vllm.VllmServerSampler("0.0.0.0", port, str(base), Path("adapter"), tokenizer, 99)
+def server_at(port: int, base: object = "base", tokenizer=None) -> servers.VllmServerSampler:
+    return servers.VllmServerSampler("0.0.0.0", port, str(base), Path("adapter"), tokenizer, 99)
 
 
 def test_a_servers_context_is_read_and_a_lost_connection_tried_again(world, monkeypatch):
@@ -213,7 +213,7 @@ def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):
 
 
 def test_a_server_that_is_not_there_is_said_so(monkeypatch):
-    monkeypatch.setattr(vllm, "RETRIES", 2)
+    monkeypatch.setattr(servers, "RETRIES", 2)
     monkeypatch.setattr(client, "BACKOFF", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

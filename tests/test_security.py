@@ -23,7 +23,7 @@ from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.sampling import child, samplers, vllm
 from sera_plugin.sampling.child import SamplingFailed
-from sera_plugin.sampling.vllm import VllmServerSampler
+from sera_plugin.sampling.servers import VllmServerSampler
 from tests.conftest import adapter
 from tests.servers import KEY, vllm_server
 

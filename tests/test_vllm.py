@@ -22,8 +22,9 @@ from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.child import Child, SamplingFailed, child_environment
 from sera_plugin.sampling.client import Client
+from sera_plugin.sampling.servers import VllmServerSampler
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, VllmServerSampler
+from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 from tests.conftest import adapter, summary, table
 from tests.test_end_to_end import check_run
 from tests.test_ranks import free_port, launch

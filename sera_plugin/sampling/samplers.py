@@ -24,13 +24,13 @@ from sera_plugin.rundir.ranks import NO_PART, WHOLE
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.answers import known_pairs
 from sera_plugin.sampling.child import find_vllm
-from sera_plugin.sampling.client import EngineSampler
+from sera_plugin.sampling.engine import EngineSampler
 from sera_plugin.sampling.offload import make_room
+from sera_plugin.sampling.servers import VllmServerSampler
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import (
     ServedPolicy,
     VllmSampler,
-    VllmServerSampler,
     adapter_problem,
 )
 
