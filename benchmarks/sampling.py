@@ -95,8 +95,8 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
 
         def server() -> CandidateSampler:
             return VllmServerSampler(
-                "127.0.0.1",
-                port,
+                [f"http://127.0.0.1:{port}"],
+                "",
                 name,
                 directory / "adapter",
                 tokenizer,

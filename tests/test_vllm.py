@@ -277,7 +277,8 @@ def client(world, tokenizer, monkeypatch):
     monkeypatch.setenv(vllm.API_KEY, KEY)
 
     def make(port, base=world.base, policy=Path("none"), tokenizer=tokenizer):
-        return VllmServerSampler("0.0.0.0", port, str(base), policy, tokenizer, len(tokenizer))
+        urls = [f"http://127.0.0.1:{port}"]
+        return VllmServerSampler(urls, "", str(base), policy, tokenizer, len(tokenizer))
 
     return make
 

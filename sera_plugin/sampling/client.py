@@ -26,7 +26,7 @@ from sera_plugin.sampling.http import Reply, Session, exchange, one_line
 #: another time is not heard: it could be days.
 RETRIES, BACKOFF = 6, 1.0
 OVERLOADED = (429, 502, 503, 504)
-#: Prompts that are sampled at a time.
+#: Prompts that a server samples at a time.
 IN_FLIGHT = 128
 
 Job = TypeVar("Job")
@@ -48,17 +48,27 @@ def in_threads(
         yield [(running.pop(future), future.result()) for future in finished]
 
 
+class ServerLost(SamplingFailed):
+    """A server is gone, broken, or has begun anew; nothing that it has answered is wrong."""
+
+
+def broken(answer: Reply) -> bool:
+    """Whether a server has failed to answer, and not refused to."""
+    return answer.status in OVERLOADED or answer.status >= 500
+
+
 class Client:
     """Sends requests to one server, whose `key` may be an empty text.
 
     `retries` are tries after the first one, `timeout` is in seconds for a reply, None where `watch`
-    sees to it while it samples, and `remedy` says what to do where nothing answers.
+    sees to it while it samples, and `named` are the keys that say where a running server is.
     """
 
     def __init__(
-        self, url: str, key: str, retries: int, timeout: float | None, remedy: str = ""
+        self, url: str, key: str, retries: int, timeout: float | None, named: str = ""
     ) -> None:
-        self.url, self.key, self.remedy = url, key, remedy
+        self.url, self.key, self.named = url, key, named
+        self.lost = False  # given up: nothing is tried again
         self._retries, self._timeout = retries, timeout
         self._session = Session(IN_FLIGHT, trust_env=False)  # no proxy knows this machine
         if key:
@@ -88,9 +98,18 @@ class Client:
                     break
             except requests.RequestException as error:
                 # A key or an address that cannot be sent is a ValueError too.
-                if attempt == self._retries or isinstance(error, ValueError):
+                unsent = isinstance(error, ValueError)
+                # It has had all of its time. A connection that takes long may be made yet.
+                silent = isinstance(error, requests.Timeout) and not isinstance(
+                    error, requests.ConnectTimeout
+                )
+                if attempt == self._retries or self.lost or unsent or silent:
+                    tries = f"{attempt + 1} tries" if attempt else "one try"
+                    remedy = "Start it (docs/sampling.md has the command), or set "
                     raise self.wrong(
-                        f"does not answer {path} after {attempt + 1} tries: {error}. {self.remedy}"
+                        f"does not answer {path} after {tries}: {error}. "
+                        + (f"{remedy}{self.named} to where it is" if self.named else ""),
+                        SamplingFailed if unsent else ServerLost,
                     ) from None
         return answer
 
@@ -99,14 +118,17 @@ class Client:
         answer = self.send(path, body, watched)
         if answer.status in (401, 403):
             raise self.wrong("refuses this run's key. Set VLLM_API_KEY to the server's own")
+        # A server that was started again in the middle of a phase does not know the adapter.
         if not answer.ok:
-            raise self.wrong(f"refused {path} ({answer.status}): {self.words(answer)}")
+            lost = broken(answer) or (watched and answer.status == 404)
+            problem = f"refused {path} ({answer.status}): {self.words(answer)}"
+            raise self.wrong(problem, ServerLost if lost else SamplingFailed)
         try:
             return answer.json()[key]
         except (ValueError, KeyError, TypeError):
             raise self.wrong(
                 f"answers {path} as no vLLM does: {self.words(answer) or 'with nothing'}. Set "
-                "vllm.host and vllm.port to where `vllm serve` runs"
+                f"{self.named} to where `vllm serve` runs"
             ) from None
 
     def candidates(
@@ -143,6 +165,11 @@ class Client:
         """The server's own words."""
         return answer.words(self.key)
 
-    def wrong(self, problem: str) -> SamplingFailed:
+    def wrong(self, problem: str, kind: type[SamplingFailed] = SamplingFailed) -> SamplingFailed:
         """What to raise, without the key."""
-        return SamplingFailed(one_line(f"the vLLM server at {self.url} {problem}.", self.key))
+        return kind(one_line(f"the vLLM server at {self.url} {problem}.", self.key))
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be kept."""
+        return one_line(self.url, self.key)

@@ -1,8 +1,8 @@
-"""Sampling with a vLLM server that runs already: the adapter is loaded into it over HTTP."""
+"""Sampling with vLLM servers that run already: the adapter is loaded into them over HTTP."""
 
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,27 @@ from uuid import uuid4
 from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.answers import ServedModel
 from sera_plugin.sampling.child import PATIENCE, SamplingFailed
-from sera_plugin.sampling.client import RETRIES, Client
-from sera_plugin.sampling.engine import EngineSampler, Serving
+from sera_plugin.sampling.client import RETRIES, Client, ServerLost, broken
+from sera_plugin.sampling.engine import EngineSampler, Serving, with_each
 from sera_plugin.sampling.vllm import API_KEY
 
 LOG = logging.getLogger("axolotl.sera")
 
-#: Text whose tokens tell tokenizers apart.
 _PROBE = "Hello, wörld!  1234567 你好 🙂\n\tdef f(x): return x"
 
 
 class VllmServerSampler(EngineSampler):
-    """Samples from a running `vllm serve`, to which the run's adapter directories look the same.
+    """Samples from running `vllm serve`, to which the run's adapter directories look the same.
 
-    `adapter` is theta_{t-1}'s directory, `tokenizer` training's, and `longest` the server's context
-    as `check` has found it.
+    `urls` say where they are, and the configuration's keys in `named` say that. `adapter` is
+    theta_{t-1}'s directory, `tokenizer` training's, and `longest` the servers' context as `check`
+    has found it.
     """
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        urls: Sequence[str],
+        named: str,
         base_model: str,
         adapter: Path,
         tokenizer: Any,
@@ -40,24 +40,30 @@ class VllmServerSampler(EngineSampler):
         longest: int | None = None,
     ) -> None:
         super().__init__("vllm-server", vocabulary, shard, longest)
-        # Nothing binds here: a server on all interfaces is asked through loopback.
-        host = "127.0.0.1" if host == "0.0.0.0" else host
-        self.client = Client(
-            f"http://{host}:{port}",
-            os.environ.get(API_KEY, "").strip(),
-            RETRIES,
-            PATIENCE,
-            "Start it (docs/sampling.md has the command), or set vllm.host and vllm.port to where "
-            "it is",
-        )
+        self.urls, self.named = urls, named
         self.base_model, self.adapter, self.tokenizer = base_model, adapter, tokenizer
 
     def check(self, longest: int = 0) -> int:
-        """The server's context in tokens; SamplingFailed says why it cannot serve this run.
+        """The least context of the servers, in tokens.
 
         `longest` is the most tokens of a prompt and its candidate together.
+
+        Raises:
+            SamplingFailed: if one of them is not there, or cannot serve this run, and why.
         """
-        client = self.client
+        probe = self._probe()
+        return min(self._check(client, longest, probe) for client in self._clients())
+
+    def _clients(self) -> list[Client]:
+        key = os.environ.get(API_KEY, "").strip()
+        return [Client(url, key, RETRIES, PATIENCE, self.named) for url in self.urls]
+
+    def _probe(self) -> tuple[str, list[int]]:
+        """Text whose tokens tell tokenizers apart, and training's tokens of it."""
+        text = _PROBE + "".join(self.tokenizer.all_special_tokens)
+        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _check(self, client: Client, longest: int, probe: tuple[str, list[int]]) -> int:
         models = client.models()
         served = next((model for model in models if self._is_base(model)), None)
         if served is None or served.max_model_len is None:
@@ -67,9 +73,8 @@ class VllmServerSampler(EngineSampler):
                 f"{self.base_model}`; if it is the same model under another path, add "
                 f"`--served-model-name {self.base_model}`"
             )
-        text = _PROBE + "".join(self.tokenizer.all_special_tokens)
+        text, mine = probe
         request = {"model": served.id, "prompt": text, "add_special_tokens": False}
-        mine = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if client.ask("tokens", "/tokenize", request) != mine:
             raise client.wrong(
                 "has another tokenizer than this run: a test text gives other token ids. Start it "
@@ -93,28 +98,45 @@ class VllmServerSampler(EngineSampler):
 
     @contextmanager
     def _serving(self, length: int, memory: None) -> Generator[Serving, None, None]:
-        """The adapter in the server under a name that it has never seen, and out again."""
-        self.check(length)
-        client, name = self.client, f"sera-{uuid4().hex}"
-        self.report["version"] = client.version()
-        path = str(self.adapter.resolve())
-        answer = client.send("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-        if not answer.ok:
-            raise client.wrong(
-                f"did not load {path}: {client.words(answer)}. It must see this "
-                "directory under the same path, and its `--max-lora-rank` must be at least lora_r"
-            )
+        """The adapter in all servers under a name that they have never seen, and out again."""
+        name, path = f"sera-{uuid4().hex}", str(self.adapter.resolve())
+        clients, probe = self._clients(), self._probe()
+        loaded: list[Client] = []
+
+        def load(client: Client) -> str:
+            self._check(client, length, probe)
+            found = client.version()
+            answer = client.send("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+            if not answer.ok:
+                raise client.wrong(
+                    f"did not load {path}: {client.words(answer)}. It must see this "
+                    "directory under the same path, and its `--max-lora-rank` must be at least "
+                    "lora_r",
+                    ServerLost if broken(answer) else SamplingFailed,
+                )
+            loaded.append(client)
+            return found
+
         try:
-            yield client, name, lambda: None
+            versions = with_each(clients, load)
+            self.report["version"] = ", ".join(sorted(set(versions.values())))
+            yield list(versions), name, lambda: None
         finally:
-            try:
-                answer = client.send("/v1/unload_lora_adapter", {"lora_name": name})
-                if not answer.ok:
-                    raise client.wrong(f"kept {name}: {client.words(answer)}")
-            except SamplingFailed as failure:
-                LOG.warning("the adapter %s was not unloaded: %s", name, failure)
+            self.report["servers"] = {one.shown: self.answered[one] for one in clients}
+            for client in loaded:
+                if not client.lost:
+                    _unload(client, name)
 
     def _is_base(self, model: ServedModel) -> bool:
         names = (model.id, model.root)
         paths = [Path(name).resolve() for name in names if name and os.path.isdir(name)]
         return self.base_model in names or Path(self.base_model).resolve() in paths
+
+
+def _unload(client: Client, name: str) -> None:
+    try:
+        answer = client.send("/v1/unload_lora_adapter", {"lora_name": name})
+        if not answer.ok:
+            raise client.wrong(f"kept {name}: {client.words(answer)}")
+    except SamplingFailed as failure:
+        LOG.warning("the adapter %s was not unloaded: %s", name, failure)

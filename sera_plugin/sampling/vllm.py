@@ -154,7 +154,7 @@ class VllmSampler(EngineSampler):
             serves = f"{self.policy.adapter or self.policy.model} in {weights}"
             took = f"started in {self.seconds['start_engine']:.0f} s"
             LOG.info("SeRA: vLLM %s serves %s, %s", self.report["version"], serves, took)
-            yield client, _POLICY, lambda: child.check(lambda: _tokens(client))
+            yield [client], _POLICY, lambda: child.check(lambda: _tokens(client))
         except ChildFailed:
             raise
         except SamplingFailed as failure:
