@@ -171,8 +171,10 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 @contextmanager
-def running_server(python: str, name: str, longest: int, directory: Path) -> Iterator[int]:
-    """A server that takes adapters, on a port of its own."""
+def running_server(
+    python: str, name: str, longest: int, directory: Path, **variables: str
+) -> Iterator[int]:
+    """A server that takes adapters, on a port of its own; `variables` of its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -184,10 +186,10 @@ def running_server(python: str, name: str, longest: int, directory: Path) -> Ite
     else:
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         command += ["--max-num-batched-tokens", str(max(4096, longest))]
-    environment = child_environment(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    environment = child_environment(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | variables
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     client = Client(f"http://127.0.0.1:{port}", "", retries=0, timeout=None)
-    with closing(Child(command, environment, directory / "server.log")) as server:
+    with closing(Child(command, environment, directory / f"server-{port}.log")) as server:
         while client.answers("/health") is None:
             server.check(server.log_size)
             time.sleep(1)
