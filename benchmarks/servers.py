@@ -41,7 +41,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     directory = make_model(setup)
     longest, vocabulary = longest_of(setup, directory), vocabulary_of(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    rows = read_rows(setup, 160, vocabulary, longest - NEW_TOKENS)
+    rows = read_rows(setup, 64, vocabulary, longest - NEW_TOKENS)
     texts = [PROMPT_FORMAT.format(row["prompt"]) for row in rows]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     prompts = [np.array(one[: longest - NEW_TOKENS], dtype=np.int32) for one in ids]
