@@ -19,7 +19,7 @@ from sera_plugin.sampling.child import find_vllm
 from sera_plugin.sampling.servers import VllmServerSampler
 
 TITLE = "Two servers"
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 #: A second server is a second core, as it would be a second GPU.
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
@@ -68,17 +68,17 @@ def measure(setup: Setup) -> dict[str, Any]:
         ports = [stack.enter_context(running_server(*server, **ONE_THREAD)) for _ in range(2)]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         sides = {str(count): lambda count=count: phase(urls[:count]) for count in (1, 2)}
-        seconds = interleave(sides, setup.rounds, warm_up=True)
+        seconds = interleave(sides, setup.rounds, warm_up=False)
     return {
         "prompts": len(prompts),
         "prompt_tokens": int(sum(map(len, prompts))),
         "new_tokens": sum(len(one) for several in found["1"][-1].values() for one in several),
         "vllm": find_vllm(python),
         "seconds": seconds,
-        "fewest_of_a_server": shares[-setup.rounds :],
+        "fewest_of_a_server": shares,
         "equal": [
             sum(one[row] == two[row] for row in one)
-            for one, two in list(zip(found["1"], found["2"], strict=True))[-setup.rounds :]
+            for one, two in zip(found["1"], found["2"], strict=True)
         ],
     }
 

@@ -8,11 +8,13 @@ import pytest
 
 from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.host.run import require_same_run
 from sera_plugin.sampling import client, engine, servers
 from sera_plugin.sampling.answers import Known
 from sera_plugin.sampling.child import SamplingFailed
 from tests import servers as small
 from tests.servers import vllm_server
+from tests.test_credentials import described
 from tests.test_sampling import server_at
 
 HOW = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
@@ -157,3 +159,9 @@ def test_addresses_are_read_as_they_are_asked():
     assert config.sampler == SeraConfig(sampler="auto", servers=("http://a",)).sampler
     assert config.sampler == "vllm-server"
     assert SeraConfig(servers=()).sampler == "auto"
+
+
+def test_a_run_may_go_on_with_other_servers(tmp_path):
+    before, now = (described({"sera": {"servers": [url]}}) for url in ("http://a", "http://b"))
+    assert before != now
+    require_same_run(before, now, tmp_path)
