@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import date
 from functools import partial
@@ -172,7 +172,11 @@ def peak_memory() -> Iterator[list[float]]:
 
 @contextmanager
 def running_server(
-    python: str, name: str, longest: int, directory: Path, **variables: str
+    python: str,
+    name: str,
+    longest: int,
+    directory: Path,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
     """A server that takes adapters, on a port of its own; `variables` of its environment."""
     with socket.socket() as probe:
@@ -186,7 +190,11 @@ def running_server(
     else:
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         command += ["--max-num-batched-tokens", str(max(4096, longest))]
-    environment = child_environment(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | variables
+    environment = (
+        child_environment(python)
+        | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        | dict(variables or {})
+    )
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     client = Client(f"http://127.0.0.1:{port}", "", retries=0, timeout=None)
     with closing(Child(command, environment, directory / f"server-{port}.log")) as server:

@@ -65,7 +65,7 @@ def measure(setup: Setup) -> dict[str, Any]:
 
     with ExitStack() as stack:
         server = (python, str(directory), longest, setup.directory)
-        ports = [stack.enter_context(running_server(*server, **ONE_THREAD)) for _ in range(2)]
+        ports = [stack.enter_context(running_server(*server, ONE_THREAD)) for _ in range(2)]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         sides = {str(count): lambda count=count: phase(urls[:count]) for count in (1, 2)}
         seconds = interleave(sides, setup.rounds, warm_up=False)
