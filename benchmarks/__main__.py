@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["small"])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="default: all but servers")
     parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS)
     parser.add_argument("--pairs", type=int, help="default: each part's own number")
     parser.add_argument("--model", type=Path, help="a directory, instead of random weights")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 data=options.data and options.data.resolve(),
                 directory=Path(directory),
             )
-            for part in options.only:
+            for part in options.only or [one for one in PARTS if one != "servers"]:
                 if setup.device in PARTS[part]:
                     run(part, setup, options.save)
 

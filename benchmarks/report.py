@@ -20,6 +20,7 @@ PARTS = {
     "large_n": ("cpu",),
     "noise": ("cpu",),
     "plan": ("cpu", "cuda"),
+    "servers": ("cpu",),
 }
 #: Pages and the parts that each has a place for.
 PAGES = {

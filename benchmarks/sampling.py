@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import date
 from functools import partial
@@ -36,8 +36,9 @@ from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.child import Child, child_environment, find_vllm
 from sera_plugin.sampling.client import Client
 from sera_plugin.sampling.offload import make_room
+from sera_plugin.sampling.servers import VllmServerSampler
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler, VllmServerSampler
+from sera_plugin.sampling.vllm import SERVER, ServedPolicy, VllmSampler
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -94,8 +95,8 @@ def measure(arguments: argparse.Namespace, directory: Path) -> str:
 
         def server() -> CandidateSampler:
             return VllmServerSampler(
-                "127.0.0.1",
-                port,
+                [f"http://127.0.0.1:{port}"],
+                "",
                 name,
                 directory / "adapter",
                 tokenizer,
@@ -170,8 +171,14 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 @contextmanager
-def running_server(python: str, name: str, longest: int, directory: Path) -> Iterator[int]:
-    """A server that takes adapters, on a port of its own."""
+def running_server(
+    python: str,
+    name: str,
+    longest: int,
+    directory: Path,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[int]:
+    """A server that takes adapters, on a port of its own; `variables` of its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -183,10 +190,14 @@ def running_server(python: str, name: str, longest: int, directory: Path) -> Ite
     else:
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         command += ["--max-num-batched-tokens", str(max(4096, longest))]
-    environment = child_environment(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    environment = (
+        child_environment(python)
+        | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        | dict(variables or {})
+    )
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     client = Client(f"http://127.0.0.1:{port}", "", retries=0, timeout=None)
-    with closing(Child(command, environment, directory / "server.log")) as server:
+    with closing(Child(command, environment, directory / f"server-{port}.log")) as server:
         while client.answers("/health") is None:
             server.check(server.log_size)
             time.sleep(1)

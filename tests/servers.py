@@ -137,8 +137,8 @@ def choices(request: dict[str, Any]) -> Any:
 class Vllm(Handler):
     """`base` and `tokenizer` are of the model that it serves.
 
-    On the path `fail` it answers 500, `drops` connections it closes without an answer, and `raw` is
-    sent to any request.
+    On the path `fail` it answers `failure`, `drops` connections it closes without an answer, and
+    `raw` is sent to any request.
     """
 
     base = ""
@@ -146,6 +146,7 @@ class Vllm(Handler):
     choices = staticmethod(choices)
     metrics: Callable[[], str] = staticmethod(lambda: "nothing")
     fail: str | None = None
+    failure = 500
     raw: bytes | None = None
     drops = 0
 
@@ -161,7 +162,7 @@ class Vllm(Handler):
 
     def _answer(self, request: dict[str, Any], said: str | None) -> tuple[int, Any]:
         if self.fail == self.path:
-            return 500, {"error": {"message": f"\x1b[2J\x07{said}\nsecond line"}}
+            return self.failure, {"error": {"message": f"\x1b[2J\x07{said}\nsecond line"}}
         if self.path == "/v1/unload_lora_adapter":
             return 400, {"error": said}
         answers: dict[str, Callable[[], Any]] = {
@@ -180,13 +181,22 @@ class Vllm(Handler):
         return 200, answers[self.path]()
 
 
+class VllmServer(ThreadingHTTPServer):
+    #: Connections that wait to be taken. Beyond them one is tried again after a second.
+    request_queue_size = 128
+
+
 @contextmanager
 def vllm_server(base: Path | None = None, **behaviour: Any) -> Iterator[SimpleNamespace]:
-    """A running server of the demo's model; yields its `port` and the model's `tokenizer`."""
+    """A running server of the demo's model; yields where it is, the model's `tokenizer`, and `its`
+    behaviour, which may change."""
     from sera_plugin.tools.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()
     its = {"base": str(base), "tokenizer": staticmethod(tokenizer), **behaviour}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Its", (Vllm,), its))
+    server = VllmServer(("127.0.0.1", 0), type("Its", (Vllm,), its))
     with serving(server):
-        yield SimpleNamespace(port=server.server_port, tokenizer=tokenizer)
+        url = f"http://127.0.0.1:{server.server_port}"
+        yield SimpleNamespace(
+            url=url, port=server.server_port, tokenizer=tokenizer, its=server.RequestHandlerClass
+        )

@@ -10,7 +10,7 @@ from sera_plugin.algorithm.method import Candidate, Pairs, SamplingSettings
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.sampling.answers import read_candidates
 from sera_plugin.sampling.child import SamplingFailed
-from sera_plugin.sampling.client import sampling_fields
+from sera_plugin.sampling.engine import sampling_fields
 from sera_plugin.sampling.samplers import Choice
 from tests import servers
 from tests.servers import vllm_server
@@ -74,7 +74,7 @@ def test_nothing_of_a_servers_wrong_answer_is_handed_on(world):
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
     prompts = [np.array([1, 5], dtype=np.int32)]
     with vllm_server(world.base) as server:
-        sampler = server_at(server.port, world.base, server.tokenizer)
+        sampler = server_at(server.url, base=world.base)
         assert len(list(sampler.sample(prompts, how))) == 1
         sampler.vocabulary = 5
         wrong = sampler.sample(prompts, how)

@@ -7,7 +7,7 @@ from sera_plugin.algorithm.chunks import Sampled, all_samples, chunk_table
 from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.rundir.ranks import Shard
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling.client import plan
+from sera_plugin.sampling.engine import plan
 
 END = 2
 SETTINGS = SamplingSettings(2, 1.0, 1.0, 4, 6, (END,), seed=0, vocabulary=100)

@@ -58,6 +58,7 @@ PLACES: dict[str, Callable[[Any], bool]] = {
     "sera.top_p": _between(0, 1, above=True),
     **dict.fromkeys(("sera.restart_optimizer", "sera.keep_policies"), _switch),
     "sera.score_columns": lambda v: v == [] or isinstance(v, set),
+    "sera.servers": lambda v: v == [],
     "output_dir": lambda v: v is None or (isinstance(v, str) and v in DIRECTORIES),
     **dict.fromkeys(("rl_beta", "trl.beta"), lambda v: v == 1e300),
     "trl": lambda v: isinstance(v, dict),

@@ -61,11 +61,13 @@ def said(monkeypatch) -> Iterator[tuple[str, type[Said]]]:
 def test_no_server_holds_a_client_or_a_judge_for_ever(said, tmp_path, case):
     url, its = said
     its.first, its.again, its.pause = ENDLESS[case]
-    with pytest.raises(SamplingFailed, match="does not answer /health after 2 tries: the"):
+    with pytest.raises(SamplingFailed, match=r"does not answer /health after .*tr(y|ies): the"):
         Client(url, "", 1, 0.3).send("/health")
     with pytest.raises(JudgeFailed, match=r"the connection failed: the.*Look after"):
         judge_at(url, tmp_path, timeout=0.3)._ask([{"role": "user", "content": "?"}])
-    assert its.seen == ["/health"] * 2 + ["/v1/chat/completions"]
+    # What has taken all its time is not asked again.
+    tries = 2 if case == "what is nothing when decompressed" else 1
+    assert its.seen == ["/health"] * tries + ["/v1/chat/completions"]
 
 
 def test_an_engine_that_nobody_watches_yet_is_waited_for_with_patience(said, monkeypatch):

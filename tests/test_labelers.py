@@ -15,7 +15,7 @@ from sera_plugin.labeling.judging import Answered, Judge, JudgeFailed, ScoringJu
 from sera_plugin.labeling.labelers import Conversation, Judged
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.rundir.tokens import TokenColumn
-from sera_plugin.sampling.client import room
+from sera_plugin.sampling.engine import room
 from tests.three_pairs import END
 
 

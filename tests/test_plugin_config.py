@@ -217,6 +217,16 @@ vllm: {gpu_memory_utilisation: 0.5}
 trl: {beta: strong} => trl.beta: strong is not a number
 trainer_cls: a.b => trainer_cls: a.b | remove trainer_cls
 sera: {sampler: vllm-server} => sera.sampler: vllm-server | needs an adapter | adapter: lora
+sera: {servers: ["http://a:1"]} => sera.sampler: vllm-server | needs an adapter
+{adapter: lora, vllm: {port: 8000}, sera: {servers: ["http://a:1"]}}
+    => vllm.port: 8000 | sera.servers. Remove vllm.port
+{adapter: lora, vllm: {host: b}, sera: {servers: ["http://a:1"]}} => vllm.host: b | list all
+sera: {sampler: vllm, servers: ["http://a:1"]}
+    => servers: ('http://a:1',) | sampler: vllm. | Remove servers, or set sampler to vllm-server
+sera: {servers: ["http://a:1", "a:1"]} => sera.servers | such as http://127.0.0.1:8000
+sera: {servers: ["http://A:80/v1", "http://a/"]} => sera.servers: 'http://a/' | twice | Remove
+sera: {servers: ["https://me:hidden@a"]} => sera.servers | VLLM_API_KEY
+sera: {servers: "http://me:hidden@a"} => sera.servers: 'http://***@a' is not allowed
 {val_set_size: 0.1, sera: {held_out: 20}} => sera.held_out: 20.0 | val_set_size | Keep one
 sera: {gamma: true} => sera.gamma: True is not a number
 dpo_loss_type: [sigmoyd] => dpo_loss_type: ['sigmoyd'] | sigmoid, hinge | dpo_loss_type: [sigmoid]

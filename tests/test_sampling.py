@@ -21,11 +21,12 @@ from sera_plugin.model.budget import TokenBudget
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.store import RunStore
-from sera_plugin.sampling import client, offload, samplers, vllm
+from sera_plugin.sampling import client, offload, samplers, servers
 from sera_plugin.sampling.child import SamplingFailed, find_vllm
 from sera_plugin.sampling.offload import engine_needs, make_room, resident_tensors
 from sera_plugin.sampling.samplers import Choice, Samplers, choose_sampler
 from sera_plugin.sampling.vllm import Memory, adapter_problem
+from sera_plugin.tools.demo.base_model import build_tokenizer
 from tests.servers import vllm_server
 
 MODEL = SimpleNamespace(
@@ -181,23 +182,25 @@ def test_a_servers_context_is_compared_before_training(tmp_path, monkeypatch, se
         compared.append(longest)
         return 56
 
-    monkeypatch.setattr(vllm.VllmServerSampler, "check", check)
-    cfg = {"sequence_len": sequence_len, "base_model": "m"}
+    monkeypatch.setattr(servers.VllmServerSampler, "check", check)
+    cfg = {"sequence_len": sequence_len, "base_model": "m", "vllm": {"host": "0.0.0.0"}}
     samplers = chosen(cfg, 38, tmp_path, sampler="vllm-server", max_new_tokens=12)
     assert samplers.choice.name == "vllm-server"
     assert compared == [asked]
     # What is longer than prompt and candidate, such as a judge's prompt, is measured by it.
-    assert samplers.make(2, None, None, 0.01).longest == 56
+    sampler = samplers.make(2, None, None, 0.01)
+    assert (sampler.longest, sampler.urls) == (56, ("http://127.0.0.1:8000",))
 
 
-def server_at(port: int, base: object = "base", tokenizer=None) -> vllm.VllmServerSampler:
-    return vllm.VllmServerSampler("0.0.0.0", port, str(base), Path("adapter"), tokenizer, 99)
+def server_at(*urls: str, base: object = "base", tokenizer=None) -> servers.VllmServerSampler:
+    tokenizer = tokenizer or build_tokenizer()
+    return servers.VllmServerSampler(urls, "THE KEY", str(base), Path("adapter"), tokenizer, 99)
 
 
 def test_a_servers_context_is_read_and_a_lost_connection_tried_again(world, monkeypatch):
     monkeypatch.setattr(client, "BACKOFF", 0.01)
     with vllm_server(world.base, drops=3) as server:
-        sampler = server_at(server.port, world.base, server.tokenizer)
+        sampler = server_at(server.url, base=world.base)
         assert sampler.check() == sampler.check(48) == 48
         with pytest.raises(SamplingFailed, match=r"context of 48 tokens.*--max-model-len 49"):
             sampler.check(49)
@@ -213,23 +216,25 @@ def test_vllm_python_is_checked_when_the_yaml_is_read(tmp_path):
 
 
 def test_a_server_that_is_not_there_is_said_so(monkeypatch):
-    monkeypatch.setattr(vllm, "RETRIES", 2)
+    monkeypatch.setattr(servers, "RETRIES", 2)
     monkeypatch.setattr(client, "BACKOFF", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said = rf"127\.0\.0\.1:{port} does not answer /v1/models after 3 tries"
     with pytest.raises(SamplingFailed, match=said):
-        next(server_at(port).sample([np.array([1], dtype=np.int32)], SETTINGS))
+        next(
+            server_at(f"http://127.0.0.1:{port}").sample([np.array([1], dtype=np.int32)], SETTINGS)
+        )
 
 
 @pytest.mark.parametrize("content", [b"<html>It works</html>", b"[]", b'{"object": "list"}'])
 def test_a_server_of_another_kind_is_said_so(content):
     with vllm_server(raw=content) as other, pytest.raises(SamplingFailed) as failure:
-        server_at(other.port).check()
+        server_at(other.url).check()
     said = str(failure.value)
     assert f"{other.port} answers /v1/models as no vLLM does: {content.decode()}." in said
-    assert "Set vllm.host and vllm.port" in said
+    assert "Set THE KEY to where" in said
 
 
 def test_what_an_engine_needs_by_hand(model):

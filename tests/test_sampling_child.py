@@ -189,8 +189,8 @@ def test_no_two_candidates_of_a_run_share_a_seed():
 
 
 def test_stopping_in_mid_phase_leaves_no_child(sampler, tmp_path, monkeypatch):
-    monkeypatch.setattr("sera_plugin.sampling.client.CHUNK_PROMPTS", 1)
-    monkeypatch.setattr("sera_plugin.sampling.client.IN_FLIGHT", 1)
+    monkeypatch.setattr("sera_plugin.sampling.engine.CHUNK_PROMPTS", 1)
+    monkeypatch.setattr("sera_plugin.sampling.engine.IN_FLIGHT", 1)
     chunks = sampler().sample(PROMPTS, SETTINGS)
     # The longest prompts come first.
     assert [row for _ in range(2) for row, _ in next(chunks)] == [1, 0]

@@ -23,7 +23,7 @@ from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.sampling import child, samplers, vllm
 from sera_plugin.sampling.child import SamplingFailed
-from sera_plugin.sampling.vllm import VllmServerSampler
+from sera_plugin.sampling.servers import VllmServerSampler
 from tests.conftest import adapter
 from tests.servers import KEY, vllm_server
 
@@ -226,8 +226,8 @@ def test_no_error_has_the_key_that_a_server_sends_back(world, tmp_path, monkeypa
     monkeypatch.setenv(vllm.API_KEY, KEY)
     how = SamplingSettings(2, 1.0, 1.0, 4, 48, (2,), seed=3)
     with vllm_server(world.base, fail=path) as server:
-        served = (server.port, str(world.base), tmp_path, server.tokenizer, 99)
-        sampling = VllmServerSampler("127.0.0.1", *served).sample([np.arange(2)], how)
+        served = ([server.url], "", str(world.base), tmp_path, server.tokenizer, 99)
+        sampling = VllmServerSampler(*served).sample([np.arange(2)], how)
         with pytest.raises(SamplingFailed) as failure:
             next(sampling)
     text = str(failure.value)
@@ -242,7 +242,8 @@ def test_neither_the_key_nor_a_password_of_the_url_is_in_the_error_of_a_wrong_se
 ):
     monkeypatch.setenv(vllm.API_KEY, KEY)
     with vllm_server(world.base) as server:
-        asked = ("me:hidden@127.0.0.1", server.port, "another/model", tmp_path, None, 99)
+        url = server.url.replace("//", "//me:hidden@")
+        asked = ([url], "", "another/model", tmp_path, server.tokenizer, 99)
         with pytest.raises(SamplingFailed, match=r"at http://\*\*\*@127.* serves") as wrong:
             VllmServerSampler(*asked).check()
     # A key that cannot be sent is quoted by the HTTP library.
@@ -264,7 +265,8 @@ def test_a_key_is_in_no_file_log_or_tracker_of_a_whole_run(
         result = train(base_config | {"vllm": {"port": server.port}})
     summary = json.loads((result.run / "iteration-02/summary.json").read_text())
     assert summary["sampler"].pop("nats_per_root_token") > 0
-    assert summary["sampler"] == {"name": "vllm-server", "version": "1 Bearer ***"}
+    report = {"name": "vllm-server", "version": "1 Bearer ***", "servers": {server.url: 24}}
+    assert summary["sampler"] == report
     assert summary["pairs"]["bootstrapped_kept"] > 0
     said = "".join([*capfd.readouterr(), caplog.text])
     assert "kept sera-" in said  # the warning that the adapter was not unloaded

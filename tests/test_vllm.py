@@ -17,13 +17,16 @@ import psutil
 import pytest
 import requests
 import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from sera_plugin.algorithm.method import SamplingSettings
 from sera_plugin.sampling import child, vllm
 from sera_plugin.sampling.child import Child, SamplingFailed, child_environment
 from sera_plugin.sampling.client import Client
+from sera_plugin.sampling.servers import VllmServerSampler
 from sera_plugin.sampling.transformers import TransformersSampler
-from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler, VllmServerSampler
+from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 from tests.conftest import adapter, summary, table
 from tests.test_end_to_end import check_run
 from tests.test_ranks import free_port, launch
@@ -84,9 +87,6 @@ GREEDY = settings(top_p=1e-9)
 
 
 def greedy_by_transformers(model: Path, policy: Path | None, rows) -> dict:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     loaded = AutoModelForCausalLM.from_pretrained(model)
     if policy is not None:
         loaded = PeftModel.from_pretrained(loaded, policy)
@@ -262,12 +262,14 @@ def serving(model: Path, directory: Path, *arguments: str, **environment: str):
         yield port
 
 
+TAKES = ("--enable-lora", "--max-lora-rank=8")
+KEYS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": KEY}
+
+
 @pytest.fixture(scope="module")
 def good(world, tmp_path_factory):
     """A server that takes adapters and asks for a key."""
-    directory, takes = tmp_path_factory.mktemp("good"), ("--enable-lora", "--max-lora-rank=8")
-    keys = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": KEY}
-    with serving(world.base, directory, *takes, **keys) as port:
+    with serving(world.base, tmp_path_factory.mktemp("good"), *TAKES, **KEYS) as port:
         yield port
 
 
@@ -275,8 +277,9 @@ def good(world, tmp_path_factory):
 def client(world, tokenizer, monkeypatch):
     monkeypatch.setenv(vllm.API_KEY, KEY)
 
-    def make(port, base=world.base, policy=Path("none"), tokenizer=tokenizer):
-        return VllmServerSampler("0.0.0.0", port, str(base), policy, tokenizer, len(tokenizer))
+    def make(*ports, base=world.base, policy=Path("none"), tokenizer=tokenizer):
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        return VllmServerSampler(urls, "", str(base), policy, tokenizer, len(tokenizer))
 
     return make
 
@@ -303,6 +306,29 @@ def test_a_run_with_a_server(config, train, world, prompts, good, client):
     assert collect(sampler, rows, settings(), skip={0, 5}) == {
         row: found for row, found in first.items() if row not in (0, 5)
     }
+
+
+def test_what_a_killed_server_has_not_answered_the_other_does(
+    world, prompts, good, client, tmp_path, caplog
+):
+    policy, lora = tmp_path / "policy", LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(world.base), lora).save_pretrained(policy)
+    rows, how = prompts(600), settings(candidates=4)
+    alone = collect(client(good, policy=policy), rows, how)
+    with serving(world.base, tmp_path, *TAKES, **KEYS) as port:
+        both = client(good, port, policy=policy)
+        mine = psutil.Process().children()
+        lifeline = next(one for one in mine if f"--port={port}" in one.cmdline())
+        found = []
+        for chunk in both.sample(rows, how):
+            found += chunk
+            if any(one.url == both.urls[1] for one in both.answered):
+                for process in lifeline.children(recursive=True):
+                    process.kill()
+    assert f"with 1 other server(s), because the vLLM server at {both.urls[1]}" in caplog.text
+    assert sorted(row for row, _ in found) == list(range(600))
+    assert {row: [(a.token_ids, a.finish_reason) for a in given] for row, given in found} == alone
+    assert 0 < both.report["servers"][both.urls[1]] < 600
 
 
 def test_every_way_a_server_can_be_wrong_is_told_apart(

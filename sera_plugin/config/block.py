@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -31,6 +31,26 @@ def not_a_key(where: str, name: object, known: Collection[str]) -> str:
     close = closest(key, known)
     hint = f"Did you mean `{close}`?" if close else f"Known keys: {', '.join(known)}."
     return f"{where}{key} is not a key. {hint}"
+
+
+def address(url: str, example: str, instead: str) -> SplitResult:
+    """The parts of an http or https URL; `instead` says where a key comes from.
+
+    ValueError where it is none, or may hold a secret, which is not repeated.
+    """
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is none
+        known = False
+    if not known:
+        raise ValueError(f"give an address such as {example}")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            "an address with a user, a password or a query may be secret and is not kept; "
+            f"keys come from the environment variable {instead}"
+        )
+    return parts
 
 
 def block_of(key: str, value: Any) -> Mapping[str, Any]:
@@ -130,18 +150,7 @@ class JudgeConfig(Block, hide_input_in_errors=True):
     @field_validator("base_url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        try:
-            parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is none
-            known = False
-        if not known:
-            raise ValueError("give an address such as https://api.openai.com/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                "an address with a user, a password or a query may be secret and is not kept; "
-                "keys come from the environment variable that api_key_env names"
-            )
+        parts = address(url, "https://api.openai.com/v1", "that api_key_env names")
         return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
     @field_validator("api_key_env")

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from sera_plugin.config.block import Block, JudgeConfig
+from sera_plugin.config.block import Block, JudgeConfig, address
 from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
 from sera_plugin.config.quoting import quoted
 
@@ -114,6 +114,10 @@ class SeraConfig(Block):
     `vllm-server` uses a running `vllm serve` at `vllm.host` and `vllm.port` (adapters only);
     `transformers` runs inside the training process. `auto` takes `vllm` where it can be imported
     and serves this kind of policy, else `transformers`, and says why."""
+    servers: tuple[str, ...] = ()
+    """Addresses of several running `vllm serve`, such as `[http://gpu1:8000, http://gpu2:8000]`,
+    that share the prompts: each takes the next one when it has a place free. Unset: the one at
+    `vllm.host` and `vllm.port`. With them, `sampler: auto` is `vllm-server`."""
     vllm_python: str | None = None
     """Python interpreter of the environment that has vLLM, such as `~/vllm/bin/python`. Unset: the
     one that trains."""
@@ -183,6 +187,19 @@ class SeraConfig(Block):
     def _hides_secrets(cls, block: object) -> object:
         return JudgeConfig.parse(block, "") if isinstance(block, dict) else block
 
+    @field_validator("servers")
+    @classmethod
+    def _checks_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        found: dict[tuple[str | None, int, str], str] = {}
+        for url in urls:
+            parts = address(url, "http://127.0.0.1:8000", "VLLM_API_KEY")
+            path = parts.path.rstrip("/").removesuffix("/v1")
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            if (parts.hostname, port, path) in found:
+                raise ValueError(f"{quoted(url)} stands there twice. Remove one of them.")
+            found[parts.hostname, port, path] = f"{parts.scheme}://{parts.netloc}{path}"
+        return tuple(found.values())
+
     @field_validator("vllm_python")
     @classmethod
     def _runs(cls, value: str | None) -> str | None:
@@ -198,11 +215,13 @@ class SeraConfig(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_without_a_ratio(cls, block: Any) -> Any:
+    def _follows_from_others(cls, block: Any) -> Any:
         if isinstance(block, dict):
             kind = SELECTIONS.get(str(block.get("selection")))
             if kind is not None and not kind.reads_ratio:
-                return {"selection_ratio": 1.0, **block}
+                block = {"selection_ratio": 1.0, **block}
+            if block.get("servers") and block.get("sampler", "auto") == "auto":
+                block = {**block, "sampler": "vllm-server"}
         return block
 
     @model_validator(mode="after")
@@ -226,6 +245,7 @@ class SeraConfig(Block):
         in_vain = (
             ("selection_ratio", 1, selection.reads_ratio, "selection", "irm"),
             ("offline_length_control", "none", selection.by_margin, "selection", "irm"),
+            ("servers", (), self.sampler == "vllm-server", "sampler", "vllm-server"),
             ("reference", "previous", not is_reference_free(self.loss), "loss", "dpo"),
             ("ipo_reduction", "mean", LOSSES[self.loss].per_token == "by_reduction", "loss", "ipo"),
         )
@@ -307,7 +327,7 @@ HOST_KEYS = {
     "vllm": "How vLLM samples: `gpu_memory_utilization` (unset: what is free), "
     "`tensor_parallel_size`, `dtype` (unset: as trained), `max_model_len` (unset: prompts + "
     "`max_new_tokens`), `enforce_eager`, `enable_prefix_caching`; for `vllm-server`, `host` and "
-    "`port`. See sampling.md.",
+    "`port` of the one server, unless `sera.servers` has several. See sampling.md.",
     "gradient_accumulation_steps, gradient_checkpointing, optimizer": "As for any other `rl`: "
     "reentrant or not, 8-bit and paged optimizers too.",
     "activation_offloading": "`true` keeps activations in host memory (TRL's offloader, for "

@@ -61,6 +61,11 @@ MISTAKES = (
         lambda value, given: value == "vllm-server" and not given.get("adapter"),
     ),
     Refusal(
+        "vllm.host, vllm.port",
+        "names one server beside those of sera.servers. Remove {key}, and list all of them there",
+        lambda value, given: value is not None and given.sera.servers,
+    ),
+    Refusal(
         "sera.held_out",
         "beside val_set_size or test_datasets: those pairs are the held-out ones. Keep one of them",
         lambda value, given: (

@@ -51,8 +51,8 @@ HARMLESS = (
     *("experimental_skip_move_to_device", "gpu_memory_limit", "use_ray", "ray_*"),
     *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),
     # who samples, what is kept for reading, how a judge is reached, and what it costs
-    *("sera.sampler", "sera.vllm_python", "sera.keep_policies", "sera.score_columns"),
-    *("sera.held_out", "sera.keep", "sera.bad_rows"),
+    *("sera.sampler", "sera.servers", "sera.vllm_python", "sera.keep_policies"),
+    *("sera.score_columns", "sera.held_out", "sera.keep", "sera.bad_rows"),
     *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
     "sera.judge.*_price",
     # compared as the commit that it leads to

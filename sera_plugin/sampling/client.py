@@ -1,25 +1,20 @@
 """Sampling from a vLLM server over HTTP: token ids in, token ids out."""
 
-import math
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager
 from itertools import count, islice
-from time import monotonic, sleep
+from time import sleep
 from typing import Any, TypeVar
 
-import numpy as np
 import requests
 
-from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, TokenIds
-from sera_plugin.rundir.ranks import Shard
-from sera_plugin.rundir.tokens import lengths_of
+from sera_plugin.algorithm.method import Candidate, SamplingSettings
 from sera_plugin.sampling.answers import (
     MODELS,
     Known,
     ServedModel,
     answer_logp,
-    policy_difference,
     read_candidates,
     shaped,
 )
@@ -31,67 +26,11 @@ from sera_plugin.sampling.http import Reply, Session, exchange, one_line
 #: another time is not heard: it could be days.
 RETRIES, BACKOFF = 6, 1.0
 OVERLOADED = (429, 502, 503, 504)
-#: Prompts that are sampled at a time.
+#: Prompts that a server samples at a time.
 IN_FLIGHT = 128
-#: A chunk is handed over when it has this many prompts, or is this many seconds old, which is what
-#: a crash may lose. A million prompts in small chunks make too many files.
-CHUNK_PROMPTS, CHUNK_SECONDS = 256, 5.0
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-
-def sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
-    """Every field that shapes a distribution, so that no engine's or model's default does."""
-    return {
-        "n": settings.candidates,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": 0,
-        "min_p": 0.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_tokens": 0,
-        # The end tokens are ours, and the same for every engine.
-        "ignore_eos": True,
-        "stop_token_ids": list(settings.end_ids),
-        "skip_special_tokens": False,
-        "return_token_ids": True,
-    }
-
-
-def room(row: int, prompt: TokenIds, settings: SamplingSettings) -> int:
-    """How many tokens may be sampled after a prompt; a ValueError if that is none."""
-    limit = settings.max_new_tokens
-    if settings.max_length is not None:
-        limit = min(limit, settings.max_length - len(prompt))
-    if limit < 1:
-        raise ValueError(
-            f"the prompt of row {row} has {len(prompt)} tokens, which leaves no room to sample "
-            f"within {settings.max_length}. Raise sequence_len (or vllm.max_model_len, where that "
-            "is the smaller one), or remove the row."
-        )
-    return limit
-
-
-def plan(
-    prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int], shard: Shard
-) -> tuple[list[int], int]:
-    """The rows of a part, and the most tokens of a prompt and its candidate in any (0 of no rows).
-
-    A ValueError if a prompt leaves no room.
-    """
-    tokens = lengths_of(prompts)
-    # The longest first: what still runs at the end of a phase is then short.
-    rows = np.argsort(-tokens, kind="stable")
-    rows = rows[np.isin(rows, list(skip), invert=True)]
-    if not len(rows):
-        return [], 0
-    room(int(rows[0]), prompts[rows[0]], settings)
-    limit = settings.max_length or settings.max_new_tokens + int(tokens.max())
-    lengths = np.minimum(tokens[rows] + settings.max_new_tokens, limit)
-    return shard.of(rows.tolist(), lengths.tolist()), int(lengths.max())
 
 
 def in_threads(
@@ -109,17 +48,27 @@ def in_threads(
         yield [(running.pop(future), future.result()) for future in finished]
 
 
+class ServerLost(SamplingFailed):
+    """A server is gone, broken, or has begun anew; nothing that it has answered is wrong."""
+
+
+def broken(answer: Reply) -> bool:
+    """Whether a server has failed to answer, and not refused to."""
+    return answer.status in OVERLOADED or answer.status >= 500
+
+
 class Client:
     """Sends requests to one server, whose `key` may be an empty text.
 
     `retries` are tries after the first one, `timeout` is in seconds for a reply, None where `watch`
-    sees to it while it samples, and `remedy` says what to do where nothing answers.
+    sees to it while it samples, and `named` are the keys that say where a running server is.
     """
 
     def __init__(
-        self, url: str, key: str, retries: int, timeout: float | None, remedy: str = ""
+        self, url: str, key: str, retries: int, timeout: float | None, named: str = ""
     ) -> None:
-        self.url, self.key, self.remedy = url, key, remedy
+        self.url, self.key, self.named = url, key, named
+        self.lost = False  # given up: nothing is tried again
         self._retries, self._timeout = retries, timeout
         self._session = Session(IN_FLIGHT, trust_env=False)  # no proxy knows this machine
         if key:
@@ -149,9 +98,18 @@ class Client:
                     break
             except requests.RequestException as error:
                 # A key or an address that cannot be sent is a ValueError too.
-                if attempt == self._retries or isinstance(error, ValueError):
+                unsent = isinstance(error, ValueError)
+                # It has had all of its time. A connection that takes long may be made yet.
+                silent = isinstance(error, requests.Timeout) and not isinstance(
+                    error, requests.ConnectTimeout
+                )
+                if attempt == self._retries or self.lost or unsent or silent:
+                    tries = f"{attempt + 1} tries" if attempt else "one try"
+                    remedy = "Start it (docs/sampling.md has the command), or set "
                     raise self.wrong(
-                        f"does not answer {path} after {attempt + 1} tries: {error}. {self.remedy}"
+                        f"does not answer {path} after {tries}: {error}. "
+                        + (f"{remedy}{self.named} to where it is" if self.named else ""),
+                        SamplingFailed if unsent else ServerLost,
                     ) from None
         return answer
 
@@ -160,14 +118,17 @@ class Client:
         answer = self.send(path, body, watched)
         if answer.status in (401, 403):
             raise self.wrong("refuses this run's key. Set VLLM_API_KEY to the server's own")
+        # A server that was started again in the middle of a phase does not know the adapter.
         if not answer.ok:
-            raise self.wrong(f"refused {path} ({answer.status}): {self.words(answer)}")
+            lost = broken(answer) or (watched and answer.status == 404)
+            problem = f"refused {path} ({answer.status}): {self.words(answer)}"
+            raise self.wrong(problem, ServerLost if lost else SamplingFailed)
         try:
             return answer.json()[key]
         except (ValueError, KeyError, TypeError):
             raise self.wrong(
                 f"answers {path} as no vLLM does: {self.words(answer) or 'with nothing'}. Set "
-                "vllm.host and vllm.port to where `vllm serve` runs"
+                f"{self.named} to where `vllm serve` runs"
             ) from None
 
     def candidates(
@@ -204,86 +165,11 @@ class Client:
         """The server's own words."""
         return answer.words(self.key)
 
-    def wrong(self, problem: str) -> SamplingFailed:
+    def wrong(self, problem: str, kind: type[SamplingFailed] = SamplingFailed) -> SamplingFailed:
         """What to raise, without the key."""
-        return SamplingFailed(one_line(f"the vLLM server at {self.url} {problem}.", self.key))
+        return kind(one_line(f"the vLLM server at {self.url} {problem}.", self.key))
 
-
-#: A server that is ready: its client, the policy's name there, what watches over it.
-Serving = tuple[Client, str, Callable[[], None]]
-
-
-class EngineSampler:
-    """Samples from the vLLM server that `_serving` has ready; see `CandidateSampler`."""
-
-    make_room: Callable[[int], AbstractContextManager[Any]] = nullcontext
-    #: Pairs of less than so many tokens that the policy has scored, and by how much an engine may
-    #: find otherwise, in nats per square root of an answer's tokens.
-    known: Callable[[int], Sequence[Known]] = staticmethod(lambda longest: ())
-    tolerance: float = math.inf
-
-    def __init__(self, name: str, vocabulary: int, shard: Shard, longest: int | None) -> None:
-        self.report: dict[str, Any] = {"name": name}
-        self.seconds: dict[str, float] = {}
-        self.longest, self.shard, self.vocabulary = longest, shard, vocabulary
-
-    def sample(
-        self, prompts: Sequence[TokenIds], settings: SamplingSettings, skip: Collection[int] = ()
-    ) -> Generator[Chunk, None, None]:
-        """See `CandidateSampler.sample`. A chunk is some seconds' worth of finished prompts."""
-        settings = settings.within(self.longest)
-        mine, longest = plan(prompts, settings, skip, self.shard)
-        if not longest:
-            return
-        with self.make_room(longest) as memory:
-            if not mine:
-                return
-            with self._serving(longest, memory) as (client, name, watch):
-                self._check_policy(client, name, longest)
-                fields = sampling_fields(settings) | {"model": name}
-
-                def ask(row: int) -> list[Candidate]:
-                    asked = {"prompt": prompts[row].tolist(), "seed": settings.stream(row)}
-                    limit = room(row, prompts[row], settings)
-                    request = fields | asked | {"max_tokens": limit}
-                    return client.candidates(row, request, settings, self.vocabulary)
-
-                yield from _in_chunks(mine, ask, watch)
-
-    def _check_policy(self, client: Client, name: str, longest: int) -> None:
-        """Whether the policy that is served is the one that is trained; SamplingFailed if not."""
-        known = self.known(longest)
-        if not known:
-            return
-        difference = policy_difference(lambda one: client.logp(name, one), known)
-        self.report["nats_per_root_token"] = round(difference, 6)
-        if not difference <= self.tolerance:
-            raise client.wrong(
-                f"serves another policy than the one that is trained: on {len(known)} answers of "
-                f"the dataset its log-probabilities differ by {difference:.3g} nats per square "
-                f"root of a token (allowed: {self.tolerance:g}). Check that it has the same base "
-                "model and sees the same adapter, or set sera.sampler to transformers"
-            )
-
-    def _serving(self, length: int, memory: Any) -> AbstractContextManager[Serving]:
-        raise NotImplementedError
-
-
-def _in_chunks(
-    rows: Sequence[int], ask: Callable[[int], list[Candidate]], watch: Callable[[], None]
-) -> Generator[Chunk, None, None]:
-    """Chunks of finished rows; `watch` is called at least every second and may raise."""
-    chunk: Chunk = []
-    until = monotonic() + CHUNK_SECONDS
-    pool = ThreadPoolExecutor(IN_FLIGHT)
-    try:
-        for finished in in_threads(pool, rows, ask, IN_FLIGHT):
-            watch()
-            chunk += finished
-            if chunk and (len(chunk) >= CHUNK_PROMPTS or monotonic() > until):
-                yield chunk
-                chunk, until = [], monotonic() + CHUNK_SECONDS
-        if chunk:
-            yield chunk
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    @property
+    def shown(self) -> str:
+        """The address as it may be kept."""
+        return one_line(self.url, self.key)

@@ -26,13 +26,13 @@ from sera_plugin.rundir.ranks import NO_PART, WHOLE
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.sampling.answers import known_pairs
 from sera_plugin.sampling.child import find_vllm
-from sera_plugin.sampling.client import EngineSampler
+from sera_plugin.sampling.engine import EngineSampler
 from sera_plugin.sampling.offload import make_room
+from sera_plugin.sampling.servers import VllmServerSampler
 from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import (
     ServedPolicy,
     VllmSampler,
-    VllmServerSampler,
     adapter_problem,
 )
 
@@ -64,7 +64,7 @@ def choose_sampler(asked: str, python: str, problem: str | None) -> Choice:
     if problem:
         return Choice("transformers", f"in the training process: {problem}")
     if asked == "vllm-server":
-        return Choice(asked, "a running server, as sera.sampler says")
+        return Choice(asked, "`vllm serve` that runs already, as sera.sampler says")
     try:
         version = find_vllm(python)
     except RuntimeError as error:
@@ -107,7 +107,7 @@ class Samplers:
         """Which sampler the run takes; the same on every rank. `longest`: of a prompt, in tokens.
 
         ValueError if the sampler that the configuration names cannot run, or has no room for that
-        prompt; SamplingFailed if a server is named and cannot serve this run.
+        prompt; SamplingFailed if a server is named that cannot serve this run.
         """
         ranks = self.store.ranks
         choice = Choice("transformers", "as rank 0 has chosen")
@@ -254,15 +254,21 @@ class Samplers:
         return ServedPolicy(model, adapter, rank, dtype, quantized, loading, self._vocabulary)
 
     def _server(self, adapter: Path) -> VllmServerSampler:
-        block = self.cfg.get("vllm") or {}
+        urls, named = self.config.servers, "sera.servers"
+        if not urls:
+            block, named = self.cfg.get("vllm") or {}, "vllm.host and vllm.port"
+            host = block.get("host") or "127.0.0.1"
+            # Nothing binds here: a server on all interfaces is asked through loopback.
+            host = "127.0.0.1" if host == "0.0.0.0" else host
+            urls = (f"http://{host}:{block.get('port') or 8000}",)
         return VllmServerSampler(
-            host=block.get("host") or "127.0.0.1",
-            port=block.get("port") or 8000,
+            urls,
+            named,
             base_model=str(self.cfg["base_model"]),
             adapter=adapter,
             tokenizer=self.tokenizer,
             vocabulary=self._vocabulary,
-            # One client keeps a server busy, and it then holds one adapter.
+            # One queue keeps every server busy, and each then holds one adapter.
             shard=WHOLE if self.store.ranks.main else NO_PART,
             longest=self._context,
         )

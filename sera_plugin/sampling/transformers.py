@@ -15,7 +15,7 @@ from sera_plugin.algorithm.method import Candidate, Chunk, SamplingSettings, Tok
 from sera_plugin.model.budget import TokenBudget, batches_by_length
 from sera_plugin.model.forward import evaluating, innermost
 from sera_plugin.rundir.ranks import WHOLE, Shard
-from sera_plugin.sampling.client import room
+from sera_plugin.sampling.engine import room
 
 
 class TransformersSampler:
