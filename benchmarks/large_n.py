@@ -42,7 +42,7 @@ from sera_plugin.rundir.format import FORMAT_VERSION
 from sera_plugin.rundir.ranks import Ranks, Shard
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tokens import fingerprint, lengths_of
-from sera_plugin.sampling import client
+from sera_plugin.sampling import engine
 
 TITLE = "Many pairs"
 #: A million pairs are run once only.
@@ -60,7 +60,7 @@ REPEATED = 0.05
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "fingerprint": [],
     "offline scores, rewards, selection": [(algorithm, "score"), (algorithm, "select")],
-    "sampling: plan": [(client, "plan")],
+    "sampling: plan": [(engine, "plan")],
     "sampling: bookkeeping": [(algorithm, "sample")],
     "sampling: append chunks": [(RunStore, "append_samples")],
     "sampling: read chunks": [(algorithm, "all_samples"), (RunStore, "remove_samples")],
@@ -169,14 +169,14 @@ class SimulatedSampler:
     def sample(
         self, prompts: Any, settings: SamplingSettings, skip: Collection[int] = ()
     ) -> Generator[Chunk, None, None]:
-        rows, _ = client.plan(prompts, settings, skip, Shard(0, self.ranks.world))
+        rows, _ = engine.plan(prompts, settings, skip, Shard(0, self.ranks.world))
         with self.clock.running(SIMULATION):
             if not self.ranks.main:
                 others = np.isin(np.arange(len(prompts)), [*rows, *skip], invert=True)
                 rows = np.flatnonzero(others).tolist()
-        for first in range(0, len(rows), client.CHUNK_PROMPTS):
+        for first in range(0, len(rows), engine.CHUNK_PROMPTS):
             with self.clock.running(SIMULATION):
-                some = rows[first : first + client.CHUNK_PROMPTS]
+                some = rows[first : first + engine.CHUNK_PROMPTS]
                 random = np.random.default_rng([settings.seed, some[0]])
                 chunk = self._chunk(random, some, settings.candidates)
             yield chunk
@@ -221,7 +221,7 @@ def simulated_pairs(count: int) -> pa.Table:
 def one_run(count: int, directory: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """Three iterations in this process: seconds by phase, memory and disk in bytes.
 
-    As rank 0 or 1 of `world`, eight on a machine, where both are played at the same time.
+    As rank 0 or 1 of `world` (a multiple of eight, a machine's), where both are played at the same time.
     """
     clock = Clock()
     ranks = CountingRanks(clock=clock)
@@ -229,7 +229,7 @@ def one_run(count: int, directory: Path, rank: int = 0, world: int = 1) -> dict[
         directory.mkdir(parents=True, exist_ok=True)
         place = f"file://{directory.absolute()}/meeting"
         dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
-        ranks = CountingRanks(rank, world, min(8, world), dist.group.WORLD, clock)
+        ranks = CountingRanks(rank, (8,) * (world // 8), dist.group.WORLD, clock)
     dataset = simulated_pairs(count)
     pairs = Pairs.from_table(dataset)
     run, method = RunStore(directory, ranks), Method(CONFIG, False, False, count)
@@ -312,7 +312,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     return {
         "candidates": CONFIG.candidates,
         "mean_tokens": {"prompt": PROMPT, "completion": COMPLETION, "longest": LONGEST},
-        "chunk_prompts": client.CHUNK_PROMPTS,
+        "chunk_prompts": engine.CHUNK_PROMPTS,
         "runs": runs,
     }
 
