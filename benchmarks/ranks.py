@@ -37,7 +37,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     def run(world: int) -> float:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["benchmarks.preload"])
-        answers, port = context.SimpleQueue(), _free_port()
+        answers, port = context.SimpleQueue(), free_port()
         processes = [
             context.Process(
                 target=score_as_rank,
@@ -120,7 +120,7 @@ def score_as_rank(
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

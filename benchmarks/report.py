@@ -16,6 +16,7 @@ PARTS = {
     "step": ("cpu", "cuda"),
     "whole_run": ("cpu", "cuda"),
     "ranks": ("cpu",),
+    "ranks_run": ("cpu",),
     "many_ranks": ("cpu",),
     "large_n": ("cpu",),
     "noise": ("cpu",),
