@@ -13,6 +13,7 @@ import axolotl.loaders.model as host
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from axolotl.cli.train import do_cli
+from transformers import training_args
 
 _init, _init_process = AcceleratorState.__init__, PartialState.__init__
 
@@ -48,5 +49,7 @@ if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Without a mesh of the host accelerate shards over all processes, which is the same mesh.
     host.build_parallelism_config = lambda cfg: (None, None)
+    # It asks for a GPU that can.
+    training_args.is_torch_bf16_gpu_available = lambda: True
     PartialState.__init__, AcceleratorState.__init__ = _init_process_on_cpu, _init_on_cpu
     do_cli(sys.argv[1])
