@@ -18,7 +18,11 @@ from axolotl.common import datasets
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.loaders import model as host_model
 from axolotl.utils.data import rl
+from axolotl.utils.schemas.enums import RLType
+from axolotl.utils.schemas.validation import OptimizationValidationMixin
+from torch.distributed import distributed_c10d
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -38,7 +42,10 @@ SEAMS = {
     "checkpoint_prefix",
     AxolotlDPOTrainer.create_scheduler: "self num_training_steps optimizer",
     Trainer._load_from_checkpoint: "self resume_from_checkpoint model",
-    Trainer.create_optimizer: "self model",
+    Trainer._prepare_for_training: "self max_steps train_dataloader resume_from_checkpoint",
+    Trainer._load_optimizer_and_scheduler: "self checkpoint",
+    deepspeed_load_checkpoint: "deepspeed_engine checkpoint_path load_module_strict",
+    distributed_c10d._get_default_store: "",
     DPOTrainer._prepare_dataset: "self dataset processing_class args dataset_name",
     DPOTrainer._precompute_ref_logps: "self dataset name batch_size",
     Trainer.compute_loss_context_manager: "self",
@@ -47,7 +54,6 @@ SEAMS = {
     "processing_class compute_metrics callbacks optimizers quantization_config peft_config",
     DataCollatorForPreference: "pad_token_id max_length truncation_mode pad_to_multiple_of "
     "return_tensors",
-    Accelerator.prepare_optimizer: "self optimizer device_placement",
     Trainer.training_step: "self model inputs num_items_in_batch",
     host_train.setup_model_and_trainer: "cfg dataset_meta",
     host_train.setup_reference_model: "cfg tokenizer processor",
@@ -91,8 +97,13 @@ SOURCES = {
     "`generate` of the outermost model gathers its own weights": (
         Trainer._prepare_for_training,
         "accelerator.prepare(",
+        # By now the optimizer is the one that stays; its groups are remembered here.
+        "self.create_scheduler(",
         'register_fsdp_forward_method(self.model, "generate")',
+        # Under DeepSpeed these two lines are ours, with theta_0 before them.
+        "deepspeed_load_checkpoint(",
         "self._load_from_checkpoint(",
+        "self._load_optimizer_and_scheduler(",
     ),
     "FSDP is of CUDA devices": (host_model.build_parallelism_config, 'build_device_mesh("cuda")'),
     "accelerate saves a part of a sharded adapter, so we load the checkpoint's": (
@@ -104,7 +115,10 @@ SOURCES = {
         "rotate_checkpoints(",
         "save_total_limit=self.args.save_total_limit",
     ),
-    "optimizers are kept where we clear them": (Accelerator.__init__, "self._optimizers"),
+    "DeepSpeed's engine steps what it was made with, so the optimizer is restarted in place": (
+        Accelerator._prepare_deepspeed,
+        "engine, optimizer, _, lr_scheduler = ds_initialize(**kwargs)",
+    ),
 }
 
 
@@ -114,6 +128,13 @@ def test_the_host_does_what_we_rely_on(why):
     source = inspect.getsource(where)
     places = [source.index(piece) for piece in pieces]
     assert places == sorted(places)
+
+
+def test_the_host_refuses_quantised_weights_under_fsdp2():
+    """If this fails, look whether QLoRA works there by now, and take our refusal away."""
+    asked = {"rl": RLType.DPO, "fsdp_version": 2, "load_in_4bit": True}
+    with pytest.raises(ValueError, match="FSDP2 does not support load_in_8bit or load_in_4bit"):
+        OptimizationValidationMixin.check_fsdp2_base_model_quant_rl(asked)
 
 
 def test_every_loss_that_a_configuration_may_name_is_the_hosts():
