@@ -36,6 +36,7 @@ SEAMS = {
     Trainer.set_initial_training_values: "self args dataloader",
     Trainer._init_training_state: "self max_steps num_update_steps_per_epoch num_train_epochs "
     "resume_from_checkpoint trial",
+    Trainer._prepare_input: "self data",
     Trainer._save_checkpoint: "self model trial",
     Trainer._get_output_dir: "self trial",
     rotate_checkpoints: "output_dir save_total_limit best_model_checkpoint use_mtime "

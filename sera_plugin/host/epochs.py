@@ -12,6 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from datasets import Dataset
@@ -135,6 +136,12 @@ class UnequalEpochs(AxolotlDPOTrainer):
             )
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Log-probabilities stay float32: in DeepSpeed's own type they would be rounded to nats."""
+        if isinstance(data, torch.Tensor) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Remember theta_0 before a checkpoint is loaded over it.
