@@ -1,5 +1,6 @@
 """Every shipped YAML, and every whole one in the docs, is one that the host's commands take."""
 
+import math
 import re
 import subprocess
 import sys
@@ -31,6 +32,8 @@ EXPECTED = dict.fromkeys((path.stem for path in FILES), (0.7, 0.3, "dpo", 0.2)) 
     "mistral-7b-lora": (0.7, 0.3, "dpo", 0.01),
     "mistral-7b-qlora-24gb": (0.7, 0.3, "dpo", 0.01),
     "llama3.1-8b-qlora-24gb": (0.7, 0.3, "dpo", 0.01),
+    "llama3.1-8b-qlora-2x24gb": (0.7, 0.3, "dpo", 0.01),
+    "llama3.1-70b-lora-2x8x80gb": (0.7, 0.3, "dpo", 0.01),
     "qwen2.5-3b-qlora-16gb": (0.7, 0.3, "dpo", 0.05),
     "best-sera": (0.7, 2.0, "dpo", 0.2),
     "selection-only": (0.7, 0.0, "dpo", 0.2),
@@ -72,7 +75,8 @@ def test_shipped_yaml_is_what_it_says(path, parse):
     assert (cfg.sera["selection_ratio"], cfg.sera["bootstrap_ratio"]) == (selection, bootstrap)
     assert (cfg.sera["loss"], cfg.rl_beta, cfg.num_epochs) == (loss, beta, 3)
     if path.stem != "demo-cpu":
-        assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16
+        gpus = math.prod(map(int, re.findall(r"(\d+)x", path.stem)))
+        assert cfg.micro_batch_size * cfg.gradient_accumulation_steps * gpus == 16
 
 
 def test_the_demo_is_compared_with_plain_dpo_and_with_the_papers_reward(parse):
@@ -166,7 +170,7 @@ def test_readme_and_package_have_the_shipped_yamls():
     assert EXPECTED.keys() == {path.stem for path in FILES}
     links = re.findall(r"\]\(([\w.-]+\.yaml)\)", (ROOT / "example_yamls/README.md").read_text())
     assert sorted(links) == [path.name for path in FILES]
-    assert len(FILES) <= 16
+    assert len(FILES) <= 17
     packaged = ROOT / "sera_plugin/tools/demo/demo-cpu.yaml"
     assert packaged.read_text() == (ROOT / "example_yamls/demo-cpu.yaml").read_text()
 

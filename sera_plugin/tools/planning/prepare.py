@@ -26,6 +26,8 @@ from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
+from sera_plugin.host.given import Given
+from sera_plugin.host.refused import MISTAKES
 from sera_plugin.model.budget import GIB
 from sera_plugin.model.memory import OPTIMIZERS
 from sera_plugin.rundir.store import make_table
@@ -124,7 +126,13 @@ def parse(path: Path) -> DictDefault:
     _require_model(base_model, written.get("revision_of_model"))
     # The host begins output_dir's debug.log anew, and there may be a run there.
     with TemporaryDirectory() as scratch:
-        cfg = load_cfg(str(path), output_dir=scratch)
+        # Of `deepspeed:` it would set its processes up, or miss a package that this machine lacks.
+        cfg = load_cfg(str(path), output_dir=scratch, deepspeed=None)
+    if cfg.sera and (deepspeed := written.get("deepspeed")):
+        cfg.deepspeed = deepspeed
+        given = Given(cfg, SeraConfig(**cfg.sera))
+        for mistake in (line for line in MISTAKES if line.keys == "deepspeed"):
+            mistake.check(given)
     cfg.output_dir = str(written.get("output_dir") or "./model-out")
     if not cfg.sera:
         raise ValueError(
