@@ -167,8 +167,17 @@ def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
         rows = [_transformed(cfg, key, index, one, tokenizer) for index, one in enumerate(raw)]
         merged, _ = without_repeats(cfg, merge_datasets(rows, cfg))
         if not cfg.skip_prepare_dataset:
-            save_preprocessed_dataset(cfg, merged, name, split)
+            _save(cfg, merged, name, split)
     return merged
+
+
+def _save(cfg: DictDefault, dataset: Dataset, name: str, split: str) -> None:
+    """Where the host would put it, and by itself: datasets 4.8 starts a process for each part, and
+    each one imports all that this one has, which takes longer than writing."""
+    if cfg.push_dataset_to_hub:
+        return save_preprocessed_dataset(cfg, dataset, name, split)
+    place, shards = get_prepared_dataset_path(cfg, name), cfg.num_dataset_shards_to_save
+    return dataset.save_to_disk(str(place), num_shards=shards)
 
 
 def prepared_name(cfg: DictDefault, entries: Sequence[Any], tokenizer: str) -> str:
