@@ -39,6 +39,8 @@ def test_everything_that_is_imported_is_declared():
     setup = ConfigParser()
     setup.read(PACKAGE.parent / "setup.cfg")
     declared = re.findall(r"^[\w-]+", setup["options"]["install_requires"], re.MULTILINE)
-    known = {*sys.stdlib_module_names, "sera_plugin", "yaml", "vllm", *declared}  # vllm: an extra
+    extras = {"vllm", "deepspeed"}
+    assert extras < set(setup["options.extras_require"])
+    known = {*sys.stdlib_module_names, "sera_plugin", "yaml", *extras, *declared}
     found = {module.split(".")[0] for path in PACKAGE.rglob("*.py") for module in imports(path)}
     assert found <= known

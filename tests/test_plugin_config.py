@@ -186,6 +186,17 @@ context_parallel_size: 2 => context_parallel_size: 2 | remove
 sequence_parallel_degree: 2 => sequence_parallel_degree: 2 | remove
 float32: true => float32: true | Set bf16: false and fp16: false
 fsdp: [full_shard] => fsdp_config: null | fsdp_version: 2
+deepspeed: nowhere.json => deepspeed: nowhere.json is neither a file | fetch deepspeed_configs
+deepspeed: [1] => deepspeed: [1] is neither a file
+deepspeed: {zero_optimization: {stage: 0}} => no zero_optimization.stage of 1, 2 or 3
+deepspeed: {bf16: {enabled: true}} => no zero_optimization.stage of 1, 2 or 3
+deepspeed: {zero_optimization: {stage: 1}, optimizer: {type: Adam}} => an optimizer or a scheduler
+deepspeed: {zero_optimization: {stage: 1}, scheduler: {type: WarmupLR}}
+    => an optimizer or a scheduler | set optimizer, learning_rate and lr_scheduler
+deepspeed: {zero_optimization: {stage: 3}} => stage3_gather_16bit_weights_on_model_save to true
+deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: nvme}}} => on a disk
+deepspeed: {zero_optimization: {stage: 1, zero_hpz_partition_size: 4}} => ZeRO++
+deepspeed: {zero_optimization: {stage: 1}, tensor_parallel: {autotp_size: 2}} => shares layers out
 fsdp_config: {offload_params: true} => fsdp_version: null | version: 2
 fsdp_config: {fsdp_version: 1} => fsdp_version: 1 does | Set fsdp_version: 2
 {fsdp_version: 2, fsdp_config: {state_dict_type: SHARDED_STATE_DICT}}
