@@ -221,7 +221,7 @@ def simulated_pairs(count: int) -> pa.Table:
 def one_run(count: int, directory: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """Three iterations in this process: seconds by phase, memory and disk in bytes.
 
-    As rank 0 or 1 of `world` (a multiple of eight, a machine's), where both are played at the same time.
+    As rank 0 or 1 of `world` (a multiple of eight, a machine's), both played at the same time.
     """
     clock = Clock()
     ranks = CountingRanks(clock=clock)

@@ -16,14 +16,13 @@ from sera_plugin.model import forward
 from sera_plugin.model.budget import TokenBudget, batches_by_length, whole_logits
 from sera_plugin.model.forward import (
     Abilities,
-    Sharing,
     Targets,
     abilities,
     collate,
     completion_logps,
     forward_logps,
-    plan_lines,
 )
+from sera_plugin.model.lines import Sharing, plan_lines
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.ranks import Shard
 from tests.conftest import ids

@@ -71,6 +71,8 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file in one piece."""
     how = {"compression": "zstd", **layout(table.schema)}
     replace_file(path, lambda partial: pq.write_table(table, partial, **how))
+    # Arrow keeps what encoding took, and the next table would come on top.
+    pa.default_memory_pool().release_unused()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -294,7 +296,8 @@ class RunStore:
         if iteration not in self._chunks:
             self._chunks[iteration] = count(len(list(directory.glob(f"{rank}-*.parquet"))))
         name = f"{rank}-{next(self._chunks[iteration]):06d}.parquet"
-        how = {"compression": "none", **layout(table.schema)}
+        # Packed token ids get hardly smaller, and all of these files are read again.
+        how = {"compression": {"finish_reason": "zstd"}, **layout(table.schema)}
         add_file(directory, name, lambda path: pq.write_table(table, path, **how))
 
     def _chunk_files(self, iteration: int) -> Iterator[Path]:
