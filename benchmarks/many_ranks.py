@@ -19,7 +19,7 @@ TITLE = "Many ranks"
 WORLD = 64
 #: Each size is run once, whatever is asked for.
 ROUNDS = 1
-SIZES = (62_500, 250_000, 1_000_000)
+SIZES = (62_500, 125_000, 250_000, 500_000, 1_000_000)
 ESTIMATED = 10_000_000
 GIB = 2**30
 
