@@ -68,6 +68,7 @@ def run(part: str, setup: Setup, save: Path | None = None) -> None:
     """
     module = importlib.import_module(f"benchmarks.{part}")
     about = provenance(setup)
+    about["rounds"] = getattr(module, "ROUNDS", setup.rounds)
     result = module.measure(setup)
     print(f"\n{module.TITLE}\n\n{module.table(result)}\n", flush=True)
     name = f"{setup.device}-{setup.model.name if setup.model else setup.shape}.json"

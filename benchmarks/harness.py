@@ -176,7 +176,7 @@ def described(about: Mapping[str, Any]) -> str:
         f"{about['date']}; {gpu}{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB "
         f"of memory, load {about['load_at_start']} at the start; Python {about['python']}, "
         f"{versions} at {about['commit']}. Model: {about['model']}, {about['dtype']}; data: "
-        f"{about['data']}; {about['rounds']} rounds."
+        f"{about['data']}; {about['rounds']} round{'s' * (about['rounds'] != 1)}."
     )
 
 

@@ -17,6 +17,8 @@ from benchmarks.large_n import CONFIG, PHASES, REST, WAITING, one_run, own
 
 TITLE = "Many ranks"
 WORLD = 64
+#: Each size is run once, whatever is asked for.
+ROUNDS = 1
 SIZES = (62_500, 125_000, 250_000, 500_000, 1_000_000)
 ESTIMATED = 10_000_000
 GIB = 2**30

@@ -10,7 +10,8 @@ import numpy as np
 from benchmarks.harness import Setup, figure, interleave, markdown, times
 from benchmarks.workload import load_model, make_model, vocabulary_of
 from sera_plugin.model.budget import scoring_budget
-from sera_plugin.model.forward import _KNOWN, Sharing, abilities, plan_lines
+from sera_plugin.model.forward import _KNOWN, abilities
+from sera_plugin.model.lines import Sharing, plan_lines
 from sera_plugin.model.scoring import score_sequences
 
 TITLE = "Shared prompts"

@@ -38,7 +38,7 @@ def ranked(*answers: list[int], per_prompt: int, sampler: Any = None, how: Any =
     table = make_table({"token_ids": answers, "prompt_ids": [[1]] * len(answers)})
     return Ranked(
         2, per_prompt, TokenColumn(table["prompt_ids"]), TokenColumn(table["token_ids"]),
-        ["stop"] * len(answers), [np.zeros(len(answers))], sampler, how,
+        [np.zeros(len(answers))], sampler, how,
     )  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, MistralConfig
@@ -16,16 +17,16 @@ from sera_plugin.model import forward
 from sera_plugin.model.budget import TokenBudget, batches_by_length, whole_logits
 from sera_plugin.model.forward import (
     Abilities,
-    Sharing,
     Targets,
     abilities,
     collate,
     completion_logps,
     forward_logps,
-    plan_lines,
 )
+from sera_plugin.model.lines import Sharing, plan_lines
 from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.ranks import Shard
+from sera_plugin.rundir.tokens import TOKENS, TokenColumn
 from tests.conftest import ids
 from tests.tiny_models import MODELS, SMALL, build
 
@@ -145,6 +146,46 @@ def test_lines_hold_every_completion_once_after_its_own_prompt(pairs, attention,
         tokens = len(prompts[line[0]]) + sum(pairs[index][1] for index in line)
         assert len(line) == 1 or tokens <= longest
     assert plan_lines(prompts, completions, None) == [(index,) for index in range(len(pairs))]
+
+
+def planned_one_by_one(prompts, completions, sharing: Sharing):
+    """The definition: of all ways to cut a prompt's completions, shortest first, the cheapest."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt), []).append(index)
+
+    def cost(line) -> float:
+        tokens = len(prompts[line[0]]) + sum(len(completions[index]) for index in line)
+        if len(line) == 1:
+            return tokens + sharing.attention * tokens**2 / 2
+        return tokens + sharing.attention * tokens**2 if tokens <= sharing.longest else np.inf
+
+    lines = []
+    for indices in by_prompt.values():
+        indices.sort(key=lambda index: len(completions[index]))
+        plans = [
+            [tuple(indices[at : at + size]) for at in range(0, len(indices), size)]
+            for size in range(1, min(len(indices), 8) + 1)
+        ]
+        lines += min(plans, key=lambda plan: sum(map(cost, plan)))
+    return lines
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=3), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), max_size=40),
+    st.floats(0, 0.2),
+    st.integers(5, 60),
+)
+def test_lines_are_the_cheapest_of_all_ways_to_cut(rows, pairs, attention, longest):
+    picked = np.array([which % len(rows) for which, _ in pairs], dtype=np.int64)
+    prompts = TokenColumn(pa.array(rows, TOKENS)).take(picked)
+    completions = [np.zeros(length, dtype=np.int32) for _, length in pairs]
+    sharing = Sharing(attention, longest)
+    expected = planned_one_by_one(list(prompts), completions, sharing)
+    assert plan_lines(prompts, completions, sharing) == expected
+    assert plan_lines(list(prompts), completions, sharing) == expected
 
 
 def test_a_prompt_is_shared_when_that_costs_less():

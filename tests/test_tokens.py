@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sera_plugin.rundir import store as store_module
 from sera_plugin.rundir import tokens as tokens_module
+from sera_plugin.rundir.store import make_table, write_table
+from sera_plugin.rundir.tables import Expected, read_table
 from sera_plugin.rundir.tokens import TokenColumn, as_lists, fingerprint
 
 LISTS = pa.list_(pa.int32())
@@ -120,3 +124,16 @@ def test_fingerprint_changes_with_any_token_and_any_boundary(changed: Any) -> No
     original = fingerprint(map(column, (PROMPTS, CHOSEN, REJECTED)))
     assert len(original) == 64
     assert fingerprint(map(column, changed)) != original
+
+
+def test_a_table_is_written_some_rows_at_a_time_and_read_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_GROUP", 2)
+    ids = [[2**31 - 1, 0], [1], [7, 2**31 - 1, 5]]
+    columns = {"row": [0, 1, 2], "prompt_ids": ids, "chosen_ids": ids[::-1], "rejected_ids": ids}
+    table = make_table(columns).append_column("text", [["a", "b", "a"]])
+    write_table(path := tmp_path / "dataset.parquet", table)
+    about = pq.ParquetFile(path).metadata
+    assert [about.row_group(group).num_rows for group in range(about.num_row_groups)] == [2, 1]
+    assert "DELTA_BINARY_PACKED" in about.row_group(0).column(1).encodings
+    assert pq.read_table(path).equals(table)
+    assert read_table(path, "dataset", Expected(3), beside=True).equals(table)

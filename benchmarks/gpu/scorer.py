@@ -19,7 +19,8 @@ from benchmarks.harness import Setup
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.model import forward
 from sera_plugin.model.budget import TokenBudget, scoring_bytes_per_token
-from sera_plugin.model.forward import Abilities, Sharing, plan_lines
+from sera_plugin.model.forward import Abilities
+from sera_plugin.model.lines import Sharing, plan_lines
 from sera_plugin.model.losses import Objective, PreferenceLoss, check_step_zero, rounding_limit
 
 #: Operators and kernels of attention, as the profiler calls them.

@@ -201,12 +201,10 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
 
     logps = {policy: under(policy) for policy in it.method.candidates_under(it.t)}
     ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
-    per_prompt, why = candidates_of(samples, len(it.pairs)), samples["finish_reason"].to_pylist()
+    per_prompt = candidates_of(samples, len(it.pairs))
     with it.phases.timed("label"):
         by = reward_of(it) if it.t > 1 else None
-        ranked = Ranked(
-            it.t, per_prompt, prompts, token_ids, why, ranking, it.sampler, it.settings, by
-        )
+        ranked = Ranked(it.t, per_prompt, prompts, token_ids, ranking, it.sampler, it.settings, by)
         reward = it.labeler.rewards(ranked)
         if LABELERS[it.method.config.labeler].implicit and it.method.config.reward == "fitted":
             reward[~supported(it, token_ids.lengths, ranking[-1])] = np.nan

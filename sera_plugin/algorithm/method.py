@@ -250,7 +250,6 @@ class Ranked:
     per_prompt: int  # how many of them belong to a prompt, the same for all
     prompts: TokenColumn  # (n,) token ids
     answers: TokenColumn  # (n,) token ids, the end token included
-    finish_reasons: Sequence[str]  # (n,)
     logps: Sequence[FloatArray]  # (n,) nats under each policy asked for, newest first
     sampler: CandidateSampler  # of theta_{t-1}
     settings: SamplingSettings  # how it has sampled them

@@ -9,7 +9,7 @@ attend to the prompt and not to each other, so that the prompt is computed once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,16 +23,13 @@ from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sera_plugin.model.parts import count_weights
-
 Ids = npt.NDArray[np.int32]
 #: Completions, by index, that follow one prompt.
 Line = tuple[int, ...]
+
 #: Float32 logits at a time, 64 MiB: more is slower on a CPU and saves nothing on a GPU. Of a batch
 #: with no more than 256 MiB training keeps them all for its backward pass.
 LOGITS, KEPT_LOGITS = 2**24, 2**26
-#: More completions than this never share a prompt: attention between them grows with the square.
-_MOST_SHARED = 8
 #: What a model may raise at inputs that it does not take.
 REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -235,66 +232,6 @@ def abilities(model: nn.Module, device: torch.device | str = "cpu") -> Abilities
     return _KNOWN[base]
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """When completions share a prompt: where a line costs less."""
-
-    attention: float  # of a pair of tokens, in units of what a token costs in the weights
-    longest: int  # most tokens of a line that is shared
-
-    @classmethod
-    def of(cls, model: Any, longest: int) -> Sharing:
-        """By the model's configuration, in lines of up to `longest` tokens."""
-        base = innermost(model)
-        text = base.config.get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        # Multiplications: queries with keys and weights with values for a pair of tokens, and a
-        # token's with every weight in the layers.
-        pair = 2 * text.num_hidden_layers * text.num_attention_heads * head_dim
-        weights = count_weights(base, exclude_embeddings=True)
-        if not text.tie_word_embeddings:
-            weights -= text.vocab_size * text.hidden_size
-        window = getattr(text, "sliding_window", None) or longest
-        return cls(attention=pair / weights, longest=min(longest, window))
-
-    def cost(self, tokens: int, completions: int) -> float:
-        """A line's cost. Kernels skip half of a causal mask; one that they read they compute."""
-        if completions == 1:
-            return tokens + self.attention * tokens**2 / 2
-        return tokens + self.attention * tokens**2 if tokens <= self.longest else np.inf
-
-
-def plan_lines(
-    prompts: Sequence[Ids], completions: Sequence[Ids], sharing: Sharing | None
-) -> list[Line]:
-    """Put completions of equal prompts into one line where that costs less; each is in one line."""
-    if sharing is None:
-        return [(index,) for index in range(len(prompts))]
-    by_prompt: dict[bytes, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_prompt.setdefault(prompt.tobytes(), []).append(index)
-
-    before, after = (list(map(len, each)) for each in (prompts, completions))
-
-    def cost(plan: Iterable[Line]) -> float:
-        return sum(sharing.cost(before[x[0]] + sum(after[i] for i in x), len(x)) for x in plan)
-
-    lines: list[Line] = []
-    for indices in by_prompt.values():
-        indices.sort(key=after.__getitem__)
-        plans = [
-            [tuple(indices[at : at + size]) for at in range(0, len(indices), size)]
-            for size in range(1, min(len(indices), _MOST_SHARED) + 1)
-        ]
-        lines += min(plans, key=cost)
-    return lines
-
-
-def line_length(prompts: Sequence[Ids], completions: Sequence[Ids], line: Line) -> int:
-    """Tokens of a line."""
-    return len(prompts[line[0]]) + sum(len(completions[index]) for index in line)
-
-
 def collate(
     prompts: Sequence[Ids],
     completions: Sequence[Ids],
@@ -308,7 +245,7 @@ def collate(
     Padded on the right without a mask: attention is causal, and nothing that is scored sees it.
     `packed` lines are one, for kernels that are told where each ends.
     """
-    sizes = [line_length(prompts, completions, line) for line in lines]
+    sizes = [len(prompts[x[0]]) + sum(len(completions[index]) for index in x) for x in lines]
     shared = any(len(line) > 1 for line in lines)
     shape = (1, sum(sizes)) if packed else (len(lines), max(sizes))
     input_ids = np.full(shape, pad_id, dtype=np.int64)

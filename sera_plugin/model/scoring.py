@@ -13,14 +13,12 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.model.budget import TokenBudget, batches_by_length
 from sera_plugin.model.forward import (
     Ids,
-    Sharing,
     abilities,
     collate,
     evaluating,
     forward_logps,
-    line_length,
-    plan_lines,
 )
+from sera_plugin.model.lines import Sharing, plan_lines
 from sera_plugin.model.parts import is_sharded
 from sera_plugin.model.policies import PolicyHistory
 from sera_plugin.rundir.progress import progress
@@ -89,7 +87,8 @@ def score_sequences(
         can = abilities(model, budget.device)
     sharing = Sharing.of(model, budget.planned) if can.shared else None
     lines = plan_lines(prompts, completions, sharing)
-    sizes = [line_length(prompts, completions, line) for line in lines]
+    before, after = (lengths_of(each).tolist() for each in (prompts, completions))
+    sizes = [before[line[0]] + sum(after[index] for index in line) for line in lines]
     scores = np.zeros(len(prompts), dtype=np.float64)
 
     def score(batch: list[int]) -> tuple[list[int], FloatArray]:

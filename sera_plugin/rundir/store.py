@@ -28,7 +28,7 @@ from sera_plugin.rundir.checksums import add_file, is_named_right, is_whole, rep
 from sera_plugin.rundir.format import Ending, Invalid, Keys, RunFile, Summary, read_json
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.rundir.tables import TYPES, Expected, read_columns, read_table
-from sera_plugin.rundir.tokens import TokenColumn
+from sera_plugin.rundir.tokens import TOKENS, TokenColumn
 from sera_plugin.rundir.writing import (
     explained,
     look,
@@ -39,6 +39,8 @@ from sera_plugin.rundir.writing import (
 )
 
 LOG = logging.getLogger("axolotl.sera")
+#: Rows that are encoded at a time; some 10 MiB of token ids.
+_GROUP = 2**15
 
 
 def make_table(columns: Mapping[str, Any]) -> pa.Table:
@@ -52,9 +54,25 @@ def make_table(columns: Mapping[str, Any]) -> pa.Table:
     return pa.table(found)
 
 
+def layout(schema: pa.Schema) -> dict[str, Any]:
+    """How `pyarrow.parquet.write_table` lays out a table: few rows at a time in memory.
+
+    Token ids take the bits that they need; a dictionary of them takes longer and more room.
+    """
+    tokens = [f"{field.name}.list.element" for field in schema if field.type == TOKENS]
+    return {
+        "row_group_size": _GROUP,
+        "column_encoding": dict.fromkeys(tokens, "DELTA_BINARY_PACKED"),
+        "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
+    }
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file in one piece."""
-    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+    how = {"compression": "zstd", **layout(table.schema)}
+    replace_file(path, lambda partial: pq.write_table(table, partial, **how))
+    # Arrow keeps what encoding took, and the next table would come on top.
+    pa.default_memory_pool().release_unused()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -278,8 +296,8 @@ class RunStore:
         if iteration not in self._chunks:
             self._chunks[iteration] = count(len(list(directory.glob(f"{rank}-*.parquet"))))
         name = f"{rank}-{next(self._chunks[iteration]):06d}.parquet"
-        # Of token ids a dictionary takes longer, and more room in a small file.
-        how = {"compression": "zstd", "use_dictionary": ["finish_reason"]}
+        # Packed token ids get hardly smaller, and all of these files are read again.
+        how = {"compression": {"finish_reason": "zstd"}, **layout(table.schema)}
         add_file(directory, name, lambda path: pq.write_table(table, path, **how))
 
     def _chunk_files(self, iteration: int) -> Iterator[Path]:

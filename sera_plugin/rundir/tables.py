@@ -138,7 +138,8 @@ def read_columns(
             # Each text once, and numbers: a text that is long and repeated may stand for any
             # amount.
             texts = [one.path for one in leaves if one.physical_type == "BYTE_ARRAY"]
-            with pq.ParquetFile(content, metadata=metadata, read_dictionary=texts) as file:
+            how: dict[str, Any] = {"read_dictionary": texts, "pre_buffer": False}
+            with pq.ParquetFile(content, metadata=metadata, **how) as file:
                 table = file.read(names, use_threads=size > _FITS)
         much = sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks)
         if much > max(_SOME_TEXT, _TIMES * size) or not _fits(much):
@@ -251,10 +252,17 @@ def candidates_of(table: pa.Table, total: int | None = None) -> int:
         Invalid: unless rows 0, 1, 2, ... (to `total`, where that is given) have the same number.
     """
     rows, numbers = (table[name].to_numpy() for name in ("row", "candidate"))
-    distinct = len(np.unique(rows))
-    count = len(rows) // max(1, distinct)
-    expected = (np.repeat(np.arange(distinct), count), np.tile(np.arange(count), distinct))
-    if not count or not all(map(np.array_equal, (rows, numbers), expected)):
+    count = int(np.count_nonzero(rows == rows[:1]))
+    distinct = len(rows) // max(1, count)
+    expected = np.arange(distinct)[:, None], np.arange(count)
+    if (
+        distinct * count != len(rows)
+        or not count
+        or not all(
+            (one.reshape(distinct, count) == ours).all()
+            for one, ours in zip((rows, numbers), expected, strict=True)
+        )
+    ):
         raise Invalid("it does not have the same number of candidates for each row")
     if total not in (None, distinct):
         raise Invalid(f"it has candidates of {distinct:,} rows, and the run {total:,} pairs")

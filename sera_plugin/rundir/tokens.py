@@ -92,6 +92,18 @@ class TokenColumn(Sequence[IntArray]):
             numbers.append(strings.dictionary_encode().indices.to_numpy())
         return np.concatenate(numbers).reshape(-1, group)
 
+    def same(self) -> IntArray:
+        """(n,) numbers, equal where the lists are: 0, 1, 2, ... as each first comes."""
+        if not len(self):
+            return np.empty(0, dtype=np.int32)
+        # Most repeats are picked from one place, and need not be read.
+        place = (self._array.astype(np.int64) << 32) + self._start
+        place[self.lengths == 0] = -1
+        number = pa.array(place).dictionary_encode().indices.to_numpy()
+        first = np.flatnonzero(np.diff(np.maximum.accumulate(number), prepend=-1))
+        found: IntArray = self.take(first).numbered(len(first)).ravel()[number]
+        return found
+
     def _pieces(self, group: int = 1) -> Iterator[slice]:
         """Rows in whole groups, as many at a time as have at most `_CHUNK` tokens."""
         ends = np.cumsum(self.lengths, dtype=np.int64)[group - 1 :: group]

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.method import Pairs
 from sera_plugin.model.forward import KEPT_LOGITS
-from sera_plugin.rundir.store import make_table
+from sera_plugin.rundir.store import layout, make_table
 from sera_plugin.tools.planning.run import Run
 
 #: Pairs that are compressed to see how well this dataset does.
@@ -266,7 +266,9 @@ def _tables(run: Run, pairs: Pairs) -> int:
     columns = {name: getattr(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     tried = np.arange(min(len(pairs), _TRIED))
     sample = {name: column.take(tried) for name, column in columns.items()}
-    pq.write_table(make_table(sample), buffer := pa.BufferOutputStream(), compression="zstd")
+    table = make_table(sample)
+    how = {"compression": "zstd", **layout(table.schema)}
+    pq.write_table(table, buffer := pa.BufferOutputStream(), **how)
     tokens = sum(int(column.lengths.sum()) for column in sample.values())
     per_token = buffer.getvalue().size / tokens
     total = sum(int(each.lengths.sum(dtype=np.int64)) for each in columns.values()) * per_token
