@@ -25,7 +25,7 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
 from sera_plugin.host.schedules import room_to_warm_up
-from sera_plugin.model.parts import hold_engine
+from sera_plugin.model.parts import forget_moments, hold_engine
 from sera_plugin.model.policies import is_finite
 from sera_plugin.rundir.checksums import checkpoint, seal
 from sera_plugin.rundir.store import RunStore, make_table, write_json
@@ -89,6 +89,8 @@ class UnequalEpochs(AxolotlDPOTrainer):
     _iteration = 0
     #: What the optimizer's groups of weights began with: learning rate, betas, ...
     _begun_with: list[dict[str, Any]] | None = None
+    #: What it knew of single weights before its first step, other than tensors: muon's flags.
+    _begun_state: dict[Any, dict[str, Any]]
     saved_step: int | None = None
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -220,6 +222,12 @@ class UnequalEpochs(AxolotlDPOTrainer):
                 {name: deepcopy(value) for name, value in group.items() if name != "params"}
                 for group in groups
             ]
+            state = (optimizer or self.optimizer).state
+            self._begun_state = {
+                weight: kept
+                for weight, known in state.items()
+                if (kept := {k: v for k, v in known.items() if not isinstance(v, torch.Tensor)})
+            }
         # A run that is continued knows more of its length than when the schedule began.
         num_training_steps = self.loop.planned_steps
         if self.config.restart_optimizer:
@@ -239,6 +247,9 @@ class UnequalEpochs(AxolotlDPOTrainer):
         weights are sharded already. Optimizers make their state on the first step without one.
         """
         self.optimizer.state.clear()
+        self.optimizer.state.update({one: dict(known) for one, known in self._begun_state.items()})
+        if self.is_deepspeed_enabled:
+            forget_moments(self.model, self.optimizer.optimizer)
         for group, begun in zip(self.optimizer.param_groups, self._begun_with or (), strict=True):
             weights = group["params"]
             group.clear()

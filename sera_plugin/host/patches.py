@@ -15,7 +15,7 @@ from axolotl.utils.dict import DictDefault
 NO_FSDP = (
     "fsdp_config is set, but the host cannot shard the model here: it does so over several "
     "processes, each with a GPU of its own. Start as many as there are GPUs (`axolotl train "
-    "config.yaml --launcher torchrun`), or remove fsdp_version and fsdp_config."
+    "config.yaml` does, its launcher being accelerate), or remove fsdp_version and fsdp_config."
 )
 
 

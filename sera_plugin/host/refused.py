@@ -23,6 +23,8 @@ HOST_LOSSES = (
 )
 #: Those of them that read label smoothing; `sigmoid` does not.
 _SMOOTHED_BY_HOST = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
+#: Optimizers with state beside `Optimizer.state`, or that step within the backward pass.
+_NOT_RESTARTED = ("polora", "lomo", "adalomo")
 _ZERO = "zero_optimization."
 _DEVICES = (f"{_ZERO}offload_param.device", f"{_ZERO}offload_optimizer.device")
 _NOT_IN_ZERO = (
@@ -77,6 +79,15 @@ MISTAKES = (
         "is not a block of keys: write `fsdp_version: 2` and `fsdp_config:` with its keys indented "
         "(docs/many-gpus.md)",
         lambda value, given: given.sharded and not (isinstance(value, Mapping) and value),
+    ),
+    Refusal(
+        "optimizer",
+        "keeps what an iteration cannot start anew (sera.restart_optimizer: true). Set another "
+        "optimizer, or sera.restart_optimizer: false",
+        lambda value, given: (
+            given.sera.restart_optimizer
+            and (value in _NOT_RESTARTED or str(value).endswith("_layerwise"))
+        ),
     ),
     Refusal(
         "deepspeed",

@@ -211,11 +211,7 @@ def resident_bytes(model: nn.Module, width: int, optimizer: str | None) -> int:
     """
     trained = trainable(model) if optimizer else {}
     tables = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
-    parts = [
-        (elements(one), one.element_size(), id(one) in tables)
-        for one in trained.values()
-        for weight in trained.values()
-    ]
+    parts = [(elements(one), one.element_size(), id(one) in tables) for one in trained.values()]
     linear = [one for one in model.modules() if isinstance(one, nn.Linear)]
     wide = {id(one.weight): one.weight for one in linear if one.weight.element_size() > width}
     return (

@@ -35,6 +35,15 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def forget_moments(model: nn.Module, optimizer: Any) -> None:
+    """DeepSpeed's `optimizer` begins anew: ZeRO-1 and 2 would hold on to what its state was."""
+    for weight in model.parameters():
+        if (mapping := getattr(weight, "_hp_mapping", None)) is not None:
+            mapping.optim_fragment = None
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False
+
+
 def _in_zero(weight: Any) -> bool:
     return getattr(weight, "ds_tensor", None) is not None
 

@@ -228,7 +228,8 @@ def current_ranks() -> Ranks:
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return Ranks()
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # DeepSpeed's own launcher has another name for it.
+    size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     place = int(os.environ.get("LOCAL_RANK", rank % size))
     everybody = Ranks(rank, (world,), distributed.new_group(backend="gloo", timeout=_PATIENCE))
     mine = np.zeros((world, 2))

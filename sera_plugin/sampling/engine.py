@@ -16,6 +16,7 @@ from sera_plugin.rundir.ranks import Shard
 from sera_plugin.rundir.tokens import lengths_of
 from sera_plugin.sampling.answers import Known, policy_difference
 from sera_plugin.sampling.client import IN_FLIGHT, Client, ServerLost
+from sera_plugin.sampling.http import started
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -198,34 +199,30 @@ def share_out(
     left, waiting = list(clients), deque(rows)
     running: dict[Future[list[Candidate]], tuple[Client, int]] = {}
     busy: Counter[Client] = Counter()
-    pool = ThreadPoolExecutor(IN_FLIGHT * len(left))
-    try:
-        while waiting or running:
-            while waiting and busy[client := min(left, key=busy.__getitem__)] < IN_FLIGHT:
-                row = waiting.popleft()
-                running[pool.submit(ask, client, row)] = client, row
-                busy[client] += 1
-            done: Chunk = []
-            for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                client, row = running[future]
-                if client.lost:
-                    continue
-                try:
-                    done.append((row, future.result()))
-                except ServerLost as failure:
-                    left.remove(client)
-                    _go_on_without(client, failure, len(left))
-                    continue
-                del running[future]
-                busy[client] -= 1
-                answered[client] += 1
-            back = {future: row for future, (client, row) in running.items() if client.lost}
-            for future in back:
-                del running[future]
-            waiting.extendleft(reversed(back.values()))
-            yield done
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    while waiting or running:
+        while waiting and busy[client := min(left, key=busy.__getitem__)] < IN_FLIGHT:
+            row = waiting.popleft()
+            running[started(ask, client, row)] = client, row
+            busy[client] += 1
+        done: Chunk = []
+        for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+            client, row = running[future]
+            if client.lost:
+                continue
+            try:
+                done.append((row, future.result()))
+            except ServerLost as failure:
+                left.remove(client)
+                _go_on_without(client, failure, len(left))
+                continue
+            del running[future]
+            busy[client] -= 1
+            answered[client] += 1
+        back = {future: row for future, (client, row) in running.items() if client.lost}
+        for future in back:
+            del running[future]
+        waiting.extendleft(reversed(back.values()))
+        yield done
 
 
 def _in_chunks(

@@ -131,19 +131,24 @@ def within(seconds: float | None, call: Callable[[], Result]) -> Result:
     A name's address may take minutes to find, and headers may come byte by byte, each within
     requests' limit. The thread that waits for them is left behind.
     """
+    try:
+        return started(call).result(seconds)
+    except TimeoutError:
+        raise _late(seconds or 0.0) from None
+
+
+def started(call: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    """A call in a thread that no end of the program waits for, as it would for those of a pool."""
     made: Future[Result] = Future()
 
     def work() -> None:
         try:
-            made.set_result(call())
+            made.set_result(call(*arguments))
         except Exception as error:
             made.set_exception(error)
 
     Thread(target=work, daemon=True).start()
-    try:
-        return made.result(seconds)
-    except TimeoutError:
-        raise _late(seconds or 0.0) from None
+    return made
 
 
 def _late(seconds: float) -> requests.Timeout:

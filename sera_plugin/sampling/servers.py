@@ -19,6 +19,9 @@ LOG = logging.getLogger("axolotl.sera")
 
 _PROBE = "Hello, wörld!  1234567 你好 🙂\n\tdef f(x): return x"
 
+#: What vLLM 0.30 says of an adapter that it has.
+_LOADED = "has already been loaded"
+
 
 class VllmServerSampler(EngineSampler):
     """Samples from running `vllm serve`, to which the run's adapter directories look the same.
@@ -107,7 +110,8 @@ class VllmServerSampler(EngineSampler):
             self._check(client, length, probe)
             found = client.version()
             answer = client.send("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-            if not answer.ok:
+            # The name is new: it has heard a first try whose answer was lost.
+            if not answer.ok and _LOADED not in client.words(answer):
                 raise client.wrong(
                     f"did not load {path}: {client.words(answer)}. It must see this "
                     "directory under the same path, and its `--max-lora-rank` must be at least "

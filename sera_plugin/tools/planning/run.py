@@ -117,8 +117,8 @@ class Run:
 
     @cached_property
     def states(self) -> int:
-        """Bytes of the optimizer's state."""
-        return state_bytes(self.optimizer, self.model.trained)
+        """Bytes of the optimizer's state, of all processes together."""
+        return state_bytes(self.optimizer, self.sharing.stepped(self.model))
 
     @cached_property
     def sample(self) -> int:

@@ -59,8 +59,14 @@ class Sharing:
 
     def optimizer(self, model: Model, states: int) -> int:
         """Bytes of a process's part of the optimizer's state, wherever that is."""
-        elements = sum(count for count, width, _ in model.trained) if self.in_float32 else 0
-        return self._part(states + 4 * elements, 1)
+        masters = sum(4 * count for count, *_ in model.trained) if self.in_float32 else 0
+        return self._part(states + masters, 1)
+
+    def stepped(self, model: Model) -> list[tuple[int, int, bool]]:
+        """What the optimizer steps, as `Model.trained` has it."""
+        return [
+            (count, 4 if self.in_float32 else width, table) for count, width, table in model.trained
+        ]
 
     def in_sampling(self, model: Model, states: int) -> int:
         """Bytes that sampling in process plans with, see `memory.resident_bytes`: whole weights."""
