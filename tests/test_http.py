@@ -65,9 +65,10 @@ def test_no_server_holds_a_client_or_a_judge_for_ever(said, tmp_path, case):
         Client(url, "", 1, 0.3).send("/health")
     with pytest.raises(JudgeFailed, match=r"the connection failed: the.*Look after"):
         judge_at(url, tmp_path, timeout=0.3)._ask([{"role": "user", "content": "?"}])
-    # What has taken all its time is not asked again.
-    tries = 2 if case == "what is nothing when decompressed" else 1
-    assert its.seen == ["/health"] * tries + ["/v1/chat/completions"]
+    # What has taken all its time is not asked again; what is too long may be so sooner.
+    tries = {"what is nothing when decompressed": (2,), "a large one": (1, 2)}.get(case, (1,))
+    assert its.seen.pop() == "/v1/chat/completions"
+    assert its.seen in [["/health"] * number for number in tries]
 
 
 def test_an_engine_that_nobody_watches_yet_is_waited_for_with_patience(said, monkeypatch):
