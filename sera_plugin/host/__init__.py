@@ -4,6 +4,7 @@
 - `refused`  the table of what a YAML may not say; `datasets`  the pairs, for `load_datasets`
 - `trainer`, `epochs`  construction and the private seams, pinned by a test; `patches`  what must be
   patched, and what would remove each patch
+- `restart`  an optimizer begun anew in place
 - `loop`, `run`  the iterations of one run in order; which run this is, and what the log says
 - `base`     the base model's weights: those that the run began with
 """

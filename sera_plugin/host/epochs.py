@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.loop import RECORD, Loop
+from sera_plugin.host.restart import Beginning
 from sera_plugin.host.schedules import room_to_warm_up
-from sera_plugin.model.parts import forget_moments, hold_engine
+from sera_plugin.model.parts import hold_engine
 from sera_plugin.model.policies import is_finite
 from sera_plugin.rundir.checksums import checkpoint, seal
 from sera_plugin.rundir.store import RunStore, make_table, write_json
@@ -87,10 +87,8 @@ class UnequalEpochs(AxolotlDPOTrainer):
     #: Whether the next forward pass is an iteration's first.
     _gate_pending = False
     _iteration = 0
-    #: What the optimizer's groups of weights began with: learning rate, betas, ...
-    _begun_with: list[dict[str, Any]] | None = None
-    #: What it knew of single weights before its first step, other than tensors: muon's flags.
-    _begun_state: dict[Any, dict[str, Any]]
+    #: The optimizer as it was, made by the host once.
+    _beginning: Beginning | None = None
     saved_step: int | None = None
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -216,18 +214,8 @@ class UnequalEpochs(AxolotlDPOTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With `sera.restart_optimizer` a schedule spans one iteration, not the run."""
-        if self._begun_with is None:  # the host makes it once the optimizer is as it stays
-            groups = (optimizer or self.optimizer).param_groups
-            self._begun_with = [
-                {name: deepcopy(value) for name, value in group.items() if name != "params"}
-                for group in groups
-            ]
-            state = (optimizer or self.optimizer).state
-            self._begun_state = {
-                weight: kept
-                for weight, known in state.items()
-                if (kept := {k: v for k, v in known.items() if not isinstance(v, torch.Tensor)})
-            }
+        if self._beginning is None:
+            self._beginning = Beginning(optimizer or self.optimizer)
         # A run that is continued knows more of its length than when the schedule began.
         num_training_steps = self.loop.planned_steps
         if self.config.restart_optimizer:
@@ -241,19 +229,9 @@ class UnequalEpochs(AxolotlDPOTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def _restart_optimizer(self) -> None:
-        """Fresh optimizer state and learning-rate schedule for a new arg-min.
-
-        In the same optimizer: DeepSpeed's engine steps the one that it was made with, FSDP2's
-        weights are sharded already. Optimizers make their state on the first step without one.
-        """
-        self.optimizer.state.clear()
-        self.optimizer.state.update({one: dict(known) for one, known in self._begun_state.items()})
-        if self.is_deepspeed_enabled:
-            forget_moments(self.model, self.optimizer.optimizer)
-        for group, begun in zip(self.optimizer.param_groups, self._begun_with or (), strict=True):
-            weights = group["params"]
-            group.clear()
-            group.update(deepcopy(begun), params=weights)
+        """Fresh optimizer state and learning-rate schedule for a new arg-min."""
+        assert self._beginning is not None
+        self._beginning.restore(self.optimizer, self.model)
         self.lr_scheduler = None
         self.create_scheduler(self.state.max_steps)
         self.callback_handler.lr_scheduler = self.lr_scheduler
