@@ -21,7 +21,7 @@ from sera_plugin.rundir import machines
 from sera_plugin.rundir.machines import Watch
 from sera_plugin.rundir.ranks import Ranks
 from tests.conftest import adapter, table
-from tests.test_ranks import free_port, join, launch
+from tests.test_ranks import free_port, join, launch, of_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 #: Name of the namespace and of the host, address, and the interface of each machine.
@@ -126,9 +126,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 def test_two_machines_give_what_one_gives_and_outlast_a_cable_that_is_pulled(
     base_config, tmp_path, cable
 ):
-    config = base_config | adapter() | {"num_epochs": 2, "gradient_accumulation_steps": 1}
-    config["sera"]["sampler"] = "transformers"
-    config["auto_resume_from_checkpoints"] = True
+    config = of_two_ranks(base_config)
     one, pulled = tmp_path / "one", tmp_path / "pulled"
     result = launch(config | {"output_dir": str(one)}, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

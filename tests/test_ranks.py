@@ -268,6 +268,13 @@ def launch(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
+def of_two_ranks(config: dict) -> dict:
+    """A LoRA of two iterations for a rank each of two, which the same command goes on with."""
+    config = config | adapter() | {"num_epochs": 2, "gradient_accumulation_steps": 1}
+    config["sera"]["sampler"] = "transformers"
+    return config | {"auto_resume_from_checkpoints": True}
+
+
 def assert_alike(one: Path, other: Path, iterations: int) -> None:
     """Two runs: to the last bit before training, up to rounding after it.
 

@@ -10,10 +10,10 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import adapter, table
+from tests.conftest import table
 from tests.doc_pages import ROOT
 from tests.test_machines import assert_equal_weights
-from tests.test_ranks import launch
+from tests.test_ranks import launch, of_two_ranks
 
 PYTHON = os.environ.get("SERA_RANKS_PYTHON")
 
@@ -40,9 +40,7 @@ def workers(driver: subprocess.Popen) -> list[psutil.Process]:
 @pytest.mark.nightly
 @pytest.mark.skipif(not PYTHON, reason="SERA_RANKS_PYTHON names no Python that has ray")
 def test_workers_of_ray_give_what_two_ranks_give_and_one_may_be_killed(base_config, tmp_path):
-    config = base_config | adapter() | {"num_epochs": 2, "gradient_accumulation_steps": 1}
-    config["sera"]["sampler"] = "transformers"
-    config["auto_resume_from_checkpoints"] = True
+    config = of_two_ranks(base_config)
     one, other = tmp_path / "one", tmp_path / "other"
     result = launch(config | {"output_dir": str(one)}, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -230,7 +230,7 @@ def notes_of(run: Run) -> list[str]:
         "YAML would load them.": quantised,
         "Weights, gradients or optimizer state are shared out among processes, and this is the "
         "plan of one that has them all: say how many there are with --gpus.": (
-            run.processes == 1 and run.sharing.stage
+            run.processes == 1 and run.placement.stage
         ),
         f"Memory is that of each of {run.processes} processes, host memory that of a machine with "
         "all of them; work is that of all together.": run.processes > 1,

@@ -30,7 +30,7 @@ from sera_plugin.model.memory import (
     state_bytes,
 )
 from sera_plugin.tools.planning.model import FOREACH, Model
-from sera_plugin.tools.planning.sharing import Sharing
+from sera_plugin.tools.planning.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Run:
         )
 
     @property
-    def sharing(self) -> Sharing:
-        return Sharing.of(self.cfg, self.processes)
+    def placement(self) -> Placement:
+        return Placement.of(self.cfg, self.processes)
 
     @property
     def judges(self) -> bool:
@@ -118,7 +118,7 @@ class Run:
     @cached_property
     def states(self) -> int:
         """Bytes of the optimizer's state, of all processes together."""
-        return state_bytes(self.optimizer, self.sharing.stepped(self.model))
+        return state_bytes(self.optimizer, self.placement.stepped(self.model))
 
     @cached_property
     def sample(self) -> int:
@@ -149,7 +149,7 @@ class Run:
     def batches(self) -> SampledBatches:
         """Prompts and samples of a batch of `sampling.transformers`."""
         model = self.model
-        resident = self.sharing.in_sampling(model, self.states) + model.copies
+        resident = self.placement.in_sampling(model, self.states) + model.copies
         return plan_sampling(self.memory, resident, model, self.cfg.sequence_len)
 
     @cached_property
@@ -157,7 +157,7 @@ class Run:
         """The device's memory from iteration 2 on, when there is optimizer state."""
         overhead = DEVICE_OVERHEAD if self.memory is not None else 0
         other = {"other": overhead + self.model.copies}
-        resident = self.sharing.resident(self.model, self.states)
+        resident = self.placement.resident(self.model, self.states)
         found = [Phase("score", resident | self.scoring() | other)]
         if self.sample and self.sampler == "transformers":
             found.append(Phase("sample", resident | self.sampling() | other, self._filled()))
@@ -165,10 +165,10 @@ class Run:
             found.append(self._engine(self.memory, resident))
         if self.sample and self.judge and self.memory is not None:
             found.append(self._ranking(self.memory, resident))
-        gradients = {"gradients": self.sharing.gradients(self.model)}
+        gradients = {"gradients": self.placement.gradients(self.model)}
         found.append(Phase("train", resident | gradients | self.training() | other))
         if self.memory is not None and self.optimizer in FOREACH:
-            copies = {"other": overhead + self.sharing.gradients(self.model)}
+            copies = {"other": overhead + self.placement.gradients(self.model)}
             found.append(Phase("update", resident | gradients | copies, "torch's foreach copies"))
         return found
 
@@ -281,7 +281,7 @@ class Run:
         self, memory: int, resident: dict[str, int], wanted: int
     ) -> tuple[dict[str, int], int, str]:
         """What stays on the device, bytes that wait in host memory, and how to say so."""
-        if self.sharing.stage == 3:
+        if self.placement.stage == 3:
             return resident, 0, "beside the training run, whose parts of weights stay"
         if memory - DEVICE_OVERHEAD - sum(resident.values()) >= wanted + ENGINE_SLACK:
             return resident, 0, "beside the training run"
@@ -322,7 +322,7 @@ class Run:
             "dataset": 4 * int((self.pairs.prompt + self.pairs.completions).sum()),
             "reward model": self.judge,
             "waiting for the GPU": max(phase.waiting for phase in self.phases),
-            **self.sharing.host_parts(self.model, self.states),
+            **self.placement.host_parts(self.model, self.states),
             "offloaded activations": round(offloaded) * bool(self.cfg.activation_offloading),
         }
         return {name: size for name, size in parts.items() if size}

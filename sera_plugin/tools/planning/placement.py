@@ -18,8 +18,8 @@ from sera_plugin.tools.planning.model import Model
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """How the processes of a run share out what they hold."""
+class Placement:
+    """What is shared out among the processes of a run, and what lies in host memory."""
 
     processes: int = 1
     stage: int = 0  # of ZeRO
@@ -28,7 +28,7 @@ class Sharing:
     weights_on_host: bool = False
 
     @classmethod
-    def of(cls, cfg: DictDefault, processes: int) -> Sharing:
+    def of(cls, cfg: DictDefault, processes: int) -> Placement:
         """As the YAML says, in so many processes, each with a GPU."""
         if cfg.fsdp_config:
             offload = bool(cfg.fsdp_config.get("offload_params"))
