@@ -3,6 +3,8 @@
 docs/models.md has a table of them; tests/test_models.py compares it with these.
 """
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -74,7 +76,8 @@ MODELS: dict[str, tuple[PretrainedConfig, Abilities]] = {
 def build(config: PretrainedConfig):
     """A random model, far from uniform, so that a wrong mask or position shows."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    # A copy: a model keeps its configuration, and writes a new vocabulary's size into it.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(6 if weight.ndim > 1 else 1)
