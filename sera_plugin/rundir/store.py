@@ -14,7 +14,6 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from itertools import count
 from pathlib import Path
@@ -42,8 +41,6 @@ from sera_plugin.rundir.writing import (
 LOG = logging.getLogger("axolotl.sera")
 #: Rows that are encoded at a time; some 10 MiB of token ids.
 _GROUP = 2**15
-#: Threads that read chunks, and how many they may have read before one is used.
-_READERS, _AHEAD = 4, 32
 
 
 def make_table(columns: Mapping[str, Any]) -> pa.Table:
@@ -60,14 +57,10 @@ def make_table(columns: Mapping[str, Any]) -> pa.Table:
 def layout(schema: pa.Schema) -> dict[str, Any]:
     """How `pyarrow.parquet.write_table` lays out a table: few rows at a time in memory.
 
-    Token ids take the bits that they need; a dictionary of them takes longer and more room, and
-    compressed on top they get 1 % smaller and take twice as long to write and read.
+    Token ids take the bits that they need; a dictionary of them takes longer and more room.
     """
     tokens = [f"{field.name}.list.element" for field in schema if field.type == TOKENS]
-    others = [field for field in schema if field.type != TOKENS]
-    leaves = [one.name + ".list.element" * pa.types.is_list(one.type) for one in others]
     return {
-        "compression": dict.fromkeys(leaves, "zstd"),
         "row_group_size": _GROUP,
         "column_encoding": dict.fromkeys(tokens, "DELTA_BINARY_PACKED"),
         "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
@@ -76,7 +69,8 @@ def layout(schema: pa.Schema) -> dict[str, Any]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file in one piece."""
-    replace_file(path, lambda partial: pq.write_table(table, partial, **layout(table.schema)))
+    how = {"compression": "zstd", **layout(table.schema)}
+    replace_file(path, lambda partial: pq.write_table(table, partial, **how))
     # Arrow keeps what encoding took, and the next table would come on top.
     pa.default_memory_pool().release_unused()
 
@@ -302,7 +296,9 @@ class RunStore:
         if iteration not in self._chunks:
             self._chunks[iteration] = count(len(list(directory.glob(f"{rank}-*.parquet"))))
         name = f"{rank}-{next(self._chunks[iteration]):06d}.parquet"
-        add_file(directory, name, lambda path: pq.write_table(table, path, **layout(table.schema)))
+        # Packed token ids get hardly smaller, and all of these files are read again.
+        how = {"compression": {"finish_reason": "zstd"}, **layout(table.schema)}
+        add_file(directory, name, lambda path: pq.write_table(table, path, **how))
 
     def _chunk_files(self, iteration: int) -> Iterator[Path]:
         """Whole chunks: rows of a damaged one are sampled again."""
@@ -311,16 +307,8 @@ class RunStore:
                 yield file
 
     def chunks(self, iteration: int) -> Iterator[pa.Table]:
-        """Whole chunks, one at a time, while the next ones are read: other ranks wait for this."""
-        files = sorted(self.samples(iteration).glob("[0-9]*.parquet"))
-
-        def read(file: Path) -> pa.Table | None:
-            return read_columns(file) if self._whole(file, is_named_right) else None
-
-        with ThreadPoolExecutor(_READERS) as pool:
-            for first in range(0, len(files), _AHEAD):
-                found = pool.map(read, files[first : first + _AHEAD])
-                yield from (chunk for chunk in found if chunk is not None)
+        """Whole chunks, one at a time."""
+        return map(read_columns, self._chunk_files(iteration))
 
     @_on_main
     def set_aside_samples(self, iteration: int, problem: Callable[[pa.Table], str | None]) -> None:

@@ -267,7 +267,7 @@ def _tables(run: Run, pairs: Pairs) -> int:
     tried = np.arange(min(len(pairs), _TRIED))
     sample = {name: column.take(tried) for name, column in columns.items()}
     table = make_table(sample)
-    how = layout(table.schema)
+    how = {"compression": "zstd", **layout(table.schema)}
     pq.write_table(table, buffer := pa.BufferOutputStream(), **how)
     tokens = sum(int(column.lengths.sum()) for column in sample.values())
     per_token = buffer.getvalue().size / tokens
