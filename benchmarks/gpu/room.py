@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.harness import Setup
 from benchmarks.workload import make_model
+from sera_plugin.model.policies import never_repack
 from sera_plugin.rundir.ranks import Ranks
 from sera_plugin.sampling.offload import make_room, resident_tensors
 from sera_plugin.sampling.vllm import Memory
@@ -88,6 +89,7 @@ def stepped(setup: Setup, kind: dict[str, Any] | None) -> tuple[Any, Any, Tensor
     model = AutoModelForCausalLM.from_pretrained(
         make_model(setup), dtype=torch.bfloat16, device_map=place, **how
     )
+    never_repack(model)  # on a CPU, where this is tried out
     if kind:
         targets = ["q_proj", "v_proj", "down_proj"]
         model = get_peft_model(model, LoraConfig(r=8, target_modules=targets))

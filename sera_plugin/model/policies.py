@@ -110,13 +110,20 @@ def tidy_adapters(model: PeftModel, continued: Snapshot | None) -> None:
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         for weight in trainable(model).values():
             weight.data = weight.data.float()
-        # On a CPU bitsandbytes 0.50 repacks a layer's weights for good on its first forward pass
-        # in eval mode, and cannot train it afterwards. Scoring comes before training.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        never_repack(model)
     if continued is not None:
         restore_snapshot(model, continued)
+
+
+def never_repack(model: nn.Module) -> None:
+    """Leave quantised layers trainable on CPUs that have AVX512-BF16.
+
+    There bitsandbytes 0.50 repacks a layer's weights for good on its first forward pass in eval
+    mode; from then on no gradient passes through it, and no error says so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @contextmanager
