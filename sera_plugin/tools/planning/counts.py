@@ -267,8 +267,7 @@ def _tables(run: Run, pairs: Pairs) -> int:
     tried = np.arange(min(len(pairs), _TRIED))
     sample = {name: column.take(tried) for name, column in columns.items()}
     table = make_table(sample)
-    how = {"compression": "zstd", **layout(table.schema)}
-    pq.write_table(table, buffer := pa.BufferOutputStream(), **how)
+    pq.write_table(table, buffer := pa.BufferOutputStream(), **layout(table.schema))
     tokens = sum(int(column.lengths.sum()) for column in sample.values())
     per_token = buffer.getvalue().size / tokens
     total = sum(int(each.lengths.sum(dtype=np.int64)) for each in columns.values()) * per_token
