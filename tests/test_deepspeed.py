@@ -72,8 +72,9 @@ def test_zero_gives_what_one_process_gives(base_config, train, tmp_path, stage, 
     assert read_json(other / "run.json")["config"]["deepspeed"] == two["deepspeed"]
     weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
     policy, final = other / f"iteration-03/policy/{weights}", other.parent / weights
-    # Offloaded weights are stepped by DeepSpeed's own Adam: within a tenth of a step.
-    atol = 1e-3 if offload else 1e-4
+    # Where a gradient is hardly more than epsilon, the order of a sum shows in Adam's step of 1e-2.
+    # Offloaded weights are stepped by DeepSpeed's own Adam. Moments that are kept make 5e-3.
+    atol = 1e-3 if offload else 5e-4
     assert_weights_are_close(one / f"iteration-03/policy/{weights}", policy, atol)
     assert_weights_are_close(one.parent / weights, final, atol)
     if kind == "fitted":

@@ -30,6 +30,7 @@ def mistral(cfg) -> Model:
         parameters=LAYERS + WIDE,
         adapter=LORA * lora,
         weights=linear + (2 if lora else 4) * WIDE,
+        outer=(2 if lora else 4) * WIDE,
         trained=((LORA, 4, False),) if lora else ((LAYERS, 2, False), (WIDE, 4, True)),
         matrices=LAYERS + LORA * lora,
         kept=(7.4e6, 64.0) if lora else (8.2e6, 64.0),
@@ -367,8 +368,10 @@ def zero(stage, **keys) -> dict:
 CPU = {"device": "cpu"}
 #: Weights of Mistral-7B in 16 bits, its tables in float32; its weights in float32; AdamW's state.
 STORED, MASTERS, ADAMW = 2 * LAYERS + 4 * WIDE, 4 * (LAYERS + WIDE), 4 * LAYERS + 8 * WIDE
-#: A layer at work and the next one, of 32 and the tables.
-TWO = -(-2 * STORED // 33)
+#: A layer of 32 at work and the next one; under FSDP2 beside the tables.
+TWO = 2 * 2 * LAYERS // 32
+TABLES = 4 * WIDE
+ROOT = TWO + TABLES
 
 
 @pytest.mark.parametrize(
@@ -377,11 +380,11 @@ TWO = -(-2 * STORED // 33)
         (FULL, (STORED, ADAMW, STORED)),  # DDP: each has all of it
         (zero(1), (STORED, 3 * MASTERS // 8, STORED)),
         (zero(2), (STORED, 3 * MASTERS // 8, STORED // 8)),
-        (zero(3), (STORED // 8 + TWO, 3 * MASTERS // 8, STORED // 8)),
+        (zero(3), (STORED // 8 + TABLES, 3 * MASTERS // 8, STORED // 8)),
         (zero(2, offload_optimizer=CPU), (STORED, 0, STORED // 8)),
-        (zero(3, offload_optimizer=CPU, offload_param=CPU), (TWO, 0, STORED // 8)),
-        (FULL | {"fsdp_config": {"a": 1}}, (STORED // 8 + TWO, ADAMW // 8, STORED // 8)),
-        (FULL | {"fsdp_config": {"offload_params": True}}, (TWO, 0, STORED // 8)),
+        (zero(3, offload_optimizer=CPU, offload_param=CPU), (TABLES, 0, STORED // 8)),
+        (FULL | {"fsdp_config": {"a": 1}}, (STORED // 8 + ROOT, ADAMW // 8, STORED // 8)),
+        (FULL | {"fsdp_config": {"offload_params": True}}, (ROOT, 0, STORED // 8)),
     ],
     ids=["ddp", "zero-1", "zero-2", "zero-3", "offload", "all offloaded", "fsdp", "fsdp offloaded"],
 )
@@ -391,12 +394,31 @@ def test_processes_share_out_what_they_hold(cfg, expected):
     found = [train[name] for name in ("weights", "optimizer", "gradients")]
     assert found == pytest.approx(expected, abs=1)  # rounded up
     # Eight processes of one machine: what each keeps in its memory.
-    moved = run.host_parts()
+    moved = run.placement.host_parts(run.model, run.states)
     # Under DeepSpeed the masters and both of AdamW's states in float32.
     optimizer = 3 * MASTERS if "deepspeed" in cfg else ADAMW
     optimizer *= expected[1] == 0
     assert moved.get("offloaded optimizer", 0) == pytest.approx(optimizer, abs=8)
-    assert moved.get("offloaded weights", 0) == STORED * (expected[0] == TWO)
+    assert moved.get("offloaded weights", 0) == STORED * (expected[0] in (TABLES, ROOT))
+
+
+def test_what_is_whole_only_while_it_is_loaded():
+    cfg = FULL | {"fsdp_config": {"a": 1}}
+    loading = {"models while they are loaded": 8 * STORED}
+    assert replace(few(cfg, gib=80), processes=8).host_parts() == loading
+    cfg["fsdp_config"] = {"cpu_ram_efficient_loading": True}
+    assert loading.keys().isdisjoint(replace(few(cfg, gib=80), processes=8).host_parts())
+    # Loaded whole on each GPU, and shared out by DeepSpeed from then on.
+    four_bits = replace(few(QLORA | {"deepspeed": zero(3)["deepspeed"]}, gib=80), processes=8)
+    load, *others = four_bits.phases
+    assert (load.name, load.parts["weights"]) == ("load", four_bits.model.resident)
+    assert all(phase.parts["weights"] < load.parts["weights"] / 2 for phase in others)
+
+
+def test_nothing_is_advised_that_is_refused_with_sharded_weights():
+    cfg = FULL | {"fsdp_config": {"reshard_after_forward": True}}
+    changes = advise(replace(few(cfg, gib=16), processes=2))
+    assert [one.keys for one in changes] == ["fsdp_config.offload_params: true"]
 
 
 def test_processes_train_their_batches_together():

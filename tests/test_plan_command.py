@@ -140,6 +140,15 @@ def test_a_short_run_gives_times_and_leaves_nothing(changes, base_config, planne
     assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml", "prepared"}
 
 
+def test_a_short_run_is_refused_where_it_needs_all_processes(base_config, plan):
+    keys = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
+    code, printed, said = plan(base_config | keys, "--measure")
+    assert (code, printed) == (2, "")
+    assert "--measure makes a short run in one process, and FSDP2 needs them all." in said
+    printed = plan(base_config | keys, "--gpu", "24", "--gpus", "2")[1]
+    assert "--measure" not in printed
+
+
 def test_exit_codes_and_that_a_run_which_is_there_stays(base_config, plan, tmp_path):
     files = [tmp_path / "out" / name for name in ("debug.log", "sera/dataset.parquet")]
     for file in files:

@@ -29,14 +29,16 @@ ENGINE_SEQUENCES = 32
 _OUT_OF_MEMORY = (
     "out of memory while {purpose}, with {size} tokens at a time. Lower sequence_len (for sampling "
     "sera.max_new_tokens or sera.candidates), load the model in 4 or 8 bits, or take a device with "
-    "more memory."
+    "more memory. Where this needs another key than sera.sampler, the run begins anew, in another "
+    "output_dir."
 )
 _OUT_OF_MEMORY_IN_STEP = (
     "out of memory while {purpose} {sequences} sequences of {size} tokens at a time. Every forward "
     "pass over sharded weights is made by all processes together, so this one cannot go on with "
     "smaller batches alone, and the run stops. Set fsdp_config.offload_params: true, take more "
     "processes, or lower sequence_len (for sampling sera.max_new_tokens or sera.candidates, or set "
-    "sera.sampler: vllm)."
+    "sera.sampler: vllm). Only with another sera.sampler does this run go on; with other keys one "
+    "begins anew, in another output_dir."
 )
 
 

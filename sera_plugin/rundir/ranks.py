@@ -21,8 +21,8 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=30)
 #: What to do after a rank is lost.
 AGAIN = (
-    "This process ends too. Start the same command again with `auto_resume_from_checkpoints: "
-    "true`: it goes on from the last checkpoint."
+    "This process ends too. Mend what the other one names, if it names something; the same command "
+    "with `auto_resume_from_checkpoints: true` goes on from the last checkpoint, if there is one."
 )
 #: Bytes of a word that ranks tell each other.
 _WORD = 256

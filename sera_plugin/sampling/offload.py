@@ -103,8 +103,8 @@ def waiting(
     try:
         with before_interrupt(away.stay):
             if free < wanted + ENGINE_SLACK:
-                if away.put(filter(_on_gpu, resident_tensors(model, optimizer))):
-                    said = "weights and optimizer state wait in host memory"
+                moved = away.put(filter(_on_gpu, resident_tensors(model, optimizer)))
+                said = f"{moved / GIB:.2f} GiB of the training run wait in host memory"
                 free, _ = _free(device)
             figures = guest, wanted / GIB, free / GIB
             LOG.info(f"SeRA: {said}: %s wants %.1f GiB, and %.1f GiB are free now", *figures)
@@ -125,10 +125,10 @@ class Away:
         self._tensors: list[Tensor] = []
         self._copies: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
 
-    def put(self, tensors: Iterable[Tensor]) -> bool:
+    def put(self, tensors: Iterable[Tensor]) -> int:
         """Copy the tensors' storages to host memory and empty them, but for mapped ones.
 
-        Whether there are any: sharded weights stay where they are.
+        Returns the number of bytes that were moved.
         """
         for tensor in tensors:
             self._tensors.append(tensor)
@@ -138,7 +138,7 @@ class Away:
                 copy.untyped_storage().copy_(storage)
                 self._copies[storage._cdata] = storage, copy
                 storage.resize_(0)
-        return bool(self._copies)
+        return sum(copy.nbytes for _, copy in self._copies.values())
 
     def back(self) -> None:
         """Fill the storages again, bit for bit."""

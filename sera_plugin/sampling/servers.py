@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ class VllmServerSampler(EngineSampler):
             SamplingFailed: if one of them is not there, or cannot serve this run, and why.
         """
         probe = self._probe()
-        return min(self._check(client, longest, probe) for client in self._clients())
+        # Together, so that of several that are gone each is waited for no longer than of one.
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            return min(pool.map(lambda one: self._check(one, longest, probe), self._clients()))
 
     def _clients(self) -> list[Client]:
         key = os.environ.get(API_KEY, "").strip()

@@ -202,15 +202,20 @@ class Speed:
     selecting: float = 0.0  # seconds per pair of an iteration
     engine: float = 0.0  # seconds to start and to stop an engine
 
-    def seconds(self, iteration: Iteration, flops: dict[str, float]) -> dict[str, float]:
-        """Of an iteration's phases, of their operations.
+    def seconds(self, iteration: Iteration, flops: dict[str, float], run: Run) -> dict[str, float]:
+        """Of an iteration's phases, of their operations, which processes share without a loss.
 
         The host's evaluations lie between training steps, so their time is part of `train`.
         """
+        count = run.processes
         rates = {"score_candidates": self.candidates, "train": self.training}
-        found = {name: amount / rates.get(name, self.scoring) for name, amount in flops.items()}
+        found = {
+            name: amount / rates.get(name, self.scoring) / count for name, amount in flops.items()
+        }
         if "sample" in found:
-            found["sample"] = iteration.phases["sample"].tokens * self.sampling + self.engine
+            alone = 1 if run.sampler == "vllm-server" else count
+            tokens = iteration.phases["sample"].tokens
+            found["sample"] = tokens * self.sampling / alone + self.engine
         if "evaluate" in found:
             found["train"] += found.pop("evaluate")
         if iteration.t > 1:

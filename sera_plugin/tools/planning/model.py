@@ -46,6 +46,7 @@ class Model(Shape):
     parameters: int  # weights of the base model, shared ones once
     adapter: int  # weights of the adapter
     weights: int  # bytes of the base model as it lies on the device
+    outer: int  # of them the embeddings' and the output layer's
     #: (elements, bytes per element, whether a table of embeddings) of each weight.
     trained: tuple[tuple[int, int, bool], ...]
     #: Bytes of weights in the type that passes compute in: in training autocast keeps a copy of
@@ -139,6 +140,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
     added = sum(weight.numel() for weight in trained) if cfg.adapter else 0
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     wide = [w for w in matrices if w.requires_grad and w.element_size() > width]
+    outer = {id(w): w for w in (table.weight, head.weight)}  # one, where they are tied
     already = getattr(loader.model_config, "quantization_config", None) or {}
     return Model(
         parameters=sum(weight.numel() for weight in base),
@@ -146,6 +148,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
         weights=sum(
             _quantised_bytes(w, bits, double) if id(w) in quantised else w.nbytes for w in base
         ),
+        outer=sum(w.nbytes for w in outer.values()),
         # `policies.tidy_adapters` keeps all of an adapter in float32.
         trained=tuple(
             (w.numel(), 4 if cfg.adapter else w.element_size(), id(w) in tables) for w in trained

@@ -26,13 +26,17 @@ class Placement:
     in_float32: bool = False  # whether weights in 16 bits are kept in float32 too
     optimizer_on_host: bool = False
     weights_on_host: bool = False
+    by_fsdp: bool = False
+    loading: int = 0  # processes of a machine that have the whole model in host memory at first
 
     @classmethod
     def of(cls, cfg: DictDefault, processes: int) -> Placement:
         """As the YAML says, in so many processes, each with a GPU."""
         if cfg.fsdp_config:
             offload = bool(cfg.fsdp_config.get("offload_params"))
-            return cls(processes, 3, False, offload, offload)
+            # With FSDP `ModelLoader._set_device_map_config` of axolotl 0.19 names no device.
+            loading = 1 if cfg.fsdp_config.get("cpu_ram_efficient_loading") else processes
+            return cls(processes, 3, False, offload, offload, by_fsdp=True, loading=loading)
         if not cfg.deepspeed:
             return cls(processes)
         zero: Any = (deepspeed_config(cfg.deepspeed) or {}).get("zero_optimization") or {}
@@ -48,12 +52,14 @@ class Placement:
         """Bytes on one process's device between steps: weights, and what the optimizer keeps.
 
         Of weights that are shared out a layer is whole while it computes, and the next one is on
-        its way.
+        its way. Embeddings and output layer are whole by turns, and under FSDP2 from the beginning
+        of a pass to its end: the host shards them together with all that is outside of layers.
         """
         whole = model.resident
         weights = 0 if self.weights_on_host else self._part(whole, 3)
         if self.stage == 3:
-            weights += math.ceil(2 * whole / (model.layers + 1))
+            two = math.ceil(2 * (whole - model.outer) / model.layers)
+            weights += two + model.outer if self.by_fsdp else max(two, model.outer)
         optimizer = 0 if self.optimizer_on_host else self.optimizer(model, states)
         return {"weights": weights, "optimizer": optimizer}
 

@@ -47,6 +47,10 @@ _NO_TIME = (
     "How long they take depends on the GPU: run `axolotl sera plan --measure` on the machine that "
     "will train."
 )
+_IN_STEP = (
+    "How long they take depends on the GPU, and no short run can tell: FSDP2 needs all processes. "
+    "The first iteration's seconds are in its summary.json."
+)
 #: The host's handlers that print.
 _CONSOLES = ("console", "color_console")
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -66,6 +70,11 @@ def read_plan(
             handler.setStream(sys.stderr)
             handler.setLevel(logging.WARNING)
     cfg = parse(path)
+    if measuring and cfg.fsdp_config:
+        raise ValueError(
+            "--measure makes a short run in one process, and FSDP2 needs them all. Leave it out; "
+            "the first iteration's seconds are in its summary.json."
+        )
     config, tokenizer = SeraConfig(**cfg.sera), load_tokenizer(cfg)
     device, memory = _device(gpu)
     described = partial(describe, tokenizer=tokenizer, on_gpu=memory is not None)
@@ -99,7 +108,7 @@ def read_plan(
     if processes is None:
         processes = max(1, torch.cuda.device_count()) if gpu is None else 1
     run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described, processes)
-    speed, speed_from = None, _NO_TIME
+    speed, speed_from = None, _IN_STEP if cfg.fsdp_config else _NO_TIME
     room: tuple[int | None, int | None] = None, None
     if measuring:
         here = replace(run, memory=_device(None)[1])

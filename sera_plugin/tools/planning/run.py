@@ -158,7 +158,12 @@ class Run:
         overhead = DEVICE_OVERHEAD if self.memory is not None else 0
         other = {"other": overhead + self.model.copies}
         resident = self.placement.resident(self.model, self.states)
-        found = [Phase("score", resident | self.scoring() | other)]
+        found = []
+        if self.bits and self.placement.stage == 3:
+            # `from_pretrained` of transformers 5.16 has no `zero.Init` for them.
+            parts = {"weights": self.model.resident, "other": overhead}
+            found.append(Phase("load", parts, "weights are whole until DeepSpeed has them"))
+        found.append(Phase("score", resident | self.scoring() | other))
         if self.sample and self.sampler == "transformers":
             found.append(Phase("sample", resident | self.sampling() | other, self._filled()))
         elif self.sample and self.sampler == "vllm" and self.memory is not None:
@@ -306,7 +311,9 @@ class Run:
         possible = needed <= given and (utilization is None or wanted <= room)
         if not possible:
             note += f"; it needs {needed / GIB:.1f} GiB and would get {min(given, room) / GIB:.1f}"
-        taken = wanted if held or utilization is not None else needed
+        # All of the cache is wanted beside a run, unless that could not make room for it.
+        beside = held and self.placement.stage < 3
+        taken = wanted if beside or utilization is not None else needed
         parts = {"engine": taken + ENGINE_SLACK, "other": DEVICE_OVERHEAD}
         return Phase("sample", held | parts, note, possible, waiting)
 
@@ -325,4 +332,7 @@ class Run:
             **self.placement.host_parts(self.model, self.states),
             "offloaded activations": round(offloaded) * bool(self.cfg.activation_offloading),
         }
+        # Before there is anything of the others.
+        loading = {"models while they are loaded": self.placement.loading * self.model.weights}
+        parts = max(loading, parts, key=lambda each: sum(each.values()))
         return {name: size for name, size in parts.items() if size}

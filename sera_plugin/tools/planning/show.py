@@ -70,7 +70,7 @@ def _iterations(run: Run, speed: Speed | None) -> Iterator[dict[str, Any]]:
                 name: dict(zip(_COUNTS, each[:3], strict=True)) | {"flops": work[name]}
                 for name, each in one.phases.items()
             },
-            "seconds": None if speed is None else speed.seconds(one, work),
+            "seconds": None if speed is None else speed.seconds(one, work, run),
         }
 
 
@@ -259,11 +259,15 @@ _TRIALS: tuple[Trial, ...] = (
     _set({"optimizer": "adamw_torch_fused"}, "the same without copies",
          lambda run: run.optimizer in FOREACH and "update" in run.failing),
     _set({"optimizer": "paged_adamw_8bit"}, "states in 8 bits",
-         lambda run: "8bit" not in run.optimizer),
+         lambda run: "8bit" not in run.optimizer and run.placement.stage == 0),
+    _set({"fsdp_config.offload_params": True}, "weights and optimizer in host memory; slower",
+         lambda run: run.cfg.fsdp_config and not run.placement.weights_on_host),
     _set({"sera.sampler": "transformers"}, "slower sampling",
          lambda run: run.sampler == "vllm" and "sample" in run.failing),
-    _set(_FOUR_BITS, "the base in 4 bits", lambda run: run.model.adapter and run.bits != 4),
+    _set(_FOUR_BITS, "the base in 4 bits",
+         lambda run: run.model.adapter and run.bits != 4 and not run.cfg.fsdp_config),
     _shorter,
     _set(_FOUR_BITS | {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
-         "trains an adapter instead of all weights", lambda run: not run.model.adapter),
+         "trains an adapter instead of all weights",
+         lambda run: not run.model.adapter and not run.cfg.fsdp_config),
 )  # fmt: skip
