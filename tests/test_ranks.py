@@ -370,6 +370,27 @@ def test_no_rank_goes_on_in_smaller_batches_alone():
 
 @pytest.mark.slow
 @pytest.mark.nightly
+def test_a_run_goes_on_with_fewer_processes(base_config, train, tmp_path):
+    two = of_two_ranks(base_config) | {"saves_per_epoch": 3, "output_dir": str(tmp_path / "two")}
+    result = launch(two, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run, final = tmp_path / "two/sera", tmp_path / "two/adapter_model.safetensors"
+    whole = shutil.copy(final, tmp_path / "whole.safetensors")
+    before = table(run, 2, "candidates")
+    # Cut off after one step of iteration 2, with theta_1 scored and sampled anew.
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / f"two/checkpoint-{step}")
+    for name in ("offline", "candidates"):
+        (run / f"iteration-02/{name}.parquet").unlink()
+    with pytest.raises(ValueError, match=r"pairs per optimizer step .*: 8 -> 4"):
+        train(two)
+    train(two | {"gradient_accumulation_steps": 2})
+    assert table(run, 2, "candidates")["token_ids"] == before["token_ids"]
+    assert_weights_are_close(Path(whole), final)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["lora", "full", "fitted"])
 def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = of_kind(base_config, kind)

@@ -57,8 +57,8 @@ HARMLESS = (
     "sera.judge.*_price",
     # compared as the commit that it leads to
     "revision_of_model",
-    # compared as what they come to: a micro-batch of all processes, beta of the loss
-    *("batch_size", "rl_beta"),
+    # compared as what they come to: pairs per step of all processes, beta of the loss
+    *("batch_size", "micro_batch_size", "gradient_accumulation_steps", "rl_beta"),
 )
 
 
@@ -275,10 +275,10 @@ _IDENTITY = (
     ("loss", "the loss"),
     ("beta", "beta of the loss (rl_beta, trl.beta)"),
     ("per_token", "whether rewards are averaged over tokens"),
-    ("micro_batch", "pairs per micro-batch, all processes together"),
-    ("accumulation", "gradient_accumulation_steps"),
     ("seed", "seed"),
 )
+#: Fewer processes go on with more accumulation, and the same steps.
+_PER_STEP = "pairs per optimizer step (micro_batch_size x gradient_accumulation_steps x processes)"
 
 
 def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: Path) -> None:
@@ -291,6 +291,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
     before, after = (
         flat(public(one["config"], known_keys()))
         | {meaning: one.get(key) for key, meaning in _IDENTITY}
+        | {_PER_STEP: one["micro_batch"] * one["accumulation"]}
         for one in (earlier, now)
     )
     changed = [
