@@ -14,7 +14,7 @@ from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.refused import refuse
 from sera_plugin.rundir.format import read_json
 from tests.conftest import summary, table
-from tests.test_ranks import (
+from tests.two_ranks import (
     assert_alike,
     assert_fitted_alike,
     assert_theta_1_is_kept,

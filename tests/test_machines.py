@@ -21,7 +21,7 @@ from sera_plugin.rundir import machines
 from sera_plugin.rundir.machines import Watch
 from sera_plugin.rundir.ranks import Ranks
 from tests.conftest import adapter, table
-from tests.test_ranks import free_port, join, launch, of_two_ranks
+from tests.two_ranks import free_port, join, launch, of_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 #: Name of the namespace and of the host, address, and the interface of each machine.

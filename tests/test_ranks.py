@@ -2,13 +2,9 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,8 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import yaml
-from safetensors.numpy import load_file
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,15 +27,20 @@ from sera_plugin.model.policies import (
 )
 from sera_plugin.rundir import ranks as rank_module
 from sera_plugin.rundir.format import read_json
-from sera_plugin.rundir.ranks import NO_PART, WHOLE, RankLost, Ranks, Shard, current_ranks
+from sera_plugin.rundir.ranks import NO_PART, WHOLE, RankLost, Ranks, Shard
 from sera_plugin.rundir.store import RunStore, make_table
-from tests.conftest import adapter, summary, table, with_an_early_best
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.conftest import summary, table
+from tests.two_ranks import (
+    assert_alike,
+    assert_fitted_alike,
+    assert_theta_1_is_kept,
+    assert_weights_are_close,
+    free_port,
+    join,
+    launch,
+    of_kind,
+    of_two_ranks,
+)
 
 
 def test_shards_take_every_piece_once():
@@ -98,13 +97,6 @@ def test_ranks_share_engines(machines, size, expected):
 def test_a_machine_has_its_ranks():
     ranks = [Ranks(rank, (1, 3, 2)) for rank in range(6)]
     assert [(one.first, one.local_world) for one in ranks] == [(0, 1), *[(1, 3)] * 3, *[(4, 2)] * 2]
-
-
-def join(rank: int, port: int, **options: Any) -> Ranks:
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    place = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": 2}
-    dist.init_process_group("gloo", **place, **options)
-    return current_ranks()
 
 
 def _meet(rank: int, port: int, directory: str) -> None:
@@ -250,59 +242,6 @@ def test_ranks_wait_for_each_other_share_weights_out_and_end_with_one_that_dies(
     assert (tmp_path / "sera/iteration-01/offline.parquet").exists()
 
 
-def launch(
-    config: dict,
-    directory: Path,
-    module: str = "axolotl.cli.train",
-    python: str = sys.executable,
-    **environment: str,
-) -> subprocess.CompletedProcess:
-    """`axolotl train` in two processes under torchrun on the CPU."""
-    # Without an accelerator the host asks for device 0 unless it is told how much memory there is.
-    config = config | {"max_memory": {"cpu": "8GiB"}}
-    path = directory / "ranks.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [python, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", "-m", module, str(path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-
-
-def of_two_ranks(config: dict) -> dict:
-    """A LoRA of two iterations for a rank each of two, which the same command goes on with."""
-    config = config | adapter() | {"num_epochs": 2, "gradient_accumulation_steps": 1}
-    config["sera"]["sampler"] = "transformers"
-    return config | {"auto_resume_from_checkpoints": True}
-
-
-def assert_alike(one: Path, other: Path, iterations: int) -> None:
-    """Two runs: to the last bit before training, up to rounding after it.
-
-    The other one, of the host's command, has a report.
-    """
-    assert (other / "report.html").exists()
-    for name in ("offline", "evaluation"):
-        assert table(one, 1, name) == table(other, 1, name)
-    for iteration in range(2, iterations + 1):
-        for name, same, close in (
-            ("offline", ["selected"], ["chosen_logp"]),
-            ("candidates", ["row", "token_ids"], ["reward"]),
-            ("bootstrapped", ["row", "chosen_candidate", "rejected_candidate", "selected"], []),
-        ):
-            mine, theirs = (table(run, iteration, name) for run in (one, other))
-            assert [mine[column] for column in same] == [theirs[column] for column in same]
-            for column in close:
-                np.testing.assert_allclose(mine[column], theirs[column], atol=1e-3)
-
-
-def assert_weights_are_close(one: Path, other: Path, atol: float = 1e-4) -> None:
-    mine, theirs = load_file(one), load_file(other)
-    # The host saves tied weights twice under FSDP.
-    assert mine.keys() <= theirs.keys()
-    for name, weight in mine.items():
-        np.testing.assert_allclose(weight, theirs[name], atol=atol)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["lora", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("full", "fitted"))]
@@ -327,38 +266,6 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
     assert first["pairs"] == second["pairs"]
     states = [read_json(run.parent / "checkpoint-6/trainer_state.json") for run in (one, other)]
     assert states[0]["global_step"] == states[1]["global_step"] == states[1]["max_steps"]
-
-
-def of_kind(config: dict, kind: str) -> dict:
-    """An adapter or a whole model whose first policy is kept, or one with a fitted reward."""
-    if kind == "fitted":
-        config["sera"]["reward"] = "fitted"
-    else:
-        config = with_an_early_best(config | (adapter() if kind == "lora" else {}))
-    config["sera"]["sampler"] = "transformers"
-    return config
-
-
-def assert_fitted_alike(one: dict, other: dict) -> None:
-    mine, theirs = (summary["reward"] for summary in (one, other))
-    assert mine["errors"].keys() == mine["weights"].keys() > {"theta_0", "length"}
-    assert mine["accuracy"] == theirs["accuracy"]
-    for name in ("weights", "errors"):
-        assert mine[name] == pytest.approx(theirs[name], abs=1e-2)
-
-
-def assert_theta_1_is_kept(run: Path, weights: str) -> None:
-    assert read_json(run / "last/summary.json")["kept"] == 1
-    assert_weights_are_close(run / f"iteration-02/policy/{weights}", run.parent / weights, atol=0)
-
-
-def fsdp(**keys) -> dict:
-    """The keys that share the weights out."""
-    wrap = {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-    }
-    return {"fsdp_version": 2, "fsdp_config": wrap | keys}
 
 
 def test_no_rank_goes_on_in_smaller_batches_alone():
@@ -387,63 +294,3 @@ def test_a_run_goes_on_with_fewer_processes(base_config, train, tmp_path):
     train(two | {"gradient_accumulation_steps": 2})
     assert table(run, 2, "candidates")["token_ids"] == before["token_ids"]
     assert_weights_are_close(Path(whole), final)
-
-
-@pytest.mark.slow
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", ["lora", "full", "fitted"])
-def test_sharded_weights_give_what_one_process_gives(base_config, train, tmp_path, kind):
-    config = of_kind(base_config, kind)
-    # With Adam's 1e-8 a gradient of that size takes a whole step in the direction of its rounding.
-    config["adam_epsilon"] = 1e-6
-    two = config | fsdp() | {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
-    two |= {"saves_per_epoch": 3, "auto_resume_from_checkpoints": True}
-    result = launch(two, tmp_path, module="tests.host_on_cpu")
-    assert result.returncode == 0, result.stderr[-3000:]
-    one, other = train(config).run, tmp_path / "two/sera"
-    assert_alike(one, other, 3)
-    # Whole weights, written once: the policies, the checkpoints, what is left at the end.
-    weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-    policy, final = other / f"iteration-03/policy/{weights}", other.parent / weights
-    assert_weights_are_close(one / f"iteration-03/policy/{weights}", policy)
-    assert_weights_are_close(one.parent / weights, final)
-    fitted = summary(other, 3)["reward"]
-    if kind == "fitted":
-        assert_fitted_alike(summary(one, 3), summary(other, 3))
-    else:
-        assert_theta_1_is_kept(other, weights)
-    assert_weights_are_close(policy, other.parent / f"checkpoint-6/{weights}", atol=0)
-
-    # Cut off after one step of iteration 3, with theta_2 scored anew and theta_1 read back.
-    whole = shutil.copy(final, tmp_path / "whole.safetensors")
-    tables = {name: table(other, 3, name) for name in ("offline", "candidates")}
-    for step in (8, 9):
-        shutil.rmtree(other.parent / f"checkpoint-{step}")
-    for name in tables:
-        (other / f"iteration-03/{name}.parquet").unlink()
-    result = launch(two, tmp_path, module="tests.host_on_cpu")
-    assert result.returncode == 0, result.stderr[-3000:]
-    for name, before in tables.items():
-        np.testing.assert_equal(table(other, 3, name), before)  # nan is equal to nan
-    assert_weights_are_close(Path(whole), final, atol=0)
-    assert summary(other, 3)["reward"] == fitted
-    if kind != "fitted":
-        assert_theta_1_is_kept(other, weights)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("keys", "on_cpu", "said"),
-    [
-        (fsdp(), "true", "fsdp_config is set, but the host cannot shard the model here"),
-        pytest.param(
-            *(adapter(), "false", "2 processes were started, but the host trains in each of them"),
-            marks=pytest.mark.nightly,
-        ),
-    ],
-    ids=["sharding", "apart"],
-)
-def test_what_the_host_cannot_do_together_is_refused(base_config, tmp_path, keys, on_cpu, said):
-    result = launch(base_config | keys, tmp_path, ACCELERATE_USE_CPU=on_cpu)
-    assert result.returncode != 0
-    assert said in result.stderr

@@ -13,7 +13,7 @@ import yaml
 from tests.conftest import table
 from tests.doc_pages import ROOT
 from tests.test_machines import assert_equal_weights
-from tests.test_ranks import launch, of_two_ranks
+from tests.two_ranks import launch, of_two_ranks
 
 PYTHON = os.environ.get("SERA_RANKS_PYTHON")
 

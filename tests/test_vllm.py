@@ -29,8 +29,8 @@ from sera_plugin.sampling.transformers import TransformersSampler
 from sera_plugin.sampling.vllm import Memory, ServedPolicy, VllmSampler
 from tests.conftest import adapter, summary, table
 from tests.test_end_to_end import check_run
-from tests.test_ranks import free_port, launch
 from tests.test_sampling_child import gone
+from tests.two_ranks import free_port, launch
 
 PYTHON = os.environ.get("SERA_VLLM_PYTHON", "")
 KEY = "a-key-for-this-test"
