@@ -244,7 +244,8 @@ def test_ranks_wait_for_each_other_share_weights_out_and_end_with_one_that_dies(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["lora", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("full", "fitted"))]
+    "kind",
+    ["lora", *(pytest.param(o, marks=pytest.mark.nightly) for o in ("full", "qlora", "fitted"))],
 )
 def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kind):
     config = of_kind(base_config | {"num_epochs": 2}, kind)
@@ -255,7 +256,7 @@ def test_two_ranks_give_what_one_process_gives(base_config, train, tmp_path, kin
     one, other = train(config).run, tmp_path / "two/sera"
     # The same batches on either side.
     assert_alike(one, other, 2)
-    weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    weights = "adapter_model.safetensors" if "lora" in kind else "model.safetensors"
     assert_weights_are_close(one.parent / weights, other.parent / weights)
     first, second = summary(one, 2), summary(other, 2)
     if kind == "fitted":

@@ -89,7 +89,9 @@ def of_kind(config: dict, kind: str) -> dict:
     if kind == "fitted":
         config["sera"]["reward"] = "fitted"
     else:
-        config = with_an_early_best(config | (adapter() if kind == "lora" else {}))
+        four_bits = {"adapter": "qlora", "load_in_4bit": True}
+        keys = {"full": {}, "lora": adapter(), "qlora": adapter(**four_bits)}
+        config = with_an_early_best(config | keys[kind])
     config["sera"]["sampler"] = "transformers"
     return config
 
