@@ -203,6 +203,7 @@ def _hold_policies_once(rank: int, ranks: Ranks, directory: str) -> None:
         assert holds(second)
     assert holds(third)
     everywhere = history._snapshots[1][NAME]
+    ranks.barrier()  # both have read it
     if rank == 0:
         everywhere.fill_(7.0)
     ranks.barrier()
