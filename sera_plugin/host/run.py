@@ -291,7 +291,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
     before, after = (
         flat(public(one["config"], known_keys()))
         | {meaning: one.get(key) for key, meaning in _IDENTITY}
-        | {_PER_STEP: one["micro_batch"] * one["accumulation"]}
+        | {_PER_STEP: (one.get("micro_batch") or 0) * (one.get("accumulation") or 0)}
         for one in (earlier, now)
     )
     changed = [

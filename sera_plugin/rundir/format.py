@@ -98,6 +98,8 @@ class RunFile(Keys):
     loss: Text | None = None
     beta: Number | None = None
     per_token: Annotated[bool, Field(strict=True)] | None = None
+    micro_batch: Count | None = None
+    accumulation: Count | None = None
     pairs: Count | None = None
     evaluation_pairs: Count | None = None
     end_ids: list[Count] = []

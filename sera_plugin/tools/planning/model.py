@@ -140,7 +140,7 @@ def _measured(loader: ModelLoader, text: Any, on_gpu: bool) -> Model:
     added = sum(weight.numel() for weight in trained) if cfg.adapter else 0
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     wide = [w for w in matrices if w.requires_grad and w.element_size() > width]
-    outer = {id(w): w for w in (table.weight, head.weight)}  # one, where they are tied
+    outer = {id(m.weight): m.weight for m in (table, head) if m}  # one, where they are tied
     already = getattr(loader.model_config, "quantization_config", None) or {}
     return Model(
         parameters=sum(weight.numel() for weight in base),
