@@ -199,7 +199,7 @@ def test_what_makes_a_run_another_one_is_refused_by_name(bench, refused, tmp_pat
         "seed: 11 -> 12",
         "N, the number of usable pairs: 24 -> 23",
         "lora_r: 4 -> 8",
-        "gradient_accumulation_steps x processes): 4 -> 8",
+        "gradient_accumulation_steps x processes): 8 -> 16",
         "beta of the loss (rl_beta, trl.beta): 0.2 -> 0.1",
         "optimizer: 'adamw_torch' -> 'adamw_torch_fused'",
     ):
