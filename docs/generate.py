@@ -8,7 +8,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from sera_plugin.config.block import JudgeConfig
-from sera_plugin.config.sera import HOST_KEYS, SeraConfig
+from sera_plugin.config.host_keys import HOST_KEYS
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.keys import ENTRY_UNUSED, REFUSALS, UNUSED
 from sera_plugin.tools.convert.convert import RULES
 from sera_plugin.tools.convert.settings import LEFT_OUT, TEMPLATES

@@ -12,7 +12,8 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from sera_plugin.cli import sera
-from sera_plugin.config.sera import HOST_KEYS, SeraConfig
+from sera_plugin.config.host_keys import HOST_KEYS
+from sera_plugin.config.sera import SeraConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "example_yamls").glob("*.yaml"))

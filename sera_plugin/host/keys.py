@@ -126,7 +126,7 @@ REFUSALS = (
 )
 
 #: What has no effect and does no harm: keys -> why. `block.*` is all of a block that is not in
-#: `sera.HOST_KEYS`.
+#: `config.host_keys`.
 UNUSED = {
     "liger_cross_entropy, liger_fused_linear_cross_entropy, liger_use_token_scaling, "
     "cut_cross_entropy, chunked_cross_entropy, chunked_cross_entropy_num_chunks, "

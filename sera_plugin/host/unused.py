@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sera_plugin.config.block import closest
+from sera_plugin.config.host_keys import HOST_KEYS
 from sera_plugin.config.quoting import as_written
-from sera_plugin.config.sera import HOST_KEYS
 from sera_plugin.host.keys import ENTRY_OF_MESSAGES, ENTRY_UNUSED, MESSAGE_TYPES, REFUSALS, UNUSED
 from sera_plugin.host.refused import entry_keys
 

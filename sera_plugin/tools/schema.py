@@ -18,7 +18,8 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import BaseModel, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from sera_plugin.config.sera import HOST_KEYS, SeraArgs
+from sera_plugin.config.host_keys import HOST_KEYS
+from sera_plugin.config.sera import SeraArgs
 from sera_plugin.host.keys import REFUSALS, UNUSED
 from sera_plugin.rundir.writing import write_text
 
