@@ -6,11 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.experimental.orpo import ORPOTrainer
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.trainer import preference_loss
+from sera_plugin.model import forward
+from sera_plugin.model.forward import abilities
 from sera_plugin.model.losses import Objective, PreferenceLoss
+from tests.tiny_models import MODELS, build, in_segments
 
 BETA = 0.5
 
@@ -126,6 +130,49 @@ def test_orpo_adds_the_likelihood_of_prompt_and_chosen(model):
     expected = loss(rewards[:2], rewards[2:]).mean() + likelihood
     torch.testing.assert_close(result.loss.detach(), expected)
     torch.testing.assert_close(result.chosen_logps.detach(), sums[:2])
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo"])
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_without_padding_loss_and_gradients_are_the_same(name, kind, monkeypatch):
+    """The kernel that needs a GPU is SDPA here, one sequence after the other."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_in_segments", in_segments)
+    model = build(MODELS[name][0])
+    lengths = torch.tensor([[9, 4], [5, 2], [7, 3], [12, 5]])  # of prompt and answer, of the prompt
+    place = torch.arange(12)[None]
+    attended = (place < lengths[:, :1]).long()
+    batch = {"input_ids": torch.arange(3, 51).view(4, 12), "attention_mask": attended}
+    batch |= {"completion_mask": attended * (place >= lengths[:, 1:])}
+    batch |= {f"ref_{side}_logps": torch.tensor([-9.0, -20.0]) for side in ("chosen", "rejected")}
+    keys = {"nll_weight": 1.0, "nll_of_prompts": True} if kind == "orpo" else {}
+    if name == "Mixtral":
+        keys["router_weight"] = 0.5
+    passed, found = [], []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: passed.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    for padding_free in (False, True):
+        model.config._attn_implementation = "flash_in_segments" if padding_free else "sdpa"
+        forward._KNOWN.pop(model, None)
+        abilities(model)
+        passed.clear()
+        model.zero_grad()
+        result = Objective(PreferenceLoss(kind, BETA), **keys, padding_free=padding_free)(
+            model, batch
+        )
+        result.loss.backward()
+        found.append([result.loss, result.chosen_logps, result.rejected_logps])
+        found[-1] += [weight.grad.clone() for weight in model.parameters()]
+        assert passed == [(1, 33) if padding_free else (4, 12)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_tell_packed_sequences_apart_is_not_trained_without_padding(model):
+    ones = torch.ones(2, 4, dtype=torch.long)
+    batch = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), ones)
+    with pytest.raises(ValueError, match="Remove dpo_padding_free"):
+        Objective(PreferenceLoss("dpo", BETA), padding_free=True)(model, batch)
 
 
 def test_figures_of_a_micro_batch_by_hand(model):

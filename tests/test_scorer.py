@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -28,7 +27,7 @@ from sera_plugin.model.scoring import score_sequences
 from sera_plugin.rundir.ranks import Shard
 from sera_plugin.rundir.tokens import TOKENS, TokenColumn
 from tests.conftest import ids
-from tests.tiny_models import MODELS, SMALL, build
+from tests.tiny_models import MODELS, SMALL, build, in_segments
 
 
 def one_by_one(model, prompts, completions) -> list[float]:
@@ -81,23 +80,6 @@ def test_packed_lines_are_told_apart_by_their_positions():
     with torch.no_grad():
         logps, _ = forward_logps(model, inputs, targets)
     assert logps.tolist() == pytest.approx(one_by_one(model, prompts, completions), abs=1e-3)
-
-
-def in_segments(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, **keys):
-    """Attention from the lengths that flash attention takes, where it is given them."""
-    lengths = [query.shape[2]]
-    if cu_seq_lens_q is not None:
-        assert cu_seq_lens_q.dtype == torch.int32  # as its kernels ask for
-        assert torch.equal(keys["cu_seq_lens_k"], cu_seq_lens_q)
-        lengths = cu_seq_lens_q.diff().tolist()
-        # A tensor would be waited for.
-        assert keys["max_length_q"] is keys["max_length_k"] is max(lengths)
-    parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
-    found = [
-        F.scaled_dot_product_attention(*part, scale=scaling, is_causal=True, enable_gqa=True)
-        for part in parts
-    ]
-    return torch.cat(found, dim=2).transpose(1, 2), None
 
 
 def test_flash_attention_is_told_once_where_packed_lines_end(monkeypatch):

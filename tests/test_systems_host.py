@@ -10,13 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sera_plugin import SeraPlugin
 from sera_plugin.host import loop
 from sera_plugin.labeling.judging import Answered
 from tests.conftest import adapter, summary, table
 from tests.servers import KEY, judge_server
 from tests.test_reward_model import alone, save
 from tests.test_runs import KINDS, rates, weights
+from tests.tiny_models import in_segments
 
 pytestmark = pytest.mark.slow
 SIDES = ("chosen", "rejected")
@@ -41,6 +44,25 @@ def run(base_config, train):
         return result
 
     return run
+
+
+def test_a_run_without_padding_is_the_same(run, monkeypatch, tmp_path):
+    """Its kernel needs a GPU; here each sequence goes through SDPA by itself."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_in_segments", in_segments)
+    found = []
+    for free in (False, True):
+
+        def as_with_the_kernel(_, cfg, model, free=free):
+            cfg.dpo_padding_free = free
+            model.config._attn_implementation = "flash_in_segments"
+
+        monkeypatch.setattr(SeraPlugin, "post_model_load", as_with_the_kernel)
+        output = {"output_dir": str(tmp_path / f"free-{free}"), "dpo_use_liger_kernel": free}
+        # It has no cache, so nothing is sampled.
+        result = run(adapter(micro_batch_size=4, **output), bootstrap_ratio=0.0)
+        assert result.trainer._objective.padding_free == free
+        found.append(weights(result.output))
+    assert_close(*found, rtol=1e-3, atol=1e-6)
 
 
 def dataset(result):

@@ -6,6 +6,7 @@ docs/models.md has a table of them; tests/test_models.py compares it with these.
 import copy
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     FalconH1Config,
@@ -82,3 +83,24 @@ def build(config: PretrainedConfig):
         for weight in model.parameters():
             weight.mul_(6 if weight.ndim > 1 else 1)
     return model
+
+
+def in_segments(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, **keys):
+    """Attention from the lengths that flash attention takes, where it is given them.
+
+    A stand-in for its kernel, which needs a GPU: each segment under SDPA. It goes into
+    `ALL_ATTENTION_FUNCTIONS` under a name with `flash` in it.
+    """
+    lengths = [query.shape[2]]
+    if cu_seq_lens_q is not None:
+        assert cu_seq_lens_q.dtype == torch.int32  # as its kernels ask for
+        assert torch.equal(keys["cu_seq_lens_k"], cu_seq_lens_q)
+        lengths = cu_seq_lens_q.diff().tolist()
+        # A tensor would be waited for.
+        assert keys["max_length_q"] is keys["max_length_k"] is max(lengths)
+    parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+    found = [
+        F.scaled_dot_product_attention(*part, scale=scaling, is_causal=True, enable_gqa=True)
+        for part in parts
+    ]
+    return torch.cat(found, dim=2).transpose(1, 2), None

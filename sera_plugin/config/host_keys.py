@@ -27,6 +27,10 @@ HOST_KEYS = {
     "`port` of the one server, unless `sera.servers` has several. See sampling.md.",
     "gradient_accumulation_steps, gradient_checkpointing, optimizer": "As for any other `rl`: "
     "reentrant or not, 8-bit and paged optimizers too.",
+    "dpo_padding_free": "`true`: a micro-batch is passed without padding, as one line. Needs flash "
+    "attention; see install.md.",
+    "dpo_use_liger_kernel": "Nothing more: SeRA's losses take their logits a part at a time "
+    "already, which saves the memory that Liger's fused loss is for.",
     "activation_offloading": "`true` keeps activations in host memory (TRL's offloader, for "
     "accelerators only); `hidden_states` with reentrant checkpointing is the host's own.",
     "load_best_model_at_end, early_stopping_patience": "`true` is `sera.keep: best`, `false` is "

@@ -70,6 +70,8 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     name_types(cfg)
     entries = {key: copy.deepcopy(cfg.get(key)) for key in DATASETS}
     cfg |= {"rl": "dpo", "trainer_cls": TRAINER, "vllm": vllm}
+    # What it is for, the output layer here does always; TRL's refuses references that are data.
+    cfg.pop("dpo_use_liger_kernel", None)
     cfg["sera"] = sera.model_dump(mode="json") | _kept(cfg, sera)
     for key, value in _DEFAULTS.items():
         if cfg.get(key) is None:

@@ -24,8 +24,6 @@ _NEVER = {
     "streaming": "rl: sera scores the whole dataset each iteration; remove streaming",
     "pretraining_dataset": "rl: sera needs preference pairs; use datasets",
     "sample_packing": "preference pairs cannot be packed; remove sample_packing",
-    "dpo_use_liger_kernel": "the fused loss cannot take reference values as data, which rl: sera "
-    "relies on (TRL refuses precomputed ones too); remove dpo_use_liger_kernel",
     "rl_adapter_ref_model": "rl: sera keeps no reference model; remove {key}",
     "neftune_noise_alpha, noisy_embedding_alpha": "noise makes the policy differ from its own "
     "reference; remove {key}",
@@ -137,8 +135,8 @@ UNUSED = {
     "eval_sample_packing, sample_packing_group_size, sample_packing_bin_size, "
     "sample_packing_sequentially, sample_packing_mp_start_method, sample_packing_eff_est, "
     "multipack_real_batches, batch_flattening, pad_to_sequence_len, group_by_length, "
-    "dpo_padding_free, total_num_tokens, total_supervised_tokens": "pairs are neither packed nor "
-    "sorted by length: a micro-batch is padded to its longest row",
+    "total_num_tokens, total_supervised_tokens": "pairs are not sorted by length, and a "
+    "micro-batch is padded to its longest row, or by dpo_padding_free not at all",
     "pretrain_multipack_attn, pretrain_multipack_buffer_size, pretraining_sample_concatenation, "
     "streaming_multipack_buffer_size, preprocess_iterable, dataset_keep_in_memory": "pairs are "
     "loaded as a whole and kept in a file",

@@ -57,6 +57,22 @@ MISTAKES = (
         lambda value, _: value is not None and number(value) not in range(1, _MOST_EPOCHS + 1),
     ),
     Refusal(
+        "dpo_padding_free",
+        "needs a kernel that is told where each sequence ends. Set attn_implementation: "
+        "flash_attention_2, or remove dpo_padding_free",
+        lambda value, given: (
+            value
+            and not given.get("flash_attention")
+            and "flash" not in str(given.get("attn_implementation"))
+        ),
+    ),
+    Refusal(
+        "dpo_padding_free, dpo_use_liger_kernel",
+        "does not go with dpo_loss_type, whose loss the host computes with padding and whole "
+        "logits. Remove {key}, or set sera.loss instead of dpo_loss_type",
+        lambda value, given: value and given.loss is None,
+    ),
+    Refusal(
         "sera.sampler",
         "needs an adapter: the weights of full fine-tuning cannot be loaded into a running server. "
         "Set sera.sampler to vllm, or set `adapter: lora`",

@@ -47,6 +47,7 @@ HARMLESS = (
     # how the same numbers are computed, and where
     *("attn_*", "flash_attention", "sdp_attention", "xformers_attention", "liger_*"),
     *("gradient_checkpointing*", "activation_offloading", "layer_offloading", "torch_compile*"),
+    *("dpo_padding_free", "dpo_use_liger_kernel"),
     *("dataloader_*", "device", "device_map", "max_memory", "low_cpu_mem_usage", "*capabilities"),
     *("experimental_skip_move_to_device", "gpu_memory_limit", "use_ray", "ray_*"),
     *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),

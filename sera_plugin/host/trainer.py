@@ -135,6 +135,7 @@ class SeraTrainer(UnequalEpochs):
                 nll_weight=1.0 if likelihood else float(self.cfg.cpo_alpha or 0.0),
                 nll_of_prompts=likelihood,
                 router_weight=self.router_aux_loss_coef if self.aux_loss_enabled else None,
+                padding_free=bool(self.cfg.dpo_padding_free),
                 mean=lambda metrics: self.accelerator.reduce(metrics, reduction="mean"),
             )
         self.loop = self._make_loop()

@@ -274,10 +274,7 @@ def collate(
     if packed or shared:
         inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
     if packed:
-        # Or transformers 5.16 looks for them in the positions, and waits for a GPU in every layer.
-        ends = torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)).to(device)
-        inputs |= {"cu_seq_lens_q": ends, "max_length_q": max(sizes)}
-        inputs |= {"cu_seq_lens_k": ends, "max_length_k": max(sizes)}
+        inputs |= _ends_of(sizes, device)
     if shared:
         # A token attends back to its own part and to the prompt: (lines, 1, length, length).
         parts = torch.from_numpy(part).to(device)
@@ -286,3 +283,36 @@ def collate(
     lengths = [one.shape[1] for one in targets]
     row_of, position, label = torch.from_numpy(np.hstack(targets)).to(device)
     return inputs, Targets(row_of, position, label, lengths)
+
+
+def without_padding(
+    input_ids: Tensor, attention_mask: Tensor, targets: Targets
+) -> tuple[dict[str, Any], Targets]:
+    """A batch that is padded on the right as one `packed` line, and its targets in that line.
+
+    `input_ids` and `attention_mask` are (lines, length). What a model computes of a token is the
+    same, and padding is not computed.
+    """
+    row, position = attention_mask.nonzero(as_tuple=True)
+    sizes = attention_mask.sum(dim=1)
+    inputs = {
+        "input_ids": input_ids[row, position][None],
+        "position_ids": position[None],
+        **_ends_of(sizes.tolist(), input_ids.device),
+    }
+    begins = sizes.cumsum(dim=0) - sizes
+    moved = targets.position + begins[targets.line]
+    return inputs, replace(targets, line=torch.zeros_like(targets.line), position=moved)
+
+
+def _ends_of(sizes: Sequence[int], device: torch.device | str) -> dict[str, Any]:
+    """Where each sequence of a packed line ends, as flash attention takes it.
+
+    Or transformers 5.16 looks for it in the positions, and waits for a GPU in every layer.
+    """
+    ends, longest = np.cumsum([0, *sizes], dtype=np.int32), max(sizes)
+    found: dict[str, Any] = {}
+    for side in "qk":
+        found[f"cu_seq_lens_{side}"] = torch.from_numpy(ends).to(device)
+        found[f"max_length_{side}"] = longest
+    return found

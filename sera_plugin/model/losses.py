@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sera_plugin.config.kinds import LOSSES, is_reference_free
-from sera_plugin.model.forward import Targets, evaluating, forward_logps, innermost
+from sera_plugin.model.forward import (
+    Targets,
+    abilities,
+    evaluating,
+    forward_logps,
+    innermost,
+    without_padding,
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,13 @@ def _log1mexp(values: Tensor) -> Tensor:
     return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
 
 
+_NOT_PACKED = (
+    "dpo_padding_free: true, but this model does not keep sequences of one line apart under its "
+    "attn_implementation (its layers carry more than attention along a line, or the kernel reads "
+    "no lengths). Remove dpo_padding_free."
+)
+
+
 class Result(NamedTuple):
     """One micro-batch of n pairs."""
 
@@ -127,6 +141,7 @@ class Objective:
     nll_weight: float = 0.0  # of the chosen answers' likelihood: CPO's `cpo_alpha`, 1 for ORPO
     nll_of_prompts: bool = False  # as the host's ORPO, which counts the prompts' tokens too
     router_weight: float | None = None  # of a mixture-of-experts model's balancing loss
+    padding_free: bool = False  # pass a micro-batch as one packed line
     mean: Callable[[Tensor], Tensor] = lambda metrics: metrics  # over all processes
 
     def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Result:
@@ -136,14 +151,20 @@ class Objective:
         the chosen rows first; ref_chosen_logps, ref_rejected_logps (n,).
         """
         taken: dict[str, Any] = {"input_ids": inputs["input_ids"]}
-        if self.router_weight is not None:
-            # It is an average over the tokens that the mask names. Nothing else asks for a mask:
-            # no scored token attends to padding, and with one SDPA's fast kernels are not taken.
-            taken |= {"attention_mask": inputs["attention_mask"], "output_router_logits": True}
         mask = inputs["completion_mask"]
         targets = Targets.of(inputs["input_ids"], mask)
         if self.nll_of_prompts:
             targets = targets.with_prompts(inputs["input_ids"], mask)
+        if self.padding_free:
+            if not abilities(model, mask.device).packed:
+                raise ValueError(_NOT_PACKED)
+            taken, targets = without_padding(taken["input_ids"], inputs["attention_mask"], targets)
+        if self.router_weight is not None:
+            taken["output_router_logits"] = True
+            if not self.padding_free:
+                # It is an average over the tokens that the mask names. Nothing else asks for one:
+                # no scored token attends to padding, and with it SDPA takes slower kernels.
+                taken["attention_mask"] = inputs["attention_mask"]
         logps, outputs = forward_logps(model, taken, targets)
         pairs = len(mask) // 2
         chosen_logps, rejected_logps = logps[:pairs], logps[pairs : 2 * pairs]
