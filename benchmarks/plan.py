@@ -112,12 +112,9 @@ def timed(command: Sequence[str]) -> tuple[str, float]:
     return done.stdout, time.perf_counter() - start
 
 
-def _memory(planned: dict[str, Any]) -> int:
-    """Of the device; on a CPU what training adds to the loaded model, and host memory with it."""
-    if planned["bytes"] is not None:
-        return max(phase["all"] for phase in planned["phases"])
-    added = max(phase["all"] - phase["bytes"]["weights"] for phase in planned["phases"])
-    return added + sum(planned["host"].values())
+def _memory(planned: dict[str, Any]) -> int | None:
+    """Of the device; no plan has a CPU's."""
+    return max((phase["all"] for phase in planned["phases"]), default=None)
 
 
 def _seconds(iterations: list[dict[str, Any]]) -> dict[str, float]:
@@ -185,6 +182,8 @@ def _sizes(kinds: dict[str, list[dict[str, Any]]]) -> str:
                 found = [one["tokens"][side][phase] for one in rounds]
                 rows[-1] += [figure(found), _error(found, taken)]
         for name, unit, digits in (("steps", 1, 0), ("disk", 2**20, 1), ("memory", 2**20, 0)):
+            if any(one[name]["planned"] is None for one in rounds):
+                continue
             found, taken = (
                 [one[name][side] / unit for one in rounds] for side in ("planned", "taken")
             )
