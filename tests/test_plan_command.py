@@ -156,7 +156,7 @@ def test_exit_codes_and_that_a_run_which_is_there_stays(base_config, plan, tmp_p
         file.write_text("of the run")
     code, printed, _ = plan(base_config)
     assert code == 0
-    assert "There is no GPU here to compare with" in printed or "Fits: " in printed
+    assert "Memory is not estimated for a CPU" in printed or "Fits: " in printed
     code, printed, _ = plan(base_config, "--gpu", "0.5")
     assert code == 1
     assert "Does not fit: " in printed
