@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.harness import Setup, figure, in_fresh_process, interleave, markdown, times
@@ -20,6 +21,11 @@ SIDES: dict[str, dict[str, Any]] = {
     "dpo": {"rl": "dpo", "plugins": [PROBE]},
     "dpo_precomputed": {"rl": "dpo", "plugins": [PROBE], "precompute_ref_log_probs": True},
 }
+#: Where flash attention is installed for a GPU.
+FLASH = {
+    side: SIDES["sera"] | {"attn_implementation": "flash_attention_2", "dpo_padding_free": free}
+    for side, free in (("flash", False), ("padding_free", True))
+}
 
 
 def measure(setup: Setup) -> dict[str, Any]:
@@ -33,14 +39,16 @@ def measure(setup: Setup) -> dict[str, Any]:
     count = 24 if setup.device == "cpu" else 256
     rows = read_rows(setup, count, vocabulary_of(model), config["sequence_len"])
     write_rows(setup.directory / "step.jsonl", rows)
-    tokens: dict[str, set[int]] = {side: set() for side in SIDES}
+    flash = setup.device == "cuda" and find_spec("flash_attn") is not None
+    every = SIDES | (FLASH if flash else {})
+    tokens: dict[str, set[int]] = {side: set() for side in every}
     steps: set[int] = set()
 
     def run(side: str) -> float:
         output = setup.directory / f"step-{side}"
         shutil.rmtree(output, ignore_errors=True)
         path = setup.directory / f"step-{side}.yaml"
-        write_config(path, config | SIDES[side] | {"output_dir": str(output)})
+        write_config(path, config | every[side] | {"output_dir": str(output)})
         in_fresh_process(setup, train_here, path)
         found = json.loads((output / "probe.json").read_text(encoding="utf-8"))
         tokens[side].add(found["trained_tokens"])
@@ -49,7 +57,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         # From the end of the first step: what is set up in it is no part of the others.
         return (len(ends) - 1) / (ends[-1] - ends[0])
 
-    sides = {side: lambda side=side: run(side) for side in SIDES}
+    sides = {side: lambda side=side: run(side) for side in every}
     rates = interleave(sides, setup.rounds, warm_up=False)
     if len(set.union(*tokens.values())) != 1 or len(steps) != 1 or tokens["sera"] == {0}:
         raise ValueError(f"the sides trained on different data: {tokens} tokens, {steps} steps")
@@ -68,10 +76,13 @@ def table(result: dict[str, Any]) -> str:
         "sera": "`rl: sera`",
         "dpo": "`rl: dpo`",
         "dpo_precomputed": "`rl: dpo`, `precompute_ref_log_probs: true`",
+        "flash": "`rl: sera`, `attn_implementation: flash_attention_2`",
+        "padding_free": "the same with `dpo_padding_free: true`",
     }
     rows = [
         [name, figure(rates[side], 2), times(rates["sera"], rates[side])]
         for side, name in names.items()
+        if side in rates
     ]
     return (
         f"LoRA of rank 8; {result['pairs']} pairs, {result['tokens']:,} tokens, {result['steps']} "
