@@ -93,7 +93,7 @@ def test_configurations_of_both_sides_are_one_but_for_the_method(tmp_path):
     from benchmarks.host import host_config
 
     config = host_config(setup, workload.make_model(setup), tmp_path / "rows.jsonl")
-    for changes in (step.SIDES | step.FLASH).values():
+    for changes in step.SIDES.values():
         assert changes.keys() & config.keys() == {"rl"}
 
 
