@@ -20,9 +20,13 @@ from sera_plugin.labeling.judging import (
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.writing import COMMAND, make_directory, write_text
+from sera_plugin.tools.evaluation import accuracy
 from sera_plugin.tools.evaluation.answers import Decoding, Prompt, given, read_prompts, sampled
+from sera_plugin.tools.evaluation.checks import Check
+from sera_plugin.tools.evaluation.exports import benchmark_answers
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.evaluation.results import Entry, Evaluation, figures, page
+from sera_plugin.tools.evaluation.rewards import find_rewards, outcomes, read_pairs, scored
 from sera_plugin.tools.report.output import json_text
 
 
@@ -35,18 +39,20 @@ def evaluate(
     iterations: bool = False,
     limit: int | None = None,
     vllm_python: str | None = None,
+    checks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare models on a set of prompts; everything that is done is kept in `output`.
 
-    For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers)
-    and `Engine`. Returns the figures, which are in `output/results.json` too. A ValueError if
-    something that is asked for is not there or cannot be used; after JudgeFailed, SamplingFailed or
+    For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers),
+    `Engine` and `Check`. Returns the figures, which are in `output/results.json` too.
+
+    A ValueError if something that is asked for is not there or cannot be used; after JudgeFailed, SamplingFailed or
     OSError what was finished is kept.
     """
-    if "{prompt}" not in (decoding.prompt_format or "{prompt}"):
-        raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
+    require_place(decoding.prompt_format)
     prompts = read_prompts(prompt_file, limit, decoding.seed)
     models = find_models(specs, iterations)
+    checking = [Check(spec) for spec in dict.fromkeys(checks)]
     # Before anything is sampled: one of these files may be of other prompts.
     there = {one.name: given(one.answers, prompts) for one in models if one.answers is not None}
     with ExitStack() as files:
@@ -60,12 +66,57 @@ def evaluate(
                 engine = partial(_engine, model, decoding, vllm_python, output / "vllm.log")
                 there[model.name] = sampled(model, prompts, decoding, journal, engine)
             entries.append(Entry(model, there[model.name], [None] * len(prompts)))
+        for entry in entries:
+            entry.checks = {check.spec: check(prompts, entry.answers) for check in checking}
         if judge is not None:
             judge_all(judge, prompts, entries)
     found = Evaluation(prompt_file, prompts, decoding, entries, judge)
     result = figures(found)
     _write(found, result, output)
     return result
+
+
+def rate_rewards(
+    specs: Sequence[str],
+    pair_file: Path,
+    output: Path,
+    prompt_format: str | None = None,
+    iterations: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How often the models' implicit rewards rank labelled pairs right; see `evaluate`.
+
+    For the arguments see `find_models`, `read_pairs` and `find_rewards`.
+    """
+    require_place(prompt_format)
+    pairs = read_pairs(pair_file, limit, seed)
+    models = find_models(specs, iterations)
+    rankings, notes = find_rewards(models)
+    scores = {}
+    with Journal(output / "scores.jsonl") as journal:
+        for model in {one.identity: one for each in rankings for one in each.models}.values():
+            engine = partial(_scores, model, prompt_format)
+            scores[model.identity] = scored(model, pairs, prompt_format, journal, engine)
+    found = [(one, outcomes(one, pairs, scores)) for one in rankings]
+    result = accuracy.figures(pair_file, pairs, prompt_format, found, notes)
+    make_directory(output, COMMAND)
+    write_text(output / "results.json", json_text(result) + "\n")
+    named = {model.name: model.source for model in models}
+    write_text(output / "eval.html", accuracy.page(result, named))
+    return result
+
+
+def require_place(prompt_format: str | None) -> None:
+    """ValueError for a prompt format without a place for the prompt."""
+    if "{prompt}" not in (prompt_format or "{prompt}"):
+        raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
+
+
+def _scores(*arguments: Any) -> Any:
+    from sera_plugin.tools.evaluation.scores import Scores  # loads torch
+
+    return Scores(*arguments)
 
 
 def _engine(*arguments: Any) -> Any:
@@ -126,6 +177,11 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
                 about = {"row": prompt.row, "category": prompt.category, "model": name}
                 verdicts.append(about | {"outcome": verdict.outcome, "orders": verdict.orders})
         write_text(output / "outputs" / f"{entry.model.file}.json", json.dumps(rows, indent=1))
+        lines = [json.dumps(one) for one in benchmark_answers(entry, found.prompts)]
+        if lines:
+            make_directory(output / "model_answer", COMMAND)
+            path = output / "model_answer" / f"{entry.model.file}.jsonl"
+            write_text(path, "".join(f"{line}\n" for line in lines))
     if found.judge is not None:
         write_text(output / "verdicts.jsonl", "".join(f"{json.dumps(one)}\n" for one in verdicts))
     write_text(output / "results.json", json_text(result) + "\n")
