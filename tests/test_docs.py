@@ -13,6 +13,7 @@ import yaml
 from sera_plugin import __version__
 from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.tools import agent_docs
 from tests.doc_pages import PAGES, ROOT, blocks, file_name, inline_code, tokens
 
 DOCS = ROOT / "docs"
@@ -23,6 +24,7 @@ def test_what_is_generated_is_the_codes():
     generate = runpy.run_path(str(DOCS / "generate.py"))
     generated = generate["render"]()
     assert (DOCS / "configuration.md").read_text() == generated, "run `make docs`"
+    assert (DOCS / "agents.md").read_text() == agent_docs.text(), "run `make docs`"
     assert all(f"| `{name}` |" in generated for name in SeraConfig.model_fields)
     tables = {"llama-factory": generate["convert_tables"](), "drift": [generate["drift_table"]()]}
     for name, filled in tables.items():

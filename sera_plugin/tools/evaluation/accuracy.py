@@ -99,7 +99,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     subsets = {one["name"]: one["subsets"] for one in rewards}
     if len(rewards[0]["subsets"]) > 1:
         note = "With its 95% interval."
-        found.append(shares_table("Accuracy by subset", "subset", subsets, note))
+        found.append(shares_table("Accuracy by subset", ("subset", "pairs"), subsets, note))
     return found
 
 

@@ -141,7 +141,7 @@ def find_rewards(models: Sequence[Model]) -> tuple[list[Ranking], list[str]]:
     for model in models:
         if model.answers is not None:
             raise ValueError(
-                f"--rewards: {model.source} is a file of answers, which ranks nothing."
+                f"--rewards: {model.source} has answers, and no weights to rank pairs by."
             )
     found: dict[Any, Ranking] = {}
     notes: list[str] = []

@@ -46,8 +46,8 @@ def evaluate(
     For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers),
     `Engine` and `Check`. Returns the figures, which are in `output/results.json` too.
 
-    A ValueError if something that is asked for is not there or cannot be used; after JudgeFailed, SamplingFailed or
-    OSError what was finished is kept.
+    A ValueError if something that is asked for is not there or cannot be used; after JudgeFailed,
+    SamplingFailed or OSError what was finished is kept.
     """
     require_place(decoding.prompt_format)
     prompts = read_prompts(prompt_file, limit, decoding.seed)

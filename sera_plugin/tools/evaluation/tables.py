@@ -49,14 +49,15 @@ def check_tables(spec: str, checked: Mapping[str, Mapping[str, Any]]) -> list[Ta
     categories = {model: one["categories"] for model, one in checked.items()}
     if len(next(iter(categories.values()))) > 1:
         note = "The share that passes, with its 95% interval."
-        found.append(shares_table(f"Check {name} by category", "category", categories, note))
+        title = f"Check {name} by category"
+        found.append(shares_table(title, ("category", "prompts"), categories, note))
     return found
 
 
 def shares_table(
-    title: str, what: str, shares: Mapping[str, Mapping[str, Mapping[str, Any]]], note: str
+    title: str, head: Sequence[str], shares: Mapping[str, Mapping[str, Mapping[str, Any]]], note: str
 ) -> Table:
-    """`Share`s of each column by name: a line per name, shaded."""
+    """`Share`s of each column by name: a line per name, shaded; `head` is of names and numbers."""
     rows: list[list[str]] = []
     shades: list[list[float | None]] = []
     for name, first in next(iter(shares.values())).items():
@@ -66,4 +67,4 @@ def shares_table(
         total = first["number"] + first["missing"]
         rows.append([shown_name(name) or "(none)", number(total, ","), *cells])
         shades.append([None, None, *(one["rate"] if one["number"] else None for one in each)])
-    return Table(title, [what, "rows", *shares], rows, note, shades)
+    return Table(title, [*head, *shares], rows, note, shades)
