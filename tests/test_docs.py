@@ -56,6 +56,7 @@ def test_links_lead_somewhere_and_no_text_is_taken_for_html(page):
 
 @every_page
 def test_yaml_blocks_are_what_the_host_and_the_plugin_read(page, tmp_path, monkeypatch):
+    from axolotl.integrations.lm_eval import LMEvalArgs
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -66,7 +67,9 @@ def test_yaml_blocks_are_what_the_host_and_the_plugin_read(page, tmp_path, monke
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block.text)
         model = JudgeConfig if file_name(block) == "judge.yaml" else AxolotlInputConfig
-        assert content.keys() <= {*model.model_fields, "sera"}, block.place
+        assert content.keys() <= {*model.model_fields, *LMEvalArgs.model_fields, "sera"}, (
+            block.place
+        )
         shown += [block.text] if "sera" in content else []
     for text in shown:
         SeraConfig.model_validate(yaml.safe_load(text)["sera"])

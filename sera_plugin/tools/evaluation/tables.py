@@ -55,7 +55,10 @@ def check_tables(spec: str, checked: Mapping[str, Mapping[str, Any]]) -> list[Ta
 
 
 def shares_table(
-    title: str, head: Sequence[str], shares: Mapping[str, Mapping[str, Mapping[str, Any]]], note: str
+    title: str,
+    head: Sequence[str],
+    shares: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    note: str,
 ) -> Table:
     """`Share`s of each column by name: a line per name, shaded; `head` is of names and numbers."""
     rows: list[list[str]] = []
