@@ -222,7 +222,7 @@ def test_figures_page_and_terminal(tmp_path):
     assert found["notes"] == ["a note", found["notes"][1]]
     assert "1 of 8 pairs do not fit" in found["notes"][1]
     html, text = page(found, {"<i>": "m"}), shown(found)
-    for part in ("42.9%", "57.1%", "a note", "Chat, Chat Hard, Safety"):
+    for part in ("42.9%", "57.1%", "a note", "not in the file: Chat, Chat Hard, Safety."):
         assert part in text
     assert not {"\x1b", "\u202e"} & {*text, *html}
     assert html.count("<script>") == 1

@@ -92,8 +92,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     note = "How often the chosen answer has the larger reward; a tie counts half."
     if categories:
         absent = [name for name in CATEGORIES if name not in categories]
-        note += " Average: of RewardBench's categories"
-        note += f", of which {', '.join(absent)} is not in the file." if absent else "."
+        note += " Average: the mean of RewardBench's categories"
+        note += f"; not in the file: {', '.join(absent)}." if absent else "."
     best = best_of([one["accuracy"]["rate"] for one in rewards])
     found = [Table("Accuracy of rewards", head, rows, note, best=best)]
     subsets = {one["name"]: one["subsets"] for one in rewards}
