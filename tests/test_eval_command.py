@@ -266,6 +266,13 @@ def test_answers_are_written_as_the_benchmarks_own_judges_read_them(
     call(*names, *options(tmp_path / "p.jsonl", tmp_path / "eval", judge=None))
     path = tmp_path / "eval/model_answer/base.jsonl"
     assert (rows_of(path) if path.exists() else None) == (line and [line])
+    if line:  # and such a file is read as a model's answers, too
+        again = tmp_path / "eval/model_answer/better.jsonl"
+        given = options(tmp_path / "p.jsonl", tmp_path / "again")
+        by_file, by_model = (
+            figures_of(*those, *given)["models"][1] for those in ((path, again), names)
+        )
+        assert by_file["score"] == by_model["score"]
 
 
 JUDGE = """

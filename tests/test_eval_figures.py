@@ -134,6 +134,8 @@ def test_answers_from_a_file(tmp_path):
     [
         ([{"instruction": "a"}], r"row 0: output is None, not text"),
         ([{"instruction": "a", "output": "A"}, {"output": "A"}], r"row 1: instruction is None"),
+        ([{"uid": "u", "messages": [{"content": "A"}]}], r"row 0: output is None, not text"),
+        ([{"question_id": 1, "choices": []}], r"row 0: output is None, not text"),
     ],
 )
 def test_a_file_of_answers_that_is_wrong(tmp_path, rows, said):

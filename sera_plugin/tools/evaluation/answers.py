@@ -165,29 +165,55 @@ def text_problem(turn: Any) -> str:
 
 
 def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
-    """Answers from a file in AlpacaEval's format, in the order of the prompts; None without one.
+    """Answers from a file, in the order of the prompts; None without one.
 
-    A row belongs to the prompt whose text its `instruction` is. A ValueError names the row and the
-    field that is wrong, or says that no row belongs to a prompt.
+    A row of AlpacaEval's belongs to the prompt whose text its `instruction` is, one of
+    `model_answer/NAME.jsonl` (Arena-Hard, MT-Bench) to the row with its `uid` or `question_id`. A
+    ValueError names the row and the field that is wrong, or says that no row belongs to a prompt.
     """
-    outputs: dict[str, list[str]] = {}
+    outputs: dict[tuple[str, Any], list[str]] = {}
     for row, content in enumerate(rows_of(path)):
-        for key in ("instruction", "output"):
-            if not isinstance(content.get(key), str):
+        key, name, text = _given(content)
+        for field_name, value in ((key, name), ("output", text)):
+            if not isinstance(value, str):
                 raise ValueError(
-                    f"{path}: row {row}: {key} is {quoted(content.get(key))}, not text. A file "
-                    "of answers has `instruction` and `output` in each row."
+                    f"{path}: row {row}: {field_name} is {quoted(value)}, not text. A file of "
+                    "answers has `instruction` and `output` in each row, or is one that the judges "
+                    "of Arena-Hard or MT-Bench read."
                 )
-        outputs.setdefault(content["instruction"].strip(), []).append(content["output"].strip())
+        outputs.setdefault((key, name.strip()), []).append(text.strip())
     found: list[Answer | None] = []
     for prompt in prompts:
-        texts = outputs.get(prompt.question.strip(), [])
+        names = [("instruction", prompt.question.strip())]
+        names += [(key, str(prompt.content[key])) for key in _IDS if key in prompt.content]
+        texts = next((outputs[one] for one in names if one in outputs), [])
         # As many rows as prompts of the same text: each has its own.
         text = texts.pop(0) if len(texts) > 1 else texts[0] if texts else None
         found.append(None if text is None else Answer((Turn(text, 0, "given"),)))
     if not any(found):
         raise ValueError(f"{path}: no row answers any of these prompts. Is it of another set?")
     return found
+
+
+#: What rows of Arena-Hard (since version 2.0 of its code; before) and MT-Bench are named by.
+_IDS = ("uid", "question_id")
+
+
+def _given(row: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """What a row of answers names its prompt by, that name, and the answer, None where one is not
+    as it should be (see `exports.benchmark_answers`)."""
+    key = next((key for key in _IDS if key in row and "instruction" not in row), "instruction")
+    if key == "instruction":
+        return key, row.get(key), row.get("output")
+    try:
+        if key == "uid":
+            return key, str(row[key]), row["messages"][-1]["content"]["answer"]
+        turns = [
+            one["content"] if isinstance(one, dict) else one for one in row["choices"][0]["turns"]
+        ]
+        return key, str(row[key]), _joined(turns)
+    except (KeyError, IndexError, TypeError):
+        return key, str(row[key]), None
 
 
 def sampled(

@@ -97,7 +97,8 @@ def evaluate(
 
     A model is a run's output_dir (the policy in it), RUN@t (its policy after t iterations; 0 is
     what it started from), the directory of a model or adapter, a model in the local hub cache, or a
-    file of answers in AlpacaEval's format. A run alone is compared with what it started from.
+    file of answers (AlpacaEval's, Arena-Hard's or MT-Bench's). A run alone is compared with what it
+    started from.
     """
     from sera_plugin.labeling.judging import JudgeFailed
     from sera_plugin.rundir.progress import log_on_stderr
