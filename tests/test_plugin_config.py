@@ -84,6 +84,14 @@ def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer(case):
     assert register(**change).items() >= made.items()
 
 
+def test_the_first_process_alone_runs_lm_eval_after_training(monkeypatch):
+    keys = {"plugins": ["axolotl.integrations.lm_eval.LMEvalPlugin"], "output_dir": "o"}
+    assert "lm_eval_post_train" not in register(**keys)
+    monkeypatch.setenv("RANK", "1")
+    assert register(**keys)["lm_eval_post_train"] is False
+    assert "lm_eval_post_train" not in register()
+
+
 @pytest.mark.parametrize(
     ("keys", "keep"),
     [
