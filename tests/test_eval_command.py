@@ -175,7 +175,8 @@ def test_the_docs_name_every_file_option_and_column(letters, names, prompts, tmp
     assert shown == printed
     for name in re.findall(r"^\| `([\w./]+)` \|", text[text.index("## Files") :], re.MULTILINE):
         # Of other judges and samplers, of --rewards and of benchmarks.
-        if name not in ("judge.jsonl", "vllm.log", "scores.jsonl", "model_answer/NAME.jsonl"):
+        elsewhere = ("judge.jsonl", "vllm.log", "scores.jsonl", "outcomes.jsonl")
+        if name not in (*elsewhere, "model_answer/NAME.jsonl"):
             assert list((tmp_path / "eval").glob(name.replace("NAME", "better"))), name
     for option in sera.commands["eval"].params:
         if option.param_type_name == "option":
@@ -216,6 +217,10 @@ def test_functions_check_answers_by_the_whole_row(letters, names, tmp_path):
     assert f"Check {checks[0][:57]}" in said.replace("...", "")
     assert "27.3%" in said
     assert "cannot tell of 1 of 12 answers" in said
+    lines = rows_of(tmp_path / "eval/outcomes.jsonl")
+    assert len(lines) == 2 * 2 * 12
+    unknown = {"row": 3, "category": "b", "model": "base", "check": checks[0], "outcome": None}
+    assert lines[3] == unknown
     assert 'class="best"' in (tmp_path / "eval/eval.html").read_text()
     for name, code, problem in (
         ("wrong", 1, "returned 7.0 on row 0 and the answer"),

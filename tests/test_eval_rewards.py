@@ -272,6 +272,10 @@ def test_accuracy_is_that_of_the_models_log_ratios(world, tmp_path):
     assert (accuracy["rate"], accuracy["missing"]) == (np.mean(np.array(margins) > 0), 1)
     assert {name: one["number"] for name, one in reward["subsets"].items()} == {"a": 20, "b": 20}
     assert "1 of 41 pairs do not fit" in found["remarks"][0]
+    written = [json.loads(line) for line in (out / "outcomes.jsonl").read_text().splitlines()]
+    expected = [float(margin > 0) for margin in margins]
+    assert [one["outcome"] for one in written] == [*expected, None]
+    assert written[1].items() >= {"row": 1, "subset": "b", "reward": "better: implicit"}.items()
     lines = (out / "scores.jsonl").read_text().splitlines()
     assert "Accuracy of rewards" in call(world.base, tmp_path / "better", *given)
     assert (out / "scores.jsonl").read_text().splitlines() == lines  # scored once

@@ -1,6 +1,7 @@
 """One evaluation: answers, verdicts, figures, and the files they are kept in."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -101,6 +102,12 @@ def rate_rewards(
     found = [(one, outcomes(one, pairs, scores)) for one in rankings]
     result = accuracy.figures(pair_file, pairs, prompt_format, found, notes)
     make_directory(output, COMMAND)
+    about = [
+        {"row": pair.row, "subset": pair.subset, "reward": one.name, "outcome": _known(right)}
+        for one, outcome in found
+        for pair, right in zip(pairs, outcome.tolist(), strict=True)
+    ]
+    _write_lines(output / "outcomes.jsonl", about)
     write_text(output / "results.json", json_text(result) + "\n")
     named = {model.name: model.source for model in models}
     write_text(output / "eval.html", accuracy.page(result, named))
@@ -166,9 +173,13 @@ def _each(
 
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
     make_directory(output / "outputs", COMMAND)
-    verdicts = []
+    verdicts, checked = [], []
     for entry in found.entries:
         name, rows = entry.model.name, []
+        for spec, outcome in entry.checks.items():
+            for prompt, value in zip(found.prompts, outcome.tolist(), strict=True):
+                about = {"row": prompt.row, "category": prompt.category, "model": name}
+                checked.append(about | {"check": spec, "outcome": _known(value)})
         for prompt, one, verdict in zip(found.prompts, entry.answers, entry.verdicts, strict=True):
             if one is not None:
                 row = {"instruction": prompt.question, "output": one.text, "generator": name}
@@ -177,12 +188,20 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
                 about = {"row": prompt.row, "category": prompt.category, "model": name}
                 verdicts.append(about | {"outcome": verdict.outcome, "orders": verdict.orders})
         write_text(output / "outputs" / f"{entry.model.file}.json", json.dumps(rows, indent=1))
-        lines = [json.dumps(one) for one in benchmark_answers(entry, found.prompts)]
-        if lines:
+        if lines := list(benchmark_answers(entry, found.prompts)):
             make_directory(output / "model_answer", COMMAND)
-            path = output / "model_answer" / f"{entry.model.file}.jsonl"
-            write_text(path, "".join(f"{line}\n" for line in lines))
+            _write_lines(output / "model_answer" / f"{entry.model.file}.jsonl", lines)
+    if checked:
+        _write_lines(output / "outcomes.jsonl", checked)
     if found.judge is not None:
-        write_text(output / "verdicts.jsonl", "".join(f"{json.dumps(one)}\n" for one in verdicts))
+        _write_lines(output / "verdicts.jsonl", verdicts)
     write_text(output / "results.json", json_text(result) + "\n")
     write_text(output / "eval.html", page(found, result))
+
+
+def _known(outcome: float) -> float | None:
+    return None if math.isnan(outcome) else outcome
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
