@@ -1,4 +1,4 @@
-"""Write docs/configuration.md and tables of llama-factory.md and drift.md: `make docs`."""
+"""Write docs/configuration.md, docs/agents.md and tables of two pages: `make docs`."""
 
 import types
 import typing
@@ -11,6 +11,7 @@ from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.host_keys import HOST_KEYS
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.keys import ENTRY_UNUSED, REFUSALS, UNUSED
+from sera_plugin.tools import agent_docs
 from sera_plugin.tools.convert.convert import RULES
 from sera_plugin.tools.convert.settings import LEFT_OUT, TEMPLATES
 from sera_plugin.tools.report.page import published_runs
@@ -178,6 +179,7 @@ def fill(page: str, tables: list[str]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
+    PAGE.with_name("agents.md").write_text(agent_docs.text(), encoding="utf-8")
     for name, tables in (("llama-factory", convert_tables()), ("drift", [drift_table()])):
         page = PAGE.with_name(f"{name}.md")
         page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

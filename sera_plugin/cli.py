@@ -157,5 +157,13 @@ def convert(file: Path, output: Path | None) -> None:
     click.echo(converted.text.rstrip() if output is None else output)
 
 
+@sera.command("agent-docs", epilog=_examples("axolotl sera agent-docs"))
+def agent_docs() -> None:
+    """Print what a coding agent has to know of rl: sera, on one page."""
+    from sera_plugin.tools.agent_docs import text
+
+    click.echo(text().rstrip())
+
+
 for command in (paper, report, inspect, compare, evaluate):
     sera.add_command(command)

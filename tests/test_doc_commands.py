@@ -28,6 +28,8 @@ NOT_RUN = {
     "files of a LLaMA-Factory user; tests/test_convert.py converts such files and trains",
     r"_AXOLOTL_COMPLETE=.*|echo \"source .*": "changes a shell; test_report_commands.py completes",
     r"axolotl sera eval .* alpaca_eval\.json .*": "needs AlpacaEval's prompts and a judge",
+    r"axolotl sera eval .* (ifeval\.jsonl|reward_bench\.parquet).*": "needs a benchmark's rows; "
+    "tests/test_eval_command.py and test_eval_rewards.py have such",
     r".* \| jq .*": "needs jq; --json is tested in test_report_commands.py",
     r"axolotl train example_yamls/\S+\.yaml --launcher python": "needs a GPU and a model from the "
     "hub; tests/test_example_yamls.py has the host parse each of these files",

@@ -13,6 +13,7 @@ import yaml
 from sera_plugin import __version__
 from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.tools import agent_docs
 from tests.doc_pages import PAGES, ROOT, blocks, file_name, inline_code, tokens
 
 DOCS = ROOT / "docs"
@@ -23,6 +24,7 @@ def test_what_is_generated_is_the_codes():
     generate = runpy.run_path(str(DOCS / "generate.py"))
     generated = generate["render"]()
     assert (DOCS / "configuration.md").read_text() == generated, "run `make docs`"
+    assert (DOCS / "agents.md").read_text() == agent_docs.text(), "run `make docs`"
     assert all(f"| `{name}` |" in generated for name in SeraConfig.model_fields)
     tables = {"llama-factory": generate["convert_tables"](), "drift": [generate["drift_table"]()]}
     for name, filled in tables.items():
@@ -54,6 +56,7 @@ def test_links_lead_somewhere_and_no_text_is_taken_for_html(page):
 
 @every_page
 def test_yaml_blocks_are_what_the_host_and_the_plugin_read(page, tmp_path, monkeypatch):
+    from axolotl.integrations.lm_eval import LMEvalArgs
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -64,7 +67,9 @@ def test_yaml_blocks_are_what_the_host_and_the_plugin_read(page, tmp_path, monke
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block.text)
         model = JudgeConfig if file_name(block) == "judge.yaml" else AxolotlInputConfig
-        assert content.keys() <= {*model.model_fields, "sera"}, block.place
+        assert content.keys() <= {*model.model_fields, *LMEvalArgs.model_fields, "sera"}, (
+            block.place
+        )
         shown += [block.text] if "sera" in content else []
     for text in shown:
         SeraConfig.model_validate(yaml.safe_load(text)["sera"])

@@ -174,13 +174,110 @@ def test_the_docs_name_every_file_option_and_column(letters, names, prompts, tmp
     shown, printed = (re.search(r"^model .*", one, re.MULTILINE)[0].split() for one in (text, said))
     assert shown == printed
     for name in re.findall(r"^\| `([\w./]+)` \|", text[text.index("## Files") :], re.MULTILINE):
-        if name not in ("judge.jsonl", "vllm.log"):  # of other judges and samplers
+        # Of other judges and samplers, of --rewards and of benchmarks.
+        elsewhere = ("judge.jsonl", "vllm.log", "scores.jsonl", "outcomes.jsonl")
+        if name not in (*elsewhere, "model_answer/NAME.jsonl"):
             assert list((tmp_path / "eval").glob(name.replace("NAME", "better"))), name
     for option in sera.commands["eval"].params:
         if option.param_type_name == "option":
             assert option.opts[0] in text
             if isinstance(option.default, int | float) and not isinstance(option.default, bool):
                 assert f"| `{option.opts[0]}` | `{option.default}` |" in text
+
+
+CHECKS = """
+def sorted_right(row, answer):
+    return None if row["row"] == 3 else answer.split() == sorted(row["prompt"].split())
+def share(row, answer):
+    return len(set(answer.split())) / len(set(row["prompt"].split()))
+def wrong(row, answer):
+    return 7
+def broken(row, answer):
+    return row["nope"]
+"""
+
+
+def test_functions_check_answers_by_the_whole_row(letters, names, tmp_path):
+    """`Letters` answers with the first of the prompt's letters, sorted: two of them, or more."""
+    (tmp_path / "checks.py").write_text(CHECKS)
+    rows = [{"row": n, "prompt": " ".join("dcba"[: 2 + n % 3]), "category": "ab"[n % 2]}
+            for n in range(12)]  # fmt: skip
+    write_rows(tmp_path / "p.jsonl", rows)
+    checks = [f"{tmp_path}/checks.py:{name}" for name in ("sorted_right", "share")]
+    given = ["--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "eval"]
+    both = [*given, "--check", checks[0], "--check", checks[1]]
+    base, better = figures_of(*names, *both)["models"]
+    # Of prompts of two letters alone; that of row 3 it cannot tell.
+    right = base["checks"][checks[0]]
+    assert (right["rate"], right["number"], right["missing"]) == (pytest.approx(3 / 11), 11, 1)
+    assert {name: one["number"] for name, one in right["categories"].items()} == {"a": 6, "b": 5}
+    assert base["checks"][checks[1]]["rate"] == pytest.approx((1 + 2 / 3 + 2 / 4) / 3)
+    assert better["checks"][checks[1]]["rate"] > base["checks"][checks[1]]["rate"]
+    said = call(*names, *both)
+    assert f"Check {checks[0][:57]}" in said.replace("...", "")
+    assert "27.3%" in said
+    assert "cannot tell of 1 of 12 answers" in said
+    lines = rows_of(tmp_path / "eval/outcomes.jsonl")
+    assert len(lines) == 2 * 2 * 12
+    unknown = {"row": 3, "category": "b", "model": "base", "check": checks[0], "outcome": None}
+    assert lines[3] == unknown
+    assert 'class="best"' in (tmp_path / "eval/eval.html").read_text()
+    for name, code, problem in (
+        ("wrong", 1, "returned 7.0 on row 0 and the answer"),
+        ("broken", 1, "raised KeyError: 'nope' on the question"),
+        ("none", 2, "has no function 'none'"),
+    ):
+        assert problem in call(*names, *given, "--check", f"{tmp_path}/checks.py:{name}", code=code)
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"uid": "u", "category": "hard_prompt", "prompt": "b a"},
+            {
+                "uid": "u",
+                "model": "base",
+                "messages": [
+                    {"role": "user", "content": "b a"},
+                    {"role": "assistant", "content": {"answer": "a b"}},
+                ],
+            },
+        ),
+        (
+            {"question_id": "q", "category": "v0.1", "turns": [{"content": "b a"}]},
+            {
+                "question_id": "q",
+                "model_id": "base",
+                "choices": [{"index": 0, "turns": [{"content": "a b"}]}],
+            },
+        ),
+        (
+            {"question_id": 81, "category": "writing", "turns": ["b a", "d c"]},
+            {
+                "question_id": 81,
+                "model_id": "base",
+                "choices": [{"index": 0, "turns": ["a b", "c d"]}],
+            },
+        ),
+        ({"prompt": "b a"}, None),
+    ],
+    ids=["Arena-Hard v2.0", "Arena-Hard v0.1", "MT-Bench", "one's own"],
+)
+def test_answers_are_written_as_the_benchmarks_own_judges_read_them(
+    letters, names, tmp_path, row, line
+):
+    write_rows(tmp_path / "p.jsonl", [row])
+    call(*names, *options(tmp_path / "p.jsonl", tmp_path / "eval", judge=None))
+    path = tmp_path / "eval/model_answer/base.jsonl"
+    assert (rows_of(path) if path.exists() else None) == (line and [line])
+    if line:  # and such a file is read as a model's answers, too
+        again = tmp_path / "eval/model_answer/better.jsonl"
+        given = options(tmp_path / "p.jsonl", tmp_path / "again")
+        by_file, by_model = (
+            figures_of(*those, *given)["models"][1] for those in ((path, again), names)
+        )
+        assert by_file["score"] == by_model["score"]
 
 
 JUDGE = """

@@ -134,6 +134,8 @@ def test_answers_from_a_file(tmp_path):
     [
         ([{"instruction": "a"}], r"row 0: output is None, not text"),
         ([{"instruction": "a", "output": "A"}, {"output": "A"}], r"row 1: instruction is None"),
+        ([{"uid": "u", "messages": [{"content": "A"}]}], r"row 0: output is None, not text"),
+        ([{"question_id": 1, "choices": []}], r"row 0: output is None, not text"),
     ],
 )
 def test_a_file_of_answers_that_is_wrong(tmp_path, rows, said):
@@ -223,8 +225,10 @@ def test_figures_of_an_evaluation(evaluation):
     assert new["answers"]["empty"] == 5
     assert (same["win_rate"]["rate"], same["win_rate"]["missing"]) == (0.5, 1)
     assert found["judge"]["name"] == "longest <b>"
-    (note,) = found["notes"]
-    assert note.startswith("<i>: no answer to 1 of 20 prompts")
+    # One in twenty is no reason for a warning.
+    (remark,) = found["remarks"]
+    assert remark.startswith("<i>: no answer to 1 of 20 prompts")
+    assert not found["notes"]
 
 
 def test_verdicts_that_turn_and_lengths_beside_the_baselines(evaluation):

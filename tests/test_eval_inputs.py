@@ -35,9 +35,16 @@ from tests.report_run import make_run
         ({"category": "writing", "turns": ["Why?", "Shorter."]}, ["Why?", "Shorter."], "writing"),
         ({"prompt": "Wie? 🙂\u2028{}", "category": 3}, ["Wie? 🙂\u2028{}"], "3"),
         ({"prompt": "Why?", "category": None}, ["Why?"], ""),
+        (
+            {"question_id": "1", "category": "v0.1", "turns": [{"content": "Why?"}]},
+            ["Why?"],
+            "v0.1",
+        ),
+        ({"uid": "1", "category": "hard_prompt", "prompt": "Why?"}, ["Why?"], "hard_prompt"),
+        ({"key": 1, "prompt": "Why?", "kwargs": [{"n": 3}]}, ["Why?"], ""),
     ],
     ids=["AlpacaEval", "Vicuna", "older Vicuna", "Evol-Instruct", "UltraFeedback", "MT-Bench",
-         "one's own", "no category"],
+         "one's own", "no category", "Arena-Hard v0.1", "Arena-Hard v2.0", "IFEval"],
 )  # fmt: skip
 def test_prompt_sets_are_read_as_published(tmp_path, row, turns, category, form):
     path = tmp_path / f"prompts.{form}"

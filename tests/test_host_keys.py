@@ -251,6 +251,9 @@ def test_no_yaml_that_is_shipped_or_shown_has_a_key_that_does_nothing(said, monk
     for text in texts + [text for text in shown if "\nrl: sera" in text]:
         keys = yaml.safe_load(text)
         keys["output_dir"] = str(tmp_path)
+        monkeypatch.setattr(PluginManager, "_instance", None)
+        for name in keys.get("plugins", ()):
+            PluginManager.get_instance().register(name)
         assert said(**{"datasets": config()["datasets"], **keys}) == [], text
     known = {*AxolotlInputConfig.model_fields, "sera"}
     for text in shown:

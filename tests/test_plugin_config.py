@@ -58,6 +58,12 @@ trl: {} => rl_beta: 0.2
 fsdp_config: {fsdp_version: "2"}
     => fsdp_config: {fsdp_version: "2", state_dict_type: FULL_STATE_DICT}
 vllm: null => vllm: {gpu_memory_utilization: null, host: 127.0.0.1}
+{plugins: [axolotl.integrations.lm_eval.LMEvalPlugin], output_dir: o, hub_model_id: me/it}
+    => lm_eval_model: o
+{plugins: [axolotl.integrations.lm_eval.LMEvalPlugin], output_dir: o, adapter: lora}
+    => lm_eval_model: "base,peft=o"
+{plugins: [axolotl.integrations.lm_eval.LMEvalPlugin], output_dir: o, lm_eval_model: other}
+    => lm_eval_model: other
 vllm: {port: 8001} => vllm: {gpu_memory_utilization: null, host: 127.0.0.1, port: 8001}
 vllm: {gpu_memory_utilization: 0.4, host: 10.0.0.5}
     => vllm: {gpu_memory_utilization: 0.4, host: 10.0.0.5}
@@ -76,6 +82,14 @@ def lines(text: str) -> list[str]:
 def test_rl_sera_becomes_the_hosts_dpo_with_our_trainer(case):
     change, made = map(yaml.safe_load, case.split(" => "))
     assert register(**change).items() >= made.items()
+
+
+def test_the_first_process_alone_runs_lm_eval_after_training(monkeypatch):
+    keys = {"plugins": ["axolotl.integrations.lm_eval.LMEvalPlugin"], "output_dir": "o"}
+    assert "lm_eval_post_train" not in register(**keys)
+    monkeypatch.setenv("RANK", "1")
+    assert register(**keys)["lm_eval_post_train"] is False
+    assert "lm_eval_post_train" not in register()
 
 
 @pytest.mark.parametrize(

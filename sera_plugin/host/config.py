@@ -27,6 +27,7 @@ LOG = logging.getLogger("axolotl.sera")
 #: Seed: the default of the host's command line and of transformers. Without one the host would
 #: draw other held-out pairs in every run.
 _DEFAULTS = {"num_epochs": 3, "seed": 42}
+LM_EVAL = "axolotl.integrations.lm_eval.LMEvalPlugin"
 #: What the host makes of a key, and then refuses beside it when a Ray worker validates again
 #: (axolotl 0.19): the worker makes it anew.
 _FOUND = {"saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps"}
@@ -83,12 +84,29 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
             f"SeRA: rl_beta is not set; it is {cfg['rl_beta']:g}, the paper's for {name} (the "
             "host's own default for DPO is 0.1)."
         )
+    _name_what_lm_eval_evaluates(cfg)
     if cfg.get("fsdp_config") and "fsdp_state_dict_type" not in cfg["fsdp_config"]:
         cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
     _warn(cfg, sera, entries)
     if cfg.get("use_ray"):
         cfg["sera_entries"] = json.dumps(entries, default=str)
     return entries
+
+
+def _name_what_lm_eval_evaluates(cfg: MutableMapping[str, Any]) -> None:
+    """Have the host's lm_eval plugin evaluate what was trained, by one process.
+
+    axolotl 0.19 takes an adapter's directory for whole weights, and `hub_model_id` for what is on
+    this machine; every process of a run would evaluate.
+    """
+    if LM_EVAL not in (cfg.get("plugins") or ()):
+        return
+    trained = cfg.get("output_dir")
+    if trained and cfg.get("lm_eval_model") is None:
+        adapter = f"{cfg.get('base_model')},peft={trained}"
+        cfg["lm_eval_model"] = adapter if cfg.get("adapter") else trained
+    if os.environ.get("RANK", "0") != "0":
+        cfg["lm_eval_post_train"] = False
 
 
 def _kept(cfg: Mapping[str, Any], sera: SeraConfig) -> dict[str, str]:

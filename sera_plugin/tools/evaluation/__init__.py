@@ -1,8 +1,10 @@
-"""Win rates of trained models on a set of prompts: `axolotl sera eval`.
+"""Win rates, checks and implicit rewards of trained models: `axolotl sera eval`.
 
 - `models`   who is asked
-- `answers`, `engine`   what they are asked and what they answer, sampled once
+- `answers`, `chat`, `engine`   what they are asked and what they answer, sampled once
 - `winrate`   win rates, errors, intervals; the same with the length of answers held equal
-- `results`   figures, tables and the page
+- `checks`   answers that a function checks one by one
+- `rewards`, `scores`, `accuracy`   pairs that implicit rewards rank, scored once; figures and page
+- `results`, `tables`, `exports`   figures, tables and the page; answers for other judges
 - `run`, `command`   one evaluation from end to end, and the command line
 """

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +17,14 @@ from sera_plugin.rundir.journal import Journal, key_of
 from sera_plugin.rundir.progress import progress
 from sera_plugin.tools.evaluation.models import Model
 
+T = TypeVar("T")
 #: Where a row's prompt is, the first of these that it has, and where its category is if it has no
 #: `category`.
 FIELDS = {
-    "turns": None,  # MT-Bench, Vicuna (llm_judge): a list of texts
+    "turns": None,  # MT-Bench, Vicuna (llm_judge): texts; Arena-Hard v0.1: texts as `content`
     "instruction": "dataset",  # AlpacaEval
     "Instruction": "Skill",  # Evol-Instruct (WizardLM's test set)
-    "prompt": None,  # UltraFeedback's test sets
+    "prompt": None,  # Arena-Hard v2.0, IFEval, UltraFeedback's test sets
     "text": None,  # Vicuna (the older table)
 }
 #: What a user said and a model answered, in turn; the user's last words are unanswered.
@@ -43,12 +44,14 @@ def _joined(turns: Sequence[str]) -> str:
 class Prompt:
     """What a model is asked in each turn, its category ("" without one), its row from 0.
 
-    `question` is all turns in one text, for a judge and for export.
+    `question` is all turns in one text, for a judge and for export; `content` is the whole row, for
+    checks and for the benchmark's own judge.
     """
 
     turns: tuple[str, ...]
     category: str
     row: int
+    content: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def question(self) -> str:
@@ -105,14 +108,20 @@ def read_prompts(path: Path, limit: int | None = None, seed: int = 0) -> list[Pr
     `limit` of them are drawn with the seed; a larger limit has those of a smaller one. A ValueError
     names the file, the row and the field that cannot be used.
     """
-    prompts = [_prompt(path, row, content) for row, content in enumerate(_rows(path))]
+    prompts = [_prompt(path, row, content) for row, content in enumerate(rows_of(path))]
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
-    drawn = np.random.default_rng(seed).permutation(len(prompts))[:limit]
-    return [prompts[row] for row in sorted(drawn.tolist())]
+    return drawn(prompts, limit, seed)
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def drawn(rows: Sequence[T], limit: int | None, seed: int) -> list[T]:
+    """At most `limit` rows in their order; a larger limit has those of a smaller one."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:limit]
+    return [rows[row] for row in sorted(chosen.tolist())]
+
+
+def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of JSON lines, a JSON list or parquet; ValueError names what is none."""
     try:
         if path.suffix == ".parquet":
             yield from pq.read_table(path).to_pylist()
@@ -128,24 +137,26 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _prompt(path: Path, row: int, content: Mapping[str, Any]) -> Prompt:
-    field = next((name for name in FIELDS if name in content), None)
-    if field is None:
+    key = next((name for name in FIELDS if name in content), None)
+    if key is None:
         raise ValueError(
             f"{path}: row {row} has no prompt. A prompt is in {', '.join(FIELDS)}; this row has "
             f"{', '.join(map(quoted, content)) or 'no fields'}."
         )
-    value = content[field]
-    turns = value if field == "turns" else [value]
+    value = content[key]
+    turns = value if key == "turns" else [value]
     problem = f"{quoted(value)}, not a list of texts"
     if isinstance(turns, list) and turns:
-        problem = next(filter(None, map(_problem, turns)), "")
+        turns = [one.get("content", one) if isinstance(one, dict) else one for one in turns]
+        problem = next(filter(None, map(text_problem, turns)), "")
     if problem:
-        raise ValueError(f"{path}: row {row}: {field} is {problem}")
-    category = content.get("category", content.get(FIELDS[field] or ""))
-    return Prompt(tuple(turns), "" if category is None else str(category), row)
+        raise ValueError(f"{path}: row {row}: {key} is {problem}")
+    category = content.get("category", content.get(FIELDS[key] or ""))
+    return Prompt(tuple(turns), "" if category is None else str(category), row, content)
 
 
-def _problem(turn: Any) -> str:
+def text_problem(turn: Any) -> str:
+    """What is wrong with a text of a row, for a sentence; "" if nothing is."""
     if not isinstance(turn, str):
         return f"{quoted(turn)}, not text"
     if not visible(turn):
@@ -154,29 +165,55 @@ def _problem(turn: Any) -> str:
 
 
 def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
-    """Answers from a file in AlpacaEval's format, in the order of the prompts; None without one.
+    """Answers from a file, in the order of the prompts; None without one.
 
-    A row belongs to the prompt whose text its `instruction` is. A ValueError names the row and the
-    field that is wrong, or says that no row belongs to a prompt.
+    A row of AlpacaEval's belongs to the prompt whose text its `instruction` is, one of
+    `model_answer/NAME.jsonl` (Arena-Hard, MT-Bench) to the row with its `uid` or `question_id`. A
+    ValueError names the row and the field that is wrong, or says that no row belongs to a prompt.
     """
-    outputs: dict[str, list[str]] = {}
-    for row, content in enumerate(_rows(path)):
-        for field in ("instruction", "output"):
-            if not isinstance(content.get(field), str):
+    outputs: dict[tuple[str, Any], list[str]] = {}
+    for row, content in enumerate(rows_of(path)):
+        key, name, text = _given(content)
+        for field_name, value in ((key, name), ("output", text)):
+            if not isinstance(value, str):
                 raise ValueError(
-                    f"{path}: row {row}: {field} is {quoted(content.get(field))}, not text. A file "
-                    "of answers has `instruction` and `output` in each row."
+                    f"{path}: row {row}: {field_name} is {quoted(value)}, not text. A file of "
+                    "answers has `instruction` and `output` in each row, or is one that the judges "
+                    "of Arena-Hard or MT-Bench read."
                 )
-        outputs.setdefault(content["instruction"].strip(), []).append(content["output"].strip())
+        outputs.setdefault((key, name.strip()), []).append(text.strip())
     found: list[Answer | None] = []
     for prompt in prompts:
-        texts = outputs.get(prompt.question.strip(), [])
+        names = [("instruction", prompt.question.strip())]
+        names += [(key, str(prompt.content[key])) for key in _IDS if key in prompt.content]
+        texts = next((outputs[one] for one in names if one in outputs), [])
         # As many rows as prompts of the same text: each has its own.
         text = texts.pop(0) if len(texts) > 1 else texts[0] if texts else None
         found.append(None if text is None else Answer((Turn(text, 0, "given"),)))
     if not any(found):
         raise ValueError(f"{path}: no row answers any of these prompts. Is it of another set?")
     return found
+
+
+#: What rows of Arena-Hard (since version 2.0 of its code; before) and MT-Bench are named by.
+_IDS = ("uid", "question_id")
+
+
+def _given(row: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """What a row of answers names its prompt by, that name, and the answer, None where one is not
+    as it should be (see `exports.benchmark_answers`)."""
+    key = next((key for key in _IDS if key in row and "instruction" not in row), "instruction")
+    if key == "instruction":
+        return key, row.get(key), row.get("output")
+    try:
+        if key == "uid":
+            return key, str(row[key]), row["messages"][-1]["content"]["answer"]
+        turns = [
+            one["content"] if isinstance(one, dict) else one for one in row["choices"][0]["turns"]
+        ]
+        return key, str(row[key]), _joined(turns)
+    except (KeyError, IndexError, TypeError):
+        return key, str(row[key]), None
 
 
 def sampled(

@@ -30,6 +30,7 @@ class Model:
     end_ids: tuple[int, ...] = ()  # end an answer beside the model's own, as the run knows them
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the run's YAML
     answers: Path | None = None
+    policy: "tuple[RunStore, int] | None" = field(default=None, compare=False)  # theta_p of a run
 
     @property
     def tokenizer(self) -> str:
@@ -76,7 +77,7 @@ def find_models(specs: Sequence[str], iterations: bool = False) -> list[Model]:
         numbers = [kept] if len(specs) > 1 else [0, kept]
         if iterations:
             numbers = [0, *(p for p, place in enumerate(places) if p and place.exists())]
-        found += [_policy(store, spec, number) for number in numbers]
+        found += [policy_of(store, spec, number) for number in numbers]
     distinct = {(one.weights, one.adapter, one.answers): one for one in found}.values()
     if len(distinct) < 2:
         raise ValueError(
@@ -97,7 +98,7 @@ def _other(spec: str) -> Model:
     path = Path(spec)
     theta = re.fullmatch(r"(.+)@(\d+)", spec)
     if theta and not path.exists():
-        return _policy(find_run(Path(theta[1])), theta[1], int(theta[2]))
+        return policy_of(find_run(Path(theta[1])), theta[1], int(theta[2]))
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise ValueError(f"there is no file {path}.")
@@ -160,8 +161,8 @@ def _base_in(path: Path, kind: type[Keys], key: str) -> str:
         raise ValueError(f"{path} cannot be used: {error}.") from None
 
 
-def _policy(store: RunStore, spec: str, number: int) -> Model:
-    """theta_number of a run."""
+def policy_of(store: RunStore, spec: str, number: int) -> Model:
+    """theta_number of a run, whose output_dir is `spec`; a ValueError if it is not there."""
     description, places = store.description() or {}, store.policies()
     output_dir, last = store.root.parent, len(places) - 1
     if not 0 <= number <= last:
@@ -187,4 +188,5 @@ def _policy(store: RunStore, spec: str, number: int) -> Model:
     config = description["config"]
     model = _directory(directory, name, f"{spec}@{number}", config["base_model"])
     kwargs = config.get("chat_template_kwargs") or {}
-    return replace(model, end_ids=tuple(description.get("end_ids", ())), template_kwargs=kwargs)
+    ends = tuple(description.get("end_ids", ()))
+    return replace(model, end_ids=ends, template_kwargs=kwargs, policy=(store, number))

@@ -1,7 +1,7 @@
 """An evaluation in figures, as `--json` prints them, in a terminal and on the page."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -14,7 +14,14 @@ from sera_plugin.config.block import JudgeConfig
 from sera_plugin.labeling.judging import Judge, Verdict
 from sera_plugin.tools.evaluation.answers import Answer, Decoding, Prompt
 from sera_plugin.tools.evaluation.models import Model
-from sera_plugin.tools.evaluation.winrate import FloatArray, length_controlled, mean_score, win_rate
+from sera_plugin.tools.evaluation.tables import best_of, check_tables, told
+from sera_plugin.tools.evaluation.winrate import (
+    FloatArray,
+    length_controlled,
+    mean_score,
+    share,
+    win_rate,
+)
 from sera_plugin.tools.report.output import NOTHING, Table, fill, number, shown_name
 
 FORMAT_VERSION = 1
@@ -33,6 +40,8 @@ class Entry:
     verdicts: list[Verdict | None]
     #: (n,) of a judge that scores, nan where there is none; (0,) of one that compares.
     scores: FloatArray = field(default_factory=lambda: np.empty(0))
+    #: (n,) outcomes of each check, 0 to 1, nan where there is none.
+    checks: dict[str, FloatArray] = field(default_factory=dict)
 
     @property
     def outcomes(self) -> FloatArray:
@@ -53,7 +62,7 @@ class Evaluation:
 
 def figures(found: Evaluation) -> dict[str, Any]:
     """The evaluation as plain values; what is not a number is nan."""
-    repeated = len(found.prompts) - len({prompt.turns for prompt in found.prompts})
+    notes, remarks = told(_remarks(found))
     return {
         "format_version": FORMAT_VERSION,
         "sera_plugin": __version__,
@@ -61,18 +70,24 @@ def figures(found: Evaluation) -> dict[str, Any]:
             "file": str(found.path),
             "sha256": hashlib.sha256(found.path.read_bytes()).hexdigest(),
             "number": len(found.prompts),
-            "duplicates": repeated,
+            "duplicates": _repeated(found),
         },
         "decoding": asdict(found.decoding),
         "judge": _judge(found.judge),
         "baseline": found.entries[0].model.name,
         "models": _models(found),
-        "notes": _notes(found, repeated),
+        "notes": notes,
+        "remarks": remarks,
     }
+
+
+def _repeated(found: Evaluation) -> int:
+    return len(found.prompts) - len({prompt.turns for prompt in found.prompts})
 
 
 def _models(found: Evaluation) -> list[dict[str, Any]]:
     models: list[dict[str, Any]] = []
+    categories = np.array([prompt.category for prompt in found.prompts], dtype=object)
     for entry in found.entries:
         there = [one for one in entry.answers if one is not None]
         chars = [one.chars for one in there]
@@ -85,11 +100,16 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
             "unfinished": sum(one.unfinished for one in there),
             "empty": sum(not one.text for one in there),
         }
-        models.append({"name": entry.model.name, "source": entry.model.source, "answers": said})
+        facts: dict[str, Any] = {"name": entry.model.name, "source": entry.model.source}
+        facts["answers"] = said
+        if entry.checks:
+            facts["checks"] = {
+                spec: _checked(one, categories) for spec, one in entry.checks.items()
+            }
+        models.append(facts)
     if found.judge is None:
         return models
     seed = found.decoding.seed
-    categories = np.array([prompt.category for prompt in found.prompts], dtype=object)
     lengths = np.array([[a and a.chars for a in entry.answers] for entry in found.entries], float)
     outcomes = np.array([entry.outcomes for entry in found.entries])
     controlled = [np.nan, *length_controlled(outcomes[1:], lengths[1:] - lengths[0])]
@@ -109,6 +129,13 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
     return models
 
 
+def _checked(outcomes: FloatArray, categories: Any) -> dict[str, Any]:
+    """A check's share that passes, of all answers and of those in each category."""
+    names = dict.fromkeys(categories)
+    of_each = {name: asdict(share(outcomes[categories == name])) for name in names}
+    return asdict(share(outcomes)) | {"categories": of_each}
+
+
 def _judge(judge: Judge | None) -> dict[str, Any] | None:
     if judge is None:
         return None
@@ -121,39 +148,46 @@ def _judge(judge: Judge | None) -> dict[str, Any] | None:
     return {"name": judge.name, "description": description, "usage": asdict(usage), **cost}
 
 
-def _notes(found: Evaluation, repeated: int) -> list[str]:
-    """What a reader must know before the figures are believed."""
-    notes = []
-    if repeated:
-        notes.append(f"{repeated} of {len(found.prompts)} prompts are repetitions; each counts.")
+def _remarks(found: Evaluation) -> Iterable[tuple[float, str]]:
+    """What a reader must know before the figures are believed, and how much of them it touches."""
+    total, repeated = len(found.prompts), _repeated(found)
+    yield repeated / total, f"{repeated} of {total} prompts are repetitions; each counts."
     for entry in found.entries:
         name, answers = entry.model.name, list(zip(found.prompts, entry.answers, strict=True))
         missing = [prompt.row for prompt, one in answers if one is None]
-        if missing:
-            rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            why = "not in its file" if entry.model.answers else "no room in its context"
-            notes.append(
-                f"{name}: no answer to {len(missing)} of {len(answers)} prompts, which are "
-                f"left out of its comparisons ({why}; rows {rows})."
-            )
+        rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        why = "not in its file" if entry.model.answers else "no room in its context"
+        yield (
+            len(missing) / total,
+            f"{name}: no answer to {len(missing)} of {total} prompts, which are "
+            f"left out of its comparisons ({why}; rows {rows}).",
+        )
         cut = sum(one.unfinished for _, one in answers if one is not None)
-        if cut:
-            notes.append(
-                f"{name}: {cut} of {len(answers)} answers are cut at --max-new-tokens, "
-                f"{found.decoding.max_new_tokens}."
-            )
+        yield (
+            cut / total,
+            f"{name}: {cut} of {total} answers are cut at --max-new-tokens, "
+            f"{found.decoding.max_new_tokens}.",
+        )
+        for spec, outcomes in entry.checks.items():
+            unknown = int(np.isnan(outcomes).sum()) - len(missing)
+            yield unknown / total, f"{name}: {spec} cannot tell of {unknown} of {total} answers."
     if found.judge is not None:
         usage = found.judge.usage
-        if usage.unparsed:
-            notes.append(f"{usage.unparsed} verdicts could not be read and are missing.")
-        if usage.refused:
-            notes.append(f"{usage.refused} verdicts are missing: the judge took no such request.")
-    return notes
+        asked = total * len(found.entries)
+        yield (
+            usage.unparsed / asked,
+            f"{usage.unparsed} verdicts could not be read and are missing.",
+        )
+        yield (
+            usage.refused / asked,
+            f"{usage.refused} verdicts are missing: the judge took no such request.",
+        )
 
 
 def shown(figures: Mapping[str, Any]) -> str:
     """The evaluation for a terminal."""
-    return fill("eval.txt", figures=figures, tables=_tables(figures)).strip()
+    judge = figures["judge"]
+    return fill("eval.txt", figures=figures, tables=_tables(figures), judge=judge).strip()
 
 
 def _tables(figures: Mapping[str, Any]) -> list[Table]:
@@ -164,9 +198,12 @@ def _tables(figures: Mapping[str, Any]) -> list[Table]:
     rows = [[cell for _, cell in line] for line in lines]
     against = f"Against {figures['baseline']}, on {figures['prompts']['number']} prompts."
     title, note = ("Win rates", against) if judged else ("Answers", "")
-    found = [Table(title, [name for name, _ in lines[0]], rows, note)]
+    rates = [0.5, *(one["win_rate"]["rate"] for one in models[1:])] if judged else []
+    found = [Table(title, [name for name, _ in lines[0]], rows, note, best=best_of(rates))]
     if judged and len(judged[0]["categories"]) > 1:
         found.append(_by_category(judged))
+    for spec in models[0].get("checks", ()):
+        found += check_tables(spec, {one["name"]: one["checks"][spec] for one in models})
     return found
 
 
@@ -212,20 +249,39 @@ def page(found: Evaluation, figures: Mapping[str, Any]) -> str:
     settings += figures["decoding"].items()
     if judge is not None:
         settings += [(f"judge: {key}", value) for key, value in judge["description"].items()]
+    prompts = number(figures["prompts"]["number"], ",")
     return fill(
         "eval.html",
         title=f"Evaluation on {shown_name(found.path.name)}",
         figures=figures,
+        facts=[("baseline", figures["baseline"]), ("prompts", prompts), *_facts(found, judge)],
         rated=[
             one for one in models if "win_rate" in one and not np.isnan(one["win_rate"]["rate"])
         ],
-        inconsistent=[one["inconsistent"] for one in models if one.get("inconsistent") is not None],
         tables=_tables(figures),
         prompts=found.prompts,
         baseline=found.entries[0],
         groups=_groups(found),
         settings=settings,
     )
+
+
+def _facts(found: Evaluation, judge: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the head of the page says of the judge."""
+    if judge is None:
+        return []
+    facts = [("judge", shown_name(judge["name"], 120))]
+    known = [one.consistent for entry in found.entries for one in entry.verdicts
+             if one is not None and one.consistent is not None]  # fmt: skip
+    if known:
+        turned = known.count(False) / len(known)
+        facts.append(("verdicts that turn with the order", number(turned, ".0%")))
+    replies = sum(judge["usage"][kind]["count"] for kind in ("asked", "cached"))
+    if replies:
+        facts.append(("replies of the judge", number(replies, ",")))
+    if judge.get("cost") is not None:
+        facts.append(("price", number(judge["cost"] + judge["cached_cost"], ".2f")))
+    return facts
 
 
 def _groups(found: Evaluation) -> list[dict[str, Any]]:

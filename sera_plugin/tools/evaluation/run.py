@@ -1,6 +1,7 @@
 """One evaluation: answers, verdicts, figures, and the files they are kept in."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,9 +21,13 @@ from sera_plugin.labeling.judging import (
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.writing import COMMAND, make_directory, write_text
+from sera_plugin.tools.evaluation import accuracy
 from sera_plugin.tools.evaluation.answers import Decoding, Prompt, given, read_prompts, sampled
+from sera_plugin.tools.evaluation.checks import Check
+from sera_plugin.tools.evaluation.exports import benchmark_answers
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.evaluation.results import Entry, Evaluation, figures, page
+from sera_plugin.tools.evaluation.rewards import find_rewards, outcomes, read_pairs, scored
 from sera_plugin.tools.report.output import json_text
 
 
@@ -35,18 +40,20 @@ def evaluate(
     iterations: bool = False,
     limit: int | None = None,
     vllm_python: str | None = None,
+    checks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare models on a set of prompts; everything that is done is kept in `output`.
 
-    For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers)
-    and `Engine`. Returns the figures, which are in `output/results.json` too. A ValueError if
-    something that is asked for is not there or cannot be used; after JudgeFailed, SamplingFailed or
-    OSError what was finished is kept.
+    For the arguments see `find_models`, `read_prompts`, `make_judge` (None only samples answers),
+    `Engine` and `Check`. Returns the figures, which are in `output/results.json` too.
+
+    A ValueError if something that is asked for is not there or cannot be used; after JudgeFailed,
+    SamplingFailed or OSError what was finished is kept.
     """
-    if "{prompt}" not in (decoding.prompt_format or "{prompt}"):
-        raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
+    require_place(decoding.prompt_format)
     prompts = read_prompts(prompt_file, limit, decoding.seed)
     models = find_models(specs, iterations)
+    checking = [Check(spec) for spec in dict.fromkeys(checks)]
     # Before anything is sampled: one of these files may be of other prompts.
     there = {one.name: given(one.answers, prompts) for one in models if one.answers is not None}
     with ExitStack() as files:
@@ -60,12 +67,63 @@ def evaluate(
                 engine = partial(_engine, model, decoding, vllm_python, output / "vllm.log")
                 there[model.name] = sampled(model, prompts, decoding, journal, engine)
             entries.append(Entry(model, there[model.name], [None] * len(prompts)))
+        for entry in entries:
+            entry.checks = {check.spec: check(prompts, entry.answers) for check in checking}
         if judge is not None:
             judge_all(judge, prompts, entries)
     found = Evaluation(prompt_file, prompts, decoding, entries, judge)
     result = figures(found)
     _write(found, result, output)
     return result
+
+
+def rate_rewards(
+    specs: Sequence[str],
+    pair_file: Path,
+    output: Path,
+    prompt_format: str | None = None,
+    iterations: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How often the models' implicit rewards rank labelled pairs right; see `evaluate`.
+
+    For the arguments see `find_models`, `read_pairs` and `find_rewards`.
+    """
+    require_place(prompt_format)
+    pairs = read_pairs(pair_file, limit, seed)
+    models = find_models(specs, iterations)
+    rankings, notes = find_rewards(models)
+    scores = {}
+    with Journal(output / "scores.jsonl") as journal:
+        for model in {one.identity: one for each in rankings for one in each.models}.values():
+            engine = partial(_scores, model, prompt_format)
+            scores[model.identity] = scored(model, pairs, prompt_format, journal, engine)
+    found = [(one, outcomes(one, pairs, scores)) for one in rankings]
+    result = accuracy.figures(pair_file, pairs, prompt_format, found, notes)
+    make_directory(output, COMMAND)
+    about = [
+        {"row": pair.row, "subset": pair.subset, "reward": one.name, "outcome": _known(right)}
+        for one, outcome in found
+        for pair, right in zip(pairs, outcome.tolist(), strict=True)
+    ]
+    _write_lines(output / "outcomes.jsonl", about)
+    write_text(output / "results.json", json_text(result) + "\n")
+    named = {model.name: model.source for model in models}
+    write_text(output / "eval.html", accuracy.page(result, named))
+    return result
+
+
+def require_place(prompt_format: str | None) -> None:
+    """ValueError for a prompt format without a place for the prompt."""
+    if "{prompt}" not in (prompt_format or "{prompt}"):
+        raise ValueError("--prompt-format has no {prompt}, where the prompt goes.")
+
+
+def _scores(*arguments: Any) -> Any:
+    from sera_plugin.tools.evaluation.scores import Scores  # loads torch
+
+    return Scores(*arguments)
 
 
 def _engine(*arguments: Any) -> Any:
@@ -115,9 +173,13 @@ def _each(
 
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
     make_directory(output / "outputs", COMMAND)
-    verdicts = []
+    verdicts, checked = [], []
     for entry in found.entries:
         name, rows = entry.model.name, []
+        for spec, outcome in entry.checks.items():
+            for prompt, value in zip(found.prompts, outcome.tolist(), strict=True):
+                about = {"row": prompt.row, "category": prompt.category, "model": name}
+                checked.append(about | {"check": spec, "outcome": _known(value)})
         for prompt, one, verdict in zip(found.prompts, entry.answers, entry.verdicts, strict=True):
             if one is not None:
                 row = {"instruction": prompt.question, "output": one.text, "generator": name}
@@ -126,7 +188,20 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
                 about = {"row": prompt.row, "category": prompt.category, "model": name}
                 verdicts.append(about | {"outcome": verdict.outcome, "orders": verdict.orders})
         write_text(output / "outputs" / f"{entry.model.file}.json", json.dumps(rows, indent=1))
+        if lines := list(benchmark_answers(entry, found.prompts)):
+            make_directory(output / "model_answer", COMMAND)
+            _write_lines(output / "model_answer" / f"{entry.model.file}.jsonl", lines)
+    if checked:
+        _write_lines(output / "outcomes.jsonl", checked)
     if found.judge is not None:
-        write_text(output / "verdicts.jsonl", "".join(f"{json.dumps(one)}\n" for one in verdicts))
+        _write_lines(output / "verdicts.jsonl", verdicts)
     write_text(output / "results.json", json_text(result) + "\n")
     write_text(output / "eval.html", page(found, result))
+
+
+def _known(outcome: float) -> float | None:
+    return None if math.isnan(outcome) else outcome
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))

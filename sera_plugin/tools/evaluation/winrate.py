@@ -1,11 +1,12 @@
 """Win rates against a baseline, as they are and with the length of answers held equal."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import expit, ndtri
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -52,6 +53,35 @@ def win_rate(outcomes: npt.ArrayLike, seed: int = 0) -> WinRate:
         low, high = map(float, np.quantile(drawn @ values / len(seen), [tail, 1 - tail]))
     wins, ties, losses = (int(one.sum()) for one in (seen > 0.5, seen == 0.5, seen < 0.5))
     return WinRate(rate, error, low, high, wins, ties, losses, len(given) - len(seen))
+
+
+@dataclass(frozen=True)
+class Share:
+    """How large a part of `number` answers or pairs is right; nan of none."""
+
+    rate: float  # 0 to 1
+    low: float  # its 95% interval
+    high: float
+    number: int
+    missing: int  # without an outcome, which are left out of all the rest
+
+
+def share(outcomes: npt.ArrayLike) -> Share:
+    """The mean of (n,) outcomes of 0 to 1, nan where there is none, with Wilson's interval (1927).
+
+    Unlike a bootstrap's it has a width where all outcomes are the same; of outcomes that are not
+    only 0 and 1 it is too wide.
+    """
+    given = np.asarray(outcomes, dtype=np.float64)
+    seen = given[~np.isnan(given)]
+    n, missing = len(seen), len(given) - len(seen)
+    if not n:
+        return Share(math.nan, math.nan, math.nan, 0, missing)
+    rate, z = float(seen.mean()), float(ndtri((1 + COVERAGE) / 2))
+    middle, scale = rate + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
+    low, high = max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    return Share(rate, low, high, n, missing)
 
 
 def mean_score(scores: npt.ArrayLike) -> tuple[float, float]:

@@ -42,13 +42,14 @@ def shown_name(name: object, limit: int = 60) -> str:
 
 
 class Table(NamedTuple):
-    """Cells as text; `shades` are 0 to 1 per cell, for a matrix."""
+    """Cells as text; `shades` are 0 to 1 per cell, for a matrix; `best` is a row to mark."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     shades: Sequence[Sequence[float | None]] | None = None
+    best: int | None = None
 
     @classmethod
     def square(
