@@ -44,8 +44,8 @@ def describe_beginning(cfg: Mapping[str, Any], sera: SeraConfig) -> str:
         f"  pairs: {data}; held out: {_held_out(cfg, sera)}",
         f"  {cfg['num_epochs']} iterations, one per epoch; from iteration {sera.first_iteration} "
         f"on each {each}",
-        f"  the policy's answers come from {_SAMPLERS[sera.sampler]} (sera.sampler: {sera.sampler}), and "
-        f"are ranked by {LABELERS[sera.labeler].ranks_by}",
+        f"  the policy's answers come from {_SAMPLERS[sera.sampler]} (sera.sampler: "
+        f"{sera.sampler}), and are ranked by {LABELERS[sera.labeler].ranks_by}",
         f"  trained model: {output}; what the run records: {output}/sera",
         f"  steps, time and memory, before anything is trained: axolotl sera plan {config}",
         f"  to stop: Ctrl-C; to go on from the newest checkpoint: the same command{again}",
@@ -116,7 +116,7 @@ def _few(lines: Sequence[str]) -> list[str]:
     """All of them, or the first and the last ones."""
     if len(lines) <= _LISTED:
         return list(lines)
-    return [*lines[: _LISTED // 2], "  ...", *lines[-_LISTED // 2 :]]
+    return [*lines[: _LISTED // 2], "...", *lines[-_LISTED // 2 :]]
 
 
 def _trained(summary: Mapping[str, Any]) -> str:
