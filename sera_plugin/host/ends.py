@@ -28,7 +28,8 @@ _SAMPLERS = {
 
 def describe_beginning(cfg: Mapping[str, Any], sera: SeraConfig) -> str:
     """What will happen, by a resolved configuration that the host has yet to validate."""
-    output, config = plain(str(cfg["output_dir"]), 200), cfg.get("axolotl_config_path", "YAML")
+    output = plain(str(cfg.get("output_dir") or "./model-out"), 200)
+    config = plain(str(cfg.get("axolotl_config_path") or "YAML"), 200)
     data = ", ".join(plain(str(one.get("path")), 100) for one in cfg["datasets"])
     weights = f"its {cfg['adapter']} adapter" if cfg.get("adapter") else "all of its weights"
     each = f"keeps {SELECTIONS[sera.selection].keeps.format(ratio=sera.selection_ratio)}"
