@@ -195,6 +195,8 @@ def test_thousands_of_pairs_are_a_small_page(tmp_path):
     found = write_report(tmp_path).read_text()
     assert "Best sampled pairs" in found
     assert "more characters]" in found
+    # Where a text is cut shows, and the next part of it opens.
+    assert re.search(r'…</pre>\s*<details class="more"><summary>[\d,]+ more characters<', found)
     assert len(found.encode()) < 3_000_000
 
 
