@@ -89,10 +89,13 @@ def plan(config: Path, gpu: float | None, gpus: int | None, measure: bool, as_js
     data cannot be used.
     """
     try:
+        click.echo(f"Reading {config} and its data, as `axolotl train` does", err=True)
         with redirect_stdout(sys.stderr):  # the figures alone go to stdout
-            from sera_plugin.tools.planning.prepare import read_plan
+            from sera_plugin.rundir.progress import log_on_stderr
+            from sera_plugin.tools.planning.prepare import read_plan  # the host sets up its log
 
-            found, remarks = read_plan(config, gpu, measure, gpus)
+            with log_on_stderr():
+                found, remarks = read_plan(config, gpu, measure, gpus)
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
     except Exception as error:  # 1 would say that it does not fit

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sera_plugin.host import base as module
 from sera_plugin.host.base import describe_base, require_same_base
+from sera_plugin.rundir import checksums
 from sera_plugin.rundir.store import RunStore, read_json, write_json
 from tests.conftest import adapter, make_config, train_config
 
@@ -145,11 +145,12 @@ def test_what_is_kept_and_that_hashing_much_is_shown(tmp_path, monkeypatch, capl
         "files": sizes,
         "sha256": {name: hashlib.sha256((base / name).read_bytes()).hexdigest() for name in sizes},
     }
-    assert "checksums" not in caplog.text
-    monkeypatch.setattr(module, "_MUCH", 100)
-    with caplog.at_level("INFO"):
+    monkeypatch.setattr(checksums, "_MUCH", 201)
+    with caplog.at_level("INFO", "axolotl.sera"):
         assert describe_base(str(base)) == found
-    assert "checksums of base_model: 808 bytes" in caplog.text
+    said = [record.getMessage() for record in caplog.records]
+    large = [name for name, size in sorted(sizes.items()) if size > 200]
+    assert said == [f"SeRA: checksum of {name}: {sizes[name]} bytes" for name in large]
     (empty := tmp_path / "empty").mkdir()
     assert describe_base(str(empty)) == {"files": {}, "sha256": {}}
 

@@ -196,7 +196,8 @@ def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, tmp_pat
     log = axolotl("train", config)
     assert "Loading prepared dataset from disk" in log
     assert "Mapping RL Dataset" not in log
-    assert "SeRA run" in log
+    assert "SeRA: what this run will do" in log
+    assert "SeRA plan" in log
     assert "SeRA iteration 2: trains on 24 pairs" in log
     assert "SeRA iteration 2 is trained" in log
     # Standard error is no terminal: a line a phase, no bar, and no figures that trackers get.
@@ -204,7 +205,7 @@ def test_preprocess_train_inference_and_merge_take_one_yaml(base_config, tmp_pat
     assert "sera/iteration" not in log
     out = tmp_path / "out"
     # The report comes by itself, with the texts of the world's own tokenizer.
-    assert f"SeRA report: {out / 'sera/report.html'}" in log
+    assert f"pairs to read: {out / 'sera/report.html'}\n" in log
     assert "&lt;|assistant|&gt;" in (out / "sera/report.html").read_text()
     assert "  <s> <|user|>" in axolotl("sera", "inspect", out, "--row", 0)
     assert "Use `axolotl sera eval" in axolotl("evaluate", config, fails=True)

@@ -181,7 +181,7 @@ def test_the_notebook_runs_from_top_to_bottom(world, tmp_path, monkeypatch):
         if cell.cell_type == "code" and cell.outputs
     }
     assert "Fits: " in said["!axolotl sera plan sera-t4.yaml --gpu 15"]
-    assert "SeRA report: " in said["!axolotl train sera-t4.yaml --launcher python"]
+    assert "pairs to read: " in said["!axolotl train sera-t4.yaml --launcher python"]
     assert "<iframe srcdoc=" in said["from html import escape"]
     [inspected] = [text for line, text in said.items() if line.startswith("!axolotl sera inspect")]
     assert "Error" not in inspected

@@ -80,8 +80,8 @@ def test_the_noise_of_margins_stands_beside_them(tmp_path):
 def test_a_run_lies_among_published_ones(tmp_path):
     page = render(Run(make_run(tmp_path, pairs=4, logps=FOUR, held_out=0)))
     # Chosen answers have four tokens and are up by (4 + 1 + 3 + 1/2) / 4 nats on average.
-    said = "Iteration 3 began +0.53 nats per token from theta_0. Of 25 published DPO runs half"
-    assert f"{said} ended between -0.41 and -0.09, all between -0.91 and 0.00" in page
+    said = "Iteration 3 began +0.53 nats per token from the initial policy. Of 25 published DPO"
+    assert f"{said} runs half ended between -0.41 and -0.09, all between -0.91 and 0.00" in page
     for one in published_runs():
         assert f">beta {one['beta']}<" in page
         each = float(one["nats_per_answer"]) / float(one["tokens"])
@@ -92,7 +92,9 @@ def test_weights_are_told_by_how_far_back_a_policy_is(tmp_path):
     settings = {"reward": "fitted", "trust": "warn"}
     run = Run(make_run(tmp_path, iterations=4, sera=settings, held_out=40))
     page = render(run)
-    assert '">theta_{t-1}</th><th scope="col">theta_{t-2}</th><th scope="col">theta_{t-3}<' in page
+    names = "likelihood now", "one iteration ago", "two ago", "length"
+    head = '</th><th scope="col">'.join(names)
+    assert f'"col">{head}<' in page
     table = page[page.index("What the reward counts") :]
     for one in run.iterations[1:]:
         found = one.summary["reward"]
@@ -202,6 +204,24 @@ def test_curves_have_a_gap_where_an_iteration_starts():
     assert curve(history, "eval_loss") == ([], [])
 
 
+def test_no_accuracy_is_shown_of_a_policy_that_is_its_own_reference():
+    """Before the first step of an iteration, and in it: all rewards are 0 there."""
+    train, held_out = "rewards/accuracies", "eval_rewards/accuracies"
+    history = [
+        {"step": 0, held_out: 0.0},
+        {"step": 0, "sera/iteration": 1.0},
+        {"step": 1, train: 0.0},
+        {"step": 2, train: 0.6},
+        {"step": 2, held_out: 0.7},
+        {"step": 2, "sera/iteration": 2.0},
+        {"step": 3, train: 0.1},
+        {"step": 4, train: 0.8},
+        {"step": 4, held_out: 0.9},
+    ]
+    assert curve(history, train) == ([2, 4, 4], about([0.6, math.nan, 0.8], nan_ok=True))
+    assert curve(history, held_out) == ([2, 4, 4], about([0.7, math.nan, 0.9], nan_ok=True))
+
+
 _FIRST = "selection keeps them first"
 SWAPPED = np.arange(12) % 4 == 0
 
@@ -220,19 +240,21 @@ def shown(run: Run, row: int) -> str:
         ({"bootstrap_ratio": 0}, {}, "<dd>nothing</dd>", '<section id="samples">'),
         ({"selection_ratio": 0}, {}, "Iteration 3: sampled pairs", "offline pairs above"),
         ({"selection_ratio": 1}, {}, "Iteration 3: all offline pairs are kept", "pairs above"),
-        ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "<dd>1 N</dd>", "0.5 N"),
+        ({"selection_ratio": 1, "bootstrap_ratio": 1}, {"pairs": 1}, "<dd>1 of the",
+         "0.5 of"),
         ({}, {"held_out": 0}, "of offline pairs, ", "pairs are held out"),
-        ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 N, of 6 answers",
+        ({"candidates": 6, "bootstrap_ratio": 2.5}, {}, "2.5 times as many pairs, of 6 answers",
          "nats per token<"),
         ({"loss": "ipo"}, {}, "nats per token<", "nats<"),
         ({"loss": "simpo"}, {}, "<dd>none</dd>", "nats<"),
-        ({"selection": "reference_logp"}, {}, "<dd>0.5 N by reference_logp</dd>", _FIRST),
-        ({"selection": "random"}, {}, "<dd>0.5 N by random</dd>", _FIRST),
-        ({"length_control": "auto", "offline_length_control": 0.5}, {}, "<dd>0.5 N</dd>",
+        ({"selection": "reference_logp"}, {}, "<dd>0.5 of the pairs (by reference_logp)</dd>",
          _FIRST),
+        ({"selection": "random"}, {}, "<dd>0.5 of the pairs (at random)</dd>", _FIRST),
+        ({"length_control": "auto", "offline_length_control": 0.5}, {},
+         "<dd>0.5 of the pairs (the largest margins)</dd>", _FIRST),
         ({"reference": "initial"}, {}, "All iterations have the initial policy as reference",
          "Each iteration starts from its own"),
-        ({}, {}, f"and {_FIRST}", "<dd>theta_0</dd>"),
+        ({}, {}, f"and {_FIRST}", "<dd>the initial policy</dd>"),
         # A run that keeps everything has no choice to compare.
         ({"selection": "all", "selection_ratio": 1.0, "bootstrap_ratio": 0}, {},
          "<dd>all pairs</dd>", "Jaccard index of"),
@@ -253,7 +275,7 @@ def test_every_system_has_a_report(tmp_path, block, keys, said, unsaid):
     assert unsaid not in page
     if block.keys() & {"selection", "length_control"}:
         assert found[-1]["threshold"] is None
-    assert ("<dd>theta_0</dd>" in page) == ("reference" in block)
+    assert ("<dd>the initial policy</dd>" in page) == ("reference" in block)
     if "length_control" in block:
         assert found[-1]["bootstrapped_ensemble"] is None
     if "score_columns" in block:
@@ -294,7 +316,7 @@ def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
     page = render(run)
     row = page[page.index('<th scope="row">1</th>') :].split("</tr>")[0]
     assert [cell.split("<")[0] for cell in row.split("<td>")[1:4]] == ["12", "0", "12"]
-    assert "The dataset's chosen answers before samples of theta_2" in page
+    assert "The dataset's chosen answers before samples of the policy after iteration 2" in page
     assert "implicit reward tells apart" not in page
     assert "Jaccard index of" not in page
     said = shown(run, 3)

@@ -193,8 +193,10 @@ def test_thousands_of_pairs_are_a_small_page(tmp_path):
     scores = {"score_chosen": np.linspace(0, 1, total).tolist(), "score_rejected": [0.5] * total}
     make_run(tmp_path, pairs=total, words=words, scores=scores)
     found = write_report(tmp_path).read_text()
-    assert "Best bootstrapped pairs" in found
+    assert "Best sampled pairs" in found
     assert "more characters]" in found
+    # Where a text is cut shows, and the next part of it opens.
+    assert re.search(r'…</pre>\s*<details class="more"><summary>[\d,]+ more characters<', found)
     assert len(found.encode()) < 3_000_000
 
 

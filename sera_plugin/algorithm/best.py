@@ -8,7 +8,7 @@ import numpy.typing as npt
 from sera_plugin.algorithm.rewards import FloatArray
 
 #: What policies are compared by, for a reader.
-FIGURE = "the mean DPO loss on the held-out pairs, against theta_0"
+FIGURE = "mean DPO loss on the held-out pairs, against the initial policy"
 #: Standard errors by which an earlier policy has to be better: one-sided 99 %.
 CLEARLY = 2.326
 

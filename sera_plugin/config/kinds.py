@@ -64,7 +64,7 @@ class SelectionKind(Kind):
     """How offline pairs are chosen: a subclass of `algorithm.selection.Selection`."""
 
     module = "algorithm.selection"
-    #: What it keeps of the N offline pairs, for a reader; `{ratio}` is selection_ratio.
+    #: What it keeps of the offline pairs, for a reader; `{ratio}` is selection_ratio.
     keeps: str
     #: Whether `selection_ratio` says how many are kept.
     reads_ratio: bool = True
@@ -78,10 +78,12 @@ class SelectionKind(Kind):
 
 _BY_PROMPT: dict[str, Any] = {"reads_ratio": False, "reads_scores": True, "rejects": False}
 SELECTIONS: Mapping[str, SelectionKind] = {
-    "irm": SelectionKind("ImplicitRewardMargin", "{ratio:g} N", by_margin=True),
-    "reference_logp": SelectionKind("ReferenceLogp", "{ratio:g} N by reference_logp"),
-    "score": SelectionKind("Score", "{ratio:g} N by score", reads_scores=True),
-    "random": SelectionKind("Random", "{ratio:g} N by random"),
+    "irm": SelectionKind(
+        "ImplicitRewardMargin", "{ratio:g} of the pairs (the largest margins)", by_margin=True
+    ),
+    "reference_logp": SelectionKind("ReferenceLogp", "{ratio:g} of the pairs (by reference_logp)"),
+    "score": SelectionKind("Score", "{ratio:g} of the pairs (by score)", reads_scores=True),
+    "random": SelectionKind("Random", "{ratio:g} of the pairs (at random)"),
     "all": SelectionKind("All", "all pairs", reads_ratio=False),
     "curriculum": SelectionKind("Curriculum", "each prompt's t-th easiest pair", **_BY_PROMPT),
 }

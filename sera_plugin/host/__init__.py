@@ -6,5 +6,6 @@
   patched, and what would remove each patch
 - `restart`  an optimizer begun anew in place
 - `loop`, `run`  the iterations of one run in order; which run this is, and what the log says
+- `ends`, `errors`   the first and last words of `axolotl train`; how it ends at a mistake
 - `base`     the base model's weights: those that the run began with
 """

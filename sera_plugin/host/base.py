@@ -4,7 +4,6 @@ Noise of some per cent on them moves the log-probabilities of a 4-bit model by l
 do, so that only the files tell it.
 """
 
-import hashlib
 import os
 import stat
 from collections.abc import Collection, Mapping
@@ -15,15 +14,12 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from sera_plugin.config.quoting import quoted
+from sera_plugin.rundir.checksums import digest
 from sera_plugin.rundir.format import Invalid, WeightIndex, read_json
-from sera_plugin.rundir.progress import progress
 
 #: What a model's weights are in, which file has which of them, and what is computed with them.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 _FILES = (*_WEIGHTS, "config.json", "adapter_config.json")
-_CHUNK = 2**22
-#: Bytes that take some seconds: hashing more is shown.
-_MUCH = 2 * 10**9
 
 
 def describe_base(base_model: str, revision: str | None = None) -> dict[str, Any] | None:
@@ -41,7 +37,7 @@ def describe_base(base_model: str, revision: str | None = None) -> dict[str, Any
     if directory.is_dir():
         sizes = _sizes(base_model, directory)
         hashed = [name for name, size in sizes.items() if size is not None]
-        return {"files": sizes, "sha256": _hashes(base_model, directory, hashed, sizes)}
+        return {"files": sizes, "sha256": _hashes(base_model, directory, hashed)}
     try:
         found = try_to_load_from_cache(base_model, "config.json", revision=revision)
     except ValueError:  # no name that the hub could have
@@ -90,7 +86,7 @@ def require_same_base(
         if (has := after[name]) != (had := before[name]):
             raise _another(base_model, root, f"{name} has {_bytes(has)}, and had {_bytes(had)}")
     sums: dict[str, str] = earlier.get("sha256", {})
-    for name, found in _hashes(base_model, Path(base_model), list(sums), after).items():
+    for name, found in _hashes(base_model, Path(base_model), list(sums)).items():
         if found != sums[name]:
             raise _another(base_model, root, f"the checksum of {name} differs")
 
@@ -133,24 +129,12 @@ def _sizes(base_model: str, directory: Path, known: Collection[str] = ()) -> dic
     return found
 
 
-def _hashes(
-    base_model: str, directory: Path, names: list[str], sizes: Mapping[str, int | None]
-) -> dict[str, str]:
+def _hashes(base_model: str, directory: Path, names: list[str]) -> dict[str, str]:
     """Name -> SHA-256, hexadecimal."""
-    total = sum(sizes[name] or 0 for name in names)
-    found = {}
-    with progress("checksums of base_model", total, "byte", quiet=total < _MUCH) as advance:
-        for name in names:
-            sha = hashlib.sha256()
-            try:
-                with (directory / name).open("rb") as file:
-                    while block := file.read(_CHUNK):
-                        sha.update(block)
-                        advance(len(block))
-            except OSError as error:
-                raise _unreadable(base_model, error) from None
-            found[name] = sha.hexdigest()
-    return found
+    try:
+        return {name: digest(directory / name) for name in names}
+    except OSError as error:
+        raise _unreadable(base_model, error) from None
 
 
 def _unreadable(base_model: str, error: OSError) -> ValueError:

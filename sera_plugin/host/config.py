@@ -17,6 +17,7 @@ from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraArgs, SeraConfig
+from sera_plugin.host.ends import describe_beginning
 from sera_plugin.host.keys import TRAINER, WHOLE
 from sera_plugin.host.refused import DATASETS, refuse
 from sera_plugin.host.schedules import check_schedule
@@ -88,6 +89,8 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
     if cfg.get("fsdp_config") and "fsdp_state_dict_type" not in cfg["fsdp_config"]:
         cfg["fsdp_config"] = {**cfg["fsdp_config"], "state_dict_type": WHOLE}
     _warn(cfg, sera, entries)
+    if _is_run_by("train") and os.environ.get("RANK", "0") == "0":
+        LOG.info("%s", describe_beginning(cfg, sera))
     if cfg.get("use_ray"):
         cfg["sera_entries"] = json.dumps(entries, default=str)
     return entries
@@ -146,15 +149,21 @@ def _with_unset_keys(block: Any) -> dict[str, Any]:
     return {"gpu_memory_utilization": None, "host": "127.0.0.1", **block}
 
 
+def _is_run_by(command: str) -> bool:
+    """Whether a module of the host's commands (`train`) has asked for this."""
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    modules = {getattr(one.f_globals.get("__spec__"), "name", None) for one in frames}
+    return f"axolotl.cli.{command}" in modules
+
+
 def _refuse_evaluate() -> None:
     """`axolotl evaluate` loads the base model: it would compare the first policy with itself."""
-    for frame, _ in traceback.walk_stack(None):
-        if getattr(frame.f_globals.get("__spec__"), "name", None) == "axolotl.cli.evaluate":
-            raise ValueError(
-                "axolotl evaluate loads the base model and not what was trained, so with rl: sera "
-                "it would compare that model with itself. Use `axolotl sera eval OUTPUT_DIR "
-                "--prompts FILE` (docs/eval.md)."
-            )
+    if _is_run_by("evaluate"):
+        raise ValueError(
+            "axolotl evaluate loads the base model and not what was trained, so with rl: sera it "
+            "would compare that model with itself. Use `axolotl sera eval OUTPUT_DIR --prompts "
+            "FILE` (docs/eval.md)."
+        )
 
 
 def _refuse_misplaced(cfg: Mapping[str, Any]) -> None:

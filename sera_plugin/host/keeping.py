@@ -11,7 +11,6 @@ from sera_plugin.algorithm.best import best_policy, held_out_losses
 from sera_plugin.algorithm.method import Method, Pairs, Phases
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import score_columns, score_pairs
-from sera_plugin.host import run
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.rundir.store import RunStore, make_table
@@ -85,10 +84,9 @@ class Keeping:
         theta_last stays loadable in `last/policy`, and why is in `last/summary.json`. Returns
         figures for the trackers.
         """
-        keep, policies = self.method.config.keep, self.scorer.policies
+        policies = self.scorer.policies
         if not self.judges:
             self.store.discard_after(last)  # what an earlier end, with another `keep`, has left
-            LOG.info("%s", run.describe_kept(keep, last, last, {}, self.store.root))
             return {}
         policies.current = last
         before = self.store.summary(last + 1)
@@ -108,5 +106,4 @@ class Keeping:
             "forwarded": phases.forwarded,
         }
         self.store.write_summary(last + 1, ending)
-        LOG.info("%s", run.describe_kept(keep, kept, last, means, self.store.root))
         return {"sera/held_out_loss": means[last], "sera/kept": float(kept)}

@@ -152,7 +152,7 @@ class Loop:
             self.store.ranks.on_main(lambda: self._name_damaged_policies(begins))
         sampler = self._choose_sampler(begins)
         self.store.begin(self.described, self.dataset)
-        LOG.info("%s", run.announce(self.described, self.method, planned, self.store.root, sampler))
+        LOG.info("%s", run.announce(self.described, self.method, planned, sampler))
         last = -1 if self.step is None else self.step
         self.store.ranks.on_main(lambda: checksums.set_aside(directory, last))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from axolotl.utils.dict import DictDefault
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.host.config import resolve, restore_entries
+from sera_plugin.host.ends import describe_done
+from sera_plugin.host.errors import end_with_sentences
 from sera_plugin.rundir.machines import Watch
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ class SeraPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Raises ValueError for what SeRA cannot run with, before the host validates it."""
+        end_with_sentences()
         self._entries = resolve(cfg) or self._entries
 
     def get_input_args(self) -> str:
@@ -74,17 +78,23 @@ class SeraPlugin(BasePlugin):
         self._watch.close(done=True)
 
     def post_train_unload(self, cfg: DictDefault) -> None:
-        """Write a report; a run that is trained does not fail for want of one."""
+        """Write a report, and the last words; a trained run does not fail for want of them."""
         if os.environ.get("RANK", "0") != "0":
             return
-        output_dir = Path(cfg["output_dir"])
+        output_dir, report = Path(cfg["output_dir"]), None
         try:
             from sera_plugin.tools.report.page import write_report
 
-            LOG.info("SeRA report: %s", write_report(output_dir))
+            LOG.info("SeRA: writing the report")
+            report = write_report(output_dir)
         except Exception as error:  # whatever it is: the model is saved
             LOG.warning(
                 f"SeRA: the report could not be written ({type(error).__name__}: "
                 f"{plain(str(error), 300)}). The run is complete; to try again: axolotl sera "
                 f"report {output_dir}"
+            )
+        with suppress(ValueError):  # a damaged run.json, which the report has named
+            LOG.info(
+                "%s",
+                describe_done(output_dir, str(cfg.get("axolotl_config_path") or "YAML"), report),
             )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 from pydantic import BaseModel
 
 from sera_plugin import __version__
-from sera_plugin.algorithm.best import FIGURE
 from sera_plugin.algorithm.method import Method, Pairs, Schedule
 from sera_plugin.config.credentials import Known, public, storable
 from sera_plugin.config.kinds import LABELERS, SELECTIONS
@@ -133,26 +132,26 @@ def describe_run(
 
 
 def announce(
-    run: Mapping[str, Any], method: Method, schedule: Schedule, root: Path, sampler: Choice | None
+    run: Mapping[str, Any], method: Method, schedule: Schedule, sampler: Choice | None
 ) -> str:
-    """The log block at the start; `sampler` is None where nothing is sampled."""
+    """The plan, a log block once the pairs are known; `sampler` is None if nothing is sampled."""
     config = method.config
     by = "" if LABELERS[config.labeler].implicit else f" by {config.labeler}"
     rewards = "averaged per token" if method.per_token else "summed over tokens"
     restarts = "restart every iteration" if config.restart_optimizer else "run on"
     kept = SELECTIONS[config.selection].keeps.format(ratio=config.selection_ratio)
     lines = [
-        "SeRA run",
+        "SeRA plan",
         f"  loss {run['loss']}, beta {run['beta']:g}, rewards {rewards}",
-        f"  keep {kept}, sample {config.bootstrap_ratio:g} N (R = {config.candidates}, temperature "
-        f"{config.temperature:g}, top_p {config.top_p:g}, up to {config.max_new_tokens} tokens)"
-        f"{by}, gamma {config.gamma:g}",
+        f"  keep {kept}; sample {round(config.bootstrap_ratio * method.total):,} pairs{by}, of "
+        f"{config.candidates} answers a prompt (temperature {config.temperature:g}, top_p "
+        f"{config.top_p:g}, up to {config.max_new_tokens} tokens); gamma {config.gamma:g}",
     ]
     for key in ("length_control", "offline_length_control", "label_noise"):
         if getattr(config, key) not in ("none", 0):
             lines.append(f"  {key}: {getattr(config, key)}")
     lines += [
-        f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
+        f"  {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
         f"  optimizer and learning-rate schedule {restarts}",
     ]
     for t, size in enumerate(schedule.pairs, start=1):
@@ -165,34 +164,7 @@ def announce(
         )
     if sampler is not None:
         lines.append(f"  sampler: {sampler.name} ({sampler.reason})")
-    return "\n".join([*lines, f"  {schedule.total_steps} steps in all; files go to {root}"])
-
-
-def describe_kept(keep: str, kept: int, last: int, losses: Mapping[int, float], root: Path) -> str:
-    """The log block at the end of training; `losses` by policy, where they have decided."""
-    lines = [f"SeRA keeps theta_{kept}, the last policy (sera.keep: {keep})"]
-    if losses:
-        lines = [
-            f"SeRA keeps theta_{kept}"
-            + (
-                ", the last policy: none before it is clearly better"
-                if kept == last
-                else ": every later policy is clearly worse than an earlier one"
-            ),
-            f"  by {FIGURE}: "
-            + ", ".join(f"theta_{policy} {loss:.4g}" for policy, loss in losses.items()),
-        ]
-        if losses[kept] >= losses[0]:
-            lines.append("  which is no lower than that of theta_0, where the run started")
-        if kept != last:
-            lines.append(f"  theta_{last}, the last one, is in {root / 'last/policy'}")
-    elif keep == "best":
-        lines.append(
-            "  best needs held-out pairs: set val_set_size, test_datasets or sera.held_out"
-        )
-    compare = f"axolotl sera eval {root.parent} --iterations --prompts FILE"
-    lines.append(f"  it goes to {root.parent}; to compare the policies' answers: {compare}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {schedule.total_steps} steps in all"])
 
 
 def describe_start(summary: Mapping[str, Any], unit: str) -> str:

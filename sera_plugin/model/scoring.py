@@ -52,7 +52,7 @@ class PolicyScorer:
         self.phases.count(phase, len(prompts), tokens)
         what = f"{phase.replace('_', ' ')} under theta_{policy}"
         mine = tokens // self.ranks.world  # about: the last batches are not equal
-        with self.policies.at(policy), progress(what, mine, "token", self.quiet) as advance:
+        with progress(what, mine, "token", self.quiet) as advance, self.policies.at(policy):
             scores = score_sequences(
                 self.policies.model,
                 prompts,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
+from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.writing import beside, flush, make_directory, remove
 
 LOG = logging.getLogger("axolotl.sera")
@@ -22,14 +23,23 @@ LOG = logging.getLogger("axolotl.sera")
 SUMS = "SHA256SUMS"
 #: Bytes of a list of checksums; a checkpoint has some dozen lines.
 _LARGEST = 16 * 2**20
+#: Bytes that take some seconds, and those read at a time.
+_MUCH, _CHUNK = 10**9, 2**22
 #: Digits of a checksum in a file's name.
 _SHORT = 16
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """SHA-256 of a file's bytes, hexadecimal; says how far it is where there are many."""
+    size, sha = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size < _MUCH or not LOG.isEnabledFor(logging.INFO):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        with progress(f"checksum of {path.name}", size, "byte") as advance:
+            while block := file.read(_CHUNK):
+                sha.update(block)
+                advance(len(block))
+    return sha.hexdigest()
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -199,12 +199,16 @@ class RunStore:
         begun, self.end = self.iteration(iteration), iteration
         self.ranks.on_main(lambda: begun.rename(self.last))
 
+    def ending(self) -> dict[str, Any]:
+        """last/summary.json, empty before the end of training and where no policy was chosen."""
+        return self._json(self.last / "summary.json", Ending)
+
     def policies(self) -> list[Path]:
         """Where theta_0, theta_1, ..., theta_T of a finished run are.
 
         That is `output_dir` for the one that was kept, and `last/policy` for theta_T if it was not.
         """
-        ending = self._json(self.last / "summary.json", Ending)
+        ending = self.ending()
         planned = int((self.description() or {})["config"]["num_epochs"])
         last = ending.get("policies", planned)
         found = [*(self.policy(policy + 1) for policy in range(last)), self.last / "policy"]

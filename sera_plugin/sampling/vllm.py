@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from sera_plugin.config.quoting import plain, quoted
 from sera_plugin.model.losses import LOW_PRECISION_LIMIT
+from sera_plugin.rundir.progress import EVERY
 from sera_plugin.rundir.ranks import WHOLE, Shard
 from sera_plugin.sampling.child import (
     Child,
@@ -146,9 +147,13 @@ class VllmSampler(EngineSampler):
         starting = perf_counter()
         child = Child([self.python, "-m", SERVER, f"--port={port}", *flags], environment, self.log)
         try:
+            said = starting
             while client.answers("/health") is None:
                 child.check(child.log_size)
                 sleep(0.5)
+                if perf_counter() - said > EVERY:
+                    said = perf_counter()
+                    LOG.info("SeRA: vLLM is still starting (%.0f s)", said - starting)
             self.report |= {"version": client.version(), "weights": weights}
             self.seconds["start_engine"] = round(perf_counter() - starting, 3)
             serves = f"{self.policy.adapter or self.policy.model} in {weights}"

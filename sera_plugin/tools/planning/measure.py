@@ -113,6 +113,7 @@ def _set_aside(run: Run) -> Iterator[DictDefault]:
     a run of a few pairs mean nothing, so none are shown.
     """
     place = existing(Path(run.cfg["output_dir"]).parent)
+    LOG.info("SeRA: loading the model, to time a short run")
     plugins, level = PluginManager.get_instance(), LOG.level
     LOG.setLevel(logging.ERROR)
     try:

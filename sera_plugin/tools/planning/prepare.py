@@ -30,6 +30,7 @@ from sera_plugin.host.given import Given
 from sera_plugin.host.refused import MISTAKES
 from sera_plugin.model.budget import GIB
 from sera_plugin.model.memory import OPTIMIZERS
+from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.store import make_table
 from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
@@ -83,7 +84,8 @@ def read_plan(
     end_ids = model_end_ids(SimpleNamespace(generation_config=_generation(cfg)), tokenizer)
 
     def prepared(dataset: Any, split: str) -> tuple[TokenizedRows, Pairs, Any]:
-        rows = prepare_rows(dataset, tokenizer, end_ids, cfg, config, split)
+        shown = told(dataset, f"tokenize {split} pairs", "pair")
+        rows = prepare_rows(shown, tokenizer, end_ids, cfg, config, split)
         columns = {name: getattr(rows, name) for name in _COLUMNS}
         pairs = Pairs.from_table(make_table(columns))
         return rows, pairs, lengths(*(getattr(pairs, name).lengths for name in _COLUMNS))

@@ -21,18 +21,21 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
 
 #: The page's variables.
-_NAMES = ("ink", "muted", "rule", "kept", "dropped", "sampled", "other")
+_NAMES = ("ink", "muted", "rule", "kept", "dropped", "chosen", "rejected", "sampled")
 _PAGE = {f"#0{place}0{place}0{place}": name for place, name in enumerate(_NAMES, 1)}
-INK, MUTED, RULE, KEPT, DROPPED, SAMPLED, OTHER = _PAGE
-#: What is drawn, and how.
-COLOURS = {
-    **dict.fromkeys(("", "chosen", "offline", "train", "kept by it"), KEPT),
-    **dict.fromkeys(("rejected", "dropped", "dropped by it"), DROPPED),
-    **dict.fromkeys(("sampled", "held out"), SAMPLED),
-    "its best": OTHER,
-    "same choice": MUTED,
-    "this run": KEPT,
-    "published runs": MUTED,
+INK, MUTED, RULE, KEPT, DROPPED, CHOSEN, REJECTED, SAMPLED = _PAGE
+#: What is drawn: its colour, which means the same on the whole page, and its marker, by which it is
+#: told from others without colours.
+LOOKS = {
+    "chosen": (CHOSEN, "o"),
+    "rejected": (REJECTED, "x"),
+    "sampled": (SAMPLED, "^"),
+    "best": (SAMPLED, "D"),
+    "held out": (INK, "s"),
+    **dict.fromkeys(("", "offline", "train", "this run"), (KEPT, "o")),
+    "kept by it": (KEPT, "P"),
+    "dropped by it": (DROPPED, "v"),
+    **dict.fromkeys(("same choice", "published runs"), (MUTED, ".")),
 }
 #: Labels carry names of the dataset's columns: nothing in them is a formula.
 _STYLE: Any = {
@@ -54,8 +57,11 @@ _STYLE: Any = {
     "legend.loc": "lower left",
     "legend.frameon": False,
     "legend.borderpad": 0.2,
-    **dict.fromkeys(("legend.borderaxespad", "legend.handlelength", "legend.handletextpad"), 0),
-    "legend.columnspacing": 1.2,
+    "legend.borderaxespad": 0,
+    "legend.labelcolor": INK,
+    "legend.handlelength": 1.1,
+    "legend.handletextpad": 0.4,
+    "legend.columnspacing": 1.1,
 }
 _DASHED: Any = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2))}
 #: Inches at 72 units each. Narrow, so that a phone shows the text at its size.
@@ -63,8 +69,8 @@ _WIDTH = 4.6
 _BINS = 50
 #: Points of a scatter plot and of a curve: enough to see a shape, few enough for a small page.
 _POINTS = 400
-#: Draws into axes; gives the names of what it has drawn, each with its colour.
-Plot = Callable[[Any], dict[str, str]]
+#: Draws into axes; gives what it has drawn by name, for a legend.
+Plot = Callable[[Any], dict[str, Any]]
 #: A picture as `svg`, its `title`, and a `note` on how it is made.
 Chart = dict[str, str]
 #: Lines by name: x, y, and one standard error each way or none.
@@ -92,10 +98,9 @@ def _draw(
             axes.grid(axis="y", color=RULE, linewidth=0.6)
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_locator(MaxNLocator(6))
-            names = plot(axes)
-            nothing = [Line2D([], [], linestyle="none")] * len(names)
-            place: Any = {"bbox_to_anchor": (0, above), "ncols": max(1, len(names))}
-            axes.legend(nothing, list(names), labelcolor=list(names.values()), **place)
+            drawn = plot(axes)
+            place: Any = {"bbox_to_anchor": (0, above), "ncols": max(1, len(drawn))}
+            axes.legend(list(drawn.values()), list(drawn), **place)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         about = {"Date": None, "Creator": None}
@@ -115,6 +120,14 @@ def _draw(
     return {"title": title, "note": note, "svg": Markup(text)}
 
 
+def _look(name: str, **more: Any) -> dict[str, Any]:
+    """What `plot` draws something with, by its name."""
+    colour, marker = LOOKS[name]
+    # A cross is nothing but its edge.
+    edge = {"markeredgewidth": 1.1 if marker == "x" else 0}
+    return {"color": colour, "marker": marker, "markersize": 5, **edge, **more}
+
+
 def margins(
     title: str, note: str, unit: str, panels: Mapping[str, tuple[FloatArray, BoolArray]]
 ) -> Chart:
@@ -126,21 +139,21 @@ def margins(
     room = (high - low or 1.0) * 0.02
     edges = np.linspace(low - room, high + room, _BINS + 1)
 
-    def plot(name: str, axes: Any) -> dict[str, str]:
-        (margin, kept), names, base = panels[name], {}, np.zeros(_BINS)
-        for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, COLOURS[name])):
+    def plot(name: str, axes: Any) -> dict[str, Any]:
+        (margin, kept), drawn, base = panels[name], {}, np.zeros(_BINS)
+        for what, which, ink in (("dropped", ~kept, DROPPED), ("kept", kept, LOOKS[name][0])):
             if which.any():
-                names[f"{int(which.sum()):,} {name} {what}"] = ink
                 top = base + np.histogram(np.clip(margin[which], *edges[[0, -1]]), edges)[0]
-                axes.stairs(top, edges, baseline=base, fill=True, color=ink, alpha=0.8)
+                bars = axes.stairs(top, edges, baseline=base, fill=True, color=ink)
+                drawn[f"{int(which.sum()):,} {name} {what}"] = bars
                 base = top
         axes.axvline(0, color=INK, linewidth=0.8)
-        if len(names) > 1:
+        if len(drawn) > 1:
             axes.axvline(float(margin[kept].min()), **_DASHED)
         axes.set_xlim(*edges[[0, -1]])
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.tick_params(labelbottom=name == list(panels)[-1])
-        return names
+        return drawn
 
     height = 0.5 + 1.5 * len(panels)
     bottoms = [(0.5 + 1.5 * place) / height for place in reversed(range(len(panels)))]
@@ -165,7 +178,8 @@ def scatter(
     """
     finite = np.isfinite(x) & np.isfinite(y)
 
-    def plot(axes: Any) -> dict[str, str]:
+    def plot(axes: Any) -> dict[str, Any]:
+        drawn = {}
         axes.axhline(0, color=RULE, linewidth=0.8)
         if np.nanmin(x) < 0:
             axes.axvline(0, color=RULE, linewidth=0.8)
@@ -175,14 +189,16 @@ def scatter(
         for name, which in marks.items():
             at = np.flatnonzero(which & finite)
             at = at[np.linspace(0, len(at) - 1, min(len(at), _POINTS)).astype(int)]
-            small: Any = {"markersize": 3, "markeredgewidth": 0, "alpha": 0.55}
-            axes.plot(x[at], y[at], "o", color=COLOURS[name], **small)
+            small: Any = _look(name, markersize=4, linestyle="none")
+            axes.plot(x[at], y[at], **small, alpha=0.55)
+            if name:
+                drawn[name] = Line2D([], [], **small)
         if cuts is not None and around is not None and around.any():
             for values, cut, limit in ((x, cuts[0], axes.set_xlim), (y, cuts[1], axes.set_ylim)):
                 inside = [*values[around], cut]
                 room = (max(inside) - min(inside) or 1.0) * 0.8
                 limit(min(inside) - room, max(inside) + room)
-        return {name: COLOURS[name] for name in marks if name}
+        return drawn
 
     return _draw(title, note, labels, 3.1, [((0.15, 0.17, 0.9), plot)])
 
@@ -197,21 +213,20 @@ def lines(
 ) -> Chart:
     """Figures over iterations, each line named with its last value."""
 
-    def plot(axes: Any) -> dict[str, str]:
-        names = {}
+    def plot(axes: Any) -> dict[str, Any]:
+        drawn = {}
         for name, (x, y, error) in series.items():
-            axes.plot(x, y, "o-", color=COLOURS[name], markersize=4)
+            (line,) = axes.plot(x, y, **_look(name))
             if error:
-                axes.errorbar(x, y, yerr=error, fmt="none", ecolor=COLOURS[name], elinewidth=0.9)
-            names[f"{name} {y[-1]:.{decimals}f}"] = COLOURS[name]
+                axes.errorbar(x, y, yerr=error, fmt="none", ecolor=LOOKS[name][0], elinewidth=0.9)
+            drawn[f"{name} {y[-1]:.{decimals}f}"] = line
         if reference is not None:
-            axes.axhline(reference[0], **_DASHED)
-            names[reference[1]] = MUTED
+            drawn[reference[1]] = axes.axhline(reference[0], **_DASHED)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.margins(y=0.12)
         numbers = [number for x, _, _ in series.values() for number in x]
         axes.set_xlim(min(numbers) - 0.25, max(numbers) + 0.25)
-        return names
+        return drawn
 
     return _draw(title, note, ("iteration", ylabel), 2.6, [((0.14, 0.18, 0.89), plot)])
 
@@ -226,16 +241,18 @@ def strips(
     """Values in rows by label, from the top, in groups by name; from the `band` a grey ground."""
     labels = [label for rows in groups.values() for label in rows]
 
-    def plot(axes: Any) -> dict[str, str]:
+    def plot(axes: Any) -> dict[str, Any]:
+        drawn = {}
         axes.axvspan(*band, color=RULE, alpha=0.6, linewidth=0)
         axes.axvline(0, **_DASHED)
         for name, rows in groups.items():
+            look = _look(name, markersize=8 if LOOKS[name][1] == "." else 6, linestyle="none")
+            drawn[name] = Line2D([], [], **look)
             for label, values in rows.items():
-                row = [labels.index(label)] * len(values)
-                axes.plot(values, row, "o", color=COLOURS[name], markersize=5, alpha=0.8)
+                axes.plot(values, [labels.index(label)] * len(values), **look, alpha=0.8)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        return {name: COLOURS[name] for name in groups}
+        return drawn
 
     height = 0.75 + 0.2 * len(labels)
     box = (0.18, 0.5 / height, 1 - 0.25 / height)
@@ -245,20 +262,25 @@ def strips(
 def curves(title: str, ylabel: str, series: Lines, boundaries: Mapping[int, int]) -> Chart:
     """Training curves over steps, with the first step of each iteration marked."""
 
-    def plot(axes: Any) -> dict[str, str]:
+    def plot(axes: Any) -> dict[str, Any]:
+        drawn = {}
         for name, (x, y, _) in series.items():
             # Means of neighbours, so that a long run's curve stays small; gaps (nan) stay.
             parts = np.array_split(np.array([x, y]), min(len(x), _POINTS), axis=1)
-            few = "o-" if len(parts) < 12 else "-"
             means = np.transpose([part.mean(axis=1) for part in parts])
-            axes.plot(*means, few, color=COLOURS[name], markersize=3.5, linewidth=1.3)
+            look = _look(name, markersize=4, linewidth=1.3)
+            if len(parts) >= 12:
+                look["marker"] = "none"
+            (drawn[name],) = axes.plot(*means, **look)
         axes.margins(x=0.01)
         left, right = axes.get_xlim()
-        for iteration, step in boundaries.items():
-            if left <= step <= right:
-                axes.axvline(step, color=RULE, linewidth=0.9)
-                mark = f" {iteration}" if iteration > 1 else " iteration 1"
+        shown = {t: step for t, step in boundaries.items() if left <= step <= right}
+        each = max(1, len(shown) // 10)
+        for place, (iteration, step) in enumerate(shown.items()):
+            axes.axvline(step, color=RULE, linewidth=0.9, zorder=0)
+            mark = f" {iteration}" if place else f" iteration {iteration}"
+            if not place or ((place > 1 or len(shown) < 6) and place % each == 0):
                 axes.text(step, 1.03, mark, transform=axes.get_xaxis_transform(), color=MUTED)
-        return {name: COLOURS[name] for name in series}
+        return drawn
 
     return _draw(title, "", ("step", ylabel), 2.6, [((0.14, 0.18, 0.82), plot)], above=1.1)

@@ -28,6 +28,8 @@ from sera_plugin.tools.report.pairs import examples, facts_of
 from sera_plugin.tools.report.reading import Iteration, Run, Texts, find_run
 
 Figures = dict[str, Any]
+#: Most iterations that have charts of their own.
+_CHARTED = 6
 _SHOWN = ("learning_rate", "lr_scheduler", "num_epochs", "micro_batch_size", "adapter", "lora_r",
           "sequence_len", "optimizer")  # fmt: skip
 
@@ -59,6 +61,7 @@ def render(run: Run) -> str:
         figures=found,
         figure_is=FIGURE,
         charts=_charts(run, found),
+        charted=_CHARTED,
         square=Table.square,
         spent=spent,
         examples=examples(run),
@@ -76,6 +79,8 @@ def _charts(run: Run, found: Figures) -> dict[str, list[Chart]]:
     """The pictures of each section."""
     iterations = found["iterations"]
     both = list(zip(run.iterations, iterations, strict=True))
+    if len(both) > _CHARTED:  # the first ones of which there are charts, and the newest
+        both = [*both[1:3], *both[2 - _CHARTED :]]
     each = {"margins": _margins, "selection": _ensemble, "lengths": _length_r2, "scores": _scores}
     made = {name: [one for two in both for one in make(run, *two)] for name, make in each.items()}
     made["lengths"] = _lengths(iterations) + made["lengths"]
@@ -141,10 +146,10 @@ def _ensemble(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
 
 def _lengths(iterations: Sequence[Figures]) -> list[Chart]:
     places = {name: f"lengths.{name}" for name in (*SIDES, "sampled")}
-    series = _series(iterations, **places, its_best="lengths.bootstrapped_chosen")
+    series = _series(iterations, **places, best="lengths.bootstrapped_chosen")
     sampled = [one["lengths"] for one in iterations if "sampled" in one["lengths"]]
     last: Figures = sampled[-1] if sampled else {}
-    note = "Its best: the chosen answers of sampled pairs that are kept." if last else ""
+    note = "Best: the chosen answers of sampled pairs that are kept." if last else ""
     title = "Mean length of answers in tokens"
     if "chosen" in last:
         title = f"Sampled answers have {last['sampled']:,.1f} tokens on average, "
@@ -212,10 +217,10 @@ def _drift(drifted: Sequence[Figures]) -> list[Chart]:
         return []
     last = drifted[-1]["drift"]
     title = f"Iteration {drifted[-1]['iteration']} began {last['chosen']:+.1f} nats (chosen) and "
-    title += f"{last['rejected']:+.1f} (rejected) per answer from theta_0"
+    title += f"{last['rejected']:+.1f} (rejected) per answer from the initial policy"
     note = "Mean change in log-probability of the offline answers since the initial policy."
     series = _series(drifted, chosen="drift.chosen", rejected="drift.rejected")
-    zero = (0.0, "theta_0")
+    zero = (0.0, "initial policy")
     return [charts.lines(title, note, "nats per answer", series, zero, decimals=1)]
 
 
@@ -227,7 +232,7 @@ def published_runs() -> list[dict[str, str]]:
 
 def _among_published(drifted: Sequence[Figures]) -> list[Chart]:
     """Drift of the run, per token, beside that of published runs."""
-    run = {f"t = {one['iteration']}": [one["drift"]["chosen"] / one["lengths"]["chosen"]]
+    run = {f"iteration {one['iteration']}": [one["drift"]["chosen"] / one["lengths"]["chosen"]]
            for one in drifted if one["iteration"] > 1}  # fmt: skip
     if not run:
         return []
@@ -238,13 +243,16 @@ def _among_published(drifted: Sequence[Figures]) -> list[Chart]:
     every = [value for values in published.values() for value in values]
     low, first, third, high = np.quantile(every, (0, 0.25, 0.75, 1)).tolist()
     label, (last,) = list(run.items())[-1]
-    title = f"Iteration {label[4:]} began {last:+.2f} nats per token from theta_0. Of {len(every)} "
+    title = f"{label.capitalize()} began {last:+.2f} nats per token from the initial policy. Of "
+    title += f"{len(every)} "
     title += f"published DPO runs half ended between {first:.2f} and {third:.2f}, all between "
     title += f"{low:.2f} and {high:.2f}"
     note = "Chosen answers of the data. Grey ground: the middle half of the published runs, which "
     note += "the page on drift in the docs names. How far a policy has moved is not how good it is."
     groups = {"this run": run, "published runs": published}
-    return [charts.strips(title, note, "nats per token from theta_0", groups, (first, third))]
+    return [
+        charts.strips(title, note, "nats per token from the initial policy", groups, (first, third))
+    ]
 
 
 def _training(run: Run) -> list[Chart]:
@@ -255,7 +263,7 @@ def _training(run: Run) -> list[Chart]:
     against = "of rewards against the iteration's reference"
     for title, ylabel, key in (
         ("Loss", "loss", "loss"),
-        (f"Margin {against}", "beta x margin", "rewards/margins"),
+        (f"Margin {against}", "beta times margin", "rewards/margins"),
         (f"Accuracy {against}", "share of pairs", "rewards/accuracies"),
     ):
         both = {"train": curve(run.history, key), "held out": curve(run.history, f"eval_{key}")}
@@ -266,12 +274,21 @@ def _training(run: Run) -> list[Chart]:
 
 
 def curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """A figure of the log over steps, with a gap where an iteration starts."""
+    """A figure of the log over steps, with a gap where an iteration starts.
+
+    There the policy is its own reference: all rewards are 0, and an accuracy is left out.
+    """
     x: list[float] = []
     y: list[float] = []
-    started = False
+    started, begun = False, 0
+    # A step is logged with its number from 1, an evaluation with that of the steps before it.
+    equal = {"rewards/accuracies": 1, "eval_rewards/accuracies": 0}.get(key)
     for entry in history:
         started |= entry.get("sera/iteration", 1) != 1  # nothing is before the first
+        if "sera/iteration" in entry:
+            begun = int(entry["step"])
+        if equal is not None and entry.get("step") == begun + equal:
+            continue
         value = entry.get(key)
         if isinstance(value, int | float) and isfinite(value):
             gap = [nan] if started and x else []
