@@ -53,6 +53,16 @@ def address(url: str, example: str, instead: str) -> SplitResult:
     return parts
 
 
+def repository(name: str) -> str:
+    """The name of a repository of the hub, with its owner; ValueError for anything else."""
+    if not re.fullmatch(r"(?!.*(--|\.\.))(?!.*\.git$)[A-Za-z0-9]([\w-]*\w)?/\w([\w.-]{0,94}\w)?", name):
+        raise ValueError(
+            f"{quoted(name)} is no repository of the hub: write user/name, of letters, digits, "
+            "-, _ and ., at most 96 in the name"
+        )
+    return name
+
+
 def block_of(key: str, value: Any) -> Mapping[str, Any]:
     """The keys of a block, none where it is not set; ValueError for anything but a block."""
     if isinstance(block := {} if value is None else value, Mapping):

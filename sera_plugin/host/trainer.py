@@ -7,6 +7,7 @@ overridden, so that a host upgrade fails there and not in the middle of somebody
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -88,6 +89,9 @@ class SeraTrainer(UnequalEpochs):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
     tag_names: ClassVar[list[str]] = ["axolotl", "sera", "dpo"]
+    #: Writes the model's card into output_dir; the plugin's.
+    write_card: Callable[[], None] = staticmethod(lambda: None)
+    _told: int | None = None  # the iteration that the card is of
 
     def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
         self.cfg: DictDefault = PluginManager.get_instance().cfg
@@ -292,6 +296,14 @@ class SeraTrainer(UnequalEpochs):
             recorded[name].append(value)
         recorded["num_tokens"] = [self._total_train_tokens]
         return (found.loss, found.outputs) if return_outputs else found.loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """What SeRA did, in place of TRL's card, which says DPO. In training once an iteration:
+        the host asks at every checkpoint, and at any push."""
+        told = self._iteration if self.is_in_train else None
+        if self.is_world_process_zero() and (told is None or told != self._told):
+            self.write_card()
+            self._told = told
 
     def _pass_gate(self, inputs: Any, chosen: Any, rejected: Any, loss: Any = None) -> None:
         self._gate_pending = False
