@@ -1,6 +1,7 @@
 """A server that speaks the Hugging Face hub's protocol as far as its client uses it here.
 
-Repositories with branches and commits, LFS objects stored once, private ones hidden without a token.
+Repositories with branches and commits, LFS objects stored once; private ones are
+hidden from whoever has no token.
 """
 
 from __future__ import annotations
@@ -112,8 +113,14 @@ class _HubHandler(Handler):
         if found := re.fullmatch(rf"/api/{_REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.*))?", path):
             if at := self._at(found):
                 under = f"{found['path']}/" if found["path"] else ""
-                entries = [n for n in at[2] if n.startswith(under)]
-                self.answer(200, [self._entry(n, at[2][n]) for n in entries])
+                names = [name for name in at[2] if name.startswith(under)]
+                below = {name for name in names if "/" in name.removeprefix(under)}
+                if "recursive=true" not in self.path.lower():
+                    names = [name for name in names if name not in below]
+                entries = [self._entry(name, at[2][name]) for name in names]
+                for directory in {under + name.removeprefix(under).split("/")[0] for name in below}:
+                    entries.append({"type": "directory", "path": directory, "oid": _oid(b"")})
+                self.answer(200, entries)
             return None
         return self.answer(404, {"error": f"no such address: {path}"})
 
@@ -151,7 +158,9 @@ class _HubHandler(Handler):
                 for one in body["files"]:
                     name, there = one["path"], at[2].get(one["path"])
                     large = bool(_LFS.fullmatch(name))
-                    digest = hashlib.sha256(there or b"").hexdigest() if large else _oid(there or b"")
+                    digest = (
+                        hashlib.sha256(there or b"").hexdigest() if large else _oid(there or b"")
+                    )
                     oid = {} if there is None else {"oid": digest}
                     mode = "lfs" if large else "regular"
                     files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, **oid})

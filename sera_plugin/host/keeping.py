@@ -109,4 +109,4 @@ class Keeping:
         }
         self.store.write_summary(last + 1, ending)
         LOG.info("%s", run.describe_kept(keep, kept, last, means, self.store.root))
-        return {"sera/held_out_loss": means[last], "sera/kept": float(kept)}
+        return {"sera/held_out/loss": means[last], "sera/kept": float(kept)}

@@ -81,6 +81,7 @@ class Loop:
     tokenizer: Any
     nats: float  # how far log-probabilities may move when nothing has changed (`deviation`)
     log: Callable[[dict[str, float]], None]  # takes figures for the trackers
+    log_samples: Callable[[int], None]  # has them show an iteration's samples
     step: int | None = field(default=None, init=False)
     _earlier: bool = field(default=False, init=False)
     _recalled: bool = field(default=False, init=False)
@@ -290,6 +291,7 @@ class Loop:
                     if alarm.raised:
                         LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
             self.log(metrics(summary) | alarm_metrics(alarms))
+            self.log_samples(iteration)
         self._summary = summary
         self.record(alarms=records(alarms))
         begun = [iteration, *self._begun()]

@@ -33,6 +33,7 @@ from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.host.run import describe_run
+from sera_plugin.host.trackers import SampleTables
 from sera_plugin.model.budget import scoring_budget
 from sera_plugin.model.losses import (
     Again,
@@ -216,6 +217,7 @@ class SeraTrainer(UnequalEpochs):
             nats=rounding_limit(self.model, args.bf16 or args.fp16),
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
+            log_samples=SampleTables(self).log,
         )
 
     def _prepare_dataset(

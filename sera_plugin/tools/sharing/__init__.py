@@ -3,6 +3,7 @@
 - `card`       what SeRA did, as the README.md of a model
 - `messages`   token ids back to the messages that a chat template was given
 - `pairs`      the pairs that were ranked and made, as a dataset with a card
-- `hub`        both on the Hugging Face hub, policies as revisions
+- `plan`       what of it goes where on the Hugging Face hub, policies as revisions
+- `hub`        and puts it there
 - `command`    the command line
 """

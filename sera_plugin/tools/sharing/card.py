@@ -5,6 +5,7 @@ comes from elsewhere (names, texts of a dataset or a model) is shown and never o
 it: the same run has the same card.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -81,7 +82,7 @@ def hub_base(run: Run) -> str | None:
 
 def _on_hub(name: str) -> bool:
     named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return bool(named) and not name.endswith(_DATA_SUFFIXES) and not Path(name).exists()
+    return bool(named) and not name.endswith(_DATA_SUFFIXES) and not os.path.exists(name)
 
 
 def datasets_of(run: Run) -> tuple[list[str], list[str]]:
@@ -127,14 +128,16 @@ def model_card(
     found, (kept, last) = figures(run), policies_of(run)
     hub, _ = datasets_of(run)
     base, adapter = hub_base(run), bool(run.config.get("adapter"))
+    more: dict[str, Any] = {RUN_KEY: run_id(run)}
+    if base:
+        more["base_model_relation"] = "adapter" if adapter else "finetune"
     data = ModelCardData(
         base_model=base,
         datasets=[*hub, *([pairs] if pairs else ())] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*TAGS, *(["lora"] if adapter else ())],
-        **({"base_model_relation": "adapter" if adapter else "finetune"} if base else {}),
-        **{RUN_KEY: run_id(run)},
+        **more,
     )
     title = name.split("/")[-1] if name else run.root.parent.resolve().name
     policy = kept if policy is None else policy

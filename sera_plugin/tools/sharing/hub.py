@@ -1,17 +1,15 @@
 """A run on the Hugging Face hub: its policies as revisions of a model, its pairs as a dataset.
 
-What is uploaded is named, never a directory: weights, their configuration, the tokenizer and the
-card. A commit is made of what the hub does not have yet, so the same command again adds nothing,
-and one that was broken off goes on.
+A commit is made of what the hub does not have yet, so the same command again adds nothing, and one
+that was broken off goes on.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,175 +22,23 @@ from huggingface_hub import (
     constants,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from sera_plugin.config.block import repository
 from sera_plugin.config.quoting import plain
-from sera_plugin.rundir.checksums import damage
 from sera_plugin.tools.report.reading import Run, find_run
-from sera_plugin.tools.sharing.card import RUN_KEY, hub_base, model_card, policies_of, run_id
-from sera_plugin.tools.sharing.pairs import Pairs
+from sera_plugin.tools.sharing.card import RUN_KEY, run_id
+from sera_plugin.tools.sharing.plan import CARD, WEIGHTS, Upload, plan_push, shown_plan
 
-#: What of a policy's directory is uploaded; its README.md is made anew.
-_WEIGHTS = r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-_UPLOADED = re.compile(
-    rf"{_WEIGHTS}|(adapter_|generation_)?config\.json|(special_tokens_map|added_tokens|vocab)\.json"
-    r"|tokenizer(_config)?\.json|(tokenizer|spiece|sentencepiece\.bpe)\.model|vocab\.txt|merges\.txt"
-    r"|chat_template\.(jinja|json)"
-)
 #: Of ours on the hub, what goes where this push does not have it: weights in other parts, and
 #: iterations that were trained anew.
-_REPLACED = re.compile(rf"{_WEIGHTS}|adapter_config\.json|data/iteration-\d+\.parquet")
-#: Keys of configuration files that have a path.
-_PLACES = re.compile(r".*(path|name_or_path|_file|_dir)$")
-_CARD = "README.md"
+_REPLACED = re.compile(rf"{WEIGHTS}|adapter_config\.json|data/iteration-\d+\.parquet")
 _KEPT_OF_CARD = ("license", "license_name", "license_link", "language", "extra_gated_prompt")
 _AGAIN = "Start the same command again: it goes on with what is missing."
 
 
 class PushFailed(OSError):
     """The hub did not take it; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Upload:
-    """Files for one revision of a repository, by path there."""
-
-    kind: str  # of repository: `model` or `dataset`
-    name: str
-    revision: str
-    what: str  # for people
-    files: Mapping[str, Path | bytes] = field(repr=False)
-
-    @property
-    def bytes(self) -> int:
-        """How large it is."""
-        return sum(
-            len(one) if isinstance(one, bytes) else one.stat().st_size
-            for one in self.files.values()
-        )
-
-
-def plan_push(run: Run, name: str, pairs: str | None) -> tuple[list[Upload], list[str]]:
-    """What goes where, and remarks on what does not.
-
-    Args:
-        name: the model's repository, `user/name`.
-        pairs: the dataset's, None for none.
-
-    Raises:
-        ValueError: if a name is none, or the run has no policy that could be pushed.
-    """
-    repository(name)
-    kept, last = policies_of(run)
-    if run.state == "going on":
-        raise ValueError(f"{run.root.parent} is being trained. Push it when training has ended.")
-    if last == 0:
-        raise ValueError(
-            f"{run.root.parent} has finished no iteration, so there is no policy to push. Continue "
-            "the run with `auto_resume_from_checkpoints: true`."
-        )
-    remarks, dataset = list(run.notes), None
-    if pairs is not None:
-        try:
-            dataset = Pairs(run, repository(pairs))
-        except ValueError as error:
-            if not re.fullmatch(r".+/.+", pairs) or "no repository" in str(error):
-                raise
-            remarks.append(f"no pairs are pushed: {error}")
-            pairs = None
-    places = _places(run, kept, last)
-    if kept not in places:
-        raise ValueError(
-            f"theta_{kept} is not whole on disk, neither in {run.root.parent} nor in {run.root}. "
-            "Restore it from a copy, or train again in another output_dir."
-        )
-    if run.state != "finished":
-        remarks.append(f"the run has not finished: its newest policy, theta_{kept}, is pushed")
-    gone = [f"theta_{p}" for p in range(1, last + 1) if p not in places]
-    if gone:
-        remarks.append(
-            f"no revision for {', '.join(gone)}: no longer on disk (sera.keep_policies: true keeps "
-            "all)"
-        )
-    revisions = {"main": kept} | {f"iteration-{policy}": policy for policy in sorted(places)}
-    uploads = []
-    for revision, policy in revisions.items():
-        # The card of `main` says that it is the one that was kept; so does none of the others.
-        card = model_card(run, policy, name, pairs, revision)
-        files = {**_files(run, places[policy]), _CARD: str(card).encode()}
-        uploads.append(Upload("model", name, revision, f"theta_{policy}", files))
-    if dataset is not None:
-        files = dataset.files()
-        what = f"pairs of {len(dataset.iterations)} iterations"
-        what += ", conversations" if dataset.messages else ", as text"
-        uploads.append(Upload("dataset", str(pairs), "main", what, files))
-    return uploads, remarks
-
-
-def _places(run: Run, kept: int, last: int) -> dict[int, Path]:
-    """Where whole policies from theta_1 on are; the host has put the one that is kept in
-    `output_dir`."""
-    found = {}
-    for policy in range(1, last + 1):
-        sealed = [run.root / f"iteration-{policy + 1:02d}/policy"]
-        if policy == last and run.state == "finished":
-            sealed.append(run.root / "last/policy")
-        whole = [place for place in sealed if damage(place) is None]
-        if not whole and policy == kept and run.state == "finished":
-            whole = [run.root.parent] if any(run.root.parent.glob("*.safetensors")) else []
-        if whole:
-            found[policy] = whole[0]
-    return found
-
-
-def _files(run: Run, directory: Path) -> dict[str, Path | bytes]:
-    """A policy's files; in those of its configuration no place on this machine."""
-    local = None if hub_base(run) else str(run.config.get("base_model", ""))
-    adapter = bool(run.config.get("adapter"))
-    found: dict[str, Path | bytes] = {}
-    for path in sorted(directory.iterdir()):
-        base_of_adapter = adapter and path.name.startswith(("model", "config.json"))
-        if path.is_symlink() or not _UPLOADED.fullmatch(path.name) or base_of_adapter:
-            continue
-        found[path.name] = path
-        if path.name in ("adapter_config.json", "config.json", "tokenizer_config.json"):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            text = json.dumps(_without_places(content, local), indent=2, ensure_ascii=False)
-            found[path.name] = text.encode() + b"\n"
-    return found
-
-
-def _without_places(value: Any, local: str | None, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _without_places(inner, local, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_places(inner, local, key) for inner in value]
-    if isinstance(value, str) and _PLACES.fullmatch(key):
-        if value == local or value.startswith(("/", "~", ".")) or Path(value).exists():
-            return Path(value).name
-    return value
-
-
-def shown_plan(uploads: list[Upload], public: bool) -> str:
-    """The plan for people."""
-    seen = "public" if public else "private"
-    lines = [f"to {constants.ENDPOINT}, {seen} where a repository is new:"]
-    lines += [
-        f"  {one.kind} {one.name} @ {one.revision}: {one.what}, {len(one.files)} files, "
-        f"{_size(one.bytes)}"
-        for one in uploads
-    ]
-    return "\n".join(lines)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def require_token(name: str) -> None:
@@ -281,13 +127,13 @@ def _card_there(api: HfApi, kind: str, name: str, mine: str) -> Mapping[str, Any
         return {}
     found: dict[str, Any] = {}
     with suppress(EntryNotFoundError, ValueError):
-        path = api.hf_hub_download(name, _CARD, repo_type=kind)
+        path = api.hf_hub_download(name, CARD, repo_type=kind)
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     if found.get(RUN_KEY) != mine:
         holds = "another SeRA run" if RUN_KEY in found else f"something else ({plain(there[0])})"
         raise ValueError(
             f"{kind} {name} is taken: it holds {holds}. Name another repository, or delete that "
-            f"one at {constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}/settings."
+            f"one in its settings at {constants.ENDPOINT}."
         )
     return found
 
@@ -303,13 +149,13 @@ def _make(api: HfApi, kind: str, name: str, public: bool, say: Callable[[str], N
 
 def _with_license(upload: Upload, there: Mapping[str, Any]) -> Upload:
     """What people have written into the metadata of the card on the hub stays."""
-    card = ModelCard(_text(upload.files[_CARD]))
+    card = ModelCard(_text(upload.files[CARD]))
     told = {key: there[key] for key in _KEPT_OF_CARD if there.get(key) is not None}
     if not told:
         return upload
     for key, value in told.items():
         setattr(card.data, key, value)
-    return replace(upload, files={**upload.files, _CARD: str(card).encode()})
+    return replace(upload, files={**upload.files, CARD: str(card).encode()})
 
 
 def _text(content: Path | bytes) -> str:
@@ -320,12 +166,13 @@ def _commit(api: HfApi, one: Upload) -> str:
     """Make a revision what it should be, in one commit; says what was done."""
     if one.revision != "main":
         api.create_branch(one.name, branch=one.revision, repo_type=one.kind, exist_ok=True)
-    where = {"repo_id": one.name, "repo_type": one.kind, "revision": one.revision}
-    there = api.list_repo_files(**where)
-    before = api.repo_info(**where).sha
+    where: dict[str, Any] = {"repo_type": one.kind, "revision": one.revision}
+    there = api.list_repo_files(one.name, **where)
+    before = api.repo_info(one.name, **where).sha
     stale = [path for path in there if _REPLACED.fullmatch(path) and path not in one.files]
     commit = api.create_commit(
-        operations=[
+        one.name,
+        [
             *(CommitOperationAdd(path, content) for path, content in one.files.items()),
             *map(CommitOperationDelete, stale),
         ],

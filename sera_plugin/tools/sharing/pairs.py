@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Value
@@ -57,12 +56,12 @@ class Pairs:
         if self._texts.tokenizer is None:
             raise ValueError(f"the texts cannot be written, because there is {self._texts.source}")
         self._chat = Chat(run, self._texts)
-        prompts = [self._chat.prompt(ids) for ids in _each(run.tokens["prompt"])]
+        prompts: list[Any] = [self._chat.prompt(ids) for ids in _each(run.tokens["prompt"])]
         #: Whether texts are lists of messages.
         self.messages = None not in prompts
         if not self.messages:
             prompts = [self._texts.prompt(ids) for ids in _each(run.tokens["prompt"])]
-        self._prompts: Sequence[Any] = prompts
+        self._prompts = prompts
         self._answers = {
             side: [self._answer(ids) for ids in _each(run.tokens[side])] for side in SIDES
         }
@@ -146,6 +145,7 @@ class Pairs:
         """README.md: what the columns are, and how they are read without any code."""
         run, labeler = self.run, LABELERS[self.run.labeler]
         hub, local = datasets_of(run)
+        marked: dict[str, Any] = {RUN_KEY: run_id(run)}
         data = DatasetCardData(
             task_categories=["text-generation"],
             tags=[*TAGS, "preference"],
@@ -156,7 +156,7 @@ class Pairs:
                     "data_files": [{"split": "train", "path": "data/*.parquet"}],
                 }
             ],
-            **{RUN_KEY: run_id(run)},
+            **marked,
         )
         info = DatasetInfo(features=self.features)
         DatasetInfosDict({"default": info}).to_dataset_card_data(data)
