@@ -167,12 +167,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _introduction(run: Run, policy: int, kept: int, last: int) -> str:
     base = f"`{_code(shown_base(run))}`"
     if link := hub_base(run):
-        base = f"[{in_markdown(link, 120)}](https://huggingface.co/{link})"
+        base = f"[`{link}`](https://huggingface.co/{link})"
+    settings = run.settings
+    whole = settings.get("selection", "irm") == "irm" and LABELERS[run.labeler].implicit
+    what = "in iterations, each an epoch on the pairs that the policy of that time calls for"
+    if whole and settings.get("bootstrap_ratio"):
+        what = (
+            "between epochs it keeps the pairs with the largest implicit reward margin under the "
+            "current policy, and adds pairs that it samples from that policy and ranks by the same "
+            "reward"
+        )
     lines = [
         f"{base}, tuned on preference pairs with SeRA ([Ko et al., ICLR "
-        "2025](https://arxiv.org/abs/2410.09362)): between epochs it keeps the pairs with the "
-        "largest implicit reward margin under the current policy, and adds pairs that it samples "
-        "from that policy and ranks by the same reward."
+        f"2025](https://arxiv.org/abs/2410.09362)): {what}."
     ]
     if run.state != "finished":
         planned = int(run.config.get("num_epochs") or 0)
@@ -193,14 +200,17 @@ def _introduction(run: Run, policy: int, kept: int, last: int) -> str:
         if None not in (losses[0], losses[kept]) and losses[kept] >= losses[0]:
             lines[-1] += " That is no lower than where the run started (theta_0)."
     else:
-        lines[-1] += " It is kept because it is the last one; no held-out pairs compared them."
+        why = "no held-out pairs compared them"
+        if run.settings.get("keep") == "last":
+            why = "`sera.keep: last`"
+        lines[-1] += f" It is kept because it is the last one ({why})."
     return "\n\n".join(lines)
 
 
 def _training(run: Run, found: Figures, pairs: str | None) -> str:
     settings, described, config = run.settings, run.description, run.config
     hub, local = datasets_of(run)
-    names = [f"[{in_markdown(one, 120)}](https://huggingface.co/datasets/{one})" for one in hub]
+    names = [f"[`{one}`](https://huggingface.co/datasets/{one})" for one in hub]
     names += [f"`{_code(one)}` (local)" for one in local]
     selection = SELECTIONS[str(settings.get("selection", "irm"))]
     keeps = selection.keeps.format(ratio=settings.get("selection_ratio"))
@@ -213,14 +223,15 @@ def _training(run: Run, found: Figures, pairs: str | None) -> str:
     reward = f"reward `{_code(settings.get('reward', 'paper'))}`"
     if settings.get("gamma") is not None:
         reward += f", gamma {settings['gamma']:g}"
-    lines = [
-        f"data: {', '.join(names) or 'unknown'}: {run.total:,} pairs, and "
-        f"{described.get('evaluation_pairs') or 0:,} held out"
-        if run.total is not None
-        else f"data: {', '.join(names) or 'unknown'}",
-        f"from iteration 2 on it keeps {keeps}; {reward}, trust "
-        f"`{_code(settings.get('trust', 'warn'))}`",
-    ]
+    lines = [f"data: {', '.join(names) or 'unknown'}"]
+    if run.total is not None:
+        held_out = described.get("evaluation_pairs") or 0
+        lines[0] += f"; N = {run.total:,} pairs, and {held_out:,} held out"
+    if run.with_margins is not None:
+        lines.append(
+            f"from iteration 2 on it keeps {keeps} of them; {reward}, trust "
+            f"`{_code(settings.get('trust', 'warn'))}`"
+        )
     counted = [one for one in run.iterations if one.summary.get("samples")]
     if counted:
         sampled = sum(one.summary["samples"]["sampled"] for one in counted)
@@ -237,7 +248,7 @@ def _training(run: Run, found: Figures, pairs: str | None) -> str:
         lines.append("nothing was sampled")
     if pairs:
         link = f"https://huggingface.co/datasets/{pairs}"
-        lines.append(f"all pairs with their rewards: [{pairs}]({link})")
+        lines.append(f"all pairs with their rewards: [`{pairs}`]({link})")
     loss = f"loss `{_code(described.get('loss', 'unknown'))}`"
     if described.get("beta") is not None:
         loss += f", beta {described['beta']:g}"
@@ -309,10 +320,10 @@ def _samples(run: Run) -> str:
 
 
 def _use(run: Run, name: str | None, revision: str, adapter: bool) -> str:
-    here = repr(name or "path/to/this/directory")
-    here += "" if revision == "main" else f", revision={revision!r}"
+    here = f'"{name or "path/to/this/directory"}"'
+    here += "" if revision == "main" else f', revision="{revision}"'
     base = hub_base(run)
-    weights = repr(base) if base else repr(f"path/to/{_code(shown_base(run))}")
+    weights = f'"{base or f"path/to/{_code(shown_base(run))}"}"'
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if adapter:
         lines.insert(0, "from peft import PeftModel")

@@ -22,7 +22,12 @@ from huggingface_hub import (
     constants,
     get_token,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from sera_plugin.config.block import repository
 from sera_plugin.config.quoting import plain
@@ -108,11 +113,13 @@ def push(run: Run, uploads: list[Upload], public: bool, say: Callable[[str], Non
                 "your own. Nothing that was uploaded is lost."
             ) from None
         raise PushFailed(f"{name}: the hub refuses ({_said(error)}). {_AGAIN}") from None
-    except httpx.HTTPError as error:
-        raise PushFailed(f"{name}: the upload broke off ({_said(error)}). {_AGAIN}") from None
+    # The client's own for an upload that failed is the second.
+    except (httpx.HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
+        said = _said(error.__cause__ or error)
+        raise PushFailed(f"{name}: the upload broke off ({said}). {_AGAIN}") from None
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return plain(" ".join(str(text).split()), 200)
 
@@ -126,7 +133,7 @@ def _card_there(api: HfApi, kind: str, name: str, mine: str) -> Mapping[str, Any
     if not set(there) - {".gitattributes"}:
         return {}
     found: dict[str, Any] = {}
-    with suppress(EntryNotFoundError, ValueError):
+    with suppress(RemoteEntryNotFoundError, ValueError):
         path = api.hf_hub_download(name, CARD, repo_type=kind)
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     if found.get(RUN_KEY) != mine:

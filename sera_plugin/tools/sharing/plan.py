@@ -1,6 +1,6 @@
 """What of a run goes where on the hub: files by name, never a directory.
 
-Weights, their configuration, the tokenizer and the card; no place on this machine is in any of them.
+Weights, their configuration, the tokenizer and the card; no place on this machine is in them.
 """
 
 from __future__ import annotations
