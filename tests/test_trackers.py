@@ -128,7 +128,7 @@ def test_swanlab_takes_a_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, capsys, hub):  # noqa: F811
+def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, sera_log, hub):  # noqa: F811
     """One training: its card, its tables, its figures on boards, and all of it pushed."""
     for name in ("WANDB_DISABLED", "WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.setenv(name, "")
@@ -141,12 +141,13 @@ def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, capsys, hub
     base_config["sera"] |= {"push_to_hub": "user/mine"}
     import wandb
 
+    sera_log.set_level("INFO", "axolotl.sera")
     result = train_config(base_config, tmp_path)
     from axolotl.integrations.base import PluginManager
 
     PluginManager.get_instance().post_train_unload(result.cfg)
     wandb.finish()
-    said = "".join(capsys.readouterr())
+    said = "\n".join(sera_log.messages)
 
     card = ModelCard.load(result.output / "README.md")
     assert "This is theta_2, the policy after iteration 2 of 2" in card.text
@@ -187,8 +188,8 @@ def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, capsys, hub
     hub.forbidden = "create"
     hub.repositories.clear()
     PluginManager.get_instance().post_train_unload(result.cfg)
-    said = "".join(capsys.readouterr())
-    assert f"to try again: axolotl sera push {result.output} --to user/mine" in said
+    again = f"to try again: axolotl sera push {result.output} --to user/mine"
+    assert again in sera_log.messages[-1]
 
 
 def test_a_run_that_could_not_push_does_not_begin(base_config, load):
