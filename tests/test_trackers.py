@@ -1,6 +1,8 @@
 """Tables of samples in the trackers that the host logs to, and what a run leaves at its end."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ from transformers.integrations import integration_utils
 from sera_plugin.algorithm.method import Pairs
 from sera_plugin.host import trackers
 from sera_plugin.host.trackers import HEAD, ROWS, SampleTables, sampled_pairs
+from sera_plugin.host.trainer import SeraTrainer
 from sera_plugin.rundir.store import RunStore
 from tests.conftest import adapter, train_config
 from tests.hub_server import TOKEN
@@ -141,6 +144,14 @@ def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, sera_log, h
     base_config["sera"] |= {"push_to_hub": "user/mine"}
     import wandb
 
+    cards = []
+    write = SeraTrainer.create_model_card
+
+    def see(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        cards.append((self.state.global_step, Path(self.args.output_dir, "README.md").read_text()))
+
+    monkeypatch.setattr(SeraTrainer, "create_model_card", see)
     sera_log.set_level("INFO", "axolotl.sera")
     result = train_config(base_config, tmp_path)
     from axolotl.integrations.base import PluginManager
@@ -149,6 +160,12 @@ def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, sera_log, h
     wandb.finish()
     said = "\n".join(sera_log.messages)
 
+    # At a checkpoint, an iteration's end and its checkpoint, a checkpoint, the end, after it.
+    done = [(step, re.findall(r"(\d) of 2 iterations are done", card)) for step, card in cards]
+    assert done == [
+        *((2, ["0"]), (3, ["1"]), (3, ["1"]), (4, ["1"])),
+        *((6, ["1"]), (6, []), (6, [])),
+    ]
     card = ModelCard.load(result.output / "README.md")
     assert "This is theta_2, the policy after iteration 2 of 2" in card.text
     assert "`sera.keep: last`" in card.text
