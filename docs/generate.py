@@ -31,7 +31,7 @@ def _kinds(annotation: Any) -> list[str]:
         float: "number",
         int: "whole number",
         bool: "true or false",
-        str | None: "path",
+        str | None: "path or name",
         JudgeConfig | None: "block of keys",
     }
     if annotation in names:

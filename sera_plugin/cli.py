@@ -14,6 +14,7 @@ from sera_plugin.tools.command import Refused, refusing
 from sera_plugin.tools.evaluation.command import evaluate
 from sera_plugin.tools.paper import paper
 from sera_plugin.tools.report.commands import compare, inspect, report
+from sera_plugin.tools.sharing.command import push
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -168,5 +169,5 @@ def agent_docs() -> None:
     click.echo(text().rstrip())
 
 
-for command in (paper, report, inspect, compare, evaluate):
+for command in (paper, report, inspect, compare, evaluate, push):
     sera.add_command(command)

@@ -13,7 +13,7 @@ ROOMS = ["config", "rundir", "algorithm", "data", "model", "sampling", "labeling
 HEAVY = {"axolotl", "trl", "vllm", "transformers", "torch", "peft", "datasets", "accelerate"}
 #: Rooms that load neither torch nor the host when they are imported.
 PURE = ("config", "rundir", "algorithm")
-#: The report at the end of training: the one arrow that goes down.
+#: Card, report and push at the end of training: the one arrow that goes down.
 EXCEPTIONS = {("host/plugin.py", "tools")}
 
 

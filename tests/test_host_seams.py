@@ -22,6 +22,7 @@ from axolotl.utils.schemas.enums import RLType
 from axolotl.utils.schemas.validation import OptimizationValidationMixin
 from torch.distributed import distributed_c10d
 from transformers import Trainer
+from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer
@@ -55,6 +56,8 @@ SEAMS = {
     "processing_class compute_metrics callbacks optimizers quantization_config peft_config",
     DataCollatorForPreference: "pad_token_id max_length truncation_mode pad_to_multiple_of "
     "return_tensors",
+    DPOTrainer.create_model_card: "self model_name dataset_name tags",
+    integration_utils.rewrite_logs: "d",
     Trainer.training_step: "self model inputs num_items_in_batch",
     host_train.setup_model_and_trainer: "cfg dataset_meta",
     host_train.setup_reference_model: "cfg tokenizer processor",
@@ -115,6 +118,29 @@ SOURCES = {
         Trainer._save_checkpoint,
         "rotate_checkpoints(",
         "save_total_limit=self.args.save_total_limit",
+    ),
+    "our card is the host's, at a checkpoint, at the end and before a push": (
+        DPOTrainer._save_checkpoint,
+        "self.create_model_card(model_name=model_name)",
+        "super()._save_checkpoint(model, trial)",
+    ),
+    "the host's end of training asks for it or pushes": (
+        host_train.create_model_card,
+        "trainer.create_model_card(**model_card_kwarg)",
+        "trainer.push_to_hub()",
+    ),
+    "a push writes the card before it uploads": (
+        Trainer.push_to_hub,
+        "self.create_model_card(model_name=model_name, **kwargs)",
+        "upload_folder(",
+    ),
+    "trackers have what the callbacks of these names hold": (
+        integration_utils,
+        "self.tb_writer.add_text(",
+        "self._wandb.run",
+        "self._trackio.context_vars.current_",
+        "self._ml_flow.active_run()",
+        "self._swanlab.get_run()",
     ),
     "DeepSpeed's engine steps what it was made with, so the optimizer is restarted in place": (
         Accelerator._prepare_deepspeed,

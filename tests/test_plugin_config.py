@@ -177,6 +177,9 @@ sera: 0.7 => sera: 0.7 | indent
 sera: {selecton_ratio: 0.5} => sera.selecton_ratio | Did you mean `selection_ratio`
 sera: {xyz: 1} => sera.xyz | Known keys: selection_ratio
 sera: {gamma: 1.5} => sera.gamma: 1.5 | less than or equal to 1
+sera: {push_to_hub: mine} => sera.push_to_hub | 'mine' is no repository | user/name
+{sera: {push_to_hub: user/mine}, hub_model_id: user/mine}
+    => hub_model_id: user/mine | sera.push_to_hub | Keep one of them
 sera: {candidates: 1} => candidates: 1 | Raise candidates to 2
 sera: {length_control: .inf} => sera.length_control | finite number
 sera: {loss: kto} => sera.loss: 'kto' | 'kto_pair'

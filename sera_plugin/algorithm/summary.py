@@ -177,10 +177,21 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
     return kept
 
 
+#: Keys that a tracker has in a group with others.
+_GROUPED = {
+    "evaluation": "held_out",
+    "held_out_loss": "held_out/loss",
+    "offline_accuracy": "offline/accuracy",
+    "offline_accuracy_error": "offline/accuracy_error",
+    "jaccard_with_previous": "offline/jaccard_with_previous",
+}
+
+
 def metrics(summary: Mapping[str, Any], prefix: str = "sera") -> dict[str, float]:
-    """The summary's numbers under `sera/...` names for the host's trackers."""
+    """The summary's numbers under `sera/GROUP/...` names for the host's trackers."""
     flat: dict[str, float] = {}
     for key, value in summary.items():
+        key = _GROUPED.get(key, key)
         if isinstance(value, Mapping):
             flat |= metrics(value, f"{prefix}/{key}")
         elif isinstance(value, int | float) and not isinstance(value, bool):

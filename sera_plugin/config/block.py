@@ -17,6 +17,10 @@ from sera_plugin.config.credentials import is_secret
 from sera_plugin.config.quoting import as_written, quoted
 
 _OURS = frozenset({"model", "messages", "stream", "n"})
+_REPOSITORY = re.compile(
+    r"(?!.*(--|\.\.))(?!.*\.git$)[a-z0-9]([a-z0-9_-]*[a-z0-9])?/\w([\w.-]{0,94}\w)?",
+    re.ASCII | re.IGNORECASE,
+)
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -51,6 +55,18 @@ def address(url: str, example: str, instead: str) -> SplitResult:
             f"keys come from the environment variable {instead}"
         )
     return parts
+
+
+def repository(name: str) -> str:
+    """The name of a repository of the hub, with its owner; ValueError for anything else."""
+    if not re.fullmatch(
+        r"(?!.*(--|\.\.))(?!.*\.git$)[A-Za-z0-9]([\w-]*\w)?/\w([\w.-]{0,94}\w)?", name
+    ):
+        raise ValueError(
+            f"{quoted(name)} is no repository of the hub: write user/name, of letters, digits, "
+            "-, _ and ., at most 96 in the name"
+        )
+    return name
 
 
 def block_of(key: str, value: Any) -> Mapping[str, Any]:

@@ -9,6 +9,8 @@ from sera_plugin.config.credentials import MASK, public, without_credentials
 
 _QUOTED_CHARACTERS = 60
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+#: What Markdown, HTML or a page of formulas would obey, and the dot of an address without a scheme.
+_OBEYED = re.compile(r"[^\w\s.,;?%='\"+-]|_|(?<=www)\.", re.ASCII | re.IGNORECASE)
 
 
 def printable(text: str) -> str:
@@ -21,6 +23,20 @@ def printable(text: str) -> str:
         one if one.isprintable() or one == "\t" else one.encode("unicode_escape").decode()
         for one in _COLOUR.sub("", text)
     )
+
+
+def in_markdown(text: object, limit: int) -> str:
+    """At most `limit` characters as one line of Markdown, such as a table's cell, that reads as
+    they stand: no part of them is markup, an address, or hidden."""
+    text = str(text)
+    cut = f" [... {len(text) - limit:,} more characters]" if len(text) > limit else ""
+    lines = [printable(line) for line in text[:limit].split("\n")]
+    return "<br>".join(_OBEYED.sub(_reference, line) for line in lines) + cut
+
+
+def _reference(found: re.Match[str]) -> str:
+    # Letters of other scripts obey nobody, and are read where the file itself is.
+    return found[0] if ord(found[0]) > 127 else f"&#{ord(found[0])};"
 
 
 def quoted(value: object, limit: int = _QUOTED_CHARACTERS) -> str:

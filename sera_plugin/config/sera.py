@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from sera_plugin.config.block import Block, JudgeConfig, address
+from sera_plugin.config.block import Block, JudgeConfig, address, repository
 from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
 from sera_plugin.config.quoting import quoted
 
@@ -132,6 +132,10 @@ class SeraConfig(Block):
     an earlier one if it is clearly better on the held-out pairs (method.md), decided after each
     iteration. Training then ends when two iterations in a row have brought only worse ones. Without
     held-out pairs `best` is `last`."""
+    push_to_hub: str | None = None
+    """Push the run to this repository of the Hugging Face hub after training, `user/name`: as
+    `axolotl sera push` does, private if it is new, and the pairs to `user/name-pairs`. A push that
+    fails does not fail the run. See sharing.md."""
     bad_rows: Literal["drop", "raise"] = "drop"
     """Rows that cannot be used (empty or null fields, wrong types, chosen equal to rejected, ...;
     see data.md): `drop` leaves them out, with a warning that counts and names them; `raise` stops
@@ -199,6 +203,11 @@ class SeraConfig(Block):
                 raise ValueError(f"{quoted(url)} stands there twice. Remove one of them.")
             found[parts.hostname, port, path] = f"{parts.scheme}://{parts.netloc}{path}"
         return tuple(found.values())
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _is_a_repository(cls, name: str | None) -> str | None:
+        return None if name is None else repository(name)
 
     @field_validator("vllm_python")
     @classmethod

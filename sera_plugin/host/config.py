@@ -124,6 +124,12 @@ def _warn(cfg: Mapping[str, Any], sera: SeraConfig, entries: Mapping[str, Any]) 
     """Say what has no effect and does no harm."""
     for said in unused(cfg, entries):
         LOG.warning("SeRA: %s", said)
+    if cfg.get("hub_model_id"):
+        LOG.warning(
+            f"SeRA: hub_model_id: {quoted(cfg['hub_model_id'])} has the host push output_dir as it "
+            "is, with the run directory in it: the data's pairs, samples, and every policy. "
+            "sera.push_to_hub pushes the policies and what you choose alone."
+        )
     wanted = {"selected": sera.selection_ratio < 1, "sampled": sera.bootstrap_ratio > 0}
     missing = " and ".join(what for what, is_wanted in wanted.items() if is_wanted)
     first, epochs = sera.first_iteration, cfg["num_epochs"]

@@ -110,6 +110,8 @@ def describe_done(output_dir: Path, config: str, report: Path | None) -> str:
         f"  the trained {'adapter' if adapter else 'model'} is in {output_dir}, and loads like any "
         "other of its kind"
     )
+    if not run["config"]["sera"].get("push_to_hub"):
+        lines.append(f"  to share policies and pairs: axolotl sera push {output_dir} --to USER/NAME")
     return "\n".join(lines)
 
 

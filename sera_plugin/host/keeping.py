@@ -106,4 +106,4 @@ class Keeping:
             "forwarded": phases.forwarded,
         }
         self.store.write_summary(last + 1, ending)
-        return {"sera/held_out_loss": means[last], "sera/kept": float(kept)}
+        return {"sera/held_out/loss": means[last], "sera/kept": float(kept)}

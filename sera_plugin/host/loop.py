@@ -81,7 +81,9 @@ class Loop:
     tokenizer: Any
     nats: float  # how far log-probabilities may move when nothing has changed (`deviation`)
     log: Callable[[dict[str, float]], None]  # takes figures for the trackers
+    log_samples: Callable[[int], None]  # has them show an iteration's samples
     step: int | None = field(default=None, init=False)
+    trained: int = field(default=0, init=False)  # the last iteration that this process has ended
     _earlier: bool = field(default=False, init=False)
     _recalled: bool = field(default=False, init=False)
     _summary: dict[str, Any] = field(default_factory=dict, init=False)
@@ -290,6 +292,7 @@ class Loop:
                     if alarm.raised:
                         LOG.warning("SeRA alarm %s: %s", alarm.name, alarm.text)
             self.log(metrics(summary) | alarm_metrics(alarms))
+            self.log_samples(iteration)
         self._summary = summary
         self.record(alarms=records(alarms))
         begun = [iteration, *self._begun()]
@@ -328,6 +331,7 @@ class Loop:
         phases.spend("train", perf_counter() - self._began)
         self.record(seconds=dict(phases.seconds))
         self.log({"sera/seconds/train": phases.seconds["train"]})
+        self.trained = self._summary["iteration"]
         with above_bars():
             LOG.info("%s", run.describe_end(self._summary))
 

@@ -11,6 +11,7 @@ import axolotl.train as host
 import torch
 from axolotl.loaders import model as host_model
 from axolotl.utils.dict import DictDefault
+from transformers.integrations import integration_utils
 
 NO_FSDP = (
     "fsdp_config is set, but the host cannot shard the model here: it does so over several "
@@ -58,5 +59,19 @@ def prepare_host(cfg: DictDefault) -> None:
         trainer, model, *others = setup(cfg, *args, **kwargs)
         return (trainer, trainer.model if cfg.get("sera") else model, *others)
 
+    rewrite = integration_utils.rewrite_logs
+
+    @wraps(rewrite)
+    def own_group(logs: dict[str, Any]) -> dict[str, Any]:
+        """Leave SeRA's figures their names: boards group by what stands before the first slash.
+
+        W&B, TensorBoard and Trackio get them as `train/sera/...`, some sixty among loss and
+        learning rate. Goes when the host leaves names with a group of their own as they are.
+        """
+        ours = {name: value for name, value in logs.items() if name.startswith("sera/")}
+        others = {name: value for name, value in logs.items() if name not in ours}
+        return rewrite(others) | ours
+
+    integration_utils.rewrite_logs = own_group
     trained_model._sera = True  # type: ignore[attr-defined]
     host.setup_reference_model, host.setup_model_and_trainer = no_reference, trained_model

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,12 @@ class SeraPlugin(BasePlugin):
         # `axolotl sera plan` may be of another machine.
         here = not preprocess or cfg.is_preprocess
         if here and os.environ.get("LOCAL_RANK", "0") == "0":  # each machine has its own
-            require_vllm(SeraConfig(**cfg.sera))  # it would be missed after hours of training
+            # Both would be missed after hours of training.
+            require_vllm(SeraConfig(**cfg.sera))
+            if not preprocess and cfg.sera["push_to_hub"] and os.environ.get("RANK", "0") == "0":
+                from sera_plugin.tools.sharing.hub import require_token
+
+                require_token(cfg.sera["push_to_hub"])
 
         restore_entries(cfg, self._entries)
         if not preprocess:
@@ -70,6 +76,7 @@ class SeraPlugin(BasePlugin):
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Open the run: for training alone, and before the host writes into output_dir."""
         self._watch = Watch(trainer.store.ranks)
+        trainer.write_card = partial(_write_card, cfg)
         later = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         trainer.loop.open(sharded_later=bool(later))
 
@@ -78,23 +85,40 @@ class SeraPlugin(BasePlugin):
         self._watch.close(done=True)
 
     def post_train_unload(self, cfg: DictDefault) -> None:
-        """Write a report, and the last words; a trained run does not fail for want of them."""
+        """Write a report, push what `sera.push_to_hub` says, and say the last words."""
         if os.environ.get("RANK", "0") != "0":
             return
-        output_dir, report = Path(cfg["output_dir"]), None
-        try:
+        output_dir, name = Path(cfg["output_dir"]), SeraConfig(**cfg["sera"]).push_to_hub
+        report = None
+        with _not_failing("the report could not be written", f"report {output_dir}"):
             from sera_plugin.tools.report.page import write_report
 
             LOG.info("SeRA: writing the report")
             report = write_report(output_dir)
-        except Exception as error:  # whatever it is: the model is saved
-            LOG.warning(
-                f"SeRA: the report could not be written ({type(error).__name__}: "
-                f"{plain(str(error), 300)}). The run is complete; to try again: axolotl sera "
-                f"report {output_dir}"
-            )
+        if name is not None:
+            with _not_failing("the run was not pushed", f"push {output_dir} --to {name}"):
+                from sera_plugin.tools.sharing.hub import push_run
+
+                push_run(output_dir, name, say=lambda text: LOG.info("SeRA: %s", text))
         with suppress(ValueError):  # a damaged run.json, which the report has named
-            LOG.info(
-                "%s",
-                describe_done(output_dir, str(cfg.get("axolotl_config_path") or "YAML"), report),
-            )
+            yaml = str(cfg.get("axolotl_config_path") or "YAML")
+            LOG.info("%s", describe_done(output_dir, yaml, report))
+
+
+def _write_card(cfg: DictDefault) -> None:
+    with _not_failing("the model's card could not be written", ""):
+        from sera_plugin.tools.sharing.card import write_card
+
+        write_card(Path(cfg["output_dir"]))
+
+
+@contextmanager
+def _not_failing(what: str, again: str) -> Iterator[None]:
+    """A run that is trained does not fail for want of what describes it; `again` is a command."""
+    try:
+        yield
+    except Exception as error:  # whatever it is: the model is saved
+        LOG.warning(
+            f"SeRA: {what} ({type(error).__name__}: {plain(str(error), 300)})."
+            + (f" The run is complete; to try again: axolotl sera {again}" if again else "")
+        )

@@ -91,6 +91,12 @@ MISTAKES = (
         ),
     ),
     Refusal(
+        "hub_model_id, hub_strategy, hub_revision",
+        "pushes output_dir as the host does, beside what sera.push_to_hub pushes. Keep one of them "
+        "(docs/sharing.md)",
+        lambda value, given: value is not None and given.sera.push_to_hub,
+    ),
+    Refusal(
         "fsdp_config",
         "is not a block of keys: write `fsdp_version: 2` and `fsdp_config:` with its keys indented "
         "(docs/many-gpus.md)",

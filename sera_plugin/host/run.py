@@ -36,6 +36,7 @@ HARMLESS = (
     *("use_tensorboard", "use_wandb", "use_mlflow", "use_comet", "use_trackio", "use_otel_metrics"),
     # when it is saved and evaluated, and where that goes
     *("save_*", "saves_per_epoch", "eval_*", "evals_per_epoch", "lm_eval_*", "hub_*", "push_*"),
+    "sera.push_to_hub",
     *("output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints"),
     *("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"),
     *("axolotl_config_path", "dataset_prepared_path", "strict", "plugins"),

@@ -7,6 +7,7 @@ overridden, so that a host upgrade fails there and not in the middle of somebody
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.host.run import describe_run
+from sera_plugin.host.trackers import SampleTables
 from sera_plugin.model.budget import scoring_budget
 from sera_plugin.model.losses import (
     Again,
@@ -88,6 +90,9 @@ class SeraTrainer(UnequalEpochs):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
     tag_names: ClassVar[list[str]] = ["axolotl", "sera", "dpo"]
+    #: Writes the model's card into output_dir; the plugin's.
+    write_card: Callable[[], None] = staticmethod(lambda: None)
+    _told: int | None = None  # how many iterations the card tells of
 
     def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
         self.cfg: DictDefault = PluginManager.get_instance().cfg
@@ -213,6 +218,7 @@ class SeraTrainer(UnequalEpochs):
             nats=rounding_limit(self.model, args.bf16 or args.fp16),
             # Trainer.log, not TRL's: that would add the last steps' half-filled averages.
             log=lambda figures: Trainer.log(self, figures),
+            log_samples=SampleTables(self).log,
         )
 
     def _prepare_dataset(
@@ -293,6 +299,14 @@ class SeraTrainer(UnequalEpochs):
             recorded[name].append(value)
         recorded["num_tokens"] = [self._total_train_tokens]
         return (found.loss, found.outputs) if return_outputs else found.loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """What SeRA did, in place of TRL's card, which says DPO. In training once an iteration:
+        the host asks at every checkpoint, and at any push."""
+        told = self.loop.trained if self.is_in_train else None
+        if self.is_world_process_zero() and (told is None or told != self._told):
+            self.write_card()
+            self._told = told
 
     def _pass_gate(self, inputs: Any, chosen: Any, rejected: Any, loss: Any = None) -> None:
         self._gate_pending = False

@@ -121,7 +121,7 @@ LEFT_OUT: dict[str, str] = {
     "freeze_vision_tower freeze_multi_modal_projector freeze_language_model media_dir "
     "image_* video_* audio_* use_audio_in_video crop_to_patches":
         "it is for images, sound and video; rl: sera trains on text.",
-    "compute_accuracy": "the trackers have rewards/accuracies and sera/evaluation/accuracy.",
+    "compute_accuracy": "the trackers have rewards/accuracies and sera/held_out/accuracy.",
     "disable_shuffling": "every iteration draws an order of its own from `seed`.",
     "data_seed": "`seed` is for the data too.",
     "group_by_length": "the host has it for supervised fine-tuning only.",
