@@ -181,7 +181,7 @@ def test_the_last_block_of_many_iterations_of_an_adapter_is_short(tmp_path):
 def test_the_last_block_ends_training_whatever_became_of_the_report(tmp_path, sera_log):
     sera_log.set_level("INFO", "axolotl.sera")
     make_run(tmp_path)
-    cfg = DictDefault(output_dir=str(tmp_path), axolotl_config_path="sera.yaml")
+    cfg = DictDefault(output_dir=str(tmp_path), axolotl_config_path="sera.yaml", sera={})
     SeraPlugin().post_train_unload(cfg)
     *_, writing, last = [record.getMessage() for record in sera_log.records]
     assert writing == "SeRA: writing the report"
