@@ -61,6 +61,7 @@ class Method:
     iterations: int = 1  # T
     seed: int = 0
     annotations: Annotations = field(default_factory=Annotations)
+    prompts: int = 0  # how many are sampled beside the offline pairs' (`sera.prompts`)
 
     @property
     def unit(self) -> str:
@@ -81,6 +82,12 @@ class Method:
         """How many sampled pairs iteration t asks for: none, then k~ = round(bootstrap_ratio N)."""
         samples = iteration >= self.config.first_iteration
         return round(self.config.bootstrap_ratio * self.total) if samples else 0
+
+    @property
+    def pairs_per_prompt(self) -> int:
+        """Pairs that a prompt must be able to give so that k~ can exist (the paper: one)."""
+        share = self.config.bootstrap_ratio * self.total / (self.total + self.prompts)
+        return max(1, math.ceil(share))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -309,7 +316,14 @@ class Iteration:
     phases: Phases = field(default_factory=Phases)
     progress: Progress = lambda total, phase: nullcontext(lambda chunk: None)
     held_out: Pairs | None = None  # pairs that no iteration trains on
+    more_prompts: TokenColumn | None = None  # those of `sera.prompts`, which have no pair
     tables: dict[tuple[int, str], pa.Table] = field(default_factory=dict)  # read or made so far
+
+    @cached_property
+    def prompts(self) -> TokenColumn:
+        """All that are sampled: a row's is that of its offline pair, then come the others."""
+        given = self.pairs.prompt_ids
+        return given if self.more_prompts is None else given.joined(self.more_prompts)
 
     def at(self, t: int) -> Iteration:
         """An earlier iteration of the same run; the tables are shared."""

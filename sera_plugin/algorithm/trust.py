@@ -108,10 +108,12 @@ def outranking(it: Iteration, candidates: pa.Table) -> float | None:
 
     The mean of (log pi_{t-1} - log pi_{t-2}) / |y| over the samples less that over the chosen
     answers, by the deviation over all offline answers: so it has no unit that steps, lengths or
-    models would change. None where candidates are not scored under both policies.
+    models would change. Samples to prompts without a pair are left out: no answer to those is
+    compared with. None where candidates are not scored under both policies.
     """
     if len(it.method.ranking_policies(it.t)) < 2:
         return None
+    candidates = candidates.slice(0, len(candidates) // len(it.prompts) * len(it.pairs))
     newest, before = (pc.list_element(candidates["logps"], at).to_numpy() for at in (0, 1))
     ours = (newest - before) / TokenColumn(candidates["token_ids"]).lengths
     offline = [it.scores(it.t - back) for back in (1, 2)]

@@ -102,6 +102,11 @@ class SeraConfig(Block):
     candidates: int = Field(4, ge=1, le=64)
     """R: how many candidates are sampled per prompt. One is enough for `labeler: spin`, any other
     needs two."""
+    prompts: tuple[dict[str, Any], ...] = ()
+    """Prompts without answers, to be sampled beside those of the pairs: an entry like those of
+    `datasets`, or a list of them. `field_messages` names the column with the prompt (text or
+    messages); how it is read is taken from the first of `datasets` unless the entry says it. N and
+    the ratios stay those of the pairs. See data.md."""
     temperature: float = Field(0.7, gt=0.0, le=10.0)
     """Sampling temperature of the candidates."""
     top_p: float = Field(0.95, gt=0.0, le=1.0)
@@ -165,6 +170,16 @@ class SeraConfig(Block):
         """Pairs a prompt must be able to give so that bootstrap_ratio x N pairs can exist."""
         return max(1, math.ceil(self.bootstrap_ratio))
 
+    def check_candidates(self, pairs_per_prompt: int) -> None:
+        """ValueError if candidates are too few for so many pairs of a prompt."""
+        if pairs_per_prompt > (most := self.candidates // 2):
+            less = f" or lower bootstrap_ratio to {most}" if most and not self.prompts else ""
+            raise ValueError(
+                f"bootstrap_ratio: {self.bootstrap_ratio} needs {pairs_per_prompt} pairs per "
+                f"prompt, but candidates: {self.candidates} gives at most {most}. Raise "
+                f"candidates to {2 * pairs_per_prompt}{less}."
+            )
+
     def pairs_held_out(self, total: int) -> int:
         """How many of the dataset's pairs are set aside; see `held_out`."""
         asked = self.held_out
@@ -181,6 +196,11 @@ class SeraConfig(Block):
         if isinstance(value, bool) and {float, int} & {kind, *get_args(kind)}:
             raise ValueError(f"{value} is not a number. Set one, or remove the key.")
         return value
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _is_list(cls, value: object) -> object:
+        return [value] if isinstance(value, dict) else value or ()
 
     @field_validator("judge", mode="before")
     @classmethod
@@ -228,13 +248,15 @@ class SeraConfig(Block):
     def _contradicts_nothing(self) -> SeraConfig:
         """What of the block contradicts something else in it, and what to do."""
         labeler, selection = LABELERS[self.labeler], SELECTIONS[self.selection]
-        ratio, most = self.bootstrap_ratio, self.candidates // 2
-        if ratio and not labeler.adds_dataset_answer and self.pairs_per_prompt > most:
+        ratio = self.bootstrap_ratio
+        if ratio and not labeler.adds_dataset_answer:
+            # With further prompts more may do, see `Method.pairs_per_prompt`.
+            self.check_candidates(1 if self.prompts else self.pairs_per_prompt)
+        if self.prompts and (labeler.adds_dataset_answer or not ratio):
+            why = f"labeler: {self.labeler} needs a chosen answer to each" if ratio else ""
             raise ValueError(
-                f"bootstrap_ratio: {ratio} needs {self.pairs_per_prompt} pairs per prompt, but "
-                f"candidates: {self.candidates} gives at most {most}. Raise candidates to "
-                f"{2 * self.pairs_per_prompt}"
-                + (f" or lower bootstrap_ratio to {most}." if most else ".")
+                f"prompts has no effect: {why or 'bootstrap_ratio: 0 samples none'}. Remove "
+                f"prompts, or set {'another labeler' if ratio else 'bootstrap_ratio, e.g. to 0.3'}."
             )
         if labeler.adds_dataset_answer and ratio > 1:
             raise ValueError(

@@ -41,6 +41,7 @@ from sera_plugin.rundir.format import Invalid, Record, read_json
 from sera_plugin.rundir.machines import require_shared
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.sampling.offload import waiting
 from sera_plugin.sampling.samplers import Choice, Samplers, sampling_progress
 
@@ -75,6 +76,7 @@ class Loop:
     dataset: pa.Table  # the offline pairs, and columns to keep beside them
     pairs: Pairs
     held_out: Pairs | None
+    more_prompts: TokenColumn | None  # those of `sera.prompts`
     end_ids: tuple[int, ...]  # tokens that end a completion
     store: RunStore
     scorer: PolicyScorer
@@ -125,6 +127,8 @@ class Loop:
                 f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
                 "Raise one of them, or give more pairs."
             )
+        if self.method.prompts:  # without them it was known from the start
+            self.method.config.check_candidates(self.method.pairs_per_prompt)
         require_shared(directory, self.store.ranks)
         self.step = checksums.named_checkpoint(directory, asked) if asked else None
         self.store.lock()
@@ -151,7 +155,7 @@ class Loop:
         if self._earlier:
             self.store.ranks.on_main(lambda: self._name_damaged_policies(begins))
         sampler = self._choose_sampler(begins)
-        self.store.begin(self.described, self.dataset)
+        self.store.begin(self.described, self.dataset, self.more_prompts)
         LOG.info("%s", run.announce(self.described, self.method, planned, self.store.root, sampler))
         last = -1 if self.step is None else self.step
         self.store.ranks.on_main(lambda: checksums.set_aside(directory, last))
@@ -215,7 +219,8 @@ class Loop:
             for t in range(1, len(self.schedule.pairs) + 1)
         ):
             return None
-        sampler = self.samplers.choose(int(self.pairs.prompt_ids.lengths.max()))
+        lengths = [one.lengths for one in (self.pairs.prompt_ids, self.more_prompts) if one]
+        sampler = self.samplers.choose(int(max(map(max, lengths))))
         self.store.ranks.on_main(self._labeler().check)
         return sampler
 
@@ -274,6 +279,7 @@ class Loop:
             phases=phases,
             progress=partial(sampling_progress, quiet=self.scorer.quiet),
             held_out=self.held_out,
+            more_prompts=self.more_prompts,
         )
         pairs = prepare(it)
         held_out = None if self.held_out is None else score_held_out(it)

@@ -271,6 +271,8 @@ def refuse(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
     for key in DATASETS:
         for index, entry in enumerate(cfg.get(key) or ()):
             _refuse_entry(f"{key}[{index}]", entry, sera)
+    for index, entry in enumerate(sera.prompts):
+        _refuse_entry(f"sera.prompts[{index}]", entry, sera)
 
 
 def _refuse_entry(where: str, entry: Any, sera: SeraConfig) -> None:

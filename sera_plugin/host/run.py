@@ -21,7 +21,7 @@ from sera_plugin.config.kinds import LABELERS, SELECTIONS
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.format import FORMAT_VERSION
-from sera_plugin.rundir.tokens import fingerprint
+from sera_plugin.rundir.tokens import TokenColumn, fingerprint
 
 if TYPE_CHECKING:
     from sera_plugin.sampling.samplers import Choice
@@ -52,7 +52,7 @@ HARMLESS = (
     *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),
     # who samples, what is kept for reading, how a judge is reached, and what it costs
     *("sera.sampler", "sera.servers", "sera.vllm_python", "sera.keep_policies"),
-    *("sera.score_columns", "sera.held_out", "sera.keep", "sera.bad_rows"),
+    *("sera.score_columns", "sera.held_out", "sera.keep", "sera.bad_rows", "sera.prompts"),
     *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
     "sera.judge.*_price",
     # compared as the commit that it leads to
@@ -105,9 +105,13 @@ def describe_run(
     pairs: Pairs,
     held_out: Pairs | None,
     end_ids: Sequence[int],
+    prompts: TokenColumn | None = None,
 ) -> dict[str, Any]:
     """The content of run.json, without secrets; `config` is the host's, resolved."""
     gap = method.annotations.score_gap
+    more: dict[str, Any] = {}
+    if prompts is not None:
+        more = {"prompts": len(prompts), "prompts_fingerprint": fingerprint([prompts])}
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -123,6 +127,7 @@ def describe_run(
         "accumulation": schedule.accumulation,
         "pairs": len(pairs),
         "evaluation_pairs": len(held_out) if held_out else 0,
+        **more,
         "dataset_fingerprint": fingerprint(vars(pairs).values()),
         "evaluation_fingerprint": fingerprint(vars(held_out).values()) if held_out else None,
         "score_fingerprint": None if gap is None else hashlib.sha256(gap.tobytes()).hexdigest(),
@@ -151,7 +156,8 @@ def announce(
         if getattr(config, key) not in ("none", 0):
             lines.append(f"  {key}: {getattr(config, key)}")
     lines += [
-        f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
+        f"  N = {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}"
+        + (f"; {method.prompts} more prompts are sampled" if method.prompts else ""),
         f"  optimizer and learning-rate schedule {restarts}",
     ]
     for t, size in enumerate(schedule.pairs, start=1):
@@ -270,6 +276,7 @@ _IDENTITY = (
     ("pairs", "N, the number of usable pairs"),
     ("dataset_fingerprint", "the pairs' token ids (datasets, chat_template, tokenizer)"),
     ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
+    ("prompts_fingerprint", "the token ids of the prompts without answers (sera.prompts)"),
     ("score_fingerprint", "the scores that select (score_columns, datasets)"),
     ("end_ids", "the tokens that end a completion"),
     ("loss", "the loss"),

@@ -27,10 +27,12 @@ from sera_plugin.algorithm.trust import SIDES, score_pairs
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows
+from sera_plugin.data.prompts import prepare_prompts
 from sera_plugin.host.epochs import DIVERGED, ID_COLUMNS, EndOfIteration, TrainingBar, UnequalEpochs
 from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
+from sera_plugin.host.plugin import SeraPlugin
 from sera_plugin.host.run import describe_run
 from sera_plugin.model.budget import scoring_budget
 from sera_plugin.model.losses import (
@@ -46,6 +48,7 @@ from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.ranks import current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
+from sera_plugin.rundir.tokens import TokenColumn
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -161,6 +164,8 @@ class SeraTrainer(UnequalEpochs):
         args, ours, table = self.args, self.loss, self.train_dataset.data.table
         host_losses = args.loss_type if ours is None else []
         pairs = Pairs.from_table(table)
+        held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
+        prompts = self._prepare_prompts(pairs, held_out)
         columns = {name: table[name].to_pylist() for name in self.config.score_columns}
         method = Method(
             config=self.config,
@@ -170,6 +175,7 @@ class SeraTrainer(UnequalEpochs):
             iterations=int(args.num_train_epochs),
             seed=int(args.seed),
             annotations=annotate(self.config, pairs.prompt_ids, columns, self._swapped),
+            prompts=0 if prompts is None else len(prompts),
         )
         schedule = Schedule(
             method.sizes,
@@ -185,7 +191,6 @@ class SeraTrainer(UnequalEpochs):
             self.store.ranks,
             self._quiet,
         )
-        held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
         loss, ends = ours.name if ours else " + ".join(host_losses), tuple(self._end_ids)
         return Loop(
             cfg=self.cfg,
@@ -199,12 +204,14 @@ class SeraTrainer(UnequalEpochs):
                 pairs,
                 held_out,
                 ends,
+                prompts,
             ),
             method=method,
             schedule=schedule,
             dataset=table,
             pairs=pairs,
             held_out=held_out,
+            more_prompts=prompts,
             end_ids=ends,
             store=self.store,
             scorer=scorer,
@@ -235,6 +242,18 @@ class SeraTrainer(UnequalEpochs):
             # Of types of their own, whatever their names.
             columns |= {name: pa.array(columns[name]) for name in names}
         return Dataset(InMemoryTable(make_table(columns)))
+
+    def _prepare_prompts(self, pairs: Pairs, held_out: Pairs | None) -> TokenColumn | None:
+        """The prompts of `sera.prompts` that are in no pair, None where there are none."""
+        plugins = PluginManager.get_instance().plugins.values()
+        found = next(one.prompts for one in plugins if isinstance(one, SeraPlugin))
+        if found is None or not self.config.prompts:
+            return None
+        rows = told(found, "tokenize prompts", "prompt", self._quiet)
+        known = pairs.prompt_ids, None if held_out is None else held_out.prompt_ids
+        return prepare_prompts(
+            rows, self.processing_class, self._model_end_ids, self.cfg, self.config, *known
+        )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Dataset:
         """TRL's hook: every iteration has a reference of its own, so nothing is scored here."""

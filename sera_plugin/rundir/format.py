@@ -102,6 +102,7 @@ class RunFile(Keys):
     accumulation: Count | None = None
     pairs: Count | None = None
     evaluation_pairs: Count | None = None
+    prompts: Count = 0
     end_ids: list[Count] = []
     seed: int | None = None
     dataset_fingerprint: Text | None = None

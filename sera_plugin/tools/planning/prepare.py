@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from axolotl.cli.config import load_cfg
@@ -26,6 +27,7 @@ from sera_plugin.config.kinds import is_reference_free
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
+from sera_plugin.data.prompts import prepare_prompts
 from sera_plugin.host.given import Given
 from sera_plugin.host.refused import MISTAKES
 from sera_plugin.model.budget import GIB
@@ -89,7 +91,14 @@ def read_plan(
         return rows, pairs, lengths(*(getattr(pairs, name).lengths for name in _COLUMNS))
 
     rows, pairs, sizes = prepared(data.train_dataset, "train")
-    held_out = prepared(data.eval_dataset, "eval")[2] if data.eval_dataset else sizes[:0]
+    held_out, held_out_ids = sizes[:0], None
+    if data.eval_dataset:
+        _, aside, held_out = prepared(data.eval_dataset, "eval")
+        held_out_ids = aside.prompt_ids
+    more = None
+    if data.prompts is not None:
+        known = pairs.prompt_ids, held_out_ids
+        more = prepare_prompts(data.prompts, tokenizer, end_ids, cfg, config, *known)
     kept = data.train_dataset.select(rows.rows)
     columns = {name: kept[name][:] for name in config.score_columns}
     method = Method(
@@ -100,7 +109,10 @@ def read_plan(
         iterations=int(cfg.num_epochs),
         seed=int(cfg.seed or 0),
         annotations=annotate(config, pairs.prompt_ids, columns, None),
+        prompts=0 if more is None else len(more),
     )
+    if more is not None:
+        config.check_candidates(method.pairs_per_prompt)
     choice = Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
     if gpu is None or model.unserved or config.sampler not in ("vllm", "vllm-server"):
         python = config.vllm_python or sys.executable
@@ -108,6 +120,8 @@ def read_plan(
     if processes is None:
         processes = max(1, torch.cuda.device_count()) if gpu is None else 1
     run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described, processes)
+    if more is not None:
+        run = replace(run, more_prompts=more.lengths.astype(np.int64))
     speed, speed_from = None, _IN_STEP if cfg.fsdp_config else _NO_TIME
     room: tuple[int | None, int | None] = None, None
     if measuring:
@@ -202,6 +216,8 @@ def _about(run: Run, dropped: int, choice: Choice) -> dict[str, str]:
         f"{f' x {run.processes} GPUs' if run.processes > 1 else ''}, {run.optimizer}, "
         f"gradient checkpointing {'on' if cfg.gradient_checkpointing else 'off'}",
     }
+    if len(run.more_prompts):
+        found["prompts"] = f"{len(run.more_prompts):,} more, which have no pair and are sampled"
     if run.sample:
         found["sampler"] = f"{choice.name} ({choice.reason})"
     return found

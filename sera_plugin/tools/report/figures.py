@@ -34,6 +34,7 @@ def figures(run: Run) -> dict[str, Any]:
             "state": run.state,
             "base_model": run.config.get("base_model"),
             "pairs": run.total,
+            "prompts": run.description.get("prompts", 0),
             **{key: run.description.get(key) for key in _DESCRIBED},
             "settings": run.settings,
             "versions": run.description.get("versions", {}),

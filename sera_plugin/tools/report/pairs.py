@@ -64,7 +64,7 @@ def _sampled(run: Run, one: Iteration, places: Rows) -> list[Pair]:
             "margins": {one.number: float(pairs["margin"][place])},
             "selected": bool(pairs["selected"][place]),
             "columns": {fact: sides for fact, sides in facts.items() if sides},
-            "prompt": run.tokens["prompt"][row],
+            "prompt": run.prompts[row],
             **{side: tokens[at[side]] for side in SIDES},
         })  # fmt: skip
     return found
@@ -114,15 +114,17 @@ def examples(run: Run) -> list[dict[str, Any]]:
 
 def describe_pair(run: Run, row: int, texts: Texts) -> Pair:
     """What each policy thought of a pair: log-probabilities, rewards, margin, its candidates."""
-    total = run.total or 0
+    total = max(run.total or 0, len(run.prompts))
     if not 0 <= row < total:
         raise ValueError(f"--row: {row} is not in the run; it has rows 0 to {total - 1}")
     found: Pair = {"row": row, "unit": run.unit, "labeler": run.labeler}
-    if run.tokens:
-        found |= {name: texts.exact(column[row]) for name, column in run.tokens.items()}
-        found["tokens"] = {name: int(column.lengths[row]) for name, column in run.tokens.items()}
+    if columns := run.tokens:
+        if row >= len(columns["prompt"]):  # of `sera.prompts`
+            columns = {"prompt": run.prompts}
+        found |= {name: texts.exact(column[row]) for name, column in columns.items()}
+        found["tokens"] = {name: int(column.lengths[row]) for name, column in columns.items()}
     found["text"] = texts.source if texts.tokenizer is not None else None
-    found |= _known(run, row)
+    found |= {"columns": {}} if row >= (run.total or 0) else _known(run, row)
     found["iterations"] = [_thought(one, row, texts) for one in run.iterations]
     return found
 
@@ -130,7 +132,7 @@ def describe_pair(run: Run, row: int, texts: Texts) -> Pair:
 def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
     thought: dict[str, Any] = {"iteration": one.number}
     samples, pairs = one.candidates, one.bootstrapped
-    if one.offline:
+    if one.offline and row < len(one.offline["row"]):
         names = [name for name in _FIGURES if name in one.offline]
         thought |= {name: float(one.offline[name][row]) for name in names}
         thought["margin"] = None if one.margin is None else float(one.margin[row])
