@@ -11,8 +11,8 @@ from sera_plugin.labeling.judging import (
     PLACES,
     Answered,
     Comparison,
-    FunctionJudge,
     JudgeFailed,
+    Replies,
     ScoringJudge,
     Usage,
     Verdict,
@@ -182,8 +182,10 @@ def test_a_function_in_a_file_judges(tmp_path):
     pairs = (("long", "no"), ("no", "long"), ("one", "two"), ("hm", "long"), ("same", "same"))
     verdicts = dict(judge.compare([Comparison("q", *pair) for pair in pairs]))
     assert [verdicts[i].outcome for i in range(5)] == [1.0, 0.0, 0.5, None, 0.5]
-    assert judge.usage == Usage(unparsed=1)
-    module = FunctionJudge("sera_plugin.tools.demo.world:true_reward")
+    assert judge.usage == Usage(asked=Replies(6), unparsed=1)
+    module = make_judge(
+        "sera_plugin.tools.demo.world:true_reward", Journal(tmp_path / "module.jsonl")
+    )
     assert dict(module.score([Answered("b a d c f e", "a b c d e f")])) == {0: 1.0}
 
 
@@ -191,15 +193,17 @@ def test_a_function_in_a_file_judges(tmp_path):
     ("body", "said"),
     [
         ("raise KeyError('x')", r"raised KeyError: 'x' on the question 'why\?' and the answer"),
-        ("return 'much'", r"raised ValueError: .*It must return a finite number"),
+        ("return 'much'", r"returned 'much' .*It must return a finite number"),
         ("return float('nan')", r"returned nan on the question 'why\?'"),
         ("return float('inf')", r"returned inf"),
     ],
 )
 def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, said):
     path = write(tmp_path / "bad.py", f"def f(question, answer):\n    {body}\n")
+    judge = make_judge(f"{path}:f", Journal(tmp_path / "judge.jsonl"))
+    assert isinstance(judge, ScoringJudge)
     with pytest.raises(JudgeFailed, match=said):
-        list(FunctionJudge(f"{path}:f").score([Answered("why?", "so")]))
+        list(judge.score([Answered("why?", "so")]))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 
 from sera_plugin.algorithm.method import Method
+from sera_plugin.config.labelers import require_candidates
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import prepare_rows
 from sera_plugin.data.prompts import prepare_prompts
@@ -61,7 +62,7 @@ def prepare(world, tmp_path):
         found = prepare_prompts(
             loaded.prompts, tokenizer, ends, cfg, sera, rows.prompt_ids, aside or None
         )
-        return sorted(tokenizer.decode(one) for one in found)
+        return sorted(tokenizer.decode(one) for one in found["prompt_ids"].to_pylist())
 
     return run
 
@@ -89,7 +90,7 @@ def test_a_prompt_has_the_tokens_that_it_would_have_in_a_pair(prepare):
     assert prepare(theirs, how) == said_of("d")
     # Fields of text of its own, and text that is rendered already.
     block = {"type": {"field_prompt": "question", "prompt_format": "<s> <|user|> {prompt}"}}
-    assert prepare([{"question": "e", "prompt": "b"}], block) == ["<s> <|user|> e"]
+    assert prepare([{"question": "e", "id": 3}], block) == ["<s> <|user|> e"]
     as_is = {"type": "passthrough.default", "field_messages": "text"}
     assert prepare([{"text": "<s> d", "prompt": "b"}], as_is) == ["<s> d"]
 
@@ -135,7 +136,7 @@ def test_pairs_of_a_prompt_are_counted_over_all_prompts():
     needed = partial(Method, config, False, False, 10)
     assert [needed(prompts=more).pairs_per_prompt for more in (0, 4, 5, 20, 50)] == [3, 3, 2, 1, 1]
     with pytest.raises(ValueError, match="needs 3 pairs per prompt, but candidates: 4 gives at mo"):
-        config.check_candidates(3)
+        require_candidates(config, 3)
 
 
 def test_a_run_samples_prompts_without_answers(base_config, train, world, tmp_path):
@@ -191,5 +192,5 @@ def test_a_run_samples_prompts_without_answers(base_config, train, world, tmp_pa
     with pytest.raises(ValueError, match=r"the token ids of the prompts without answers \(sera.pr"):
         train(base_config)
     base_config["sera"]["prompts"] = None
-    with pytest.raises(ValueError, match="bootstrap_ratio: 2.2 needs 3 pairs per prompt"):
+    with pytest.raises(ValueError, match=r"bootstrap_ratio: 2\.2 needs 3 pairs per prompt"):
         train(base_config)

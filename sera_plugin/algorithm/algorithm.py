@@ -30,6 +30,7 @@ from sera_plugin.algorithm.trust import (
     SIDES,
     acts,
     held_out_reward,
+    labelled,
     outranked,
     outranking,
     reward_of,
@@ -38,7 +39,7 @@ from sera_plugin.algorithm.trust import (
     supported,
     wanted,
 )
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tables import candidate_places, candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
@@ -206,9 +207,15 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
     per_prompt = candidates_of(samples, len(it.prompts))
     with it.phases.timed("label"):
         by = reward_of(it) if it.t > 1 else None
-        ranked = Ranked(it.t, per_prompt, prompts, token_ids, ranking, it.sampler, it.settings, by)
+        aside = labelled(it) if labeler_kind(it.method.config.labeler).mixed else None
+        ranked = Ranked(
+            *(it.t, per_prompt, prompts, token_ids, ranking, it.sampler, it.settings, by),
+            about=lambda place: it.beside.about(int(rows[place])),
+            named=lambda place: f"row {rows[place]}",
+            labelled=aside,
+        )
         reward = it.labeler.rewards(ranked)
-        if LABELERS[it.method.config.labeler].implicit and it.method.config.reward == "fitted":
+        if labeler_kind(it.method.config.labeler).implicit and it.method.config.reward == "fitted":
             reward[~supported(it, token_ids.lengths, ranking[-1])] = np.nan
     by_candidate = np.stack(ranking, axis=1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1]
@@ -253,6 +260,9 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
     report = {name: str(getattr(found, name)) for name in COUNTS} | {"alpha": str(alpha)}
     if (gap := outranking(it, candidates)) is not None:
         report["outranking"] = str(gap)
+    ranked = json.loads((candidates.schema.metadata or {}).get(b"labeler", b"{}"))
+    if chance := ranked.get("reward"):
+        report["by_chance"] = str(chance["by_chance"])
     table = table.replace_schema_metadata(report)
     return select_rows(table, False) if outranked(it, table) else table
 

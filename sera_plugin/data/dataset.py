@@ -32,11 +32,8 @@ LOG = logging.getLogger("axolotl.sera")
 
 _NAMED_ROWS, _NAMED_REASONS = 5, 20
 #: Where the rows of each name come from.
-_KEYS = {
-    "train": "`datasets:`",
-    "eval": "`test_datasets:` or `val_set_size`",
-    "prompt": "`sera.prompts`",
-}
+_KEYS = {"train": "`datasets:`", "prompt": "`sera.prompts`"}
+_KEYS["eval"] = "`test_datasets:` or `val_set_size`"
 TOO_LONG = "longer than sequence_len: {}"
 
 #: Remarks on rows that are kept.
@@ -288,10 +285,10 @@ def require_usable(
     """ValueError if no usable row is left, or some are dropped that must not be."""
     reasons = result.reasons()
     if not result.rows:
-        keys = _KEYS[name]
         raise ValueError(
             f"none of the {result.total} {name} rows can be used "
-            f"({'; '.join(reasons) or 'the dataset is empty'}). Check {keys}, and `sequence_len`."
+            f"({'; '.join(reasons) or 'the dataset is empty'}). Check {_KEYS[name]}, and "
+            "`sequence_len`."
         )
     dropped = sum(map(len, result.dropped.values()))
     long = len(result.dropped.get(TOO_LONG.format(cfg.get("sequence_len")), ()))

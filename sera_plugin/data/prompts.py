@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.conversations import MessageReader, is_conversation
@@ -68,8 +69,10 @@ def prepare_prompts(
     config: SeraConfig,
     pairs: TokenColumn,
     held_out: TokenColumn | None,
-) -> TokenColumn:
-    """(M,) token ids of the prompts that are in no pair, each once; says what becomes of the rows.
+) -> pa.Table:
+    """prompts.parquet: the prompts that are in no pair, each once; says what becomes of the rows.
+
+    (M,) `row`, which goes on from those of `pairs`, `prompt_ids`, and columns of `score_columns`.
 
     `examples` are as `GuardedPrompt` made them. Samples of a held-out pair's prompt would be
     trained, and the pair then judge what it has taught.
@@ -79,9 +82,11 @@ def prepare_prompts(
             first rows of each reason.
     """
     encoder, length = RowTokenizer(tokenizer, end_ids), cfg.get("sequence_len")
-    result = TokenizedRows()
+    result, kept = TokenizedRows(), config.score_columns
+    known: list[dict[str, Any]] = []
     for row, example in enumerate(examples):
         result.add(example, row)
+        known.append({name: example[name] for name in kept if name in example})
         try:
             if example[PROBLEM]:
                 raise RowError(example[PROBLEM])
@@ -100,15 +105,21 @@ def prepare_prompts(
     taken = {one.tobytes(): why for why, column in named.items() for one in column or ()}
     left_out: Counter[str] = Counter()
     found: list[IntArray] = []
-    for prompt in result.prompt_ids:
+    rows: list[int] = []
+    for row, prompt in zip(result.rows, result.prompt_ids, strict=True):
         if why := taken.get(key := prompt.tobytes()):
             left_out[why] += 1
         else:
             found.append(prompt)
+            rows.append(row)
             taken[key] = "repeat another one"
     said = f"{len(found)} of {result.total} prompts are sampled beside those of the pairs"
     said += "".join(f"; {count} {why}" for why, count in left_out.items())
     if not found:
         raise ValueError(f"sera.prompts: {said}. Remove it, or name other prompts.")
     LOG.info("SeRA: sera.prompts: %s", said)
-    return TokenColumn(make_table({"prompt_ids": found})["prompt_ids"])
+    columns: dict[str, Any] = {"row": np.arange(len(pairs), len(pairs) + len(found))}
+    columns["prompt_ids"] = found
+    for name in known[0]:
+        columns[name] = pa.array([known[row][name] for row in rows])
+    return make_table(columns)

@@ -146,7 +146,7 @@ def with_prompts(cfg: DictDefault) -> DictDefault:
         if found.get("type") == "passthrough.default":
             del found["type"]  # says nothing of how text is asked
         entries.append(DictDefault({**found, **entry}))
-    return DictDefault({**cfg, "sera": {**cfg.sera, "score_columns": []}, PROMPTS: entries})
+    return DictDefault({**cfg, PROMPTS: entries})
 
 
 def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -204,7 +204,9 @@ def prepared_name(
     name = generate_dataset_hash_from_config(cfg, entries, tokenizer)
     files = {str(one.get("chat_template_jinja")) for one in (cfg, *entries)}
     templates = [Path(one).read_text("utf-8") for one in sorted(files) if os.path.isfile(one)]
-    name = md5(f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']} {templates or ''}{made_of}")
+    name = md5(
+        f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']} {templates or ''}{made_of}"
+    )
     place = Path(get_prepared_dataset_path(cfg, name))
     edited = edited_since(entries, place, Path(cfg.output_dir or ""))
     return md5(f"{name} {edited}") if edited else name

@@ -20,16 +20,17 @@ from sera_plugin.algorithm.method import (
     Iteration,
     Labeler,
     Method,
-    Pairs,
     Phases,
     SamplingSettings,
     Schedule,
 )
 from sera_plugin.algorithm.noise import score_again
+from sera_plugin.algorithm.pairs import Beside, Pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.algorithm.trust import score_held_out, score_pairs
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind
+from sera_plugin.config.labelers import require_candidates
 from sera_plugin.host import run
 from sera_plugin.host.base import describe_base, require_same_base
 from sera_plugin.host.keeping import Keeping
@@ -76,7 +77,8 @@ class Loop:
     dataset: pa.Table  # the offline pairs, and columns to keep beside them
     pairs: Pairs
     held_out: Pairs | None
-    more_prompts: TokenColumn | None  # those of `sera.prompts`
+    more_prompts: pa.Table | None  # those of `sera.prompts`, as in prompts.parquet
+    beside_held_out: Beside  # what `score_columns` say of the held-out pairs
     end_ids: tuple[int, ...]  # tokens that end a completion
     store: RunStore
     scorer: PolicyScorer
@@ -128,7 +130,7 @@ class Loop:
                 "Raise one of them, or give more pairs."
             )
         if self.method.prompts:  # without them it was known from the start
-            self.method.config.check_candidates(self.method.pairs_per_prompt)
+            require_candidates(self.method.config, self.method.pairs_per_prompt)
         require_shared(directory, self.store.ranks)
         self.step = checksums.named_checkpoint(directory, asked) if asked else None
         self.store.lock()
@@ -219,13 +221,14 @@ class Loop:
             for t in range(1, len(self.schedule.pairs) + 1)
         ):
             return None
-        lengths = [one.lengths for one in (self.pairs.prompt_ids, self.more_prompts) if one]
-        sampler = self.samplers.choose(int(max(map(max, lengths))))
+        tables = [one for one in (self.dataset, self.more_prompts) if one is not None]
+        lengths = [int(TokenColumn(one["prompt_ids"]).lengths.max()) for one in tables]
+        sampler = self.samplers.choose(max(lengths))
         self.store.ranks.on_main(self._labeler().check)
         return sampler
 
     def _labeler(self, optimizer: Any = None) -> Labeler:
-        kind = LABELERS[self.method.config.labeler].load()
+        kind = labeler_kind(self.method.config.labeler).load()
         labeler: Labeler = kind(self.method, self.store, self.tokenizer, self.scorer.quiet)
         model, device = self.scorer.policies.model, self.scorer.budget.device
         labeler.room = partial(waiting, model, device, optimizer, guest="the reward model")
@@ -259,7 +262,7 @@ class Loop:
             self.store.end_before(iteration)
             self.schedule = replace(self.schedule, pairs=self.schedule.pairs[: iteration - 1])
             return None, None
-        names = {"candidates", "temperature", "top_p", "max_new_tokens"}
+        names, more = {"candidates", "temperature", "top_p", "max_new_tokens"}, self.more_prompts
         settings = SamplingSettings(
             **self.method.config.model_dump(include=names),
             max_length=self.cfg["sequence_len"],
@@ -279,7 +282,9 @@ class Loop:
             phases=phases,
             progress=partial(sampling_progress, quiet=self.scorer.quiet),
             held_out=self.held_out,
-            more_prompts=self.more_prompts,
+            more_prompts=None if more is None else TokenColumn(more["prompt_ids"]),
+            beside=Beside.of(self.method.config.score_columns, self.dataset, more),
+            beside_held_out=self.beside_held_out,
         )
         pairs = prepare(it)
         held_out = None if self.held_out is None else score_held_out(it)

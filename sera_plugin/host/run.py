@@ -11,13 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+import pyarrow as pa
 from pydantic import BaseModel
 
 from sera_plugin import __version__
 from sera_plugin.algorithm.best import FIGURE
-from sera_plugin.algorithm.method import Method, Pairs, Schedule
+from sera_plugin.algorithm.method import Method, Schedule
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.credentials import Known, public, storable
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_name
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.format import FORMAT_VERSION
@@ -54,7 +56,7 @@ HARMLESS = (
     *("sera.sampler", "sera.servers", "sera.vllm_python", "sera.keep_policies"),
     *("sera.score_columns", "sera.held_out", "sera.keep", "sera.bad_rows", "sera.prompts"),
     *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
-    "sera.judge.*_price",
+    *("sera.judge.*_price", "sera.function.timeout", "sera.function.processes"),
     # compared as the commit that it leads to
     "revision_of_model",
     # compared as what they come to: pairs per step of all processes, beta of the loss
@@ -105,13 +107,16 @@ def describe_run(
     pairs: Pairs,
     held_out: Pairs | None,
     end_ids: Sequence[int],
-    prompts: TokenColumn | None = None,
+    prompts: pa.Table | None = None,
 ) -> dict[str, Any]:
     """The content of run.json, without secrets; `config` is the host's, resolved."""
     gap = method.annotations.score_gap
     more: dict[str, Any] = {}
     if prompts is not None:
-        more = {"prompts": len(prompts), "prompts_fingerprint": fingerprint([prompts])}
+        more = {
+            "prompts": len(prompts),
+            "prompts_fingerprint": fingerprint([TokenColumn(prompts["prompt_ids"])]),
+        }
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -141,7 +146,7 @@ def announce(
 ) -> str:
     """The log block at the start; `sampler` is None where nothing is sampled."""
     config = method.config
-    by = "" if LABELERS[config.labeler].implicit else f" by {config.labeler}"
+    by = "" if config.labeler == "implicit" else f" by {labeler_name(config.labeler)}"
     rewards = "averaged per token" if method.per_token else "summed over tokens"
     restarts = "restart every iteration" if config.restart_optimizer else "run on"
     kept = SELECTIONS[config.selection].keeps.format(ratio=config.selection_ratio)
@@ -249,13 +254,25 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         lines.append(f"  held out: {summary['evaluation']['accuracy']:.0%} agree with their label")
     if "errors" in (reward := summary.get("reward", {})):
         lines[-1] += f" ({reward['paper_accuracy']:.0%} by the paper's reward)"
-        weights = [
-            f"{'length' if name == 'length' else f'likelihood under {name}'} counts {weight:+.2f}"
-            f" +- {reward['errors'][name]:.2f}" + " a token" * (name == "length")
-            for name, weight in reward["weights"].items()
-        ]
-        lines.append(f"  reward: {', '.join(weights)}")
+        lines.append(f"  reward: {_weights(reward)}")
+    if "reward" in (labeler := summary.get("labeler", {})):
+        mixed = labeler["reward"]
+        lines.append(
+            f"  with the scores of {', '.join(labeler['judges'])} it ranks "
+            f"{mixed['accuracy']:.0%} of the held-out pairs as labelled: {_weights(mixed)}"
+        )
     return "\n".join(lines)
+
+
+def _weights(reward: Mapping[str, Any]) -> str:
+    """What each feature of a fitted reward counts."""
+    of = {name: f"likelihood under {name}" for name in reward["weights"] if "theta_" in name}
+    each = [
+        f"{of.get(name, name)} counts {weight:+.2f} +- {reward['errors'][name]:.2f}"
+        + " a token" * (name == "length")
+        for name, weight in reward["weights"].items()
+    ]
+    return ", ".join(each)
 
 
 def describe_end(summary: Mapping[str, Any]) -> str:
@@ -318,7 +335,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with `sera.KEY` and `sera.judge.KEY` beside the other keys."""
     found = dict(config)
-    for block in ("sera", "sera.judge"):
+    for block in ("sera", "sera.judge", "sera.function"):
         inner = found.pop(block, None) or {}
         found |= {f"{block}.{key}": value for key, value in inner.items()}
     return found

@@ -21,7 +21,8 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, set_seed
 
-from sera_plugin.algorithm.method import Method, Pairs, Schedule
+from sera_plugin.algorithm.method import Method, Schedule
+from sera_plugin.algorithm.pairs import Beside, Pairs
 from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
 from sera_plugin.algorithm.trust import SIDES, score_pairs
 from sera_plugin.config.kinds import LOSSES
@@ -48,7 +49,6 @@ from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.ranks import current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
-from sera_plugin.rundir.tokens import TokenColumn
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -102,6 +102,8 @@ class SeraTrainer(UnequalEpochs):
             LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
         self._quiet = bool(args.disable_tqdm) or not self.store.ranks.main
         self._swapped: np.ndarray[Any, Any] | None = None
+        #: What `score_columns` say of the held-out pairs, which have no other use of it.
+        self._aside: pa.Table | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
         # References are columns of the data: no reference model, no forward pass for one.
@@ -212,6 +214,7 @@ class SeraTrainer(UnequalEpochs):
             pairs=pairs,
             held_out=held_out,
             more_prompts=prompts,
+            beside_held_out=Beside.of(self.config.score_columns, self._aside),
             end_ids=ends,
             store=self.store,
             scorer=scorer,
@@ -241,10 +244,14 @@ class SeraTrainer(UnequalEpochs):
                 columns = swap(columns, self._swapped)
             # Of types of their own, whatever their names.
             columns |= {name: pa.array(columns[name]) for name in names}
+        else:
+            kept, has = dataset.select(result.rows), set(dataset.column_names)
+            names = tuple(name for name in self.config.score_columns if name in has)
+            self._aside = pa.table({name: pa.array(kept[name][:]) for name in names})
         return Dataset(InMemoryTable(make_table(columns)))
 
-    def _prepare_prompts(self, pairs: Pairs, held_out: Pairs | None) -> TokenColumn | None:
-        """The prompts of `sera.prompts` that are in no pair, None where there are none."""
+    def _prepare_prompts(self, pairs: Pairs, held_out: Pairs | None) -> pa.Table | None:
+        """prompts.parquet: those of `sera.prompts` that are in no pair; None without the key."""
         plugins = PluginManager.get_instance().plugins.values()
         found = next(one.prompts for one in plugins if isinstance(one, SeraPlugin))
         if found is None or not self.config.prompts:

@@ -43,7 +43,7 @@ class Keys(BaseModel):
 class _Settings(Keys):
     """The `sera:` block, as far as what is shown of a run depends on it."""
 
-    labeler: Text = "implicit"
+    labeler: Text | list[Text] = "implicit"
     selection: Text = "irm"
     reward: Text | None = None
     reference: Text | None = None
@@ -57,8 +57,9 @@ class _Settings(Keys):
 
     @model_validator(mode="after")
     def _known(self) -> "_Settings":
+        several = [self.labeler] if isinstance(self.labeler, str) else self.labeler
         for name, value, kinds in (
-            ("labeler", self.labeler, LABELERS),
+            *(("labeler", one, LABELERS) for one in several),
             ("selection", self.selection, SELECTIONS),
         ):
             if value not in kinds:

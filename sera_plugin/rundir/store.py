@@ -20,7 +20,6 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -167,7 +166,7 @@ class RunStore:
         self,
         description: Mapping[str, Any],
         dataset: pa.Table,
-        prompts: TokenColumn | None = None,
+        prompts: pa.Table | None = None,
     ) -> None:
         """Write what the run is and what it trains on; a run has begun once run.json is there.
 
@@ -177,8 +176,7 @@ class RunStore:
         begun = self.run_file.exists()
         tables = {self.dataset_file: dataset}
         if prompts is not None:
-            rows = np.arange(len(dataset), len(dataset) + len(prompts))
-            tables[self.prompts_file] = make_table({"row": rows, "prompt_ids": prompts})
+            tables[self.prompts_file] = prompts
         for path, table in tables.items():
             if not (begun and self._whole(path)):
                 write_table(path, table)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind
 from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.format import Invalid, regular_size
 from sera_plugin.rundir.tokens import TOKENS, TokenColumn
@@ -79,7 +79,7 @@ class Expected(NamedTuple):
         settings = run.get("config", {}).get("sera", {})
         count = settings.get("candidates")
         if count is not None:
-            count += LABELERS[settings.get("labeler", "implicit")].adds_dataset_answer
+            count += labeler_kind(settings.get("labeler", "implicit")).adds_dataset_answer
         known = run.get("pairs"), run.get("evaluation_pairs"), count, settings.get("reference")
         return cls(*known, run.get("prompts", 0))
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.model.forward import KEPT_LOGITS
 from sera_plugin.rundir.store import layout, make_table
 from sera_plugin.tools.planning.run import Run

@@ -21,9 +21,11 @@ from axolotl.utils.dict import DictDefault
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import GenerationConfig
 
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Method
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.selection import annotate
 from sera_plugin.config.kinds import is_reference_free
+from sera_plugin.config.labelers import require_candidates
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
@@ -33,6 +35,7 @@ from sera_plugin.host.refused import MISTAKES
 from sera_plugin.model.budget import GIB
 from sera_plugin.model.memory import OPTIMIZERS
 from sera_plugin.rundir.store import make_table
+from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.planning.counts import disk_parts, lengths
@@ -112,7 +115,7 @@ def read_plan(
         prompts=0 if more is None else len(more),
     )
     if more is not None:
-        config.check_candidates(method.pairs_per_prompt)
+        require_candidates(config, method.pairs_per_prompt)
     choice = Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
     if gpu is None or model.unserved or config.sampler not in ("vllm", "vllm-server"):
         python = config.vllm_python or sys.executable
@@ -121,7 +124,8 @@ def read_plan(
         processes = max(1, torch.cuda.device_count()) if gpu is None else 1
     run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described, processes)
     if more is not None:
-        run = replace(run, more_prompts=more.lengths.astype(np.int64))
+        tokens = TokenColumn(more["prompt_ids"])
+        run = replace(run, more_prompts=tokens.lengths.astype(np.int64))
     speed, speed_from = None, _IN_STEP if cfg.fsdp_config else _NO_TIME
     room: tuple[int | None, int | None] = None, None
     if measuring:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind, labeler_name
 from sera_plugin.rundir.writing import write_file, write_text
 from sera_plugin.tools.report.output import fill, number, plain_table, shown_name, shown_text
 from sera_plugin.tools.report.reading import Iteration, Run, Texts
@@ -102,7 +102,7 @@ def examples(run: Run) -> list[dict[str, Any]]:
         kept = np.flatnonzero(made["selected"])
         order = kept[np.argsort(-made["margin"][kept], kind="stable")]
         parts = {"best-bootstrapped": order[:_FEW], "worst-bootstrapped": order[_FEW:][::-1][:_FEW]}
-        if LABELERS[run.labeler].adds_dataset_answer:
+        if labeler_kind(run.labeler).adds_dataset_answer:
             parts = {"bootstrapped": order[:_FEW]}
         groups += [(name, one, _sampled(run, one, places)) for name, places in parts.items()]
     return [
@@ -117,7 +117,7 @@ def describe_pair(run: Run, row: int, texts: Texts) -> Pair:
     total = max(run.total or 0, len(run.prompts))
     if not 0 <= row < total:
         raise ValueError(f"--row: {row} is not in the run; it has rows 0 to {total - 1}")
-    found: Pair = {"row": row, "unit": run.unit, "labeler": run.labeler}
+    found: Pair = {"row": row, "unit": run.unit, "labeler": labeler_name(run.labeler)}
     if columns := run.tokens:
         if row >= len(columns["prompt"]):  # of `sera.prompts`
             columns = {"prompt": run.prompts}
@@ -174,7 +174,7 @@ def show_pair(pair: Pair, texts: Texts) -> str:
         for one in pair["iterations"]
     ]
     table = plain_table(["iteration", *(name.replace("_", " ") for name in names), "pair"], rows)
-    implicit = LABELERS[pair["labeler"]].implicit
+    implicit = pair["labeler"].startswith("implicit")
     return fill("pair.txt", pair=pair, texts=texts, table=table, implicit=implicit)[:-1]
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from sera_plugin.algorithm.method import DATASET
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.checksums import is_whole
@@ -135,7 +135,7 @@ class Run:
         self.description = self.json(store.run_file, RunFile)
         self.config: dict[str, Any] = self.description.get("config", {})
         self.settings: dict[str, Any] = self.config.get("sera", {})
-        self.labeler = str(self.settings.get("labeler", "implicit"))
+        self.labeler: str | list[str] = self.settings.get("labeler", "implicit")
         self._expected = Expected.of(self.description)
         self.total = self._expected.pairs
         columns = self._columns(store.dataset_file, "dataset", beside=True)
@@ -219,7 +219,7 @@ class Run:
 
     def _name_what_is_missing(self) -> None:
         """A file that others were made from must have been there; one at the end is not due yet."""
-        first = LABELERS[self.labeler].first_iteration(self.settings.get("selection_ratio", 1))
+        first = labeler_kind(self.labeler).first_iteration(self.settings.get("selection_ratio", 1))
         newest = max(self.begun, default=0)
         for number, one in self.begun.items():
             past = bool(one.summary) or number < newest
