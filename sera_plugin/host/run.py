@@ -108,12 +108,16 @@ def describe_run(
     held_out: Pairs | None,
     end_ids: Sequence[int],
     prompts: pa.Table | None = None,
+    labelled: int = 0,
 ) -> dict[str, Any]:
-    """The content of run.json, without secrets; `config` is the host's, resolved."""
+    """The content of run.json, without secrets; `config` is the host's, resolved.
+
+    `prompts` is prompts.parquet, `labelled` how many single answers the pairs were looked for in.
+    """
     gap = method.annotations.score_gap
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"labelled_answers": labelled} if labelled else {}
     if prompts is not None:
-        more = {
+        more |= {
             "prompts": len(prompts),
             "prompts_fingerprint": fingerprint([TokenColumn(prompts["prompt_ids"])]),
         }

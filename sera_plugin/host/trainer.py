@@ -29,6 +29,7 @@ from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows
 from sera_plugin.data.prompts import prepare_prompts
+from sera_plugin.data.rows import LABELLED
 from sera_plugin.host.epochs import DIVERGED, ID_COLUMNS, EndOfIteration, TrainingBar, UnequalEpochs
 from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.loop import Loop
@@ -102,6 +103,7 @@ class SeraTrainer(UnequalEpochs):
             LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
         self._quiet = bool(args.disable_tqdm) or not self.store.ranks.main
         self._swapped: np.ndarray[Any, Any] | None = None
+        self._labelled = 0  # single answers with a label among the rows of the training set
         #: What `score_columns` say of the held-out pairs, which have no other use of it.
         self._aside: pa.Table | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
@@ -207,6 +209,7 @@ class SeraTrainer(UnequalEpochs):
                 held_out,
                 ends,
                 prompts,
+                self._labelled,
             ),
             method=method,
             schedule=schedule,
@@ -237,6 +240,7 @@ class SeraTrainer(UnequalEpochs):
         columns |= {name: getattr(result, name) for name in ID_COLUMNS}
         if dataset_name == "train":
             self._end_ids = result.end_ids
+            self._labelled = sum(dataset[LABELLED][:])
             kept, names = dataset.select(result.rows), self.config.score_columns
             columns |= {name: kept[name][:] for name in names}
             if self.config.label_noise:

@@ -104,6 +104,7 @@ class RunFile(Keys):
     pairs: Count | None = None
     evaluation_pairs: Count | None = None
     prompts: Count = 0
+    labelled_answers: Count = 0
     end_ids: list[Count] = []
     seed: int | None = None
     dataset_fingerprint: Text | None = None

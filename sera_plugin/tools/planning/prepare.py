@@ -30,6 +30,7 @@ from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
 from sera_plugin.data.prompts import prepare_prompts
+from sera_plugin.data.rows import LABELLED
 from sera_plugin.host.given import Given
 from sera_plugin.host.refused import MISTAKES
 from sera_plugin.model.budget import GIB
@@ -141,6 +142,8 @@ def read_plan(
         tokenizer.save_pretrained(scratch)
         files = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
     about = {"plan": str(path)} | _about(run, sum(map(len, rows.dropped.values())), choice)
+    if labelled := sum(data.train_dataset[LABELLED][:]):
+        about["data"] += f"; paired from {labelled:,} answers with a label"
     disk, notes = disk_parts(run, pairs, files), notes_of(run)
     found = figures(run, speed, about, device, room, disk, speed_from=speed_from, notes=notes)
     return found, [f"{phase.name}: {phase.note}" for phase in run.phases if phase.note]
