@@ -16,6 +16,8 @@ from sera_plugin.config.labelers import FunctionConfig
 from sera_plugin.labeling.judging import Answered, JudgeFailed, make_judge
 from sera_plugin.labeling.judging.function import FunctionJudge
 from sera_plugin.rundir.journal import Journal
+from sera_plugin.tools.report.page import write_report
+from sera_plugin.tools.report.reading import Run, find_run
 from tests.conftest import summary, table, write_rows
 
 CHECKS = """
@@ -191,6 +193,9 @@ def test_a_function_and_the_implicit_reward_rank_together(
     assert mixed["weights"]["function"] > 0
     assert found["reward"]["weights"].keys() == mixed["weights"].keys() - {"function"}
     assert found["labeler"]["unscored"]["function"] > 0
+    page = write_report(result.output).read_text()
+    assert "What the samples are ranked by, with further scores" in page
+    assert Run(find_run(result.output)).notes == []
     # Rewards are the fitted features of each candidate, and the score less its prompt's mean.
     candidates = table(result.run, 2, "candidates")
     assert max(candidates["row"]) == 24

@@ -167,7 +167,7 @@ def test_the_docs_list_every_key_with_its_default():
             assert f"`{name}`" in text
         else:
             assert f"| {name} | {default} |" in rows
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    example, *_ = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert JudgeConfig.parse(yaml.safe_load(example), "docs").api_key_env == "OPENAI_API_KEY"
 
 

@@ -20,6 +20,7 @@ from sera_plugin.data.dataset import prepare_rows
 from sera_plugin.data.prompts import prepare_prompts
 from sera_plugin.host.config import name_types
 from sera_plugin.host.datasets import load_pairs
+from sera_plugin.host.unused import unused
 from sera_plugin.tools.report.page import write_report
 from sera_plugin.tools.report.pairs import describe_pair, show_pair
 from sera_plugin.tools.report.reading import Run, Texts, find_run
@@ -129,6 +130,13 @@ def test_prompts_that_cannot_be_used_follow_the_keys_of_pairs(prepare, sera_log)
     answered = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match="the prompt ends with an answer"):
         prepare([{"prompt": answered}], data=CHAT, name="answered.jsonl")
+
+
+def test_a_key_of_an_entry_that_nobody_reads_is_named():
+    entries = [{"path": "p", "colour": 1, "split": "train"}]
+    said = list(unused({"sera": {"prompts": entries}}, {}))
+    assert len(said) == 1
+    assert said[0].startswith("sera.prompts[0].colour is not a key of the host")
 
 
 def test_pairs_of_a_prompt_are_counted_over_all_prompts():

@@ -180,7 +180,7 @@ class Mixed(Labeler):
         names = self.method.config.labelers[1:]
         found = [Judged(self.method, self.store, self.tokenizer, self.quiet) for _ in names]
         for one, name in zip(found, names, strict=True):
-            one.name, one.room = name, self.room
+            one.name, one.room, one.report = name, self.room, {"name": name}
         return found
 
     def check(self) -> None:

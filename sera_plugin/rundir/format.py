@@ -178,6 +178,12 @@ class _Reward(Keys):
         return self
 
 
+class _Labeler(Keys):
+    """With several labelers the reward that mixes them."""
+
+    reward: _Reward | None = None
+
+
 class _Noise(Keys):
     chosen: list[Number]
     rejected: list[Number]
@@ -209,7 +215,7 @@ class Summary(Keys):
     label_noise: dict[Text, Number | None] | None = None
     step_zero: dict[Text, Any] | None = None
     sampler: dict[Text, Any] | None = None
-    labeler: dict[Text, Any] | None = None
+    labeler: _Labeler | None = None
 
 
 class Ending(Keys):

@@ -69,6 +69,8 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         "held_out": held_out and {key: held_out[key] for key in _HELD_OUT},
     }
     found |= {key: counted[key] for key in ("reward", "outranking", "noise") if key in counted}
+    if mixed := (counted.get("labeler") or {}).get("reward"):
+        found["mixed"] = mixed
     if margin is not None:
         kept = offline["selected"]
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
