@@ -92,6 +92,10 @@ def test_a_prompt_has_the_tokens_that_it_would_have_in_a_pair(prepare):
     # Fields of text of its own, and text that is rendered already.
     block = {"type": {"field_prompt": "question", "prompt_format": "<s> <|user|> {prompt}"}}
     assert prepare([{"question": "e", "id": 3}], block) == ["<s> <|user|> e"]
+    # Rows that would be pairs, or single answers with a label, give their prompts.
+    labelled = [{"prompt": "d", "completion": "x", "label": True}]
+    assert prepare(labelled, data=CHAT) == said_of("d")
+    assert prepare([TEXT | {"prompt": "e"}]) == said_of("e")
     as_is = {"type": "passthrough.default", "field_messages": "text"}
     assert prepare([{"text": "<s> d", "prompt": "b"}], as_is) == ["<s> d"]
 

@@ -70,8 +70,8 @@ class Method:
     @property
     def pairs_per_prompt(self) -> int:
         """Pairs that a prompt must be able to give so that k~ can exist (the paper: one)."""
-        share = self.config.bootstrap_ratio * self.total / (self.total + self.prompts)
-        return max(1, math.ceil(share))
+        prompts = self.total + self.prompts
+        return max(1, math.ceil(self.config.bootstrap_ratio * self.total / prompts))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -245,9 +245,8 @@ class Ranked:
     sampler: CandidateSampler  # of theta_{t-1}
     settings: SamplingSettings  # how it has sampled them
     reward: Reward | None = None  # the implicit one; there is none in iteration 1
-    #: Of an answer by its place: what is known of its row, as JSON, and how to name that.
-    about: Callable[[int], str] = lambda place: ""
-    named: Callable[[int], str] = lambda place: ""
+    about: Callable[[int], str] = lambda place: ""  # what is known of an answer's row, as JSON
+    named: Callable[[int], str] = lambda place: ""  # and how to name that row
     labelled: Labelled | None = None  # where there are held-out pairs, from iteration 2 on
 
 
@@ -305,16 +304,15 @@ class Iteration:
     progress: Progress = lambda total, phase: nullcontext(lambda chunk: None)
     held_out: Pairs | None = None  # pairs that no iteration trains on
     more_prompts: TokenColumn | None = None  # those of `sera.prompts`, which have no pair
-    #: Of the rows of all prompts, and of the held-out pairs.
-    beside: Beside = field(default_factory=Beside)
+    beside: Beside = field(default_factory=Beside)  # of the rows of all prompts
     beside_held_out: Beside = field(default_factory=Beside)
     tables: dict[tuple[int, str], pa.Table] = field(default_factory=dict)  # read or made so far
 
     @cached_property
     def prompts(self) -> TokenColumn:
         """All that are sampled: a row's is that of its offline pair, then come the others."""
-        given = self.pairs.prompt_ids
-        return given if self.more_prompts is None else given.joined(self.more_prompts)
+        given, more = self.pairs.prompt_ids, self.more_prompts
+        return given if more is None else given.joined(more)
 
     def at(self, t: int) -> Iteration:
         """An earlier iteration of the same run; the tables are shared."""

@@ -41,7 +41,8 @@ class GuardedPrompt(GuardedTransform):
     def __call__(self, row: Mapping[str, Any], index: int, tokenizer: Any = None) -> dict[str, Any]:
         """See `GuardedTransform`; the answers in it mean nothing."""
         # A column with a whole talk, answers included, is not the prompt's to say.
-        kept = {k: v for k, v in row.items() if k == self.column or not _is_talk(v)}
+        ours = (self.column, *self.kept)
+        kept = {k: v for k, v in row.items() if k in ours or not _is_talk(v)}
         reads_text = isinstance(self.transform, MessageReader)
         messages = is_conversation(row.get(self.column)) and not reads_text
         for name, text in zip(self.answers, _STAND_INS.values(), strict=True):

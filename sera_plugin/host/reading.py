@@ -48,7 +48,7 @@ def transformed(
 ) -> Dataset:
     """A dataset's rows as text, each with its place and what is wrong with it."""
     paired = None
-    if is_unpaired(cfg[key][index], dataset):
+    if key != PROMPTS and is_unpaired(cfg[key][index], dataset):
         cfg, dataset, paired = _paired(cfg, key, index, dataset)
     entry = cfg[key][index]
     block = entry.type if isinstance(entry.type, dict) else {}
@@ -70,9 +70,8 @@ def transformed(
         answers = (block.get("field_chosen") or "chosen", block.get("field_rejected") or "rejected")
         guarded = GuardedPrompt(**vars(guarded), column=column, answers=answers)
     types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE, ASIDE)}
-    types |= dict.fromkeys((ROW, LABELLED), Value("int64")) | {
-        name: dataset.features[name] for name in kept
-    }
+    types |= dict.fromkeys((ROW, LABELLED), Value("int64"))
+    types |= {name: dataset.features[name] for name in kept}
     # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
     # one of mixed types is read as JSON. Columns that nobody asked for could keep two datasets
     # from being merged.
@@ -170,8 +169,9 @@ def _prompt_column(cfg: DictDefault, index: int, dataset: Dataset) -> tuple[str,
             "passthrough.default if it is rendered already."
         )
     entry.type = "passthrough.default"
-    others = [one for one in ("prompt",) if one in names and one != column]
-    return "prompt", dataset.remove_columns(others).rename_columns({column: "prompt"})
+    if column != "prompt" and "prompt" in names:
+        dataset = dataset.remove_columns("prompt")
+    return "prompt", dataset.rename_columns({column: "prompt"})
 
 
 def strategy(
