@@ -12,7 +12,6 @@ from sera_plugin.labeling.judging import (
     Answered,
     Comparison,
     JudgeFailed,
-    Replies,
     ScoringJudge,
     Usage,
     Verdict,
@@ -182,7 +181,7 @@ def test_a_function_in_a_file_judges(tmp_path):
     pairs = (("long", "no"), ("no", "long"), ("one", "two"), ("hm", "long"), ("same", "same"))
     verdicts = dict(judge.compare([Comparison("q", *pair) for pair in pairs]))
     assert [verdicts[i].outcome for i in range(5)] == [1.0, 0.0, 0.5, None, 0.5]
-    assert judge.usage == Usage(asked=Replies(6), unparsed=1)
+    assert judge.usage == Usage(unparsed=1)
     module = make_judge(
         "sera_plugin.tools.demo.world:true_reward", Journal(tmp_path / "module.jsonl")
     )

@@ -142,13 +142,14 @@ class FunctionJudge(ScoringJudge):
         """See `ScoringJudge.score`. None from the function is a missing verdict."""
         keys: list[str] = []
         asked: list[tuple[int, dict[str, Any]]] = []
+        kept = 0
         for index, one in enumerate(answers):
             known = json.loads(one.about or "{}")
             about = {name: known.get(name) for name in self._columns}
             request = {"question": one.question, "answer": one.answer, "columns": about}
             keys.append(key_of(self._identity, request))
             if (found := self._journal.get(keys[-1], score=float)) is not None:
-                self.usage.cached.count += 1
+                kept += 1
                 yield index, found["score"]
             else:
                 asked.append((index, request))
@@ -156,13 +157,12 @@ class FunctionJudge(ScoringJudge):
         shown: list[str] = []
         for done, (index, reply) in enumerate(self._replies(asked), start=1):
             score = reply.get("score")
-            self.usage.asked.count += 1
             if problem := reply.get("problem"):
                 self.usage.failed += 1
                 problems[problem.partition(":")[0]] += 1
                 shown += [self._named(problem, answers[index])] * (len(shown) < _NAMED)
                 # Of what is asked again for want of a score, all may fail again.
-                failed, known = problems.total(), done + self.usage.cached.count
+                failed, known = problems.total(), done + kept
                 if failed == len(answers) or (failed >= FAILURES and 10 * failed >= 9 * known):
                     raise JudgeFailed(
                         f"{self.name} gave no score in {failed} of {done} calls: {shown[0]}. It "
