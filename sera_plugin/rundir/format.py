@@ -43,7 +43,7 @@ class Keys(BaseModel):
 class _Settings(Keys):
     """The `sera:` block, as far as what is shown of a run depends on it."""
 
-    labeler: Text | list[Text] = "implicit"
+    labeler: Text | Annotated[list[Text], Field(min_length=1)] = "implicit"
     selection: Text = "irm"
     reward: Text | None = None
     reference: Text | None = None
