@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sera_plugin.algorithm.fit import fit_weights, judged
-from sera_plugin.config.labelers import FunctionConfig
+from sera_plugin.config.labelers import FunctionConfig, require_held_out
+from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.judging import Answered, JudgeFailed, Usage, make_judge
 from sera_plugin.labeling.judging.function import FunctionJudge
 from sera_plugin.rundir.journal import Journal
@@ -157,6 +158,16 @@ def test_a_score_counts_by_what_it_explains():
     np.testing.assert_array_equal([*found.weights, found.length, *found.scores], weights)
     # A score that is the same everywhere explains nothing.
     assert judged((1.0, -1.0), differences * [1, 1, 1, 0], True, ["function"]).scores == [0.0]
+
+
+def test_several_labelers_need_pairs_that_are_held_out():
+    mixed = SeraConfig(labeler=["implicit", "function"], function="a.py:f")
+    assert SeraConfig(**mixed.model_dump(mode="json")) == mixed
+    assert SeraConfig(labeler=["implicit"]).labeler == "implicit"
+    for config, pairs in ((mixed, 1), (SeraConfig(), 0)):
+        require_held_out(config, pairs)
+    with pytest.raises(ValueError, match=r"none are held out. Set sera.held_out, val_set_size"):
+        require_held_out(mixed, 0)
 
 
 def test_a_function_and_the_implicit_reward_rank_together(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator
 
 from sera_plugin.config.block import Block
-from sera_plugin.config.kinds import LABELERS, LabelerKind, labeler_name
+from sera_plugin.config.kinds import LABELERS, LabelerKind, labeler_kind, labeler_name
 from sera_plugin.config.quoting import quoted
 
 if TYPE_CHECKING:
@@ -66,6 +66,16 @@ def require_labels(config: SeraConfig) -> None:
         raise ValueError(
             f"{said}, and needs a number for each answer; judge.mode: {config.judge.mode} compares "
             "two. Set mode: single in the judge's block."
+        )
+
+
+def require_held_out(config: SeraConfig, pairs: int) -> None:
+    """ValueError where several labelers are mixed and no pairs are held out."""
+    if labeler_kind(config.labeler).mixed and not pairs:
+        raise ValueError(
+            f"sera.labeler: {quoted(list(config.labelers))} is weighed by the labels of held-out "
+            "pairs, and none are held out. Set sera.held_out, val_set_size or test_datasets, or "
+            "name one labeler."
         )
 
 

@@ -30,7 +30,7 @@ from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.algorithm.trust import score_held_out, score_pairs
 from sera_plugin.config.kinds import labeler_kind
-from sera_plugin.config.labelers import require_candidates
+from sera_plugin.config.labelers import require_candidates, require_held_out
 from sera_plugin.host import run
 from sera_plugin.host.base import describe_base, require_same_base
 from sera_plugin.host.keeping import Keeping
@@ -129,6 +129,7 @@ class Loop:
                 f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
                 "Raise one of them, or give more pairs."
             )
+        require_held_out(self.method.config, len(self.held_out or ()))
         if self.method.prompts:  # without them it was known from the start
             require_candidates(self.method.config, self.method.pairs_per_prompt)
         require_shared(directory, self.store.ranks)
