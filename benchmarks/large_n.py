@@ -32,9 +32,9 @@ from sera_plugin.algorithm.method import (
     Chunk,
     Iteration,
     Method,
-    Pairs,
     SamplingSettings,
 )
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir import store

@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 
 from sera_plugin.config.block import JudgeConfig
 from sera_plugin.config.host_keys import HOST_KEYS
-from sera_plugin.config.sera import SeraConfig
+from sera_plugin.config.labelers import FunctionConfig
+from sera_plugin.config.sera import LabelerName, SeraConfig
 from sera_plugin.host.keys import ENTRY_UNUSED, REFUSALS, UNUSED
 from sera_plugin.tools import agent_docs
 from sera_plugin.tools.convert.convert import RULES
@@ -33,6 +34,9 @@ def _kinds(annotation: Any) -> list[str]:
         bool: "true or false",
         str | None: "path or name",
         JudgeConfig | None: "block of keys",
+        FunctionConfig | None: "file.py:function, or a block of keys",
+        tuple[dict[str, Any], ...]: "list of datasets",
+        tuple[LabelerName, ...]: "list of these",
     }
     if annotation in names:
         return [names[annotation]]

@@ -17,11 +17,11 @@ from sera_plugin.algorithm.method import (
     Iteration,
     Labeler,
     Method,
-    Pairs,
     Phases,
     SamplingSettings,
     Schedule,
 )
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.selection import Annotations
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.algorithm.trust import score_held_out

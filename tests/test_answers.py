@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import Candidate, Pairs, SamplingSettings
+from sera_plugin.algorithm.method import Candidate, SamplingSettings
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.rundir.store import RunStore, make_table
 from sera_plugin.sampling.answers import read_candidates
 from sera_plugin.sampling.child import SamplingFailed

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sera_plugin.algorithm.method import Method, Pairs, Schedule
+from sera_plugin.algorithm.method import Method, Schedule
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.credentials import is_secret, public, without_credentials
 from sera_plugin.config.quoting import plain, quoted
 from sera_plugin.config.sera import SeraConfig

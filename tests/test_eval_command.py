@@ -283,17 +283,15 @@ def test_answers_are_written_as_the_benchmarks_own_judges_read_them(
 JUDGE = """
 import pathlib
 from sera_plugin.tools.demo.world import true_reward
-mark, left = pathlib.Path(__file__).with_name("judging"), [30]
 def score(prompt, answer):
-    left[0] -= 1
-    if mark.exists() and not left[0]:
-        raise KeyboardInterrupt
+    if pathlib.Path(__file__).with_name("judging").exists():
+        raise RuntimeError("not now")
     return true_reward(prompt, answer)
 """
 
 
 def test_an_evaluation_that_stops_goes_on_to_the_same_figures(letters, names, prompts, tmp_path):
-    """Within each model's answers and within the verdicts; no answer is sampled twice."""
+    """Within each model's answers and before any verdict; no answer is sampled twice."""
     expected = figures_of(*names, *options(prompts, tmp_path / "whole"))
     letters.asked.clear()
     (tmp_path / "judge.py").write_text(JUDGE)

@@ -117,7 +117,12 @@ def test_each_key_of_a_dataset_has_one_state():
     strategies = HOST / "prompt_strategies/dpo"
     files = [HOST / "utils/data/shared.py", strategies, HOST / "utils/schemas/utils.py"]
     read = read_in(
-        files_in(*files, HOST / "utils/chat_templates", OURS / "host/datasets.py"),
+        files_in(
+            *files,
+            HOST / "utils/chat_templates",
+            OURS / "host/datasets.py",
+            OURS / "host/reading.py",
+        ),
         "dataset_config",
         "entry",
         "ds_cfg",

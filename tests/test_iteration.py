@@ -311,7 +311,7 @@ def test_a_whole_chunk_that_cannot_be_used_is_set_aside_and_made_again(run, capl
     ("rows", "said"),
     [
         (5, "it does not have the same number of candidates for each row"),
-        (4, "it has candidates of 2 rows, and the run 3 pairs"),
+        (4, "it has candidates of 2 rows, and the run 3 prompts"),
     ],
 )
 def test_a_table_in_which_prompts_lack_candidates_is_made_again(run, caplog, rows, said):

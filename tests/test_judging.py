@@ -11,7 +11,6 @@ from sera_plugin.labeling.judging import (
     PLACES,
     Answered,
     Comparison,
-    FunctionJudge,
     JudgeFailed,
     ScoringJudge,
     Usage,
@@ -167,7 +166,7 @@ def test_the_docs_list_every_key_with_its_default():
             assert f"`{name}`" in text
         else:
             assert f"| {name} | {default} |" in rows
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    example, *_ = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert JudgeConfig.parse(yaml.safe_load(example), "docs").api_key_env == "OPENAI_API_KEY"
 
 
@@ -183,7 +182,9 @@ def test_a_function_in_a_file_judges(tmp_path):
     verdicts = dict(judge.compare([Comparison("q", *pair) for pair in pairs]))
     assert [verdicts[i].outcome for i in range(5)] == [1.0, 0.0, 0.5, None, 0.5]
     assert judge.usage == Usage(unparsed=1)
-    module = FunctionJudge("sera_plugin.tools.demo.world:true_reward")
+    module = make_judge(
+        "sera_plugin.tools.demo.world:true_reward", Journal(tmp_path / "module.jsonl")
+    )
     assert dict(module.score([Answered("b a d c f e", "a b c d e f")])) == {0: 1.0}
 
 
@@ -191,15 +192,17 @@ def test_a_function_in_a_file_judges(tmp_path):
     ("body", "said"),
     [
         ("raise KeyError('x')", r"raised KeyError: 'x' on the question 'why\?' and the answer"),
-        ("return 'much'", r"raised ValueError: .*It must return a finite number"),
+        ("return 'much'", r"returned 'much' .*It must return a finite number"),
         ("return float('nan')", r"returned nan on the question 'why\?'"),
         ("return float('inf')", r"returned inf"),
     ],
 )
 def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, said):
     path = write(tmp_path / "bad.py", f"def f(question, answer):\n    {body}\n")
+    judge = make_judge(f"{path}:f", Journal(tmp_path / "judge.jsonl"))
+    assert isinstance(judge, ScoringJudge)
     with pytest.raises(JudgeFailed, match=said):
-        list(FunctionJudge(f"{path}:f").score([Answered("why?", "so")]))
+        list(judge.score([Answered("why?", "so")]))
 
 
 @pytest.mark.parametrize(

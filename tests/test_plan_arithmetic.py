@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from axolotl.utils.dict import DictDefault
 
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Method
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import GIB
 from sera_plugin.model.memory import state_bytes

@@ -180,6 +180,21 @@ sera: {gamma: 1.5} => sera.gamma: 1.5 | less than or equal to 1
 sera: {push_to_hub: mine} => sera.push_to_hub | 'mine' is no repository | user/name
 {sera: {push_to_hub: user/mine}, hub_model_id: user/mine}
     => hub_model_id: user/mine | sera.push_to_hub | Keep one of them
+sera: {prompts: [{path: p}], labeler: spin} => prompts has no effect: labeler: spin | Remove prompts
+sera: {prompts: {path: p}, bootstrap_ratio: 0} => prompts | bootstrap_ratio: 0.0 ranks no samples
+sera: {labeler: function} => labeler: function with function unset | function: checks.py:score
+sera: {labeler: function, function: checks.py} => sera.function | 'checks.py' names no function
+sera: {labeler: function, function: {call: 'a.py:f', timout: 1}} => timout | `timeout`
+sera: {labeler: [function, implicit], function: 'a.py:f'} => sera.labeler | begins with implicit
+sera: {labeler: [implicit, spin]} => sera.labeler | some of reward_model, judge, function
+sera: {labeler: [implicit, function], function: 'a.py:f', reward: paper}
+    => reward: paper | Set reward: fitted
+sera: {labeler: [implicit, function], function: 'a.py:f', held_out: 0} => held_out: 0 | Remove
+sera: {labeler: [implicit, judge], judge: {base_url: 'http://x/v1', model: m}}
+    => judge.mode: pairwise | mode: single
+sera: {prompts: [p.jsonl]} => sera.prompts.0: 'p.jsonl' | dictionary
+sera: {prompts: [{path: p, field_mesages: x}]} => sera.prompts[0].field_mesages | `field_messages`
+sera: {prompts: [{split: train}]} => sera.prompts[0].path: null | name a file
 sera: {candidates: 1} => candidates: 1 | Raise candidates to 2
 sera: {length_control: .inf} => sera.length_control | finite number
 sera: {loss: kto} => sera.loss: 'kto' | 'kto_pair'

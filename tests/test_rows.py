@@ -20,7 +20,7 @@ from sera_plugin.data.files import (
     while_loading,
 )
 from sera_plugin.data.rows import GuardedTransform, as_it_is
-from sera_plugin.host import datasets as host
+from sera_plugin.host import reading as host
 from sera_plugin.host.config import restore_entries
 from tests.test_dataset import build
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sera_plugin.algorithm.method import Method, Pairs, SamplingSettings, Schedule
+from sera_plugin.algorithm.method import Method, SamplingSettings, Schedule
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.credentials import is_secret, public, without_credentials
 from sera_plugin.config.quoting import plain, printable, quoted, without_secret
 from sera_plugin.config.sera import SeraConfig

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from sera_plugin.algorithm.method import Labeler, Method, Pairs, Ranked, Schedule
+from sera_plugin.algorithm.method import Labeler, Method, Ranked, Schedule
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import Annotations, select_largest
 from sera_plugin.algorithm.summary import noise_found, summarize

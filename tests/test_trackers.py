@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations import integration_utils
 
-from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.host import trackers
 from sera_plugin.host.trackers import HEAD, ROWS, SampleTables, sampled_pairs
 from sera_plugin.host.trainer import SeraTrainer

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from sera_plugin.algorithm.algorithm import prepare, select_rows
 from sera_plugin.algorithm.fit import OUTRANKING
-from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.algorithm.trust import follows
 from sera_plugin.config.sera import SeraConfig

@@ -12,10 +12,10 @@ from sera_plugin.algorithm.method import (
     Candidate,
     Iteration,
     Method,
-    Pairs,
     Phases,
     SamplingSettings,
 )
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.kinds import LABELERS
 from sera_plugin.config.sera import AS_PUBLISHED, SeraConfig
 from sera_plugin.rundir.store import RunStore, make_table

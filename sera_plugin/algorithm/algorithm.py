@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from sera_plugin.algorithm.chunks import Sampled, all_samples, chunk_table
 from sera_plugin.algorithm.fit import Reward
-from sera_plugin.algorithm.method import DATASET, Iteration, Method, Pairs, Ranked
+from sera_plugin.algorithm.method import DATASET, Iteration, Method, Ranked
 from sera_plugin.algorithm.rewards import (
     FloatArray,
     equalizing_alpha,
@@ -30,6 +30,7 @@ from sera_plugin.algorithm.trust import (
     SIDES,
     acts,
     held_out_reward,
+    labelled,
     outranked,
     outranking,
     reward_of,
@@ -38,7 +39,7 @@ from sera_plugin.algorithm.trust import (
     supported,
     wanted,
 )
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tables import candidate_places, candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
@@ -59,13 +60,13 @@ def prepare(it: Iteration) -> pa.Table:
     offline = it.once("offline", lambda: select(it, score(it)))  # lines 4 and 5
     reference = it.scores(it.method.reference(it.t))
     if not wanted(it):
-        return union(it.pairs, offline, reference)
+        return union(it, offline, reference)
     candidates = it.once("candidates", lambda: rank(it, sample(it)))  # lines 6 and 7
     it.store.remove_samples(it.t)
     paired = it.once("bootstrapped", lambda: pair(it, candidates))  # lines 7 and 8
     if outranked(it, paired):
         offline = it.keep("offline", keep_all(it, offline))
-    return union(it.pairs, offline, reference, candidates, paired)  # line 9
+    return union(it, offline, reference, candidates, paired)  # line 9
 
 
 def score(it: Iteration) -> dict[str, FloatArray]:
@@ -155,7 +156,7 @@ def sample(it: Iteration) -> pa.Table:
 
     Finished chunks are kept at once, and those on disk are not made again.
     """
-    ranks, total = it.store.ranks, len(it.pairs)
+    ranks, total = it.store.ranks, len(it.prompts)
     with it.phases.timed("sample"):
         found, fresh = Sampled(total, it.settings), Sampled(total, it.settings)
         it.store.set_aside_samples(it.t, found.problem)
@@ -165,7 +166,7 @@ def sample(it: Iteration) -> pa.Table:
         # Closed at once, whatever happens here: an engine may be running behind it.
         with (
             it.progress(mine, "sample") as advance,
-            closing(it.sampler.sample(it.pairs.prompt_ids, it.settings, skip=done)) as chunks,
+            closing(it.sampler.sample(it.prompts, it.settings, skip=done)) as chunks,
         ):
             for chunk in chunks:
                 table = chunk_table(chunk)
@@ -186,12 +187,14 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
     samples = it.labeler.complete(samples, it.pairs.chosen_ids)
     token_ids = TokenColumn(samples["token_ids"])
     rows = samples["row"].to_numpy()
-    prompts = it.pairs.prompt_ids.take(rows)
-    sampled = np.flatnonzero(pc.not_equal(samples["finish_reason"], DATASET).to_numpy())
+    prompts = it.prompts.take(rows)
+    is_given = pc.equal(samples["finish_reason"], DATASET).to_numpy()
+    sampled = np.flatnonzero(~is_given)
 
     def under(policy: int) -> FloatArray:
         """Log-probabilities; theta_policy has scored the dataset's own answers before."""
-        found: FloatArray = it.scores(policy)["chosen_logp"].to_numpy()[rows]
+        found = np.empty(len(rows))
+        found[is_given] = it.scores(policy)["chosen_logp"].to_numpy()[rows[is_given]]
         with it.phases.timed("score_candidates"):
             found[sampled] = it.scorer(
                 policy, prompts.take(sampled), token_ids.take(sampled), "score_candidates"
@@ -201,12 +204,18 @@ def rank(it: Iteration, samples: pa.Table) -> pa.Table:
 
     logps = {policy: under(policy) for policy in it.method.candidates_under(it.t)}
     ranking = [logps[policy] for policy in it.method.ranking_policies(it.t)]
-    per_prompt = candidates_of(samples, len(it.pairs))
+    per_prompt = candidates_of(samples, len(it.prompts))
     with it.phases.timed("label"):
         by = reward_of(it) if it.t > 1 else None
-        ranked = Ranked(it.t, per_prompt, prompts, token_ids, ranking, it.sampler, it.settings, by)
+        aside = labelled(it) if labeler_kind(it.method.config.labeler).mixed else None
+        ranked = Ranked(
+            *(it.t, per_prompt, prompts, token_ids, ranking, it.sampler, it.settings, by),
+            about=lambda place: it.beside.about(int(rows[place])),
+            named=lambda place: f"row {rows[place]}",
+            labelled=aside,
+        )
         reward = it.labeler.rewards(ranked)
-        if LABELERS[it.method.config.labeler].implicit and it.method.config.reward == "fitted":
+        if labeler_kind(it.method.config.labeler).implicit and it.method.config.reward == "fitted":
             reward[~supported(it, token_ids.lengths, ranking[-1])] = np.nan
     by_candidate = np.stack(ranking, axis=1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * by_candidate.shape[1]
@@ -231,14 +240,14 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
         rewards = candidates["reward"].to_numpy().reshape(-1, per_prompt)
 
         def longer(controlled: FloatArray) -> FloatArray:
-            found = pair_candidates(identity, controlled, config.pairs_per_prompt)
+            found = pair_candidates(identity, controlled, it.method.pairs_per_prompt)
             chosen = lengths[found.prompt, found.chosen].astype(np.float64)
             return chosen - lengths[found.prompt, found.rejected]
 
         alpha = 0.0 if config.length_control == "none" else config.length_control
         if alpha == "auto":
             alpha = equalizing_alpha(rewards, lengths, longer)
-        found = pair_candidates(identity, rewards - alpha * lengths, config.pairs_per_prompt)
+        found = pair_candidates(identity, rewards - alpha * lengths, it.method.pairs_per_prompt)
         table = make_table(
             {
                 "row": rows[found.prompt * per_prompt],
@@ -251,12 +260,15 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
     report = {name: str(getattr(found, name)) for name in COUNTS} | {"alpha": str(alpha)}
     if (gap := outranking(it, candidates)) is not None:
         report["outranking"] = str(gap)
+    ranked = json.loads((candidates.schema.metadata or {}).get(b"labeler", b"{}"))
+    if chance := ranked.get("reward"):
+        report["by_chance"] = str(chance["by_chance"])
     table = table.replace_schema_metadata(report)
     return select_rows(table, False) if outranked(it, table) else table
 
 
 def union(
-    pairs: Pairs,
+    it: Iteration,
     offline: pa.Table,
     reference: pa.Table,
     candidates: pa.Table | None = None,
@@ -266,6 +278,7 @@ def union(
 
     `reference` is offline.parquet of the iteration that began from the reference.
     """
+    pairs = it.pairs
     rows = np.arange(len(pairs))
     if "selected" in offline.column_names:
         rows = np.flatnonzero(offline["selected"].to_numpy(zero_copy_only=False))
@@ -283,7 +296,7 @@ def union(
         kinds = {"policy": policy, "ref": policy}
         if "reference_logp" in candidates.column_names:
             kinds["ref"] = candidates["reference_logp"].to_numpy()
-        for side, places in candidate_places(selected, len(candidates) // len(pairs)).items():
+        for side, places in candidate_places(selected, len(candidates) // len(it.prompts)).items():
             token_ids[side] = token_ids[side].joined(sampled.take(places))
             for kind, values in kinds.items():
                 name = f"{kind}_{side}_logps"
@@ -296,7 +309,7 @@ def union(
         )
     return make_table(
         {
-            "prompt_ids": pairs.prompt_ids.take(rows),
+            "prompt_ids": it.prompts.take(rows),
             **{f"{side}_ids": column for side, column in token_ids.items()},
             **logps,
         }

@@ -57,11 +57,16 @@ class Reward:
     accuracy: float | None = None  # of these weights, each pair ranked by a fit to others
     paper_accuracy: float | None = None  # of Eq. 7
     by_chance: float | None = None  # how often a coin is as good, see `by_chance`
+    labelers: Sequence[str] = ()  # whose scores are features too
+    scores: Sequence[float] = ()  # the weight of each one's
 
     def __call__(
         self, logps: Sequence[npt.ArrayLike], lengths: npt.ArrayLike, per_token: bool
     ) -> FloatArray:
-        """(n,) nats of completions of (n,) tokens, from (n,) log-probabilities per policy."""
+        """(n,) nats of completions of (n,) tokens, from (n,) log-probabilities per policy.
+
+        Without what labelers' scores add.
+        """
         tokens = np.asarray(lengths, dtype=np.float64)
         found = implicit_reward(np.stack(logps), tuple(self.weights), tokens if per_token else None)
         return found + self.length * tokens if self.length else found
@@ -73,8 +78,8 @@ class Reward:
 
     def record(self, policies: Sequence[int]) -> dict[str, Any]:
         """As summary.json has it, with a name for each weight."""
-        names = [*(f"theta_{one}" for one in policies), "length"]
-        weights = zip(names, (*self.weights, self.length), strict=True)
+        names = [*(f"theta_{one}" for one in policies), "length", *self.labelers]
+        weights = zip(names, (*self.weights, self.length, *self.scores), strict=True)
         found: dict[str, Any] = {"weights": dict(weights), "pairs": self.pairs}
         if self.errors:
             found["errors"] = dict(zip(names, self.errors, strict=True))
@@ -84,23 +89,31 @@ class Reward:
         return found
 
 
-def judged(paper: tuple[float, ...], differences: FloatArray, fitted: bool) -> Reward:
+def judged(
+    paper: tuple[float, ...],
+    differences: FloatArray,
+    fitted: bool,
+    labelers: Sequence[str] = (),
+) -> Reward:
     """Eq. 7's reward, or with `fitted` that of the labels, and how it ranks the held-out pairs.
 
-    `paper` are Eq. 7's weights. `differences` are (n, policies + 1): features of chosen less those
-    of rejected, log-probabilities newest policy first (nats), then lengths (tokens).
+    `paper` are Eq. 7's weights. `differences` are (n, policies + 1 + labelers): features of chosen
+    less those of rejected, log-probabilities newest policy first (nats), lengths (tokens), then the
+    scores of `labelers`, whose weights have 0 for a prior mean.
     """
-    direction, pairs = np.array([*paper, 0.0]), len(differences)
+    direction, pairs = np.array([*paper, 0.0, *(0.0 for _ in labelers)]), len(differences)
     margin = differences @ direction
     by_paper = _accuracy(margin)
     if not fitted:
         return Reward(paper, 0.0, (), pairs, by_paper, by_paper, by_chance(margin))
-    (*weights, length), errors = (one.tolist() for one in fit_weights(differences, direction))
+    weights, errors = (one.tolist() for one in fit_weights(differences, direction))
     margin, fold = np.empty(pairs), np.arange(pairs) % _FOLDS
     for one in range(min(_FOLDS, pairs)):
         others, _ = fit_weights(differences[fold != one], direction)
         margin[fold == one] = differences[fold == one] @ others
-    return Reward(weights, length, errors, pairs, _accuracy(margin), by_paper, by_chance(margin))
+    found = errors, pairs, _accuracy(margin), by_paper, by_chance(margin)
+    at = len(paper)
+    return Reward(weights[:at], weights[at], *found, tuple(labelers), weights[at + 1 :])
 
 
 def fit_weights(differences: FloatArray, paper: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -20,9 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sera_plugin.algorithm.fit import Reward
+from sera_plugin.algorithm.pairs import Beside, Labelled, Pairs
 from sera_plugin.algorithm.rewards import FloatArray, reward_weights
 from sera_plugin.algorithm.selection import Annotations, Selection
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind, labeler_name
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tokens import TokenColumn
@@ -31,23 +32,6 @@ TokenIds = npt.NDArray[np.int32]
 
 #: `finish_reason` of a candidate that was not sampled: the dataset's chosen answer.
 DATASET = "dataset"
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Preference pairs, (N,) lists of token ids each; completions with their end token."""
-
-    prompt_ids: TokenColumn
-    chosen_ids: TokenColumn
-    rejected_ids: TokenColumn
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Pairs:
-        """The pairs of a table with the columns of dataset.parquet."""
-        return cls(*(TokenColumn(table[f"{one}_ids"]) for one in ("prompt", "chosen", "rejected")))
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -61,6 +45,7 @@ class Method:
     iterations: int = 1  # T
     seed: int = 0
     annotations: Annotations = field(default_factory=Annotations)
+    prompts: int = 0  # how many are sampled beside the offline pairs' (`sera.prompts`)
 
     @property
     def unit(self) -> str:
@@ -83,6 +68,12 @@ class Method:
         return round(self.config.bootstrap_ratio * self.total) if samples else 0
 
     @property
+    def pairs_per_prompt(self) -> int:
+        """Pairs that a prompt must be able to give so that k~ can exist (the paper: one)."""
+        prompts = self.total + self.prompts
+        return max(1, math.ceil(self.config.bootstrap_ratio * self.total / prompts))
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """|D_1|, ..., |D_T| as asked for; fewer sampled pairs may exist."""
         iterations = range(1, self.iterations + 1)
@@ -99,7 +90,7 @@ class Method:
 
     def ranking_policies(self, iteration: int) -> tuple[int, ...]:
         """The policies whose log-probabilities iteration t's candidates keep, theta_{t-1} first."""
-        implicit = LABELERS[self.config.labeler].implicit
+        implicit = labeler_kind(self.config.labeler).implicit
         return self.reward_policies(iteration) if implicit else (iteration - 1,)
 
     def candidates_under(self, iteration: int) -> tuple[int, ...]:
@@ -254,6 +245,9 @@ class Ranked:
     sampler: CandidateSampler  # of theta_{t-1}
     settings: SamplingSettings  # how it has sampled them
     reward: Reward | None = None  # the implicit one; there is none in iteration 1
+    about: Callable[[int], str] = lambda place: ""  # what is known of an answer's row, as JSON
+    named: Callable[[int], str] = lambda place: ""  # and how to name that row
+    labelled: Labelled | None = None  # where there are held-out pairs, from iteration 2 on
 
 
 def no_room(wanted: int) -> AbstractContextManager[object]:
@@ -272,7 +266,7 @@ class Labeler:
         self, method: Method, store: Any = None, tokenizer: Any = None, quiet: bool = True
     ) -> None:
         self.method, self.store, self.tokenizer, self.quiet = method, store, tokenizer, quiet
-        self.report: dict[str, Any] = {"name": method.config.labeler}
+        self.report: dict[str, Any] = {"name": labeler_name(method.config.labeler)}
         self.room: Room = no_room
 
     def check(self) -> None:
@@ -309,7 +303,16 @@ class Iteration:
     phases: Phases = field(default_factory=Phases)
     progress: Progress = lambda total, phase: nullcontext(lambda chunk: None)
     held_out: Pairs | None = None  # pairs that no iteration trains on
+    more_prompts: TokenColumn | None = None  # those of `sera.prompts`, which have no pair
+    beside: Beside = field(default_factory=Beside)  # of the rows of all prompts
+    beside_held_out: Beside = field(default_factory=Beside)
     tables: dict[tuple[int, str], pa.Table] = field(default_factory=dict)  # read or made so far
+
+    @cached_property
+    def prompts(self) -> TokenColumn:
+        """All that are sampled: a row's is that of its offline pair, then come the others."""
+        given, more = self.pairs.prompt_ids, self.more_prompts
+        return given if more is None else given.joined(more)
 
     def at(self, t: int) -> Iteration:
         """An earlier iteration of the same run; the tables are shared."""

@@ -14,7 +14,7 @@ from sera_plugin.algorithm.noise import margin_noise
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
 from sera_plugin.algorithm.trust import SIDES, follows, reward_of, wanted
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind
 from sera_plugin.rundir.tables import candidate_places, candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
 
@@ -163,7 +163,7 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
     margins = summary.setdefault("margins", {})
     margins["bootstrapped"] = quantiles(selected["margin"].to_numpy())
     summary["lengths"]["sampled"] = float(lengths[sampled].mean())
-    if LABELERS[it.method.config.labeler].implicit:
+    if labeler_kind(it.method.config.labeler).implicit:
         reward = np.ma.masked_invalid(candidates["reward"].to_numpy().reshape(-1, count))
         spread = np.ma.ptp(reward, axis=1).filled(0)
         if not it.method.per_token:

@@ -9,10 +9,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sera_plugin.algorithm.fit import OUTRANKING, Reward, judged, within_support
-from sera_plugin.algorithm.method import Iteration, Pairs, Scorer
+from sera_plugin.algorithm.fit import CHANCE, OUTRANKING, Reward, judged, within_support
+from sera_plugin.algorithm.method import Iteration, Scorer
+from sera_plugin.algorithm.pairs import Labelled, Pairs
 from sera_plugin.algorithm.rewards import FloatArray, require_finite
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind
 from sera_plugin.rundir.store import make_table
 from sera_plugin.rundir.tokens import TokenColumn
 
@@ -55,14 +56,21 @@ def score_held_out(it: Iteration) -> dict[str, FloatArray]:
 
 def held_out_reward(it: Iteration) -> Reward:
     """Iteration t's reward, t >= 2, fitted to the held-out pairs' labels or judged by them."""
-    method = it.method
-    paper = method.paper_weights(it.t)
-    if it.held_out is None:
+    paper = it.method.paper_weights(it.t)
+    found = labelled(it)
+    if found is None:
         return Reward(paper)
+    return judged(paper, found.differences, it.method.config.reward == "fitted")
+
+
+def labelled(it: Iteration) -> Labelled | None:
+    """The held-out pairs with the features of iteration t's reward, t >= 2; None without any."""
+    if it.held_out is None:
+        return None
     score_held_out(it)
-    scores = [it.at(policy + 1).table("evaluation") for policy in method.reward_policies(it.t)]
-    chosen, rejected = (_features(scores, side, method.per_token) for side in SIDES)
-    return judged(paper, chosen - rejected, method.config.reward == "fitted")
+    scores = [it.at(policy + 1).table("evaluation") for policy in it.method.reward_policies(it.t)]
+    chosen, rejected = (_features(scores, side, it.method.per_token) for side in SIDES)
+    return Labelled(it.held_out, it.beside_held_out, chosen - rejected)
 
 
 def _features(scores: Sequence[pa.Table], side: str, per_token: bool) -> FloatArray:
@@ -85,7 +93,9 @@ def acts(it: Iteration) -> bool:
 
 def wanted(it: Iteration) -> int:
     """How many sampled pairs iteration t asks for: none by a reward that ranks like a coin."""
-    by_reward = it.t > 1 and LABELERS[it.method.config.labeler].implicit
+    labeler = labeler_kind(it.method.config.labeler)
+    # What is mixed may rank where the implicit reward alone does not; `pair` knows it.
+    by_reward = it.t > 1 and labeler.implicit and not labeler.mixed
     like_a_coin = by_reward and acts(it) and not reward_of(it).beats_coin
     return 0 if like_a_coin else it.method.sampled(it.t)
 
@@ -98,9 +108,13 @@ def follows(it: Iteration) -> bool:
 
 
 def outranked(it: Iteration, bootstrapped: pa.Table) -> bool:
-    """Whether sampled pairs are not taken because samples outrank the data's good answers."""
-    found = (bootstrapped.schema.metadata or {}).get(b"outranking")
-    return found is not None and acts(it) and float(found) > OUTRANKING
+    """Whether sampled pairs are not taken because samples outrank the data's good answers.
+
+    Or because what several labelers' scores are mixed to ranks held-out pairs like a coin.
+    """
+    known = bootstrapped.schema.metadata or {}
+    outrank = float(known.get(b"outranking", "-inf")) > OUTRANKING
+    return acts(it) and (outrank or float(known.get(b"by_chance", 0)) >= CHANCE)
 
 
 def outranking(it: Iteration, candidates: pa.Table) -> float | None:
@@ -108,10 +122,12 @@ def outranking(it: Iteration, candidates: pa.Table) -> float | None:
 
     The mean of (log pi_{t-1} - log pi_{t-2}) / |y| over the samples less that over the chosen
     answers, by the deviation over all offline answers: so it has no unit that steps, lengths or
-    models would change. None where candidates are not scored under both policies.
+    models would change. Samples to prompts without a pair are left out: no answer to those is
+    compared with. None where candidates are not scored under both policies.
     """
     if len(it.method.ranking_policies(it.t)) < 2:
         return None
+    candidates = candidates.slice(0, len(candidates) // len(it.prompts) * len(it.pairs))
     newest, before = (pc.list_element(candidates["logps"], at).to_numpy() for at in (0, 1))
     ours = (newest - before) / TokenColumn(candidates["token_ids"]).lengths
     offline = [it.scores(it.t - back) for back in (1, 2)]

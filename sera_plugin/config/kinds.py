@@ -5,7 +5,7 @@ special about it stands in the line, so that nothing else compares names. The im
 imported on first use: reading a configuration loads no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Literal
@@ -104,6 +104,10 @@ class LabelerKind(Kind):
     #: Whether the dataset's chosen answer is a candidate too; a prompt then gives one pair, and one
     #: sample is enough for it.
     adds_dataset_answer: bool = False
+    #: Whether it gives each answer a number that can be a feature of the fitted reward.
+    scores: bool = False
+    #: Whether it is several, whose scores the labels of held-out pairs weigh.
+    mixed: bool = False
     #: The key of the `sera:` block that it needs, and an example of its value.
     setting: tuple[str, str] | None = None
 
@@ -120,9 +124,25 @@ _OF_DATASET: dict[str, Any] = {"gives_rewards": False, "adds_dataset_answer": Tr
 LABELERS: Mapping[str, LabelerKind] = {
     "implicit": LabelerKind("ImplicitReward", "its implicit reward", implicit=True),
     "reward_model": LabelerKind(
-        "Judged", "the reward model", setting=("reward_model", "./my-model")
+        "Judged", "the reward model", scores=True, setting=("reward_model", "./my-model")
     ),
-    "judge": LabelerKind("Judged", "the judge", setting=("judge", "{base_url: ...}")),
+    "judge": LabelerKind("Judged", "the judge", scores=True, setting=("judge", "{base_url: ...}")),
+    "function": LabelerKind(
+        "Judged", "the function", scores=True, setting=("function", "checks.py:score")
+    ),
     "self_judge": LabelerKind("SelfJudge", "its own verdict in words"),
     "spin": LabelerKind("Spin", "the dataset", **_OF_DATASET),
 }
+_MIXED = LabelerKind(
+    "Mixed", "its implicit reward and the scores of others", implicit=True, mixed=True
+)
+
+
+def labeler_kind(labeler: str | Sequence[str]) -> LabelerKind:
+    """The facts about what `sera.labeler` names: one, or a list of those that are mixed."""
+    return LABELERS[labeler] if isinstance(labeler, str) else _MIXED
+
+
+def labeler_name(labeler: str | Sequence[str]) -> str:
+    """The same for a reader."""
+    return labeler if isinstance(labeler, str) else " + ".join(labeler)

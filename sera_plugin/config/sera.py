@@ -15,7 +15,21 @@ from typing import Any, Literal, TypeAlias, get_args
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from sera_plugin.config.block import Block, JudgeConfig, address, repository
-from sera_plugin.config.kinds import LABELERS, LOSSES, SELECTIONS, is_reference_free
+from sera_plugin.config.kinds import (
+    LABELERS,
+    LOSSES,
+    SELECTIONS,
+    is_reference_free,
+    labeler_kind,
+    labeler_name,
+)
+from sera_plugin.config.labelers import (
+    FunctionConfig,
+    mixed,
+    require_candidates,
+    require_labels,
+    require_sampled,
+)
 from sera_plugin.config.quoting import quoted
 
 #: SeRA as its paper has it: Eq. 7, every sampled pair, the last policy.
@@ -50,11 +64,12 @@ class SeraConfig(Block):
     dataset (see `score_columns`), `random` a seeded draw. `all` keeps every pair, and `curriculum`
     trains iteration t on each prompt's t-th easiest pair by score; neither reads `selection_ratio`.
     See systems.md."""
-    labeler: LabelerName = "implicit"
+    labeler: LabelerName | tuple[LabelerName, ...] = "implicit"
     """Who ranks a prompt's samples. `implicit` is SeRA's implicit reward, `reward_model` the model
-    that `reward_model` names, `judge` the endpoint under `judge`, `self_judge` the policy itself in
-    words, `spin` takes the dataset's chosen answer for the best and the samples for worse. See
-    systems.md."""
+    that `reward_model` names, `judge` the endpoint under `judge`, `function` your own code,
+    `self_judge` the policy itself in words, `spin` takes the dataset's chosen answer for the best
+    and the samples for worse. See systems.md. A list, such as `[implicit, function]`, makes the
+    scores of the others features of the fitted reward; see judges.md."""
     reference: Literal["previous", "initial"] = "previous"
     """The loss's reference: theta_{t-1}, the policy that the iteration starts from, or theta_0, the
     one that the run started from."""
@@ -75,6 +90,10 @@ class SeraConfig(Block):
     """For `labeler: judge`: an OpenAI-compatible endpoint, with the keys of judges.md (`base_url`,
     `model`, `api_key_env`, ...). Every two different samples of a prompt are compared, in both
     orders. What it said is kept in the run directory and not asked again."""
+    function: FunctionConfig | None = None
+    """For `labeler: function`: `checks.py:score`, or a block with `call`, `timeout` and
+    `processes`. It takes question, answer and columns of `score_columns`, and gives a number; see
+    judges.md."""
     gamma: float = Field(0.3, ge=0.0, le=1.0)
     """Reward ensemble (Eq. 7): the weight of the previous iteration's implicit reward, from
     iteration 3 on. 0 turns the ensemble off. A fitted reward stays near this mixture only as far as
@@ -102,6 +121,11 @@ class SeraConfig(Block):
     candidates: int = Field(4, ge=1, le=64)
     """R: how many candidates are sampled per prompt. One is enough for `labeler: spin`, any other
     needs two."""
+    prompts: tuple[dict[str, Any], ...] = ()
+    """Prompts without answers, to be sampled beside those of the pairs: an entry like those of
+    `datasets`, or a list of them. `field_messages` names the column with the prompt (text or
+    messages); how it is read is taken from the first of `datasets` unless the entry says it. N and
+    the ratios stay those of the pairs. See data.md."""
     temperature: float = Field(0.7, gt=0.0, le=10.0)
     """Sampling temperature of the candidates."""
     top_p: float = Field(0.95, gt=0.0, le=1.0)
@@ -157,12 +181,17 @@ class SeraConfig(Block):
     def ranks_by_reward(self) -> bool:
         """Whether pairs are selected or samples ranked by the implicit reward."""
         selects = SELECTIONS[self.selection].by_margin and 0 < self.selection_ratio < 1
-        return selects or (LABELERS[self.labeler].implicit and self.bootstrap_ratio > 0)
+        return selects or (labeler_kind(self.labeler).implicit and self.bootstrap_ratio > 0)
 
     @property
     def first_iteration(self) -> int:
         """The iteration from which pairs are selected and sampled."""
-        return LABELERS[self.labeler].first_iteration(self.selection_ratio)
+        return labeler_kind(self.labeler).first_iteration(self.selection_ratio)
+
+    @property
+    def labelers(self) -> tuple[str, ...]:
+        """All that `labeler` names."""
+        return (self.labeler,) if isinstance(self.labeler, str) else self.labeler
 
     @property
     def pairs_per_prompt(self) -> int:
@@ -186,10 +215,25 @@ class SeraConfig(Block):
             raise ValueError(f"{value} is not a number. Set one, or remove the key.")
         return value
 
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _is_list(cls, value: object) -> object:
+        return [value] if isinstance(value, dict) else value or ()
+
     @field_validator("judge", mode="before")
     @classmethod
     def _hides_secrets(cls, block: object) -> object:
         return JudgeConfig.parse(block, "") if isinstance(block, dict) else block
+
+    @field_validator("function", mode="before")
+    @classmethod
+    def _is_call(cls, value: object) -> object:
+        return FunctionConfig.read(value)
+
+    @field_validator("labeler", mode="after")
+    @classmethod
+    def _mixes(cls, named: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return named if isinstance(named, str) else mixed(named)
 
     @field_validator("servers")
     @classmethod
@@ -236,19 +280,19 @@ class SeraConfig(Block):
     @model_validator(mode="after")
     def _contradicts_nothing(self) -> SeraConfig:
         """What of the block contradicts something else in it, and what to do."""
-        labeler, selection = LABELERS[self.labeler], SELECTIONS[self.selection]
-        ratio, most = self.bootstrap_ratio, self.candidates // 2
-        if ratio and not labeler.adds_dataset_answer and self.pairs_per_prompt > most:
-            raise ValueError(
-                f"bootstrap_ratio: {ratio} needs {self.pairs_per_prompt} pairs per prompt, but "
-                f"candidates: {self.candidates} gives at most {most}. Raise candidates to "
-                f"{2 * self.pairs_per_prompt}"
-                + (f" or lower bootstrap_ratio to {most}." if most else ".")
-            )
+        labeler, selection = labeler_kind(self.labeler), SELECTIONS[self.selection]
+        name = labeler_name(self.labeler)
+        if labeler.mixed:
+            require_labels(self)
+        ratio = self.bootstrap_ratio
+        require_sampled(self, labeler)
+        if ratio and not labeler.adds_dataset_answer:
+            # With further prompts more may do, see `Method.pairs_per_prompt`.
+            require_candidates(self, 1 if self.prompts else self.pairs_per_prompt)
         if labeler.adds_dataset_answer and ratio > 1:
             raise ValueError(
                 f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
-                f"{self.labeler} has one chosen answer for each. Set bootstrap_ratio to 1."
+                f"{name} has one chosen answer for each. Set bootstrap_ratio to 1."
             )
         # A key, the value that does nothing, whether another is read, and what would read it.
         in_vain = (
@@ -271,19 +315,19 @@ class SeraConfig(Block):
             )
         if not labeler.implicit and ratio == 0:
             raise ValueError(
-                f"labeler: {self.labeler} ranks samples, but bootstrap_ratio: 0 samples none. Set "
+                f"labeler: {name} ranks samples, but bootstrap_ratio: 0 samples none. Set "
                 "bootstrap_ratio, for example to 0.3, or remove labeler."
             )
-        for name, example in sorted(kind.setting for kind in LABELERS.values() if kind.setting):
-            needed = (name, example) == labeler.setting
-            if needed != (getattr(self, name) is not None):
+        for key, example in sorted(kind.setting for kind in LABELERS.values() if kind.setting):
+            needed = any(LABELERS[one].setting == (key, example) for one in self.labelers)
+            if needed != (getattr(self, key) is not None):
                 raise ValueError(
-                    f"labeler: {self.labeler} with {name} {'unset' if needed else 'set'} do not go "
-                    f"together. Set both (labeler: {name}, {name}: {example}), or neither."
+                    f"labeler: {name} with {key} {'unset' if needed else 'set'} do not go "
+                    f"together. Set both (labeler: {key}, {key}: {example}), or neither."
                 )
         if self.length_control != "none" and not labeler.gives_rewards:
             raise ValueError(
-                f"length_control: {self.length_control} with labeler: {self.labeler} would put "
+                f"length_control: {self.length_control} with labeler: {name} would put "
                 "samples before the dataset's answers, because there are no rewards to take it "
                 "off. Remove length_control, or set another labeler."
             )

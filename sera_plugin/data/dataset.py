@@ -31,7 +31,10 @@ IntArray = npt.NDArray[np.int32]
 LOG = logging.getLogger("axolotl.sera")
 
 _NAMED_ROWS, _NAMED_REASONS = 5, 20
-_TOO_LONG = "longer than sequence_len: {}"
+#: Where the rows of each name come from.
+_KEYS = {"train": "`datasets:`", "prompt": "`sera.prompts`"}
+_KEYS["eval"] = "`test_datasets:` or `val_set_size`"
+TOO_LONG = "longer than sequence_len: {}"
 
 #: Remarks on rows that are kept.
 INEXACT = "have tokens that do not decode back to their text; they are trained as tokenised"
@@ -198,6 +201,13 @@ class TokenizedRows:
     aside: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     places: array[int] = field(default_factory=lambda: array("q"))
 
+    def add(self, example: Mapping[str, Any], row: int) -> None:
+        """Note where a row comes from, and what it has beside its texts."""
+        self.sources.append(sys.intern(example.get(SOURCE, "")))
+        self.places.append(example.get(ROW, row))
+        if example.get(ASIDE):
+            self.aside[self.sources[-1]].update(example[ASIDE].split(", "))
+
     @property
     def total(self) -> int:
         """How many rows there were."""
@@ -243,7 +253,7 @@ def prepare_rows(
     for source, columns in result.aside.items():
         named = plain(", ".join(sorted(columns)), 200)
         LOG.info("%s: of %s, no text has the column(s) %s", name, source, named)
-    _refuse(result, cfg, config, name)
+    require_usable(result, cfg, config, name)
     for remark, rows in result.kept.items():
         LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
     for reason in result.reasons():
@@ -262,24 +272,26 @@ def check_rows(dataset: Any, cfg: Mapping[str, Any], config: SeraConfig, name: s
             result.dropped[problem].append(row)
         else:
             result.rows.append(row)
-    _refuse(result, cfg, config, name)
+    require_usable(result, cfg, config, name)
 
 
 def _long_rows(cfg: Mapping[str, Any]) -> str:
     return str(cfg.get("excess_length_strategy") or "").lower()
 
 
-def _refuse(result: TokenizedRows, cfg: Mapping[str, Any], config: SeraConfig, name: str) -> None:
+def require_usable(
+    result: TokenizedRows, cfg: Mapping[str, Any], config: SeraConfig, name: str
+) -> None:
     """ValueError if no usable row is left, or some are dropped that must not be."""
     reasons = result.reasons()
     if not result.rows:
-        keys = "`datasets:`" if name == "train" else "`test_datasets:` or `val_set_size`"
         raise ValueError(
             f"none of the {result.total} {name} rows can be used "
-            f"({'; '.join(reasons) or 'the dataset is empty'}). Check {keys}, and `sequence_len`."
+            f"({'; '.join(reasons) or 'the dataset is empty'}). Check {_KEYS[name]}, and "
+            "`sequence_len`."
         )
     dropped = sum(map(len, result.dropped.values()))
-    long = len(result.dropped.get(_TOO_LONG.format(cfg.get("sequence_len")), ()))
+    long = len(result.dropped.get(TOO_LONG.format(cfg.get("sequence_len")), ()))
     for wanted, count, key in (
         (_long_rows(cfg) == "raise", long, "excess_length_strategy"),
         (config.bad_rows == "raise", dropped - long, "sera.bad_rows"),
@@ -300,10 +312,7 @@ def _tokenized(
     result = TokenizedRows()
     encoded: list[tuple[int, list[str], list[IntArray]]] = []
     for row, example in enumerate(examples):
-        result.sources.append(sys.intern(example.get(SOURCE, "")))
-        result.places.append(example.get(ROW, row))
-        if example.get(ASIDE):
-            result.aside[result.sources[-1]].update(example[ASIDE].split(", "))
+        result.add(example, row)
         try:
             encoded.append((row, *encoder.pair(example)))
         except RowError as error:
@@ -321,7 +330,7 @@ def _tokenized(
             if max_length is not None:
                 too_long = len(prompt) + max(map(len, pair)) > max_length
                 if too_long and not (truncate and len(prompt) < max_length):
-                    raise RowError(_TOO_LONG.format(max_length))
+                    raise RowError(TOO_LONG.format(max_length))
                 pair = [ids[: max_length - len(prompt)] for ids in pair]
             if np.array_equal(pair[0], pair[1]):
                 raise RowError("chosen equals rejected, which prefers nothing")

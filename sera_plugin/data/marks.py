@@ -15,7 +15,7 @@ Path = tuple[str | int, ...]
 
 #: Columns that say something whatever reads the row. Another may be a note about the row, such as
 #: `id` or `score`, unless it holds messages and is not called what `_NOTES` are.
-_CONTENT = frozenset(
+CONTENT = frozenset(
     [
         *("system", "system_prompt", "instruction", "input", "question", "prompt", "context"),
         *("history", "documents", "messages", "conversation", "conversations", "chosen"),
@@ -82,7 +82,7 @@ class Marks:
         self.leaves: list[Leaf] = []
         self._roles = dict.fromkeys((role, "role", "from"))
         self._tools = _TOOLS | {tools}
-        self._content = _CONTENT | self._tools | set(columns)
+        self._content = CONTENT | self._tools | set(columns)
         self._shared: dict[Any, str] = {}
 
     def marked(self, row: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, Any]:

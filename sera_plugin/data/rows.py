@@ -27,11 +27,13 @@ from sera_plugin.data.text import EMPTY, TEXTS, RowError, encodable, visible
 SYSTEM = ("system", "system_prompt")
 
 #: What is wrong with a row ("" if nothing), the dataset it comes from, its place there from 0, and
-#: what it has that its text does not need, separated by commas.
+#: what it has that its text does not need, separated by commas. How many rows with a label it has
+#: been made from, see `unpaired`: 0 for a row that is a pair itself.
 PROBLEM, SOURCE, ROW, ASIDE = "sera_problem", "sera_source", "sera_row", "sera_aside"
+LABELLED = "sera_labelled"
 
 #: Raise it with what the guard makes of a row: prepared data of another version is prepared anew.
-GUARD_VERSION = 5
+GUARD_VERSION = 6
 
 _PROBE = "sera-probe-7f3a"  # found again where it ends up
 #: Where a message has what is said; whatever else it has may be empty.
@@ -67,7 +69,7 @@ class GuardedTransform:
         except Exception as error:  # a strategy may raise anything on a row it did not expect
             problem = _cause(error, row)
         kept = {key: row[key] for key in self.kept}
-        note = {PROBLEM: problem, SOURCE: self.source, ROW: index, ASIDE: aside}
+        note = {PROBLEM: problem, SOURCE: self.source, ROW: index, ASIDE: aside, LABELLED: 0}
         return {**kept, **texts, **note}
 
     def _texts(self, row: dict[str, Any], tokenizer: Any) -> tuple[dict[str, str], str]:

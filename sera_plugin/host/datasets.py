@@ -11,13 +11,12 @@ host's own public function. What differs from the host's loading:
 - Prepared data is not taken for that of another `rl`, of a file edited since, or of an older guard.
 """
 
-import inspect
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from axolotl.cli.args import PreprocessCliArgs
 from axolotl.common.datasets import TrainDatasetMeta, sample_dataset
 from axolotl.loaders import load_tokenizer
 from axolotl.loaders.utils import load_model_config
-from axolotl.prompt_strategies.dpo import load as load_strategy
-from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.lock import FileLockLoader
 from axolotl.utils.data.shared import (
     create_train_validation_split,
@@ -41,34 +38,30 @@ from axolotl.utils.data.shared import (
 )
 from axolotl.utils.data.utils import deduplicate_and_log_datasets, md5, retry_on_request_exceptions
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.schemas.utils import handle_legacy_message_fields_logic
 from axolotl.utils.tokenization import check_dataset_labels
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from transformers import HfArgumentParser, PretrainedConfig
 
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.conversations import ChatTemplate, MessageReader
 from sera_plugin.data.dataset import check_rows
-from sera_plugin.data.files import DataError, check_loaded, edited_since, source_name, while_loading
-from sera_plugin.data.rows import (
-    ASIDE,
-    GUARD_VERSION,
-    PROBLEM,
-    ROW,
-    SOURCE,
-    SYSTEM,
-    GuardedTransform,
-    as_it_is,
-)
+from sera_plugin.data.files import DataError, check_loaded, edited_since, while_loading
+from sera_plugin.data.rows import GUARD_VERSION, PROBLEM
 from sera_plugin.data.text import TEXTS
-from sera_plugin.host.keys import MESSAGE_TYPES
+from sera_plugin.host.reading import PROMPTS, transformed
 
 LOG = logging.getLogger("axolotl.sera")
 
 
-def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
-    """The pairs to train and to evaluate on, as text, in the order of training.
+@dataclass
+class Loaded(TrainDatasetMeta):
+    """What the hook gives the host, and the prompts without answers, which it has no place for."""
+
+    prompts: Dataset | None = None
+
+
+def load_pairs(cfg: DictDefault) -> Loaded:
+    """The pairs to train and to evaluate on, as text, in the order of training, and prompts.
 
     Raises:
         DataError: for a file, a strategy or a column that cannot be used, naming it.
@@ -76,8 +69,8 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
     """
     _hold_to_positions(cfg)
     tokenizer = load_tokenizer(cfg)
-    train, held_out = _load(cfg, tokenizer)
-    for name, rows in (("train", train), ("eval", held_out)):
+    train, held_out, prompts = _load(cfg, tokenizer)
+    for name, rows in (("train", train), ("eval", held_out), ("prompt", prompts)):
         if rows is not None:
             check_rows(rows, cfg, SeraConfig(**cfg.sera), name)
     if "--debug" in sys.argv:  # the hook is not given the command's arguments
@@ -86,7 +79,7 @@ def load_pairs(cfg: DictDefault) -> TrainDatasetMeta:
         few, count = sample_dataset(train, args.debug_num_examples), args.debug_num_examples
         check_dataset_labels(few, tokenizer, count, args.debug_text_only, rl_mode=True)
     steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
-    return TrainDatasetMeta(train_dataset=train, eval_dataset=held_out, total_num_steps=steps)
+    return Loaded(train, held_out, steps, prompts)
 
 
 def _hold_to_positions(cfg: DictDefault) -> None:
@@ -115,10 +108,10 @@ def _hold_to_positions(cfg: DictDefault) -> None:
 
 
 @retry_on_request_exceptions(max_retries=3, delay=5)  # type: ignore[untyped-decorator]
-def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Both sets; of several processes the first prepares them and the others read its files."""
+def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """All sets; of several processes the first prepares them and the others read its files."""
 
-    def load() -> Any:
+    def pairs() -> Any:
         train = _prepared(cfg, "datasets", tokenizer)
         if cfg.test_datasets:
             return train, _prepared(cfg, "test_datasets", tokenizer)
@@ -126,12 +119,34 @@ def _load(cfg: DictDefault, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
             return create_train_validation_split(train, cfg, cfg.val_set_size)
         return hold_out(train, SeraConfig(**cfg.sera).pairs_held_out(len(train)), cfg.seed)
 
+    def load() -> Any:
+        named = with_prompts(cfg)
+        return *pairs(), _prepared(named, PROMPTS, tokenizer) if named[PROMPTS] else None
+
     loader = FileLockLoader(cfg)
     try:
-        train, held_out = loader.load(load)
+        train, held_out, prompts = loader.load(load)
     finally:
         loader.cleanup()
-    return without_repeats(cfg, train, held_out)
+    return (*without_repeats(cfg, train, held_out), prompts)
+
+
+#: What says how rows are read, which prompts have from the first of `datasets`.
+_READING = ("roles", "message_property_mappings", "message_field_role", "message_field_content")
+_TEMPLATE = ("chat_template", "chat_template_jinja")
+
+
+def with_prompts(cfg: DictDefault) -> DictDefault:
+    """The configuration with the entries of `sera.prompts` as it has others, each complete."""
+    first, entries = cfg.datasets[0], []
+    for entry in cfg.sera.get("prompts") or ():
+        taken = [] if entry.get("type") else ["type", *_READING]
+        taken += [] if any(map(entry.get, _TEMPLATE)) else _TEMPLATE
+        found = {key: first[key] for key in taken if first[key]}
+        if found.get("type") == "passthrough.default":
+            del found["type"]  # says nothing of how text is asked
+        entries.append(DictDefault({**found, **entry}))
+    return DictDefault({**cfg, PROMPTS: entries})
 
 
 def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -144,8 +159,10 @@ def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | 
 
 def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
     """The merged rows of `datasets` or `test_datasets`, from disk where they are there already."""
-    split = "train" if key == "datasets" else "test"
-    name = prepared_name(cfg, cfg[key], tokenizer.name_or_path)
+    split = {"datasets": "train", "test_datasets": "test", PROMPTS: "prompts"}[key]
+    # Prompts may be rows of a dataset whose pairs are prepared too.
+    made_of = PROMPTS if key == PROMPTS else ""
+    name = prepared_name(cfg, cfg[key], tokenizer.name_or_path, made_of)
     prepared = try_load_from_hub(cfg, name, split) if cfg.push_dataset_to_hub else None
     if prepared is None:
         prepared = load_preprocessed_dataset(cfg, name)
@@ -164,7 +181,7 @@ def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:
                 f"sera.score_columns: {', '.join(map(quoted, missing))} not in the data. It has "
                 f"{', '.join(map(quoted, sorted(columns)))}."
             )
-        rows = [_transformed(cfg, key, index, one, tokenizer) for index, one in enumerate(raw)]
+        rows = [transformed(cfg, key, index, one, tokenizer) for index, one in enumerate(raw)]
         merged, _ = without_repeats(cfg, merge_datasets(rows, cfg))
         if not cfg.skip_prepare_dataset:
             _save(cfg, merged, name, split)
@@ -180,131 +197,19 @@ def _save(cfg: DictDefault, dataset: Dataset, name: str, split: str) -> None:
     return dataset.save_to_disk(str(place), num_shards=shards)
 
 
-def prepared_name(cfg: DictDefault, entries: Sequence[Any], tokenizer: str) -> str:
+def prepared_name(
+    cfg: DictDefault, entries: Sequence[Any], tokenizer: str, made_of: str = ""
+) -> str:
     """The directory of prepared rows below `dataset_prepared_path`."""
     name = generate_dataset_hash_from_config(cfg, entries, tokenizer)
     files = {str(one.get("chat_template_jinja")) for one in (cfg, *entries)}
     templates = [Path(one).read_text("utf-8") for one in sorted(files) if os.path.isfile(one)]
-    name = md5(f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']} {templates or ''}")
+    name = md5(
+        f"{name} sera {GUARD_VERSION} {cfg.sera['score_columns']} {templates or ''}{made_of}"
+    )
     place = Path(get_prepared_dataset_path(cfg, name))
     edited = edited_since(entries, place, Path(cfg.output_dir or ""))
     return md5(f"{name} {edited}") if edited else name
-
-
-def _transformed(
-    cfg: DictDefault, key: str, index: int, dataset: Dataset, tokenizer: Any
-) -> Dataset:
-    """A dataset's rows as text, each with its place and what is wrong with it."""
-    entry = cfg[key][index]
-    block = entry.type if isinstance(entry.type, dict) else {}
-    transform, options = strategy(cfg, key, index)
-    # With one of these a strategy maps its rows in a way of its own.
-    if options.keys() & {"batched", "with_indices", "with_rank", "input_columns"}:
-        dataset = _mapped(cfg, dataset, transform, tokenizer, options)
-        transform, options = as_it_is, {}
-    kept = tuple(name for name in cfg.sera["score_columns"] if name in dataset.features)
-    source = source_name(key, index, str(entry.path))
-    optional = (*SYSTEM, *filter(None, [block.get("field_system")]))
-    template = chat_template(cfg, entry, tokenizer)
-    _say_unread(f"{key}[{index}]", entry, dataset, template, tokenizer)
-    guarded = GuardedTransform(transform, source, kept, optional, template)
-    types = {name: Value("string") for name in (*TEXTS, PROBLEM, SOURCE, ASIDE)}
-    types |= {ROW: Value("int64")} | {name: dataset.features[name] for name in kept}
-    # Left to itself, `Dataset.map` keeps the type of a raw column of the same name, and text in
-    # one of mixed types is read as JSON. Columns that nobody asked for could keep two datasets
-    # from being merged.
-    ours = {"with_indices": True, "remove_columns": "__all__", "features": Features(types)}
-    return _mapped(cfg, dataset, guarded, tokenizer, {**options, **ours})
-
-
-def strategy(cfg: DictDefault, key: str, index: int) -> tuple[Any, dict[str, Any]]:
-    """What makes preference rows of a dataset's rows, and the options to map it with."""
-    entry = cfg[key][index]
-    kind = "user_defined.default" if isinstance(entry.type, dict) else entry.type
-    if kind in MESSAGE_TYPES:
-        names = handle_legacy_message_fields_logic(entry)["message_property_mappings"]
-        known = entry.roles or {role: [role] for role in ("user", "assistant", "system", "tool")}
-        reader = MessageReader(
-            messages=MESSAGE_TYPES[kind] and (entry.field_messages or MESSAGE_TYPES[kind]),
-            chosen=entry.field_chosen or "chosen",
-            rejected=entry.field_rejected or "rejected",
-            tools=entry.field_tools or "tools",
-            names={"role": "role", "content": "content", **names},
-            roles={source: role for role, sources in known.items() for source in sources},
-        )
-        return reader, {}
-    # The strategy reads its fields from `datasets`.
-    loaded = load_strategy(kind, DictDefault({**cfg, "datasets": cfg[key]}), dataset_idx=index)
-    if loaded is None:
-        raise DataError(
-            f"{key}[{index}].type: {quoted(kind)} is not a strategy that the host can load for "
-            "preference pairs; its log says why. Use chat_template.default, another one of "
-            "axolotl.prompt_strategies.dpo, or a block of field names."
-        )
-    return loaded if isinstance(loaded, tuple) else (loaded, {})
-
-
-def chat_template(cfg: DictDefault, entry: DictDefault, tokenizer: Any) -> ChatTemplate:
-    """How a dataset's messages become text; its own `chat_template` goes before the run's."""
-    text = None
-    if entry.chat_template_jinja and not entry.chat_template:
-        entry = DictDefault({**entry, "chat_template": "jinja"})
-    if entry.chat_template or cfg.chat_template:
-        text = get_chat_template_from_config(cfg, entry, tokenizer)
-    return ChatTemplate(text, dict(cfg.chat_template_kwargs or {}))
-
-
-def _say_unread(
-    where: str, entry: DictDefault, dataset: Dataset, template: ChatTemplate, tokenizer: Any
-) -> None:
-    """Name keys of chat templates that do nothing for a dataset; DataError for its tools' column
-    if that is not there."""
-    if (tools := entry.field_tools) and tools not in dataset.column_names:
-        names = ", ".join(map(quoted, sorted(dataset.column_names)))
-        raise DataError(f"{where}.field_tools: {quoted(tools)} is not in the data. It has {names}.")
-    if _is_text(entry.type, dataset):
-        unread = [
-            f"{where}.{key}" for key in ("chat_template", "chat_template_jinja") if entry[key]
-        ]
-        unread += [f"chat_template_kwargs.{key} for {where}" for key in template.kwargs]
-        why = "its rows are text already, or its type writes the text"
-    else:
-        unread = [
-            f"chat_template_kwargs.{key} for {where}"
-            for key in template.kwargs
-            if not template.reads(key, tokenizer)
-        ]
-        why = "the chat template has no such variable"
-    if unread:
-        LOG.warning(f"SeRA: no effect has {', '.join(unread)}: {why}.")
-
-
-def _is_text(kind: Any, dataset: Dataset) -> bool:
-    """Whether a dataset's rows become text without a chat template."""
-    if isinstance(kind, dict) or str(kind).split(".")[0] in ("chatml", "llama3", "zephyr"):
-        return True
-    chosen = dataset.features.get("chosen")
-    return kind in (None, "passthrough.default") and chosen in (
-        Value("string"),
-        Value("large_string"),
-    )
-
-
-def _mapped(
-    cfg: DictDefault, dataset: Dataset, transform: Any, tokenizer: Any, options: Mapping[str, Any]
-) -> Dataset:
-    """`Dataset.map` with the options of a strategy, as the host understands them."""
-    if "tokenizer" in inspect.signature(transform).parameters:
-        transform = partial(transform, tokenizer=tokenizer)
-    removed = options.get("remove_columns") or ()
-    columns = [name for name in dataset.column_names if removed == "__all__" or name in removed]
-    return dataset.map(
-        transform,
-        num_proc=cfg.dataset_num_proc,
-        load_from_cache_file=not cfg.is_preprocess,
-        desc="Mapping RL Dataset",
-        **{**options, "remove_columns": columns},
-    )
 
 
 def without_repeats(

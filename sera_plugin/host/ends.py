@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_plugin.algorithm.best import FIGURE
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.store import RunStore
@@ -46,7 +46,7 @@ def describe_beginning(cfg: Mapping[str, Any], sera: SeraConfig) -> str:
         f"  {cfg['num_epochs']} iterations, one per epoch; from iteration {sera.first_iteration} "
         f"on each {each}",
         f"  the policy's answers come from {_SAMPLERS[sera.sampler]} (sera.sampler: "
-        f"{sera.sampler}), and are ranked by {LABELERS[sera.labeler].ranks_by}",
+        f"{sera.sampler}), and are ranked by {labeler_kind(sera.labeler).ranks_by}",
         f"  trained model: {output}; what the run records: {output}/sera",
         f"  steps, time and memory, before anything is trained: axolotl sera plan {config}",
         f"  to stop: Ctrl-C; to go on from the newest checkpoint: the same command{again}",
@@ -111,7 +111,8 @@ def describe_done(output_dir: Path, config: str, report: Path | None) -> str:
         "other of its kind"
     )
     if not run["config"]["sera"].get("push_to_hub"):
-        lines.append(f"  to share policies and pairs: axolotl sera push {output_dir} --to USER/NAME")
+        push = f"axolotl sera push {output_dir} --to USER/NAME"
+        lines.append(f"  to share policies and pairs: {push}")
     return "\n".join(lines)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sera_plugin.algorithm.best import best_policy, held_out_losses
-from sera_plugin.algorithm.method import Method, Pairs, Phases
+from sera_plugin.algorithm.method import Method, Phases
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import score_columns, score_pairs
 from sera_plugin.model.scoring import PolicyScorer

@@ -20,16 +20,17 @@ from sera_plugin.algorithm.method import (
     Iteration,
     Labeler,
     Method,
-    Pairs,
     Phases,
     SamplingSettings,
     Schedule,
 )
 from sera_plugin.algorithm.noise import score_again
+from sera_plugin.algorithm.pairs import Beside, Pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.summary import metrics, summarize
 from sera_plugin.algorithm.trust import score_held_out, score_pairs
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind
+from sera_plugin.config.labelers import require_candidates, require_held_out
 from sera_plugin.host import run
 from sera_plugin.host.base import describe_base, require_same_base
 from sera_plugin.host.keeping import Keeping
@@ -41,6 +42,7 @@ from sera_plugin.rundir.format import Invalid, Record, read_json
 from sera_plugin.rundir.machines import require_shared
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore
+from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.sampling.offload import waiting
 from sera_plugin.sampling.samplers import Choice, Samplers, sampling_progress
 
@@ -75,6 +77,8 @@ class Loop:
     dataset: pa.Table  # the offline pairs, and columns to keep beside them
     pairs: Pairs
     held_out: Pairs | None
+    more_prompts: pa.Table | None  # those of `sera.prompts`, as in prompts.parquet
+    beside_held_out: Beside  # what `score_columns` say of the held-out pairs
     end_ids: tuple[int, ...]  # tokens that end a completion
     store: RunStore
     scorer: PolicyScorer
@@ -127,6 +131,9 @@ class Loop:
                 f"none, and bootstrap_ratio: {config.bootstrap_ratio} asks for no sampled one. "
                 "Raise one of them, or give more pairs."
             )
+        require_held_out(self.method.config, len(self.held_out or ()))
+        if self.method.prompts:  # without them it was known from the start
+            require_candidates(self.method.config, self.method.pairs_per_prompt)
         require_shared(directory, self.store.ranks)
         self.step = checksums.named_checkpoint(directory, asked) if asked else None
         self.store.lock()
@@ -153,7 +160,7 @@ class Loop:
         if self._earlier:
             self.store.ranks.on_main(lambda: self._name_damaged_policies(begins))
         sampler = self._choose_sampler(begins)
-        self.store.begin(self.described, self.dataset)
+        self.store.begin(self.described, self.dataset, self.more_prompts)
         LOG.info("%s", run.announce(self.described, self.method, planned, sampler))
         last = -1 if self.step is None else self.step
         self.store.ranks.on_main(lambda: checksums.set_aside(directory, last))
@@ -217,12 +224,14 @@ class Loop:
             for t in range(1, len(self.schedule.pairs) + 1)
         ):
             return None
-        sampler = self.samplers.choose(int(self.pairs.prompt_ids.lengths.max()))
+        tables = [one for one in (self.dataset, self.more_prompts) if one is not None]
+        lengths = [int(TokenColumn(one["prompt_ids"]).lengths.max()) for one in tables]
+        sampler = self.samplers.choose(max(lengths))
         self.store.ranks.on_main(self._labeler().check)
         return sampler
 
     def _labeler(self, optimizer: Any = None) -> Labeler:
-        kind = LABELERS[self.method.config.labeler].load()
+        kind = labeler_kind(self.method.config.labeler).load()
         labeler: Labeler = kind(self.method, self.store, self.tokenizer, self.scorer.quiet)
         model, device = self.scorer.policies.model, self.scorer.budget.device
         labeler.room = partial(waiting, model, device, optimizer, guest="the reward model")
@@ -256,7 +265,7 @@ class Loop:
             self.store.end_before(iteration)
             self.schedule = replace(self.schedule, pairs=self.schedule.pairs[: iteration - 1])
             return None, None
-        names = {"candidates", "temperature", "top_p", "max_new_tokens"}
+        names, more = {"candidates", "temperature", "top_p", "max_new_tokens"}, self.more_prompts
         settings = SamplingSettings(
             **self.method.config.model_dump(include=names),
             max_length=self.cfg["sequence_len"],
@@ -276,6 +285,9 @@ class Loop:
             phases=phases,
             progress=partial(sampling_progress, quiet=self.scorer.quiet),
             held_out=self.held_out,
+            more_prompts=None if more is None else TokenColumn(more["prompt_ids"]),
+            beside=Beside.of(self.method.config.score_columns, self.dataset, more),
+            beside_held_out=self.beside_held_out,
         )
         pairs = prepare(it)
         held_out = None if self.held_out is None else score_held_out(it)

@@ -22,7 +22,9 @@ from sera_plugin.host.errors import end_with_sentences
 from sera_plugin.rundir.machines import Watch
 
 if TYPE_CHECKING:
-    from axolotl.common.datasets import TrainDatasetMeta
+    from datasets import Dataset
+
+    from sera_plugin.host.datasets import Loaded
 
 LOG = logging.getLogger("axolotl.sera")
 
@@ -32,6 +34,8 @@ class SeraPlugin(BasePlugin):
 
     #: The datasets as they were before the host validated them.
     _entries: Mapping[str, Any] = MappingProxyType({})
+    #: The rows of `sera.prompts`, which the host has no way to hand to its trainer.
+    prompts: Dataset | None = None
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Raises ValueError for what SeRA cannot run with, before the host validates it."""
@@ -42,7 +46,7 @@ class SeraPlugin(BasePlugin):
         """The pydantic model that the host merges into its own."""
         return "sera_plugin.config.sera.SeraArgs"
 
-    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta:
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Loaded:
         """The pairs to train and to evaluate on, instead of the host's own loading."""
         from sera_plugin.host.datasets import load_pairs
         from sera_plugin.sampling.samplers import require_vllm
@@ -62,7 +66,9 @@ class SeraPlugin(BasePlugin):
             from sera_plugin.host.patches import prepare_host
 
             prepare_host(cfg)
-        return load_pairs(cfg)
+        loaded = load_pairs(cfg)
+        self.prompts = loaded.prompts
+        return loaded
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Seed what loading draws: rows of new tokens, the same in a continued run and each rank.

@@ -293,11 +293,13 @@ def refuse(cfg: Mapping[str, Any], sera: SeraConfig) -> None:
     for key in DATASETS:
         for index, entry in enumerate(cfg.get(key) or ()):
             _refuse_entry(f"{key}[{index}]", entry, sera)
+    for index, entry in enumerate(sera.prompts):
+        _refuse_entry(f"sera.prompts[{index}]", entry, sera)
 
 
 def _refuse_entry(where: str, entry: Any, sera: SeraConfig) -> None:
     """Where the host would stumble over a dataset, or read it otherwise than it was meant."""
-    from axolotl.utils.schemas.datasets import UserDefinedDPOType
+    from axolotl.utils.schemas.datasets import UserDefinedDPOType, UserDefinedKTOType
 
     if not isinstance(entry, Mapping):
         raise ValueError(
@@ -307,7 +309,8 @@ def _refuse_entry(where: str, entry: Any, sera: SeraConfig) -> None:
     for mistake in ENTRY_MISTAKES:
         mistake.check(Given(entry, sera, f"{where}."))
     if isinstance(block := entry.get("type"), Mapping):
-        _refuse_misspelt(f"{where}.type", block, UserDefinedDPOType.model_fields)
+        known = [*UserDefinedDPOType.model_fields, *UserDefinedKTOType.model_fields]
+        _refuse_misspelt(f"{where}.type", block, dict.fromkeys(known))
         for name, value in block.items():
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{where}.type.{name}: {quoted(value)} is not text. Quote it.")

@@ -11,16 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+import pyarrow as pa
 from pydantic import BaseModel
 
 from sera_plugin import __version__
-from sera_plugin.algorithm.method import Method, Pairs, Schedule
+from sera_plugin.algorithm.method import Method, Schedule
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.credentials import Known, public, storable
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_name
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.format import FORMAT_VERSION
-from sera_plugin.rundir.tokens import fingerprint
+from sera_plugin.rundir.tokens import TokenColumn, fingerprint
 
 if TYPE_CHECKING:
     from sera_plugin.sampling.samplers import Choice
@@ -53,9 +55,9 @@ HARMLESS = (
     *("resources_per_worker", "local_rank", "world_size", "ddp*", "vllm"),
     # who samples, what is kept for reading, how a judge is reached, and what it costs
     *("sera.sampler", "sera.servers", "sera.vllm_python", "sera.keep_policies"),
-    *("sera.score_columns", "sera.held_out", "sera.keep", "sera.bad_rows"),
+    *("sera.score_columns", "sera.held_out", "sera.keep", "sera.bad_rows", "sera.prompts"),
     *("sera.judge.api_key_env", "sera.judge.concurrency", "sera.judge.timeout"),
-    "sera.judge.*_price",
+    *("sera.judge.*_price", "sera.function.timeout", "sera.function.processes"),
     # compared as the commit that it leads to
     "revision_of_model",
     # compared as what they come to: pairs per step of all processes, beta of the loss
@@ -106,9 +108,20 @@ def describe_run(
     pairs: Pairs,
     held_out: Pairs | None,
     end_ids: Sequence[int],
+    prompts: pa.Table | None = None,
+    labelled: int = 0,
 ) -> dict[str, Any]:
-    """The content of run.json, without secrets; `config` is the host's, resolved."""
+    """The content of run.json, without secrets; `config` is the host's, resolved.
+
+    `prompts` is prompts.parquet, `labelled` how many single answers the pairs were looked for in.
+    """
     gap = method.annotations.score_gap
+    more: dict[str, Any] = {"labelled_answers": labelled} if labelled else {}
+    if prompts is not None:
+        more |= {
+            "prompts": len(prompts),
+            "prompts_fingerprint": fingerprint([TokenColumn(prompts["prompt_ids"])]),
+        }
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -124,6 +137,7 @@ def describe_run(
         "accumulation": schedule.accumulation,
         "pairs": len(pairs),
         "evaluation_pairs": len(held_out) if held_out else 0,
+        **more,
         "dataset_fingerprint": fingerprint(vars(pairs).values()),
         "evaluation_fingerprint": fingerprint(vars(held_out).values()) if held_out else None,
         "score_fingerprint": None if gap is None else hashlib.sha256(gap.tobytes()).hexdigest(),
@@ -137,7 +151,7 @@ def announce(
 ) -> str:
     """The plan, a log block once the pairs are known; `sampler` is None if nothing is sampled."""
     config = method.config
-    by = "" if LABELERS[config.labeler].implicit else f" by {config.labeler}"
+    by = "" if config.labeler == "implicit" else f" by {labeler_name(config.labeler)}"
     rewards = "averaged per token" if method.per_token else "summed over tokens"
     restarts = "restart every iteration" if config.restart_optimizer else "run on"
     kept = SELECTIONS[config.selection].keeps.format(ratio=config.selection_ratio)
@@ -152,7 +166,8 @@ def announce(
         if getattr(config, key) not in ("none", 0):
             lines.append(f"  {key}: {getattr(config, key)}")
     lines += [
-        f"  {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}",
+        f"  {run['pairs']} pairs, {run['evaluation_pairs']} held out, seed {run['seed']}"
+        + (f"; {method.prompts} more prompts are sampled" if method.prompts else ""),
         f"  optimizer and learning-rate schedule {restarts}",
     ]
     for t, size in enumerate(schedule.pairs, start=1):
@@ -217,13 +232,25 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         lines.append(f"  held out: {summary['evaluation']['accuracy']:.0%} agree with their label")
     if "errors" in (reward := summary.get("reward", {})):
         lines[-1] += f" ({reward['paper_accuracy']:.0%} by the paper's reward)"
-        weights = [
-            f"{'length' if name == 'length' else f'likelihood under {name}'} counts {weight:+.2f}"
-            f" +- {reward['errors'][name]:.2f}" + " a token" * (name == "length")
-            for name, weight in reward["weights"].items()
-        ]
-        lines.append(f"  reward: {', '.join(weights)}")
+        lines.append(f"  reward: {_weights(reward)}")
+    if "reward" in (labeler := summary.get("labeler", {})):
+        mixed = labeler["reward"]
+        lines.append(
+            f"  with the scores of {', '.join(labeler['judges'])} it ranks "
+            f"{mixed['accuracy']:.0%} of the held-out pairs as labelled: {_weights(mixed)}"
+        )
     return "\n".join(lines)
+
+
+def _weights(reward: Mapping[str, Any]) -> str:
+    """What each feature of a fitted reward counts."""
+    of = {name: f"likelihood under {name}" for name in reward["weights"] if "theta_" in name}
+    each = [
+        f"{of.get(name, name)} counts {weight:+.2f} +- {reward['errors'][name]:.2f}"
+        + " a token" * (name == "length")
+        for name, weight in reward["weights"].items()
+    ]
+    return ", ".join(each)
 
 
 def describe_end(summary: Mapping[str, Any]) -> str:
@@ -244,6 +271,7 @@ _IDENTITY = (
     ("pairs", "N, the number of usable pairs"),
     ("dataset_fingerprint", "the pairs' token ids (datasets, chat_template, tokenizer)"),
     ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
+    ("prompts_fingerprint", "the token ids of the prompts without answers (sera.prompts)"),
     ("score_fingerprint", "the scores that select (score_columns, datasets)"),
     ("end_ids", "the tokens that end a completion"),
     ("loss", "the loss"),
@@ -285,7 +313,7 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with `sera.KEY` and `sera.judge.KEY` beside the other keys."""
     found = dict(config)
-    for block in ("sera", "sera.judge"):
+    for block in ("sera", "sera.judge", "sera.function"):
         inner = found.pop(block, None) or {}
         found |= {f"{block}.{key}": value for key, value in inner.items()}
     return found

@@ -22,16 +22,20 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers import ProgressCallback, Trainer, set_seed
 
-from sera_plugin.algorithm.method import Method, Pairs, Schedule
+from sera_plugin.algorithm.method import Method, Schedule
+from sera_plugin.algorithm.pairs import Beside, Pairs
 from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
 from sera_plugin.algorithm.trust import SIDES, score_pairs
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows
+from sera_plugin.data.prompts import prepare_prompts
+from sera_plugin.data.rows import LABELLED
 from sera_plugin.host.epochs import DIVERGED, ID_COLUMNS, EndOfIteration, TrainingBar, UnequalEpochs
 from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
+from sera_plugin.host.plugin import SeraPlugin
 from sera_plugin.host.run import describe_run
 from sera_plugin.host.trackers import SampleTables
 from sera_plugin.model.budget import scoring_budget
@@ -104,6 +108,9 @@ class SeraTrainer(UnequalEpochs):
             LOG.setLevel(logging.ERROR)  # rank 0 speaks for all
         self._quiet = bool(args.disable_tqdm) or not self.store.ranks.main
         self._swapped: np.ndarray[Any, Any] | None = None
+        self._labelled = 0  # single answers with a label among the rows of the training set
+        #: What `score_columns` say of the held-out pairs, which have no other use of it.
+        self._aside: pa.Table | None = None
         self._model_end_ids = model_end_ids(model, kwargs["processing_class"])
 
         # References are columns of the data: no reference model, no forward pass for one.
@@ -167,6 +174,8 @@ class SeraTrainer(UnequalEpochs):
         args, ours, table = self.args, self.loss, self.train_dataset.data.table
         host_losses = args.loss_type if ours is None else []
         pairs = Pairs.from_table(table)
+        held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
+        prompts = self._prepare_prompts(pairs, held_out)
         columns = {name: table[name].to_pylist() for name in self.config.score_columns}
         method = Method(
             config=self.config,
@@ -176,6 +185,7 @@ class SeraTrainer(UnequalEpochs):
             iterations=int(args.num_train_epochs),
             seed=int(args.seed),
             annotations=annotate(self.config, pairs.prompt_ids, columns, self._swapped),
+            prompts=0 if prompts is None else len(prompts),
         )
         schedule = Schedule(
             method.sizes,
@@ -191,7 +201,6 @@ class SeraTrainer(UnequalEpochs):
             self.store.ranks,
             self._quiet,
         )
-        held_out = Pairs.from_table(self.eval_dataset.data.table) if self.eval_dataset else None
         loss, ends = ours.name if ours else " + ".join(host_losses), tuple(self._end_ids)
         return Loop(
             cfg=self.cfg,
@@ -205,12 +214,16 @@ class SeraTrainer(UnequalEpochs):
                 pairs,
                 held_out,
                 ends,
+                prompts,
+                self._labelled,
             ),
             method=method,
             schedule=schedule,
             dataset=table,
             pairs=pairs,
             held_out=held_out,
+            more_prompts=prompts,
+            beside_held_out=Beside.of(self.config.score_columns, self._aside),
             end_ids=ends,
             store=self.store,
             scorer=scorer,
@@ -234,6 +247,7 @@ class SeraTrainer(UnequalEpochs):
         columns |= {name: getattr(result, name) for name in ID_COLUMNS}
         if dataset_name == "train":
             self._end_ids = result.end_ids
+            self._labelled = sum(dataset[LABELLED][:])
             kept, names = dataset.select(result.rows), self.config.score_columns
             columns |= {name: kept[name][:] for name in names}
             if self.config.label_noise:
@@ -241,7 +255,23 @@ class SeraTrainer(UnequalEpochs):
                 columns = swap(columns, self._swapped)
             # Of types of their own, whatever their names.
             columns |= {name: pa.array(columns[name]) for name in names}
+        else:
+            kept, has = dataset.select(result.rows), set(dataset.column_names)
+            names = tuple(name for name in self.config.score_columns if name in has)
+            self._aside = pa.table({name: pa.array(kept[name][:]) for name in names})
         return Dataset(InMemoryTable(make_table(columns)))
+
+    def _prepare_prompts(self, pairs: Pairs, held_out: Pairs | None) -> pa.Table | None:
+        """prompts.parquet: those of `sera.prompts` that are in no pair; None without the key."""
+        plugins = PluginManager.get_instance().plugins.values()
+        found = next(one.prompts for one in plugins if isinstance(one, SeraPlugin))
+        if found is None or not self.config.prompts:
+            return None
+        rows = told(found, "tokenize prompts", "prompt", self._quiet)
+        known = pairs.prompt_ids, None if held_out is None else held_out.prompt_ids
+        return prepare_prompts(
+            rows, self.processing_class, self._model_end_ids, self.cfg, self.config, *known
+        )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Dataset:
         """TRL's hook: every iteration has a reference of its own, so nothing is scored here."""

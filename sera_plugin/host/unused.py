@@ -44,6 +44,9 @@ def unused(cfg: Mapping[str, Any], entries: Mapping[str, Any]) -> Iterator[str]:
     for key, listed in entries.items():
         for index, entry in enumerate(listed or ()):
             yield from _unused_of_entry(f"{key}[{index}].", entry)
+    for index, entry in enumerate((cfg.get("sera") or {}).get("prompts") or ()):
+        for key in entry.keys() - entry_keys():
+            yield _said(f"sera.prompts[{index}].", key, None)
 
 
 def known_models(cfg: Mapping[str, Any]) -> list[type[BaseModel]]:

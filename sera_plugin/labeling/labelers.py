@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sera_plugin.algorithm.fit import judged
 from sera_plugin.algorithm.method import DATASET, Labeler, Ranked, TokenIds
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.quoting import quoted
@@ -80,7 +81,7 @@ class Spin(Labeler):
 
 
 class Judged(Labeler):
-    """A judge ranks: a reward model (the paper's OAIF row, Guo et al. 2024) or an endpoint.
+    """A judge ranks: a reward model (the paper's OAIF row, Guo et al. 2024), an endpoint, or code.
 
     A judge that gives numbers gives rewards. One that compares meets every two different candidates
     of a prompt, and a candidate's reward is its share of wins, a tie counting half. Candidates that
@@ -88,15 +89,20 @@ class Judged(Labeler):
     the judge says is kept in a journal: one for all iterations of a run.
     """
 
+    #: As `sera.labeler` names it; None for the one that the configuration has.
+    name: str | None = None
+
     def judge(self, journal: Journal) -> Judge:
         """The judge that the configuration names."""
-        named = self.method.config.judge or str(self.method.config.reward_model)
-        return make_judge(named, journal, self.room)
+        config = self.method.config
+        named = getattr(config, self.name or str(config.labeler))
+        return make_judge(named, journal, self.room, config.score_columns)
 
     def check(self) -> None:
         """See `Labeler.check`."""
-        directory = self.method.config.reward_model
-        if directory is None:
+        config = self.method.config
+        directory = config.reward_model
+        if directory is None or (self.name or config.labeler) != "reward_model":
             self.judge(self._journal())
         elif not Path(directory, "config.json").exists():
             raise ValueError(
@@ -118,17 +124,21 @@ class Judged(Labeler):
             with self._journal() as journal:
                 judge = self.judge(journal)
                 if isinstance(judge, ScoringJudge):
-                    found = self._scores(judge, questions, answers)
+                    found = self._scores(judge, questions, answers, ranked)
                 else:
                     found = self._wins(judge, questions, answers, ranked.per_prompt)
                 self.report |= {"judge": judge.name, "usage": asdict(judge.usage)}
         # NaN would spread to every rank's sum all the same.
         return np.asarray(self.store.ranks.sum(found))
 
-    def _scores(self, judge: ScoringJudge, questions: list[str], answers: list[str]) -> FloatArray:
-        found = np.full(len(answers), np.nan)
+    def _scores(
+        self, judge: ScoringJudge, questions: list[str], answers: list[str], ranked: Ranked
+    ) -> FloatArray:
+        found, places = np.full(len(answers), np.nan), range(len(answers))
+        about = [ranked.about(place) if judge.reads_rows else "" for place in places]
+        asked = list(map(Answered, questions, answers, about, map(ranked.named, places)))
         with progress("judging", len(answers), "verdict", self.quiet) as advance:
-            for index, score in judge.score_all(list(map(Answered, questions, answers))):
+            for index, score in judge.score_all(asked):
                 found[index] = np.nan if score is None else score
                 advance(1)
         return found
@@ -156,6 +166,65 @@ class Judged(Labeler):
         found = np.full(len(answers), np.nan)
         found[list(unmet)] = 0.5
         return np.divide(won, known, out=found, where=known > 0)[first]
+
+
+class Mixed(Labeler):
+    """The implicit reward, and scores of others as further features of the fit.
+
+    The labels of held-out pairs weigh them (`algorithm.fit`), so a score counts by what it explains
+    of labels beside the policies' log-probabilities. An answer without a score counts as the mean
+    of its prompt's others, and a held-out pair with one as if both answers had the same.
+    """
+
+    def _others(self) -> list[Judged]:
+        names = self.method.config.labelers[1:]
+        found = [Judged(self.method, self.store, self.tokenizer, self.quiet) for _ in names]
+        for one, name in zip(found, names, strict=True):
+            one.name, one.room, one.report = name, self.room, {"name": name}
+        return found
+
+    def check(self) -> None:
+        """See `Labeler.check`."""
+        for one in self._others():
+            one.check()
+
+    def rewards(self, ranked: Ranked) -> FloatArray:
+        """See `Labeler.rewards`: (n,) log-odds. The `report` has the weights."""
+        assert ranked.labelled is not None
+        pairs, beside = ranked.labelled.pairs, ranked.labelled.beside
+        total, more = len(ranked.answers), len(pairs)
+
+        def about(place: int) -> str:
+            return ranked.about(place) if place < total else beside.about((place - total) % more)
+
+        def named(place: int) -> str:
+            held_out = f"held-out row {(place - total) % more}"
+            return ranked.named(place) if place < total else held_out
+
+        every = replace(
+            ranked,
+            prompts=ranked.prompts.joined(pairs.prompt_ids).joined(pairs.prompt_ids),
+            answers=ranked.answers.joined(pairs.chosen_ids).joined(pairs.rejected_ids),
+            about=about,
+            named=named,
+        )
+        others = self._others()
+        scores = np.stack([one.rewards(every) for one in others], axis=1)
+        chosen, rejected = scores[total:].reshape(2, more, len(others))
+        differences = np.hstack([ranked.labelled.differences, np.nan_to_num(chosen - rejected)])
+        names = self.method.config.labelers[1:]
+        reward = judged(self.method.paper_weights(ranked.iteration), differences, True, names)
+        self.report |= {
+            "reward": reward.record(self.method.reward_policies(ranked.iteration)),
+            "unscored": dict(zip(names, np.isnan(scores).sum(axis=0).tolist(), strict=True)),
+            "judges": {one.name: one.report for one in others},
+        }
+        by_prompt = scores[:total].reshape(-1, ranked.per_prompt, len(others))
+        known = np.ma.masked_invalid(by_prompt)
+        filled = known - known.mean(axis=1, keepdims=True)
+        own = reward(ranked.logps, ranked.answers.lengths, self.method.per_token)
+        found: FloatArray = own + filled.filled(0).reshape(total, -1) @ np.asarray(reward.scores)
+        return found
 
 
 class SelfJudge(Labeler):

@@ -43,7 +43,7 @@ class Keys(BaseModel):
 class _Settings(Keys):
     """The `sera:` block, as far as what is shown of a run depends on it."""
 
-    labeler: Text = "implicit"
+    labeler: Text | Annotated[list[Text], Field(min_length=1)] = "implicit"
     selection: Text = "irm"
     reward: Text | None = None
     reference: Text | None = None
@@ -57,8 +57,9 @@ class _Settings(Keys):
 
     @model_validator(mode="after")
     def _known(self) -> "_Settings":
+        several = [self.labeler] if isinstance(self.labeler, str) else self.labeler
         for name, value, kinds in (
-            ("labeler", self.labeler, LABELERS),
+            *(("labeler", one, LABELERS) for one in several),
             ("selection", self.selection, SELECTIONS),
         ):
             if value not in kinds:
@@ -102,6 +103,8 @@ class RunFile(Keys):
     accumulation: Count | None = None
     pairs: Count | None = None
     evaluation_pairs: Count | None = None
+    prompts: Count = 0
+    labelled_answers: Count = 0
     end_ids: list[Count] = []
     seed: int | None = None
     dataset_fingerprint: Text | None = None
@@ -175,6 +178,12 @@ class _Reward(Keys):
         return self
 
 
+class _Labeler(Keys):
+    """With several labelers the reward that mixes them."""
+
+    reward: _Reward | None = None
+
+
 class _Noise(Keys):
     chosen: list[Number]
     rejected: list[Number]
@@ -206,7 +215,7 @@ class Summary(Keys):
     label_noise: dict[Text, Number | None] | None = None
     step_zero: dict[Text, Any] | None = None
     sampler: dict[Text, Any] | None = None
-    labeler: dict[Text, Any] | None = None
+    labeler: _Labeler | None = None
 
 
 class Ending(Keys):

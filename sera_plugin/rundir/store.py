@@ -106,8 +106,9 @@ class RunStore:
 
     def __init__(self, output_dir: str | Path, ranks: Ranks | None = None) -> None:
         self.root = Path(output_dir) / "sera"
-        #: What the run is (`description` reads it), and the offline pairs as token ids.
+        #: What the run is (`description` reads it), and what it trains on, as token ids.
         self.run_file, self.dataset_file = self.root / "run.json", self.root / "dataset.parquet"
+        self.prompts_file = self.root / "prompts.parquet"
         #: theta_T's own, where it is not in `output_dir`: what an iteration T + 1 would begin with.
         self.last = self.root / "last"
         self.end: int | None = None  # T + 1, while training knows it
@@ -161,14 +162,24 @@ class RunStore:
                 )
 
     @_on_main
-    def begin(self, description: Mapping[str, Any], dataset: pa.Table) -> None:
+    def begin(
+        self,
+        description: Mapping[str, Any],
+        dataset: pa.Table,
+        prompts: pa.Table | None = None,
+    ) -> None:
         """Write what the run is and what it trains on; a run has begun once run.json is there.
 
-        Of a run that has begun, dataset.parquet is made again if it is missing or damaged.
+        Of a run that has begun, dataset.parquet is made again if it is missing or damaged, and so
+        is prompts.parquet, whose rows go on from those of the pairs.
         """
         begun = self.run_file.exists()
-        if not (begun and self._whole(self.dataset_file)):
-            write_table(self.dataset_file, dataset)
+        tables = {self.dataset_file: dataset}
+        if prompts is not None:
+            tables[self.prompts_file] = prompts
+        for path, table in tables.items():
+            if not (begun and self._whole(path)):
+                write_table(path, table)
         if not begun:
             write_json(self.run_file, description)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind
 from sera_plugin.config.quoting import plain
 from sera_plugin.rundir.format import Invalid, regular_size
 from sera_plugin.rundir.tokens import TOKENS, TokenColumn
@@ -35,6 +35,7 @@ _SCORED = ("row", "chosen_length", "rejected_length", "chosen_logp", "rejected_l
 #: Table -> the columns that it must have; others of `TYPES` it may have.
 _TABLES = {
     "dataset": ("row", "prompt_ids", "chosen_ids", "rejected_ids"),
+    "prompts": ("row", "prompt_ids"),
     "offline": (*_SCORED, "prompt_length"),
     "evaluation": _SCORED,
     "candidates": ("row", "candidate", "token_ids", "finish_reason", "logps", "reward"),
@@ -65,6 +66,12 @@ class Expected(NamedTuple):
     held_out: int | None = None  # how many pairs are held out
     candidates: int | None = None  # of each prompt, the dataset's answer included
     reference: str | None = None  # `sera.reference`
+    prompts: int = 0  # how many are sampled that have no pair
+
+    @property
+    def rows(self) -> int | None:
+        """How many prompts are sampled."""
+        return None if self.pairs is None else self.pairs + self.prompts
 
     @classmethod
     def of(cls, run: Mapping[str, Any]) -> Expected:
@@ -72,8 +79,9 @@ class Expected(NamedTuple):
         settings = run.get("config", {}).get("sera", {})
         count = settings.get("candidates")
         if count is not None:
-            count += LABELERS[settings.get("labeler", "implicit")].adds_dataset_answer
-        return cls(run.get("pairs"), run.get("evaluation_pairs"), count, settings.get("reference"))
+            count += labeler_kind(settings.get("labeler", "implicit")).adds_dataset_answer
+        known = run.get("pairs"), run.get("evaluation_pairs"), count, settings.get("reference")
+        return cls(*known, run.get("prompts", 0))
 
     def columns(self, name: str, iteration: int) -> tuple[str, ...]:
         """Those that a table of iteration t must have."""
@@ -209,13 +217,16 @@ def _check_rows(table: pa.Table, name: str, expected: Expected) -> None:
     if name == "bootstrapped":
         _check_pairs(table, expected)
     elif name == "candidates":
-        count = candidates_of(table, total)
+        count = candidates_of(table, expected.rows)
         if expected.candidates not in (None, count):
             raise Invalid(f"it has {count} candidates of each row, not {expected.candidates}")
     else:
-        if not np.array_equal(rows, np.arange(len(rows))) or not len(rows):
-            raise Invalid("its rows are not 0, 1, 2, ...")
+        first = (total or 0) if name == "prompts" else 0
+        if not np.array_equal(rows, np.arange(first, first + len(rows))) or not len(rows):
+            raise Invalid(f"its rows are not {first}, {first + 1}, {first + 2}, ...")
         what = "pairs"
+        if name == "prompts":
+            what, total = "prompts without a pair", expected.prompts
         if name == "evaluation":
             what, total = "held-out pairs", expected.held_out
         if total is not None and len(rows) != total:
@@ -234,7 +245,7 @@ def _check_rows(table: pa.Table, name: str, expected: Expected) -> None:
 def _check_pairs(table: pa.Table, expected: Expected) -> None:
     """Whether sampled pairs are of candidates that there are, each of which is in one pair."""
     places = candidate_places(table, expected.candidates or 2**31)
-    known = {"row": expected.pairs}
+    known = {"row": expected.rows}
     known |= {f"{side}_candidate": expected.candidates for side in places}
     for name, count in known.items():
         most = table[name].to_numpy().max(initial=0)
@@ -265,7 +276,7 @@ def candidates_of(table: pa.Table, total: int | None = None) -> int:
     ):
         raise Invalid("it does not have the same number of candidates for each row")
     if total not in (None, distinct):
-        raise Invalid(f"it has candidates of {distinct:,} rows, and the run {total:,} pairs")
+        raise Invalid(f"it has candidates of {distinct:,} rows, and the run {total:,} prompts")
     return count
 
 

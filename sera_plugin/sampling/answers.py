@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from sera_plugin.algorithm.method import Candidate, Pairs, SamplingSettings, TokenIds
+from sera_plugin.algorithm.method import Candidate, SamplingSettings, TokenIds
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.quoting import quoted
 
 Shape = TypeVar("Shape")

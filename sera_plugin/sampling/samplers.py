@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sera_plugin.algorithm.method import CandidateSampler, Chunk, Pairs
+from sera_plugin.algorithm.method import CandidateSampler, Chunk
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.losses import LOW_PRECISION_LIMIT
 from sera_plugin.model.memory import element_size, optimizer_name, sampled_batches

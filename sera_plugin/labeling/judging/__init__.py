@@ -2,6 +2,7 @@
 
 - `api`       judges behind an OpenAI-compatible endpoint
 - `reward_model`   a sequence-classification model on this machine
+- `function`   a Python function, which `worker` calls in a process of its own
 
 What a judge is asked is our wording; the formats of verdicts are published ones: `[[A]]`, `[[B]]`,
 `[[C]]` and `Rating: [[7]]` of MT-Bench (Zheng et al. 2023), `Score: 4` of the additive prompt of
@@ -10,10 +11,7 @@ self-rewarding language models (Yuan et al. 2024).
 Nothing here but `reward_model` knows torch, and nothing the host.
 """
 
-import importlib
-import math
 import re
-import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 from sera_plugin.algorithm.method import Room, no_room
 from sera_plugin.config.block import JudgeConfig, read_judge
+from sera_plugin.config.labelers import FunctionConfig
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir.journal import Journal
 
@@ -51,6 +50,8 @@ class Answered:
 
     question: str
     answer: str
+    about: str = ""  # what the dataset says of its row beside the texts, as JSON; for a function
+    row: str = field(default="", compare=False)  # what to name it by
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Usage:
     malformed: int = 0  # replies without a verdict that can be read; the judge was asked again
     unparsed: int = 0  # verdicts that were given up, so are missing, after several such replies
     refused: int = 0  # verdicts that are missing because the endpoint refused the request
+    failed: int = 0  # calls of a function that gave no number
 
 
 class Judge:
@@ -128,6 +130,9 @@ class Judge:
 
 class ScoringJudge(Judge):
     """A judge that gives each answer a number; the larger one wins, equal ones tie."""
+
+    #: Whether it reads `Answered.about`.
+    reads_rows = False
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """Yield (index, score) of every answer, None without one; otherwise like `compare`."""
@@ -162,11 +167,17 @@ def by_scores(first: float | None, second: float | None) -> Verdict:
     return Verdict((0.5 * (1 + (first > second) - (first < second)),))
 
 
-def make_judge(spec: str | JudgeConfig, journal: Journal, room: Room = no_room) -> Judge:
+def make_judge(
+    spec: str | JudgeConfig | FunctionConfig,
+    journal: Journal,
+    room: Room = no_room,
+    columns: Sequence[str] = (),
+) -> Judge:
     """The judge that is configured or named, which keeps what it says in the journal.
 
     A name is a YAML file with an API judge, a directory with a reward model, or a function as
-    `module:function` or `file.py:function`. `room` is for a reward model.
+    `module:function` or `file.py:function`. `room` is for a reward model, `columns` are those that
+    a function may take.
 
     ValueError if it is none of these or cannot be used; JudgeFailed without an API judge's key.
     """
@@ -176,57 +187,21 @@ def make_judge(spec: str | JudgeConfig, journal: Journal, room: Room = no_room) 
         spec = read_judge(Path(spec))
     if isinstance(spec, JudgeConfig):
         return (RatingJudge if spec.mode == "single" else PairwiseJudge)(spec, journal)
+    if isinstance(spec, str) and ":" in spec and not Path(spec).is_dir():
+        spec = FunctionConfig.parse({"call": spec}, "judge: ")
+    if isinstance(spec, FunctionConfig):
+        from sera_plugin.labeling.judging.function import FunctionJudge
+
+        return FunctionJudge(spec, journal, columns)
     if Path(spec).is_dir():
         from sera_plugin.labeling.judging.reward_model import RewardModelJudge
 
         return RewardModelJudge(Path(spec), journal, room)
-    if ":" in spec:
-        return FunctionJudge(spec)
     raise ValueError(
         f"judge: {quoted(spec)} is neither a YAML file, a directory nor a function. Give "
         "judge.yaml (an API judge), the directory of a reward model, or "
         "module:function or file.py:function."
     )
-
-
-class FunctionJudge(ScoringJudge):
-    """Scores an answer with `function(question, answer)`; ValueError if that is missing."""
-
-    def __init__(self, spec: str) -> None:
-        super().__init__(spec, {"function": spec})
-        place, _, name = spec.rpartition(":")
-        try:
-            if place.endswith(".py"):
-                self._function: Any = runpy.run_path(place).get(name)
-            else:
-                self._function = getattr(importlib.import_module(place), name, None)
-        except Exception as error:  # whatever the code does while it is imported
-            raise ValueError(
-                f"{place} cannot be imported: {type(error).__name__}: {error}. A module has to be "
-                "installed; a file is named with its path, which starts in the working directory "
-                "if it is relative, and its ending: file.py:function."
-            ) from error
-        if not callable(self._function):
-            raise ValueError(f"{place} has no function {quoted(name)}.")
-
-    def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
-        """See `ScoringJudge.score`. None from the function is a missing verdict."""
-        for index, one in enumerate(answers):
-            try:
-                value = self._function(one.question, one.answer)
-                score = None if value is None else float(value)
-            except Exception as error:
-                raise self._failed(f"raised {type(error).__name__}: {error}", one) from error
-            if score is not None and not math.isfinite(score):
-                raise self._failed(f"returned {score}", one)
-            self.usage.unparsed += score is None
-            yield index, score
-
-    def _failed(self, problem: str, one: Answered) -> JudgeFailed:
-        return JudgeFailed(
-            f"{self.name} {problem} on the question {quoted(one.question)} and the answer "
-            f"{quoted(one.answer)}. It must return a finite number, or None where it cannot tell."
-        )
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

@@ -292,4 +292,6 @@ class RatingJudge(_ApiJudge, ScoringJudge):
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`."""
-        return self._each(answers, lambda one: self._verdict(**vars(one)))
+        return self._each(
+            answers, lambda one: self._verdict(question=one.question, answer=one.answer)
+        )

@@ -53,10 +53,13 @@ def evaluate(
     require_place(decoding.prompt_format)
     prompts = read_prompts(prompt_file, limit, decoding.seed)
     models = find_models(specs, iterations)
-    checking = [Check(spec) for spec in dict.fromkeys(checks)]
     # Before anything is sampled: one of these files may be of other prompts.
     there = {one.name: given(one.answers, prompts) for one in models if one.answers is not None}
     with ExitStack() as files:
+        checking = []
+        if checks:
+            kept = files.enter_context(Journal(output / "checks.jsonl"))
+            checking = [Check(spec, kept) for spec in dict.fromkeys(checks)]
         judge = None
         if judge_spec is not None:
             judge = make_judge(judge_spec, files.enter_context(Journal(output / "judge.jsonl")))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_plugin.algorithm.method import Pairs
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.model.forward import KEPT_LOGITS
 from sera_plugin.rundir.store import layout, make_table
 from sera_plugin.tools.planning.run import Run
@@ -91,7 +91,7 @@ def iterations(run: Run) -> list[Iteration]:
         if bootstrapped:
             phases["sample"] = sampled = _sampling(run)
             # Each under every policy that its reward needs, its prompt with it.
-            prompts = int(method.config.candidates * run.pairs.prompt.sum())
+            prompts = int(method.config.candidates * run.prompts.sum())
             scored = sampled._replace(tokens=prompts + sampled.tokens, most=prompts + sampled.most)
             phases["score_candidates"] = scored.times(len(method.candidates_under(t)))
         phases["train"] = _training(run, kept, bootstrapped)
@@ -120,7 +120,7 @@ def _scoring(pairs: Any) -> Work:
 
 
 def _sampling(run: Run) -> Work:
-    candidates, prompt = run.method.config.candidates, run.pairs.prompt
+    candidates, prompt = run.method.config.candidates, run.prompts
     work = _passes(prompt, run.expected).times(candidates)
     return work._replace(
         tokens=round(work.scored),
@@ -131,11 +131,11 @@ def _sampling(run: Run) -> Work:
 
 def _training(run: Run, kept: int, bootstrapped: int) -> Work:
     """One epoch over D_t: kept pairs are as long as all are on average."""
-    offline, prompt, total = _scoring(run.pairs), run.pairs.prompt, len(run.pairs)
-    sampled = _passes(prompt, run.expected).times(2 * bootstrapped / total)
-    work, padded = offline.times(kept / total).plus(sampled), padding(run)
+    offline, prompt = _scoring(run.pairs), run.prompts
+    sampled = _passes(prompt, run.expected).times(2 * bootstrapped / len(prompt))
+    work, padded = offline.times(kept / len(run.pairs)).plus(sampled), padding(run)
     # At most: the longest pairs are kept, and prompts with the longest samples trained.
-    of_prompt = np.repeat(2 * (prompt + run.limits), run.method.config.pairs_per_prompt)
+    of_prompt = np.repeat(2 * (prompt + run.limits), run.method.pairs_per_prompt)
     each = (run.pairs.both, kept), (of_prompt, bootstrapped)
     return work._replace(
         sequences=2 * (kept + bootstrapped),
@@ -276,6 +276,7 @@ def _tables(run: Run, pairs: Pairs) -> int:
     tokens = sum(int(column.lengths.sum()) for column in sample.values())
     per_token = buffer.getvalue().size / tokens
     total = sum(int(each.lengths.sum(dtype=np.int64)) for each in columns.values()) * per_token
+    total += int(run.more_prompts.sum()) * per_token
     for one in iterations(run):
         # offline.parquet: two log-probabilities, three lengths; then rewards, margin, selected.
         total += len(pairs) * (2 * 8 + 3 * 2 if one.t == 1 else 5 * 8 + 3 * 2)
@@ -284,5 +285,5 @@ def _tables(run: Run, pairs: Pairs) -> int:
         if sampled := one.phases.get("sample"):
             logps = len(run.method.candidates_under(one.t))
             total += sampled.tokens * per_token + sampled.sequences * 8 * (logps + 1)
-            total += len(pairs) * 8
+            total += len(run.prompts) * 8
     return round(total) + run.method.iterations * _SUMMARY + _REPORT

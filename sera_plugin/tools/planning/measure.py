@@ -77,9 +77,10 @@ def measure(run: Run, dataset: Any, rows: Sequence[int]) -> tuple[Speed, float |
     sampled = summary["forwarded"].get("sample")
     mean = sampled["tokens"] / sampled["sequences"] if sampled else None
     config = SeraConfig(**cfg.sera)
-    method = replace(run.method, config=config, total=len(chosen), iterations=2)
+    method = replace(run.method, config=config, total=len(chosen), iterations=2, prompts=0)
     pairs, nothing, spent = run.pairs[chosen], run.pairs[:0], perf_counter() - start
-    short = replace(run, method=method, pairs=pairs, held_out=nothing, sampled=mean)
+    alone = {"held_out": nothing, "more_prompts": run.more_prompts[:0]}
+    short = replace(run, method=method, pairs=pairs, sampled=mean, **alone)
     said = f"Measured here in {spent:.0f} s, with {len(chosen)} pairs of all lengths"
     if mean is not None:
         said += f"; samples had {mean:.0f} tokens on average"
@@ -119,6 +120,10 @@ def _set_aside(run: Run) -> Iterator[DictDefault]:
     try:
         with TemporaryDirectory(dir=place, prefix=".sera-plan-") as directory:
             cfg = DictDefault({**run.cfg, **_SHORT, "output_dir": directory})
+            config = run.method.config
+            if config.prompts:  # without them as many pairs need more candidates
+                ratio = min(config.bootstrap_ratio, config.candidates // 2)
+                cfg.sera = {**cfg.sera, "prompts": [], "bootstrap_ratio": ratio}
             if run.method.iterations == 1:
                 cfg.sera = {**cfg.sera, "selection_ratio": 1.0, "bootstrap_ratio": 0.0}
             plugins.cfg = cfg

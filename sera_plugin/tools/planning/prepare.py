@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from axolotl.cli.config import load_cfg
@@ -20,18 +21,23 @@ from axolotl.utils.dict import DictDefault
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import GenerationConfig
 
-from sera_plugin.algorithm.method import Method, Pairs
+from sera_plugin.algorithm.method import Method
+from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.selection import annotate
 from sera_plugin.config.kinds import is_reference_free
+from sera_plugin.config.labelers import require_candidates
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
+from sera_plugin.data.prompts import prepare_prompts
+from sera_plugin.data.rows import LABELLED
 from sera_plugin.host.given import Given
 from sera_plugin.host.refused import MISTAKES
 from sera_plugin.model.budget import GIB
 from sera_plugin.model.memory import OPTIMIZERS
 from sera_plugin.rundir.progress import told
 from sera_plugin.rundir.store import make_table
+from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.sampling.samplers import Choice, choose_sampler
 from sera_plugin.tools.command import read_yaml
 from sera_plugin.tools.planning.counts import disk_parts, lengths
@@ -91,7 +97,14 @@ def read_plan(
         return rows, pairs, lengths(*(getattr(pairs, name).lengths for name in _COLUMNS))
 
     rows, pairs, sizes = prepared(data.train_dataset, "train")
-    held_out = prepared(data.eval_dataset, "eval")[2] if data.eval_dataset else sizes[:0]
+    held_out, held_out_ids = sizes[:0], None
+    if data.eval_dataset:
+        _, aside, held_out = prepared(data.eval_dataset, "eval")
+        held_out_ids = aside.prompt_ids
+    more = None
+    if data.prompts is not None:
+        known = pairs.prompt_ids, held_out_ids
+        more = prepare_prompts(data.prompts, tokenizer, end_ids, cfg, config, *known)
     kept = data.train_dataset.select(rows.rows)
     columns = {name: kept[name][:] for name in config.score_columns}
     method = Method(
@@ -102,7 +115,10 @@ def read_plan(
         iterations=int(cfg.num_epochs),
         seed=int(cfg.seed or 0),
         annotations=annotate(config, pairs.prompt_ids, columns, None),
+        prompts=0 if more is None else len(more),
     )
+    if more is not None:
+        require_candidates(config, method.pairs_per_prompt)
     choice = Choice(config.sampler, "as sera.sampler says; not looked for on this machine")
     if gpu is None or model.unserved or config.sampler not in ("vllm", "vllm-server"):
         python = config.vllm_python or sys.executable
@@ -110,6 +126,9 @@ def read_plan(
     if processes is None:
         processes = max(1, torch.cuda.device_count()) if gpu is None else 1
     run = Run(cfg, model, method, sizes, held_out, choice.name, memory, described, processes)
+    if more is not None:
+        tokens = TokenColumn(more["prompt_ids"])
+        run = replace(run, more_prompts=tokens.lengths.astype(np.int64))
     speed, speed_from = None, _IN_STEP if cfg.fsdp_config else _NO_TIME
     room: tuple[int | None, int | None] = None, None
     if measuring:
@@ -125,6 +144,8 @@ def read_plan(
         tokenizer.save_pretrained(scratch)
         files = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
     about = {"plan": str(path)} | _about(run, sum(map(len, rows.dropped.values())), choice)
+    if labelled := sum(data.train_dataset[LABELLED][:]):
+        about["data"] += f"; paired from {labelled:,} answers with a label"
     disk, notes = disk_parts(run, pairs, files), notes_of(run)
     found = figures(run, speed, about, device, room, disk, speed_from=speed_from, notes=notes)
     return found, [f"{phase.name}: {phase.note}" for phase in run.phases if phase.note]
@@ -204,6 +225,8 @@ def _about(run: Run, dropped: int, choice: Choice) -> dict[str, str]:
         f"{f' x {run.processes} GPUs' if run.processes > 1 else ''}, {run.optimizer}, "
         f"gradient checkpointing {'on' if cfg.gradient_checkpointing else 'off'}",
     }
+    if len(run.more_prompts):
+        found["prompts"] = f"{len(run.more_prompts):,} more, which have no pair and are sampled"
     if run.sample:
         found["sampler"] = f"{choice.name} ({choice.reason})"
     return found

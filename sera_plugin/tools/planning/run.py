@@ -7,7 +7,7 @@ states, activations, and what else there is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class Run:
     describe: Callable[[Mapping[str, Any]], Model]  # the model of a changed configuration
     processes: int = 1  # each with a device of its own
     sampled: float | None = None  # mean tokens of a sample where that was measured
+    #: (M,) tokens of the prompts that are sampled and have no pair.
+    more_prompts: Any = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def changed(self, keys: Mapping[str, Any]) -> Run:
         """The run with other values of some keys, `vllm.a` those of a block."""
@@ -79,6 +81,7 @@ class Run:
             sampler=keys.get("sera.sampler", self.sampler),
             pairs=self.pairs[self.pairs.longer <= cfg.sequence_len],
             held_out=self.held_out[self.held_out.longer <= cfg.sequence_len],
+            more_prompts=self.more_prompts[self.more_prompts < cfg.sequence_len],
         )
 
     @property
@@ -104,14 +107,19 @@ class Run:
         return Schedule(self.method.sizes, together, self.cfg.gradient_accumulation_steps)
 
     @property
+    def prompts(self) -> npt.NDArray[np.int64]:
+        """(N + M,) tokens of each prompt that is sampled."""
+        return np.concatenate([self.pairs.prompt, self.more_prompts])
+
+    @property
     def limits(self) -> npt.NDArray[np.int64]:
-        """(N,) most tokens of a sample for each prompt, see `client.room`."""
-        room = self.cfg.sequence_len - self.pairs.prompt
+        """(N + M,) most tokens of a sample for each prompt, see `client.room`."""
+        room = self.cfg.sequence_len - self.prompts
         return np.minimum(self.method.config.max_new_tokens, room)
 
     @property
     def expected(self) -> npt.NDArray[np.float64]:
-        """(N,) tokens expected of a sample: as measured, else as long as chosen answers are."""
+        """(N + M,) tokens expected of a sample: as measured, else as long as chosen answers are."""
         mean = self.pairs.chosen.mean() if self.sampled is None else self.sampled
         return np.minimum(mean, self.limits)
 
@@ -135,7 +143,7 @@ class Run:
     def longest(self) -> int:
         """Tokens of the longest prompt and completion that is scored, sampled or trained."""
         given = np.concatenate([self.pairs, self.held_out])["longer"].max()
-        sampled = (self.pairs.prompt + self.limits).max() if self.sample else 0
+        sampled = (self.prompts + self.limits).max() if self.sample else 0
         return int(max(given, sampled))
 
     @property
@@ -206,7 +214,7 @@ class Run:
         chunk = min(elements, LOGITS)
         logits = 4 * (elements if elements <= KEPT_LOGITS else chunk) + 8 * chunk
         if whole := model.vocabulary if self.cfg.torch_compile else model.whole:
-            places = sequences * (self.longest - int(self.pairs.prompt.min()))
+            places = sequences * (self.longest - int(self.prompts.min()))
             logits = (12 + model.width) * places * whole
         one = layers / model.layers
         between = (2 if model.gated else 1) * model.intermediate
@@ -238,7 +246,7 @@ class Run:
     def sampling(self) -> dict[str, int]:
         """A batch of `sampling.transformers` at full length: of the shortest prompts or the
         longest, whichever takes more."""
-        limit, prompts = self.method.config.max_new_tokens, self.pairs.prompt
+        limit, prompts = self.method.config.max_new_tokens, self.prompts
         found = (self._batch(int(prompt), limit) for prompt in (prompts.min(), prompts.max()))
         return max(found, key=lambda parts: sum(parts.values()))
 
@@ -262,7 +270,7 @@ class Run:
         if self.memory is None:
             return ""
         config = self.method.config
-        longest = self.batches.size(int(self.pairs.prompt.max()), config.max_new_tokens)
+        longest = self.batches.size(int(self.prompts.max()), config.max_new_tokens)
         each = longest * config.candidates
         prompts = max(1, self.batches.tokens // each)
         return f"as many prompts at a time as the GPU holds: {prompts:,} of the longest"
@@ -326,7 +334,7 @@ class Run:
         offloaded = self._kept[0 if self.model.adapter else 1]
         parts = {
             "policies": max(1, *held) * self.model.trained_bytes,
-            "dataset": 4 * int((self.pairs.prompt + self.pairs.completions).sum()),
+            "dataset": 4 * int(self.prompts.sum() + self.pairs.completions.sum()),
             "reward model": self.judge,
             "waiting for the GPU": max(phase.waiting for phase in self.phases),
             **self.placement.host_parts(self.model, self.states),

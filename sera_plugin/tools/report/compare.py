@@ -15,6 +15,7 @@ from sera_plugin.tools.report.reading import Run
 #: Where things are on a machine says nothing of what a run is.
 _PLACES = frozenset({"output_dir", "dataset_prepared_path", "axolotl_config_path"})
 _BESIDE = ("loss", "beta", "per_token", "micro_batch", "accumulation", "pairs", "evaluation_pairs",
+           "prompts", "prompts_fingerprint",
            "dataset_fingerprint", "evaluation_fingerprint", "score_fingerprint",
            "seed")  # fmt: skip
 #: (name, how it is shown, where it is in an iteration's figures), in the order of the tables.

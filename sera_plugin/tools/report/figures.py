@@ -13,7 +13,7 @@ from sera_plugin.algorithm.rewards import FloatArray, implicit_reward, reward_we
 from sera_plugin.algorithm.selection import BoolArray, by_side, pair_candidates, select_largest
 from sera_plugin.algorithm.summary import accuracy, jaccard, noise_found, quantiles
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import LABELERS, is_reference_free
+from sera_plugin.config.kinds import is_reference_free, labeler_kind
 from sera_plugin.tools.report.reading import Columns, Iteration, Run
 
 #: A column with more different values than this is not broken down by value.
@@ -34,6 +34,7 @@ def figures(run: Run) -> dict[str, Any]:
             "state": run.state,
             "base_model": run.config.get("base_model"),
             "pairs": run.total,
+            "prompts": run.description.get("prompts", 0),
             **{key: run.description.get(key) for key in _DESCRIBED},
             "settings": run.settings,
             "versions": run.description.get("versions", {}),
@@ -68,6 +69,8 @@ def _iteration(run: Run, one: Iteration) -> dict[str, Any]:
         "held_out": held_out and {key: held_out[key] for key in _HELD_OUT},
     }
     found |= {key: counted[key] for key in ("reward", "outranking", "noise") if key in counted}
+    if mixed := (counted.get("labeler") or {}).get("reward"):
+        found["mixed"] = mixed
     if margin is not None:
         kept = offline["selected"]
         parts = {"offline": margin, "kept": margin[kept], "dropped": margin[~kept]}
@@ -283,7 +286,7 @@ def _bootstrapped_ensemble(run: Run, one: Iteration) -> dict[str, Any] | None:
     if not samples or one.number < 3 or not settings.get("gamma"):
         return None
     controlled = settings.get("length_control", "none") != "none"
-    if not LABELERS[run.labeler].implicit or controlled or settings.get("reward") == "fitted":
+    if not labeler_kind(run.labeler).implicit or controlled or settings.get("reward") == "fitted":
         return None  # the pairs were ranked by something else
     count, kept = int(settings["candidates"]), pairs["selected"]
     reward = _newest_reward(run, one, samples["logps"].T, samples["length"])

@@ -11,7 +11,7 @@ import numpy as np
 from sera_plugin.algorithm.best import FIGURE
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import LABELERS, SELECTIONS, is_reference_free
+from sera_plugin.config.kinds import SELECTIONS, is_reference_free, labeler_kind
 from sera_plugin.rundir.writing import COMMAND, write_text
 from sera_plugin.tools.report import charts
 from sera_plugin.tools.report.charts import Chart, Lines
@@ -69,7 +69,7 @@ def render(run: Run) -> str:
         texts=Texts(run),
         by_margin=any(one.get("threshold") is not None for one in found["iterations"]),
         selection=SELECTIONS[settings.get("selection", "irm")],
-        labeler=LABELERS[run.labeler],
+        labeler=labeler_kind(run.labeler),
         reference_free=is_reference_free(run.description.get("loss", "dpo")),
         settings=shown,
     )
@@ -106,7 +106,7 @@ def _margins(run: Run, one: Iteration, figures: Figures) -> list[Chart]:
     if one.margin is not None:
         panels["offline"] = one.margin, one.offline["selected"]
     # What others rank by is not in nats.
-    if pairs and LABELERS[run.labeler].implicit and len(pairs["row"]):
+    if pairs and labeler_kind(run.labeler).implicit and len(pairs["row"]):
         panels["sampled"] = pairs["margin"], pairs["selected"]
     if figures.get("threshold") is not None:
         said.append(f"offline pairs above {figures['threshold']:+.3g} are kept")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind, labeler_name
 from sera_plugin.rundir.writing import write_file, write_text
 from sera_plugin.tools.report.output import fill, number, plain_table, shown_name, shown_text
 from sera_plugin.tools.report.reading import Iteration, Run, Texts
@@ -64,7 +64,7 @@ def _sampled(run: Run, one: Iteration, places: Rows) -> list[Pair]:
             "margins": {one.number: float(pairs["margin"][place])},
             "selected": bool(pairs["selected"][place]),
             "columns": {fact: sides for fact, sides in facts.items() if sides},
-            "prompt": run.tokens["prompt"][row],
+            "prompt": run.prompts[row],
             **{side: tokens[at[side]] for side in SIDES},
         })  # fmt: skip
     return found
@@ -102,7 +102,7 @@ def examples(run: Run) -> list[dict[str, Any]]:
         kept = np.flatnonzero(made["selected"])
         order = kept[np.argsort(-made["margin"][kept], kind="stable")]
         parts = {"best-bootstrapped": order[:_FEW], "worst-bootstrapped": order[_FEW:][::-1][:_FEW]}
-        if LABELERS[run.labeler].adds_dataset_answer:
+        if labeler_kind(run.labeler).adds_dataset_answer:
             parts = {"bootstrapped": order[:_FEW]}
         groups += [(name, one, _sampled(run, one, places)) for name, places in parts.items()]
     return [
@@ -114,15 +114,17 @@ def examples(run: Run) -> list[dict[str, Any]]:
 
 def describe_pair(run: Run, row: int, texts: Texts) -> Pair:
     """What each policy thought of a pair: log-probabilities, rewards, margin, its candidates."""
-    total = run.total or 0
+    total = max(run.total or 0, len(run.prompts))
     if not 0 <= row < total:
         raise ValueError(f"--row: {row} is not in the run; it has rows 0 to {total - 1}")
-    found: Pair = {"row": row, "unit": run.unit, "labeler": run.labeler}
-    if run.tokens:
-        found |= {name: texts.exact(column[row]) for name, column in run.tokens.items()}
-        found["tokens"] = {name: int(column.lengths[row]) for name, column in run.tokens.items()}
+    found: Pair = {"row": row, "unit": run.unit, "labeler": labeler_name(run.labeler)}
+    if columns := run.tokens:
+        if row >= len(columns["prompt"]):  # of `sera.prompts`
+            columns = {"prompt": run.prompts}
+        found |= {name: texts.exact(column[row]) for name, column in columns.items()}
+        found["tokens"] = {name: int(column.lengths[row]) for name, column in columns.items()}
     found["text"] = texts.source if texts.tokenizer is not None else None
-    found |= _known(run, row)
+    found |= {"columns": {}} if row >= (run.total or 0) else _known(run, row)
     found["iterations"] = [_thought(one, row, texts) for one in run.iterations]
     return found
 
@@ -130,7 +132,7 @@ def describe_pair(run: Run, row: int, texts: Texts) -> Pair:
 def _thought(one: Iteration, row: int, texts: Texts) -> dict[str, Any]:
     thought: dict[str, Any] = {"iteration": one.number}
     samples, pairs = one.candidates, one.bootstrapped
-    if one.offline:
+    if one.offline and row < len(one.offline["row"]):
         names = [name for name in _FIGURES if name in one.offline]
         thought |= {name: float(one.offline[name][row]) for name in names}
         thought["margin"] = None if one.margin is None else float(one.margin[row])
@@ -172,7 +174,7 @@ def show_pair(pair: Pair, texts: Texts) -> str:
         for one in pair["iterations"]
     ]
     table = plain_table(["iteration", *(name.replace("_", " ") for name in names), "pair"], rows)
-    implicit = LABELERS[pair["labeler"]].implicit
+    implicit = pair["labeler"].startswith("implicit")
     return fill("pair.txt", pair=pair, texts=texts, table=table, implicit=implicit)[:-1]
 
 

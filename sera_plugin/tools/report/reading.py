@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from sera_plugin.algorithm.method import DATASET
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind
 from sera_plugin.config.quoting import quoted
 from sera_plugin.rundir import checksums
 from sera_plugin.rundir.checksums import is_whole
@@ -35,7 +35,7 @@ from sera_plugin.rundir.format import (
 )
 from sera_plugin.rundir.store import RunStore
 from sera_plugin.rundir.tables import Expected, candidate_places, read_table
-from sera_plugin.rundir.tokens import TokenColumn
+from sera_plugin.rundir.tokens import TOKENS, TokenColumn
 from sera_plugin.rundir.writing import open_own
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -116,6 +116,7 @@ class Run:
         description, config, settings: run.json, its configuration and that one's `sera:` block,
             empty if it is damaged.
         tokens: `prompt`, `chosen`, `rejected` of the offline pairs; empty if they cannot be read.
+        prompts: of every row that is sampled, those of `sera.prompts` after the pairs'.
         scores: the columns of `sera.score_columns`, as the dataset had them.
         iterations, begun: those that have begun, in order, and by their number.
         with_margins: the newest of them whose offline pairs have margins, if any.
@@ -134,13 +135,20 @@ class Run:
         self.description = self.json(store.run_file, RunFile)
         self.config: dict[str, Any] = self.description.get("config", {})
         self.settings: dict[str, Any] = self.config.get("sera", {})
-        self.labeler = str(self.settings.get("labeler", "implicit"))
+        self.labeler: str | list[str] = self.settings.get("labeler", "implicit")
         self._expected = Expected.of(self.description)
         self.total = self._expected.pairs
         columns = self._columns(store.dataset_file, "dataset", beside=True)
         if not store.dataset_file.exists():
             self._note(store.dataset_file, "is missing: there are no texts to show")
         self.tokens = {name: TokenColumn(columns[f"{name}_ids"]) for name in TEXTS if columns}
+        self.prompts = self.tokens.get("prompt", TokenColumn(pa.array([], TOKENS)))
+        if self._expected.prompts and self.tokens:
+            more = self._columns(store.prompts_file, "prompts")
+            if not store.prompts_file.exists():
+                self._note(store.prompts_file, "is missing: there are no texts to show")
+            if more:
+                self.prompts = self.prompts.joined(TokenColumn(more["prompt_ids"]))
         self.scores = {n: values for n, values in columns.items() if n not in ("row", *_TOKENS)}
         names = [path.name for path in store.root.glob("iteration-*")]
         numbers = sorted(int(n[10:]) for n in names if re.fullmatch(r"iteration-[0-9]{2,5}", n))
@@ -193,8 +201,9 @@ class Run:
             return {}
         found = {name: table[name] for name in table.column_names}
         if name in ("dataset", "offline", "candidates"):  # which have all rows, in order
-            self.total = total = found["row"][-1].as_py() + 1
-            each = len(table) // total if name == "candidates" else self._expected.candidates
+            rows = found["row"][-1].as_py() + 1
+            each = len(table) // rows if name == "candidates" else self._expected.candidates
+            self.total = total = rows - self._expected.prompts * (name == "candidates")
             self._expected = self._expected._replace(pairs=total, candidates=each)
         return found
 
@@ -210,7 +219,7 @@ class Run:
 
     def _name_what_is_missing(self) -> None:
         """A file that others were made from must have been there; one at the end is not due yet."""
-        first = LABELERS[self.labeler].first_iteration(self.settings.get("selection_ratio", 1))
+        first = labeler_kind(self.labeler).first_iteration(self.settings.get("selection_ratio", 1))
         newest = max(self.begun, default=0)
         for number, one in self.begun.items():
             past = bool(one.summary) or number < newest

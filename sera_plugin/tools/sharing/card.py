@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from sera_plugin.algorithm.best import FIGURE
-from sera_plugin.config.kinds import LABELERS, SELECTIONS
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind, labeler_name
 from sera_plugin.config.quoting import in_markdown, plain
 from sera_plugin.rundir.writing import COMMAND, write_text
 from sera_plugin.tools.report.figures import figures
@@ -169,7 +169,7 @@ def _introduction(run: Run, policy: int, kept: int, last: int) -> str:
     if link := hub_base(run):
         base = f"[`{link}`](https://huggingface.co/{link})"
     settings = run.settings
-    whole = settings.get("selection", "irm") == "irm" and LABELERS[run.labeler].implicit
+    whole = settings.get("selection", "irm") == "irm" and labeler_kind(run.labeler).implicit
     what = "in iterations, each an epoch on the pairs that the policy of that time calls for"
     if whole and settings.get("bootstrap_ratio"):
         what = (
@@ -214,8 +214,8 @@ def _training(run: Run, found: Figures, pairs: str | None) -> str:
     names += [f"`{_code(one)}` (local)" for one in local]
     selection = SELECTIONS[str(settings.get("selection", "irm"))]
     keeps = selection.keeps.format(ratio=settings.get("selection_ratio"))
-    labeler = LABELERS[run.labeler]
-    ranked = "the implicit reward" if labeler.implicit else f"`{_code(run.labeler)}`"
+    labeler = labeler_kind(run.labeler)
+    ranked = "the implicit reward" if labeler.implicit else f"`{_code(labeler_name(run.labeler))}`"
     if model := settings.get("reward_model"):
         ranked += f" (`{_code(Path(str(model)).name)}`)"
     if judge := settings.get("judge"):
@@ -311,9 +311,10 @@ def _samples(run: Run) -> str:
             made = group["t"]
     if not parts:
         return ""
+    unit = run.unit if labeler_kind(run.labeler).implicit else "in what ranked them"
     return (
         f"Those that were kept in iteration {made} with the largest and the smallest margin "
-        f"({run.unit if LABELERS[run.labeler].implicit else 'in what ranked them'}). They are the "
+        f"({unit}). They are the "
         "model's own words, and the choice is the reward's.\n\n"
         + _table(["prompt", "chosen", "rejected", "margin"], parts)
     )

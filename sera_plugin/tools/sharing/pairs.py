@@ -13,7 +13,7 @@ from datasets.info import DatasetInfo, DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import LABELERS
+from sera_plugin.config.kinds import labeler_kind, labeler_name
 from sera_plugin.config.quoting import in_markdown
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
@@ -143,7 +143,7 @@ class Pairs:
 
     def card(self) -> DatasetCard:
         """README.md: what the columns are, and how they are read without any code."""
-        run, labeler = self.run, LABELERS[self.run.labeler]
+        run, labeler = self.run, labeler_kind(self.run.labeler)
         hub, local = datasets_of(run)
         marked: dict[str, Any] = {RUN_KEY: run_id(run)}
         data = DatasetCardData(
@@ -163,7 +163,7 @@ class Pairs:
         told = {
             "texts": _MESSAGES if self.messages else _STRINGS,
             "unit": run.unit,
-            "labeler": f"and for `sampled` ones by `{run.labeler}`, in its own unit"
+            "labeler": f"and for `sampled` ones by `{labeler_name(run.labeler)}`, in its own unit"
             if not labeler.implicit
             else "and `sampled` ones alike",
             "spin": ", but for the chosen one, which is the dataset's"
