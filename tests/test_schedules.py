@@ -8,8 +8,8 @@ from axolotl.core.builders.base import TrainerBuilderBase
 from transformers import SchedulerType
 
 from sera_plugin.host.epochs import UnequalEpochs
-from sera_plugin.host.loop import recorded_pairs
 from sera_plugin.host.schedules import LOG
+from sera_plugin.rundir.checksums import recorded_pairs
 from sera_plugin.rundir.store import write_json
 from tests.test_plugin_config import register
 

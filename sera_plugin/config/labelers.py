@@ -99,3 +99,31 @@ def require_candidates(config: SeraConfig, pairs_per_prompt: int) -> None:
             f"but candidates: {config.candidates} gives at most {most}. Raise candidates to "
             f"{2 * pairs_per_prompt}{less}."
         )
+
+
+def require_settings(config: SeraConfig, labeler: LabelerKind) -> None:
+    """ValueError where keys of the block do not go together with who ranks."""
+    name, ratio = labeler_name(config.labeler), config.bootstrap_ratio
+    if labeler.adds_dataset_answer and ratio > 1:
+        raise ValueError(
+            f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
+            f"{name} has one chosen answer for each. Set bootstrap_ratio to 1."
+        )
+    if not labeler.implicit and ratio == 0:
+        raise ValueError(
+            f"labeler: {name} ranks samples, but bootstrap_ratio: 0 samples none. Set "
+            "bootstrap_ratio, for example to 0.3, or remove labeler."
+        )
+    for key, example in sorted(kind.setting for kind in LABELERS.values() if kind.setting):
+        needed = any(LABELERS[one].setting == (key, example) for one in config.labelers)
+        if needed != (getattr(config, key) is not None):
+            raise ValueError(
+                f"labeler: {name} with {key} {'unset' if needed else 'set'} do not go "
+                f"together. Set both (labeler: {key}, {key}: {example}), or neither."
+            )
+    if config.length_control != "none" and not labeler.gives_rewards:
+        raise ValueError(
+            f"length_control: {config.length_control} with labeler: {name} would put "
+            "samples before the dataset's answers, because there are no rewards to take it "
+            "off. Remove length_control, or set another labeler."
+        )

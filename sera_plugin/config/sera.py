@@ -21,7 +21,6 @@ from sera_plugin.config.kinds import (
     SELECTIONS,
     is_reference_free,
     labeler_kind,
-    labeler_name,
 )
 from sera_plugin.config.labelers import (
     FunctionConfig,
@@ -29,6 +28,7 @@ from sera_plugin.config.labelers import (
     require_candidates,
     require_labels,
     require_sampled,
+    require_settings,
 )
 from sera_plugin.config.quoting import quoted
 
@@ -281,19 +281,14 @@ class SeraConfig(Block):
     def _contradicts_nothing(self) -> SeraConfig:
         """What of the block contradicts something else in it, and what to do."""
         labeler, selection = labeler_kind(self.labeler), SELECTIONS[self.selection]
-        name = labeler_name(self.labeler)
         if labeler.mixed:
             require_labels(self)
-        ratio = self.bootstrap_ratio
         require_sampled(self, labeler)
+        require_settings(self, labeler)
+        ratio = self.bootstrap_ratio
         if ratio and not labeler.adds_dataset_answer:
             # With further prompts more may do, see `Method.pairs_per_prompt`.
             require_candidates(self, 1 if self.prompts else self.pairs_per_prompt)
-        if labeler.adds_dataset_answer and ratio > 1:
-            raise ValueError(
-                f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
-                f"{name} has one chosen answer for each. Set bootstrap_ratio to 1."
-            )
         # A key, the value that does nothing, whether another is read, and what would read it.
         in_vain = (
             ("selection_ratio", 1, selection.reads_ratio, "selection", "irm"),
@@ -312,24 +307,6 @@ class SeraConfig(Block):
             raise ValueError(
                 f"selection: {self.selection} ranks by a score of the dataset's, and none is "
                 "named. Add for example score_columns: [score_chosen, score_rejected]."
-            )
-        if not labeler.implicit and ratio == 0:
-            raise ValueError(
-                f"labeler: {name} ranks samples, but bootstrap_ratio: 0 samples none. Set "
-                "bootstrap_ratio, for example to 0.3, or remove labeler."
-            )
-        for key, example in sorted(kind.setting for kind in LABELERS.values() if kind.setting):
-            needed = any(LABELERS[one].setting == (key, example) for one in self.labelers)
-            if needed != (getattr(self, key) is not None):
-                raise ValueError(
-                    f"labeler: {name} with {key} {'unset' if needed else 'set'} do not go "
-                    f"together. Set both (labeler: {key}, {key}: {example}), or neither."
-                )
-        if self.length_control != "none" and not labeler.gives_rewards:
-            raise ValueError(
-                f"length_control: {self.length_control} with labeler: {name} would put "
-                "samples before the dataset's answers, because there are no rewards to take it "
-                "off. Remove length_control, or set another labeler."
             )
         if self.selection_ratio == 0 and ratio == 0:
             raise ValueError(

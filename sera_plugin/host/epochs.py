@@ -22,12 +22,12 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.host.loop import RECORD, Loop
+from sera_plugin.host.loop import Loop
 from sera_plugin.host.restart import Beginning
 from sera_plugin.host.schedules import room_to_warm_up
 from sera_plugin.model.parts import hold_engine
 from sera_plugin.model.policies import is_finite
-from sera_plugin.rundir.checksums import checkpoint, seal
+from sera_plugin.rundir.checksums import RECORD, checkpoint, seal
 from sera_plugin.rundir.store import RunStore, make_table, write_json
 from sera_plugin.rundir.writing import explained
 

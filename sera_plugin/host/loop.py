@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -38,7 +37,6 @@ from sera_plugin.model.losses import FLOAT32_LIMIT, deviation
 from sera_plugin.model.parts import whole_shape
 from sera_plugin.model.scoring import PolicyScorer
 from sera_plugin.rundir import checksums
-from sera_plugin.rundir.format import Invalid, Record, read_json
 from sera_plugin.rundir.machines import require_shared
 from sera_plugin.rundir.progress import above_bars
 from sera_plugin.rundir.store import RunStore
@@ -49,21 +47,8 @@ from sera_plugin.sampling.samplers import Choice, Samplers, sampling_progress
 #: Below the host's own logger: it shows its own messages and, of others, only warnings.
 LOG = logging.getLogger("axolotl.sera")
 
-#: What a checkpoint says of the run, in a file of its own: |D_t| so far as known, else as planned.
-RECORD = "sera.json"
 #: Pairs that tell whether a continued run has the model it began with.
 _FEW = 8
-
-
-def recorded_pairs(checkpoint: Path) -> tuple[int, ...]:
-    """|D_t| of each iteration as a checkpoint has them; ValueError if it cannot be continued."""
-    try:
-        return tuple(read_json(checkpoint / RECORD, Record)["pairs"])
-    except Invalid as error:
-        raise ValueError(
-            f"{checkpoint / RECORD} cannot be used: {error}. Restore it from a copy, or continue "
-            "from another checkpoint: name it with resume_from_checkpoint."
-        ) from None
 
 
 @dataclass
@@ -154,7 +139,7 @@ class Loop:
         if not asked:
             self.step = checksums.newest_checkpoint(directory)
         if self.step is not None:
-            sizes = recorded_pairs(checksums.checkpoint(directory, self.step))
+            sizes = checksums.recorded_pairs(checksums.checkpoint(directory, self.step))
             self.schedule = replace(planned, pairs=sizes)
         begins, _ = self.schedule.locate(self.step or 0)
         if self._earlier:

@@ -1,12 +1,11 @@
 """The trainer: the host's DPO trainer with SeRA's data, loss and loop over iterations.
 
-Here it is put together, and here is what one micro-batch optimises; `epochs` has its one `train()`
-call. tests/test_host_seams.py pins the signature of every private seam of the host that is
+Here it is put together; `step` has what one micro-batch optimises, `epochs` the one `train()` call.
+tests/test_host_seams.py pins the signature of every private seam of the host that is
 overridden, so that a host upgrade fails there and not in the middle of somebody's run.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import is_peft_model
-from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
@@ -25,26 +23,24 @@ from transformers import ProgressCallback, Trainer, set_seed
 from sera_plugin.algorithm.method import Method, Schedule
 from sera_plugin.algorithm.pairs import Beside, Pairs
 from sera_plugin.algorithm.selection import annotate, swap, swapped_rows
-from sera_plugin.algorithm.trust import SIDES, score_pairs
+from sera_plugin.algorithm.trust import score_pairs
 from sera_plugin.config.kinds import LOSSES
 from sera_plugin.config.sera import PER_TOKEN_HOST_LOSSES, SeraConfig
 from sera_plugin.data.dataset import model_end_ids, prepare_rows
 from sera_plugin.data.prompts import prepare_prompts
 from sera_plugin.data.rows import LABELLED
-from sera_plugin.host.epochs import DIVERGED, ID_COLUMNS, EndOfIteration, TrainingBar, UnequalEpochs
+from sera_plugin.host.epochs import ID_COLUMNS, EndOfIteration, TrainingBar
 from sera_plugin.host.given import deepspeed_config
 from sera_plugin.host.loop import Loop
 from sera_plugin.host.patches import NO_FSDP
 from sera_plugin.host.plugin import SeraPlugin
 from sera_plugin.host.run import describe_run
+from sera_plugin.host.step import GatedSteps
 from sera_plugin.host.trackers import SampleTables
 from sera_plugin.model.budget import scoring_budget
 from sera_plugin.model.losses import (
-    Again,
     Objective,
     PreferenceLoss,
-    check_step_zero,
-    pass_again,
     rounding_limit,
 )
 from sera_plugin.model.policies import PolicyHistory, continue_adapter, tidy_adapters
@@ -54,14 +50,6 @@ from sera_plugin.rundir.ranks import current_ranks
 from sera_plugin.rundir.store import RunStore, make_table
 
 LOG = logging.getLogger("axolotl.sera")
-
-RANDOM_PASSES = (
-    "SeRA: base_model draws at random in training: of the same answer, passes of the same weights "
-    "have log-probabilities that differ by {scatter} nats per square root of its tokens. The "
-    "reference is right without that, and training goes on. For margins without that noise find "
-    "what is above 0 in the model's config.json (router_jitter_noise, attention_dropout, ...), and "
-    "set it to 0 there or in the YAML's overrides_of_model_config."
-)
 
 
 @dataclass
@@ -90,7 +78,7 @@ def preference_loss(cfg: DictDefault, config: SeraConfig) -> PreferenceLoss:
     )
 
 
-class SeraTrainer(UnequalEpochs):
+class SeraTrainer(GatedSteps):
     """The host's DPO trainer with a dataset, a reference and a length of its own per epoch."""
 
     tag_names: ClassVar[list[str]] = ["axolotl", "sera", "dpo"]
@@ -285,51 +273,6 @@ class SeraTrainer(UnequalEpochs):
             self.refer_held_out_to(score_pairs(self.loop.held_out, 0, scorer, "score_evaluation"))
         return super().evaluate(*args, **kwargs)
 
-    def compute_loss_context_manager(self) -> Any:
-        """The context of every forward pass, the scorer's too.
-
-        That of transformers 5.16 is empty: autocast comes with accelerate's wrapping of the model,
-        which an evaluation or a continued run's first scores do not wait for.
-        """
-        return self.accelerator.autocast()
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's step. The host's own collects garbage and empties the cache in each one."""
-        loss: torch.Tensor = super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)
-        return loss
-
-    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """SeRA's losses in place of TRL's, or the host's own where `dpo_loss_type` names one."""
-        training = self.model.training
-        recorded = self._metrics["train" if training else "eval"]
-        if self.loss is None:
-            result = super()._compute_loss(model, inputs, return_outputs)
-            if training and self._gate_pending:
-                # What the host records are means over all processes.
-                inputs = inputs | {
-                    name: self.accelerator.gather(values)
-                    for name, values in inputs.items()
-                    if name.endswith("_logps")
-                }
-                logps = [torch.tensor(recorded[f"logps/{side}"][-1]) for side in SIDES]
-                self._pass_gate(inputs, *logps)
-            if training:
-                self._require_finite((result[0] if return_outputs else result).item())
-            return result
-        found = self._objective(model, inputs)
-        loss = found.metrics.pop("loss")  # the host logs it itself
-        tokens = round(found.metrics.pop("num_tokens") * self.store.ranks.world)
-        if training:
-            if self._gate_pending:
-                sides = found.chosen_logps, found.rejected_logps
-                self._pass_gate(inputs, *sides, found.preference_loss)
-            self._require_finite(loss)
-            self._total_train_tokens += tokens
-        for name, value in found.metrics.items():
-            recorded[name].append(value)
-        recorded["num_tokens"] = [self._total_train_tokens]
-        return (found.loss, found.outputs) if return_outputs else found.loss
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """What SeRA did, in place of TRL's card, which says DPO. In training once an iteration:
         the host asks at every checkpoint, and at any push."""
@@ -337,26 +280,3 @@ class SeraTrainer(UnequalEpochs):
         if self.is_world_process_zero() and (told is None or told != self._told):
             self.write_card()
             self._told = told
-
-    def _pass_gate(self, inputs: Any, chosen: Any, rejected: Any, loss: Any = None) -> None:
-        self._gate_pending = False
-
-        def repeat(over: bool) -> Again | None:
-            # All ranks or none: over sharded weights a pass is a collective call.
-            if not self.store.ranks.sum(np.array([float(over)])).any():
-                return None
-            with self.accelerator.autocast():
-                return pass_again(self.model, inputs)
-
-        figures = check_step_zero(inputs, chosen, rejected, self.loop.nats, loss, self.loss, repeat)
-        self.loop.record(step_zero=figures)
-        if "scatter" in figures:
-            LOG.warning(RANDOM_PASSES.format(**figures))
-
-    def _require_finite(self, loss: float) -> None:
-        """The host would go on, and log the mean of earlier losses instead."""
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} in step {self.state.global_step + 1} (iteration "
-                f"{self._iteration}), so training stops here. {DIVERGED}"
-            )

@@ -15,12 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
+from sera_plugin.rundir.format import Invalid, Record, read_json
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.writing import beside, flush, make_directory, remove
 
 LOG = logging.getLogger("axolotl.sera")
 
 SUMS = "SHA256SUMS"
+#: What a checkpoint says of the run, in a file of its own: |D_t| so far as known, else as planned.
+RECORD = "sera.json"
 #: Bytes of a list of checksums; a checkpoint has some dozen lines.
 _LARGEST = 16 * 2**20
 #: Bytes that take some seconds, and those read at a time.
@@ -221,3 +224,14 @@ def set_aside(output_dir: Path, last: int) -> None:
             target = output_dir / f"set-aside-{path.name}.{next(numbers)}"
         path.rename(target)
         LOG.warning("SeRA: continuing from step %d; %s is now %s", last, path, target.name)
+
+
+def recorded_pairs(checkpoint: Path) -> tuple[int, ...]:
+    """|D_t| of each iteration as a checkpoint has them; ValueError if it cannot be continued."""
+    try:
+        return tuple(read_json(checkpoint / RECORD, Record)["pairs"])
+    except Invalid as error:
+        raise ValueError(
+            f"{checkpoint / RECORD} cannot be used: {error}. Restore it from a copy, or continue "
+            "from another checkpoint: name it with resume_from_checkpoint."
+        ) from None
