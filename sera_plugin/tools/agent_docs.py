@@ -14,7 +14,8 @@ from sera_plugin.host.keys import REFUSALS
 _HEAD = """\
 # rl: sera, for coding agents
 
-`axolotl sera agent-docs` prints this page. SeRA trains on preference pairs in iterations, one per
+`axolotl sera agent-docs` prints this page (the host's own `axolotl agent-docs` has fixed topics, to
+which a plugin can add none). SeRA trains on preference pairs in iterations, one per
 epoch: from the second on it keeps the pairs that the policy's implicit reward ranks best, and
 adds pairs sampled from the policy. A YAML for `rl: dpo` becomes one for `rl: sera` by the lines
 `plugins`, `rl` and `sera`; everything else in it stays. A whole one:
@@ -70,8 +71,9 @@ better than a coin), `lengths`. Write nothing there.
 
 ## How to read errors
 
-The end of the output names the key or row, its value, what is allowed and what to do. Do that,
-before you look into the traceback above it. Warnings `dropped N row(s): REASON (FILE rows ...)`
+A mistake ends the output with `Error: ` and a sentence that names the key or row, its value, what
+is allowed and what to do. Do that. A traceback means a fault of the code; `SERA_TRACEBACK=1` shows
+one for mistakes too. Warnings `dropped N row(s): REASON (FILE rows ...)`
 name rows by their place from 0. Alarms in the log name the key to change (alarms.md). Exit codes
 of `axolotl sera`: 0 done, 1 failed, 2 wrong usage; `axolotl train` ends with 1 whatever went
 wrong.
