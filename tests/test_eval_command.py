@@ -174,8 +174,8 @@ def test_the_docs_name_every_file_option_and_column(letters, names, prompts, tmp
     shown, printed = (re.search(r"^model .*", one, re.MULTILINE)[0].split() for one in (text, said))
     assert shown == printed
     for name in re.findall(r"^\| `([\w./]+)` \|", text[text.index("## Files") :], re.MULTILINE):
-        # Of other judges and samplers, of --rewards and of benchmarks.
-        elsewhere = ("judge.jsonl", "vllm.log", "scores.jsonl", "outcomes.jsonl")
+        # Of other judges and samplers, of checks, of --rewards and of benchmarks.
+        elsewhere = ("judge.jsonl", "vllm.log", "scores.jsonl", "outcomes.jsonl", "checks.jsonl")
         if name not in (*elsewhere, "model_answer/NAME.jsonl"):
             assert list((tmp_path / "eval").glob(name.replace("NAME", "better"))), name
     for option in sera.commands["eval"].params:
@@ -222,6 +222,8 @@ def test_functions_check_answers_by_the_whole_row(letters, names, tmp_path):
     unknown = {"row": 3, "category": "b", "model": "base", "check": checks[0], "outcome": None}
     assert lines[3] == unknown
     assert 'class="best"' in (tmp_path / "eval/eval.html").read_text()
+    call(*names, *given)  # without checks, of which nothing stays then
+    assert not (tmp_path / "eval/outcomes.jsonl").exists()
     for name, code, problem in (
         ("wrong", 1, "returned 7.0 on row 0 and the answer"),
         ("broken", 1, "raised KeyError: 'nope' on the question"),

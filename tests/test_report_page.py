@@ -208,7 +208,7 @@ def test_the_first_process_writes_it_at_the_end_of_training(tmp_path, monkeypatc
 
     def end(rank="0"):
         monkeypatch.setenv("RANK", rank)
-        SeraPlugin().post_train_unload(DictDefault(output_dir=str(tmp_path)))
+        SeraPlugin().post_train_unload(DictDefault(output_dir=str(tmp_path), sera={}))
         return (tmp_path / "sera/report.html").exists()
 
     assert not end()

@@ -46,7 +46,8 @@ class Model:
     @cached_property
     def identity(self) -> str:
         """A key that changes with the files that decide what it answers."""
-        asked = [dict(self.template_kwargs)] if self.template_kwargs else []
+        asked: list[Any] = [dict(self.template_kwargs)] if self.template_kwargs else []
+        asked += [list(self.end_ids)] if self.end_ids else []
         return key_of(_state(Path(self.weights)), self.adapter and _state(self.adapter), *asked)
 
 

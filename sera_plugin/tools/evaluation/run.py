@@ -110,6 +110,7 @@ def rate_rewards(
         for one, outcome in found
         for pair, right in zip(pairs, outcome.tolist(), strict=True)
     ]
+    _clear(output)
     _write_lines(output / "outcomes.jsonl", about)
     write_text(output / "results.json", json_text(result) + "\n")
     named = {model.name: model.source for model in models}
@@ -175,6 +176,7 @@ def _each(
 
 
 def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
+    _clear(output)
     make_directory(output / "outputs", COMMAND)
     verdicts, checked = [], []
     for entry in found.entries:
@@ -200,6 +202,12 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
         _write_lines(output / "verdicts.jsonl", verdicts)
     write_text(output / "results.json", json_text(result) + "\n")
     write_text(output / "eval.html", page(found, result))
+
+
+def _clear(output: Path) -> None:
+    """No line of an earlier evaluation stays beside this one's figures."""
+    for name in ("verdicts.jsonl", "outcomes.jsonl"):
+        (output / name).unlink(missing_ok=True)
 
 
 def _known(outcome: float) -> float | None:
