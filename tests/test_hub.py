@@ -1,16 +1,22 @@
 """`axolotl sera push` against a server that speaks the hub's protocol."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard, constants
 
 from sera_plugin.cli import sera
 from sera_plugin.rundir.checksums import replace_directory
+from sera_plugin.tools.report.pairs import examples
+from sera_plugin.tools.report.reading import Run
+from sera_plugin.tools.sharing.card import model_card
+from sera_plugin.tools.sharing.pairs import Pairs
 from tests.hub_server import TOKEN, running_hub
 from tests.report_run import make_run, write_tokenizer
 
@@ -225,6 +231,28 @@ def test_policies_that_are_gone_and_pairs_that_were_not_made_are_named(tmp_path,
     assert "no pairs are pushed: the run has ranked no pairs" in done.output
     (once / "model.safetensors").unlink()
     assert "theta_1 is not whole on disk" in push(once, "--dry-run").output
+
+
+def test_pairs_of_prompts_without_answers_are_pushed_unless_their_texts_are_missing(tmp_path):
+    """4 pairs of w1 to w4, and prompts of w5 to w12."""
+    store = make_run(tmp_path, pairs=4, prompts=8)
+    pairs = Pairs(Run(store), "user/x")
+    rows = pq.read_table(io.BytesIO(pairs.files()["data/iteration-02.parquet"])).to_pylist()
+    offline, sampled = (
+        [row for row in rows if row["source"] == source] for source in ("offline", "sampled")
+    )
+    assert [row["prompt"] for row in offline] == [f"w{n} w{n}" for n in range(1, 5)]
+    assert sorted(row["row"] for row in sampled) == [*range(12)]
+    assert all(row["prompt"] == "w{0} w{0}".format(row["row"] + 1) for row in sampled)
+    store.prompts_file.unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    done = push(tmp_path, "--dry-run")
+    assert "no pairs are pushed: the texts of sera.prompts are missing" in done.output
+    assert "model user/mine @ main" in done.output
+    # What is shown are the pairs whose texts are there.
+    shown = [one for group in examples(Run(store)) for one in group["pairs"]]
+    assert {one["row"] for one in shown} == {0, 1, 2, 3}
+    assert "Pairs that it made" in model_card(Run(store)).text
 
 
 READ = """

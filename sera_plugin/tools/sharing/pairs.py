@@ -41,7 +41,7 @@ _STRINGS = "text as the policy was given it, an answer without its end token"
 class Pairs:
     """A run's ranked pairs as parquet files, for the repository `name`.
 
-    ValueError if there are none, or no tokenizer to write them with.
+    ValueError if there are none, or their texts or the tokenizer to write them with are missing.
     """
 
     def __init__(self, run: Run, name: str) -> None:
@@ -55,12 +55,15 @@ class Pairs:
             raise ValueError("the run has ranked no pairs")
         if self._texts.tokenizer is None:
             raise ValueError(f"the texts cannot be written, because there is {self._texts.source}")
+        made = [one.bootstrapped["row"] for one in self.iterations if one.bootstrapped]
+        if any((rows >= len(run.prompts)).any() for rows in made):
+            raise ValueError("the texts of sera.prompts are missing")
         self._chat = Chat(run, self._texts)
-        prompts: list[Any] = [self._chat.prompt(ids) for ids in _each(run.tokens["prompt"])]
+        prompts: list[Any] = [self._chat.prompt(ids) for ids in _each(run.prompts)]
         #: Whether texts are lists of messages.
         self.messages = None not in prompts
         if not self.messages:
-            prompts = [self._texts.prompt(ids) for ids in _each(run.tokens["prompt"])]
+            prompts = [self._texts.prompt(ids) for ids in _each(run.prompts)]
         self._prompts = prompts
         self._answers = {
             side: [self._answer(ids) for ids in _each(run.tokens[side])] for side in SIDES
@@ -106,7 +109,7 @@ class Pairs:
             return {}
         columns, total = one.offline, len(one.margin)
         return {
-            "prompt": self._prompts,
+            "prompt": self._prompts[:total],
             **self._answers,
             **{name: columns[name].tolist() for name in _NUMBERS},
             "iteration": [one.number] * total,
