@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from sera_plugin.config.quoting import in_markdown
+from sera_plugin.rundir.format import read_json
+from sera_plugin.rundir.store import write_json
 from sera_plugin.tools.report.reading import Run, Texts, find_run
-from sera_plugin.tools.sharing.card import model_card, write_card
+from sera_plugin.tools.sharing.card import model_card, run_id, write_card
 from sera_plugin.tools.sharing.messages import Chat
 from tests.report_run import WORDS, make_run
 
@@ -221,6 +224,22 @@ def test_a_template_that_cannot_be_undone_for_certain_is_not(chat):
     messages = conversation("a", "b c", "d")
     assert undo.prompt(ids(messages)) in (messages, None)
     assert undo.prompt([7, 8]) is None
+
+
+def test_two_runs_of_one_configuration_are_two_and_a_copy_is_the_same(tmp_path):
+    one, other = (make_run(tmp_path / name, iterations=1) for name in ("one", "other"))
+    drawn = [run_id(Run(store)) for store in (one, other)]
+    assert drawn[0] != drawn[1]
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in drawn)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    make_run(tmp_path / "copy", iterations=1)  # goes on with what is there
+    assert run_id(Run(find_run(tmp_path / "copy"))) == drawn[0]
+    # Runs of earlier versions have none: what they are made of.
+    for store in (one, other):
+        description = read_json(store.run_file)
+        del description["run_id"]
+        write_json(store.run_file, description)
+    assert run_id(Run(one)) == run_id(Run(other)) not in drawn
 
 
 def test_a_card_is_json_and_yaml_that_the_client_reads_back(tmp_path):

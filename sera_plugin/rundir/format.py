@@ -94,6 +94,7 @@ class RunFile(Keys):
     """run.json."""
 
     format_version: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    run_id: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")] | None = None
     config: _Config
     versions: dict[Text, Text] = {}
     loss: Text | None = None

@@ -59,7 +59,12 @@ def write_card(output_dir: Path) -> Path:
 
 
 def run_id(run: Run) -> str:
-    """What a run is known by, wherever its directory lies: its data and the method."""
+    """What a run is known by, wherever its directory lies.
+
+    Drawn when it began; earlier versions have not, and it is then made of its data and the method.
+    """
+    if drawn := run.description.get("run_id"):
+        return str(drawn)
     told = [run.description.get(key) for key in _IDENTITY]
     told += [shown_base(run), run.config.get("learning_rate"), run.config.get("num_epochs")]
     told += [run.settings.get(key) for key in _METHOD]
