@@ -16,8 +16,10 @@ from sera_plugin.config.quoting import in_markdown
 from sera_plugin.rundir.format import read_json
 from sera_plugin.rundir.store import write_json
 from sera_plugin.tools.report.reading import Run, Texts, find_run
-from sera_plugin.tools.sharing.card import model_card, run_id, write_card
+from sera_plugin.tools.sharing.card import model_card, write_card
 from sera_plugin.tools.sharing.messages import Chat
+from sera_plugin.tools.sharing.names import run_id
+from sera_plugin.tools.sharing.plan import _without_places
 from tests.report_run import WORDS, make_run
 
 HOSTILE = (
@@ -224,6 +226,37 @@ def test_a_template_that_cannot_be_undone_for_certain_is_not(chat):
     messages = conversation("a", "b c", "d")
     assert undo.prompt(ids(messages)) in (messages, None)
     assert undo.prompt([7, 8]) is None
+
+
+def test_what_was_a_place_where_it_trained_is_none_on_the_hub(tmp_path, monkeypatch):
+    """Nor is it looked for where the card is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
+    judge = {"base_url": "http://127.0.0.1:8000/v1", "model": "/secret/place/my-judge"}
+    config = {"datasets": [{"path": "a/b"}, {"path": "c/d"}]}
+    store = make_run(tmp_path / "run", config=config)
+    description = read_json(store.run_file)
+    assert description["local_datasets"] == ["a/b"]
+    description["config"]["sera"] |= {"labeler": "judge", "judge": judge}
+    write_json(store.run_file, description)
+    (tmp_path / "elsewhere/c/d").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    card = card_of(tmp_path / "run")
+    assert card.data.datasets == ["c/d"]
+    assert "`b` (local)" in card.text
+    assert "ranked by `judge` (`my-judge`)" in card.text
+    judge["model"] = "org/judge"
+    write_json(store.run_file, description)
+    assert "ranked by `judge` (`org/judge`)" in card_of(tmp_path / "run").text
+
+
+def test_no_absolute_path_is_in_a_configuration_that_is_pushed():
+    template = "/a/b\n{{ messages }}"
+    config = {"auto_map": {"x": ["/home/me/code"]}, "chat_template": template, "pad_token": "/"}
+    kept = {"content": "/think", "model": "org/name", "base_model": "org/base"}
+    assert _without_places(config | kept, "org/base") == (
+        {"auto_map": {"x": ["code"]}, "chat_template": template, "pad_token": "/"} | kept
+    )
 
 
 def test_two_runs_of_one_configuration_are_two_and_a_copy_is_the_same(tmp_path):

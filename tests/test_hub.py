@@ -203,7 +203,9 @@ def test_a_dry_run_says_it_all_and_asks_nobody(hub, run, monkeypatch):
     assert not hub.steps
 
 
-@pytest.mark.parametrize("name", ["mine", "a/b/c", "user/", "us er/x", "user/a..b", "user/x.git", "üser/x"])
+@pytest.mark.parametrize(
+    "name", ["mine", "a/b/c", "user/", "us er/x", "user/a..b", "user/x.git", "üser/x"]
+)
 def test_a_name_that_is_none_is_refused(run, name):
     done = push(run, "--dry-run", to=name)
     assert (done.exit_code, "write user/name" in done.output) == (2, True)

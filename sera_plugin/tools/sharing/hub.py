@@ -32,7 +32,8 @@ from huggingface_hub.errors import (
 from sera_plugin.config.block import repository
 from sera_plugin.config.quoting import plain
 from sera_plugin.tools.report.reading import Run, find_run
-from sera_plugin.tools.sharing.card import RUN_KEY, run_id
+from sera_plugin.tools.sharing.card import RUN_KEY
+from sera_plugin.tools.sharing.names import run_id
 from sera_plugin.tools.sharing.plan import CARD, WEIGHTS, Upload, plan_push, shown_plan
 
 #: Of ours on the hub, what goes where this push does not have it: weights in other parts, and

@@ -17,8 +17,9 @@ from sera_plugin.config.kinds import labeler_kind, labeler_name
 from sera_plugin.config.quoting import in_markdown
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
-from sera_plugin.tools.sharing.card import RUN_KEY, TAGS, datasets_of, run_id
+from sera_plugin.tools.sharing.card import RUN_KEY, TAGS
 from sera_plugin.tools.sharing.messages import Chat
+from sera_plugin.tools.sharing.names import datasets_of, run_id
 
 _NUMBERS = ("chosen_reward", "rejected_reward", "margin")
 _MEANING = {
