@@ -3,18 +3,21 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, get_session
 
 from sera_plugin.cli import sera
 from sera_plugin.rundir.checksums import replace_directory
 from sera_plugin.tools.report.pairs import examples
 from sera_plugin.tools.report.reading import Run
+from sera_plugin.tools.sharing import hub as sharing_hub
 from sera_plugin.tools.sharing.card import model_card
 from sera_plugin.tools.sharing.pairs import Pairs
 from tests.hub_server import TOKEN, running_hub
@@ -102,6 +105,37 @@ def test_the_same_command_again_adds_nothing(hub, run):
     assert again.exit_code == 0
     assert (hub.commits(), hub.uploaded) == (commits, uploads)
     assert again.output.count("is there already") == 5
+
+
+def test_who_the_token_is_of_is_asked_once(hub, run):
+    assert push(run).exit_code == 0
+    assert hub.steps.count("GET /api/whoami-v2") == 1
+
+
+def test_a_server_that_never_answers_ends_the_push(hub, run, monkeypatch):
+    client = get_session()
+    monkeypatch.setattr(sharing_hub, "_TIMEOUT", httpx.Timeout(0.5))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        done = push(run)
+    assert (done.exit_code, f"{url} cannot be reached" in done.output) == (1, True)
+    # The client of others is as it was, and has no timeout.
+    assert get_session() is not client
+    assert get_session().timeout == client.timeout == httpx.Timeout(None)
+
+
+def test_a_page_in_place_of_an_answer_is_said(hub, run):
+    hub.page = b"<html>Log in to this network</html>"
+    done = push(run)
+    assert (done.exit_code, "answers with no JSON" in done.output) == (1, True)
+
+
+def test_a_card_whose_metadata_is_broken_is_something_else(hub, run):
+    push(run, "--no-pairs")
+    hub.files("model", "user/mine")["README.md"] = b"---\na: [\n---\n"
+    done = push(run, "--no-pairs")
+    assert (done.exit_code, "it holds something else" in done.output) == (2, True)
 
 
 def test_what_was_broken_off_goes_on(hub, run):
