@@ -19,6 +19,7 @@ from sera_plugin.tools.report.reading import Run, Texts, find_run
 from sera_plugin.tools.sharing.card import model_card, write_card
 from sera_plugin.tools.sharing.messages import Chat
 from sera_plugin.tools.sharing.names import run_id
+from sera_plugin.tools.sharing.pairs import Pairs
 from sera_plugin.tools.sharing.plan import _without_places
 from tests.report_run import WORDS, make_run
 
@@ -226,6 +227,25 @@ def test_a_template_that_cannot_be_undone_for_certain_is_not(chat):
     messages = conversation("a", "b c", "d")
     assert undo.prompt(ids(messages)) in (messages, None)
     assert undo.prompt([7, 8]) is None
+
+
+def test_who_ranked_the_pairs_is_said(tmp_path):
+    """Of the same files, as if other labelers and selections had made them."""
+    store = make_run(tmp_path)
+    description = read_json(store.run_file)
+    for labeler, selection, card_says, pairs_say in (
+        ("implicit", "irm", "ranked by its implicit reward.", "nats; of `sampled` ones what `impl"),
+        ("judge", "irm", "ranked by the judge.", "what `judge` ranked them by, in its own unit"),
+        ("spin", "irm", "The rejected answers are the model's own words, the chosen ones", "; of"),
+        ("implicit", "random", "ranked by its", "did not select them (`sera.selection: random`"),
+    ):
+        description["config"]["sera"] |= {"labeler": labeler, "selection": selection}
+        # Of SPIN the dataset's is one more.
+        description["config"]["sera"]["candidates"] = 3 if labeler == "spin" else 4
+        write_json(store.run_file, description)
+        run = Run(store)
+        assert card_says in model_card(run).text
+        assert pairs_say in Pairs(run, "user/x").card().text
 
 
 def test_what_was_a_place_where_it_trained_is_none_on_the_hub(tmp_path, monkeypatch):

@@ -268,12 +268,14 @@ def _samples(run: Run) -> str:
             made = group["t"]
     if not parts:
         return ""
-    unit = run.unit if labeler_kind(run.labeler).implicit else "in what ranked them"
+    labeler = labeler_kind(run.labeler)
+    unit = run.unit if labeler.implicit else "in what ranked them"
+    words = f"They are the model's own words, ranked by {labeler.ranks_by}."
+    if labeler.adds_dataset_answer:
+        words = "The rejected answers are the model's own words, the chosen ones the dataset's."
     return (
         f"Those that were kept in iteration {made} with the largest and the smallest margin "
-        f"({unit}). They are the "
-        "model's own words, and the choice is the reward's.\n\n"
-        + _table(["prompt", "chosen", "rejected", "margin"], parts)
+        f"({unit}). {words}\n\n" + _table(["prompt", "chosen", "rejected", "margin"], parts)
     )
 
 

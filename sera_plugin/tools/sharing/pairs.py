@@ -13,7 +13,7 @@ from datasets.info import DatasetInfo, DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import labeler_kind, labeler_name
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind, labeler_name
 from sera_plugin.config.quoting import in_markdown
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
@@ -24,8 +24,8 @@ from sera_plugin.tools.sharing.names import datasets_of, run_id
 _NUMBERS = ("chosen_reward", "rejected_reward", "margin")
 _MEANING = {
     "prompt, chosen, rejected": "{texts}",
-    "chosen_reward, rejected_reward, margin": "what ranked the pair, in {unit} for `offline` pairs "
-    "{labeler}",
+    "chosen_reward, rejected_reward, margin": "of `offline` pairs the implicit reward, in {unit}"
+    "{selection}; of `sampled` ones {labeler}",
     "iteration": "the one that ranked it, before its training",
     "source": "`offline`: of the dataset; `sampled`: both answers are the policy's own{spin}",
     "selected": "whether the iteration was trained on it",
@@ -148,6 +148,7 @@ class Pairs:
     def card(self) -> DatasetCard:
         """README.md: what the columns are, and how they are read without any code."""
         run, labeler = self.run, labeler_kind(self.run.labeler)
+        selection = str(run.settings.get("selection", "irm"))
         hub, local = datasets_of(run)
         marked: dict[str, Any] = {RUN_KEY: run_id(run)}
         data = DatasetCardData(
@@ -167,9 +168,11 @@ class Pairs:
         told = {
             "texts": _MESSAGES if self.messages else _STRINGS,
             "unit": run.unit,
-            "labeler": f"and for `sampled` ones by `{labeler_name(run.labeler)}`, in its own unit"
-            if not labeler.implicit
-            else "and `sampled` ones alike",
+            "selection": ""
+            if SELECTIONS[selection].by_margin
+            else f", which did not select them (`sera.selection: {selection}` did)",
+            "labeler": f"what `{labeler_name(run.labeler)}` ranked them by"
+            + ("" if labeler.implicit else ", in its own unit"),
             "spin": ", but for the chosen one, which is the dataset's"
             if labeler.adds_dataset_answer
             else "",
