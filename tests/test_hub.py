@@ -238,7 +238,7 @@ def test_a_dry_run_says_it_all_and_asks_nobody(hub, run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["mine", "a/b/c", "user/", "us er/x", "user/a..b", "user/x.git", "üser/x"]
+    "name", ["mine", "a/b/c", "user/", "us er/x", "user/a..b", "user/x.git", "usér/x"]
 )
 def test_a_name_that_is_none_is_refused(run, name):
     done = push(run, "--dry-run", to=name)

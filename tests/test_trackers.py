@@ -230,7 +230,7 @@ def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, sera_log, h
     hub.repositories.clear()
     PluginManager.get_instance().post_train_unload(result.cfg)
     again = f"to try again: axolotl sera push {result.output} --to user/mine"
-    assert again in sera_log.messages[-1]
+    assert again in sera_log.messages[-2]  # before the last words
 
 
 def test_a_run_that_could_not_push_does_not_begin(base_config, load):
