@@ -53,7 +53,8 @@ class Hub(ThreadingHTTPServer):
     """`repositories` by kind and name; `steps` is what was asked, and `uploaded` what was stored.
 
     `user` and `role` are the token's. `breaks_after` uploads the server answers with an error, and
-    `forbidden` requests, by a pattern of their path, with 403.
+    `forbidden` requests, by a pattern of their path, with 403. `page` is the answer to everything
+    that is read, as of a network that wants a login.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class Hub(ThreadingHTTPServer):
         self.user, self.role = "user", "write"
         self.breaks_after: int | None = None
         self.forbidden: str | None = None
+        self.page: bytes | None = None
         self.lock = Lock()
 
     @property
@@ -88,6 +90,8 @@ class _HubHandler(Handler):
 
     def do_GET(self) -> None:
         its, path = self.server, self._begin()
+        if its.page is not None:
+            return self.answer(200, its.page)
         if path == "/api/whoami-v2":
             if self._token() != TOKEN:
                 return self.answer(401, {"error": "Invalid credentials"})

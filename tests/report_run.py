@@ -30,6 +30,7 @@ from sera_plugin.config.sera import AS_PUBLISHED, SeraConfig
 from sera_plugin.host.run import describe_run
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, make_table
+from sera_plugin.rundir.tokens import TokenColumn
 
 END = 0
 #: What token ids 0, 1, 2, ... read as unless a test says otherwise.
@@ -69,24 +70,32 @@ def make_run(
     config: Mapping[str, Any] | None = None,
     annotations: Annotations | None = None,
     labeler: type[Labeler] | None = None,
+    prompts: int = 0,
 ) -> RunStore:
-    """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer."""
+    """A finished run: pair `row` is made of token 1 + row % 30, chosen answers are longer.
+
+    `prompts` are those without answers, and go on as those of pairs would.
+    """
     block = SeraConfig(
         **{"selection_ratio": 0.5, "bootstrap_ratio": 0.5, **AS_PUBLISHED, **(sera or {})}
     )
     notes = annotations or Annotations()
-    method = Method(block, block.loss == "simpo", block.per_token, pairs, iterations, 7, notes)
+    method = Method(
+        block, block.loss == "simpo", block.per_token, pairs, iterations, 7, notes, prompts
+    )
     resolved = {"base_model": "org/none-such", "num_epochs": iterations}
     resolved |= {"output_dir": str(output_dir), "sera": block.model_dump(mode="json")}
     store, data = RunStore(output_dir), _pairs(pairs)
+    more = _pairs(pairs + prompts).select(["row", "prompt_ids"])[pairs:] if prompts else None
     loaded = Pairs.from_table(data)
     other = Pairs.from_table(_pairs(held_out)) if held_out else None
     schedule = Schedule(method.sizes, 4, 1)
     resolved |= config or {}
-    run = describe_run(resolved, block.loss, 0.1, method, schedule, loaded, other, (END,))
+    run = describe_run(resolved, block.loss, 0.1, method, schedule, loaded, other, (END,), more)
     for name, values in (scores or {}).items():
         data = data.append_column(name, [list(values)])
-    store.begin(run, data)
+    store.begin(run, data, more)
+    asked = TokenColumn(more["prompt_ids"]) if more else None
     settings = SamplingSettings(block.candidates, 0.7, 0.95, 8, None, (END,), seed=0)
     kind = labeler or LABELERS[block.labeler].load()
     sampler = SimpleNamespace(report={"name": "transformers"}, seconds={}, sample=sample)
@@ -94,7 +103,9 @@ def make_run(
     summaries: list[dict[str, Any]] = []
     for iteration in range(1, iterations + 1):
         phases = Phases()
-        it = Iteration(iteration, method, loaded, store, *tools, phases, held_out=other)
+        it = Iteration(
+            iteration, method, loaded, store, *tools, phases, held_out=other, more_prompts=asked
+        )
         prepare(it)
         if other is not None:
             score_held_out(it)

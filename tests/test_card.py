@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,14 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from sera_plugin.config.quoting import in_markdown
+from sera_plugin.rundir.format import read_json
+from sera_plugin.rundir.store import write_json
 from sera_plugin.tools.report.reading import Run, Texts, find_run
 from sera_plugin.tools.sharing.card import model_card, write_card
 from sera_plugin.tools.sharing.messages import Chat
+from sera_plugin.tools.sharing.names import run_id
+from sera_plugin.tools.sharing.pairs import Pairs
+from sera_plugin.tools.sharing.plan import _without_places
 from tests.report_run import WORDS, make_run
 
 HOSTILE = (
@@ -221,6 +227,72 @@ def test_a_template_that_cannot_be_undone_for_certain_is_not(chat):
     messages = conversation("a", "b c", "d")
     assert undo.prompt(ids(messages)) in (messages, None)
     assert undo.prompt([7, 8]) is None
+
+
+def test_who_ranked_the_pairs_is_said(tmp_path):
+    """Of the same files, as if other labelers and selections had made them."""
+    store = make_run(tmp_path)
+    description = read_json(store.run_file)
+    for labeler, selection, card_says, pairs_say in (
+        ("implicit", "irm", "ranked by its implicit reward.", "nats; of `sampled` ones what `impl"),
+        ("judge", "irm", "ranked by the judge.", "what `judge` ranked them by, in its own unit"),
+        ("spin", "irm", "The rejected answers are the model's own words, the chosen ones", "; of"),
+        ("implicit", "random", "ranked by its", "did not select them (`sera.selection: random`"),
+    ):
+        description["config"]["sera"] |= {"labeler": labeler, "selection": selection}
+        # Of SPIN the dataset's is one more.
+        description["config"]["sera"]["candidates"] = 3 if labeler == "spin" else 4
+        write_json(store.run_file, description)
+        run = Run(store)
+        assert card_says in model_card(run).text
+        assert pairs_say in Pairs(run, "user/x").card().text
+
+
+def test_what_was_a_place_where_it_trained_is_none_on_the_hub(tmp_path, monkeypatch):
+    """Nor is it looked for where the card is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
+    judge = {"base_url": "http://127.0.0.1:8000/v1", "model": "/secret/place/my-judge"}
+    config = {"datasets": [{"path": "a/b"}, {"path": "c/d"}]}
+    store = make_run(tmp_path / "run", config=config)
+    description = read_json(store.run_file)
+    assert description["local_datasets"] == ["a/b"]
+    description["config"]["sera"] |= {"labeler": "judge", "judge": judge}
+    write_json(store.run_file, description)
+    (tmp_path / "elsewhere/c/d").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    card = card_of(tmp_path / "run")
+    assert card.data.datasets == ["c/d"]
+    assert "`b` (local)" in card.text
+    assert "ranked by `judge` (`my-judge`)" in card.text
+    judge["model"] = "org/judge"
+    write_json(store.run_file, description)
+    assert "ranked by `judge` (`org/judge`)" in card_of(tmp_path / "run").text
+
+
+def test_no_absolute_path_is_in_a_configuration_that_is_pushed():
+    template = "/a/b\n{{ messages }}"
+    config = {"auto_map": {"x": ["/home/me/code"]}, "chat_template": template, "pad_token": "/"}
+    kept = {"content": "/think", "model": "org/name", "base_model": "org/base"}
+    assert _without_places(config | kept, "org/base") == (
+        {"auto_map": {"x": ["code"]}, "chat_template": template, "pad_token": "/"} | kept
+    )
+
+
+def test_two_runs_of_one_configuration_are_two_and_a_copy_is_the_same(tmp_path):
+    one, other = (make_run(tmp_path / name, iterations=1) for name in ("one", "other"))
+    drawn = [run_id(Run(store)) for store in (one, other)]
+    assert drawn[0] != drawn[1]
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in drawn)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    make_run(tmp_path / "copy", iterations=1)  # goes on with what is there
+    assert run_id(Run(find_run(tmp_path / "copy"))) == drawn[0]
+    # Runs of earlier versions have none: what they are made of.
+    for store in (one, other):
+        description = read_json(store.run_file)
+        del description["run_id"]
+        write_json(store.run_file, description)
+    assert run_id(Run(one)) == run_id(Run(other)) not in drawn
 
 
 def test_a_card_is_json_and_yaml_that_the_client_reads_back(tmp_path):

@@ -13,6 +13,7 @@ from sera_plugin.host import errors
 from sera_plugin.host.ends import describe_beginning, describe_done
 from sera_plugin.host.plugin import SeraPlugin
 from sera_plugin.rundir import checksums
+from sera_plugin.rundir.store import write_json
 from tests.conftest import write_rows
 from tests.report_run import make_run
 
@@ -189,3 +190,8 @@ def test_the_last_block_ends_training_whatever_became_of_the_report(tmp_path, se
     (tmp_path / "sera/run.json").write_text("{}")
     SeraPlugin().post_train_unload(cfg)
     assert sera_log.records[-1].getMessage() == writing
+    # One that is whole, of the format, and without what the last words need.
+    told = {"format_version": 1, "config": {"num_epochs": 3}}
+    write_json(tmp_path / "sera/run.json", told)
+    SeraPlugin().post_train_unload(cfg)
+    assert "the report could not be written" in sera_log.records[-1].getMessage()

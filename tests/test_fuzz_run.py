@@ -49,6 +49,7 @@ JSON: dict[str, dict[str, list[Any]]] = {
         "pairs": ["x", [1], True, -1, 1.5], "end_ids": [5, "x", [-1], ["a"], [None], {"a": 1}],
         "versions": [*_NO_OBJECT, {"a": [1]}], "loss": _NO_TEXT, "beta": _NO_NUMBER,
         "format_version": ["x", 2, [1], True, None],
+        "run_id": [*_NO_TEXT, "", "0" * 31, "0" * 32 + "\n", "G" * 32],
     },
     "sera/iteration-02/summary.json": {
         "iteration": [*_NO_COUNT, 0, 3], "pairs": [*_NO_OBJECT, {}, None],

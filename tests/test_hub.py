@@ -1,16 +1,25 @@
 """`axolotl sera push` against a server that speaks the hub's protocol."""
 
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
 
+import httpx
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, get_session
 
 from sera_plugin.cli import sera
 from sera_plugin.rundir.checksums import replace_directory
+from sera_plugin.tools.report.pairs import examples
+from sera_plugin.tools.report.reading import Run
+from sera_plugin.tools.sharing import hub as sharing_hub
+from sera_plugin.tools.sharing.card import model_card
+from sera_plugin.tools.sharing.pairs import Pairs
 from tests.hub_server import TOKEN, running_hub
 from tests.report_run import make_run, write_tokenizer
 
@@ -96,6 +105,37 @@ def test_the_same_command_again_adds_nothing(hub, run):
     assert again.exit_code == 0
     assert (hub.commits(), hub.uploaded) == (commits, uploads)
     assert again.output.count("is there already") == 5
+
+
+def test_who_the_token_is_of_is_asked_once(hub, run):
+    assert push(run).exit_code == 0
+    assert hub.steps.count("GET /api/whoami-v2") == 1
+
+
+def test_a_server_that_never_answers_ends_the_push(hub, run, monkeypatch):
+    client = get_session()
+    monkeypatch.setattr(sharing_hub, "_TIMEOUT", httpx.Timeout(0.5))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        done = push(run)
+    assert (done.exit_code, f"{url} cannot be reached" in done.output) == (1, True)
+    # The client of others is as it was, and has no timeout.
+    assert get_session() is not client
+    assert get_session().timeout == client.timeout == httpx.Timeout(None)
+
+
+def test_a_page_in_place_of_an_answer_is_said(hub, run):
+    hub.page = b"<html>Log in to this network</html>"
+    done = push(run)
+    assert (done.exit_code, "answers with no JSON" in done.output) == (1, True)
+
+
+def test_a_card_whose_metadata_is_broken_is_something_else(hub, run):
+    push(run, "--no-pairs")
+    hub.files("model", "user/mine")["README.md"] = b"---\na: [\n---\n"
+    done = push(run, "--no-pairs")
+    assert (done.exit_code, "it holds something else" in done.output) == (2, True)
 
 
 def test_what_was_broken_off_goes_on(hub, run):
@@ -197,7 +237,9 @@ def test_a_dry_run_says_it_all_and_asks_nobody(hub, run, monkeypatch):
     assert not hub.steps
 
 
-@pytest.mark.parametrize("name", ["mine", "a/b/c", "user/", "us er/x", "user/a..b", "user/x.git"])
+@pytest.mark.parametrize(
+    "name", ["mine", "a/b/c", "user/", "us er/x", "user/a..b", "user/x.git", "usér/x"]
+)
 def test_a_name_that_is_none_is_refused(run, name):
     done = push(run, "--dry-run", to=name)
     assert (done.exit_code, "write user/name" in done.output) == (2, True)
@@ -225,6 +267,28 @@ def test_policies_that_are_gone_and_pairs_that_were_not_made_are_named(tmp_path,
     assert "no pairs are pushed: the run has ranked no pairs" in done.output
     (once / "model.safetensors").unlink()
     assert "theta_1 is not whole on disk" in push(once, "--dry-run").output
+
+
+def test_pairs_of_prompts_without_answers_are_pushed_unless_their_texts_are_missing(tmp_path):
+    """4 pairs of w1 to w4, and prompts of w5 to w12."""
+    store = make_run(tmp_path, pairs=4, prompts=8)
+    pairs = Pairs(Run(store), "user/x")
+    rows = pq.read_table(io.BytesIO(pairs.files()["data/iteration-02.parquet"])).to_pylist()
+    offline, sampled = (
+        [row for row in rows if row["source"] == source] for source in ("offline", "sampled")
+    )
+    assert [row["prompt"] for row in offline] == [f"w{n} w{n}" for n in range(1, 5)]
+    assert sorted(row["row"] for row in sampled) == [*range(12)]
+    assert all(row["prompt"] == "w{0} w{0}".format(row["row"] + 1) for row in sampled)
+    store.prompts_file.unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    done = push(tmp_path, "--dry-run")
+    assert "no pairs are pushed: the texts of sera.prompts are missing" in done.output
+    assert "model user/mine @ main" in done.output
+    # What is shown are the pairs whose texts are there.
+    shown = [one for group in examples(Run(store)) for one in group["pairs"]]
+    assert {one["row"] for one in shown} == {0, 1, 2, 3}
+    assert "Pairs that it made" in model_card(Run(store)).text
 
 
 READ = """

@@ -12,6 +12,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sera_plugin.algorithm.method import Method
 from sera_plugin.config.labelers import require_candidates
@@ -159,8 +160,11 @@ def test_a_run_samples_prompts_without_answers(base_config, train, world, tmp_pa
     entry = {"path": str(tmp_path / "prompts.jsonl"), "ds_type": "json", "split": "train"}
     # More pairs than the prompts of the offline pairs could give.
     base_config["sera"] |= {"prompts": entry, "bootstrap_ratio": 2.2, "candidates": 4}
-    base_config |= {"num_epochs": 2}
+    base_config |= {"num_epochs": 2, "use_tensorboard": True}
     result = train(base_config)
+    (events,) = (result.output / "runs").glob("*/events*")
+    board = EventAccumulator(str(events.parent)).Reload()
+    assert "sera/samples/iteration_2/text_summary" in board.Tags()["tensors"]
     run = json.loads((result.run / "run.json").read_text())
     assert (run["pairs"], run["prompts"]) == (24, 3)
     more = pq.read_table(result.run / "prompts.parquet").to_pydict()

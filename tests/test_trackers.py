@@ -27,14 +27,17 @@ from tests.test_hub import hub  # noqa: F401
 HOSTILE = ["</s>", "<b>|", *(f"w{number}" for number in range(2, 40))]
 
 
-def trainer_of(output_dir, *callbacks, pairs=60, words=WORDS):
+def trainer_of(output_dir, *callbacks, pairs=60, words=WORDS, prompts=0):
     """What of a trainer is asked for samples, with a run of `pairs` pairs."""
-    store = make_run(output_dir, pairs=pairs, words=words)
+    store = make_run(output_dir, pairs=pairs, words=words, prompts=prompts)
     inner = Tokenizer.from_file(str(output_dir / "tokenizer.json"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     return SimpleNamespace(
         store=RunStore(output_dir),
-        loop=SimpleNamespace(pairs=Pairs.from_table(pq.read_table(store.dataset_file))),
+        loop=SimpleNamespace(
+            pairs=Pairs.from_table(pq.read_table(store.dataset_file)),
+            more_prompts=pq.read_table(store.prompts_file) if prompts else None,
+        ),
         processing_class=tokenizer,
         callback_handler=SimpleNamespace(callbacks=list(callbacks)),
         state=SimpleNamespace(global_step=7),
@@ -59,6 +62,16 @@ def test_a_table_goes_from_the_largest_margin_to_the_smallest(tmp_path):
     assert [p.kept for p in pairs] == sorted((p.kept for p in pairs), reverse=True)
 
 
+def test_samples_of_prompts_without_answers_are_in_the_table(tmp_path):
+    """Their rows go on from those of the pairs: 4 pairs of w1 to w4, and prompts of w5 to w12."""
+    trainer = trainer_of(tmp_path, pairs=4, prompts=8)
+    made = trainer.store.read(2, "bootstrapped").to_pandas()
+    assert sorted(made.row) == [*range(12)]
+    order = made.sort_values("margin", ascending=False, kind="stable").row
+    expected = [f"w{row + 1} w{row + 1}" for row in order]
+    assert [pair.prompt for pair in sampled_pairs(trainer, 2)] == expected
+
+
 class MLflowCallback:  # named as the host's
     class _ml_flow:
         @staticmethod
@@ -73,6 +86,17 @@ def test_a_tracker_that_fails_is_said_once_and_stops_nobody(tmp_path, sera_log):
     (said,) = sera_log.messages
     assert "MLflowCallback has not taken" in said
     assert "no connection" in said
+
+
+def test_samples_that_cannot_be_read_are_said_once_and_stop_nobody(tmp_path, sera_log):
+    trainer = trainer_of(tmp_path, MLflowCallback())
+    trainer.processing_class.chat_template = "{{ raise_exception('no such role') }}"
+    tables = SampleTables(trainer)
+    tables.log(2)
+    tables.log(3)
+    (said,) = sera_log.messages
+    assert "the table of samples could not be made (TemplateError: no such role)" in said
+    assert "no more of them are sent to MLflowCallback" in said
 
 
 def test_nothing_is_read_where_nobody_is_told():
@@ -206,7 +230,7 @@ def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, sera_log, h
     hub.repositories.clear()
     PluginManager.get_instance().post_train_unload(result.cfg)
     again = f"to try again: axolotl sera push {result.output} --to user/mine"
-    assert any(again in message for message in sera_log.messages)
+    assert again in sera_log.messages[-2]  # before the last words
 
 
 def test_a_run_that_could_not_push_does_not_begin(base_config, load):

@@ -59,9 +59,7 @@ def address(url: str, example: str, instead: str) -> SplitResult:
 
 def repository(name: str) -> str:
     """The name of a repository of the hub, with its owner; ValueError for anything else."""
-    if not re.fullmatch(
-        r"(?!.*(--|\.\.))(?!.*\.git$)[A-Za-z0-9]([\w-]*\w)?/\w([\w.-]{0,94}\w)?", name
-    ):
+    if not _REPOSITORY.fullmatch(name):
         raise ValueError(
             f"{quoted(name)} is no repository of the hub: write user/name, of letters, digits, "
             "-, _ and ., at most 96 in the name"

@@ -106,7 +106,7 @@ class SeraPlugin(BasePlugin):
                 from sera_plugin.tools.sharing.hub import push_run
 
                 push_run(output_dir, name, say=lambda text: LOG.info("SeRA: %s", text))
-        with suppress(ValueError):  # a damaged run.json, which the report has named
+        with suppress(Exception):  # a damaged file, which the report has named: the model is saved
             yaml = str(cfg.get("axolotl_config_path") or "YAML")
             LOG.info("%s", describe_done(output_dir, yaml, report))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import version
@@ -122,6 +123,7 @@ def describe_run(
             "prompts": len(prompts),
             "prompts_fingerprint": fingerprint([TokenColumn(prompts["prompt_ids"])]),
         }
+    told = kept(config)
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -129,7 +131,8 @@ def describe_run(
             "python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
         },
-        "config": kept(config),
+        "config": told,
+        "local_datasets": _local(told.get("datasets") or ()),
         "loss": loss,
         "beta": beta,
         "per_token": method.per_token,
@@ -144,6 +147,12 @@ def describe_run(
         "end_ids": [int(token) for token in end_ids],
         "seed": method.seed,
     }
+
+
+def _local(entries: Iterable[Any]) -> list[str]:
+    """Those of the datasets' paths that the host reads from this machine's disk."""
+    paths = [str(one.get("path", "")) for one in entries if isinstance(one, Mapping)]
+    return sorted({path for path in paths if os.path.exists(path)})
 
 
 def announce(

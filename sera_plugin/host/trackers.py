@@ -5,7 +5,7 @@ gets the figures alone, which the host logs.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +39,13 @@ class Sampled(NamedTuple):
 
 def sampled_pairs(trainer: Any, iteration: int) -> list[Sampled]:
     """`ROWS` of the iteration's sampled pairs, from the largest margin to the smallest."""
-    store, prompts = trainer.store, trainer.loop.pairs.prompt_ids
+    store, loop = trainer.store, trainer.loop
     pairs, samples = store.read(iteration, "bootstrapped"), store.read(iteration, "candidates")
     if pairs is None or samples is None:
         return []
+    prompts = loop.pairs.prompt_ids
+    if loop.more_prompts is not None:  # rows go on from those of the pairs
+        prompts = prompts.joined(TokenColumn(loop.more_prompts["prompt_ids"]))
     margin, kept = pairs["margin"].to_numpy(), pairs["selected"].to_numpy(zero_copy_only=False)
     order = np.argsort(-margin, kind="stable")
     few = order[np.linspace(0, len(order) - 1, min(ROWS, len(order))).round().astype(int)]
@@ -119,7 +122,7 @@ _TRACKERS = {
 
 
 class SampleTables:
-    """Logs an iteration's table to the trackers of a trainer; one that fails is left out then."""
+    """Logs an iteration's table to the trackers of a trainer; what fails is left out then."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._failed = trainer, set[str]()
@@ -130,14 +133,21 @@ class SampleTables:
         told = callbacks.keys() & _TRACKERS.keys() - self._failed
         if not told or not self._trainer.store.ranks.main:
             return
-        pairs = sampled_pairs(self._trainer, iteration)
+        key, step = f"sera/samples/iteration_{iteration}", self._trainer.state.global_step
+        try:
+            pairs = sampled_pairs(self._trainer, iteration)
+        except Exception as error:  # a chat template may raise anything: training goes on
+            self._fail(told, "the table of samples could not be made", error)
+            return
         for name in sorted(told) if pairs else ():
-            key, step = f"sera/samples/iteration_{iteration}", self._trainer.state.global_step
             try:
                 _TRACKERS[name](callbacks[name], key, pairs, step)
             except Exception as error:  # whatever a tracker raises: training goes on
-                self._failed.add(name)
-                LOG.warning(
-                    f"SeRA: {name} has not taken the table of samples ({type(error).__name__}: "
-                    f"{plain(str(error), 200)}). Training goes on, and it is sent no more of them."
-                )
+                self._fail({name}, f"{name} has not taken the table of samples", error)
+
+    def _fail(self, names: Set[str], what: str, error: Exception) -> None:
+        self._failed |= names
+        LOG.warning(
+            f"SeRA: {what} ({type(error).__name__}: {plain(str(error), 200)}). Training goes on, "
+            f"and no more of them are sent to {', '.join(sorted(names))}."
+        )

@@ -94,7 +94,9 @@ class RunFile(Keys):
     """run.json."""
 
     format_version: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    run_id: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")] | None = None
     config: _Config
+    local_datasets: list[Text] | None = None
     versions: dict[Text, Text] = {}
     loss: Text | None = None
     beta: Number | None = None

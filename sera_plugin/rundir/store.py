@@ -19,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -170,8 +171,8 @@ class RunStore:
     ) -> None:
         """Write what the run is and what it trains on; a run has begun once run.json is there.
 
-        Of a run that has begun, dataset.parquet is made again if it is missing or damaged, and so
-        is prompts.parquet, whose rows go on from those of the pairs.
+        run.json gets a `run_id`, drawn here. Of a run that has begun, dataset.parquet is made again
+        if it is missing or damaged, and so is prompts.parquet, whose rows go on from the pairs'.
         """
         begun = self.run_file.exists()
         tables = {self.dataset_file: dataset}
@@ -181,7 +182,7 @@ class RunStore:
             if not (begun and self._whole(path)):
                 write_table(path, table)
         if not begun:
-            write_json(self.run_file, description)
+            write_json(self.run_file, {"run_id": uuid4().hex, **description})
 
     def description(self) -> dict[str, Any] | None:
         """run.json, or None where no run has begun. A ValueError if it is damaged."""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 #: What a continued run may say differently: how long things took, how much was forwarded (what was
 #: scored when the run died is scored again), and the check at the first step of an iteration, which
 #: a run that continues after that step does not make.
-_MAY_DIFFER = ("seconds", "forwarded", "step_zero")
+_MAY_DIFFER = ("run_id", "seconds", "forwarded", "step_zero")
 _FIGURES_THAT_MAY = ("sera/seconds", "sera/forwarded", "sera/step_zero", "epoch")
 #: What a step logs that its weights and its schedule determine.
 _LOGGED = ("loss", "grad_norm", "learning_rate")

@@ -70,6 +70,12 @@ def _sampled(run: Run, one: Iteration, places: Rows) -> list[Pair]:
     return found
 
 
+def _kept(run: Run, one: Iteration) -> Rows:
+    """Places in bootstrapped.parquet: kept pairs, but for those whose prompts are missing."""
+    pairs = one.bootstrapped
+    return np.flatnonzero(pairs["selected"] & (pairs["row"] < len(run.prompts)))
+
+
 def facts_of(pair: Pair) -> dict[str, str]:
     """What is special about a pair, as it can be shown."""
     shown = {
@@ -99,7 +105,7 @@ def examples(run: Run) -> list[dict[str, Any]]:
     sampled = [one for one in run.iterations if one.bootstrapped and one.candidates]
     if run.tokens and sampled:
         one, made = sampled[-1], sampled[-1].bootstrapped
-        kept = np.flatnonzero(made["selected"])
+        kept = _kept(run, one)
         order = kept[np.argsort(-made["margin"][kept], kind="stable")]
         parts = {"best-bootstrapped": order[:_FEW], "worst-bootstrapped": order[_FEW:][::-1][:_FEW]}
         if labeler_kind(run.labeler).adds_dataset_answer:
@@ -252,7 +258,7 @@ def _pairs(run: Run, which: str, iteration: int | None) -> tuple[Iteration, list
         raise ValueError(f"iteration {iteration} is not in {run.root} (begun: {begun})")
     for one in reversed(run.iterations) if iteration is None else [run.begun[iteration]]:
         if which == "bootstrapped" and one.bootstrapped and one.candidates:
-            return one, _sampled(run, one, np.flatnonzero(one.bootstrapped["selected"]))
+            return one, _sampled(run, one, _kept(run, one))
         if which != "bootstrapped" and one.offline:
             rows = np.flatnonzero(one.offline["selected"] == (which == "kept"))
             return one, _offline(run, one, rows)

@@ -5,10 +5,8 @@ comes from elsewhere (names, texts of a dataset or a model) is shown and never o
 it: the same run has the same card.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from sera_plugin.tools.report.output import NOTHING, number
 from sera_plugin.tools.report.pairs import examples
 from sera_plugin.tools.report.reading import Run, Texts, find_run
 from sera_plugin.tools.sharing.messages import Chat
+from sera_plugin.tools.sharing.names import NAMED, datasets_of, hub_base, run_id, shown_base
 
 CITATION = """\
 @inproceedings{ko2025sera,
@@ -37,11 +36,8 @@ CITATION = """\
 TAGS = ("sera", "dpo", "axolotl")
 #: Whose run a repository holds, in the metadata of its card.
 RUN_KEY = "sera_run"
-_IDENTITY = ("dataset_fingerprint", "evaluation_fingerprint", "seed", "loss", "beta")
-_METHOD = ("selection", "selection_ratio", "labeler", "bootstrap_ratio", "reward", "trust", "gamma")
 #: Sampled pairs of either end that are shown, and characters of each of their texts.
 _SHOWN_PAIRS, _SHOWN_TEXT = 2, 400
-_DATA_SUFFIXES = (".arrow", ".csv", ".gz", ".json", ".jsonl", ".parquet", ".txt", ".zip")
 _TRAINED_WITH = ("adapter", "lora_r", "lora_alpha", "learning_rate", "lr_scheduler", "optimizer",
                  "sequence_len", "seed")  # fmt: skip
 
@@ -56,46 +52,6 @@ def write_card(output_dir: Path) -> Path:
     run, path = Run(find_run(output_dir)), output_dir / "README.md"
     write_text(path, str(model_card(run)), COMMAND)
     return path
-
-
-def run_id(run: Run) -> str:
-    """What a run is known by, wherever its directory lies: its data and the method."""
-    told = [run.description.get(key) for key in _IDENTITY]
-    told += [shown_base(run), run.config.get("learning_rate"), run.config.get("num_epochs")]
-    told += [run.settings.get(key) for key in _METHOD]
-    return sha256(repr(told).encode()).hexdigest()[:16]
-
-
-def shown_base(run: Run) -> str:
-    """The base model's name: a local one's directory."""
-    return hub_base(run) or Path(str(run.config.get("base_model", "unknown"))).name
-
-
-def hub_base(run: Run) -> str | None:
-    """The base model's name on the hub, None of a local one."""
-    name = str(run.config.get("base_model", ""))
-    weights = run.description.get("base_weights")
-    if weights is not None and weights.get("revision") is None:  # its files were read
-        return None
-    return name if _on_hub(name) else None
-
-
-def _on_hub(name: str) -> bool:
-    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return bool(named) and not name.endswith(_DATA_SUFFIXES) and not os.path.exists(name)
-
-
-def datasets_of(run: Run) -> tuple[list[str], list[str]]:
-    """The datasets by name: those on the hub, and the names of local files or directories."""
-    hub, local = [], []
-    for entry in run.config.get("datasets") or ():
-        path = str((entry if isinstance(entry, Mapping) else {}).get("path", ""))
-        if _on_hub(path) and not entry.get("ds_type"):
-            hub.append(path)
-        elif path:
-            # Of an address what follows its host, and no query, could be a secret.
-            local.append(Path(path.partition("?")[0]).name)
-    return list(dict.fromkeys(hub)), list(dict.fromkeys(local))
 
 
 def policies_of(run: Run) -> tuple[int, int]:
@@ -218,8 +174,9 @@ def _training(run: Run, found: Figures, pairs: str | None) -> str:
     ranked = "the implicit reward" if labeler.implicit else f"`{_code(labeler_name(run.labeler))}`"
     if model := settings.get("reward_model"):
         ranked += f" (`{_code(Path(str(model)).name)}`)"
-    if judge := settings.get("judge"):
-        ranked += f" (`{_code(judge.get('model', ''))}`)"
+    if judge := settings.get("judge"):  # vLLM serves a local model under its path
+        model = str(judge.get("model", ""))
+        ranked += f" (`{_code(model if NAMED.fullmatch(model) else Path(model).name)}`)"
     reward = f"reward `{_code(settings.get('reward', 'paper'))}`"
     if settings.get("gamma") is not None:
         reward += f", gamma {settings['gamma']:g}"
@@ -311,12 +268,14 @@ def _samples(run: Run) -> str:
             made = group["t"]
     if not parts:
         return ""
-    unit = run.unit if labeler_kind(run.labeler).implicit else "in what ranked them"
+    labeler = labeler_kind(run.labeler)
+    unit = run.unit if labeler.implicit else "in what ranked them"
+    words = f"They are the model's own words, ranked by {labeler.ranks_by}."
+    if labeler.adds_dataset_answer:
+        words = "The rejected answers are the model's own words, the chosen ones the dataset's."
     return (
         f"Those that were kept in iteration {made} with the largest and the smallest margin "
-        f"({unit}). They are the "
-        "model's own words, and the choice is the reward's.\n\n"
-        + _table(["prompt", "chosen", "rejected", "margin"], parts)
+        f"({unit}). {words}\n\n" + _table(["prompt", "chosen", "rejected", "margin"], parts)
     )
 
 

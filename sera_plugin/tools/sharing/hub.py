@@ -7,13 +7,14 @@ that was broken off goes on.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -21,6 +22,7 @@ from huggingface_hub import (
     ModelCard,
     constants,
     get_token,
+    set_client_factory,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -28,17 +30,21 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import _http
 
 from sera_plugin.config.block import repository
 from sera_plugin.config.quoting import plain
 from sera_plugin.tools.report.reading import Run, find_run
-from sera_plugin.tools.sharing.card import RUN_KEY, run_id
+from sera_plugin.tools.sharing.card import RUN_KEY
+from sera_plugin.tools.sharing.names import run_id
 from sera_plugin.tools.sharing.plan import CARD, WEIGHTS, Upload, plan_push, shown_plan
 
 #: Of ours on the hub, what goes where this push does not have it: weights in other parts, and
 #: iterations that were trained anew.
 _REPLACED = re.compile(rf"{WEIGHTS}|adapter_config\.json|data/iteration-\d+\.parquet")
 _KEPT_OF_CARD = ("license", "license_name", "license_link", "language", "extra_gated_prompt")
+#: Seconds without which the hub's client waits for ever; an answer to a large commit takes a while.
+_TIMEOUT = httpx.Timeout(60, read=300)
 _AGAIN = "Start the same command again: it goes on with what is missing."
 
 
@@ -46,9 +52,31 @@ class PushFailed(OSError):
     """The hub did not take it; the message says why and what to do."""
 
 
-def require_token(name: str) -> None:
-    """Raises ValueError where the hub would take nothing for the repository `user/name`: without a
-    connection, without a token, or with one that may not write there."""
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """No request to the hub waits for ever."""
+    earlier = _http._GLOBAL_CLIENT_FACTORY  # which has no public name
+
+    def make() -> httpx.Client:
+        client = earlier()
+        client.timeout = _TIMEOUT
+        return client
+
+    set_client_factory(make)
+    try:
+        yield
+    finally:
+        set_client_factory(earlier)
+
+
+@_in_time()
+def require_token(name: str, api: HfApi | None = None) -> None:
+    """Whether the hub takes anything for the repository `user/name`; `api` is asked once.
+
+    Raises:
+        ValueError: without a connection, without a token, or with one that may not write there.
+        PushFailed: where the hub does not answer.
+    """
     if constants.HF_HUB_OFFLINE:
         raise ValueError(
             f"{name} cannot be pushed to: HF_HUB_OFFLINE is set, which forbids any request to the "
@@ -60,7 +88,7 @@ def require_token(name: str) -> None:
             f"{constants.ENDPOINT}/settings/tokens, then `hf auth login` or export HF_TOKEN."
         )
     try:
-        me = HfApi().whoami()
+        me = (api or HfApi()).whoami(cache=True)
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ValueError(
@@ -70,6 +98,8 @@ def require_token(name: str) -> None:
         raise PushFailed(f"{constants.ENDPOINT} does not answer: {_said(error)}") from None
     except httpx.HTTPError as error:
         raise PushFailed(f"{constants.ENDPOINT} cannot be reached: {_said(error)}") from None
+    except ValueError:  # the page of a network that wants a login first
+        raise PushFailed(f"{constants.ENDPOINT} answers with no JSON") from None
     role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
     owners = [str(me.get("name")), *(str(one.get("name")) for one in me.get("orgs") or ())]
     if name.split("/")[0] not in owners:
@@ -84,7 +114,10 @@ def require_token(name: str) -> None:
         )
 
 
-def push(run: Run, uploads: list[Upload], public: bool, say: Callable[[str], None]) -> None:
+@_in_time()
+def push(
+    api: HfApi, run: Run, uploads: list[Upload], public: bool, say: Callable[[str], None]
+) -> None:
     """Upload a plan.
 
     Raises:
@@ -93,9 +126,8 @@ def push(run: Run, uploads: list[Upload], public: bool, say: Callable[[str], Non
     """
     names = list(dict.fromkeys((one.kind, one.name) for one in uploads))
     for _, name in names:
-        require_token(name)
-    api, mine = HfApi(), run_id(run)
-    name = ""
+        require_token(name, api)
+    mine, name = run_id(run), ""
     try:
         cards = {}
         for kind, name in names:  # before anything is made
@@ -133,7 +165,7 @@ def _card_there(api: HfApi, kind: str, name: str, mine: str) -> Mapping[str, Any
     if not set(there) - {".gitattributes"}:
         return {}
     found: dict[str, Any] = {}
-    with suppress(RemoteEntryNotFoundError, ValueError):
+    with suppress(RemoteEntryNotFoundError, ValueError, yaml.YAMLError):
         path = api.hf_hub_download(name, CARD, repo_type=kind)
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     if found.get(RUN_KEY) != mine:
@@ -204,13 +236,14 @@ def push_run(
     Args:
         pairs: the dataset's repository, "" for `name` with `-pairs` behind, None for none.
     """
+    api = HfApi()
     if not dry_run:
-        require_token(repository(name))
+        require_token(repository(name), api)
     run = Run(find_run(output_dir))
     uploads, remarks = plan_push(run, name, f"{name}-pairs" if pairs == "" else pairs)
     say(shown_plan(uploads, public))
     for remark in remarks:
         say(remark)
     if not dry_run:
-        push(run, uploads, public, say)
+        push(api, run, uploads, public, say)
         say(f"{constants.ENDPOINT}/{name}")

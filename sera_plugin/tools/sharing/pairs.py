@@ -13,18 +13,19 @@ from datasets.info import DatasetInfo, DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from sera_plugin.algorithm.trust import SIDES
-from sera_plugin.config.kinds import labeler_kind, labeler_name
+from sera_plugin.config.kinds import SELECTIONS, labeler_kind, labeler_name
 from sera_plugin.config.quoting import in_markdown
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
-from sera_plugin.tools.sharing.card import RUN_KEY, TAGS, datasets_of, run_id
+from sera_plugin.tools.sharing.card import RUN_KEY, TAGS
 from sera_plugin.tools.sharing.messages import Chat
+from sera_plugin.tools.sharing.names import datasets_of, run_id
 
 _NUMBERS = ("chosen_reward", "rejected_reward", "margin")
 _MEANING = {
     "prompt, chosen, rejected": "{texts}",
-    "chosen_reward, rejected_reward, margin": "what ranked the pair, in {unit} for `offline` pairs "
-    "{labeler}",
+    "chosen_reward, rejected_reward, margin": "of `offline` pairs the implicit reward, in {unit}"
+    "{selection}; of `sampled` ones {labeler}",
     "iteration": "the one that ranked it, before its training",
     "source": "`offline`: of the dataset; `sampled`: both answers are the policy's own{spin}",
     "selected": "whether the iteration was trained on it",
@@ -41,7 +42,7 @@ _STRINGS = "text as the policy was given it, an answer without its end token"
 class Pairs:
     """A run's ranked pairs as parquet files, for the repository `name`.
 
-    ValueError if there are none, or no tokenizer to write them with.
+    ValueError if there are none, or their texts or the tokenizer to write them with are missing.
     """
 
     def __init__(self, run: Run, name: str) -> None:
@@ -55,12 +56,15 @@ class Pairs:
             raise ValueError("the run has ranked no pairs")
         if self._texts.tokenizer is None:
             raise ValueError(f"the texts cannot be written, because there is {self._texts.source}")
+        made = [one.bootstrapped["row"] for one in self.iterations if one.bootstrapped]
+        if any((rows >= len(run.prompts)).any() for rows in made):
+            raise ValueError("the texts of sera.prompts are missing")
         self._chat = Chat(run, self._texts)
-        prompts: list[Any] = [self._chat.prompt(ids) for ids in _each(run.tokens["prompt"])]
+        prompts: list[Any] = [self._chat.prompt(ids) for ids in _each(run.prompts)]
         #: Whether texts are lists of messages.
         self.messages = None not in prompts
         if not self.messages:
-            prompts = [self._texts.prompt(ids) for ids in _each(run.tokens["prompt"])]
+            prompts = [self._texts.prompt(ids) for ids in _each(run.prompts)]
         self._prompts = prompts
         self._answers = {
             side: [self._answer(ids) for ids in _each(run.tokens[side])] for side in SIDES
@@ -106,7 +110,7 @@ class Pairs:
             return {}
         columns, total = one.offline, len(one.margin)
         return {
-            "prompt": self._prompts,
+            "prompt": self._prompts[:total],
             **self._answers,
             **{name: columns[name].tolist() for name in _NUMBERS},
             "iteration": [one.number] * total,
@@ -144,6 +148,7 @@ class Pairs:
     def card(self) -> DatasetCard:
         """README.md: what the columns are, and how they are read without any code."""
         run, labeler = self.run, labeler_kind(self.run.labeler)
+        selection = str(run.settings.get("selection", "irm"))
         hub, local = datasets_of(run)
         marked: dict[str, Any] = {RUN_KEY: run_id(run)}
         data = DatasetCardData(
@@ -163,9 +168,11 @@ class Pairs:
         told = {
             "texts": _MESSAGES if self.messages else _STRINGS,
             "unit": run.unit,
-            "labeler": f"and for `sampled` ones by `{labeler_name(run.labeler)}`, in its own unit"
-            if not labeler.implicit
-            else "and `sampled` ones alike",
+            "selection": ""
+            if SELECTIONS[selection].by_margin
+            else f", which did not select them (`sera.selection: {selection}` did)",
+            "labeler": f"what `{labeler_name(run.labeler)}` ranked them by"
+            + ("" if labeler.implicit else ", in its own unit"),
             "spin": ", but for the chosen one, which is the dataset's"
             if labeler.adds_dataset_answer
             else "",

@@ -6,6 +6,7 @@ Weights, their configuration, the tokenizer and the card; no place on this machi
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from huggingface_hub import constants
 from sera_plugin.config.block import repository
 from sera_plugin.rundir.checksums import damage
 from sera_plugin.tools.report.reading import Run
-from sera_plugin.tools.sharing.card import hub_base, model_card, policies_of
+from sera_plugin.tools.sharing.card import model_card, policies_of
+from sera_plugin.tools.sharing.names import hub_base
 from sera_plugin.tools.sharing.pairs import Pairs
 
 CARD = "README.md"
@@ -145,9 +147,14 @@ def _without_places(value: Any, hub: str | None, key: str = "") -> Any:
         return {name: _without_places(inner, hub, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_places(inner, hub, key) for inner in value]
-    if isinstance(value, str) and value != hub and _PLACES.fullmatch(key):
+    if isinstance(value, str) and value != hub and (_PLACES.fullmatch(key) or _is_place(value)):
         return Path(value).name
     return value
+
+
+def _is_place(value: str) -> bool:
+    """Whether a text is an absolute path; `/` and `/think` could be tokens."""
+    return os.path.isabs(value) and "\n" not in value and len(Path(value).parts) > 2
 
 
 def shown_plan(uploads: list[Upload], public: bool) -> str:
