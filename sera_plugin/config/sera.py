@@ -180,8 +180,13 @@ class SeraConfig(Block):
     @property
     def ranks_by_reward(self) -> bool:
         """Whether pairs are selected or samples ranked by the implicit reward."""
-        selects = SELECTIONS[self.selection].by_margin and 0 < self.selection_ratio < 1
-        return selects or (labeler_kind(self.labeler).implicit and self.bootstrap_ratio > 0)
+        ranks_samples = labeler_kind(self.labeler).implicit and self.bootstrap_ratio > 0
+        return self.selects_by_reward or ranks_samples
+
+    @property
+    def selects_by_reward(self) -> bool:
+        """Whether the implicit reward decides which offline pairs are kept."""
+        return SELECTIONS[self.selection].by_margin and 0 < self.selection_ratio < 1
 
     @property
     def first_iteration(self) -> int:

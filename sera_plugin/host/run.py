@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from sera_plugin import __version__
 from sera_plugin.algorithm.method import Method, Schedule
 from sera_plugin.algorithm.pairs import Pairs
+from sera_plugin.algorithm.summary import not_followed
 from sera_plugin.config.credentials import Known, public, storable
 from sera_plugin.config.kinds import SELECTIONS, labeler_name
 from sera_plugin.config.quoting import quoted
@@ -219,10 +220,10 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         )
         if "length_control" in samples:
             lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
-    if not summary.get("reward", {}).get("followed", True):
+    if reward := not_followed(summary):
         kept = "all offline pairs are kept" if pairs["kept"] == pairs["offline"] else ""
         taken = "" if pairs["bootstrapped_kept"] else "no samples taken"
-        lines.append(f"  the reward is not followed: {', '.join(filter(None, (kept, taken)))}")
+        lines.append(f"  the {reward} is not followed: {', '.join(filter(None, (kept, taken)))}")
     elif pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
         lines.append(
             f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "
