@@ -14,6 +14,7 @@ from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.algorithm.trust import follows
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.rows import PROBLEM
 from sera_plugin.host.datasets import hold_out
 from sera_plugin.host.run import describe_start
 from sera_plugin.labeling.labelers import ImplicitReward
@@ -247,7 +248,8 @@ def test_how_many_pairs_are_held_out(keys, total, expected):
 
 
 def test_held_out_rows_are_drawn_by_the_seed_and_trained_on_by_nobody():
-    rows = Dataset.from_dict({"row": list(range(50))})
+    texts = [f"p{row}" for row in range(50)]
+    rows = Dataset.from_dict({"row": list(range(50)), "prompt": texts, PROBLEM: [""] * 50})
     train, aside = hold_out(rows, 10, seed=1)
     assert len(aside["row"]) == 10
     assert sorted([*train["row"], *aside["row"]]) == rows["row"][:]
@@ -255,3 +257,21 @@ def test_held_out_rows_are_drawn_by_the_seed_and_trained_on_by_nobody():
     assert hold_out(rows, 10, seed=1)[1]["row"][:] == aside["row"][:]
     assert hold_out(rows, 10, seed=2)[1]["row"][:] != aside["row"][:]
     assert hold_out(rows, 0, seed=1) == (rows, None)
+    # Rows of prompts that are all different are those with the smallest numbers.
+    drawn = np.random.default_rng((1, 50)).permutation(50)
+    assert aside["row"][:] == np.flatnonzero(drawn < 10).tolist()
+
+
+def test_a_prompt_is_held_out_with_all_its_pairs():
+    texts = [f"p{row % 20}" for row in range(98)]
+    rows = Dataset.from_dict({"prompt": [*texts, "-", "-"], PROBLEM: [""] * 98 + ["bad", "bad"]})
+    for seed in range(5):
+        train, aside = hold_out(rows, 11, seed)
+        assert len(train) + len(aside) == 100
+        assert 11 <= len(aside) < 11 + 5
+        assert set(train["prompt"]).isdisjoint(set(aside["prompt"]) - {"-"})
+    # Rows that will be dropped have no prompt in common.
+    sides = [hold_out(rows, 50, seed)[1]["prompt"][:].count("-") for seed in range(5)]
+    assert 1 in sides
+    alone = Dataset.from_dict({"prompt": ["p"] * 10, PROBLEM: [""] * 10})
+    assert len(hold_out(alone, 3, seed=0)[1]) == 3
