@@ -109,7 +109,7 @@ def require_settings(config: SeraConfig, labeler: LabelerKind) -> None:
             f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
             f"{name} has one chosen answer for each. Set bootstrap_ratio to 1."
         )
-    if not labeler.implicit and ratio == 0:
+    if (labeler.mixed or not labeler.implicit) and ratio == 0:
         raise ValueError(
             f"labeler: {name} ranks samples, but bootstrap_ratio: 0 samples none. Set "
             "bootstrap_ratio, for example to 0.3, or remove labeler."
