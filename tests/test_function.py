@@ -43,6 +43,7 @@ def score(question, answer):
         "nan": lambda: float("nan"),
         "large": lambda: 10 ** 400,
         "unknown": lambda: None,
+        "forks": lambda: time.sleep(0.2) or 9 if os.fork() else 5,
     }
     return what[answer]() if answer in what else len(answer) * ONE
 
@@ -114,6 +115,8 @@ def test_a_function_that_always_fails_stops_with_its_reason(make):
     with pytest.raises(JudgeFailed, match=r"must return a finite number, or None"):
         scores(make("score"), "nan", "text")
     assert scores(make("score"), "nan", "text", "a") == [None, None, 1]
+    # Of a call that forks the first process answers, and no other.
+    assert scores(make("score"), *["forks", "a", "forks", "bb", "ccc"] * 2) == [9, 1, 9, 2, 3] * 2
     # The answers to the first few prompts fail, and all others do not.
     assert scores(make("score"), *["nan"] * 12, *["ok"] * 388) == [None] * 12 + [2] * 388
 
