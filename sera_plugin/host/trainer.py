@@ -104,6 +104,8 @@ class SeraTrainer(GatedSteps):
         # References are columns of the data: no reference model, no forward pass for one.
         args.precompute_ref_log_probs = True
         args.remove_unused_columns = False
+        # `Objective` does it. TRL 1.9 would warn that it is disabled, and pads all the same.
+        args.padding_free = False
         if self.loss is not None:
             args.loss_type = ["sigmoid"]
         if self.config.restart_optimizer and self.cfg.warmup_steps is None:
