@@ -206,6 +206,7 @@ class SeraTrainer(GatedSteps):
                 ends,
                 prompts,
                 self._labelled,
+                Beside.of(self.config.score_columns, table, self._aside, prompts),
             ),
             method=method,
             schedule=schedule,
