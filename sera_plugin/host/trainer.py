@@ -256,8 +256,13 @@ class SeraTrainer(GatedSteps):
         """prompts.parquet: those of `sera.prompts` that are in no pair; None without the key."""
         plugins = PluginManager.get_instance().plugins.values()
         found = next(one.prompts for one in plugins if isinstance(one, SeraPlugin))
-        if found is None or not self.config.prompts:
+        if not self.config.prompts:
             return None
+        if found is None:
+            raise ValueError(
+                "sera.prompts is set, and no prompts were loaded: the datasets did not come from "
+                "sera_plugin's own loading. Train with `axolotl train`, or remove sera.prompts."
+            )
         rows = told(found, "tokenize prompts", "prompt", self._quiet)
         known = pairs.prompt_ids, None if held_out is None else held_out.prompt_ids
         return prepare_prompts(
