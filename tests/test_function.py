@@ -121,6 +121,16 @@ def test_a_function_that_always_fails_stops_with_its_reason(make):
     assert scores(make("score"), *["nan"] * 12, *["ok"] * 388) == [None] * 12 + [2] * 388
 
 
+def test_no_process_outlives_a_judge_that_fails(make):
+    judge, began = make("score", processes=2, timeout=300), monotonic()
+    with pytest.raises(JudgeFailed) as failed:
+        scores(judge, "hangs", *["nan"] * 14)
+    here = psutil.Process().children(recursive=True)
+    assert not [one for one in here if "checks.py" in " ".join(one.cmdline())]
+    assert failed.value.__traceback__ is not None  # which holds all that had been under way
+    assert monotonic() - began < 200
+
+
 def test_it_takes_columns_of_the_row_by_their_names(make):
     judge = make("by_column", ("reference", "weight", "id"))
     rows = ({"reference": "a", "weight": 3, "id": 1}, {"reference": "b", "weight": 3, "id": 2}, {})
