@@ -53,10 +53,9 @@ class GuardedPrompt(GuardedTransform):
     def _texts(self, row: dict[str, Any], tokenizer: Any) -> tuple[dict[str, str], str]:
         prompt: Any = row.get(self.column)
         if is_conversation(prompt):
-            reads = isinstance(self.transform, MessageReader)
-            names, roles = (self.transform.names, self.transform.roles) if reads else ({}, {})
-            said = prompt[-1].get(names.get("role", "role"))
-            if roles.get(said, said) in _ANSWERS:
+            reader = self.transform if isinstance(self.transform, MessageReader) else None
+            said = prompt[-1].get(reader.names["role"] if reader else "role")
+            if (reader.roles.get(said, said) if reader else said) in _ANSWERS:
                 raise RowError("the prompt ends with an answer; leave the last message out")
         return super()._texts(row, tokenizer)
 

@@ -65,14 +65,14 @@ def pair_up(table: pa.Table, completion: str, label: str, prompt: Collection[str
         value, answer = row.pop(label), row.pop(completion)
         is_talk = isinstance(answer, list)
         history, last = (answer[:-1], answer[-1:]) if is_talk else (None, answer)
-        if (good := _label(value)) is None:
+        if (kind := _label(value)) is None:
             problems[place] = f"{label} is {quoted(value)}, not true or false"
         elif not _says(last):
             problems[place] = f"{completion} is {'null' if answer is None else 'empty'}"
         else:
             key = json.dumps([row, history], sort_keys=True, default=str)
             text = json.dumps(last, sort_keys=True, default=str).encode()
-            waiting[key][good].append((place, blake2b(text, digest_size=16).digest()))
+            waiting[key][kind].append((place, blake2b(text, digest_size=16).digest()))
     found: list[tuple[int, int]] = []
     for bad, good in waiting.values():
         _part_equals(good, bad)
