@@ -44,7 +44,7 @@ class FunctionConfig(Block):
 def known_labelers(value: object) -> object:
     """`labeler` as it is written; ValueError for a name that is none, with what is allowed."""
     for name in value if isinstance(value, (list, tuple)) else [value]:
-        if name not in (*LABELERS, None):
+        if name not in tuple(LABELERS):
             close = closest(str(name), LABELERS)
             hint = f" Did you mean {close}?" if close else ""
             allowed = ", ".join(LABELERS)
