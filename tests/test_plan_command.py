@@ -22,6 +22,7 @@ SHORT = AS_PUBLISHED | {"max_new_tokens": 12, "temperature": 1.0}
 #: No reward ranks anything, so that trust, which is on here, changes nothing.
 SPIN = SHORT | {"labeler": "spin", "candidates": 1, "selection_ratio": 0.0, "bootstrap_ratio": 1.0,
                 "trust": "act"}  # fmt: skip
+MIXED = SHORT | {"labeler": ["implicit", "function"], "function": "a.py:f", "reward": "fitted"}
 
 
 def release(values):
@@ -115,7 +116,8 @@ def test_the_run_counts_what_was_planned(changes, base_config, planned, train):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        # The labels of held-out pairs weigh scores, and the short run has no such pairs.
+        {"sera": MIXED},
         release({"num_epochs": 1}),
         release({"sera": {"bootstrap_ratio": 0.0}, **adapter(adapter="qlora", load_in_4bit=True)}),
         release({"two rows": True}),
@@ -132,7 +134,7 @@ def test_a_short_run_gives_times_and_leaves_nothing(changes, base_config, planne
     assert not few or [one["steps"] for one in found["iterations"]] == [1, 1, 1]
     last = found["iterations"][-1]
     assert last["seconds"]["train"] > 0
-    if not changes:
+    if changes == {"sera": MIXED}:
         parts = {"score_offline", "score_evaluation", "sample", "score_candidates", "select"}
         assert set(last["seconds"]) == {*parts, "train"}
         # Samples are now as long as they were, and no longer than they may be.
@@ -186,6 +188,8 @@ def test_a_sampler_of_another_machine_is_believed_unless_it_cannot_serve(base_co
         (lambda c: c.update(sequence_len=3), "none of the"),
         (lambda c: c.update(plugins=[], rl="dpo", sera=None), "has no `rl: sera`"),
         (lambda c: c["sera"].update(sampler="vllm"), "sera.sampler: vllm, but"),
+        (lambda c: c.update(test_datasets=None, sera=MIXED | {"held_out": 0.001}),
+         "and none are held out. Set sera.held_out"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_trained(change, said, base_config, plan):

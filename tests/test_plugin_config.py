@@ -186,6 +186,13 @@ sera: {labeler: function} => labeler: function with function unset | function: c
 sera: {labeler: function, function: checks.py} => sera.function | 'checks.py' names no function
 sera: {labeler: function, function: {call: 'a.py:f', timout: 1}} => timout | `timeout`
 sera: {labeler: [function, implicit], function: 'a.py:f'} => sera.labeler | begins with implicit
+sera: {labeler: [implicit, function], function: 'a.py:f', bootstrap_ratio: 0}
+    => labeler: implicit + function | samples none | to 0.3
+sera: {labeler: [implicit, function]} => with function unset. Set function | checks.py:score
+sera: {labeler: functon, function: 'a.py:f'}
+    => sera.labeler: 'functon' is no labeler | one of implicit | Did you mean function?
+sera: {labeler: [implicit, 7]} => sera.labeler: 7 is no labeler
+sera: {prompts: p.jsonl} => sera.prompts: 'p.jsonl' is no entry | `- path: p.jsonl`
 sera: {labeler: [implicit, spin]} => sera.labeler | some of reward_model, judge, function
 sera: {labeler: [implicit, function], function: 'a.py:f', reward: paper}
     => reward: paper | Set reward: fitted

@@ -21,6 +21,8 @@ from sera_plugin.data.dataset import prepare_rows
 from sera_plugin.data.prompts import prepare_prompts
 from sera_plugin.host.config import name_types
 from sera_plugin.host.datasets import load_pairs
+from sera_plugin.host.plugin import SeraPlugin
+from sera_plugin.host.trainer import SeraTrainer
 from sera_plugin.host.unused import unused
 from sera_plugin.tools.report.page import write_report
 from sera_plugin.tools.report.pairs import describe_pair, show_pair
@@ -135,6 +137,22 @@ def test_prompts_that_cannot_be_used_follow_the_keys_of_pairs(prepare, sera_log)
     answered = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match="the prompt ends with an answer"):
         prepare([{"prompt": answered}], data=CHAT, name="answered.jsonl")
+    answered[1]["role"] = "bot"
+    named = CHAT | {"roles": {"user": ["user"], "assistant": ["bot"]}}
+    with pytest.raises(ValueError, match="the prompt ends with an answer"):
+        prepare([{"prompt": answered}], data=named, name="named.jsonl")
+
+
+def test_a_run_does_not_go_on_without_the_prompts_that_it_names(monkeypatch):
+    plugins = PluginManager()
+    plugins.plugins = {"sera": SeraPlugin()}
+    monkeypatch.setattr(PluginManager, "_instance", plugins)
+    trainer = SeraTrainer.__new__(SeraTrainer)
+    trainer.config = SeraConfig()
+    assert trainer._prepare_prompts(None, None) is None
+    trainer.config = SeraConfig(prompts=[{"path": "p"}])
+    with pytest.raises(ValueError, match=r"sera.prompts is set, and no prompts were loaded"):
+        trainer._prepare_prompts(None, None)
 
 
 def test_a_key_of_an_entry_that_nobody_reads_is_named():

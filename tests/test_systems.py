@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
 from sera_plugin.algorithm.method import Labeler, Method, Ranked, Schedule
-from sera_plugin.algorithm.pairs import Pairs
+from sera_plugin.algorithm.pairs import Beside, Pairs
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import Annotations, select_largest
 from sera_plugin.algorithm.summary import noise_found, summarize
@@ -273,13 +274,15 @@ def test_noise_is_recorded_per_row_and_counted_where_pairs_are_told_apart(system
     assert noise_found("irm", none, some) == found
 
 
-def described(gap: float | None = None, **block: Any) -> dict[str, Any]:
+def described(gap: float | None = None, row: str = "", **block: Any) -> dict[str, Any]:
     config = SeraConfig(**{"bootstrap_ratio": 0, **block})
     annotations = Annotations(score_gap=None if gap is None else np.array([gap]))
     method = Method(config, False, False, total=1, annotations=annotations)
     pairs = Pairs.from_table(make_table({name: [[1]] for name in PAIRS}))
     cfg = {"sera": config.model_dump(mode="json")}
-    return describe_run(cfg, "dpo", 0.1, method, Schedule((1,), 1, 1), pairs, None, (END,))
+    about = Beside.of(config.score_columns, pa.table({"gap": ["a", row]}))
+    schedule, ends = Schedule((1,), 1, 1), (END,)
+    return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, ends, columns=about)
 
 
 def test_whatever_a_run_is_known_by_makes_it_another_one():
@@ -292,6 +295,8 @@ def test_whatever_a_run_is_known_by_makes_it_another_one():
 SCORE = {"selection": "score", "score_columns": ["gap"]}
 JUDGE = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
 SLOWER = JUDGE | {"timeout": 900, "concurrency": 1, "api_key_env": "K", "prompt_price": 1}
+CALLED = {"labeler": "function", "function": "a.py:f", "score_columns": ["gap"]}
+CALLED |= {"bootstrap_ratio": 1}
 ONLINE = {"labeler": "judge", "bootstrap_ratio": 1, "judge": JUDGE}
 
 
@@ -301,6 +306,9 @@ ONLINE = {"labeler": "judge", "bootstrap_ratio": 1, "judge": JUDGE}
         ({}, {"score_columns": ["gap"]}, None),  # kept for reading alone
         (SCORE | {"gap": 1.0}, SCORE | {"gap": 1.0}, None),
         (SCORE | {"gap": 1.0}, SCORE | {"gap": 2.0}, "the scores that select"),
+        (SCORE | {"gap": 1.0}, SCORE | {"gap": 1.0, "row": "b"}, None),
+        (CALLED, CALLED, None),
+        (CALLED | {"row": "a"}, CALLED | {"row": "b"}, r"what a function may take .*score_columns"),
         (ONLINE, ONLINE | {"judge": SLOWER}, None),
         (ONLINE, ONLINE | {"judge": JUDGE | {"model": "n"}}, r"sera\.judge\.model: 'm' -> 'n'"),
     ],

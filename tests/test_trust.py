@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from sera_plugin.algorithm.alarms import judge
 from sera_plugin.algorithm.algorithm import prepare, select_rows
-from sera_plugin.algorithm.fit import OUTRANKING
+from sera_plugin.algorithm.fit import OUTRANKING, Reward
 from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.summary import summarize
 from sera_plugin.algorithm.trust import follows
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.data.rows import PROBLEM
 from sera_plugin.host.datasets import hold_out
 from sera_plugin.host.run import describe_start
+from sera_plugin.labeling.labelers import ImplicitReward
 from sera_plugin.rundir.store import make_table
 from tests.three_pairs import CONFIG, PAIRS, Run, firsts
 
@@ -114,6 +117,84 @@ def test_a_reward_that_ranks_like_a_coin_samples_nothing(tmp_path, trust):
         assert run.sampler.calls == 1
 
 
+MIXED = {"labeler": ["implicit", "function"], "function": "a.py:f", "reward": "fitted"}
+SAMPLED = [(1, 13, 14), (3, 33, 34)]
+ALL_KEPT = "the reward without scores is not followed: all offline pairs are kept\n"
+NOT_TAKEN = "the reward with scores is not followed: no samples taken\n"
+
+
+class Scored(ImplicitReward):
+    """Ranks as the implicit reward does, and says how well on held-out pairs."""
+
+    by_chance = 0.01
+
+    def rewards(self, ranked):
+        found = {"weights": {}, "pairs": 3, "accuracy": 0.5, "by_chance": self.by_chance}
+        self.report["reward"] = found
+        self.report["judges"] = {}
+        return super().rewards(ranked)
+
+
+@pytest.mark.parametrize(
+    ("alone", "mixed", "keys", "followed", "said"),
+    [
+        (0.01, 0.01, {}, (True, True), ""),
+        (0.01, 0.5, {}, (True, False), NOT_TAKEN),
+        (0.5, 0.01, {}, (False, True), ALL_KEPT),
+        (0.5, 0.5, {}, (False, False),
+         "the reward is not followed: all offline pairs are kept, no samples taken\n"),
+        # The reward without scores ranks nothing.
+        (0.5, 0.01, {"selection": "random"}, (None, True), ""),
+        (0.5, 0.01, {"selection_ratio": 0.0}, (None, True), ""),
+        # Without samples nothing would be left.
+        (0.01, 0.5, {"selection_ratio": 0.0}, (None, False),
+         "the reward with scores is not followed: all offline pairs are kept, no samples taken\n"),
+    ],
+)  # fmt: skip
+def test_each_of_two_rewards_is_followed_by_itself(
+    tmp_path, monkeypatch, alone, mixed, keys, followed, said
+):
+    """What scores are mixed to ranks the samples, and the reward without them the offline pairs."""
+    judged = Reward((1.0, -1.0), pairs=3, accuracy=0.5, paper_accuracy=0.5, by_chance=alone)
+    monkeypatch.setattr("sera_plugin.algorithm.trust.judged", lambda *_: judged)
+    run = Run(tmp_path, changed(trust="act", **MIXED | keys))
+    for t in (1, 2):
+        it = replace(
+            run.iteration(t, Scored(run.method)), held_out=Pairs.from_table(make_table(PAIRS))
+        )
+        it.labeler.by_chance = mixed
+        trained = firsts(prepare(it).to_pydict())
+    found = summarize(it)
+    assert (found["reward"].get("followed"), found["labeler"]["reward"]["followed"]) == followed
+    assert set(SAMPLED) & set(trained) == (set(SAMPLED) if followed[1] else set())
+    kept = 0 if keys.get("selection_ratio") == 0 and followed[1] else 2
+    kept = 3 if "all offline" in said else kept
+    assert len(trained) == kept + 2 * followed[1] == found["pairs"]["trained"]
+    told = describe_start(found, "nats")
+    assert said in told
+    assert ("not followed" in told) is bool(said)
+    # The alarm is that of the worse one of those that rank something.
+    chance = max(mixed, alone if followed[0] is not None else 0)
+    (coin,) = [one for one in judge([found]) if one.name == "coin"]
+    assert coin.figure == chance
+    which = "without" if chance > mixed or alone == mixed == 0.01 else "with"
+    assert coin.raised is (chance > 0.05)
+    if coin.raised and alone != mixed:
+        assert coin.text.startswith(f"the reward {which} scores ranks 50.0% of 3 held-out pairs")
+        assert "this iteration does not follow it" in coin.text
+
+
+def test_samples_that_outrank_the_data_are_not_followed_by_either_reward(tmp_path, strict):
+    run = Run(tmp_path, changed(trust="act", **MIXED))
+    for t in (1, 2):
+        it = run.iteration(t, Scored(run.method))
+        trained = firsts(prepare(it).to_pydict())
+    assert trained == EVERY
+    found = summarize(it)
+    assert not found["reward"]["followed"]
+    assert not found["labeler"]["reward"]["followed"]
+
+
 def test_a_fitted_reward_is_kept_and_ranks_all_that_an_iteration_ranks(tmp_path):
     run = Run(tmp_path, changed(reward="fitted"))
     for t in (1, 2):
@@ -167,7 +248,8 @@ def test_how_many_pairs_are_held_out(keys, total, expected):
 
 
 def test_held_out_rows_are_drawn_by_the_seed_and_trained_on_by_nobody():
-    rows = Dataset.from_dict({"row": list(range(50))})
+    texts = [f"p{row}" for row in range(50)]
+    rows = Dataset.from_dict({"row": list(range(50)), "prompt": texts, PROBLEM: [""] * 50})
     train, aside = hold_out(rows, 10, seed=1)
     assert len(aside["row"]) == 10
     assert sorted([*train["row"], *aside["row"]]) == rows["row"][:]
@@ -175,3 +257,21 @@ def test_held_out_rows_are_drawn_by_the_seed_and_trained_on_by_nobody():
     assert hold_out(rows, 10, seed=1)[1]["row"][:] == aside["row"][:]
     assert hold_out(rows, 10, seed=2)[1]["row"][:] != aside["row"][:]
     assert hold_out(rows, 0, seed=1) == (rows, None)
+    # Rows of prompts that are all different are those with the smallest numbers.
+    drawn = np.random.default_rng((1, 50)).permutation(50)
+    assert aside["row"][:] == np.flatnonzero(drawn < 10).tolist()
+
+
+def test_a_prompt_is_held_out_with_all_its_pairs():
+    texts = [f"p{row % 20}" for row in range(98)]
+    rows = Dataset.from_dict({"prompt": [*texts, "-", "-"], PROBLEM: [""] * 98 + ["bad", "bad"]})
+    for seed in range(5):
+        train, aside = hold_out(rows, 11, seed)
+        assert len(train) + len(aside) == 100
+        assert 11 <= len(aside) < 11 + 5
+        assert set(train["prompt"]).isdisjoint(set(aside["prompt"]) - {"-"})
+    # Rows that will be dropped have no prompt in common.
+    sides = [hold_out(rows, 50, seed)[1]["prompt"][:].count("-") for seed in range(20)]
+    assert 1 in sides
+    alone = Dataset.from_dict({"prompt": ["p"] * 10, PROBLEM: [""] * 10})
+    assert len(hold_out(alone, 3, seed=0)[1]) == 3

@@ -47,11 +47,47 @@ def test_what_else_a_row_asks_belongs_to_its_prompt():
     table = pa.table({"completion": talks, "label": [True, False, False]})
     found = pair_up(table, "completion", "label")
     assert (found.rows.tolist(), found.rejected.tolist()) == ([0, 1], [2, -1])
+    for labels in (["true", '"False"'], [1.0, 0.0]):
+        table = pa.table({"completion": ["a", "b"], "prompt": ["x", "x"], "label": labels})
+        assert pair_up(table, "completion", "label").pairs == 1
     for wrong in ("yes", None, 2, 0.5):
         table = pa.table({"completion": ["a"], "prompt": ["x"], "label": [wrong]})
         (problem,) = pair_up(table, "completion", "label").problems
         assert problem.startswith("label is ")
         assert problem.endswith(", not true or false")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "pairs"),
+    [
+        ("ab", "ab", "ab ba"),
+        ("ca", "ba", "ca ab"),
+        ("abc", "abc", "ac ba cb"),
+        ("ad", "abc", "ab da"),
+        ("ad", "a", "da"),
+        ("aa", "aa", "aa aa"),
+        ("ab", "cd", "ac bd"),
+    ],
+)
+def test_an_answer_does_not_meet_its_equal_while_it_can_meet_another(good, bad, pairs):
+    given = rows(*(f"x {one} +" for one in good), *(f"x {one} -" for one in bad))
+    found = pair_up(pa.Table.from_pylist(given), "completion", "label")
+    both = zip(found.rows, found.rejected, strict=True)
+    made = [
+        given[one]["completion"] + given[other]["completion"] for one, other in both if other >= 0
+    ]
+    assert " ".join(made) == pairs
+
+
+def test_an_answer_that_says_nothing_takes_nobodys_partner():
+    for empty, why in ((None, "null"), ("", "empty"), (" \n", "empty")):
+        given = [{"prompt": "x", "completion": empty, "label": True}, *rows("x a +", "x b -")]
+        found = pair_up(pa.Table.from_pylist(given), "completion", "label")
+        assert (found.rows.tolist(), found.rejected.tolist()) == ([1, 0], [2, -1])
+        assert found.problems == ["", f"completion is {why}"]
+    said = [[{"role": "assistant", "content": text}] for text in ("", "a", "b")]
+    table = pa.table({"prompt": ["x"] * 3, "completion": said, "label": [True, True, False]})
+    assert pair_up(table, "completion", "label").rows.tolist() == [1, 0]
 
 
 @pytest.fixture
@@ -152,13 +188,16 @@ def test_what_is_wrong_is_named_and_pairs_may_be_beside(prepare, tmp_path):
         given, {"field_completion": "completion", **FORMATS}, more=[beside | {"type": text}]
     )
     assert (len(found), labelled) == (2, 5)
-    assert reasons[1:] == ALONE_HERE or reasons[:1] == ALONE_HERE
-    assert any(
-        "'chosen' is null, not text (datasets[0] (kto.jsonl) rows 3)" in one for one in reasons
-    )
+    assert reasons == [
+        ALONE_HERE[0].replace("1 row", "2 row").replace("rows 0", "rows 0, 4"),
+        "1 row(s): completion is null (datasets[0] (kto.jsonl) rows 3)",
+    ]
     with pytest.raises(ValueError, match=rf"bad_rows: raise, and 1 of the 2 .*{ALONE}"):
         prepare(GIVEN, "chat_template.default", bad_rows="raise", field_messages="prompt")
     with pytest.raises(ValueError, match=r"no prompt has both one with label: true .*rl: kto"):
         prepare(GIVEN[:2], "chat_template.default", name="alone.jsonl", field_messages="prompt")
+    wrong = [*GIVEN[:2], {**GIVEN[2], "label": "good"}]
+    with pytest.raises(ValueError, match=r"; 1 row\(s\): label is .*good.*, not true or"):
+        prepare(wrong, "chat_template.default", name="wrong.jsonl", field_messages="prompt")
     with pytest.raises(ValueError, match=r"datasets\[0\].type: 'says' is not in the data"):
         prepare(GIVEN, {"field_completion": "says"}, name="other.jsonl")

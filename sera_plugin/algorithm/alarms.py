@@ -77,7 +77,7 @@ _TEXTS = {
     "accuracy": "the implicit reward ranks {now:.1%} of {pairs} {kind} pairs as labelled, {by} "
     "{best:.1%}, and chance would explain a fall of {chance:.1%}: stop at an earlier iteration "
     "with num_epochs, lower learning_rate or sera.bootstrap_ratio, or raise rl_beta.",
-    "coin": "the reward ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin's "
+    "coin": "the {what} ranks {accuracy:.1%} of {pairs} held-out pairs as labelled, and a coin's "
     "margins would be as good {figure:.0%} of the time: {done} {remedy}",
     "outranking": "the policy's own samples outrank the data's good answers by {figure:.2f} "
     "standard deviations, so its reward does not rank them any more: {done} Lower learning_rate or "
@@ -150,14 +150,21 @@ def judge(summaries: Sequence[Summary]) -> list[Alarm]:
             fall, chance, values = _fall(known, key, count)
             values |= {"kind": kind, "pairs": count}
             add(kind.replace("-", "_") + "_accuracy", fall, chance, "accuracy", **values)
-    reward = now.get("reward", {})
-    done = _TRUSTED if reward.get("followed") else _NOT_TRUSTED
+    mixed = now.get("labeler", {}).get("reward")
+    alone = "reward without scores" if mixed else "reward"
+    rewards = {alone: now.get("reward", {}), "reward with scores": mixed or {}}
+
+    def done(reward: Summary) -> str:
+        return _TRUSTED if reward.get("followed") else _NOT_TRUSTED
+
     if now.get("outranking") is not None:
-        add("outranking", now["outranking"], done=done)
+        add("outranking", now["outranking"], done=done(mixed or rewards[alone]))
     far = any(one.raised and one.name in _TOO_FAR for one in found)
-    if {"by_chance", "followed"} <= reward.keys():  # else nothing is ranked by it
-        remedy = _HOLD_OUT if far else _HARDLY_MOVED
-        add("coin", reward["by_chance"], done=done, remedy=remedy, **reward)
+    rank = [name for name, one in rewards.items() if {"by_chance", "followed"} <= one.keys()]
+    if rank:  # else nothing is ranked by a reward
+        worst = max(rank, key=lambda name: float(rewards[name]["by_chance"]))
+        reward, remedy = rewards[worst], _HOLD_OUT if far else _HARDLY_MOVED
+        add("coin", reward["by_chance"], what=worst, done=done(reward), remedy=remedy, **reward)
     if samples := now.get("samples"):
         unranked = "unranked" if samples.get("unranked") else ""
         add("duplicates", samples["duplicates"] / samples["sampled"], **samples)

@@ -28,11 +28,12 @@ from sera_plugin.algorithm.rewards import (
 from sera_plugin.algorithm.selection import pair_candidates, select_largest
 from sera_plugin.algorithm.trust import (
     SIDES,
-    acts,
     held_out_reward,
     labelled,
+    like_a_coin,
     outranked,
     outranking,
+    refused,
     reward_of,
     score_columns,
     score_pairs,
@@ -64,7 +65,7 @@ def prepare(it: Iteration) -> pa.Table:
     candidates = it.once("candidates", lambda: rank(it, sample(it)))  # lines 6 and 7
     it.store.remove_samples(it.t)
     paired = it.once("bootstrapped", lambda: pair(it, candidates))  # lines 7 and 8
-    if outranked(it, paired):
+    if outranked(it, paired) or (refused(it, paired) and not it.method.kept(it.t)):
         offline = it.keep("offline", keep_all(it, offline))
     return union(it, offline, reference, candidates, paired)  # line 9
 
@@ -94,7 +95,7 @@ def select(it: Iteration, logps: dict[str, FloatArray]) -> pa.Table:
     if reward is None:
         return table
     table = table.replace_schema_metadata({"reward": json.dumps(asdict(reward))})
-    return keep_all(it, table) if acts(it) and not reward.beats_coin else table
+    return keep_all(it, table) if like_a_coin(it, reward) else table
 
 
 def rewards(it: Iteration, reward: Reward, scores: Sequence[Any]) -> list[FloatArray]:
@@ -264,7 +265,7 @@ def pair(it: Iteration, candidates: pa.Table) -> pa.Table:
     if chance := ranked.get("reward"):
         report["by_chance"] = str(chance["by_chance"])
     table = table.replace_schema_metadata(report)
-    return select_rows(table, False) if outranked(it, table) else table
+    return select_rows(table, False) if refused(it, table) else table
 
 
 def union(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,15 @@ class Beside:
         """These columns of tables, as far as each has them."""
         there = [one for one in tables if one is not None] if names else []
         return cls([one.select([n for n in names if n in one.column_names]) for one in there])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows, in hexadecimal, however the tables are chunked."""
+        found = hashlib.sha256()
+        for table in self.tables:
+            for batch in table.to_batches(4_096):
+                for row in batch.to_pylist():
+                    found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        return found.hexdigest()
 
     def about(self, row: int) -> str:
         """A row's columns as JSON; a table that lacks one has nothing there."""

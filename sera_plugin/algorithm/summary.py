@@ -13,7 +13,7 @@ from sera_plugin.algorithm.method import DATASET, Iteration
 from sera_plugin.algorithm.noise import margin_noise
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.algorithm.selection import BoolArray
-from sera_plugin.algorithm.trust import SIDES, follows, reward_of, wanted
+from sera_plugin.algorithm.trust import SIDES, follows, ranks_alone, refused, reward_of, wanted
 from sera_plugin.config.kinds import SELECTIONS, labeler_kind
 from sera_plugin.rundir.tables import candidate_places, candidates_of
 from sera_plugin.rundir.tokens import TokenColumn
@@ -123,7 +123,7 @@ def summarize(it: Iteration, moved: Mapping[str, Sequence[float]] | None = None)
     if it.t > 1:
         policies, reward = method.reward_policies(it.t), reward_of(it)
         summary["reward"] = reward.record(policies)
-        if method.config.ranks_by_reward:
+        if ranks_alone(it):
             summary["reward"]["followed"] = follows(it)
         if it.read("evaluation") is not None:
             scores = [it.at(policy + 1).table("evaluation") for policy in policies]
@@ -132,6 +132,15 @@ def summarize(it: Iteration, moved: Mapping[str, Sequence[float]] | None = None)
             found = accuracy("accuracy", margin, right)
             summary["evaluation"] = {"pairs": len(margin), **found, "margin": quantiles(margin)}
     return summary
+
+
+def not_followed(summary: Mapping[str, Any]) -> str:
+    """Which reward the iteration does not follow, in words; empty where it follows what it has."""
+    mixed = summary.get("labeler", {}).get("reward", {})
+    alone = not summary.get("reward", {}).get("followed", True)
+    if not mixed.get("followed", True):
+        return "reward" if alone else "reward with scores"
+    return ("reward without scores" if mixed else "reward") if alone else ""
 
 
 def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArray[np.int32]]:
@@ -155,6 +164,8 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
         "unfinished": int(pc.equal(reasons, "length").to_numpy().sum()),
         **{name: int(metadata.get(name.encode(), 0)) for name in COUNTS},
     }
+    if mixed := summary["labeler"].get("reward"):
+        mixed["followed"] = not refused(it, bootstrapped)
     if it.method.config.length_control != "none":
         summary["samples"]["length_control"] = float(metadata[b"alpha"])
     summary["pairs"]["bootstrapped_found"] = len(bootstrapped)

@@ -91,30 +91,44 @@ def acts(it: Iteration) -> bool:
     return it.method.config.trust == "act" and it.method.config.ranks_by_reward
 
 
+def ranks_alone(it: Iteration) -> bool:
+    """Whether something is ranked by the reward without further labelers' scores."""
+    config = it.method.config
+    mixed = labeler_kind(config.labeler).mixed
+    return config.selects_by_reward if mixed else config.ranks_by_reward
+
+
+def like_a_coin(it: Iteration, reward: Reward) -> bool:
+    """Whether iteration t does not follow `reward`, because a coin ranks as well."""
+    return acts(it) and ranks_alone(it) and not reward.beats_coin
+
+
 def wanted(it: Iteration) -> int:
     """How many sampled pairs iteration t asks for: none by a reward that ranks like a coin."""
     labeler = labeler_kind(it.method.config.labeler)
     # What is mixed may rank where the implicit reward alone does not; `pair` knows it.
     by_reward = it.t > 1 and labeler.implicit and not labeler.mixed
-    like_a_coin = by_reward and acts(it) and not reward_of(it).beats_coin
-    return 0 if like_a_coin else it.method.sampled(it.t)
+    return 0 if by_reward and like_a_coin(it, reward_of(it)) else it.method.sampled(it.t)
 
 
 def follows(it: Iteration) -> bool:
-    """Whether iteration t, which is prepared, trains on what its reward has ranked."""
+    """Whether iteration t, which is prepared, trains on what its reward alone has ranked."""
     paired = it.read("bootstrapped") if wanted(it) else None
-    like_a_coin = acts(it) and not reward_of(it).beats_coin
-    return not like_a_coin and (paired is None or not outranked(it, paired))
+    return not like_a_coin(it, reward_of(it)) and (paired is None or not outranked(it, paired))
 
 
 def outranked(it: Iteration, bootstrapped: pa.Table) -> bool:
-    """Whether sampled pairs are not taken because samples outrank the data's good answers.
-
-    Or because what several labelers' scores are mixed to ranks held-out pairs like a coin.
-    """
+    """Whether samples outrank the data's good answers, so that what is ranked is not followed."""
     known = bootstrapped.schema.metadata or {}
-    outrank = float(known.get(b"outranking", "-inf")) > OUTRANKING
-    return acts(it) and (outrank or float(known.get(b"by_chance", 0)) >= CHANCE)
+    return acts(it) and float(known.get(b"outranking", "-inf")) > OUTRANKING
+
+
+def refused(it: Iteration, bootstrapped: pa.Table) -> bool:
+    """Whether sampled pairs are not taken: samples outrank the data's good answers, or what several
+    labelers' scores are mixed to ranks held-out pairs like a coin."""
+    known = bootstrapped.schema.metadata or {}
+    mixed_coin = acts(it) and float(known.get(b"by_chance", 0)) >= CHANCE
+    return mixed_coin or outranked(it, bootstrapped)
 
 
 def outranking(it: Iteration, candidates: pa.Table) -> float | None:

@@ -106,6 +106,8 @@ class LabelerKind(Kind):
     adds_dataset_answer: bool = False
     #: Whether it gives each answer a number that can be a feature of the fitted reward.
     scores: bool = False
+    #: Whether it may take `score_columns` of an answer's row.
+    reads_columns: bool = False
     #: Whether it is several, whose scores the labels of held-out pairs weigh.
     mixed: bool = False
     #: The key of the `sera:` block that it needs, and an example of its value.
@@ -128,7 +130,11 @@ LABELERS: Mapping[str, LabelerKind] = {
     ),
     "judge": LabelerKind("Judged", "the judge", scores=True, setting=("judge", "{base_url: ...}")),
     "function": LabelerKind(
-        "Judged", "the function", scores=True, setting=("function", "checks.py:score")
+        "Judged",
+        "the function",
+        scores=True,
+        reads_columns=True,
+        setting=("function", "checks.py:score"),
     ),
     "self_judge": LabelerKind("SelfJudge", "its own verdict in words"),
     "spin": LabelerKind("Spin", "the dataset", **_OF_DATASET),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from sera_plugin.config.block import Block
+from sera_plugin.config.block import Block, closest
 from sera_plugin.config.kinds import LABELERS, LabelerKind, labeler_kind, labeler_name
 from sera_plugin.config.quoting import quoted
 
@@ -39,6 +39,17 @@ class FunctionConfig(Block):
                 f"{quoted(call)} names no function. Write file.py:function, or module:function"
             )
         return call
+
+
+def known_labelers(value: object) -> object:
+    """`labeler` as it is written; ValueError for a name that is none, with what is allowed."""
+    for name in value if isinstance(value, (list, tuple)) else [value]:
+        if name not in tuple(LABELERS):
+            close = closest(str(name), LABELERS)
+            hint = f" Did you mean {close}?" if close else ""
+            allowed = ", ".join(LABELERS)
+            raise ValueError(f"{quoted(name)} is no labeler: it is one of {allowed}.{hint}")
+    return value
 
 
 def mixed(named: tuple[str, ...]) -> str | tuple[str, ...]:
@@ -109,13 +120,18 @@ def require_settings(config: SeraConfig, labeler: LabelerKind) -> None:
             f"bootstrap_ratio: {ratio} asks for more than one pair a prompt, but labeler: "
             f"{name} has one chosen answer for each. Set bootstrap_ratio to 1."
         )
-    if not labeler.implicit and ratio == 0:
+    if (labeler.mixed or not labeler.implicit) and ratio == 0:
         raise ValueError(
             f"labeler: {name} ranks samples, but bootstrap_ratio: 0 samples none. Set "
             "bootstrap_ratio, for example to 0.3, or remove labeler."
         )
     for key, example in sorted(kind.setting for kind in LABELERS.values() if kind.setting):
         needed = any(LABELERS[one].setting == (key, example) for one in config.labelers)
+        if needed and labeler.mixed and getattr(config, key) is None:
+            raise ValueError(
+                f"labeler: {quoted(list(config.labelers))} with {key} unset. Set {key}, for "
+                f"example {key}: {example}."
+            )
         if needed != (getattr(config, key) is not None):
             raise ValueError(
                 f"labeler: {name} with {key} {'unset' if needed else 'set'} do not go "

@@ -24,13 +24,14 @@ from sera_plugin.config.kinds import (
 )
 from sera_plugin.config.labelers import (
     FunctionConfig,
+    known_labelers,
     mixed,
     require_candidates,
     require_labels,
     require_sampled,
     require_settings,
 )
-from sera_plugin.config.quoting import quoted
+from sera_plugin.config.quoting import plain, quoted
 
 #: SeRA as its paper has it: Eq. 7, every sampled pair, the last policy.
 AS_PUBLISHED = {"reward": "paper", "trust": "warn", "keep": "last"}
@@ -180,8 +181,13 @@ class SeraConfig(Block):
     @property
     def ranks_by_reward(self) -> bool:
         """Whether pairs are selected or samples ranked by the implicit reward."""
-        selects = SELECTIONS[self.selection].by_margin and 0 < self.selection_ratio < 1
-        return selects or (labeler_kind(self.labeler).implicit and self.bootstrap_ratio > 0)
+        ranks_samples = labeler_kind(self.labeler).implicit and self.bootstrap_ratio > 0
+        return self.selects_by_reward or ranks_samples
+
+    @property
+    def selects_by_reward(self) -> bool:
+        """Whether the implicit reward decides which offline pairs are kept."""
+        return SELECTIONS[self.selection].by_margin and 0 < self.selection_ratio < 1
 
     @property
     def first_iteration(self) -> int:
@@ -215,9 +221,18 @@ class SeraConfig(Block):
             raise ValueError(f"{value} is not a number. Set one, or remove the key.")
         return value
 
+    @field_validator("labeler", mode="before")
+    @classmethod
+    def _is_known(cls, value: object) -> object:
+        return known_labelers(value)
+
     @field_validator("prompts", mode="before")
     @classmethod
     def _is_list(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(
+                f"{quoted(value)} is no entry. Write `- path: {plain(value)}` below it."
+            )
         return [value] if isinstance(value, dict) else value or ()
 
     @field_validator("judge", mode="before")

@@ -27,8 +27,8 @@ from sera_plugin.data.text import EMPTY, TEXTS, RowError, visible
 Message = Mapping[str, Any]
 TOOLS, KWARGS = "tools", "chat_template_kwargs"
 
-_ANSWER_ROLES = ("assistant", "model")
-_ROLES = frozenset({*_ANSWER_ROLES, "system", "developer", "user", "tool", "function", "ipython"})
+ANSWER_ROLES = ("assistant", "model")
+_ROLES = frozenset({*ANSWER_ROLES, "system", "developer", "user", "tool", "function", "ipython"})
 _TOOL_ROLES = ("tool", "function", "ipython")
 #: What stands around a thought, and all of it: templates write white space of their own there.
 _THOUGHT = re.compile(r"</?think(?:ing)?>")
@@ -341,7 +341,7 @@ def _quotes(text: str, message: Message) -> bool:
 
 
 def _check_answer(answer: Message) -> None:
-    if answer.get("role") not in _ANSWER_ROLES:
+    if answer.get("role") not in ANSWER_ROLES:
         role = quoted(answer.get("role"))
         raise RowError(f"chosen or rejected has the role {role}, not assistant")
     if not answer.get("tool_calls") and not any(map(visible, _content(answer))):

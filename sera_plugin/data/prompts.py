@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.data.conversations import MessageReader, is_conversation
+from sera_plugin.data.conversations import ANSWER_ROLES, MessageReader, is_conversation
 from sera_plugin.data.dataset import TOO_LONG, RowTokenizer, TokenizedRows, require_usable
 from sera_plugin.data.rows import PROBLEM, GuardedTransform
 from sera_plugin.data.text import RowError
@@ -28,7 +28,8 @@ LOG = logging.getLogger("axolotl.sera")
 
 #: Two different answers, which everything that reads an answer takes.
 _STAND_INS = {"chosen": "yes", "rejected": "no"}
-_ANSWERS = ("assistant", "model", "gpt")
+#: As messages name them that nothing maps; ShareGPT's among them.
+_ANSWERS = (*ANSWER_ROLES, "gpt")
 
 
 @dataclass
@@ -52,8 +53,9 @@ class GuardedPrompt(GuardedTransform):
     def _texts(self, row: dict[str, Any], tokenizer: Any) -> tuple[dict[str, str], str]:
         prompt: Any = row.get(self.column)
         if is_conversation(prompt):
-            names = self.transform.names if isinstance(self.transform, MessageReader) else {}
-            if prompt[-1].get(names.get("role", "role")) in _ANSWERS:
+            reader = self.transform if isinstance(self.transform, MessageReader) else None
+            said = prompt[-1].get(reader.names["role"] if reader else "role")
+            if (reader.roles.get(said, said) if reader else said) in _ANSWERS:
                 raise RowError("the prompt ends with an answer; leave the last message out")
         return super()._texts(row, tokenizer)
 

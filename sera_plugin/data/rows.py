@@ -33,7 +33,7 @@ PROBLEM, SOURCE, ROW, ASIDE = "sera_problem", "sera_source", "sera_row", "sera_a
 LABELLED = "sera_labelled"
 
 #: Raise it with what the guard makes of a row: prepared data of another version is prepared anew.
-GUARD_VERSION = 6
+GUARD_VERSION = 7
 
 _PROBE = "sera-probe-7f3a"  # found again where it ends up
 #: Where a message has what is said; whatever else it has may be empty.

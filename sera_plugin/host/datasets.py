@@ -17,10 +17,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from axolotl.cli.args import PreprocessCliArgs
 from axolotl.common.datasets import TrainDatasetMeta, sample_dataset
 from axolotl.loaders import load_tokenizer
@@ -150,11 +152,32 @@ def with_prompts(cfg: DictDefault) -> DictDefault:
 
 
 def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Set `count` rows aside, drawn by `seed`; both parts keep the dataset's order."""
+    """Set rows aside, drawn by `seed` until they are `count`; both keep the dataset's order.
+
+    With a row go all others of its prompt, so that no prompt is in both parts; of pairs that all
+    have one prompt rows are drawn.
+    """
     if not count:
         return train, None
-    aside = np.random.default_rng((seed, len(train))).permutation(len(train)) < count
+    drawn = np.random.default_rng((seed, len(train))).permutation(len(train))
+    prompt = _prompts(train)
+    first, sizes = np.full(prompt.max() + 1, len(train)), np.bincount(prompt)
+    np.minimum.at(first, prompt, drawn)
+    order = np.argsort(first)
+    before = np.cumsum(sizes[order]) - sizes[order]
+    aside = np.isin(prompt, order[before < count])
     return train.select(np.flatnonzero(~aside)), train.select(np.flatnonzero(aside))
+
+
+def _prompts(rows: Dataset) -> npt.NDArray[np.int64]:
+    """(N,) a number for each row that is that of its prompt; rows with a problem have their own."""
+    numbers: dict[Any, int] = {}
+    found: list[int] = []
+    for batch in rows.select_columns(["prompt", PROBLEM]).with_format("arrow").iter(4_096):
+        for text, problem in zip(*(one.to_pylist() for one in batch.columns), strict=True):
+            digest = blake2b(text.encode(), digest_size=16).digest()
+            found.append(numbers.setdefault(len(found) if problem else digest, len(numbers)))
+    return np.array(found) if len(numbers) > 1 else np.arange(len(found))
 
 
 def _prepared(cfg: DictDefault, key: str, tokenizer: Any) -> Dataset:

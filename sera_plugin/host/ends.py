@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_plugin.algorithm.best import FIGURE
+from sera_plugin.algorithm.summary import not_followed
 from sera_plugin.config.kinds import SELECTIONS, labeler_kind
 from sera_plugin.config.quoting import plain
 from sera_plugin.config.sera import SeraConfig
@@ -128,8 +129,8 @@ def _trained(summary: Mapping[str, Any]) -> str:
     said = f"{pairs['kept']:,} of {pairs['offline']:,} pairs kept"
     if pairs["bootstrapped_wanted"]:
         said += f", {pairs['bootstrapped_kept']:,} sampled"
-    followed = summary.get("reward", {}).get("followed", True)
-    return said if followed else f"{said} (the reward was not trusted)"
+    reward = not_followed(summary)
+    return f"{said} (the {reward} was not trusted)" if reward else said
 
 
 def _why(

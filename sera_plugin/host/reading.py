@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from axolotl.utils.schemas.utils import handle_legacy_message_fields_logic
 from datasets import Dataset, Features, Value
 from datasets.table import InMemoryTable
 
+from sera_plugin.config.kinds import SELECTIONS
 from sera_plugin.config.quoting import quoted
 from sera_plugin.data.conversations import ChatTemplate, MessageReader
 from sera_plugin.data.files import DataError, source_name
@@ -31,7 +33,7 @@ from sera_plugin.data.rows import (
     as_it_is,
 )
 from sera_plugin.data.text import TEXTS
-from sera_plugin.data.unpaired import BothAnswers, PairedUp, pair_up
+from sera_plugin.data.unpaired import ALONE, BothAnswers, PairedUp, pair_up
 from sera_plugin.host.keys import MESSAGE_TYPES
 
 LOG = logging.getLogger("axolotl.sera")
@@ -106,10 +108,17 @@ def _paired(
     table = dataset.with_format("arrow")[:]
     found = pair_up(table, completion, label, {*named, entry.field_tools or "tools"})
     if not found.pairs:
+        reasons = Counter(one for one in found.problems if one != ALONE).most_common(3)
+        others = "".join(f"; {count} row(s): {why}" for why, count in reasons)
         raise DataError(
             f"{where}.path: {quoted(str(entry.path), 200)} has single answers, and no prompt has "
-            f"both one with {label}: true and one with {label}: false, so there is no pair. Train "
-            "such data with the host's rl: kto, or add the other answers."
+            f"both one with {label}: true and one with {label}: false, so there is no pair{others}."
+            " Train such data with the host's rl: kto, or add the other answers."
+        )
+    if SELECTIONS[selection := cfg.sera["selection"]].reads_scores:
+        raise DataError(
+            f"sera.selection: {selection} ranks pairs by scores of theirs, and {where} has single "
+            "answers: a pair has the columns of its chosen one. Set selection: irm, or make pairs."
         )
     LOG.info(
         f"SeRA: {where}: of {len(table)} answers with a label {2 * found.pairs} became "
@@ -134,9 +143,11 @@ def _paired(
 
 def _placed(made: Dataset, paired: PairedUp) -> Dataset:
     """Rows that name the user's rows they are from, and why those that are no pair are none."""
-    ours = {ROW: paired.rows, LABELLED: np.where(paired.rejected < 0, 1, 2)}
     names = made.column_names
     problems = [one or own for one, own in zip(paired.problems, made[PROBLEM], strict=True)]
+    of_rejected = ["'rejected'" in one and "'chosen'" not in one for one in problems]
+    rows = np.where(of_rejected, paired.rejected, paired.rows)
+    ours = {ROW: rows, LABELLED: np.where(paired.rejected < 0, 1, 2)}
     made = made.remove_columns([*ours, PROBLEM])
     for name, values in {**ours, PROBLEM: problems}.items():
         made = made.add_column(name, values)

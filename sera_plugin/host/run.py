@@ -17,9 +17,10 @@ from pydantic import BaseModel
 
 from sera_plugin import __version__
 from sera_plugin.algorithm.method import Method, Schedule
-from sera_plugin.algorithm.pairs import Pairs
+from sera_plugin.algorithm.pairs import Beside, Pairs
+from sera_plugin.algorithm.summary import not_followed
 from sera_plugin.config.credentials import Known, public, storable
-from sera_plugin.config.kinds import SELECTIONS, labeler_name
+from sera_plugin.config.kinds import LABELERS, SELECTIONS, labeler_name
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.rundir.format import FORMAT_VERSION
@@ -111,13 +112,17 @@ def describe_run(
     end_ids: Sequence[int],
     prompts: pa.Table | None = None,
     labelled: int = 0,
+    columns: Beside | None = None,
 ) -> dict[str, Any]:
     """The content of run.json, without secrets; `config` is the host's, resolved.
 
-    `prompts` is prompts.parquet, `labelled` how many single answers the pairs were looked for in.
+    `prompts` is prompts.parquet, `labelled` how many single answers the pairs were looked for in,
+    `columns` what the dataset says beside pairs, held-out pairs and prompts.
     """
     gap = method.annotations.score_gap
     more: dict[str, Any] = {"labelled_answers": labelled} if labelled else {}
+    if columns is not None and any(LABELERS[one].reads_columns for one in method.config.labelers):
+        more["columns_fingerprint"] = columns.fingerprint()
     if prompts is not None:
         more |= {
             "prompts": len(prompts),
@@ -228,10 +233,10 @@ def describe_start(summary: Mapping[str, Any], unit: str) -> str:
         )
         if "length_control" in samples:
             lines[-1] += f", {samples['length_control']:+.3g} a token taken off"
-    if not summary.get("reward", {}).get("followed", True):
+    if reward := not_followed(summary):
         kept = "all offline pairs are kept" if pairs["kept"] == pairs["offline"] else ""
         taken = "" if pairs["bootstrapped_kept"] else "no samples taken"
-        lines.append(f"  the reward is not followed: {', '.join(filter(None, (kept, taken)))}")
+        lines.append(f"  the {reward} is not followed: {', '.join(filter(None, (kept, taken)))}")
     elif pairs["bootstrapped_kept"] < pairs["bootstrapped_wanted"]:
         lines.append(
             f"  fewer sampled pairs than the {pairs['bootstrapped_wanted']} asked for: raise "
@@ -282,6 +287,7 @@ _IDENTITY = (
     ("evaluation_fingerprint", "the held-out pairs' token ids (test_datasets, val_set_size)"),
     ("prompts_fingerprint", "the token ids of the prompts without answers (sera.prompts)"),
     ("score_fingerprint", "the scores that select (score_columns, datasets)"),
+    ("columns_fingerprint", "what a function may take of rows (score_columns, datasets, prompts)"),
     ("end_ids", "the tokens that end a completion"),
     ("loss", "the loss"),
     ("beta", "beta of the loss (rl_beta, trl.beta)"),

@@ -104,6 +104,8 @@ class SeraTrainer(GatedSteps):
         # References are columns of the data: no reference model, no forward pass for one.
         args.precompute_ref_log_probs = True
         args.remove_unused_columns = False
+        # `Objective` does it. TRL 1.9 would warn that it is disabled, and pads all the same.
+        args.padding_free = False
         if self.loss is not None:
             args.loss_type = ["sigmoid"]
         if self.config.restart_optimizer and self.cfg.warmup_steps is None:
@@ -204,6 +206,7 @@ class SeraTrainer(GatedSteps):
                 ends,
                 prompts,
                 self._labelled,
+                Beside.of(self.config.score_columns, table, self._aside, prompts),
             ),
             method=method,
             schedule=schedule,
@@ -253,8 +256,13 @@ class SeraTrainer(GatedSteps):
         """prompts.parquet: those of `sera.prompts` that are in no pair; None without the key."""
         plugins = PluginManager.get_instance().plugins.values()
         found = next(one.prompts for one in plugins if isinstance(one, SeraPlugin))
-        if found is None or not self.config.prompts:
+        if not self.config.prompts:
             return None
+        if found is None:
+            raise ValueError(
+                "sera.prompts is set, and no prompts were loaded: the datasets did not come from "
+                "sera_plugin's own loading. Train with `axolotl train`, or remove sera.prompts."
+            )
         rows = told(found, "tokenize prompts", "prompt", self._quiet)
         known = pairs.prompt_ids, None if held_out is None else held_out.prompt_ids
         return prepare_prompts(

@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
+from random import Random
 from time import monotonic
 from typing import Any
 
@@ -43,7 +45,7 @@ _NAMED = 5
 
 
 class _Process:
-    """A process with the function, which ends with this one. `takes` is `worker.parameters`."""
+    """A process with the function, which ends with this one."""
 
     def __init__(self, config: FunctionConfig) -> None:
         self._config = config
@@ -60,7 +62,11 @@ class _Process:
                 env=environment,
                 process_group=0,
             )
-        self.takes = self._reply(IMPORT_WITHIN)
+
+    @cached_property
+    def takes(self) -> dict[str, Any]:
+        """`worker.parameters`, once the function is imported, or why it is not."""
+        return self._reply(IMPORT_WITHIN)
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to a request: `score`, or a `problem`; after some of these it has `ended`."""
@@ -91,7 +97,9 @@ class _Process:
         return {"problem": problem, "ended": True}
 
     def end(self) -> None:
-        """End the process, and what the function has started."""
+        """End the process, and what the function has started; a call that runs ends too."""
+        with suppress(OSError):  # it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -116,8 +124,9 @@ class FunctionJudge(ScoringJudge):
         self._identity = key_of("function", config.call, _content(config.call))
         place = config.call.rpartition(":")[0]
         first = _Process(config)
+        takes = first.takes
         first.end()
-        if problem := first.takes.get("problem"):
+        if problem := takes.get("problem"):
             if problem.startswith("LookupError: it has no"):
                 raise ValueError(f"{place} {problem.removeprefix('LookupError: it ')}.")
             raise ValueError(
@@ -125,7 +134,6 @@ class FunctionJudge(ScoringJudge):
                 "named with its path, which starts in the working directory if it is relative, and "
                 "its ending: file.py:function."
             )
-        takes = first.takes
         if unknown := [name for name in takes["needs"] if name not in columns]:
             raise ValueError(
                 f"{config.call} takes {', '.join(map(quoted, unknown))} beside question and "
@@ -153,9 +161,23 @@ class FunctionJudge(ScoringJudge):
                 yield index, found["score"]
             else:
                 asked.append((index, request))
+        # A prompt's answers often fail together: the first calls must be any, to tell of all.
+        Random(0).shuffle(asked)
+        with closing(self._replies(asked)) as replies:
+            yield from self._scored(replies, answers, keys, kept)
+
+    def _scored(
+        self,
+        replies: Iterator[tuple[int, dict[str, Any]]],
+        answers: Sequence[Answered],
+        keys: Sequence[str],
+        kept: int,
+    ) -> Iterator[tuple[int, float | None]]:
+        """Yield (index, score) of every reply, and say what was wrong with how many."""
         problems: Counter[str] = Counter()
         shown: list[str] = []
-        for done, (index, reply) in enumerate(self._replies(asked), start=1):
+        done = 0
+        for done, (index, reply) in enumerate(replies, start=1):
             score = reply.get("score")
             if problem := reply.get("problem"):
                 self.usage.failed += 1
@@ -177,36 +199,40 @@ class FunctionJudge(ScoringJudge):
             counts = ", ".join(f"{count} {what}" for what, count in problems.most_common(_NAMED))
             LOG.warning(
                 "SeRA: %s gave no score in %d of %d calls (%s); first: %s",
-                self.name, problems.total(), len(asked), counts, "; ".join(shown),
+                self.name, problems.total(), done, counts, "; ".join(shown),
             )  # fmt: skip
 
     def _replies(
         self, asked: Sequence[tuple[int, dict[str, Any]]]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    ) -> Generator[tuple[int, dict[str, Any]], None, None]:
         """Yield (index, reply) of every request, asked of several processes."""
         count = min(self._config.processes, len(asked))
         if not count:
             return
+        started: list[_Process] = []
         free: SimpleQueue[_Process | None] = SimpleQueue()
         for _ in range(count):
             free.put(None)
 
         def ask(job: tuple[int, dict[str, Any]]) -> dict[str, Any]:
-            process = free.get() or _Process(self._config)
+            if (process := free.get()) is None:
+                started.append(process := _Process(self._config))
             reply = process.takes if "ended" in process.takes else process(job[1])
             free.put(None if "ended" in reply else process)
             return reply
 
-        with ThreadPoolExecutor(count) as pool:
-            try:
-                for finished in in_threads(pool, asked, ask, count):
-                    for (index, _), reply in finished:
-                        yield index, reply
-            finally:
-                pool.shutdown(cancel_futures=True)
-                while not free.empty():
-                    if process := free.get():
-                        process.end()
+        def end() -> None:
+            for process in started:
+                process.end()
+
+        with ExitStack() as stack:
+            stack.callback(end)  # what has been started meanwhile
+            pool = stack.enter_context(ThreadPoolExecutor(count))
+            stack.callback(end)  # calls that run end with their process
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for finished in in_threads(pool, asked, ask, count):
+                for (index, _), reply in finished:
+                    yield index, reply
 
     def _named(self, problem: str, one: Answered) -> str:
         row = f"of {one.row} " if one.row else ""

@@ -82,8 +82,12 @@ def serve(spec: str) -> None:
             reply(parameters(function))
         except BaseException as error:  # whatever the code does while it is imported
             return reply({"problem": f"{type(error).__name__}: {error!s:.500}"})
+        ours = os.getpid()
         for line in requests:
-            reply(call(function, json.loads(line)))
+            found = call(function, json.loads(line))
+            if os.getpid() != ours:  # a fork that has left the call: two would answer
+                os._exit(0)
+            reply(found)
 
 
 if __name__ == "__main__":

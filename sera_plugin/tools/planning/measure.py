@@ -23,6 +23,7 @@ from axolotl.train import setup_model_and_trainer
 from axolotl.utils.dict import DictDefault
 from torch.utils.benchmark import Timer
 
+from sera_plugin.config.kinds import LABELERS, labeler_kind
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.model.budget import GIB
 from sera_plugin.rundir.store import RunStore
@@ -124,6 +125,9 @@ def _set_aside(run: Run) -> Iterator[DictDefault]:
             if config.prompts:  # without them as many pairs need more candidates
                 ratio = min(config.bootstrap_ratio, config.candidates // 2)
                 cfg.sera = {**cfg.sera, "prompts": [], "bootstrap_ratio": ratio}
+            if labeler_kind(config.labeler).mixed:  # no labels weigh scores: nothing is held out
+                alone = {setting[0]: None for one in LABELERS.values() if (setting := one.setting)}
+                cfg.sera = {**cfg.sera, "labeler": "implicit", **alone}
             if run.method.iterations == 1:
                 cfg.sera = {**cfg.sera, "selection_ratio": 1.0, "bootstrap_ratio": 0.0}
             plugins.cfg = cfg

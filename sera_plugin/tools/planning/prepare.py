@@ -25,7 +25,7 @@ from sera_plugin.algorithm.method import Method
 from sera_plugin.algorithm.pairs import Pairs
 from sera_plugin.algorithm.selection import annotate
 from sera_plugin.config.kinds import is_reference_free
-from sera_plugin.config.labelers import require_candidates
+from sera_plugin.config.labelers import require_candidates, require_held_out
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.dataset import TokenizedRows, model_end_ids, prepare_rows
@@ -117,6 +117,7 @@ def read_plan(
         annotations=annotate(config, pairs.prompt_ids, columns, None),
         prompts=0 if more is None else len(more),
     )
+    require_held_out(config, len(held_out))
     if more is not None:
         require_candidates(config, method.pairs_per_prompt)
     choice = Choice(config.sampler, "as sera.sampler says; not looked for on this machine")

@@ -103,7 +103,8 @@ def examples(run: Run) -> list[dict[str, Any]]:
         }
         groups += [(name, one, _offline(run, one, rows)) for name, rows in parts.items()]
     sampled = [one for one in run.iterations if one.bootstrapped and one.candidates]
-    if run.tokens and sampled:
+    # An iteration that does not follow its reward has kept none.
+    if run.tokens and (sampled := [one for one in sampled if len(_kept(run, one))]):
         one, made = sampled[-1], sampled[-1].bootstrapped
         kept = _kept(run, one)
         order = kept[np.argsort(-made["margin"][kept], kind="stable")]

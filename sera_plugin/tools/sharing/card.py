@@ -186,7 +186,7 @@ def _training(run: Run, found: Figures, pairs: str | None) -> str:
         lines[0] += f"; N = {run.total:,} pairs, and {held_out:,} held out"
     if run.with_margins is not None:
         lines.append(
-            f"from iteration 2 on it keeps {keeps} of them; {reward}, trust "
+            f"from iteration 2 on it keeps {keeps}; {reward}, trust "
             f"`{_code(settings.get('trust', 'warn'))}`"
         )
     counted = [one for one in run.iterations if one.summary.get("samples")]
