@@ -287,7 +287,8 @@ def described(gap: float | None = None, row: str = "", **block: Any) -> dict[str
 
 def test_whatever_a_run_is_known_by_makes_it_another_one():
     one = described()
-    for key in one.keys() - {"format_version", "versions", "config", "evaluation_pairs"}:
+    told = {"format_version", "versions", "config", "evaluation_pairs", "local_datasets"}
+    for key in one.keys() - told:
         with pytest.raises(ValueError, match="cannot be continued"):
             require_same_run(one, one | {key: "other"}, Path("run"))
 
