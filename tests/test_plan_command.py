@@ -117,7 +117,7 @@ def test_the_run_counts_what_was_planned(changes, base_config, planned, train):
     "changes",
     [
         # The labels of held-out pairs weigh scores, and the short run has no such pairs.
-        {"sera": MIXED},
+        pytest.param({"sera": MIXED}, marks=pytest.mark.nightly),
         release({"num_epochs": 1}),
         release({"sera": {"bootstrap_ratio": 0.0}, **adapter(adapter="qlora", load_in_4bit=True)}),
         release({"two rows": True}),

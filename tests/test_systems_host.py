@@ -46,6 +46,7 @@ def run(base_config, train):
     return run
 
 
+@pytest.mark.nightly
 def test_a_run_without_padding_is_the_same(run, monkeypatch, tmp_path):
     """Its kernel needs a GPU; here each sequence goes through SDPA by itself."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_in_segments", in_segments)
