@@ -160,6 +160,13 @@ def load(tmp_path):
 
 
 @pytest.fixture
+def with_template(world, load, tmp_path):
+    """A parsed configuration of `world` whose messages go through the tokenizer's chat template."""
+    config = make_config(world.directory, tmp_path) | {"chat_template": "tokenizer_default"}
+    return load(config | {"test_datasets": None})
+
+
+@pytest.fixture
 def sera_log(caplog, monkeypatch):
     """What SeRA warns of. The host sets up loggers of its own, whose messages reach no other."""
     import axolotl.cli  # noqa: F401

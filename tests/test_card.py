@@ -225,7 +225,7 @@ def test_a_template_is_undone_to_the_messages_it_was_given(chat):
 def test_a_template_that_cannot_be_undone_for_certain_is_not(chat):
     undo, ids = chat
     messages = conversation("a", "b c", "d")
-    assert undo.prompt(ids(messages)) in (messages, None)
+    assert undo.prompt(ids(messages)) is None
     assert undo.prompt([7, 8]) is None
 
 

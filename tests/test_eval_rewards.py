@@ -109,8 +109,12 @@ def test_the_chosen_answer_has_to_be_the_best_of_all():
 @pytest.fixture
 def run(tmp_path):
     """A finished run of three different adapters, whose reward was fitted in each iteration."""
+    return run_of_adapters(tmp_path, reward="fitted")
+
+
+def run_of_adapters(tmp_path, **sera):
     base = make_model(tmp_path / "base")
-    store = make_run(tmp_path / "run", sera={"reward": "fitted"}, config={"base_model": str(base)})
+    store = make_run(tmp_path / "run", sera=sera, config={"base_model": str(base)})
     for iteration in (1, 2, 3):
         place = make_adapter(store.policy(iteration), base)
         (place / "adapter_model.safetensors").write_text(f"theta_{iteration - 1}")
@@ -147,14 +151,7 @@ def test_rewards_of_a_run_are_dpos_and_those_that_iterations_ranked_by(run):
 
 
 def test_a_loss_without_reference_has_a_reward_without_one(tmp_path):
-    base = make_model(tmp_path / "base")
-    store = make_run(tmp_path / "run", sera={"loss": "simpo"}, config={"base_model": str(base)})
-    for iteration in (1, 2, 3):
-        place = make_adapter(store.policy(iteration), base)
-        (place / "adapter_model.safetensors").write_text(f"theta_{iteration - 1}")
-        seal(place)
-    make_adapter(tmp_path / "run", base)
-    rewards, _ = find_rewards(find_models([str(tmp_path / "run")]))
+    rewards, _ = find_rewards(find_models([str(run_of_adapters(tmp_path, loss="simpo"))]))
     expected = {"run: implicit": {"run": 1.0}}
     expected["run: Eq. 17 in iteration 3"] = {"run@2": 0.7, "run@1": 0.3}
     assert described(rewards) == expected

@@ -1,5 +1,6 @@
 """Every shipped YAML, and every whole one in the docs, is one that the host's commands take."""
 
+import json
 import math
 import re
 import subprocess
@@ -77,6 +78,15 @@ def test_shipped_yaml_is_what_it_says(path, parse):
     if path.stem != "demo-cpu":
         gpus = math.prod(map(int, re.findall(r"(\d+)x", path.stem)))
         assert cfg.micro_batch_size * cfg.gradient_accumulation_steps * gpus == 16
+
+
+def test_the_notebooks_yaml_is_for_a_gpu_without_bf16(parse):
+    cells = json.loads((ROOT / "docs/sera_t4.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    [text] = [one for one in sources if one.startswith("%%writefile sera-t4.yaml\n")]
+    cfg = parse(text.partition("\n")[2])
+    assert (cfg.fp16, cfg.bf16, cfg.adapter, cfg.load_in_4bit) == (True, False, "qlora", True)
+    assert cfg.micro_batch_size * cfg.gradient_accumulation_steps == 16
 
 
 def test_the_demo_is_compared_with_plain_dpo_and_with_the_papers_reward(parse):

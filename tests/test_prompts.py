@@ -7,8 +7,6 @@ from functools import partial
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
-from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
@@ -27,7 +25,7 @@ from sera_plugin.host.unused import unused
 from sera_plugin.tools.report.page import write_report
 from sera_plugin.tools.report.pairs import describe_pair, show_pair
 from sera_plugin.tools.report.reading import Run, Texts, find_run
-from tests.conftest import make_config, table, write_rows
+from tests.conftest import table, write_rows
 
 ASKED = "<s> <|user|> {} <|assistant|>"
 #: A pair's row, and how its dataset is read.
@@ -37,15 +35,8 @@ CHAT = {"type": "chat_template.default", "field_messages": "prompt"}
 
 
 @pytest.fixture
-def prepare(world, tmp_path):
+def prepare(with_template, tmp_path):
     """The prompts that a run with these entries and rows samples, as text; and what is logged."""
-    path = tmp_path / "config.yaml"
-    config = make_config(world.directory, path.parent) | {"chat_template": "tokenizer_default"}
-    path.write_text(yaml.safe_dump(config | {"test_datasets": None}), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_instance", "_cfg"):
-            patch.setattr(PluginManager, name, None)
-        parsed = load_cfg(str(path))
 
     def run(rows, how=None, data=None, held_out=(), name="prompts.jsonl", **keys):
         write_rows(tmp_path / name, rows)
@@ -54,9 +45,9 @@ def prepare(world, tmp_path):
         entry = {"path": str(tmp_path / name), **here, **(how or {})}
         dataset = {"path": str(tmp_path / "pairs.jsonl"), **here, **(data or {"type": BLOCK})}
         keys |= {"datasets": [dataset], "dataset_prepared_path": str(tmp_path / "prepared")}
-        block = {**parsed.sera, "prompts": [entry], **keys.pop("block", {})}
+        block = {**with_template.sera, "prompts": [entry], **keys.pop("block", {})}
         keys |= {"dataset_num_proc": None, "sera": block}
-        cfg = DictDefault({**parsed.to_dict(), **keys})
+        cfg = DictDefault({**with_template.to_dict(), **keys})
         name_types(cfg)
         loaded, tokenizer = load_pairs(cfg), load_tokenizer(cfg)
         ends = [tokenizer.eos_token_id]

@@ -2,9 +2,6 @@
 
 import pyarrow as pa
 import pytest
-import yaml
-from axolotl.cli.config import load_cfg
-from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 
@@ -15,7 +12,7 @@ from sera_plugin.data.text import TEXTS
 from sera_plugin.data.unpaired import ALONE, pair_up
 from sera_plugin.host.config import name_types, restore_entries
 from sera_plugin.host.datasets import load_pairs
-from tests.conftest import make_config, write_rows
+from tests.conftest import write_rows
 
 
 def rows(*given):
@@ -91,15 +88,8 @@ def test_an_answer_that_says_nothing_takes_nobodys_partner():
 
 
 @pytest.fixture
-def prepare(world, tmp_path):
+def prepare(with_template, tmp_path):
     """Texts of the pairs that a run has of a dataset, and what became of the other rows."""
-    path = tmp_path / "config.yaml"
-    config = make_config(world.directory, path.parent) | {"chat_template": "tokenizer_default"}
-    path.write_text(yaml.safe_dump(config | {"test_datasets": None}), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_instance", "_cfg"):
-            patch.setattr(PluginManager, name, None)
-        parsed = load_cfg(str(path))
 
     def run(given, kind=None, name="kto.jsonl", bad_rows="drop", more=(), **entry):
         write_rows(tmp_path / name, given)
@@ -107,8 +97,8 @@ def prepare(world, tmp_path):
         entry |= {"type": kind} if kind else {}
         keys = {"datasets": [entry, *more], "dataset_num_proc": None}
         keys |= {"dataset_prepared_path": str(tmp_path / "prepared")}
-        keys |= {"sera": {**parsed.sera, "bad_rows": bad_rows}}
-        cfg = DictDefault({**parsed.to_dict(), **keys})
+        keys |= {"sera": {**with_template.sera, "bad_rows": bad_rows}}
+        cfg = DictDefault({**with_template.to_dict(), **keys})
         restore_entries(cfg, {"datasets": keys["datasets"]})
         name_types(cfg)
         loaded, tokenizer = load_pairs(cfg).train_dataset, load_tokenizer(cfg)

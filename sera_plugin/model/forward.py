@@ -310,9 +310,6 @@ def _ends_of(sizes: Sequence[int], device: torch.device | str) -> dict[str, Any]
 
     Or transformers 5.16 looks for it in the positions, and waits for a GPU in every layer.
     """
-    ends, longest = np.cumsum([0, *sizes], dtype=np.int32), max(sizes)
-    found: dict[str, Any] = {}
-    for side in "qk":
-        found[f"cu_seq_lens_{side}"] = torch.from_numpy(ends).to(device)
-        found[f"max_length_{side}"] = longest
-    return found
+    ends = torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)).to(device)
+    found: dict[str, Any] = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
+    return found | dict.fromkeys(("max_length_q", "max_length_k"), max(sizes))
