@@ -199,7 +199,8 @@ sera: {labeler: [implicit, function], function: 'a.py:f', reward: paper}
 sera: {labeler: [implicit, function], function: 'a.py:f', held_out: 0} => held_out: 0 | Remove
 sera: {labeler: [implicit, judge], judge: {base_url: 'http://x/v1', model: m}}
     => judge.mode: pairwise | mode: single
-sera: {prompts: [p.jsonl]} => sera.prompts.0: 'p.jsonl' | dictionary
+sera: {prompts: [{path: q}, p.jsonl]} => sera.prompts: 'p.jsonl' is no entry | `- path: p.jsonl`
+sera: {prompts: [3]} => sera.prompts.0: 3 | dictionary
 sera: {prompts: [{path: p, field_mesages: x}]} => sera.prompts[0].field_mesages | `field_messages`
 sera: {prompts: [{split: train}]} => sera.prompts[0].path: null | name a file
 sera: {candidates: 1} => candidates: 1 | Raise candidates to 2

@@ -229,11 +229,11 @@ class SeraConfig(Block):
     @field_validator("prompts", mode="before")
     @classmethod
     def _is_list(cls, value: object) -> object:
-        if isinstance(value, str):
-            raise ValueError(
-                f"{quoted(value)} is no entry. Write `- path: {plain(value)}` below it."
-            )
-        return [value] if isinstance(value, dict) else value or ()
+        several = isinstance(value, (list, tuple))
+        entries: Any = value if several else () if value is None else [value]
+        for text in (one for one in entries if isinstance(one, str)):
+            raise ValueError(f"{quoted(text)} is no entry. Write `- path: {plain(text)}` below it.")
+        return entries
 
     @field_validator("judge", mode="before")
     @classmethod
