@@ -129,6 +129,14 @@ def test_answers_from_a_file(tmp_path):
     assert texts_of(given(path, prompts_of(*"acbaa"))) == ["A1", None, "B", "A2", "A2"]
 
 
+def test_answers_of_several_turns_are_as_long_as_what_was_said(tmp_path):
+    path = tmp_path / "base.jsonl"
+    path.write_text(json.dumps({"question_id": 7, "choices": [{"turns": ["A", " BC\n"]}]}))
+    found = given(path, [Prompt(("a", "b"), "", 0, {"question_id": 7})])
+    assert texts_of(found) == ["[Turn 1]\nA\n\n[Turn 2]\nBC"]
+    assert [answer.chars for answer in found] == [3]
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -171,25 +171,25 @@ def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
     `model_answer/NAME.jsonl` (Arena-Hard, MT-Bench) to the row with its `uid` or `question_id`. A
     ValueError names the row and the field that is wrong, or says that no row belongs to a prompt.
     """
-    outputs: dict[tuple[str, Any], list[str]] = {}
+    outputs: dict[tuple[str, Any], list[Answer]] = {}
     for row, content in enumerate(rows_of(path)):
-        key, name, text = _given(content)
-        for field_name, value in ((key, name), ("output", text)):
+        key, name, texts = _given(content)
+        for field_name, value in ((key, name), *(("output", text) for text in texts)):
             if not isinstance(value, str):
                 raise ValueError(
                     f"{path}: row {row}: {field_name} is {quoted(value)}, not text. A file of "
                     "answers has `instruction` and `output` in each row, or is one that the judges "
                     "of Arena-Hard or MT-Bench read."
                 )
-        outputs.setdefault((key, name.strip()), []).append(text.strip())
+        answer = Answer(tuple(Turn(text.strip(), 0, "given") for text in texts))
+        outputs.setdefault((key, name.strip()), []).append(answer)
     found: list[Answer | None] = []
     for prompt in prompts:
         names = [("instruction", prompt.question.strip())]
         names += [(key, str(prompt.content[key])) for key in _IDS if key in prompt.content]
-        texts = next((outputs[one] for one in names if one in outputs), [])
+        answers = next((outputs[one] for one in names if one in outputs), [])
         # As many rows as prompts of the same text: each has its own.
-        text = texts.pop(0) if len(texts) > 1 else texts[0] if texts else None
-        found.append(None if text is None else Answer((Turn(text, 0, "given"),)))
+        found.append(answers.pop(0) if len(answers) > 1 else answers[0] if answers else None)
     if not any(found):
         raise ValueError(f"{path}: no row answers any of these prompts. Is it of another set?")
     return found
@@ -199,21 +199,21 @@ def given(path: Path, prompts: Sequence[Prompt]) -> list[Answer | None]:
 _IDS = ("uid", "question_id")
 
 
-def _given(row: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """What a row of answers names its prompt by, that name, and the answer, None where one is not
-    as it should be (see `exports.benchmark_answers`)."""
+def _given(row: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
+    """What a row of answers names its prompt by, that name, and the answer's turns, None for what
+    is not as it should be (see `exports.benchmark_answers`)."""
     key = next((key for key in _IDS if key in row and "instruction" not in row), "instruction")
     if key == "instruction":
-        return key, row.get(key), row.get("output")
+        return key, row.get(key), [row.get("output")]
     try:
         if key == "uid":
-            return key, str(row[key]), row["messages"][-1]["content"]["answer"]
+            return key, str(row[key]), [row["messages"][-1]["content"]["answer"]]
         turns = [
             one["content"] if isinstance(one, dict) else one for one in row["choices"][0]["turns"]
         ]
-        return key, str(row[key]), _joined(turns)
+        return key, str(row[key]), turns
     except (KeyError, IndexError, TypeError):
-        return key, str(row[key]), None
+        return key, str(row[key]), [None]
 
 
 def sampled(
