@@ -221,7 +221,8 @@ def _iterations(run: Run, found: Figures) -> str:
     for one in found["iterations"]:
         counts, lengths, drift = one["pairs"] or {}, one["lengths"], one["drift"] or {}
         held_out = one["held_out"] or {}
-        followed = (one.get("reward") or {}).get("followed")
+        # What ranked the samples, where several labelers' scores are mixed with the reward.
+        followed = (one.get("mixed") or one.get("reward") or {}).get("followed")
         rows.append([
             str(one["iteration"]),
             number(counts.get("trained"), ",d"),
