@@ -61,6 +61,12 @@ def test_every_shipped_yaml_and_the_hosts_own_are_right(problem):
         assert problem(yaml.load(path.read_text(), Loader)) == "", path
 
 
+def test_short_forms_of_the_block_are_right_too(problem, good):
+    block = {"labeler": "function", "score_columns": ["id"], "function": "checks.py:score"}
+    for keys in (block, {"prompts": {"path": "p.jsonl"}}, {"prompts": [{"path": "p.jsonl"}]}):
+        assert problem({**good, "sera": keys, "apply_chat_template": True}) == ""
+
+
 @pytest.mark.parametrize(
     ("change", "where", "said"),
     [

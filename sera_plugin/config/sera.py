@@ -46,6 +46,7 @@ _OUR_COLUMNS = frozenset(
 LossName: TypeAlias = Literal[tuple(LOSSES)]  # type: ignore[valid-type]
 SelectionName: TypeAlias = Literal[tuple(SELECTIONS)]  # type: ignore[valid-type]
 LabelerName: TypeAlias = Literal[tuple(LABELERS)]  # type: ignore[valid-type]
+_Prompts: TypeAlias = dict[str, Any] | list[dict[str, Any]] | None
 
 
 class SeraConfig(Block):
@@ -226,7 +227,7 @@ class SeraConfig(Block):
     def _is_known(cls, value: object) -> object:
         return known_labelers(value)
 
-    @field_validator("prompts", mode="before")
+    @field_validator("prompts", mode="before", json_schema_input_type=_Prompts)
     @classmethod
     def _is_list(cls, value: object) -> object:
         several = isinstance(value, (list, tuple))
@@ -240,7 +241,7 @@ class SeraConfig(Block):
     def _hides_secrets(cls, block: object) -> object:
         return JudgeConfig.parse(block, "") if isinstance(block, dict) else block
 
-    @field_validator("function", mode="before")
+    @field_validator("function", mode="before", json_schema_input_type=str | FunctionConfig | None)
     @classmethod
     def _is_call(cls, value: object) -> object:
         return FunctionConfig.read(value)

@@ -23,6 +23,8 @@ _PREFIXES = {"fsdp_config.": "fsdp_"}
 #: Keys that never do anything, which nobody is advised to use.
 NEVER = {key for one in REFUSALS if not (one.when or one.values) for key in one.keys.split(", ")}
 NEVER |= {key for keys in UNUSED for key in keys.split(", ")}
+#: Keys that no model of the host's has, and `axolotl lm-eval` reads from the YAML.
+OF_LM_EVAL = ("apply_chat_template", "fewshot_as_multiturn")
 
 
 def unused(cfg: Mapping[str, Any], entries: Mapping[str, Any]) -> Iterator[str]:
@@ -144,7 +146,7 @@ def _is_ours(key: str) -> bool:
 
     commands = (PreprocessCliArgs, TrainerCliArgs)
     options = {option.name for command in commands for option in dataclasses.fields(command)}
-    return key in {"sera", *options, *NEVER}
+    return key in {"sera", *options, *NEVER, *OF_LM_EVAL}
 
 
 def _fields(models: Iterable[type[BaseModel]]) -> dict[str, FieldInfo]:

@@ -21,6 +21,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from sera_plugin.config.host_keys import HOST_KEYS
 from sera_plugin.config.sera import SeraArgs
 from sera_plugin.host.keys import REFUSALS, UNUSED
+from sera_plugin.host.unused import OF_LM_EVAL
 from sera_plugin.rundir.writing import write_text
 
 #: Tells a schema of ours from any other file.
@@ -63,6 +64,7 @@ def config_schema() -> dict[str, Any]:
                 host = keys[name].get("description", "")
                 keys[name]["description"] = f"{host}\n\nWith rl: sera: {meaning}".lstrip()
     del keys["sera_entries"]  # not for a YAML
+    keys |= {name: {"type": "boolean", "description": "Read by lm-eval."} for name in OF_LM_EVAL}
     schema["$defs"]["RLType"]["enum"].append("sera")
     keys["plugins"]["anyOf"][0]["items"]["examples"] = sorted(plugins)  # offered, not demanded
     for definition in schema["$defs"].values():
