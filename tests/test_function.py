@@ -141,8 +141,9 @@ def test_it_takes_columns_of_the_row_by_their_names(make):
     for name, columns, said in (
         ("by_column", ("weight",), r"takes 'reference' beside .*sera.score_columns \('weight'\)"),
         ("by_column", (), r"takes 'reference' .*it is empty"),
-        ("asks", (), r"checks.py cannot be imported: TypeError: it does not take a question and"),
-        ("none", (), r"checks.py has no function 'none'"),
+        ("by_column", None, r"takes 'reference' .*nothing else is given here. Give"),
+        ("asks", (), r"checks.py:asks has to take two arguments: a question .of a check: the pr"),
+        ("none", (), r"checks.py:none is no function of that file"),
     ):
         with pytest.raises(ValueError, match=said):
             make(name, columns)

@@ -171,13 +171,13 @@ def make_judge(
     spec: str | JudgeConfig | FunctionConfig,
     journal: Journal,
     room: Room = no_room,
-    columns: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
 ) -> Judge:
     """The judge that is configured or named, which keeps what it says in the journal.
 
     A name is a YAML file with an API judge, a directory with a reward model, or a function as
     `module:function` or `file.py:function`. `room` is for a reward model, `columns` are those that
-    a function may take.
+    a function may take, None for there are none.
 
     ValueError if it is none of these or cannot be used; JudgeFailed without an API judge's key.
     """

@@ -110,41 +110,43 @@ class FunctionJudge(ScoringJudge):
     """Scores an answer with `function(question, answer)`, and columns of its row by their names.
 
     A call that gives no number leaves the answer without a score, and is counted and named; a
-    function that fails nearly always is a JudgeFailed. Scores are kept with the file as it is.
+    function that fails nearly always is a JudgeFailed; `columns` None is of no run. Scores are
+    kept with the file as it is.
 
     Raises:
         ValueError: where the function cannot be imported, or takes what is none of `columns`.
     """
 
     def __init__(
-        self, config: FunctionConfig, journal: Journal, columns: Sequence[str] = ()
+        self, config: FunctionConfig, journal: Journal, columns: Sequence[str] | None = None
     ) -> None:
         super().__init__(config.call, {"function": config.call})
         self._config, self._journal = config, journal
         self._identity = key_of("function", config.call, _content(config.call))
-        place = config.call.rpartition(":")[0]
         first = _Process(config)
         takes = first.takes
         first.end()
         if problem := takes.get("problem"):
-            if problem.startswith("LookupError: it has no"):
-                raise ValueError(f"{place} {problem.removeprefix('LookupError: it ')}.")
+            if problem.startswith("LookupError: it "):
+                raise ValueError(f"{config.call} {problem.removeprefix('LookupError: it ')}.")
             raise ValueError(
-                f"{place} cannot be imported: {problem}. A module has to be installed; a file is "
-                "named with its path, which starts in the working directory if it is relative, and "
-                "its ending: file.py:function."
+                f"{config.call.rpartition(':')[0]} cannot be imported: {problem}. A module has to "
+                "be installed; a file is named with its path, which starts in the working "
+                "directory if it is relative, and its ending: file.py:function."
             )
-        if unknown := [name for name in takes["needs"] if name not in columns]:
+        if unknown := [name for name in takes["needs"] if name not in (columns or ())]:
+            known = "nothing else is given here. Give"
+            if columns is not None:
+                named = ", ".join(map(quoted, columns)) or "it is empty"
+                known = f"that is no column of sera.score_columns ({named}). Name it there, or give"
             raise ValueError(
                 f"{config.call} takes {', '.join(map(quoted, unknown))} beside question and "
-                "answer, and that is no column of sera.score_columns "
-                f"({', '.join(map(quoted, columns)) or 'it is empty'}). Name it there, or give the "
-                "parameter a default."
+                f"answer, and {known} the parameter a default."
             )
-        named = {*takes["needs"], *takes["takes"]}
+        read = {*takes["needs"], *takes["takes"]}
         self.reads_rows = bool(columns)
         #: Of the columns those that it takes.
-        self._columns = [name for name in columns if takes["any"] or name in named]
+        self._columns = [name for name in columns or () if takes["any"] or name in read]
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`. None from the function is a missing verdict."""

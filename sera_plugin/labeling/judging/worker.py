@@ -33,7 +33,7 @@ def load(spec: str) -> Callable[..., Any]:
         module = importlib.import_module(place)
     function = getattr(module, name, None)
     if not callable(function):
-        raise LookupError(f"it has no function {name!r}")
+        raise LookupError("it is no function of that file or module")
     return function
 
 
@@ -46,7 +46,8 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
         return found
     first = [one for one in every if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     if len(first) < 2 and not any(one.kind is one.VAR_POSITIONAL for one in every):
-        raise TypeError("it does not take a question and an answer")
+        what = "a question (of a check: the prompt's row) and an answer to it"
+        raise LookupError(f"it has to take two arguments: {what}")
     for one in every:
         if one.kind is one.VAR_KEYWORD:
             found["any"] = True
