@@ -176,7 +176,12 @@ def _remarks(found: Evaluation) -> Iterable[tuple[float, str]]:
         asked = total * len(found.entries)
         yield (
             usage.unparsed / asked,
-            f"{usage.unparsed} verdicts could not be read and are missing.",
+            f"{usage.unparsed} verdicts could not be read, or were None, and are missing.",
+        )
+        yield (
+            usage.failed / asked,
+            f"{usage.failed} answers have no score: the function raised, ended its process, took "
+            "too long or gave no finite number.",
         )
         yield (
             usage.refused / asked,
