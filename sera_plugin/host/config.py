@@ -104,8 +104,8 @@ def _name_what_lm_eval_evaluates(cfg: MutableMapping[str, Any]) -> None:
     """
     if LM_EVAL not in (cfg.get("plugins") or ()):
         return
-    trained = cfg.get("output_dir")
-    if trained and cfg.get("lm_eval_model") is None:
+    trained = cfg.get("output_dir") or "./model-out"  # the host's default
+    if cfg.get("lm_eval_model") is None:
         adapter = f"{cfg.get('base_model')},peft={trained}"
         cfg["lm_eval_model"] = adapter if cfg.get("adapter") else trained
     if os.environ.get("RANK", "0") != "0":

@@ -130,6 +130,8 @@ def _paired(
     kept = [name for name in table.column_names if name not in (completion, label, *answers)]
     pairs = pa.table({name: table[name].take(found.rows) for name in kept} | answers)
     entry.update({f"field_{name}": name for name in answers})
+    if "messages" not in kept and "prompt" in kept:
+        entry.field_messages = entry.field_messages or "prompt"
     if block:
         form = block.get("completion_format") or "{completion}"
         known = ("field_prompt", "field_system", "prompt_format")
@@ -161,7 +163,9 @@ def _prompt_column(cfg: DictDefault, index: int, dataset: Dataset) -> tuple[str,
     likely = next((one for one in ("prompt", "messages") if one in names), "prompt")
     key, column = "field_messages", str(entry.field_messages or likely)
     if isinstance(kind, dict):
-        key, column = "type.field_prompt", kind.get("field_prompt") or "prompt"
+        key = key if entry.field_messages else "type.field_prompt"
+        column = str(entry.field_messages or kind.get("field_prompt") or "prompt")
+        entry.type = {**kind, "field_prompt": column}
     elif kind in MESSAGE_TYPES:
         entry.update({"type": "chat_template.default", "field_messages": column})
     elif kind not in (None, "passthrough.default"):
