@@ -12,6 +12,10 @@
     pairs.forEach((pair, index) => {
       pair.hidden = !words.every((word) => texts[index].includes(word));
       found += !pair.hidden;
+      for (const more of pair.querySelectorAll("details.more")) {
+        const rest = more.textContent.toLowerCase();
+        more.open = words.some((word) => rest.includes(word));
+      }
     });
     for (const group of groups) {
       group.hidden = !group.querySelector("article:not([hidden])");
