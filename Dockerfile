@@ -1,6 +1,6 @@
 # Axolotl's own image with SeRA in it (docs/install.md):
 #   docker build -t sera .
-#   docker run --gpus all -v $PWD:/data -w /data sera axolotl train config.yaml
+#   docker run --gpus all --ipc=host -v "$PWD":/data -w /data sera axolotl train config.yaml
 ARG AXOLOTL=axolotlai/axolotl-uv:0.19.0
 FROM ${AXOLOTL}
 

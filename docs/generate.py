@@ -36,7 +36,7 @@ def _kinds(annotation: Any) -> list[str]:
         JudgeConfig | None: "block of keys",
         FunctionConfig | None: "file.py:function, or a block of keys",
         tuple[dict[str, Any], ...]: "list of datasets",
-        tuple[LabelerName, ...]: "list of these",
+        tuple[LabelerName, ...]: "list of `implicit` and then others that score",
     }
     if annotation in names:
         return [names[annotation]]
@@ -85,8 +85,9 @@ def render() -> str:
         lines.append(f"| `{name}` | `{default(field)}` | {allowed} | {meaning} |")
     lines += [
         "",
-        "`bootstrap_ratio` needs `ceil(bootstrap_ratio)` disjoint pairs a prompt, and `candidates`",
-        "give `candidates // 2`: asking for more is an error that says which number to raise. What",
+        "`bootstrap_ratio` needs `ceil(bootstrap_ratio)` disjoint pairs a prompt (fewer where",
+        "`prompts` brings others), and `candidates` give `candidates // 2`: asking for more is an",
+        "error that says which number to raise. What",
         "`selection`, `labeler`, `reference` and length control make of a run is in systems.md.",
         "",
         "## Host keys that SeRA reads",

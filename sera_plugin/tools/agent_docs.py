@@ -48,8 +48,8 @@ output_dir: ./outputs/my-run
 ## In this order
 
 1. `python -m sera_plugin plan config.yaml --json`: checks the YAML and the data without loading
-   weights. Exit code 0: it runs here; 1: it does not fit into the GPU's memory; 2: the YAML or
-   the data cannot be used, the last line says why.
+   weights. Exit code 0: it fits, or there is no GPU here (then give `--gpu GIB`); 1: it does
+   not fit into the GPU's memory; 2: the YAML or the data cannot be used, the last line says why.
 2. `axolotl train config.yaml --launcher python`. With `auto_resume_from_checkpoints: true` in the
    YAML the same command continues after a crash.
 3. `python -m sera_plugin report outputs/my-run --json`: the figures of a run, also of one that is

@@ -40,7 +40,7 @@ Examples:
 @click.option(
     "--judge",
     help="judge.yaml (an API judge), module:function or file.py:function, or the directory of a "
-    "reward model. Without one, answers are sampled and exported only.",
+    "reward model. Without judge and check, answers are only sampled and exported.",
 )
 @click.option(
     "--check",
