@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from sera_plugin.rundir.checksums import seal
 from sera_plugin.rundir.store import RunStore, write_json
 from sera_plugin.tools.demo.base_model import build_tokenizer, load_model
 from sera_plugin.tools.evaluation.answers import NO_ROOM, Decoding, Prompt, Turn, read_prompts
+from sera_plugin.tools.evaluation.chat import Chat
 from sera_plugin.tools.evaluation.engine import Engine
 from sera_plugin.tools.evaluation.models import Model, find_models
 from tests.conftest import write_rows
@@ -263,6 +265,21 @@ def test_temperature_0_takes_the_likeliest_token(sample, world):
         out = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
     assert answer.text == tokenizer.decode(out, skip_special_tokens=True)
     assert answer.tokens == len(out)
+
+
+def test_a_model_is_asked_with_the_one_bos_that_training_has(world, tmp_path):
+    """The tokenizer adds one; a template may write one too, or none."""
+    tokenizer = build_tokenizer()
+    adds = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds
+    shutil.copy(world.base / "config.json", tmp_path)
+    for start in ("<s> ", ""):
+        tokenizer.chat_template = start + "<|user|> {{ messages[0]['content'] }} <|assistant|>"
+        tokenizer.save_pretrained(tmp_path)
+        chat = Chat(Model("m", "m", str(tmp_path)), None)
+        asked = chat.prompt(("a b",))
+        assert tokenizer.decode(asked) == "<s> <|user|> a b <|assistant|>"
+        assert chat.answered("a b", "c")[0].tolist() == asked
 
 
 def test_a_resumed_sample_is_the_one_it_would_have_been(sample):

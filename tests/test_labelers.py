@@ -1,7 +1,7 @@
 """Judges and a policy that judges itself, on answers made by hand."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -137,10 +137,13 @@ SAID = {"a": "Score: 4", "b": "It is fine. Score: 1", "c": "no idea", "d": "Scor
 
 
 class Letters(Words):
+    bos_token_id = None
+    added_tokens_decoder: ClassVar = {}
+
     def decode(self, ids, skip_special_tokens=False):
         return SAID.get(chr(ids[0]), f"answer {ids[0]}")
 
-    def __call__(self, text):
+    def __call__(self, text, **options):
         return {"input_ids": [1] * (90 if "answer 2" in text else 5)}
 
 

@@ -15,6 +15,7 @@ from sera_plugin.algorithm.fit import judged
 from sera_plugin.algorithm.method import DATASET, Labeler, Ranked, TokenIds
 from sera_plugin.algorithm.rewards import FloatArray
 from sera_plugin.config.quoting import quoted
+from sera_plugin.data.dataset import RowTokenizer
 from sera_plugin.labeling.judging import (
     Answered,
     Comparison,
@@ -248,13 +249,15 @@ class SelfJudge(Labeler):
             **SELF_JUDGED,
         ).within(sampler.longest)
         template, conversation = read_template("additive"), Conversation(self.tokenizer)
+        tokenizer = RowTokenizer(self.tokenizer, ranked.settings.end_ids)
 
         def asking(index: int) -> TokenIds:
             texts = {
                 "question": conversation.question(ranked.prompts[index]),
                 "answer": conversation.answer(ranked.answers[index]),
             }
-            return np.array(conversation.prompt(fill(template, texts)), dtype=np.int32)
+            text = conversation.asked(fill(template, texts))
+            return np.array(tokenizer.prompt(text), dtype=np.int32)
 
         total, longest = len(ranked.answers), settings.max_length
         numbers = ranked.answers.numbered(ranked.per_prompt).ravel()
@@ -340,9 +343,6 @@ class Conversation:
         """An answer's text."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
-    def prompt(self, question: str) -> list[int]:
-        """A question as the policy is asked it: token ids, ready for its answer."""
-        if self._around is None:
-            return list(self.tokenizer(question)["input_ids"])
-        text = self._templated(question)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def asked(self, question: str) -> str:
+        """A question as the policy is asked it, ready for its answer."""
+        return question if self._around is None else self._templated(question)

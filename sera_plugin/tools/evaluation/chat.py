@@ -55,34 +55,26 @@ class Chat:
         return [token for token in first if token in self.tokenizer.all_special_ids]
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The token ids after which the model answers."""
-        if self._format is not None:
-            return self._rows.prompt(self._formatted(conversation))
-        ids: list[int] = self._templated(conversation, tokenize=True, return_dict=False)
-        return ids
+        """The token ids after which the model answers, as training has them."""
+        return self._rows.prompt(self._text(conversation))
 
     def answered(self, question: str, answer: str) -> tuple[IntArray, IntArray]:
         """The token ids of a question and of an answer to it with its end, as training has them.
 
         A RowError for an answer that spells a token which ends it and has no other spelling.
         """
-        if self._format is None:
-            text = str(self._templated((question,), tokenize=False))
-        else:
-            text = self._formatted((question,))
+        text = self._text((question,))
         ids = self._rows.completion(text, answer)
         end = np.asarray(self.end_ids[:1], dtype=np.int32)
         completion = self._rows.finish(ids, self.end_ids)[0] if ids else end
         return np.asarray(self._rows.prompt(text), dtype=np.int32), completion
 
-    def _templated(self, conversation: Conversation, **how: Any) -> Any:
-        roles = ("user", "assistant")
-        turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(conversation)]
-        how |= {"add_generation_prompt": True, **self._model.template_kwargs}
-        return self.tokenizer.apply_chat_template(turns, **how)
-
-    def _formatted(self, conversation: Conversation) -> str:
-        assert self._format is not None
+    def _text(self, conversation: Conversation) -> str:
+        if self._format is None:
+            roles = ("user", "assistant")
+            turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(conversation)]
+            how = {"add_generation_prompt": True, **self._model.template_kwargs, "tokenize": False}
+            return str(self.tokenizer.apply_chat_template(turns, **how))
         if len(conversation) > 1:
             raise ValueError(
                 "--prompt-format: prompts of several turns need the chat template of "
