@@ -10,7 +10,6 @@ from sera_plugin.config.block import JudgeConfig, read_judge
 from sera_plugin.labeling.judging import (
     PLACES,
     Answered,
-    Comparison,
     JudgeFailed,
     ScoringJudge,
     Usage,
@@ -178,10 +177,12 @@ def test_a_function_in_a_file_judges(tmp_path):
     )
     judge = make_judge(f"{path}:length", Journal(tmp_path / "judge.jsonl"))
     assert isinstance(judge, ScoringJudge)
-    pairs = (("long", "no"), ("no", "long"), ("one", "two"), ("hm", "long"), ("same", "same"))
-    verdicts = dict(judge.compare([Comparison("q", *pair) for pair in pairs]))
-    assert [verdicts[i].outcome for i in range(5)] == [1.0, 0.0, 0.5, None, 0.5]
+    answers = ["long", "no", "two", "hm", "long"]
+    scores = dict(judge.score_all([Answered("q", answer) for answer in answers]))
+    assert scores == {0: 4.0, 1: 2.0, 2: 3.0, 3: None, 4: 4.0}
     assert judge.usage == Usage(unparsed=1)
+    pairs = ((4.0, 2.0), (2.0, 4.0), (3.0, 3.0), (None, 4.0), (4.0, None))
+    assert [by_scores(*pair).outcome for pair in pairs] == [1.0, 0.0, 0.5, None, None]
     module = make_judge(
         "sera_plugin.tools.demo.world:true_reward", Journal(tmp_path / "module.jsonl")
     )

@@ -129,7 +129,7 @@ class Judge:
 
 
 class ScoringJudge(Judge):
-    """A judge that gives each answer a number; the larger one wins, equal ones tie."""
+    """A judge that gives each answer a number in place of comparing two; see `by_scores`."""
 
     #: Whether it reads `Answered.about`.
     reads_rows = False
@@ -147,17 +147,6 @@ class ScoringJudge(Judge):
         for index, score in self.score(list(places)):
             for place in of_each[index]:
                 yield place, score
-
-    def compare(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
-        """See `Judge.compare`."""
-        firsts = [Answered(one.question, one.first) for one in comparisons]
-        seconds = [Answered(one.question, one.second) for one in comparisons]
-        scores: dict[int, float | None] = {}
-        for side, score in self.score_all(firsts + seconds):
-            scores[side] = score
-            index = side % len(firsts)
-            if index in scores and index + len(firsts) in scores:
-                yield index, by_scores(scores[index], scores[index + len(firsts)])
 
 
 def by_scores(first: float | None, second: float | None) -> Verdict:
