@@ -100,8 +100,8 @@ def model_card(
     sections = [
         f"# {in_markdown(title, 120)}",
         _introduction(run, policy, kept, last),
-        *_section("How it was trained", _training(run, found, pairs)),
-        *_section("Iterations", _iterations(run, found)),
+        *_section("How it was trained", _training(run, pairs)),
+        *_section("Iterations", _iterations(found)),
         *_section("Alarms", _alarms(found)),
         *_section("Pairs that it made", _samples(run)),
         *_section("Use", _use(run, name, revision, adapter)),
@@ -163,7 +163,7 @@ def _introduction(run: Run, policy: int, kept: int, last: int) -> str:
     return "\n\n".join(lines)
 
 
-def _training(run: Run, found: Figures, pairs: str | None) -> str:
+def _training(run: Run, pairs: str | None) -> str:
     settings, described, config = run.settings, run.description, run.config
     hub, local = datasets_of(run)
     names = [f"[`{one}`](https://huggingface.co/datasets/{one})" for one in hub]
@@ -216,7 +216,7 @@ def _training(run: Run, found: Figures, pairs: str | None) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _iterations(run: Run, found: Figures) -> str:
+def _iterations(found: Figures) -> str:
     rows = []
     for one in found["iterations"]:
         counts, lengths, drift = one["pairs"] or {}, one["lengths"], one["drift"] or {}

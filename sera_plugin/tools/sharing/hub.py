@@ -188,17 +188,13 @@ def _make(api: HfApi, kind: str, name: str, public: bool, say: Callable[[str], N
 
 def _with_license(upload: Upload, there: Mapping[str, Any]) -> Upload:
     """What people have written into the metadata of the card on the hub stays."""
-    card = ModelCard(_text(upload.files[CARD]))
+    card = ModelCard(bytes(upload.files[CARD]).decode())
     told = {key: there[key] for key in _KEPT_OF_CARD if there.get(key) is not None}
     if not told:
         return upload
     for key, value in told.items():
         setattr(card.data, key, value)
     return replace(upload, files={**upload.files, CARD: str(card).encode()})
-
-
-def _text(content: Path | bytes) -> str:
-    return content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")
 
 
 def _commit(api: HfApi, one: Upload) -> str:
