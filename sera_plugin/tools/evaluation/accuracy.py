@@ -12,7 +12,7 @@ from sera_plugin import __version__
 from sera_plugin.tools.evaluation.results import FORMAT_VERSION
 from sera_plugin.tools.evaluation.rewards import CATEGORIES, Labelled, Ranking
 from sera_plugin.tools.evaluation.tables import best_of, percent, shares_table, told, within
-from sera_plugin.tools.evaluation.winrate import FloatArray, share
+from sera_plugin.tools.evaluation.winrate import FloatArray, by_group, share
 from sera_plugin.tools.report.output import Table, fill, number, shown_name
 
 
@@ -27,9 +27,7 @@ def figures(
     subsets = np.array([pair.subset for pair in pairs], dtype=object)
     rewards: list[dict[str, Any]] = []
     for ranking, outcome in found:
-        of_subset = {
-            name: asdict(share(outcome[subsets == name])) for name in dict.fromkeys(subsets)
-        }
+        of_subset = by_group(share, outcome, subsets)
         accuracies = {name: one["rate"] for name, one in of_subset.items() if one["number"]}
         categories = by_category(accuracies)
         rewards.append(

@@ -201,7 +201,7 @@ _IDS = ("uid", "question_id")
 
 def _given(row: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
     """What a row of answers names its prompt by, that name, and the answer's turns, None for what
-    is not as it should be (see `exports.benchmark_answers`)."""
+    is not as it should be (see `benchmark_answers`)."""
     key = next((key for key in _IDS if key in row and "instruction" not in row), "instruction")
     if key == "instruction":
         return key, row.get(key), [row.get("output")]
@@ -214,6 +214,31 @@ def _given(row: Mapping[str, Any]) -> tuple[str, Any, list[Any]]:
         return key, str(row[key]), turns
     except (KeyError, IndexError, TypeError):
         return key, str(row[key]), [None]
+
+
+def benchmark_answers(
+    name: str, prompts: Sequence[Prompt], answers: Sequence[Answer | None]
+) -> Iterator[dict[str, Any]]:
+    """Lines of `model_answer/NAME.jsonl`, for prompts whose rows are of a benchmark that has one.
+
+    Rows with `uid` are Arena-Hard's since version 2.0 of its code (its `gen_judgment.py`); those
+    with `question_id` and `turns` its older ones, where a turn is a block with `content`, or
+    MT-Bench's (FastChat's `llm_judge`), where a turn is a text.
+    """
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = prompt.content
+        if answer is None:
+            continue
+        if "uid" in row and len(prompt.turns) == 1:
+            said = {"role": "assistant", "content": {"answer": answer.text}}
+            asked = {"role": "user", "content": prompt.question}
+            yield {"uid": row["uid"], "model": name, "messages": [asked, said]}
+        elif "question_id" in row and isinstance(row.get("turns"), list):
+            of_blocks = isinstance(row["turns"][0], dict)
+            texts = [turn.text for turn in answer.turns]
+            turns = [{"content": text} for text in texts] if of_blocks else texts
+            choices = [{"index": 0, "turns": turns}]
+            yield {"question_id": row["question_id"], "model_id": name, "choices": choices}
 
 
 def sampled(

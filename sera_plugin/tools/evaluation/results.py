@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,15 +15,16 @@ from sera_plugin.config.block import JudgeConfig
 from sera_plugin.labeling.judging import Judge, Verdict
 from sera_plugin.tools.evaluation.answers import Answer, Decoding, Prompt
 from sera_plugin.tools.evaluation.models import Model
-from sera_plugin.tools.evaluation.tables import best_of, check_tables, told
+from sera_plugin.tools.evaluation.tables import best_of, check_tables, shares_table, told
 from sera_plugin.tools.evaluation.winrate import (
     FloatArray,
+    by_group,
     length_controlled,
     mean_score,
     share,
     win_rate,
 )
-from sera_plugin.tools.report.output import NOTHING, Table, fill, number, shown_name
+from sera_plugin.tools.report.output import Table, fill, number, shown_name
 
 FORMAT_VERSION = 1
 #: Examples of each kind per model.
@@ -104,12 +106,13 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
         facts["answers"] = said
         if entry.checks:
             facts["checks"] = {
-                spec: _checked(one, categories) for spec, one in entry.checks.items()
+                spec: asdict(share(one)) | {"categories": by_group(share, one, categories)}
+                for spec, one in entry.checks.items()
             }
         models.append(facts)
     if found.judge is None:
         return models
-    seed = found.decoding.seed
+    rated = partial(win_rate, seed=found.decoding.seed)
     lengths = np.array([[a and a.chars for a in entry.answers] for entry in found.entries], float)
     outcomes = np.array([entry.outcomes for entry in found.entries])
     controlled = [np.nan, *length_controlled(outcomes[1:], lengths[1:] - lengths[0])]
@@ -119,21 +122,11 @@ def _models(found: Evaluation) -> list[dict[str, Any]]:
         if index:
             # Verdicts that turn with the order of the answers.
             known = [one.consistent for one in entry.verdicts if one and one.consistent is not None]
-            facts["win_rate"] = asdict(win_rate(outcomes[index], seed))
+            facts["win_rate"] = asdict(rated(outcomes[index]))
             facts["length_controlled"] = float(controlled[index])
             facts["inconsistent"] = known.count(False) / len(known) if known else None
-            facts["categories"] = {
-                name: asdict(win_rate(outcomes[index][categories == name], seed))
-                for name in dict.fromkeys(categories)
-            }
+            facts["categories"] = by_group(rated, outcomes[index], categories)
     return models
-
-
-def _checked(outcomes: FloatArray, categories: Any) -> dict[str, Any]:
-    """A check's share that passes, of all answers and of those in each category."""
-    names = dict.fromkeys(categories)
-    of_each = {name: asdict(share(outcomes[categories == name])) for name in names}
-    return asdict(share(outcomes)) | {"categories": of_each}
 
 
 def _judge(judge: Judge | None) -> dict[str, Any] | None:
@@ -205,8 +198,10 @@ def _tables(figures: Mapping[str, Any]) -> list[Table]:
     title, note = ("Win rates", against) if judged else ("Answers", "")
     rates = [0.5, *(one["win_rate"]["rate"] for one in models[1:])] if judged else []
     found = [Table(title, [name for name, _ in lines[0]], rows, note, best=best_of(rates))]
+    categories = {one["name"]: one["categories"] for one in judged}
     if judged and len(judged[0]["categories"]) > 1:
-        found.append(_by_category(judged))
+        title, note = "Win rates by category", "With their 95% intervals."
+        found.append(shares_table(title, ("category", "prompts"), categories, note))
     for spec in models[0].get("checks", ()):
         found += check_tables(spec, {one["name"]: one["checks"][spec] for one in models})
     return found
@@ -229,21 +224,6 @@ def _line(one: Mapping[str, Any], judged: bool) -> list[tuple[str, str]]:
     for name, key in (("characters", "mean_chars"), ("tokens", "mean_tokens")):
         cells.append((name, number(one["answers"][key], ",.0f")))
     return cells
-
-
-def _by_category(judged: Sequence[Mapping[str, Any]]) -> Table:
-    rows: list[list[str]] = []
-    shades: list[list[float | None]] = []
-    for name, first in judged[0]["categories"].items():
-        total = sum(first[what] for what in ("wins", "ties", "losses", "missing"))
-        rates = [one["categories"][name] for one in judged]
-        shade = [None if np.isnan(rate["rate"]) else rate["rate"] for rate in rates]
-        cells = [f"{number(r['rate'], '.1%')} ± {number(r['error'], '.1%')}" for r in rates]
-        shown = [NOTHING if s is None else cell for s, cell in zip(shade, cells, strict=True)]
-        rows.append([shown_name(name) or "(none)", str(total), *shown])
-        shades.append([None, None, *shade])
-    head = ["category", "prompts", *(one["name"] for one in judged)]
-    return Table("Win rates by category", head, rows, "Rate and one standard error.", shades)
 
 
 def page(found: Evaluation, figures: Mapping[str, Any]) -> str:

@@ -22,9 +22,15 @@ from sera_plugin.rundir.journal import Journal
 from sera_plugin.rundir.progress import progress
 from sera_plugin.rundir.writing import COMMAND, make_directory, write_text
 from sera_plugin.tools.evaluation import accuracy
-from sera_plugin.tools.evaluation.answers import Decoding, Prompt, given, read_prompts, sampled
+from sera_plugin.tools.evaluation.answers import (
+    Decoding,
+    Prompt,
+    benchmark_answers,
+    given,
+    read_prompts,
+    sampled,
+)
 from sera_plugin.tools.evaluation.checks import Check
-from sera_plugin.tools.evaluation.exports import benchmark_answers
 from sera_plugin.tools.evaluation.models import find_models
 from sera_plugin.tools.evaluation.results import Entry, Evaluation, figures, page
 from sera_plugin.tools.evaluation.rewards import find_rewards, outcomes, read_pairs, scored
@@ -193,7 +199,9 @@ def _write(found: Evaluation, result: dict[str, Any], output: Path) -> None:
                 about = {"row": prompt.row, "category": prompt.category, "model": name}
                 verdicts.append(about | {"outcome": verdict.outcome, "orders": verdict.orders})
         write_text(output / "outputs" / f"{entry.model.file}.json", json.dumps(rows, indent=1))
-        if lines := list(benchmark_answers(entry, found.prompts)):
+        # The judges look for a file by the name in it. One that was given is there already.
+        lines = list(benchmark_answers(entry.model.file, found.prompts, entry.answers))
+        if lines and entry.model.answers is None:
             make_directory(output / "model_answer", COMMAND)
             _write_lines(output / "model_answer" / f"{entry.model.file}.jsonl", lines)
     if checked:

@@ -1,7 +1,9 @@
 """Win rates against a baseline, as they are and with the length of answers held equal."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,7 @@ class WinRate:
     wins: int  # outcomes above, at and below 1/2
     ties: int
     losses: int
+    number: int  # of outcomes
     missing: int  # prompts without an outcome, which are left out of all the rest
 
 
@@ -52,7 +55,8 @@ def win_rate(outcomes: npt.ArrayLike, seed: int = 0) -> WinRate:
         tail = (1 - COVERAGE) / 2
         low, high = map(float, np.quantile(drawn @ values / len(seen), [tail, 1 - tail]))
     wins, ties, losses = (int(one.sum()) for one in (seen > 0.5, seen == 0.5, seen < 0.5))
-    return WinRate(rate, error, low, high, wins, ties, losses, len(given) - len(seen))
+    number, missing = len(seen), len(given) - len(seen)
+    return WinRate(rate, error, low, high, wins, ties, losses, number, missing)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,13 @@ def share(outcomes: npt.ArrayLike) -> Share:
     half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
     low, high = max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
     return Share(rate, low, high, n, missing)
+
+
+def by_group(
+    of: Callable[[FloatArray], Any], outcomes: FloatArray, groups: npt.NDArray[np.object_]
+) -> dict[str, dict[str, Any]]:
+    """What `win_rate` or `share` makes of the outcomes of each of (n,) groups, in their order."""
+    return {name: asdict(of(outcomes[groups == name])) for name in dict.fromkeys(groups)}
 
 
 def mean_score(scores: npt.ArrayLike) -> tuple[float, float]:
