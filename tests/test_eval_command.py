@@ -227,7 +227,7 @@ def test_functions_check_answers_by_the_whole_row(letters, names, tmp_path):
     for name, code, problem in (
         ("wrong", 1, "returned 7.0 on row "),
         ("broken", 1, "raised KeyError: 'nope' on the question"),
-        ("none", 2, "has no function 'none'"),
+        ("none", 2, "none is no function of that file"),
     ):
         assert problem in call(*names, *given, "--check", f"{tmp_path}/checks.py:{name}", code=code)
 

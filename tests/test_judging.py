@@ -211,8 +211,8 @@ def test_a_function_that_fails_is_named_with_what_it_was_given(tmp_path, body, s
     [
         ("nowhere.py:f", r"nowhere.py cannot be imported: FileNotFound.*in the working dir"),
         ("no.such.module:f", r"no.such.module cannot be imported: .*file\.py:function"),
-        ("sera_plugin.data.rows:nothing", r"sera_plugin.data.rows has no function 'nothing'"),
-        ("sera_plugin.data.rows:_PROBE", r"has no function '_PROBE'"),
+        ("sera_plugin.data.rows:nothing", r"sera_plugin.data.rows:nothing is no function of that"),
+        ("sera_plugin.data.rows:_PROBE", r"_PROBE is no function of that"),
         (":", r"cannot be imported"),
         ("broken.py:f", r"broken.py cannot be imported: SyntaxError"),
         ("gpt-4", r"'gpt-4' is neither a YAML file, a directory nor a function"),
