@@ -327,7 +327,7 @@ def test_a_full_disk(letters, names, prompts, small_disk):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"--prompts": "{}/none.jsonl"}, "No such file or directory"),
+        ({"--prompts": "{}/none.jsonl"}, "none.jsonl' does not exist"),
         ({"--judge": "nobody"}, "'nobody' is neither a YAML file"),
         ({"--judge": "{}/judge.yaml"}, "judge.yaml: base_url is missing"),
         ({"--prompt-format": "no place"}, "--prompt-format has no {prompt}"),

@@ -285,7 +285,7 @@ def test_accuracy_is_that_of_the_models_log_ratios(world, tmp_path):
         (["--prompts", "{}/p.jsonl", "--rewards", "{}/p.jsonl"], "Give --prompts, which"),
         (["--rewards", "{}/p.jsonl", "--temperature", "1"], "--temperature is about answers"),
         (["--rewards", "{}/p.jsonl", "--check", "a.py:b"], "--check is about answers"),
-        (["--rewards", "{}/none.jsonl"], "No such file"),
+        (["--rewards", "{}/none.jsonl"], "none.jsonl' does not exist"),
         (["--rewards", "{}/p.jsonl", "--prompt-format", "x"], "--prompt-format has no {prompt}"),
         (["--rewards", "{}/p.jsonl", "{}/a.json"], "a.json has answers, and no weights"),
         (["--reward", "{}/p.jsonl"], "--rewards"),

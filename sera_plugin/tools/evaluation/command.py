@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from sera_plugin.tools.command import Refused, refusing
 
 _SHARE, _COUNT = click.FloatRange(min=0, max=1, min_open=True), click.IntRange(min=1)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(
@@ -27,13 +28,13 @@ Examples:
 @click.argument("models", nargs=-1, required=True, metavar="RUN_OR_MODEL...")
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="JSON lines, JSON or parquet: AlpacaEval, Arena-Hard, MT-Bench, Vicuna, IFEval, "
     "Evol-Instruct, UltraFeedback, or rows with `prompt` and perhaps `category`.",
 )
 @click.option(
     "--rewards",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="In place of prompts, pairs that the models' implicit rewards rank: RewardBench, or rows "
     "with `prompt`, `chosen`, `rejected` and perhaps `subset`.",
 )
