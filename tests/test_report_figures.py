@@ -327,6 +327,17 @@ def test_spins_report_tells_the_datasets_answers_from_samples(tmp_path):
     assert Run(store).notes == ["sera/iteration-01/candidates.parquet is missing"]
 
 
+def test_samples_that_a_reward_without_trust_never_asked_for_are_not_missing(tmp_path):
+    store = make_run(tmp_path, sera={"reward": "fitted", "trust": "act"}, held_out=2)
+    run = Run(store)
+    wanted = [one["pairs"]["bootstrapped_wanted"] for one in figures(run)["iterations"]]
+    assert wanted == [0, 0, 0]
+    assert not store.table_file(2, "candidates").exists()
+    assert run.notes == []
+    store.table_file(2, "offline").unlink()
+    assert Run(store).notes == ["sera/iteration-02/offline.parquet is missing"]
+
+
 class _Judge(Labeler):
     """Likes longer answers; has no verdict on the third of a prompt."""
 

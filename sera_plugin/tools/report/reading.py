@@ -225,6 +225,8 @@ class Run:
             past = bool(one.summary) or number < newest
             paired = past or bool(one.bootstrapped)
             sampled = self.settings.get("bootstrap_ratio", 0) > 0 and number >= first
+            # A reward that was not trusted has asked for no samples.
+            sampled &= one.summary.get("pairs", {}).get("bootstrapped_wanted") != 0
             due = {
                 "offline.parquet": paired or one.candidates,
                 "candidates.parquet": sampled and paired,
