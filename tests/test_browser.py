@@ -13,7 +13,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from sera_plugin.tools.report.compare import compare, write
 from sera_plugin.tools.report.page import write_report
 from sera_plugin.tools.report.reading import Run, find_run
-from tests.report_run import make_run
+from tests.report_run import WORDS, make_run
 from tests.test_report_page import HOSTILE, hostile_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -112,12 +112,27 @@ def pages(tmp_path_factory) -> dict[str, str]:
     make_run(run, pairs=60, iterations=4, scores=scores)
     hostile = hostile_run(directory / "<img src=x onerror=alert(1)>")
     write(compare([Run(find_run(path)) for path in (run, hostile)]), comparison)
+    make_run(directory / "long", words=["</s>", *("a" * 900 + word for word in WORDS[1:])])
     paths = {
         "report": write_report(run),
+        "long": write_report(directory / "long"),
         "hostile": write_report(hostile),
         "comparison": comparison,
     }
     return {name: path.as_uri() for name, path in paths.items()}
+
+
+def test_the_search_opens_the_folds_in_which_it_finds_something(browser, pages):
+    browser.open(pages["long"])
+    box, opened = browser.find("#search")[0], "document.querySelectorAll('.more[open]').length"
+    assert browser.find(".more")
+    assert browser.ask(opened) == 0
+    box.send_keys("w8")
+    browser.wait(f"{opened} > 0")
+    assert {"w8" in one.text for one in browser.find("article:not([hidden]) .more[open]")} == {True}
+    box.clear()
+    box.send_keys("no such word")
+    browser.wait(f"{opened} == 0")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
