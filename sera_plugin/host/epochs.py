@@ -51,7 +51,6 @@ class EndOfIteration(TrainerCallback):
         """Save too, unless saving is off: hours of scoring and sampling follow, not to repeat."""
         self.trainer.require_finite_weights()
         self.trainer.loop.end()
-        self.trainer.create_model_card()
         if args.save_strategy != SaveStrategy.NO and self.trainer.saved_step != state.global_step:
             control.should_save = True
 

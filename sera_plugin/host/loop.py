@@ -72,7 +72,6 @@ class Loop:
     log: Callable[[dict[str, float]], None]  # takes figures for the trackers
     log_samples: Callable[[int], None]  # has them show an iteration's samples
     step: int | None = field(default=None, init=False)
-    trained: int = field(default=0, init=False)  # the last iteration that this process has ended
     _earlier: bool = field(default=False, init=False)
     _recalled: bool = field(default=False, init=False)
     _summary: dict[str, Any] = field(default_factory=dict, init=False)
@@ -328,7 +327,6 @@ class Loop:
         phases.spend("train", perf_counter() - self._began)
         self.record(seconds=dict(phases.seconds))
         self.log({"sera/seconds/train": phases.seconds["train"]})
-        self.trained = self._summary["iteration"]
         with above_bars():
             LOG.info("%s", run.describe_end(self._summary))
 

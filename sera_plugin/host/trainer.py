@@ -84,7 +84,6 @@ class SeraTrainer(GatedSteps):
     tag_names: ClassVar[list[str]] = ["axolotl", "sera", "dpo"]
     #: Writes the model's card into output_dir; the plugin's.
     write_card: Callable[[], None] = staticmethod(lambda: None)
-    _told: int | None = None  # how many iterations the card tells of
 
     def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any) -> None:
         self.cfg: DictDefault = PluginManager.get_instance().cfg
@@ -282,9 +281,7 @@ class SeraTrainer(GatedSteps):
         return super().evaluate(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """What SeRA did, in place of TRL's card, which says DPO. In training once an iteration:
-        the host asks at every checkpoint, and at any push."""
-        told = self.loop.trained if self.is_in_train else None
-        if self.is_world_process_zero() and (told is None or told != self._told):
+        """What SeRA did, in place of TRL's card, which says DPO. The host asks at every checkpoint
+        too, where nobody reads it unless it is pushed."""
+        if self.is_world_process_zero() and (self.args.push_to_hub or not self.is_in_train):
             self.write_card()
-            self._told = told
