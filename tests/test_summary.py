@@ -6,6 +6,7 @@ from math import sqrt
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from sera_plugin.algorithm import alarms
@@ -52,6 +53,18 @@ def test_equal_candidates_have_no_spread(tmp_path, monkeypatch):
     for row, spread in ((1, (3 + 6) / 4), (2, 3 / 2), (0, None)):
         monkeypatch.setitem(CANDIDATES, row, CANDIDATES[row][:1] * 2)
         assert summary(Run(tmp_path / str(row)), 2)["spread"]["sampled"] == spread
+
+
+def test_candidates_that_nobody_ranked_have_no_spread(tmp_path):
+    """Row 0 has one that is ranked, row 1 none, so that 6 nats over 2 tokens are left."""
+    run = Run(tmp_path)
+    run.upto(2)
+    candidates = run.iteration(2).table("candidates")
+    reward = candidates["reward"].to_numpy().copy()
+    reward[[1, 2, 3]] = np.nan
+    place = candidates.schema.get_field_index("reward")
+    run.iteration(2).keep("candidates", candidates.set_column(place, "reward", pa.array(reward)))
+    assert summarize(run.iteration(2))["spread"]["sampled"] == 3
 
 
 def test_without_sampling_there_is_no_sampled_figure(tmp_path):

@@ -179,8 +179,9 @@ def _add_samples(summary: dict[str, Any], it: Iteration) -> dict[str, npt.NDArra
         spread = np.ma.ptp(reward, axis=1).filled(0)
         if not it.method.per_token:
             spread = spread / lengths.reshape(-1, count).mean(axis=1)
-        # Only where candidates differ: equal ones say nothing about the reward.
-        summary["spread"]["sampled"] = float(np.median(spread[differ])) if differ.any() else None
+        # Only where ranked candidates differ: equal ones say nothing about the reward.
+        known = spread[differ & (reward.count(axis=1) > 1)]
+        summary["spread"]["sampled"] = float(np.median(known)) if len(known) else None
     places = candidate_places(selected, count)
     kept = {side: lengths[place] for side, place in places.items()}
     for side, values in kept.items():
