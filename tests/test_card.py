@@ -138,7 +138,24 @@ def test_a_run_that_was_cut_off_says_so(tmp_path):
     store.write_summary(3, summary)
     card = card_of(tmp_path)
     assert "**Training has not finished**: 2 of 3 iterations" in card.text
+    # Nothing was trained on in the third, whatever it has ranked.
+    assert [one.number for one in Pairs(Run(store), "user/x").iterations] == [2]
     assert write_card(tmp_path).read_text(encoding="utf-8") == str(card)
+
+
+def test_prompts_and_a_reward_without_trust_are_told(tmp_path):
+    prompts = [{"path": "org/prompts"}, {"path": str(tmp_path / "secret/mine.jsonl")}]
+    sera = {"reward": "fitted", "trust": "act", "prompts": prompts}
+    store = make_run(tmp_path / "run", sera=sera, held_out=2, prompts=5)
+    card = card_of(tmp_path / "run")
+    assert card.data.datasets == ["org/prompts"]
+    assert "`mine.jsonl` (local); N = 12 pairs, and 2 held out; 5 more prompts, which" in card.text
+    said = "in iteration 2, 3 the reward was not trusted: it dropped no pair and took no samples"
+    assert said in card.text
+    assert "secret" not in str(card)
+    pairs = Pairs(Run(store), "user/x").card()
+    assert pairs.data.source_datasets == ["org/prompts"]
+    assert "from 12 on they are prompts without answers" in pairs.text
 
 
 def test_texts_of_a_run_are_shown_and_not_obeyed(tmp_path):
@@ -236,10 +253,20 @@ def test_who_ranked_the_pairs_is_said(tmp_path):
     for labeler, selection, card_says, pairs_say in (
         ("implicit", "irm", "ranked by its implicit reward.", "nats; of `sampled` ones what `impl"),
         ("judge", "irm", "ranked by the judge.", "what `judge` ranked them by, in its own unit"),
+        (
+            "function",
+            "irm",
+            "ranked by `function` (`score` of `checks.py`)",
+            "what `function` ranked",
+        ),
+        (["implicit", "judge"], "irm", "policy, ranked by its implicit reward and the scores", ""),
         ("spin", "irm", "The rejected answers are the model's own words, the chosen ones", "; of"),
         ("implicit", "random", "ranked by its", "did not select them (`sera.selection: random`"),
     ):
         description["config"]["sera"] |= {"labeler": labeler, "selection": selection}
+        description["config"]["sera"]["function"] = None
+        if labeler == "function":
+            description["config"]["sera"]["function"] = {"call": "/home/me/checks.py:score"}
         # Of SPIN the dataset's is one more.
         description["config"]["sera"]["candidates"] = 3 if labeler == "spin" else 4
         write_json(store.run_file, description)

@@ -194,7 +194,7 @@ def test_what_a_whole_run_leaves(base_config, tmp_path, monkeypatch, sera_log, h
     assert "This is theta_2, the policy after iteration 2 of 2" in card.text
     assert "`sera.keep: last`" in card.text
     assert str(tmp_path) not in str(card)
-    assert "dataset user/mine-pairs @ main: pairs of 1 iterations, conversations uploaded" in said
+    assert "dataset user/mine-pairs @ main: pairs of 1 iteration, conversations uploaded" in said
     assert TOKEN not in said
 
     (events,) = (result.output / "runs").glob("*/events*")

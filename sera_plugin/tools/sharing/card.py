@@ -125,13 +125,13 @@ def _introduction(run: Run, policy: int, kept: int, last: int) -> str:
     if link := hub_base(run):
         base = f"[`{link}`](https://huggingface.co/{link})"
     settings = run.settings
-    whole = settings.get("selection", "irm") == "irm" and labeler_kind(run.labeler).implicit
+    labeler = labeler_kind(run.labeler)
     what = "in iterations, each an epoch on the pairs that the policy of that time calls for"
-    if whole and settings.get("bootstrap_ratio"):
+    if settings.get("selection", "irm") == "irm" and settings.get("bootstrap_ratio"):
+        by = "the same reward" if labeler.implicit and not labeler.mixed else labeler.ranks_by
         what = (
             "between epochs it keeps the pairs with the largest implicit reward margin under the "
-            "current policy, and adds pairs that it samples from that policy and ranks by the same "
-            "reward"
+            f"current policy, and adds pairs that it samples from that policy, ranked by {by}"
         )
     lines = [
         f"{base}, tuned on preference pairs with SeRA ([Ko et al., ICLR "
@@ -171,7 +171,10 @@ def _training(run: Run, pairs: str | None) -> str:
     selection = SELECTIONS[str(settings.get("selection", "irm"))]
     keeps = selection.keeps.format(ratio=settings.get("selection_ratio"))
     labeler = labeler_kind(run.labeler)
-    ranked = "the implicit reward" if labeler.implicit else f"`{_code(labeler_name(run.labeler))}`"
+    ranked = labeler.ranks_by if labeler.implicit else f"`{_code(labeler_name(run.labeler))}`"
+    if call := (settings.get("function") or {}).get("call"):
+        place, _, function = str(call).rpartition(":")
+        ranked += f" (`{_code(function)}` of `{_code(Path(place).name)}`)"
     if model := settings.get("reward_model"):
         ranked += f" (`{_code(Path(str(model)).name)}`)"
     if judge := settings.get("judge"):  # vLLM serves a local model under its path
@@ -184,10 +187,19 @@ def _training(run: Run, pairs: str | None) -> str:
     if run.total is not None:
         held_out = described.get("evaluation_pairs") or 0
         lines[0] += f"; N = {run.total:,} pairs, and {held_out:,} held out"
+    if prompts := described.get("prompts"):
+        lines[0] += f"; {prompts:,} more prompts, which have no pair, were sampled"
     if run.with_margins is not None:
         lines.append(
             f"from iteration 2 on it keeps {keeps}; {reward}, trust "
             f"`{_code(settings.get('trust', 'warn'))}`"
+        )
+    refused = [one.number for one in run.iterations
+               if (one.summary.get("reward") or {}).get("followed") is False]  # fmt: skip
+    if refused:
+        what = "it dropped no pair" if labeler.mixed else "it dropped no pair and took no samples"
+        lines.append(
+            f"in iteration {', '.join(map(str, refused))} the reward was not trusted: {what}"
         )
     counted = [one for one in run.iterations if one.summary.get("samples")]
     if counted:
@@ -235,6 +247,8 @@ def _iterations(found: Figures) -> str:
         ])  # fmt: skip
     if not rows:
         return ""
+    mixed = any("mixed" in one for one in found["iterations"])
+    alone = ", the scores of others left out" if mixed else ""
     head = ["iteration", "pairs trained", "kept", "sampled", "reward followed"]
     head += [f"tokens of {name}" for name in ("chosen", "rejected", "samples")]
     head += ["drift", "held-out accuracy"]
@@ -242,7 +256,7 @@ def _iterations(found: Figures) -> str:
         f"{_table(head, rows)}\n\nIteration t trains theta_t; drift, accuracy and samples are of "
         "theta_{t-1}, the policy that it starts from. Drift is the mean log-probability of the "
         "chosen answers less that under theta_0, in nats per answer; accuracy is how often the "
-        "reward prefers the chosen answer of a held-out pair."
+        f"reward prefers the chosen answer of a held-out pair{alone}."
     )
 
 

@@ -52,10 +52,11 @@ def _on_hub(name: str, local: Sequence[str] | None = None) -> bool:
 
 
 def datasets_of(run: Run) -> tuple[list[str], list[str]]:
-    """The datasets by name: those on the hub, and the names of local files or directories."""
+    """The datasets, and those of prompts, by name: those on the hub, and the names of local files
+    or directories."""
     hub, local = [], []
     known = run.description.get("local_datasets")
-    for entry in run.config.get("datasets") or ():
+    for entry in (*(run.config.get("datasets") or ()), *(run.settings.get("prompts") or ())):
         path = str((entry if isinstance(entry, Mapping) else {}).get("path", ""))
         if _on_hub(path, known) and not entry.get("ds_type"):
             hub.append(path)

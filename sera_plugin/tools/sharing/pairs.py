@@ -17,7 +17,7 @@ from sera_plugin.config.kinds import SELECTIONS, labeler_kind, labeler_name
 from sera_plugin.config.quoting import in_markdown
 from sera_plugin.rundir.tokens import TokenColumn
 from sera_plugin.tools.report.reading import TEXTS, Iteration, Run, Texts
-from sera_plugin.tools.sharing.card import RUN_KEY, TAGS
+from sera_plugin.tools.sharing.card import RUN_KEY, TAGS, policies_of
 from sera_plugin.tools.sharing.messages import Chat
 from sera_plugin.tools.sharing.names import datasets_of, run_id
 
@@ -31,7 +31,7 @@ _MEANING = {
     "selected": "whether the iteration was trained on it",
     "label_in_doubt": "`offline` pairs: the newest policy prefers the rejected answer; null for "
     "`sampled` ones",
-    "row": "the prompt, the same in all iterations",
+    "row": "the prompt, the same in all iterations{prompts}",
     "swapped": "chosen and rejected were exchanged on purpose (`sera.label_noise`)",
 }
 _MESSAGES = "conversations, as the chat template was given them; in `chosen` and `rejected` the "
@@ -47,10 +47,13 @@ class Pairs:
 
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name, self._texts = run, name, Texts(run)
+        _, last = policies_of(run)
         self.iterations = [
             one
             for one in run.iterations
-            if one.margin is not None or (one.bootstrapped and one.candidates)
+            # Of one that is under way nothing has been trained on yet.
+            if one.number <= last
+            and (one.margin is not None or (one.bootstrapped and one.candidates))
         ]
         if not self.iterations or not run.tokens:
             raise ValueError("the run has ranked no pairs")
@@ -168,6 +171,9 @@ class Pairs:
         told = {
             "texts": _MESSAGES if self.messages else _STRINGS,
             "unit": run.unit,
+            "prompts": f"; from {run.total} on they are prompts without answers (`sera.prompts`)"
+            if run.description.get("prompts")
+            else "",
             "selection": ""
             if SELECTIONS[selection].by_margin
             else f", which did not select them (`sera.selection: {selection}` did)",
@@ -191,7 +197,7 @@ class Pairs:
         body = [
             "# Pairs of a SeRA run",
             "Preference pairs as [SeRA](https://arxiv.org/abs/2410.09362) ranked them in each "
-            f"iteration: those of the dataset it was trained on ({names}), with the rewards of "
+            f"iteration: those of the data it was trained on ({names}), with the rewards of "
             "the policy of that time, and those that it made of the policy's own answers. The "
             "texts of both are under the terms of where they come from.",
             "\n".join(lines),

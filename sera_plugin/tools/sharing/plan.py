@@ -103,7 +103,7 @@ def plan_push(run: Run, name: str, pairs: str | None) -> tuple[list[Upload], lis
         uploads.append(Upload("model", name, revision, f"theta_{policy}", files))
     if dataset is not None:
         data: dict[str, Path | bytes] = {**dataset.files()}
-        what = f"pairs of {len(dataset.iterations)} iterations"
+        what = f"pairs of {len(dataset.iterations)} iteration{'s' * (len(dataset.iterations) > 1)}"
         what += ", conversations" if dataset.messages else ", as text"
         uploads.append(Upload("dataset", str(pairs), "main", what, data))
     return uploads, remarks
