@@ -15,7 +15,7 @@ import pytest
 from sera_plugin.algorithm.fit import fit_weights, judged
 from sera_plugin.config.labelers import FunctionConfig, require_held_out
 from sera_plugin.config.sera import SeraConfig
-from sera_plugin.labeling.judging import Answered, JudgeFailed, Usage, make_judge
+from sera_plugin.labeling.judging import Answered, JudgeFailed, Replies, Usage, make_judge
 from sera_plugin.labeling.judging.function import FunctionJudge
 from sera_plugin.rundir.journal import Journal
 from sera_plugin.tools.report.page import write_report
@@ -49,6 +49,9 @@ def score(question, answer):
 
 def by_column(question, answer, /, *, reference, weight=1, **others):
     return float(answer == reference) * weight + len(others)
+
+def whole(question, answer, **others):
+    return len(others)
 
 def asks(question): pass
 def fails(question, answer): raise KeyError(answer)
@@ -84,11 +87,11 @@ def test_whatever_a_call_does_costs_its_score_and_no_more(make, sera_log):
         judge, *(one for bad in trouble for one in (bad, "ok" + bad)), "unknown", "é日\0"
     )
     assert found == [one for bad in trouble for one in (None, 2 + len(bad))] + [None, 3]
-    assert judge.usage == Usage(failed=9, unparsed=1)
+    assert judge.usage == Usage(Replies(20), failed=9, unparsed=1)
     assert monotonic() - began < 60
     for said in (
         r"gave no score in 9 of 20 calls \(", r"2 took longer than 1 s",
-        r"longer than 1 s on the question of row (0 'q' and the answer 'hangs'|2 'q' .* 'starts')",
+        r"longer than 1 s .`timeout`. on the question of row (0 'q' .* 'hangs'|2 'q' .* 'starts')",
     ):  # fmt: skip
         assert re.search(said, sera_log.text)
     here = psutil.Process().children(recursive=True)
@@ -147,6 +150,12 @@ def test_it_takes_columns_of_the_row_by_their_names(make):
     ):
         with pytest.raises(ValueError, match=said):
             make(name, columns)
+
+
+def test_a_column_that_is_called_like_the_question_is_not_it(make):
+    about = json.dumps({"question": "another", "reference": "a"})
+    judge = make("whole", ("reference", "question"))
+    assert dict(judge.score_all([Answered("q", "a", about)])) == {0: 1}
 
 
 def test_a_module_is_looked_for_where_this_process_does(tmp_path, monkeypatch):

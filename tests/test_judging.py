@@ -11,6 +11,7 @@ from sera_plugin.labeling.judging import (
     PLACES,
     Answered,
     JudgeFailed,
+    Replies,
     ScoringJudge,
     Usage,
     Verdict,
@@ -180,7 +181,7 @@ def test_a_function_in_a_file_judges(tmp_path):
     answers = ["long", "no", "two", "hm", "long"]
     scores = dict(judge.score_all([Answered("q", answer) for answer in answers]))
     assert scores == {0: 4.0, 1: 2.0, 2: 3.0, 3: None, 4: 4.0}
-    assert judge.usage == Usage(unparsed=1)
+    assert judge.usage == Usage(Replies(4), unparsed=1)
     pairs = ((4.0, 2.0), (2.0, 4.0), (3.0, 3.0), (None, 4.0), (4.0, None))
     assert [by_scores(*pair).outcome for pair in pairs] == [1.0, 0.0, 0.5, None, None]
     module = make_judge(

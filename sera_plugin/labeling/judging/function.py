@@ -86,7 +86,7 @@ class _Process:
             found: dict[str, Any] = json.loads(line)
             return found
         except TimeoutError:
-            problem = f"took longer than {within:g} s"
+            problem = f"took longer than {within:g} s (`timeout`)"
         except (OSError, ValueError):
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
@@ -122,7 +122,7 @@ class FunctionJudge(ScoringJudge):
     ) -> None:
         super().__init__(config.call, {"function": config.call})
         self._config, self._journal = config, journal
-        self._identity = key_of("function", config.call, _content(config.call))
+        self._identity = key_of("function", config.call, content_of(config.call))
         first = _Process(config)
         takes = first.takes
         first.end()
@@ -146,7 +146,11 @@ class FunctionJudge(ScoringJudge):
         read = {*takes["needs"], *takes["takes"]}
         self.reads_rows = bool(columns)
         #: Of the columns those that it takes.
-        self._columns = [name for name in columns or () if takes["any"] or name in read]
+        self._columns = [
+            name
+            for name in columns or ()
+            if (takes["any"] or name in read) and name not in takes["first"]
+        ]
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, float | None]]:
         """See `ScoringJudge.score`. None from the function is a missing verdict."""
@@ -160,6 +164,7 @@ class FunctionJudge(ScoringJudge):
             keys.append(key_of(self._identity, request))
             if (found := self._journal.get(keys[-1], score=float)) is not None:
                 kept += 1
+                self.usage.cached.count += 1
                 yield index, found["score"]
             else:
                 asked.append((index, request))
@@ -180,6 +185,7 @@ class FunctionJudge(ScoringJudge):
         shown: list[str] = []
         done = 0
         for done, (index, reply) in enumerate(replies, start=1):
+            self.usage.asked.count += 1
             score = reply.get("score")
             if problem := reply.get("problem"):
                 self.usage.failed += 1
@@ -244,7 +250,7 @@ class FunctionJudge(ScoringJudge):
         )
 
 
-def _content(spec: str) -> str | None:
+def content_of(spec: str) -> str | None:
     """SHA-256 of the file that the function is in, None where there is none."""
     place = spec.rpartition(":")[0]
     with suppress(Exception):  # whatever finding a module raises; importing it says what it is

@@ -39,7 +39,7 @@ def load(spec: str) -> Callable[..., Any]:
 
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """What it takes behind question and answer: names that it `needs`, `takes`, or `any`."""
-    found: dict[str, Any] = {"needs": [], "takes": [], "any": False}
+    found: dict[str, Any] = {"first": [], "needs": [], "takes": [], "any": False}
     try:
         every = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # of a built-in function nothing is known
@@ -48,6 +48,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     if len(first) < 2 and not any(one.kind is one.VAR_POSITIONAL for one in every):
         what = "a question (of a check: the prompt's row) and an answer to it"
         raise LookupError(f"it has to take two arguments: {what}")
+    found["first"] = [one.name for one in first[:2]]
     for one in every:
         if one.kind is one.VAR_KEYWORD:
             found["any"] = True
@@ -92,5 +93,5 @@ def serve(spec: str) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
+    with suppress(ConnectionError):
         serve(sys.argv[1])
