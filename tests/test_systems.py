@@ -5,6 +5,7 @@ theta_0, theta_1, theta_2 stands in its table.
 """
 
 import dataclasses
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,17 @@ def described(gap: float | None = None, row: str = "", **block: Any) -> dict[str
     return describe_run(cfg, "dpo", 0.1, method, schedule, pairs, None, ends, columns=about)
 
 
+def test_a_function_that_has_changed_since_the_run_began_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    runs = []
+    for text in ("one", "one", "two"):
+        (tmp_path / "a.py").write_text(text)
+        runs.append(described(**CALLED))
+        require_same_run(runs[0], runs[-1], Path("run"))
+        assert ("the file of sera.function has changed" in caplog.text) == (text == "two")
+
+
 def test_whatever_a_run_is_known_by_makes_it_another_one():
     one = described()
     told = {"format_version", "versions", "config", "evaluation_pairs", "local_datasets"}
@@ -309,7 +321,12 @@ ONLINE = {"labeler": "judge", "bootstrap_ratio": 1, "judge": JUDGE}
         (SCORE | {"gap": 1.0}, SCORE | {"gap": 2.0}, "the scores that select"),
         (SCORE | {"gap": 1.0}, SCORE | {"gap": 1.0, "row": "b"}, None),
         (CALLED, CALLED, None),
-        (CALLED | {"row": "a"}, CALLED | {"row": "b"}, r"what a function may take .*score_columns"),
+        (CALLED | {"row": "a"}, CALLED | {"row": "b"}, r"what a function may take .*prompts\)\. R"),
+        (
+            CALLED,
+            CALLED | {"score_columns": []},
+            r"began: sera\.score_columns: \['gap'\] -> \[\]; what a function may[^:]*\. Restore",
+        ),
         (ONLINE, ONLINE | {"judge": SLOWER}, None),
         (ONLINE, ONLINE | {"judge": JUDGE | {"model": "n"}}, r"sera\.judge\.model: 'm' -> 'n'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from sera_plugin.config.credentials import Known, public, storable
 from sera_plugin.config.kinds import LABELERS, SELECTIONS, labeler_name
 from sera_plugin.config.quoting import quoted
 from sera_plugin.config.sera import SeraConfig
+from sera_plugin.labeling.judging.function import content_of
 from sera_plugin.rundir.format import FORMAT_VERSION
 from sera_plugin.rundir.tokens import TokenColumn, fingerprint
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from sera_plugin.sampling.samplers import Choice
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "pyarrow")
+LOG = logging.getLogger("axolotl.sera")
 #: Keys that may change between the parts of one run, as patterns: they decide what is logged,
 #: saved, evaluated or sent where, or how the same numbers are computed. Data and templates are
 #: compared as token ids, whatever keys they come from. Any other key is part of what the run is.
@@ -129,6 +132,9 @@ def describe_run(
             "prompts_fingerprint": fingerprint([TokenColumn(prompts["prompt_ids"])]),
         }
     told = kept(config)
+    sera = told.get("sera") or {}
+    if method.config.function is not None:
+        more["function_sha256"] = content_of(method.config.function.call)
     return {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -137,7 +143,7 @@ def describe_run(
             **{name: version(name) for name in _PACKAGES},
         },
         "config": told,
-        "local_datasets": _local(told.get("datasets") or ()),
+        "local_datasets": _local([*(told.get("datasets") or ()), *sera.get("prompts", ())]),
         "loss": loss,
         "beta": beta,
         "per_token": method.per_token,
@@ -311,17 +317,25 @@ def require_same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], root: P
         | {_PER_STEP: (one.get("micro_batch") or 0) * (one.get("accumulation") or 0)}
         for one in (earlier, now)
     )
+    digests = {meaning for key, meaning in _IDENTITY if key.endswith("_fingerprint")}
+    columns = dict(_IDENTITY)["columns_fingerprint"]
+    read = {"sera.score_columns"} if before.get(columns) != after.get(columns) else set()
     changed = [
-        f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
+        key if key in digests else f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(fnmatchcase(key, pattern) for pattern in HARMLESS)
+        and (key in read or not any(fnmatchcase(key, pattern) for pattern in HARMLESS))
     ]
     if changed:
         raise ValueError(
             f"the run in {root} cannot be continued, because these changed since it began: "
             f"{'; '.join(changed)}. Restore them to continue it. To start fresh, set another "
             "output_dir; this run stays as it is."
+        )
+    if "function_sha256" in earlier and earlier["function_sha256"] != now.get("function_sha256"):
+        LOG.warning(
+            "SeRA: the file of sera.function has changed since the run began: what was ranked "
+            "stays, and what is ranked from here on is by the file as it is now."
         )
 
 
