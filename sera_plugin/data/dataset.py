@@ -15,6 +15,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ DUPLICATE = (
 
 #: Characters that text may contain but seldom means to: controls, zero-width space and byte order
 #: mark, direction overrides, the replacement character of a wrong decoding, piles of accents.
-_ODD = re.compile(
+ODD_CHARACTERS = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ufffd]"
     "|[\u0300-\u036f\u1ab0-\u1aff\u20d0-\u20ff]{9,}"
 )
@@ -120,7 +121,7 @@ class RowTokenizer:
         if not all(ids):
             raise RowError("prompt, chosen or rejected without tokens")
         remarks = [] if all(map(self._decodes_to, ids[1:], answers)) else [INEXACT]
-        remarks += [ODD] if any(map(_ODD.search, texts)) else []
+        remarks += [ODD] if any(map(ODD_CHARACTERS.search, texts)) else []
         # Arrays from here on: a Python int per token would cost gigabytes on a large dataset.
         return remarks, [np.asarray(one, dtype=np.int32) for one in ids]
 
@@ -208,6 +209,12 @@ class TokenizedRows:
         if example.get(ASIDE):
             self.aside[self.sources[-1]].update(example[ASIDE].split(", "))
 
+    def drop(self, row: int, error: Exception) -> None:
+        """Leave out a row that cannot be used; a tokenizer may raise anything."""
+        if not isinstance(error, RowError):
+            error = RowError(f"{type(error).__name__}: {plain(str(error), 120)}")
+        self.dropped[str(error)].append(row)
+
     @property
     def total(self) -> int:
         """How many rows there were."""
@@ -216,7 +223,7 @@ class TokenizedRows:
     def named(self, rows: Sequence[int]) -> str:
         """The first rows by their place in the user's own files."""
         first: dict[str, list[str]] = {}
-        for row in rows[:_NAMED_ROWS]:
+        for row in nsmallest(_NAMED_ROWS, rows, lambda row: (self.sources[row], self.places[row])):
             first.setdefault(self.sources[row], []).append(str(self.places[row]))
         places = [f"{source} rows {', '.join(found)}".strip() for source, found in first.items()]
         return "; ".join(places) + (", ..." if len(rows) > _NAMED_ROWS else "")
@@ -250,15 +257,20 @@ def prepare_rows(
     """
     length, truncate = cfg.get("sequence_len"), _long_rows(cfg) == "truncate"
     result = _tokenized(examples, RowTokenizer(tokenizer, end_ids), length, truncate)
+    require_usable(result, cfg, config, name)
+    say_rows(result, name)
+    return result
+
+
+def say_rows(result: TokenizedRows, name: str) -> None:
+    """Log which columns are in no text, which rows have something odd, and which are dropped."""
     for source, columns in result.aside.items():
         named = plain(", ".join(sorted(columns)), 200)
         LOG.info("%s: of %s, no text has the column(s) %s", name, source, named)
-    require_usable(result, cfg, config, name)
     for remark, rows in result.kept.items():
         LOG.warning("%s: %d row(s) %s (%s)", name, len(rows), remark, result.named(rows))
     for reason in result.reasons():
         LOG.warning("%s: dropped %s", name, reason)
-    return result
 
 
 def check_rows(dataset: Any, cfg: Mapping[str, Any], config: SeraConfig, name: str) -> None:
@@ -315,10 +327,8 @@ def _tokenized(
         result.add(example, row)
         try:
             encoded.append((row, *encoder.pair(example)))
-        except RowError as error:
-            result.dropped[str(error)].append(row)
-        except Exception as error:  # a tokenizer may raise anything
-            result.dropped[f"{type(error).__name__}: {plain(str(error), 120)}"].append(row)
+        except Exception as error:
+            result.drop(row, error)
 
     # Which token ends a completion without any is known once all have been seen.
     result.end_ids = encoder.turn_ends([answer for *_, ids in encoded for answer in ids[1:]])

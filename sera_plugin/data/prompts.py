@@ -18,7 +18,15 @@ import pyarrow as pa
 
 from sera_plugin.config.sera import SeraConfig
 from sera_plugin.data.conversations import ANSWER_ROLES, MessageReader, is_conversation
-from sera_plugin.data.dataset import TOO_LONG, RowTokenizer, TokenizedRows, require_usable
+from sera_plugin.data.dataset import (
+    ODD,
+    ODD_CHARACTERS,
+    TOO_LONG,
+    RowTokenizer,
+    TokenizedRows,
+    require_usable,
+    say_rows,
+)
 from sera_plugin.data.rows import PROBLEM, GuardedTransform
 from sera_plugin.data.text import RowError
 from sera_plugin.rundir.store import make_table
@@ -96,14 +104,15 @@ def prepare_prompts(
             prompt = np.asarray(encoder.prompt(example["prompt"]), dtype=np.int32)
             if length is not None and len(prompt) >= length:
                 raise RowError(TOO_LONG.format(length))
-        except RowError as error:
-            result.dropped[str(error)].append(row)
+        except Exception as error:
+            result.drop(row, error)
         else:
             result.rows.append(row)
             result.prompt_ids.append(prompt)
+            if ODD_CHARACTERS.search(example["prompt"]):
+                result.kept[ODD].append(row)
     require_usable(result, cfg, config, "prompt")
-    for reason in result.reasons():
-        LOG.warning("prompt: dropped %s", reason)
+    say_rows(result, "prompt")
     named = {"are those of pairs": pairs, "are those of held-out pairs": held_out}
     taken = {one.tobytes(): why for why, column in named.items() for one in column or ()}
     left_out: Counter[str] = Counter()
