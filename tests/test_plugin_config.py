@@ -196,10 +196,10 @@ sera: {prompts: p.jsonl} => sera.prompts: 'p.jsonl' is no entry | `- path: p.jso
 sera: {labeler: [implicit, spin]} => sera.labeler | some of reward_model, judge, function
 sera: {labeler: [implicit, function], function: 'a.py:f', reward: paper}
     => reward: paper | Set reward: fitted
-sera: {labeler: [implicit, function], function: 'a.py:f', held_out: 0} => held_out: 0 | Remove
 sera: {labeler: [implicit, judge], judge: {base_url: 'http://x/v1', model: m}}
     => judge.mode: pairwise | mode: single
 sera: {prompts: [{path: q}, p.jsonl]} => sera.prompts: 'p.jsonl' is no entry | `- path: p.jsonl`
+sera: {score_columns: margin} => sera.score_columns: 'margin' is no list | Write [margin].
 sera: {prompts: [3]} => sera.prompts.0: 3 | dictionary
 sera: {prompts: [{path: p, field_mesages: x}]} => sera.prompts[0].field_mesages | `field_messages`
 sera: {prompts: [{split: train}]} => sera.prompts[0].path: null | name a file
@@ -281,7 +281,7 @@ sera: {sampler: vllm, servers: ["http://a:1"]}
 sera: {servers: ["http://a:1", "a:1"]} => sera.servers | such as http://127.0.0.1:8000
 sera: {servers: ["http://A:80/v1", "http://a/"]} => sera.servers: 'http://a/' | twice | Remove
 sera: {servers: ["https://me:hidden@a"]} => sera.servers | VLLM_API_KEY
-sera: {servers: "http://me:hidden@a"} => sera.servers: 'http://***@a' is not allowed
+sera: {servers: "http://me:hidden@a"} => sera.servers: 'http://***@a' is no list
 {val_set_size: 0.1, sera: {held_out: 20}} => sera.held_out: 20.0 | val_set_size | Keep one
 sera: {gamma: true} => sera.gamma: True is not a number
 dpo_loss_type: [sigmoyd] => dpo_loss_type: ['sigmoyd'] | sigmoid, hinge | dpo_loss_type: [sigmoid]

@@ -101,7 +101,7 @@ def test_text_is_not_guessed_at(prepare):
     assert prepare([{"prompt": turns("d")}], data=untyped) == said_of("d")
     with pytest.raises(ValueError, match=r"field_messages: 'prompt' is not in the data. It has 'q"):
         prepare([{"question": "d"}], data=CHAT)
-    with pytest.raises(ValueError, match=r"type.field_prompt: 'x' is not in the data"):
+    with pytest.raises(ValueError, match=r"field_messages: 'x' is not in the data"):
         prepare([{"prompt": "d"}], {"type": {"field_prompt": "x"}})
     with pytest.raises(ValueError, match=r"sera.prompts\[0\].path.* the file is empty"):
         prepare([], name="nothing.jsonl")

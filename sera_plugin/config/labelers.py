@@ -71,8 +71,6 @@ def require_labels(config: SeraConfig) -> None:
     said = f"labeler: {quoted(list(config.labelers))} is weighed by the labels of held-out pairs"
     if config.reward != "fitted":
         raise ValueError(f"{said}, and reward: {config.reward} fits nothing. Set reward: fitted.")
-    if config.held_out == 0:
-        raise ValueError(f"{said}, and held_out: 0 leaves none. Remove held_out, or raise it.")
     if config.judge is not None and config.judge.mode != "single":
         raise ValueError(
             f"{said}, and needs a number for each answer; judge.mode: {config.judge.mode} compares "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
@@ -220,6 +220,8 @@ class SeraConfig(Block):
         kind = cls.model_fields[str(key.field_name)].annotation
         if isinstance(value, bool) and {float, int} & {kind, *get_args(kind)}:
             raise ValueError(f"{value} is not a number. Set one, or remove the key.")
+        if isinstance(value, str) and get_origin(kind) is tuple and key.field_name != "prompts":
+            raise ValueError(f"{quoted(value)} is no list. Write [{plain(value)}].")
         return value
 
     @field_validator("labeler", mode="before")

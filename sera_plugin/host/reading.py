@@ -161,10 +161,9 @@ def _prompt_column(cfg: DictDefault, index: int, dataset: Dataset) -> tuple[str,
     entry, where = cfg[PROMPTS][index], f"{PROMPTS}[{index}]"
     names, kind = dataset.column_names, entry.type
     likely = next((one for one in ("prompt", "messages") if one in names), "prompt")
-    key, column = "field_messages", str(entry.field_messages or likely)
+    column = str(entry.field_messages or likely)
     if isinstance(kind, dict):
-        key = key if entry.field_messages else "type.field_prompt"
-        column = str(entry.field_messages or kind.get("field_prompt") or "prompt")
+        column = str(entry.field_messages or kind.get("field_prompt") or likely)
         entry.type = {**kind, "field_prompt": column}
     elif kind in MESSAGE_TYPES:
         entry.update({"type": "chat_template.default", "field_messages": column})
@@ -172,8 +171,8 @@ def _prompt_column(cfg: DictDefault, index: int, dataset: Dataset) -> tuple[str,
         return column, dataset  # whatever fields its strategy reads
     if column not in names:
         raise DataError(
-            f"{where}.{key}: {quoted(column)} is not in the data. It has "
-            f"{', '.join(map(quoted, sorted(names)))}."
+            f"{where}.field_messages: {quoted(column)} is not in the data. It has "
+            f"{', '.join(map(quoted, sorted(names)))}. Set field_messages to the prompt's column."
         )
     if isinstance(kind, dict) or kind in MESSAGE_TYPES:
         return column, dataset
