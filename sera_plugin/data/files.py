@@ -108,7 +108,7 @@ def one_line(error: BaseException) -> str:
     # A worker process sends its whole traceback along as an exception of its own.
     said = [x for x in _chain(error) if str(x).strip() and type(x).__name__ != "RemoteTraceback"]
     first = said[-1] if said else error
-    text = plain(" ".join(str(first).split()), 300)
+    text = plain(" ".join(str(first).split()), 300).rstrip(".")
     return type(first).__name__ + (f": {text}" if text else "")
 
 

@@ -96,8 +96,11 @@ class Judged(Labeler):
     def judge(self, journal: Journal) -> Judge:
         """The judge that the configuration names."""
         config = self.method.config
-        named = getattr(config, self.name or str(config.labeler))
-        return make_judge(named, journal, self.room, config.score_columns)
+        name = self.name or str(config.labeler)
+        try:
+            return make_judge(getattr(config, name), journal, self.room, config.score_columns)
+        except ValueError as error:
+            raise ValueError(f"sera.{name}: {error}") from error
 
     def check(self) -> None:
         """See `Labeler.check`."""
