@@ -116,8 +116,9 @@ def test_answers_are_rated(make, server):
     assert isinstance(judge, RatingJudge)
     answers = [Answered("Which?", "*" * stars) for stars in (0, 3, 20)]
     assert sorted(judge.score(answers)) == [(0, 1.0), (1, 4.0), (2, 10.0)]
-    assert outcomes(judge) == OUTCOMES
-    assert server.calls == 3 + 7  # answers that occur twice are rated once
+    twice = [Answered("Which?", "****"), *answers, Answered("Which?", "****")]
+    assert sorted(judge.score_all(twice)) == [(0, 5.0), (1, 1.0), (2, 4.0), (3, 10.0), (4, 5.0)]
+    assert server.calls == 3 + 1  # what occurs twice is rated once
 
 
 def test_no_more_requests_at_a_time_than_allowed(make, server):
