@@ -150,7 +150,7 @@ def test_prompts_and_a_reward_without_trust_are_told(tmp_path):
     card = card_of(tmp_path / "run")
     assert card.data.datasets == ["org/prompts"]
     assert "`mine.jsonl` (local); N = 12 pairs, and 2 held out; 5 more prompts, which" in card.text
-    said = "in iteration 2, 3 the reward was not trusted: it dropped no pair and took no samples"
+    said = "in iteration 2, 3 the reward was not trusted: it dropped no pair, and was trained on no"
     assert said in card.text
     assert "secret" not in str(card)
     pairs = Pairs(Run(store), "user/x").card()
@@ -259,7 +259,18 @@ def test_who_ranked_the_pairs_is_said(tmp_path):
             "ranked by `function` (`score` of `checks.py`)",
             "what `function` ranked",
         ),
-        (["implicit", "judge"], "irm", "policy, ranked by its implicit reward and the scores", ""),
+        (
+            ["implicit", "judge"],
+            "irm",
+            "policy, ranked by its implicit reward and the scores",
+            "`impl",
+        ),
+        (
+            "spin",
+            "irm",
+            "SeRA ([Ko et al., ICLR 2025](https://arxiv.org/abs/2410.09362)): in it",
+            "",
+        ),
         ("spin", "irm", "The rejected answers are the model's own words, the chosen ones", "; of"),
         ("implicit", "random", "ranked by its", "did not select them (`sera.selection: random`"),
     ):

@@ -199,6 +199,7 @@ sera: {labeler: [implicit, function], function: 'a.py:f', reward: paper}
 sera: {labeler: [implicit, judge], judge: {base_url: 'http://x/v1', model: m}}
     => judge.mode: pairwise | mode: single
 sera: {prompts: [{path: q}, p.jsonl]} => sera.prompts: 'p.jsonl' is no entry | `- path: p.jsonl`
+sera: {labeler: [implicit, function], function: 'a.py:f', held_out: 0} => none are held out | Set
 sera: {score_columns: margin} => sera.score_columns: 'margin' is no list | Write [margin].
 sera: {prompts: [3]} => sera.prompts.0: 3 | dictionary
 sera: {prompts: [{path: p, field_mesages: x}]} => sera.prompts[0].field_mesages | `field_messages`

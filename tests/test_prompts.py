@@ -86,6 +86,7 @@ def test_a_prompt_has_the_tokens_that_it_would_have_in_a_pair(prepare):
     # Fields of text of its own, and text that is rendered already.
     block = {"type": {"field_prompt": "question", "prompt_format": "<s> <|user|> {prompt}"}}
     assert prepare([{"question": "e", "id": 3}], block) == ["<s> <|user|> e"]
+    assert prepare([{"said": "e"}], block | {"field_messages": "said"}) == ["<s> <|user|> e"]
     # Rows that would be pairs, or single answers with a label, give their prompts.
     labelled = [{"prompt": "d", "completion": "x", "label": True}]
     assert prepare(labelled, data=CHAT) == said_of("d")
@@ -151,6 +152,7 @@ def test_a_key_of_an_entry_that_nobody_reads_is_named():
     said = list(unused({"sera": {"prompts": entries}}, {}))
     assert len(said) == 1
     assert said[0].startswith("sera.prompts[0].colour is not a key of the host")
+    assert not list(unused({"apply_chat_template": True, "fewshot_as_multiturn": True}, {}))
 
 
 def test_pairs_of_a_prompt_are_counted_over_all_prompts():

@@ -139,6 +139,7 @@ FORMATS = {
 }
 TYPES = {
     "messages": (GIVEN, "chat_template.default", {"field_messages": "prompt"}),
+    "a prompt that no key names": (GIVEN, "chat_template.default", {}),
     "conversations": (list(map(chat, GIVEN)), "chat_template.argilla_chat", {}),
     "without a type": (list(map(messages, GIVEN)), None, {}),
     "fields": (

@@ -15,6 +15,7 @@ from typing import Any
 
 from sera_plugin.config.block import block_of, closest, not_a_key
 from sera_plugin.config.kinds import LOSSES
+from sera_plugin.config.labelers import require_held_out
 from sera_plugin.config.quoting import as_written, quoted
 from sera_plugin.config.sera import SeraArgs, SeraConfig
 from sera_plugin.host.ends import describe_beginning
@@ -68,6 +69,8 @@ def resolve(cfg: dict[str, Any]) -> dict[str, Any]:
         return dict(json.loads(cfg.get("sera_entries") or "{}"))
     _require_writable("." if cfg.get("output_dir") is None else cfg["output_dir"])
     refuse(cfg, sera)
+    if sera.held_out == 0 and not (cfg.get("test_datasets") or cfg.get("val_set_size")):
+        require_held_out(sera, 0)
     check_schedule(cfg)
     name_types(cfg)
     entries = {key: copy.deepcopy(cfg.get(key)) for key in DATASETS}

@@ -127,7 +127,8 @@ def _introduction(run: Run, policy: int, kept: int, last: int) -> str:
     settings = run.settings
     labeler = labeler_kind(run.labeler)
     what = "in iterations, each an epoch on the pairs that the policy of that time calls for"
-    if settings.get("selection", "irm") == "irm" and settings.get("bootstrap_ratio"):
+    selects = settings.get("selection", "irm") == "irm" and settings.get("selection_ratio")
+    if selects and settings.get("bootstrap_ratio") and not labeler.adds_dataset_answer:
         by = "the same reward" if labeler.implicit and not labeler.mixed else labeler.ranks_by
         what = (
             "between epochs it keeps the pairs with the largest implicit reward margin under the "
@@ -197,7 +198,8 @@ def _training(run: Run, pairs: str | None) -> str:
     refused = [one.number for one in run.iterations
                if (one.summary.get("reward") or {}).get("followed") is False]  # fmt: skip
     if refused:
-        what = "it dropped no pair" if labeler.mixed else "it dropped no pair and took no samples"
+        what = "it dropped no pair"
+        what += "" if labeler.mixed else ", and was trained on no sample"
         lines.append(
             f"in iteration {', '.join(map(str, refused))} the reward was not trusted: {what}"
         )
